@@ -1,0 +1,178 @@
+"""The USTM tokenizer: Mistral-7B-v0.1's vocabulary in its legacy form, then 10,003 tokens for units and turns.
+
+Legacy means that every stretch between special tokens gets a leading "▁" and keeps its spaces. transformers 5 rebuilds the
+tokenizer in `AutoTokenizer` and loses that, silently; `PreTrainedTokenizerFast` keeps the pipeline of tokenizer.json. So
+whatever is loaded here is probed before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+USTM = "naver-ai/USTM"
+OFFLINE = "mistral-common"  # as a name: the tokenizer that `build_tokenizer` makes
+
+UNK, BOS, EOS = 0, 1, 2
+NEWLINE = 13  # <0x0A>, how a newline is spelled in every place
+SPACE = 28705  # a "▁" that stands alone
+CONTINUE, CORRESPOND, UNIT_0 = 32000, 32001, 32002
+NUM_UNITS = 10_000
+MAX_LENGTH = 8192
+
+MODEL_SHA256 = "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055"
+
+# What transformers 4.40.2 makes of these strings with naver-ai/USTM, and what it means when a tokenizer does not.
+_NOT_MISTRAL = "its vocabulary is not that of Mistral-7B-v0.1"
+_NOT_LEGACY = (
+    "it is not in the legacy form: after a special token the leading '▁' is missing "
+    "(today's mistralai/Mistral-7B-v0.1, or a tokenizer whose `legacy` is false)"
+)
+_REBUILT = (
+    "it was rebuilt (by AutoTokenizer or LlamaTokenizer of transformers 5), which drops the leading '▁' before a space"
+)
+_PROBES = (
+    ("Below is a conversation between the user and the agent.",
+     [20811, 349, 264, 7114, 1444, 272, 2188, 304, 272, 8073, 28723], _NOT_MISTRAL),
+    ("<|correspond|>yes<|correspond|>", [CORRESPOND, 5081, CORRESPOND], _NOT_LEGACY),
+    ("<|unit5|>\n</s>", [UNIT_0 + 5, SPACE, NEWLINE, EOS], _NOT_LEGACY),
+    (" yes", [SPACE, 5081], _REBUILT),
+    ("     x", [355, 1318], _REBUILT),
+)  # fmt: skip
+
+
+def load_tokenizer(name_or_path: str = USTM, cache_dir: str | None = None) -> PreTrainedTokenizerFast:
+    """Load the USTM tokenizer so that every id is the reference's.
+
+    Args:
+        name_or_path: A repository of the Hub, a folder, or "mistral-common" for `build_tokenizer()`.
+        cache_dir: Where downloads are kept; the Hub's own cache by default.
+
+    Raises:
+        OSError: The tokenizer cannot be found or fetched.
+        ValueError: What was found gives other ids; the message says why.
+    """
+    if str(name_or_path) == OFFLINE:
+        return build_tokenizer()
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path, cache_dir=cache_dir)
+    check_tokenizer(tokenizer.backend_tokenizer, str(name_or_path))
+    return tokenizer
+
+
+def plain_copy(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy without padding and truncation, which are the business of whoever set them."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Tokenizer, name: str = "this tokenizer") -> int:
+    """Probe a `tokenizers.Tokenizer`; a few milliseconds.
+
+    Returns:
+        The number of units in the vocabulary.
+
+    Raises:
+        ValueError: It does not give the ids that the reference does.
+    """
+    tokenizer = plain_copy(tokenizer)
+    remedy = (
+        f"load naver-ai/USTM, or a folder that this package saved, with load_tokenizer ({OFFLINE!r} builds it offline)"
+    )
+    num_units = 0
+    while tokenizer.token_to_id(f"<|unit{num_units}|>") == UNIT_0 + num_units:
+        num_units += 1
+    expected = {"<unk>": UNK, "<s>": BOS, "</s>": EOS, "<|continue|>": CONTINUE, "<|correspond|>": CORRESPOND}
+    expected |= {"<|unit0|>": UNIT_0, "<pad>": UNIT_0 + num_units}
+    for token, token_id in expected.items():
+        if (found := tokenizer.token_to_id(token)) != token_id:
+            raise ValueError(f"{name} is not USTM's tokenizer: {token} has id {found} instead of {token_id}; {remedy}")
+    for text, ids, meaning in _PROBES:
+        if (found := tokenizer.encode(text, add_special_tokens=False).ids) != ids:
+            raise ValueError(f"{name} gives {found} for {text!r} instead of {ids}: {meaning}; {remedy}")
+    return num_units
+
+
+def build_tokenizer(num_units: int = NUM_UNITS) -> PreTrainedTokenizerFast:
+    """Make the tokenizer without a network, from the Mistral-7B-v0.1 model that the package mistral-common ships.
+
+    Equal to naver-ai/USTM as transformers 4.40.2 saves it, merges and all (the order of merges matters: transformers 5
+    converts the same model to 29,609 merges at other ranks).
+
+    Args:
+        num_units: How many `<|unitN|>` tokens to add after `<|correspond|>`.
+
+    Raises:
+        ImportError: mistral-common or sentencepiece is not installed.
+        ValueError: The shipped model is not Mistral-7B-v0.1's.
+    """
+    try:
+        import sentencepiece
+
+        model = (importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1").read_bytes()
+    except (ImportError, FileNotFoundError) as error:
+        raise ImportError(
+            f"the offline tokenizer needs mistral-common and sentencepiece ({error}): pip install 'dailytalk-usdm[demo]'"
+        ) from error
+    if (sha256 := hashlib.sha256(model).hexdigest()) != MODEL_SHA256:
+        raise ValueError(
+            f"mistral-common's tokenizer.model.v1 has sha256 {sha256}, not {MODEL_SHA256}: install another release of it"
+        )
+    from transformers import PreTrainedTokenizerFast
+
+    backend = _legacy_tokenizer(sentencepiece.SentencePieceProcessor(model_proto=model), num_units)
+    check_tokenizer(backend, "the tokenizer built from mistral-common")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        model_max_length=MAX_LENGTH,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _legacy_tokenizer(processor, num_units: int) -> Tokenizer:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+    pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    merges = []
+    for i, piece in enumerate(pieces):
+        score = 0.0 if i in (UNK, BOS, EOS) else processor.get_score(i)
+        halves = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
+        splits = [(ids[left], ids[right]) for left, right in halves if left in ids and right in ids]
+        merges += [(score, left, right) for left, right in sorted(splits)]
+    merges.sort(key=lambda merge: -merge[0])  # stable, and by score alone
+
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=ids,
+            merges=[(pieces[left], pieces[right]) for _, left, right in merges],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", BOS)]
+    )
+    units = [f"<|unit{unit}|>" for unit in range(num_units)]
+    added = ["<unk>", "<s>", "</s>", "<|continue|>", "<|correspond|>", *units, "<pad>"]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in added])  # in one call
+    return tokenizer
