@@ -1,0 +1,125 @@
+"""Audio file or bytes -> 16 kHz mono float32, bit for bit what `librosa.load(path, sr=16000)` gives the reference.
+
+soundfile decodes, channels are averaged, soxr resamples in one shot at quality "HQ", and the result is zero-padded or cut
+to ceil(n * 16000 / rate): soxr alone is one sample short in half the cases at 22.05 and 44.1 kHz, which changes units.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SAMPLE_RATE = 16_000
+
+
+class AudioError(ValueError):
+    """Audio that cannot become units: names file, reason and remedy."""
+
+
+def audio_source(value: Any) -> str | bytes:
+    """What an audio column holds -> path or file content.
+
+    Args:
+        value: A path, the bytes of a file, or a `{"bytes", "path"}` dict as `Audio(decode=False)` gives.
+
+    Raises:
+        TypeError: Anything else, such as decoded audio.
+    """
+    if isinstance(value, Mapping) and ("bytes" in value or "path" in value):
+        value = value["path"] if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, str | os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value)
+    raise TypeError(
+        f"audio is a {type(value).__name__}, not a path or bytes: load or cast the column with Audio(decode=False)"
+    )
+
+
+def read_header(source: str | Path | bytes) -> tuple[int, int]:
+    """Path or bytes of an audio file -> (number of frames, sample rate in Hz), without decoding it.
+
+    Raises:
+        FileNotFoundError: No such file.
+        AudioError: Not audio that soundfile can read.
+    """
+    import soundfile
+
+    with _open(source) as file:
+        try:
+            with soundfile.SoundFile(file) as sound:
+                return sound.frames, sound.samplerate
+        except soundfile.LibsndfileError as error:
+            raise _not_audio(source, error) from error
+
+
+def read_audio(source: str | Path | bytes) -> tuple[np.ndarray, int]:
+    """Path or bytes of an audio file -> ((num_samples,) float32 mono, sample rate in Hz).
+
+    Raises:
+        FileNotFoundError: No such file.
+        AudioError: Not audio that soundfile can read, or a sample is NaN or infinite.
+    """
+    import soundfile
+
+    with _open(source) as file:
+        try:
+            samples, rate = soundfile.read(file, dtype="float32")
+        except soundfile.LibsndfileError as error:
+            raise _not_audio(source, error) from error
+    if samples.ndim > 1:
+        samples = np.mean(samples.T, axis=0)
+    if not np.isfinite(samples).all():
+        raise AudioError(f"{describe(source)} holds NaN or infinite samples: repair or leave out the file")
+    return samples, rate
+
+
+def read_waveform(source: str | Path | bytes) -> np.ndarray:
+    """Path or bytes of an audio file -> (num_samples,) float32 mono at 16 kHz.
+
+    Raises:
+        FileNotFoundError: No such file.
+        AudioError: Not audio that soundfile can read, or a sample is NaN or infinite.
+    """
+    samples, rate = read_audio(source)
+    if rate == SAMPLE_RATE:
+        return samples
+    import soxr
+
+    resampled = soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ")
+    length = resampled_length(len(samples), rate)
+    return np.pad(resampled[:length], (0, max(0, length - len(resampled))))
+
+
+def resampled_length(num_samples: int, rate: int) -> int:
+    """Samples at 16 kHz of `num_samples` samples at `rate` Hz."""
+    return math.ceil(num_samples * (SAMPLE_RATE / rate))
+
+
+def describe(source: str | Path | bytes) -> str:
+    """A name for error messages."""
+    return f"audio bytes ({len(source):,} bytes)" if isinstance(source, bytes) else f"audio file {os.fspath(source)}"
+
+
+def _open(source: str | Path | bytes) -> io.BufferedIOBase:
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    try:
+        return open(source, "rb")
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"audio file {source} does not exist: complete the corpus or correct data_dir"
+        ) from None
+    except OSError as error:
+        raise AudioError(f"audio file {source} cannot be read ({error.strerror}): see to the file") from error
+
+
+def _not_audio(source: str | Path | bytes, error: Exception) -> AudioError:
+    reason = str(error).rpartition(": ")[2].strip().rstrip(".")
+    return AudioError(f"{describe(source)} is not audio that soundfile can read ({reason}): replace the file")

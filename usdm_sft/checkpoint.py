@@ -1,0 +1,287 @@
+"""The published unit model (a fairseq checkpoint and k-means centroids) -> a unit model folder, once.
+
+The folder holds `config.json` (a Wav2Vec2Config with the layers that are needed), `model.safetensors`, `kmeans.npy` (float32,
+one centroid a row) and `unit_model.json` (layer, sample rate, sha256 of every file and of its sources). Of XLS-R 1B's 48
+layers 35 are needed: 2.8 GB instead of 3.9. No value is changed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from filelock import FileLock
+
+from usdm_sft.audio import SAMPLE_RATE
+from usdm_sft.download import cache_root, download, sha256_file
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+XLSR_LAYER = 35
+MAX_UNITS = 65_536  # units are stored as uint16
+
+# The unit model that USDM was trained with, and where it is published.
+PUBLISHED = "xlsr2_1b_v2"
+PUBLISHED_URL = "https://dl.fbaipublicfiles.com/seamlessM4T/models/unit_extraction"
+PUBLISHED_FILES = ("xlsr2_1b_v2.pt", "kmeans_10k.npy")
+KNOWN_DIGESTS: dict[str, str] = {}  # file name -> sha256; a name that stands here is checked before the file is opened
+
+XLSR_1B = {
+    "hidden_size": 1280,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 16,
+    "intermediate_size": 5120,
+    "hidden_act": "gelu",
+    "feat_extract_norm": "layer",
+    "feat_extract_activation": "gelu",
+    "do_stable_layer_norm": True,
+    "conv_bias": True,
+    "conv_dim": [512] * 7,
+    "conv_kernel": [10, 3, 3, 3, 3, 2, 2],
+    "conv_stride": [5, 2, 2, 2, 2, 2, 2],
+    "num_conv_pos_embeddings": 128,
+    "num_conv_pos_embedding_groups": 16,
+    "layer_norm_eps": 1e-5,
+}
+
+_LAYER = r"encoder\.layers\.(\d+)\."
+_CONV = "feature_extractor.conv_layers."
+_POSITION = "encoder.pos_conv_embed.conv."
+# Parameter names of the original fairseq and of fairseq2 -> names in transformers' Wav2Vec2Model.
+_FAIRSEQ = (
+    (r"feature_extractor\.conv_layers\.(\d+)\.0\.", _CONV + r"\1.conv."),
+    (r"feature_extractor\.conv_layers\.(\d+)\.2\.1\.", _CONV + r"\1.layer_norm."),
+    (r"layer_norm\.", "feature_projection.layer_norm."),
+    (r"post_extract_proj\.", "feature_projection.projection."),
+    (r"encoder\.pos_conv\.0\.bias", _POSITION + "bias"),
+    (r"encoder\.pos_conv\.0\.weight_g", _POSITION + "parametrizations.weight.original0"),
+    (r"encoder\.pos_conv\.0\.weight_v", _POSITION + "parametrizations.weight.original1"),
+    (_LAYER + r"self_attn\.", r"encoder.layers.\1.attention."),
+    (_LAYER + r"self_attn_layer_norm\.", r"encoder.layers.\1.layer_norm."),
+    (_LAYER + r"fc1\.", r"encoder.layers.\1.feed_forward.intermediate_dense."),
+    (_LAYER + r"fc2\.", r"encoder.layers.\1.feed_forward.output_dense."),
+    (_LAYER + r"final_layer_norm\.", r"encoder.layers.\1.final_layer_norm."),
+    (r"encoder\.layer_norm\.", "encoder.layer_norm."),
+)
+_FAIRSEQ2 = (
+    (r"encoder_frontend\.feature_extractor\.layers\.(\d+)\.(conv|layer_norm)\.", _CONV + r"\1.\2."),
+    (r"encoder_frontend\.post_extract_layer_norm\.", "feature_projection.layer_norm."),
+    (r"encoder_frontend\.model_dim_proj\.", "feature_projection.projection."),
+    (r"encoder_frontend\.pos_encoder\.conv\.bias", _POSITION + "bias"),
+    (r"encoder_frontend\.pos_encoder\.conv\.weight_g", _POSITION + "parametrizations.weight.original0"),
+    (r"encoder_frontend\.pos_encoder\.conv\.weight_v", _POSITION + "parametrizations.weight.original1"),
+    (_LAYER + r"self_attn\.output_proj\.", r"encoder.layers.\1.attention.out_proj."),
+    (_LAYER + r"self_attn\.", r"encoder.layers.\1.attention."),
+    (_LAYER + r"self_attn_layer_norm\.", r"encoder.layers.\1.layer_norm."),
+    (_LAYER + r"ffn\.inner_proj\.", r"encoder.layers.\1.feed_forward.intermediate_dense."),
+    (_LAYER + r"ffn\.output_proj\.", r"encoder.layers.\1.feed_forward.output_dense."),
+    (_LAYER + r"ffn_layer_norm\.", r"encoder.layers.\1.final_layer_norm."),
+    (r"encoder\.layer_norm\.", "encoder.layer_norm."),
+)
+# Of the pre-training, of no use here.
+_UNUSED = re.compile(r"mask_emb|masker\.|quantizer\.|project_q\.|final_proj\.|final_target_proj\.")
+
+
+def find_unit_model(name_or_path: str | Path, model_cache_dir: str | Path | None = None) -> Path:
+    """The unit model folder that `name_or_path` means.
+
+    Args:
+        name_or_path: A unit model folder, or "xlsr2_1b_v2": the folder in the model cache, made from the two published
+            files (about 4 GB) where it is not there yet.
+        model_cache_dir: The model cache; `unit_models` in this package's cache by default.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: A download is not the file that is known or was recorded.
+    """
+    folder = Path(name_or_path).expanduser()
+    if str(name_or_path) == PUBLISHED and not folder.is_dir():
+        return _published_unit_model(cache_root() / "unit_models" if model_cache_dir is None else Path(model_cache_dir))
+    if not (folder / "unit_model.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} is not a unit model folder (it holds no unit_model.json): make one with 'dailytalk-usdm convert', "
+            f"or name {PUBLISHED}"
+        )
+    return folder
+
+
+def _published_unit_model(cache: Path) -> Path:
+    """Digests of what is downloaded are recorded beside the folder; a later download must match them."""
+    folder = cache / PUBLISHED
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f"{PUBLISHED}.lock"):
+        return _download_and_convert(folder, cache)
+
+
+def _download_and_convert(folder: Path, cache: Path) -> Path:
+    if (folder / "unit_model.json").is_file():
+        return folder
+    record = cache / f"{PUBLISHED}.sha256.json"
+    recorded = json.loads(record.read_text()) if record.is_file() else {}
+    sources = []
+    for name in PUBLISHED_FILES:
+        path = cache / f"{PUBLISHED}.sources" / name
+        expected = KNOWN_DIGESTS.get(name) or recorded.get(name)
+        if not path.is_file() or (expected is not None and sha256_file(path) != expected):
+            recorded[name] = download(f"{PUBLISHED_URL}/{name}", path, sha256=expected)
+            logger.warning("%s: sha256 %s", name, recorded[name])
+        sources.append(path)
+    convert(*sources, folder)
+    record.write_text(json.dumps(recorded, indent=2) + "\n")
+    shutil.rmtree(cache / f"{PUBLISHED}.sources")
+    return folder
+
+
+def convert(
+    checkpoint: str | Path,
+    kmeans: str | Path,
+    unit_model_dir: str | Path,
+    *,
+    model_config: str | Path | None = None,
+    layer: int = XLSR_LAYER,
+) -> Path:
+    """Make a unit model folder.
+
+    Args:
+        checkpoint: A wav2vec 2.0 checkpoint `{"model": {...}}` with the keys of the original fairseq or of fairseq2. Only
+            tensors and plain values are unpickled.
+        kmeans: A .npy file of float32 centroids, one a row.
+        unit_model_dir: The folder to make. One that was made from the same files is left as it is.
+        model_config: A transformers Wav2Vec2Config in JSON that describes the whole checkpoint; XLS-R 1B by default.
+        layer: The layer, counted from 1, whose output becomes units.
+
+    Raises:
+        FileNotFoundError: A source does not exist.
+        FileExistsError: The folder holds something else.
+        ValueError: The sources are not what they should be; the message says what, where and what to do.
+    """
+    checkpoint, kmeans, folder = Path(checkpoint), Path(kmeans), Path(unit_model_dir)
+    for path in (checkpoint, kmeans):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not a file: name the downloaded file")
+    description: dict[str, Any] = {
+        "format_version": 1,
+        "layer": layer,
+        "sample_rate": SAMPLE_RATE,
+        "sources": {checkpoint.name: sha256_file(checkpoint), kmeans.name: sha256_file(kmeans)},
+    }
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if _made_from(folder, description):
+            return folder
+        raise FileExistsError(f"{folder} exists and was not made from these files: remove it or name another folder")
+
+    config = _read_config(model_config, layer)
+    centroids = _read_kmeans(kmeans, config["hidden_size"])
+    weights = _read_weights(checkpoint, config)
+
+    from safetensors.torch import save_file
+
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(
+        unfinished / "config.json", unfinished / "model.safetensors"
+    )  # safetensors writes for the owner only
+    np.save(unfinished / "kmeans.npy", centroids)
+    names = ("config.json", "model.safetensors", "kmeans.npy")
+    description |= {
+        "num_units": len(centroids),
+        "files": {name: sha256_file(unfinished / name) for name in names},
+    }
+    (unfinished / "unit_model.json").write_text(json.dumps(description, indent=2) + "\n")
+    os.replace(unfinished, folder)
+    return folder
+
+
+def _made_from(folder: Path, description: dict[str, Any]) -> bool:
+    path = folder / "unit_model.json"
+    return path.is_file() and json.loads(path.read_text()).items() >= description.items()
+
+
+def _read_config(path: str | Path | None, layer: int) -> dict[str, Any]:
+    """The config of the model that is cut to `layer` layers and used for inference only."""
+    config = dict(XLSR_1B) if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    if config.setdefault("model_type", "wav2vec2") != "wav2vec2":
+        raise ValueError(f"{path}: model_type is {config['model_type']!r}: name the config of a wav2vec2 model")
+    if not config.get("do_stable_layer_norm"):
+        raise ValueError(f"{path}: do_stable_layer_norm is not true: only models with pre-norm layers are supported")
+    num_layers = config.get("num_hidden_layers", 12)
+    if not 1 <= layer <= num_layers:
+        raise ValueError(f"layer {layer} does not exist: the model has {num_layers} layers, counted from 1")
+    inference = {"apply_spec_augment": False, "mask_time_prob": 0.0, "mask_feature_prob": 0.0, "layerdrop": 0.0}
+    return config | inference | {"num_hidden_layers": layer, "architectures": ["Wav2Vec2Model"]}
+
+
+def _read_kmeans(path: Path, width: int) -> np.ndarray:
+    try:
+        centroids = np.load(path, allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a plain .npy array ({error}): name the k-means centroids") from error
+    if centroids.ndim != 2 or centroids.shape[1] != width:
+        raise ValueError(
+            f"{path} has shape {centroids.shape}, not (number of units, {width}): "
+            "name the centroids that belong to this model, one a row"
+        )
+    if centroids.dtype != np.float32:
+        raise ValueError(f"{path} is {centroids.dtype}, not float32: save it as float32")
+    if len(centroids) > MAX_UNITS:
+        raise ValueError(f"{path} has {len(centroids):,} centroids; more than {MAX_UNITS:,} are not supported")
+    if not np.isfinite(centroids).all():
+        raise ValueError(f"{path} holds NaN or infinite values: name the right file")
+    return centroids
+
+
+def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    import torch
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    try:
+        # Old checkpoints are no zip files and cannot be memory-mapped.
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # whatever the unpickler trips over
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} is not a checkpoint of plain tensors ({reason}): name the published file") from error
+    source = loaded.get("model") if isinstance(loaded, dict) else None
+    if not isinstance(source, dict):
+        raise ValueError(f"{path} holds no 'model': name a fairseq or fairseq2 checkpoint")
+    layout = _FAIRSEQ2 if any(key.startswith("encoder_frontend.") for key in source) else _FAIRSEQ
+    renamed = {}
+    for key, tensor in source.items():
+        if not _UNUSED.match(key):
+            renamed[_rename(key, layout, path)] = tensor
+
+    with torch.device("meta"):
+        expected = Wav2Vec2Model(Wav2Vec2Config(**config)).state_dict()
+    weights = {}
+    for key, parameter in expected.items():
+        if key not in renamed:
+            raise ValueError(f"{path} lacks {key}: name the checkpoint and the --model_config that belong together")
+        tensor = renamed[key]
+        if tensor.shape != parameter.shape:
+            raise ValueError(
+                f"{path}: {key} has shape {tuple(tensor.shape)}, the config says {tuple(parameter.shape)}: "
+                "name the --model_config that belongs to the checkpoint"
+            )
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {key} holds NaN or infinite values: download the checkpoint again")
+        weights[key] = tensor.float().contiguous()
+    return weights
+
+
+def _rename(key: str, layout: tuple[tuple[str, str], ...], path: Path) -> str:
+    for pattern, replacement in layout:
+        if match := re.match(pattern, key):
+            return match.expand(replacement) + key[match.end() :]
+    raise ValueError(f"{path}: {key} is no parameter of a wav2vec 2.0 model in fairseq's or fairseq2's naming")

@@ -1,0 +1,110 @@
+"""sha256 of files, remembered in the cache: 6 GB of audio are read once, later runs only look at size and times of change.
+
+The digest is the file's identity; path, size and times merely say whether a remembered digest still stands.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from usdm_sft.audio import AudioError, read_header, resampled_length
+from usdm_sft.download import cache_root, sha256_file
+
+_BATCH = 512
+_SETTLED_NS = 2_000_000_000  # a file changed less than this long ago could change again under the same time stamp
+
+
+class AudioDigest(NamedTuple):
+    """What the first pass over the audio finds out about a file."""
+
+    sha256: str
+    num_samples: int  # at 16 kHz
+    seconds: float
+
+
+class _Row(NamedTuple):
+    path: str
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    sha256: str
+    frames: int  # 0 where the file is no audio
+    rate: int
+
+
+def file_digest(path: str | Path, cache_dir: str | Path | None = None) -> str:
+    """sha256 of a file of any kind, in hex; remembered."""
+    return _digest([os.path.realpath(path)], cache_dir, audio=False)[0].sha256
+
+
+def audio_digests(
+    paths: Iterable[str], cache_dir: str | Path | None = None, *, num_threads: int | None = None
+) -> dict[str, AudioDigest]:
+    """The first pass over the audio: digest and header of each file, in threads, with a progress bar where it is long.
+
+    Raises:
+        FileNotFoundError: A file does not exist.
+        AudioError: A file is not audio, or is empty.
+    """
+    paths = list(dict.fromkeys(paths))
+    rows = _digest([os.path.realpath(path) for path in paths], cache_dir, audio=True, num_threads=num_threads)
+    return {
+        path: AudioDigest(row.sha256, resampled_length(row.frames, row.rate), row.frames / row.rate)
+        for path, row in zip(paths, rows, strict=True)
+    }
+
+
+def _digest(
+    paths: list[str], cache_dir: str | Path | None, *, audio: bool, num_threads: int | None = None
+) -> list[_Row]:
+    folder = cache_root(cache_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(folder / "digests.sqlite", timeout=60)) as memo:
+        memo.execute(
+            "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER,"
+            " ctime_ns INTEGER, sha256 TEXT, frames INTEGER, rate INTEGER)"
+        )
+        remembered = {}
+        for start in range(0, len(paths), _BATCH):
+            some = paths[start : start + _BATCH]
+            query = f"SELECT * FROM files WHERE path IN ({','.join('?' * len(some))})"
+            remembered |= {row[0]: _Row(*row) for row in memo.execute(query, some)}
+        found = {path: row for path in paths if (row := remembered.get(path)) and _stands(row, audio)}
+        missing = [path for path in paths if path not in found]
+        bar = tqdm(total=len(missing), desc="reading audio digests", unit="file", disable=len(missing) < _BATCH)
+        with bar, ThreadPoolExecutor(num_threads) as threads:
+            for start in range(0, len(missing), _BATCH):
+                rows = list(threads.map(lambda path: _read(path, audio), missing[start : start + _BATCH]))
+                settled = time.time_ns() - _SETTLED_NS
+                keep = [row for row in rows if max(row.mtime_ns, row.ctime_ns) < settled]
+                with memo:
+                    memo.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?)", keep)
+                found |= {row.path: row for row in rows}
+                bar.update(len(rows))
+    return [found[path] for path in paths]
+
+
+def _stands(row: _Row, audio: bool) -> bool:
+    try:
+        stat = os.stat(row.path)
+    except OSError:
+        return False  # told by whoever reads the file
+    unchanged = (row.size, row.mtime_ns, row.ctime_ns) == (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    return unchanged and bool(row.frames or not audio)
+
+
+def _read(path: str, audio: bool) -> _Row:
+    frames, rate = read_header(path) if audio else (0, 0)
+    if audio and not frames:
+        raise AudioError(f"audio file {path} holds no samples: replace the file")
+    stat = os.stat(path)
+    return _Row(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, sha256_file(path), frames, rate)
