@@ -16,8 +16,8 @@ from datasets.fingerprint import Hasher
 from usdm_sft import units as module
 from usdm_sft.audio import AudioError
 from usdm_sft.checkpoint import convert
-from usdm_sft.unit_model import UnitModel, fp32_precision, num_frames
-from usdm_sft.units import UnitTokenizer, normalize, plan_batches
+from usdm_sft.unit_model import UnitModel, fp32_precision
+from usdm_sft.units import UnitTokenizer, normalize, num_frames, plan_batches
 
 sys.path.insert(0, str(FIXTURES / "units"))
 from load import load

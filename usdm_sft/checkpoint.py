@@ -14,16 +14,13 @@ import re
 import shutil
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
 
 from usdm_sft.audio import SAMPLE_RATE
 from usdm_sft.download import cache_root, download, sha256_file
-
-if TYPE_CHECKING:
-    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -243,7 +240,8 @@ def _read_kmeans(path: Path, width: int) -> np.ndarray:
     return centroids
 
 
-def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The tensors of the layers that are needed, under transformers' names."""
     import torch
     from transformers import Wav2Vec2Config, Wav2Vec2Model
 

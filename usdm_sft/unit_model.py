@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, Wav2Vec2Config
 
-KERNEL, STRIDE = 400, 320  # samples a frame sees, samples between frames; 50 frames a second at 16 kHz
 KMEANS_ROWS = 4096  # frames whose distances to all centroids are held at once: 160 MB with 10,000 centroids
 
 # precision -> (dtype of the layers' matrix products, TF32 for what stays float32)
@@ -27,11 +26,6 @@ PRECISIONS = {
     "fp16": (torch.float16, False),
     "bf16": (torch.bfloat16, False),
 }
-
-
-def num_frames(num_samples: int) -> int:
-    """Frames of `num_samples` samples at 16 kHz, before rounding to an even number."""
-    return (num_samples - KERNEL) // STRIDE + 1
 
 
 class UnitModel(nn.Module):

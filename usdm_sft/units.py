@@ -8,11 +8,11 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from usdm_sft.audio import SAMPLE_RATE, AudioError, audio_source, describe, read_header, read_waveform, resampled_length
+from usdm_sft.audio import SAMPLE_RATE, AudioError, audio_source, describe, read_waveform
 from usdm_sft.digests import file_digest
 
 if TYPE_CHECKING:
@@ -23,13 +23,34 @@ if TYPE_CHECKING:
 VERSION = "1"  # of the units below: change it when they change, and cached ones are made anew
 
 BATCH_SECONDS = 160.0
-MIN_SAMPLES = 400  # 25 ms: the shortest audio that makes a frame
+MIN_SAMPLES = 400  # 25 ms, what a frame sees
+FRAME_SAMPLES = 320  # 20 ms, from frame to frame
 LAYER_NORM_EPS = (
     1e-5  # over the waveform; the feature extractor of transformers has 1e-7, which changes 7 % of the units
 )
 ROLES = ("user", "agent")
 
 _FOLDER_VARIABLE = "USDM_UNIT_MODEL_"
+
+
+def _distinct(batch: Mapping[str, Sequence]) -> tuple[list[str | bytes], dict[str, list]]:
+    """-> the distinct audio of a batch, and for each role which of them every row has (or list of exchanges)."""
+    order: dict[str | bytes, int] = {}
+
+    def number(value: Any) -> int | list[int]:
+        if isinstance(value, list | tuple):
+            return [number(each) for each in value]
+        return order.setdefault(audio_source(value), len(order))
+
+    columns = {role: [number(value) for value in batch[f"{role}_audio"]] for role in ROLES}
+    return list(order), columns
+
+
+class Waveform(NamedTuple):
+    """A waveform that is ready for the unit model."""
+
+    samples: torch.Tensor  # (even number of samples,) float32, normalized
+    num_samples: int  # at 16 kHz, before it was made even
 
 
 class UnitTokenizer:
@@ -48,6 +69,7 @@ class UnitTokenizer:
         self.settings = settings
         self._model: UnitModel | None = None
         self._threads: ThreadPoolExecutor | None = None
+        self._reading: dict[str | Path | bytes, Future[Waveform]] = {}
         os.environ[_FOLDER_VARIABLE + digest[:16]] = str(folder)
 
     @classmethod
@@ -101,6 +123,10 @@ class UnitTokenizer:
         self.__init__(Path(os.environ[variable]), state["digest"], state["settings"])
 
     @property
+    def num_units(self) -> int:
+        return json.loads((self.folder / "unit_model.json").read_text())["num_units"]
+
+    @property
     def model(self) -> UnitModel:
         """The unit model on its device."""
         if self._model is None:
@@ -125,15 +151,8 @@ class UnitTokenizer:
             AudioError: An audio file cannot be read or is shorter than 25 ms.
             ValueError: The features of an audio are not finite.
         """
-        order: dict[str | bytes, int] = {}
-
-        def number(value: Any) -> int | list[int]:
-            if isinstance(value, list | tuple):
-                return [number(each) for each in value]
-            return order.setdefault(audio_source(value), len(order))
-
-        columns = {role: [number(value) for value in batch[f"{role}_audio"]] for role in ROLES}
-        units, seconds = self.tokenize_files(list(order))
+        sources, columns = _distinct(batch)
+        units, seconds = self.tokenize_files(sources)
 
         def pick(values: Sequence, index: int | list[int]) -> Any:
             return [values[i] for i in index] if isinstance(index, list) else values[index]
@@ -146,49 +165,50 @@ class UnitTokenizer:
 
     def tokenize_files(self, sources: Sequence[str | Path | bytes]) -> tuple[list[np.ndarray], np.ndarray]:
         """Paths or file contents -> units, one (num_frames,) uint16 array each, and (num_files,) float32 seconds."""
-        lengths = [resampled_length(*read_header(source)) for source in sources]
-        for source, length in zip(sources, lengths, strict=True):
-            _check_length(length, describe(source))
-        threads = self._decoders()
-        waveforms = [threads.submit(read_waveform, source) for source in sources]
-        units = self._tokenize(waveforms, lengths, [describe(source) for source in sources])
-        return units, np.array(lengths, dtype=np.float32) / np.float32(SAMPLE_RATE)
+        self.read_ahead(sources)
+        reading = [self._reading.pop(source) for source in sources]
+        waveforms = [future.result() for future in reading]
+        units = self._tokenize(waveforms, [describe(source) for source in sources])
+        lengths = np.array([waveform.num_samples for waveform in waveforms], dtype=np.float32)
+        return units, lengths / np.float32(SAMPLE_RATE)
+
+    def read_ahead(self, sources: Sequence[str | Path | bytes]) -> None:
+        """Start to read audio in threads; a later `tokenize_files` or call with these sources takes what is ready."""
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(thread_name_prefix="read-audio")
+        for source in sources:
+            if source not in self._reading:
+                self._reading[source] = self._threads.submit(_read, source)
+
+    def read_ahead_rows(self, batch: Mapping[str, Sequence]) -> None:
+        """Start to read the audio of rows that a later call will get."""
+        self.read_ahead(_distinct(batch)[0])
 
     def tokenize_waveforms(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
         """(num_samples,) float32 waveforms at 16 kHz, mono -> units, one (num_frames,) uint16 array each."""
         names = [f"waveform {i}" for i in range(len(waveforms))]
-        for waveform, name in zip(waveforms, names, strict=True):
-            _check_length(len(waveform), name)
-        done: list[Future] = [Future() for _ in waveforms]
-        for future, waveform in zip(done, waveforms, strict=True):
-            future.set_result(np.asarray(waveform, dtype=np.float32))
-        return self._tokenize(done, [len(waveform) for waveform in waveforms], names)
+        return self._tokenize([_prepare(*each) for each in zip(waveforms, names, strict=True)], names)
 
-    def _tokenize(self, waveforms: Sequence[Future], lengths: Sequence[int], names: Sequence[str]) -> list[np.ndarray]:
+    def _tokenize(self, waveforms: Sequence[Waveform], names: Sequence[str]) -> list[np.ndarray]:
         import torch
 
-        from usdm_sft.unit_model import num_frames
-
         device = torch.device(self.settings["device"])
-        units: list[np.ndarray] = [np.zeros(0, np.uint16)] * len(lengths)
-        for rows in plan_batches(lengths, self.settings["batch_seconds"]):
-            prepared = [normalize(waveforms[row].result()) for row in rows]
-            padded = torch.nn.utils.rnn.pad_sequence(prepared, batch_first=True)
-            frames = torch.tensor([num_frames(lengths[row]) for row in rows])
-            found, finite = self.model(padded.to(device), frames.to(device))
-            found, finite = found.cpu().numpy().astype(np.uint16), finite.cpu().numpy()
-            for row, its_units, its_finite, waveform in zip(rows, found, finite, prepared, strict=True):
+        batches = plan_batches([waveform.num_samples for waveform in waveforms], self.settings["batch_seconds"])
+        results = []
+        for rows in batches:  # nothing waits for the device in here
+            padded = torch.nn.utils.rnn.pad_sequence([waveforms[row].samples for row in rows], batch_first=True)
+            frames = torch.tensor([num_frames(waveforms[row].num_samples) for row in rows])
+            units, finite = self.model(padded.to(device), frames.to(device))
+            results.append((units.to(torch.uint16), finite))
+        found: list[np.ndarray] = [np.zeros(0, np.uint16)] * len(waveforms)
+        for rows, (units, finite) in zip(batches, results, strict=True):
+            for row, its_units, its_finite in zip(rows, units.cpu().numpy(), finite.cpu().numpy(), strict=True):
                 if not its_finite:
                     raise ValueError(
                         f"{names[row]}: the features are not finite in precision {self.settings['precision']}: use another"
                     )
-                units[row] = its_units[: num_frames(len(waveform))]
-        return units
-
-    def _decoders(self) -> ThreadPoolExecutor:
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(thread_name_prefix="decode")
-        return self._threads
+                found[row] = its_units[: num_frames(len(waveforms[row].samples))]
+        return found
 
 
 def plan_batches(lengths: Sequence[int], batch_seconds: float) -> list[list[int]]:
@@ -206,6 +226,11 @@ def plan_batches(lengths: Sequence[int], batch_seconds: float) -> list[list[int]
     return batches
 
 
+def num_frames(num_samples: int) -> int:
+    """Frames, and so units, of `num_samples` samples at 16 kHz."""
+    return (num_samples - MIN_SAMPLES) // FRAME_SAMPLES + 1
+
+
 def normalize(waveform: np.ndarray) -> torch.Tensor:
     """(num_samples,) float32 -> what the unit model was trained on: an even number of samples, mean 0, variance 1.
 
@@ -217,6 +242,19 @@ def normalize(waveform: np.ndarray) -> torch.Tensor:
     if len(samples) % 2:
         samples = torch.cat([samples, torch.ones(1)])
     return torch.nn.functional.layer_norm(samples, samples.shape, eps=LAYER_NORM_EPS)
+
+
+def _prepare(waveform: np.ndarray, name: str) -> Waveform:
+    if len(waveform) < MIN_SAMPLES:
+        raise AudioError(
+            f"{name} has {len(waveform)} samples at 16 kHz, fewer than the {MIN_SAMPLES} (25 ms) that make a unit: "
+            "leave out the utterance"
+        )
+    return Waveform(normalize(waveform), len(waveform))
+
+
+def _read(source: str | Path | bytes) -> Waveform:
+    return _prepare(read_waveform(source), describe(source))
 
 
 def unit_model_digest(folder: str | Path, cache_dir: str | Path | None = None) -> str:
@@ -237,11 +275,3 @@ def unit_model_digest(folder: str | Path, cache_dir: str | Path | None = None) -
             raise ValueError(f"{folder / name} is not the file that was converted: convert the unit model again")
     identity = json.dumps([description["layer"], description["files"]], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()
-
-
-def _check_length(num_samples: int, name: str) -> None:
-    if num_samples < MIN_SAMPLES:
-        raise AudioError(
-            f"{name} has {num_samples} samples at 16 kHz, fewer than the {MIN_SAMPLES} (25 ms) that make a unit: "
-            "leave out the utterance"
-        )

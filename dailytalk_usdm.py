@@ -1,0 +1,188 @@
+"""DailyTalk as user/agent pairs: the loading script and builder, and the public names of the package.
+
+After `import dailytalk_usdm`, `load_dataset("dailytalk_usdm", "single_turn", data_dir=..., data_files=...)` works on every
+version of datasets; datasets 3 also takes the path of this file, and `DailyTalkUSDM` can be used directly.
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+from pathlib import Path
+
+import datasets
+import datasets.packaged_modules
+
+from usdm_sft import corpus, digests, download
+from usdm_sft import features as usdm_features
+
+_PUBLIC = {
+    "TemplateEncoder": "usdm_sft.template",
+    "UnitTokenizer": "usdm_sft.units",
+    "build_tokenizer": "usdm_sft.tokenizer",
+    "load_tokenizer": "usdm_sft.tokenizer",
+    "prepare": "usdm_sft.pipeline",
+}
+
+_CITATION = """\
+@inproceedings{lee2023dailytalk,
+  title={DailyTalk: Spoken Dialogue Dataset for Conversational Text-to-Speech},
+  author={Lee, Keon and Park, Kyumin and Kim, Daeyoung},
+  booktitle={ICASSP},
+  year={2023}
+}
+"""
+
+
+def _code_digest() -> str:
+    """Of what decides the rows: a change of it makes cached rows anew."""
+    code = hashlib.sha256(datasets.__version__.split(".")[0].encode())
+    for path in (__file__, corpus.__file__, usdm_features.__file__):
+        code.update(Path(path).read_bytes())
+    return code.hexdigest()
+
+
+@dataclasses.dataclass
+class DailyTalkUSDMConfig(datasets.BuilderConfig):
+    """Configuration of the builder.
+
+    Attributes:
+        corpus_digest: sha256 over the split lists and the audio; the builder fills it in, and the cache follows it.
+    """
+
+    corpus_digest: str | None = None
+
+
+class DailyTalkUSDM(datasets.GeneratorBasedBuilder):
+    """Every two neighbouring turns of a dialog, the earlier as the user and the later as the agent.
+
+    Rows are in order of dialog number and turn. Audio is the path of the recording, never its bytes.
+
+    Args:
+        data_dir: DailyTalk's folder (with `data/`), or its `data` folder.
+        data_files: The split lists, such as `{"train": "train.txt", "test": "test.txt"}`; where none are named, those beside
+            the data, or else DailyTalk's own, fetched once.
+        digest_cache_dir: Where digests of audio files are remembered; this package's cache by default.
+        kwargs: Whatever `datasets.DatasetBuilder` takes.
+
+    Raises:
+        FileNotFoundError: Data, a split list or an audio file is missing.
+        usdm_sft.corpus.CorpusError: The split lists are wrong; every problem is named with file and line.
+        usdm_sft.audio.AudioError: An audio file cannot be read.
+    """
+
+    BUILDER_CONFIG_CLASS = DailyTalkUSDMConfig
+    BUILDER_CONFIGS = [  # noqa: RUF012
+        DailyTalkUSDMConfig(
+            name="single_turn",
+            version=datasets.Version("1.0.0"),
+            description="one exchange an example, as USDM is trained",
+        )
+    ]
+
+    def __init__(self, *args, data_dir=None, data_files=None, base_path=None, digest_cache_dir=None, **kwargs):
+        if data_dir is None:
+            raise ValueError("data_dir is missing: name the folder that DailyTalk was unpacked into")
+        folder = corpus.find_data_folder(data_dir).resolve()
+        self.split_lists = _find_split_lists(data_dir, data_files, digest_cache_dir)
+        self.corpus = corpus.read_corpus(self.split_lists)
+        self.audio_digests = digests.audio_digests(
+            [
+                os.path.join(folder, utterance.audio_name)
+                for split in self.corpus.values()
+                for dialog in split.dialogs
+                for utterance in dialog.utterances
+            ],
+            digest_cache_dir,
+        )
+        self.list_digests = {split: download.sha256_file(path) for split, path in self.split_lists.items()}
+        audio = [found.sha256 for found in self.audio_digests.values()]
+        corpus_digest = hashlib.sha256(json.dumps([self.list_digests, audio]).encode()).hexdigest()
+        kwargs |= {"hash": _code_digest(), "corpus_digest": corpus_digest}
+        super().__init__(*args, data_dir=str(folder), base_path=base_path, **kwargs)
+        self.info.features = self._info().features  # an existing cache has put plain Audio in their place
+
+    def _info(self):
+        return datasets.DatasetInfo(
+            description=__doc__,
+            features=usdm_features.single_turn_features(),
+            homepage="https://github.com/keonlee9420/DailyTalk",
+            license="CC BY-SA 4.0",
+            citation=_CITATION,
+        )
+
+    def _load_info(self, *args, **kwargs):
+        info = super()._load_info(*args, **kwargs)
+        info.features = self._info().features
+        return info
+
+    def _split_generators(self, dl_manager):
+        # A list is what datasets splits over processes and streaming workers: a dialog is a shard.
+        return [
+            datasets.SplitGenerator(name=split.name, gen_kwargs={"dialogs": list(split.dialogs)})
+            for split in self.corpus.values()
+        ]
+
+    def _generate_examples(self, dialogs):
+        for dialog in dialogs:
+            for user, agent in dialog.pairs():
+                row = {"id": f"{dialog.id}_{user.turn}", "dialog_id": dialog.id, "turn": user.turn}
+                for role, utterance in (("user", user), ("agent", agent)):
+                    row[f"{role}_speaker"] = utterance.speaker
+                    row[f"{role}_text"] = utterance.text
+                    row[f"{role}_emotion"] = utterance.emotion
+                    row[f"{role}_audio"] = {
+                        "bytes": None,
+                        "path": os.path.join(self.config.data_dir, utterance.audio_name),
+                    }
+                yield row["id"], row
+
+
+def load_dataset(data_dir, name="single_turn", *, data_files=None, **kwargs):
+    """`datasets.load_dataset` of this builder, with the split lists named for you.
+
+    Unnamed, datasets lists and hashes every file under `data_dir` at each call (26 s for the 23,676 of DailyTalk).
+
+    Args:
+        data_dir: DailyTalk's folder (with `data/`), or its `data` folder.
+        name: The config.
+        data_files: Split lists other than those beside the data.
+        kwargs: `split`, `streaming`, `num_proc`, `cache_dir`, ... of `datasets.load_dataset`.
+
+    Returns:
+        What `datasets.load_dataset` returns.
+    """
+    if data_files is None:
+        found = _find_split_lists(data_dir, None, kwargs.get("digest_cache_dir"))
+        data_files = {split: str(path.resolve()) for split, path in found.items()}
+    return datasets.load_dataset("dailytalk_usdm", name, data_dir=data_dir, data_files=data_files, **kwargs)
+
+
+def _find_split_lists(data_dir, data_files, cache_dir):
+    """-> the path of each split's list: named (relative to data_dir), or beside the data, or else DailyTalk's own."""
+    beside = corpus.find_split_lists(data_dir)
+    if data_files is not None:
+        lists = {}
+        for split, files in data_files.items():
+            files = [files] if isinstance(files, str | os.PathLike) else list(files)
+            lists[str(split)] = [Path(data_dir, file) for file in files]
+        # Where the user names no data_files, datasets puts there whatever it finds under data_dir, audio included.
+        if all(len(files) == 1 and files[0].suffix != ".wav" for files in lists.values()):
+            lists = {split: files[0] for split, files in lists.items()}
+            if beside is None or {path.resolve() for path in lists.values()} != set(beside.values()):
+                return lists
+    return beside or download.fetch_split_lists(cache_dir)
+
+
+def __getattr__(name):
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# Lets load_dataset find the builder by name. A private dict of datasets, and the only thing of it that is touched; should
+# it ever go, the builder class and `datasets` 3's way by path still work. A copy of this file under another name (datasets 3
+# makes one) stays out of it.
+if __name__ == "dailytalk_usdm" and hasattr(datasets.packaged_modules, "_PACKAGED_DATASETS_MODULES"):
+    datasets.packaged_modules._PACKAGED_DATASETS_MODULES["dailytalk_usdm"] = (__name__, _code_digest())

@@ -1,0 +1,35 @@
+"""Columns of the datasets, as `datasets.Features`."""
+
+import datasets
+
+
+class StoredAudio(datasets.Audio):
+    """`Audio(decode=False)` that is also written without decoding.
+
+    datasets 4 and later import torchcodec (and with it FFmpeg) merely to store an audio file, and drop bytes whose path
+    exists. Here `{"bytes", "path"}` goes into Arrow as it is; on disk and on the Hub it is plain `Audio`.
+    """
+
+    def __init__(self):
+        super().__init__(decode=False)
+
+    def encode_example(self, value: dict) -> dict:
+        return {"bytes": value["bytes"], "path": value["path"]}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, datasets.Audio) and not other.decode
+
+    __hash__ = None
+
+
+def single_turn_features() -> datasets.Features:
+    """One pair a row; `id` is the dialog and the user's turn, such as "d23_0"."""
+    columns = {"id": datasets.Value("string"), "dialog_id": datasets.Value("string"), "turn": datasets.Value("int32")}
+    for role in ("user", "agent"):
+        columns |= {
+            f"{role}_speaker": datasets.Value("string"),
+            f"{role}_text": datasets.Value("string"),
+            f"{role}_emotion": datasets.Value("string"),
+            f"{role}_audio": StoredAudio(),
+        }
+    return datasets.Features(columns)

@@ -1,0 +1,150 @@
+"""prepare(): from the corpus folder to a dataset folder, in work shards that a crash cannot take back.
+
+    split lists ─ dialogs ─ examples with audio ─ units ─ input_ids, labels ─ dataset folder
+                  corpus    builder (Arrow)       .map    .map                Parquet + card
+
+A work shard is a fixed number of whole dialogs in order, and `.map` sees it as one batch. Its units and its tokens are two
+files of the cache, so that another tokenizer or length limit needs no forward pass.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+from usdm_sft.tokenizer import MAX_LENGTH, USTM
+from usdm_sft.units import BATCH_SECONDS
+
+SHARD_DIALOGS = 64
+_VERSIONED = (
+    "dailytalk-usdm",
+    "datasets",
+    "numpy",
+    "pyarrow",
+    "soundfile",
+    "soxr",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
+
+
+def prepare(
+    data_dir: str,
+    output_path: str,
+    *,
+    train_metadata_path: str | None = None,
+    test_metadata_path: str | None = None,
+    pretrained_model_name_or_path: str = USTM,
+    model_cache_dir: str | None = None,
+    cache_dir: str | None = None,
+    unit_model: str = "xlsr2_1b_v2",
+    max_length: int = MAX_LENGTH,
+    precision: str = "fp32",
+    batch_seconds: float = BATCH_SECONDS,
+    shard_dialogs: int = SHARD_DIALOGS,
+    num_output_shards: int | None = None,
+    shuffle_seed: int | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Make a dataset folder of single-turn examples with units, input_ids and labels.
+
+    Args:
+        data_dir: DailyTalk's folder (with data/), or its data folder.
+        output_path: The dataset folder to make.
+        train_metadata_path: Split list of the train split. Where neither list is named, those beside the data, or else
+            DailyTalk's own, fetched once.
+        test_metadata_path: Split list of the test split.
+        pretrained_model_name_or_path: The speech-text tokenizer: a repository of the Hub, a folder, or "mistral-common" for
+            the one that is built offline.
+        model_cache_dir: Where the tokenizer and the unit model are kept when they are downloaded.
+        cache_dir: Where finished work is kept; the folder dailytalk_usdm in HF_HOME by default.
+        unit_model: A unit model folder, or "xlsr2_1b_v2" to download and convert the published one.
+        max_length: Leave out examples of more tokens, BOS and EOS counted.
+        precision: fp32 (the reference's), tf32, fp16 or bf16.
+        batch_seconds: Seconds of audio, padding included, in one forward pass.
+        shard_dialogs: Dialogs in a work shard, which is what a crash can lose.
+        num_output_shards: Parquet files a split; 64 for train and 8 for test by default, never more than rows.
+        shuffle_seed: Shuffle the rows of each split; in order of dialog and turn by default.
+        overwrite: Write into an output folder that holds something else.
+
+    Returns:
+        The counts, as in counts.json.
+
+    Raises:
+        FileNotFoundError: Data, a split list, an audio file or a model is missing.
+        FileExistsError: The output folder holds something else and `overwrite` is false.
+        ValueError: Split lists, audio, unit model, tokenizer or a setting are wrong; the message says what to do.
+    """
+    _check_settings(max_length=max_length, shard_dialogs=shard_dialogs, num_output_shards=num_output_shards)
+    from dailytalk_usdm import DailyTalkUSDM
+    from usdm_sft import folder, shards
+    from usdm_sft.cache import cache_key
+    from usdm_sft.checkpoint import find_unit_model
+    from usdm_sft.counts import select_rows
+    from usdm_sft.download import cache_root
+    from usdm_sft.template import TemplateEncoder
+    from usdm_sft.tokenizer import load_tokenizer
+    from usdm_sft.units import UnitTokenizer
+
+    output = Path(output_path).expanduser()
+    cache = cache_root(cache_dir)
+    tokenizer = load_tokenizer(pretrained_model_name_or_path, model_cache_dir)
+    encoder = TemplateEncoder(tokenizer)
+    lists = {"train": train_metadata_path, "test": test_metadata_path}
+    named = {split: str(Path(path).resolve()) for split, path in lists.items() if path is not None}
+    builder = DailyTalkUSDM(
+        data_dir=data_dir, data_files=named or None, cache_dir=str(cache / "builder"), digest_cache_dir=cache
+    )
+    unit_tokenizer = UnitTokenizer.from_pretrained(
+        find_unit_model(unit_model, model_cache_dir), precision=precision, batch_seconds=batch_seconds, cache_dir=cache
+    )
+    if unit_tokenizer.num_units > encoder.num_units:
+        raise ValueError(
+            f"the unit model has {unit_tokenizer.num_units} units, the tokenizer only {encoder.num_units}: "
+            "use the two that belong together"
+        )
+    plan = shards.plan_shards(builder, unit_tokenizer, encoder, shard_dialogs)
+    counts = {
+        "format_version": 1,
+        "config": builder.config.name,
+        "settings": {
+            "max_length": max_length,
+            "shuffle_seed": shuffle_seed,
+            "num_output_shards": num_output_shards,
+            "shard_dialogs": shard_dialogs,
+            **unit_tokenizer.settings,
+        },
+        "digests": {
+            **{f"{split} split list": digest for split, digest in builder.list_digests.items()},
+            "split lists and audio": builder.config.corpus_digest,
+            "unit model": unit_tokenizer.digest,
+            "tokenizer": encoder.tokenizer_digest,
+        },
+        "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
+    }
+    counts["key"] = cache_key(counts, [shard.tokens_key for shard in plan])
+    if folder.is_up_to_date(output, counts["key"]):
+        return folder.read_counts(output)
+    folder.check_output(output, overwrite=overwrite)
+
+    with shards.quiet():
+        builder.download_and_prepare()
+        rows = {split: builder.as_dataset(split=split) for split in builder.corpus}
+    shards.make_units(rows, plan, unit_tokenizer, cache)
+    shards.make_tokens(rows, plan, encoder, cache)
+    splits, counts["splits"] = {}, {}
+    for split in rows:
+        joined = shards.join_shards(rows[split], [shard for shard in plan if shard.split == split], cache)
+        splits[split], counts["splits"][split] = select_rows(joined, builder, split, max_length, shuffle_seed)
+    with shards.quiet():
+        return folder.write_folder(
+            output, builder.config.name, splits, tokenizer, counts, num_output_shards=num_output_shards
+        )
+
+
+def _check_settings(**settings: int | None) -> None:
+    for name, value in settings.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}: give a positive number")

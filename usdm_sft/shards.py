@@ -1,0 +1,137 @@
+"""Work shards: planned, run through the two `.map` callables, kept in the two levels of the cache, joined again.
+
+Key of a unit shard: utterance ids and audio digests in order, unit model, settings, version of the units code. Key of a token
+shard: the unit shard's key, the texts, the tokenizer, version of the template code. Nothing else starts another shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from usdm_sft import template, units
+from usdm_sft.cache import ShardCache, cache_key
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from dailytalk_usdm import DailyTalkUSDM
+    from usdm_sft.template import TemplateEncoder
+    from usdm_sft.units import UnitTokenizer
+
+COLUMNS = (
+    "id", "dialog_id", "turn",
+    "user_speaker", "user_text", "user_emotion", "user_units", "user_seconds",
+    "agent_speaker", "agent_text", "agent_emotion", "agent_units", "agent_seconds",
+    "input_ids", "labels",
+)  # fmt: skip
+
+
+class Shard(NamedTuple):
+    """A work shard: rows `start` to `stop` of a split, and the keys of its two files in the cache."""
+
+    split: str
+    start: int
+    stop: int
+    units_key: str
+    tokens_key: str
+
+
+def plan_shards(
+    builder: DailyTalkUSDM, unit_tokenizer: UnitTokenizer, encoder: TemplateEncoder, shard_dialogs: int
+) -> list[Shard]:
+    """Whole dialogs in order, `shard_dialogs` at a time."""
+    digests = {Path(path).stem: found.sha256 for path, found in builder.audio_digests.items()}
+    shards = []
+    for split in builder.corpus.values():
+        start = 0
+        for first in range(0, len(split.dialogs), shard_dialogs):
+            dialogs = split.dialogs[first : first + shard_dialogs]
+            utterances = [utterance for dialog in dialogs for utterance in dialog.utterances]
+            units_key = cache_key(
+                "units",
+                units.VERSION,
+                unit_tokenizer.digest,
+                unit_tokenizer.settings,
+                [(utterance.id, digests[utterance.id]) for utterance in utterances],
+            )
+            texts = [utterance.text for utterance in utterances]
+            tokens_key = cache_key("tokens", template.VERSION, encoder.tokenizer_digest, units_key, texts)
+            stop = start + sum(len(dialog.utterances) - 1 for dialog in dialogs)
+            shards.append(Shard(split.name, start, stop, units_key, tokens_key))
+            start = stop
+    return shards
+
+
+def make_units(rows: dict[str, Dataset], shards: Sequence[Shard], unit_tokenizer: UnitTokenizer, cache: Path) -> None:
+    """Fill the cache's first level: for each work shard a file of `user_units`, `agent_units` and seconds."""
+    from tqdm import tqdm
+
+    level = ShardCache(cache / "units")
+    missing = [shard for shard in shards if level.find(shard.units_key) is None]
+    batches = [rows[shard.split].select(range(shard.start, shard.stop)) for shard in missing]
+    with tqdm(total=sum(map(len, batches)), desc="units", unit="pair", disable=not missing) as bar:
+        for index, (shard, batch) in enumerate(zip(missing, batches, strict=True)):
+            for ahead in batches[index : index + 2]:  # the next shard's audio is read while this one is computed
+                unit_tokenizer.read_ahead_rows(ahead[:])
+            level.make(
+                shard.units_key, lambda path, batch=batch, key=shard.units_key: _map(batch, unit_tokenizer, path, key)
+            )
+            bar.update(len(batch))
+
+
+def make_tokens(rows: dict[str, Dataset], shards: Sequence[Shard], encoder: TemplateEncoder, cache: Path) -> None:
+    """Fill the cache's second level: for each work shard a file of `input_ids` and `labels`."""
+    from datasets import Dataset, concatenate_datasets
+    from tqdm import tqdm
+
+    units, level = ShardCache(cache / "units"), ShardCache(cache / "tokens")
+    missing = [shard for shard in shards if level.find(shard.tokens_key) is None]
+    for shard in tqdm(missing, desc="template", unit="shard", disable=not missing):
+        texts = (
+            rows[shard.split].select_columns(["id", "user_text", "agent_text"]).select(range(shard.start, shard.stop))
+        )
+        its_units = Dataset.from_file(str(units.find(shard.units_key))).select_columns(["user_units", "agent_units"])
+        batch = concatenate_datasets([texts, its_units], axis=1).with_format("numpy")
+        level.make(shard.tokens_key, lambda path, batch=batch, key=shard.tokens_key: _map(batch, encoder, path, key))
+
+
+def _map(batch: Dataset, function: Any, path: str, fingerprint: str) -> Dataset:
+    """Map a work shard as one batch into an Arrow file that holds the new columns only."""
+    with quiet():
+        return batch.map(
+            function,
+            batched=True,
+            batch_size=None,
+            remove_columns=batch.column_names,
+            load_from_cache_file=False,  # only our own cache decides
+            cache_file_name=path,
+            new_fingerprint=fingerprint[:16],
+        )
+
+
+def join_shards(rows: Dataset, shards: Sequence[Shard], cache: Path) -> Dataset:
+    """All columns of a split but the audio, memory-mapped."""
+    from datasets import Dataset, concatenate_datasets
+
+    parts = [rows.remove_columns(["user_audio", "agent_audio"])]
+    for level, keys in (("units", [s.units_key for s in shards]), ("tokens", [s.tokens_key for s in shards])):
+        files = [ShardCache(cache / level).find(key) for key in keys]
+        parts.append(concatenate_datasets([Dataset.from_file(str(file)) for file in files]))
+    return concatenate_datasets(parts, axis=1).select_columns(list(COLUMNS))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars of datasets: ours count the whole run."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
