@@ -87,6 +87,12 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):
         folder = corpus.find_data_folder(data_dir).resolve()
         self.split_lists = _find_split_lists(data_dir, data_files, digest_cache_dir)
         self.corpus = corpus.read_corpus(self.split_lists)
+        for split in self.corpus.values():
+            if not split.dialogs:
+                reasons = "; ".join(f"{dialog}: {reason}" for dialog, reason in split.left_out.items()) or "it is empty"
+                raise corpus.CorpusError(
+                    [f"{self.split_lists[split.name]}: not one pair: {reasons}: name another split list"]
+                )
         self.audio_digests = digests.audio_digests(
             [
                 os.path.join(folder, utterance.audio_name)

@@ -1,9 +1,20 @@
 """Fixtures, and the skip of tests marked `oracle` where the reference's own output is not at hand."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
+
+# Before anything reads them: no cache of the user's, and no network but the servers that a test starts itself.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="usdm-tests-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+for _name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_TOKEN"):
+    os.environ.pop(_name, None)
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -27,6 +38,16 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def mini() -> Path:
     return FIXTURES / "mini"
+
+
+@pytest.fixture(scope="session")
+def unit_model(mini, tmp_path_factory) -> Path:
+    """The toy unit model of the mini corpus, converted."""
+    from usdm_sft.checkpoint import convert
+
+    source = mini / "unit_model"
+    folder = tmp_path_factory.mktemp("unit_model") / "mini"
+    return convert(source / "checkpoint.pt", source / "kmeans.npy", folder, model_config=source / "config.json")
 
 
 @pytest.fixture(scope="session")

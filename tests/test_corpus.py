@@ -148,8 +148,9 @@ def test_no_split_lists_and_no_data(tmp_path):
 
 
 @pytest.fixture
-def server(tmp_path):
+def server(tmp_path, monkeypatch):
     """A web server on this machine -> (its folder, its URL)."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     folder = tmp_path / "served"
     folder.mkdir()
 

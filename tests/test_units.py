@@ -120,14 +120,10 @@ def test_too_short(tokenizer, num_samples):
         tokenizer.tokenize_waveforms([np.zeros(400, np.float32), np.zeros(num_samples, np.float32)])
 
 
-def test_whole_mini_corpus(tmp_path, mini):
-    source = mini / "unit_model"
-    folder = convert(
-        source / "checkpoint.pt", source / "kmeans.npy", tmp_path / "m", model_config=source / "config.json"
-    )
+def test_whole_mini_corpus(unit_model, mini):
     expected = json.loads((mini / "expected" / "units.json").read_text())
     paths = sorted(mini.glob("corpus/data/*/*.wav"))
-    found, seconds = UnitTokenizer.from_pretrained(folder, device="cpu").tokenize_files(paths)
+    found, seconds = UnitTokenizer.from_pretrained(unit_model, device="cpu").tokenize_files(paths)
     units = {path.stem: its_units.tolist() for path, its_units in zip(paths, found, strict=True)}
     assert {name: units[name] for name in expected} == expected
     assert seconds.dtype == np.float32

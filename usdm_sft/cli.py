@@ -24,7 +24,11 @@ class Parser(ArgumentParser):
     """Names the nearest option where one is unknown, on the command line and in a YAML file alike."""
 
     def error(self, message: str, ex: Exception | None = None) -> None:
-        options = [option.removeprefix("--") for action in self._actions for option in action.option_strings]
+        subparsers = [
+            each for action in self._actions if isinstance(action.choices, dict) for each in action.choices.values()
+        ]
+        actions = [action for parser in [self, *subparsers] for action in parser._actions]
+        options = [option.removeprefix("--") for action in actions for option in action.option_strings]
         unknown = re.search(r"(?:unrecognized arguments: --|does not accept option ')(\w+)", message)
         if unknown and (near := difflib.get_close_matches(unknown[1], options, n=1)):
             message = f"{message.rstrip()} (did you mean {near[0]}?)"

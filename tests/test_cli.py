@@ -1,0 +1,88 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from usdm_sft.cli import main
+
+HEAVY = ("torch", "transformers", "datasets", "soundfile")
+
+
+def command(*args):
+    return subprocess.run([sys.executable, "-m", "usdm_sft.cli", *args], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("args", [["--help"], ["prepare", "--help"], ["convert", "--help"], ["units", "--help"]])
+def test_help_imports_nothing_heavy(args):
+    code = f"""
+import sys
+from usdm_sft.cli import main
+try:
+    main({args!r})
+except SystemExit as error:
+    assert error.code == 0
+print([name for name in {HEAVY!r} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_the_whole_way(tmp_path, mini, capsys):
+    source = mini / "unit_model"
+    config = tmp_path / "run.yaml"
+    config.write_text(f"data_dir: {mini / 'corpus'}\npretrained_model_name_or_path: mistral-common\nmax_length: 300\n")
+    checkpoint = [str(source / "checkpoint.pt"), str(source / "kmeans.npy"), str(tmp_path / "model")]
+    main(["convert", *checkpoint, "--model_config", str(source / "config.json")])
+    cache, output = ["--cache_dir", str(tmp_path / "cache")], ["--output_path", str(tmp_path / "out")]
+    main(["prepare", "--config", str(config), "--unit_model", str(tmp_path / "model"), *cache, *output])
+    main(["export", str(tmp_path / "out"), str(tmp_path / "text")])
+    out = capsys.readouterr().out
+    lengths = [line.split("|")[0].count(" ") + 1 for line in (mini / "expected" / "train.txt").read_text().split("\n")]
+    kept = sum(length <= 300 for length in lengths)
+    assert 0 < kept < 10
+    assert f"train: {kept} examples from 4 dialogs" in out
+    assert f"left out: {10 - kept} too long, 2 dialogs (d11: one speaker speaks twice in a row" in out
+    assert f"train.txt: {kept} lines" in out
+    assert json.loads((tmp_path / "out" / "counts.json").read_text())["settings"]["max_length"] == 300
+
+
+def test_units(unit_model, mini, capsys):
+    paths = [str(mini / "corpus" / "data" / "3" / name) for name in ("0_0_d3.wav", "1_1_d3.wav")]
+    main(["units", str(unit_model), *paths])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    expected = json.loads((mini / "expected" / "units.json").read_text())
+    assert lines == [
+        {"file": path, "units": expected[name]} for path, name in zip(paths, ["0_0_d3", "1_1_d3"], strict=True)
+    ]
+
+
+def test_bad_input_is_one_line_on_stderr(tmp_path):
+    done = command("export", str(tmp_path), str(tmp_path / "text"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"dailytalk-usdm export: {tmp_path} holds no counts.json: name a folder that 'dailytalk-usdm prepare' finished\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["prepare", "--bach_seconds", "3"], "did you mean batch_seconds?"),
+        (["prepare", "--data_dir", "d"], "output_path"),
+        (["prepare", "--data_dir", "d", "--output_path", "o", "--max_length", "long"], "max_length"),
+        (["perpare"], "invalid choice"),
+        (["prepare", "--config", "{unknown}"], "did you mean max_length?"),
+        (["prepare", "--config", "{tag}"], "could not determine a constructor for the tag"),
+        (["prepare", "--config", "/nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_wrong_usage(tmp_path, capsys, args, message):
+    (tmp_path / "unknown.yaml").write_text("max_lenght: 3\n")
+    (tmp_path / "tag.yaml").write_text('max_length: !!python/object/apply:os.system ["echo hello"]\n')
+    files = {"{unknown}": str(tmp_path / "unknown.yaml"), "{tag}": str(tmp_path / "tag.yaml")}
+    with pytest.raises(SystemExit, match="2"):
+        main([files.get(arg, arg) for arg in args])
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "hello" not in captured.out

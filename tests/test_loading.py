@@ -1,0 +1,205 @@
+"""The three ways into the builder. Run against datasets 3.6 as well as the newest."""
+
+import shutil
+import sys
+
+import datasets
+import pytest
+from conftest import REPOSITORY
+from packaging.version import Version
+
+import dailytalk_usdm
+from dailytalk_usdm import DailyTalkUSDM
+from usdm_sft.audio import AudioError
+from usdm_sft.corpus import CorpusError
+
+pytestmark = pytest.mark.loading
+
+LISTS = {"train": "train.txt", "test": "test.txt"}
+SCRIPTS = Version(datasets.__version__) < Version("4")
+IDS = {
+    "train": ["d3_0", "d3_1", "d3_2", "d8_0", "d8_1", "d8_2", "d8_3", "d20_0", "d77_0", "d77_1"],
+    "test": ["d105_0", "d105_1", "d2001_0"],
+}
+
+
+def by_name(data_dir, **options):
+    return datasets.load_dataset("dailytalk_usdm", "single_turn", data_dir=str(data_dir), data_files=LISTS, **options)
+
+
+def by_name_without_files(data_dir, **options):
+    return datasets.load_dataset("dailytalk_usdm", "single_turn", data_dir=str(data_dir), **options)
+
+
+def by_helper(data_dir, **options):
+    return dailytalk_usdm.load_dataset(data_dir, **options)
+
+
+def by_script(data_dir, **options):
+    script = str(REPOSITORY / "dailytalk_usdm.py")
+    return datasets.load_dataset(script, "single_turn", data_dir=str(data_dir), trust_remote_code=True, **options)
+
+
+def by_builder(data_dir, streaming=False, num_proc=None, **options):
+    builder = DailyTalkUSDM(config_name="single_turn", data_dir=str(data_dir), **options)
+    if streaming:
+        return builder.as_streaming_dataset()
+    builder.download_and_prepare(num_proc=num_proc)
+    return builder.as_dataset()
+
+
+WAYS = [by_name, by_name_without_files, by_helper, by_builder, *([by_script] if SCRIPTS else [])]
+
+
+@pytest.fixture
+def corpus(tmp_path, mini):
+    return shutil.copytree(mini / "corpus", tmp_path / "corpus")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("options", [{}, {"streaming": True}, {"num_proc": 2}], ids=["plain", "streaming", "num_proc"])
+def test_every_way_gives_the_same_rows(way, options, corpus, tmp_path):
+    loaded = way(corpus, cache_dir=str(tmp_path / "cache"), **options)
+    rows = {split: list(loaded[split]) for split in loaded}
+    assert {split: [row["id"] for row in its_rows] for split, its_rows in rows.items()} == IDS
+    assert rows["test"][2] == {
+        "id": "d2001_0",
+        "dialog_id": "d2001",
+        "turn": 0,
+        "user_speaker": "0",
+        "user_text": "The Café on Main Street is closed.",
+        "user_emotion": "none",
+        "user_audio": {"bytes": None, "path": str(corpus / "data" / "2001" / "0_0_d2001.wav")},
+        "agent_speaker": "1",
+        "agent_text": "oh no. where do we go now?",
+        "agent_emotion": "surprise",
+        "agent_audio": {"bytes": None, "path": str(corpus / "data" / "2001" / "1_1_d2001.wav")},
+    }
+    assert "torchcodec" not in sys.modules
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_data_folder_instead_of_its_parent(way, corpus, tmp_path):
+    if way is by_name:  # the lists lie beside the data folder
+
+        def way(data_dir, **options):
+            lists = {split: f"../{name}" for split, name in LISTS.items()}
+            return datasets.load_dataset("dailytalk_usdm", data_dir=str(data_dir), data_files=lists, **options)
+
+    loaded = way(corpus / "data", cache_dir=str(tmp_path / "cache"))
+    assert {split: loaded[split]["id"][:] for split in loaded} == IDS
+
+
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_names_of_dailytalk_itself(way, corpus, tmp_path):
+    (corpus / "train.txt").rename(corpus / "train_phone.txt")
+    (corpus / "test.txt").rename(corpus / "val_phone.txt")
+    loaded = way(corpus, cache_dir=str(tmp_path / "cache"))
+    assert {split: loaded[split]["id"][:] for split in loaded} == IDS
+
+
+def test_newer_datasets_refuse_the_script(corpus):
+    if SCRIPTS:
+        pytest.skip("datasets 3 takes it")
+    with pytest.raises((RuntimeError, ValueError, TypeError)):
+        by_script(corpus)
+
+
+def test_one_split_alone(corpus, tmp_path):
+    builder = DailyTalkUSDM(data_dir=corpus, data_files={"test": "test.txt"}, cache_dir=str(tmp_path / "cache"))
+    builder.download_and_prepare()
+    assert {split: rows["id"][:] for split, rows in builder.as_dataset().items()} == {"test": IDS["test"]}
+
+
+def test_one_builder_prepares_twice_and_then_streams(corpus, tmp_path):
+    builder = DailyTalkUSDM(data_dir=corpus, cache_dir=str(tmp_path / "cache"))
+    builder.download_and_prepare()
+    builder.download_and_prepare()
+    assert [row["id"] for row in builder.as_streaming_dataset(split="train")] == IDS["train"]
+    again = DailyTalkUSDM(data_dir=corpus, cache_dir=str(tmp_path / "cache"))
+    assert [row["id"] for row in again.as_streaming_dataset(split="test")] == IDS["test"]
+    assert "torchcodec" not in sys.modules
+
+
+def test_bytes_are_stored_as_they_are(corpus, tmp_path):
+    loaded = by_helper(corpus, cache_dir=str(tmp_path / "cache"))["test"]
+    path = loaded[0]["user_audio"]["path"]
+    with open(path, "rb") as file:
+        content = file.read()
+    embedded = loaded.map(lambda row: {"user_audio": {"bytes": content, "path": path}}, features=loaded.features)
+    assert embedded[0]["user_audio"] == {"bytes": content, "path": path}
+
+
+def cache_of(data_dir, **options):
+    return DailyTalkUSDM(data_dir=data_dir, **options).cache_dir
+
+
+def test_cache_follows_content_and_not_the_spelling_of_a_path(corpus, tmp_path, monkeypatch):
+    first = cache_of(corpus)
+    monkeypatch.chdir(tmp_path)
+    assert cache_of("corpus") == cache_of(f"{corpus}/../corpus/") == cache_of(corpus / "data") == first
+    (tmp_path / "link").symlink_to(corpus)
+    assert cache_of(tmp_path / "link") == first
+    (corpus / "train.txt").touch()
+    assert cache_of(corpus) == first
+
+
+def test_cache_follows_split_lists_audio_code_and_place(corpus, tmp_path, monkeypatch):
+    caches = [cache_of(corpus)]
+    text = (corpus / "test.txt").read_text()
+    (corpus / "test.txt").write_text(text.replace("oh no.", "oh yes."))
+    caches.append(cache_of(corpus))
+    audio = corpus / "data" / "3" / "0_0_d3.wav"
+    audio.write_bytes((corpus / "data" / "3" / "1_1_d3.wav").read_bytes())
+    caches.append(cache_of(corpus))
+    monkeypatch.setattr(dailytalk_usdm, "_code_digest", lambda: "another")
+    caches.append(cache_of(corpus))
+    caches.append(cache_of(shutil.copytree(corpus, tmp_path / "moved")))  # rows hold paths
+    assert len(set(caches)) == 5
+
+
+def test_changed_list_is_seen_by_load_dataset(corpus, tmp_path):
+    options = {"cache_dir": str(tmp_path / "cache")}
+    assert by_name(corpus, **options)["test"][2]["agent_text"] == "oh no. where do we go now?"
+    text = (corpus / "test.txt").read_text()
+    (corpus / "test.txt").write_text(text.replace("oh no.", "oh yes."))
+    assert by_name(corpus, **options)["test"][2]["agent_text"] == "oh yes. where do we go now?"
+
+
+def test_digests_are_exposed(corpus):
+    builder = DailyTalkUSDM(data_dir=corpus)
+    assert len(builder.audio_digests) == 4 + 5 + 2 + 3 + 3 + 2
+    assert set(builder.list_digests) == {"train", "test"}
+    assert len(builder.config.corpus_digest) == 64
+
+
+def test_errors(corpus, tmp_path):
+    with pytest.raises(ValueError, match="data_dir is missing"):
+        DailyTalkUSDM()
+    with pytest.raises(FileNotFoundError, match="holds neither a folder 'data'"):
+        DailyTalkUSDM(data_dir=tmp_path / "nowhere")
+    (corpus / "data" / "3" / "0_0_d3.wav").write_text("not audio")
+    with pytest.raises(AudioError, match=r"0_0_d3\.wav is not audio"):
+        DailyTalkUSDM(data_dir=corpus)
+    (corpus / "data" / "3" / "0_0_d3.wav").unlink()
+    with pytest.raises(FileNotFoundError, match=r"0_0_d3\.wav does not exist"):
+        DailyTalkUSDM(data_dir=corpus)
+    (corpus / "test.txt").write_text("bad\n")
+    with pytest.raises(CorpusError, match=r"test\.txt:1: 1 fields instead of 5"):
+        DailyTalkUSDM(data_dir=corpus)
+    (corpus / "test.txt").write_text("0_0_d2|0|{P}|alone|none\n")
+    with pytest.raises(CorpusError, match=r"test\.txt: not one pair: d2: a single turn makes no pair"):
+        DailyTalkUSDM(data_dir=corpus)
+
+
+def test_registration_leaves_the_rest_of_datasets_alone():
+    modules = datasets.packaged_modules._PACKAGED_DATASETS_MODULES
+    assert modules["dailytalk_usdm"][0] == "dailytalk_usdm"
+    assert {"csv", "parquet", "audiofolder"} <= set(modules)
+
+
+def test_public_names():
+    for name in ("TemplateEncoder", "UnitTokenizer", "load_tokenizer", "build_tokenizer", "prepare"):
+        assert getattr(dailytalk_usdm, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        dailytalk_usdm.nothing  # noqa: B018

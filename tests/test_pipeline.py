@@ -1,0 +1,307 @@
+import json
+import shutil
+
+import datasets
+import pytest
+from conftest import FIXTURES
+from transformers import AutoTokenizer
+
+from usdm_sft import units
+from usdm_sft.checkpoint import convert
+from usdm_sft.export import export_text
+from usdm_sft.pipeline import prepare
+from usdm_sft.template import TemplateEncoder
+from usdm_sft.tokenizer import build_tokenizer, load_tokenizer
+from usdm_sft.unit_model import UnitModel
+
+COLUMNS = [
+    "id", "dialog_id", "turn", "user_speaker", "user_text", "user_emotion", "user_units", "user_seconds", "agent_speaker",
+    "agent_text", "agent_emotion", "agent_units", "agent_seconds", "input_ids", "labels",
+]  # fmt: skip
+
+
+@pytest.fixture
+def run(mini, unit_model, tmp_path):
+    """prepare() of the mini corpus into a folder of tmp_path."""
+
+    def run(output="out", **options):
+        defaults = {
+            "data_dir": str(mini / "corpus"),
+            "pretrained_model_name_or_path": "mistral-common",
+            "unit_model": str(unit_model),
+            "cache_dir": str(tmp_path / "cache"),
+            "shard_dialogs": 1,
+        }
+        counts = prepare(**(defaults | options), output_path=str(tmp_path / output))
+        return tmp_path / output, counts
+
+    return run
+
+
+@pytest.fixture
+def forward_passes(monkeypatch):
+    passes = []
+    forward = UnitModel.forward
+    monkeypatch.setattr(UnitModel, "forward", lambda self, *args: passes.append(1) or forward(self, *args))
+    return passes
+
+
+def content(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+def test_lines_of_the_reference(run, mini, tmp_path):
+    output, _ = run()
+    assert export_text(output, tmp_path / "text") == {"train": 10, "test": 3}
+    for split in ("train", "test"):
+        ours = (tmp_path / "text" / f"{split}.txt").read_text()
+        theirs = (mini / "expected" / f"{split}.txt").read_text()
+        assert sorted(ours.split("\n")) == sorted(theirs.split("\n"))
+
+
+@pytest.mark.loading
+@pytest.mark.parametrize("streaming", [False, True])
+def test_load_dataset_opens_the_folder(run, tmp_path, streaming):
+    output, _ = run()
+    loaded = datasets.load_dataset(str(output), streaming=streaming, cache_dir=str(tmp_path / "datasets"))
+    rows = {split: list(loaded[split]) for split in loaded}
+    assert {split: len(its) for split, its in rows.items()} == {"train": 10, "test": 3}
+    assert list(rows["train"][0]) == COLUMNS
+    assert [row["id"] for row in rows["test"]] == ["d105_0", "d105_1", "d2001_0"]
+    for row in rows["train"]:
+        assert {label for label, i in zip(row["labels"], row["input_ids"], strict=True) if label != i} == {-100}
+    if streaming:
+        assert loaded["train"].num_shards == 10
+    else:
+        schema = loaded["train"].data.schema
+        assert str(schema.field("user_units").type.value_type) == "uint16"
+        assert str(schema.field("labels").type.value_type) == str(schema.field("input_ids").type.value_type) == "int32"
+        assert str(schema.field("user_seconds").type) == "float"
+
+
+@pytest.mark.loading
+def test_folder_is_enough_for_another_template_run(run, encoder, tmp_path):
+    output, _ = run()
+    rows = datasets.load_dataset(str(output), split="train", cache_dir=str(tmp_path / "datasets"))
+    again = rows.remove_columns(["input_ids", "labels"]).map(encoder, batched=True)
+    assert again["input_ids"][:] == rows["input_ids"][:]
+
+
+def test_counts(run, mini):
+    output, counts = run()
+    assert json.loads((output / "counts.json").read_text()) == counts
+    train = counts["splits"]["train"]
+    lines = (mini / "expected" / "train.txt").read_text().split("\n")
+    labels = [label for line in lines for label in line.split("|")[1].split()]
+    assert (train["dialogs"], train["pairs"], train["rows"], train["utterances"]) == (4, 10, 10, 14)
+    assert train["tokens"] == len(labels)
+    assert train["labelled_tokens"] == sum(label != "-100" for label in labels)
+    assert train["dialogs_left_out"] == {
+        "d11": "one speaker speaks twice in a row",
+        "d42": "a single turn makes no pair",
+    }
+    assert train["pairs_left_out"] == {}
+    assert set(counts["digests"]) == {
+        "train split list", "test split list", "split lists and audio", "unit model", "tokenizer"
+    }  # fmt: skip
+    assert "torch" in counts["versions"]
+
+
+def test_tokenizer_lies_beside_the_data(run, tokenizer):
+    output, _ = run()
+    text = "<|correspond|> yes.\n### Agent\n no<|unit5|>\n</s>"
+    for loaded in (AutoTokenizer.from_pretrained(output / "tokenizer"), load_tokenizer(output / "tokenizer")):
+        assert loaded(text).input_ids == tokenizer(text).input_ids
+
+
+def test_too_long_pairs_are_left_out_counted_and_listed(run):
+    output, whole = run()
+    rows = datasets.load_dataset(str(output), split="train")
+    lengths = dict(zip(rows["id"], map(len, rows["input_ids"]), strict=True))
+    limit = sorted(lengths.values())[6]  # a pair of exactly the limit is kept
+    output, counts = run("short", max_length=limit)
+    kept = [name for name, length in lengths.items() if length <= limit]
+    assert datasets.load_dataset(str(output), split="train")["id"][:] == kept
+    assert counts["splits"]["train"]["pairs_left_out"] == {
+        name: f"{length} tokens, more than max_length {limit}" for name, length in lengths.items() if length > limit
+    }
+    assert counts["splits"]["train"]["rows"] == 7
+    assert counts["key"] != whole["key"]
+
+
+def test_second_run_makes_no_forward_pass(run, forward_passes, tmp_path, tokenizer):
+    first, _ = run()
+    assert len(forward_passes) == 6  # one a work shard: four dialogs in train, two in test
+    before = content(first)
+    run()
+    run("other-limit", max_length=300)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    build_tokenizer(num_units=200).save_pretrained(tmp_path / "small-tokenizer")
+    run("other-tokenizer", pretrained_model_name_or_path=str(tmp_path / "small-tokenizer"))
+    second, _ = run("second")
+    assert len(forward_passes) == 6
+    assert content(first) == content(second) == before
+
+
+def test_moved_and_touched_corpus_with_the_same_bytes_redoes_nothing(run, mini, forward_passes, tmp_path):
+    first, _ = run()
+    shutil.copytree(mini / "corpus", tmp_path / "moved", copy_function=shutil.copyfile)
+    second, _ = run("second", data_dir=str(tmp_path / "moved"))
+    assert len(forward_passes) == 6
+    assert content(first) == content(second)
+
+
+def test_what_is_in_the_key_starts_other_shards(run, mini, forward_passes, tmp_path):
+    run()
+    corpus = shutil.copytree(mini / "corpus", tmp_path / "changed")
+    shutil.copyfile(corpus / "data" / "3" / "1_1_d3.wav", corpus / "data" / "3" / "0_0_d3.wav")
+    run("changed-audio", data_dir=str(corpus))
+    assert len(forward_passes) == 7  # one dialog has other audio
+    text = (corpus / "train.txt").read_text()
+    (corpus / "train.txt").write_text(text.replace("less sun", "more sun"))
+    run("changed-text", data_dir=str(corpus))
+    assert len(forward_passes) == 7
+    run("other-precision", precision="bf16")
+    assert len(forward_passes) == 13
+    run("other-plan", batch_seconds=3)
+    assert len(forward_passes) > 20
+
+
+@pytest.mark.parametrize("damage", ["units", "tokens"])
+def test_damaged_cache_file_is_made_anew(run, tmp_path, damage, forward_passes):
+    first, _ = run()
+    path = sorted((tmp_path / "cache" / damage).glob("*.arrow"))[0]
+    path.write_bytes(path.read_bytes()[:-100])
+    second, _ = run("second")
+    assert content(first) == content(second)
+    assert len(forward_passes) == 6 + (damage == "units")
+
+
+def test_each_audio_is_read_once_in_a_run(run, monkeypatch):
+    read = []
+    real = units.read_waveform
+    monkeypatch.setattr(units, "read_waveform", lambda source: read.append(source) or real(source))
+    run()
+    assert len(read) == len(set(read)) == 19
+
+
+def test_output_does_not_depend_on_the_size_of_work_shards(run, tmp_path, mini):
+    for shard_dialogs in (2, 64):
+        output, _ = run(f"out{shard_dialogs}", shard_dialogs=shard_dialogs)
+        export_text(output, tmp_path / f"text{shard_dialogs}")
+        ours = (tmp_path / f"text{shard_dialogs}" / "train.txt").read_text()
+        assert sorted(ours.split("\n")) == sorted((mini / "expected" / "train.txt").read_text().split("\n"))
+
+
+def test_number_of_files_and_shuffling(run):
+    output, counts = run(num_output_shards=2, shuffle_seed=7)
+    assert [name for name in counts["files"] if name.startswith("single_turn/train")] == [
+        "single_turn/train-00000-of-00002.parquet",
+        "single_turn/train-00001-of-00002.parquet",
+    ]
+    shuffled = datasets.load_dataset(str(output), split="train")["id"][:]
+    plain = datasets.load_dataset(str(run("plain")[0]), split="train")["id"][:]
+    assert shuffled != plain and sorted(shuffled) == sorted(plain)
+    assert datasets.load_dataset(str(run("again", shuffle_seed=7)[0]), split="train")["id"][:] == shuffled
+
+
+def test_output_folder_with_other_content_is_refused(run, tmp_path, forward_passes):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(
+        FileExistsError, match=r"out holds something else .*name another output_path, or pass overwrite"
+    ):
+        run()
+    assert not forward_passes
+    output, _ = run(overwrite=True)
+    assert (output / "thesis.txt").read_text() == "mine"
+    with pytest.raises(FileExistsError, match="or the result of other settings"):
+        run(max_length=300)
+    _, counts = run(max_length=300, overwrite=True)
+    assert counts["settings"]["max_length"] == 300
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="file is not a folder"):
+        run("file")
+
+
+def test_interrupted_while_writing(run, monkeypatch, tmp_path):
+    expected = content(run("undisturbed")[0])
+    from usdm_sft import folder
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(folder, "_card", fail)
+        run()
+    assert not (tmp_path / "out" / "counts.json").exists()
+    assert content(run()[0]) == expected
+
+
+def test_damaged_output_is_written_again_with_overwrite(run):
+    output, _ = run()
+    expected = content(output)
+    path = output / "single_turn" / "train-00003-of-00010.parquet"
+    path.write_bytes(b"PAR1")
+    with pytest.raises(FileExistsError):
+        run()
+    run(overwrite=True)
+    assert content(output) == expected
+
+
+@pytest.mark.parametrize("setting", ["max_length", "shard_dialogs", "num_output_shards"])
+def test_settings_are_positive(run, setting):
+    with pytest.raises(ValueError, match=f"{setting} is 0: give a positive number"):
+        run(**{setting: 0})
+
+
+def test_more_units_than_the_tokenizer_has(run, tmp_path, forward_passes):
+    build_tokenizer(num_units=50).save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match="the unit model has 100 units, the tokenizer only 50"):
+        run(pretrained_model_name_or_path=str(tmp_path / "tokenizer"))
+    assert not forward_passes
+
+
+def test_split_lists_by_name(run, mini, tmp_path):
+    shutil.copy(mini / "corpus" / "test.txt", tmp_path / "elsewhere.txt")
+    output, counts = run(test_metadata_path=str(tmp_path / "elsewhere.txt"))
+    assert list(counts["splits"]) == ["test"]
+    assert datasets.load_dataset(str(output), split="test")["id"][:] == ["d105_0", "d105_1", "d2001_0"]
+
+
+def test_nothing_in_the_folder_tells_paths(run, tmp_path):
+    output, _ = run()
+    for name, data in content(output).items():
+        assert str(tmp_path).encode() not in data, name
+        assert str(FIXTURES).encode() not in data, name
+
+
+def test_units_of_the_folder_are_those_of_the_reference(run, mini):
+    expected = json.loads((mini / "expected" / "units.json").read_text())
+    for split in ("train", "test"):
+        for row in datasets.load_dataset(str(run()[0]), split=split):
+            name = f"{row['turn']}_{row['user_speaker']}_{row['dialog_id']}"
+            assert row["user_units"] == expected[name]
+            assert abs(len(row["user_units"]) - row["user_seconds"] * 50) < 2  # the first frame sees 25 ms
+
+
+def test_convert_prepare_export_is_the_whole_way(tmp_path, mini):
+    """The three commands of the README, as functions."""
+    source = mini / "unit_model"
+    model = convert(
+        source / "checkpoint.pt", source / "kmeans.npy", tmp_path / "m", model_config=source / "config.json"
+    )
+    prepare(
+        str(mini / "corpus"),
+        str(tmp_path / "out"),
+        unit_model=str(model),
+        pretrained_model_name_or_path="mistral-common",
+        cache_dir=str(tmp_path / "cache"),
+    )
+    export_text(tmp_path / "out", tmp_path / "text")
+    with pytest.raises(FileNotFoundError, match=r"holds no counts\.json: name a folder that"):
+        export_text(tmp_path, tmp_path / "text")
+    assert len((tmp_path / "text" / "train.txt").read_text().split("\n")) == 10
+    assert isinstance(TemplateEncoder(load_tokenizer(tmp_path / "out" / "tokenizer")), TemplateEncoder)
