@@ -164,9 +164,9 @@ def test_what_is_in_the_key_starts_other_shards(run, mini, forward_passes, tmp_p
     run("changed-text", data_dir=str(corpus))
     assert len(forward_passes) == 7
     run("other-precision", precision="bf16")
-    assert len(forward_passes) == 13
+    assert len(forward_passes) == 15  # two of them measure the agreement
     run("other-plan", batch_seconds=3)
-    assert len(forward_passes) > 20
+    assert len(forward_passes) > 21
 
 
 @pytest.mark.parametrize("damage", ["units", "tokens"])

@@ -11,9 +11,12 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 SAMPLE_RATE = 16_000
 
@@ -95,6 +98,30 @@ def read_waveform(source: str | Path | bytes) -> np.ndarray:
     resampled = soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ")
     length = resampled_length(len(samples), rate)
     return np.pad(resampled[:length], (0, max(0, length - len(resampled))))
+
+
+def resample_on(device: str, samples: np.ndarray, rate: int) -> torch.Tensor:
+    """(num_samples,) float32 mono at `rate` Hz -> (num_samples,) float32 tensor at 16 kHz, resampled on `device`.
+
+    torchaudio's filter is not soxr's, so some units differ; `prepare` measures how many.
+
+    Raises:
+        ImportError: torchaudio is not installed, or does not match torch.
+    """
+    import torch
+
+    try:
+        from torchaudio.functional import resample
+    except (ImportError, OSError) as error:
+        raise ImportError(
+            f"resampler torchaudio needs torchaudio built for the same device as torch ({error}): "
+            "pip install 'dailytalk-usdm[torchaudio]', or use resampler soxr"
+        ) from error
+    waveform = torch.from_numpy(np.ascontiguousarray(samples)).to(device, non_blocking=True)
+    length = resampled_length(len(samples), rate)
+    if rate != SAMPLE_RATE:
+        waveform = resample(waveform, rate, SAMPLE_RATE)
+    return torch.nn.functional.pad(waveform[:length], (0, max(0, length - len(waveform))))
 
 
 def resampled_length(num_samples: int, rate: int) -> int:

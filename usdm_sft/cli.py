@@ -114,7 +114,7 @@ def main(args: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         run(command, options)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, MemoryError, RuntimeError) as error:
         print(f"dailytalk-usdm {command}: {error}", file=sys.stderr)
         sys.exit(1)
 

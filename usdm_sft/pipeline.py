@@ -10,11 +10,15 @@ files of the cache, so that another tokenizer or length limit needs no forward p
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 from pathlib import Path
 from typing import Any
 
+from usdm_sft.agreement import NUM_UTTERANCES
 from usdm_sft.tokenizer import MAX_LENGTH, USTM
 from usdm_sft.units import BATCH_SECONDS
+
+logger = logging.getLogger(__name__)
 
 SHARD_DIALOGS = 64
 _VERSIONED = (
@@ -44,6 +48,9 @@ def prepare(
     precision: str = "fp32",
     batch_seconds: float = BATCH_SECONDS,
     shard_dialogs: int = SHARD_DIALOGS,
+    num_gpus: int | None = None,
+    resampler: str = "soxr",
+    agreement_utterances: int = NUM_UTTERANCES,
     num_output_shards: int | None = None,
     shuffle_seed: int | None = None,
     overwrite: bool = False,
@@ -65,6 +72,10 @@ def prepare(
         precision: fp32 (the reference's), tf32, fp16 or bf16.
         batch_seconds: Seconds of audio, padding included, in one forward pass.
         shard_dialogs: Dialogs in a work shard, which is what a crash can lose.
+        num_gpus: GPUs to use, a process each; all of them by default. 0 means the CPU.
+        resampler: soxr (the reference's) or torchaudio (on the device; needs the extra).
+        agreement_utterances: Utterances on which the agreement of other precisions and resamplers with fp32 and soxr is
+            measured.
         num_output_shards: Parquet files a split; 64 for train and 8 for test by default, never more than rows.
         shuffle_seed: Shuffle the rows of each split; in order of dialog and turn by default.
         overwrite: Write into an output folder that holds something else.
@@ -77,17 +88,24 @@ def prepare(
         FileExistsError: The output folder holds something else and `overwrite` is false.
         ValueError: Split lists, audio, unit model, tokenizer or a setting are wrong; the message says what to do.
     """
-    _check_settings(max_length=max_length, shard_dialogs=shard_dialogs, num_output_shards=num_output_shards)
+    _check_settings(
+        max_length=max_length,
+        shard_dialogs=shard_dialogs,
+        num_output_shards=num_output_shards,
+        agreement_utterances=agreement_utterances,
+    )
     from dailytalk_usdm import DailyTalkUSDM
     from usdm_sft import folder, shards
+    from usdm_sft.agreement import measure_agreement
     from usdm_sft.cache import cache_key
     from usdm_sft.checkpoint import find_unit_model
     from usdm_sft.counts import select_rows
     from usdm_sft.download import cache_root
     from usdm_sft.template import TemplateEncoder
     from usdm_sft.tokenizer import load_tokenizer
-    from usdm_sft.units import UnitTokenizer
+    from usdm_sft.units import UnitTokenizer, padding_share
 
+    devices = _find_devices(num_gpus)
     output = Path(output_path).expanduser()
     cache = cache_root(cache_dir)
     tokenizer = load_tokenizer(pretrained_model_name_or_path, model_cache_dir)
@@ -98,7 +116,12 @@ def prepare(
         data_dir=data_dir, data_files=named or None, cache_dir=str(cache / "builder"), digest_cache_dir=cache
     )
     unit_tokenizer = UnitTokenizer.from_pretrained(
-        find_unit_model(unit_model, model_cache_dir), precision=precision, batch_seconds=batch_seconds, cache_dir=cache
+        find_unit_model(unit_model, model_cache_dir),
+        device=devices[0],
+        precision=precision,
+        batch_seconds=batch_seconds,
+        resampler=resampler,
+        cache_dir=cache,
     )
     if unit_tokenizer.num_units > encoder.num_units:
         raise ValueError(
@@ -132,8 +155,16 @@ def prepare(
     with shards.quiet():
         builder.download_and_prepare()
         rows = {split: builder.as_dataset(split=split) for split in builder.corpus}
-    shards.make_units(rows, plan, unit_tokenizer, cache)
+    agreement = measure_agreement(unit_tokenizer, builder.audio_digests, cache, agreement_utterances)
+    if agreement is not None:
+        logger.warning(
+            "%s, %s: %.2f %% of the units are those of fp32 and soxr (%d utterances)",
+            precision, resampler, 100 * agreement["share"], agreement["utterances"],
+        )  # fmt: skip
+    shards.make_units(rows, plan, unit_tokenizer, devices, cache)
     shards.make_tokens(rows, plan, encoder, cache)
+    counts["padding_share"] = round(padding_share((shard.lengths for shard in plan), batch_seconds), 4)
+    counts["agreement"] = agreement
     splits, counts["splits"] = {}, {}
     for split in rows:
         joined = shards.join_shards(rows[split], [shard for shard in plan if shard.split == split], cache)
@@ -142,6 +173,15 @@ def prepare(
         return folder.write_folder(
             output, builder.config.name, splits, tokenizer, counts, num_output_shards=num_output_shards
         )
+
+
+def _find_devices(num_gpus: int | None) -> list[str]:
+    import torch
+
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if num_gpus is not None and not 0 <= num_gpus <= available:
+        raise ValueError(f"num_gpus is {num_gpus}: this machine has {available}")
+    return [f"cuda:{index}" for index in range(available if num_gpus is None else num_gpus)] or ["cpu"]
 
 
 def _check_settings(**settings: int | None) -> None:

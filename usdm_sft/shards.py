@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from usdm_sft import template, units
+from usdm_sft import template
 from usdm_sft.cache import ShardCache, cache_key
+from usdm_sft.workers import Task, tokenize_shards
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,11 +31,12 @@ COLUMNS = (
 
 
 class Shard(NamedTuple):
-    """A work shard: rows `start` to `stop` of a split, and the keys of its two files in the cache."""
+    """A work shard: rows `start` to `stop` of a split, the lengths of its audio, and the keys of its two files."""
 
     split: str
     start: int
     stop: int
+    lengths: list[int]  # samples at 16 kHz of each utterance
     units_key: str
     tokens_key: str
 
@@ -43,43 +45,43 @@ def plan_shards(
     builder: DailyTalkUSDM, unit_tokenizer: UnitTokenizer, encoder: TemplateEncoder, shard_dialogs: int
 ) -> list[Shard]:
     """Whole dialogs in order, `shard_dialogs` at a time."""
-    digests = {Path(path).stem: found.sha256 for path, found in builder.audio_digests.items()}
+    digests = {Path(path).stem: found for path, found in builder.audio_digests.items()}
     shards = []
     for split in builder.corpus.values():
         start = 0
         for first in range(0, len(split.dialogs), shard_dialogs):
             dialogs = split.dialogs[first : first + shard_dialogs]
             utterances = [utterance for dialog in dialogs for utterance in dialog.utterances]
-            units_key = cache_key(
-                "units",
-                units.VERSION,
-                unit_tokenizer.digest,
-                unit_tokenizer.settings,
-                [(utterance.id, digests[utterance.id]) for utterance in utterances],
-            )
+            audio = [(utterance.id, digests[utterance.id].sha256) for utterance in utterances]
+            lengths = [digests[utterance.id].num_samples for utterance in utterances]
+            units_key = cache_key("units", *unit_tokenizer.key, audio)
             texts = [utterance.text for utterance in utterances]
             tokens_key = cache_key("tokens", template.VERSION, encoder.tokenizer_digest, units_key, texts)
             stop = start + sum(len(dialog.utterances) - 1 for dialog in dialogs)
-            shards.append(Shard(split.name, start, stop, units_key, tokens_key))
+            shards.append(Shard(split.name, start, stop, lengths, units_key, tokens_key))
             start = stop
     return shards
 
 
-def make_units(rows: dict[str, Dataset], shards: Sequence[Shard], unit_tokenizer: UnitTokenizer, cache: Path) -> None:
+def make_units(
+    rows: dict[str, Dataset],
+    shards: Sequence[Shard],
+    unit_tokenizer: UnitTokenizer,
+    devices: Sequence[str],
+    cache: Path,
+) -> None:
     """Fill the cache's first level: for each work shard a file of `user_units`, `agent_units` and seconds."""
     from tqdm import tqdm
 
     level = ShardCache(cache / "units")
-    missing = [shard for shard in shards if level.find(shard.units_key) is None]
-    batches = [rows[shard.split].select(range(shard.start, shard.stop)) for shard in missing]
-    with tqdm(total=sum(map(len, batches)), desc="units", unit="pair", disable=not missing) as bar:
-        for index, (shard, batch) in enumerate(zip(missing, batches, strict=True)):
-            for ahead in batches[index : index + 2]:  # the next shard's audio is read while this one is computed
-                unit_tokenizer.read_ahead_rows(ahead[:])
-            level.make(
-                shard.units_key, lambda path, batch=batch, key=shard.units_key: _map(batch, unit_tokenizer, path, key)
-            )
-            bar.update(len(batch))
+    tasks = [
+        Task(shard.units_key, rows[shard.split].select(range(shard.start, shard.stop)))
+        for shard in shards
+        if level.find(shard.units_key) is None
+    ]
+    with tqdm(total=sum(len(task.rows) for task in tasks), desc="units", unit="pair", disable=not tasks) as bar:
+        for task in tokenize_shards(tasks, unit_tokenizer, devices, level):
+            bar.update(len(task.rows))
 
 
 def make_tokens(rows: dict[str, Dataset], shards: Sequence[Shard], encoder: TemplateEncoder, cache: Path) -> None:
@@ -95,10 +97,12 @@ def make_tokens(rows: dict[str, Dataset], shards: Sequence[Shard], encoder: Temp
         )
         its_units = Dataset.from_file(str(units.find(shard.units_key))).select_columns(["user_units", "agent_units"])
         batch = concatenate_datasets([texts, its_units], axis=1).with_format("numpy")
-        level.make(shard.tokens_key, lambda path, batch=batch, key=shard.tokens_key: _map(batch, encoder, path, key))
+        level.make(
+            shard.tokens_key, lambda path, batch=batch, key=shard.tokens_key: map_shard(batch, encoder, path, key)
+        )
 
 
-def _map(batch: Dataset, function: Any, path: str, fingerprint: str) -> Dataset:
+def map_shard(batch: Dataset, function: Any, path: str, fingerprint: str) -> Dataset:
     """Map a work shard as one batch into an Arrow file that holds the new columns only."""
     with quiet():
         return batch.map(

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,12 +20,19 @@ from transformers import AutoModel, Wav2Vec2Config
 
 KMEANS_ROWS = 4096  # frames whose distances to all centroids are held at once: 160 MB with 10,000 centroids
 
-# precision -> (dtype of the layers' matrix products, TF32 for what stays float32)
+
+class Precision(NamedTuple):
+    """How a precision computes: the layers' matrix products and attention, and everything else ("ieee" or "tf32")."""
+
+    layers: torch.dtype
+    front: str
+
+
 PRECISIONS = {
-    "fp32": (torch.float32, False),
-    "tf32": (torch.float32, True),
-    "fp16": (torch.float16, False),
-    "bf16": (torch.bfloat16, False),
+    "fp32": Precision(torch.float32, "ieee"),
+    "tf32": Precision(torch.float32, "tf32"),
+    "fp16": Precision(torch.float16, "ieee"),
+    "bf16": Precision(torch.bfloat16, "ieee"),
 }
 
 
@@ -32,73 +40,94 @@ class UnitModel(nn.Module):
     """Padded waveforms -> units.
 
     Args:
-        folder: A unit model folder.
+        config: Of the model, cut to the layers that are needed.
+        weights: By transformers' names, float32.
+        centroids: (num_units, hidden_size) float32.
         precision: "fp32" computes as the reference does. "fp16" and "bf16" run the layers' matrix products and attention
             in that type; convolutions, projection, positional convolution, norms, the residual stream and k-means
-            stay float32.
+            stay float32. "tf32" lets CUDA round the inputs of all float32 matrix products and convolutions to TF32.
     """
 
-    def __init__(self, folder: str | Path, precision: str = "fp32"):
+    def __init__(
+        self, config: dict[str, Any], weights: dict[str, torch.Tensor], centroids: np.ndarray, precision: str = "fp32"
+    ):
         super().__init__()
-        self.dtype, self.allow_tf32 = PRECISIONS[precision]
-        config = json.loads((Path(folder) / "config.json").read_text())
-        with torch.device("meta"):  # no memory, no initialization: the file's memory-mapped tensors take their place
+        self.precision = PRECISIONS[precision]
+        with torch.device("meta"):  # no memory and no initialization: the given tensors take the parameters' place
             model = AutoModel.from_config(Wav2Vec2Config(**config), attn_implementation="sdpa")
-        model.load_state_dict(load_file(Path(folder) / "model.safetensors"), assign=True)
+        model.load_state_dict(weights, assign=True)
         self.feature_extractor = model.feature_extractor
         self.feature_projection = model.feature_projection
         self.pos_conv_embed = model.encoder.pos_conv_embed
         # The weight that the weight norm computes at each call, computed once: the same values.
         nn.utils.parametrize.remove_parametrizations(self.pos_conv_embed.conv, "weight")
         self.layers = model.encoder.layers
-        if self.dtype != torch.float32:
-            for each in self.layers:
-                each.attention.to(self.dtype)
-                each.feed_forward.to(self.dtype)
-                for norm in (each.layer_norm, each.final_layer_norm):
-                    norm.register_forward_hook(lambda module, args, output: output.to(self.dtype))
-        centroids = np.load(Path(folder) / "kmeans.npy", allow_pickle=False)
+        if self.precision.layers != torch.float32:
+            for layer in self.layers:
+                layer.attention.to(self.precision.layers)
+                layer.feed_forward.to(self.precision.layers)
+                for norm in (layer.layer_norm, layer.final_layer_norm):
+                    norm.register_forward_hook(lambda module, args, output: output.to(self.precision.layers))
         self.register_buffer("centroids", torch.from_numpy(centroids))
         self.register_buffer("centroid_norms", torch.from_numpy(np.square(centroids).sum(axis=1)))
         self.requires_grad_(False).eval()
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, precision: str = "fp32") -> UnitModel:
+        """Open a unit model folder; the weights are memory-mapped until they go to a device."""
+        folder = Path(folder)
+        config = json.loads((folder / "config.json").read_text())
+        centroids = np.load(folder / "kmeans.npy", allow_pickle=False)
+        return cls(config, load_file(folder / "model.safetensors"), centroids, precision)
 
     @torch.inference_mode()
     def forward(self, waveforms: torch.Tensor, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Units of a batch.
 
         Args:
-            waveforms: (batch, num_samples) float32, each row normalized and then padded on the right with anything.
-            frames: (batch,) int64, the frames that a row really has; further ones are masked, their units are output.
+            waveforms: (batch, num_samples) float32 on the model's device, each row normalized and then padded on the right.
+            frames: (batch,) int64 on the CPU, the frames that a row really has; further ones are masked, but their
+                units are output too.
 
         Returns:
-            (batch, num_frames) int32 units, and (batch,) bool: whether all features of the row's frames are finite.
+            (batch, num_frames) uint16 units, and (batch,) bool: whether all features of the row's frames are finite. Both
+            on the model's device, which may still be computing them.
         """
-        with fp32_precision("tf32" if self.allow_tf32 else "ieee"):
+        with fp32_precision(self.precision.front):
             features = self.features(waveforms, frames)
-            valid = torch.arange(features.shape[1], device=features.device) < frames[:, None]
-            finite = (torch.isfinite(features).all(dim=-1) | ~valid).all(dim=-1)
+            padding = self._padding(frames, features)
+            finite = (torch.isfinite(features).all(dim=-1) | padding).all(dim=-1)
             return self.nearest(features), finite
 
     def features(self, waveforms: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
         """-> (batch, num_frames, hidden_size) float32 output of the last layer, before any final norm."""
         hidden, _ = self.feature_projection(self.feature_extractor(waveforms).transpose(1, 2))
-        valid = torch.arange(hidden.shape[1], device=hidden.device) < frames[:, None]
-        hidden = hidden.masked_fill(~valid[:, :, None], 0.0)
+        mask = None
+        if (frames < hidden.shape[1]).any():
+            padding = self._padding(frames, hidden)
+            hidden = hidden.masked_fill(padding[:, :, None], 0.0)
+            mask = ~padding[:, None, None, :].expand(-1, 1, hidden.shape[1], -1)
         hidden = hidden + self.pos_conv_embed(hidden)
-        mask = valid[:, None, None, :].expand(-1, 1, hidden.shape[1], -1)
         for layer in self.layers:
             hidden = layer(hidden, attention_mask=mask)
         return hidden
 
+    @staticmethod
+    def _padding(frames: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """(batch, num_frames) bool: the frames that a row does not have."""
+        return (
+            torch.arange(hidden.shape[1], device=hidden.device) >= frames.to(hidden.device, non_blocking=True)[:, None]
+        )
+
     def nearest(self, features: torch.Tensor) -> torch.Tensor:
-        """(..., hidden_size) -> (...) int32 index of the nearest centroid, the first one on ties."""
+        """(..., hidden_size) -> (...) uint16 index of the nearest centroid, the first one on ties."""
         rows = features.reshape(-1, features.shape[-1])
         units = torch.empty(len(rows), dtype=torch.int32, device=rows.device)
         for start in range(0, len(rows), KMEANS_ROWS):
             some = rows[start : start + KMEANS_ROWS]
             distances = some.pow(2).sum(1, keepdim=True) - 2 * (some @ self.centroids.T) + self.centroid_norms
             units[start : start + KMEANS_ROWS] = distances.argmin(dim=1)
-        return units.reshape(features.shape[:-1])
+        return units.to(torch.uint16).reshape(features.shape[:-1])
 
 
 @contextmanager

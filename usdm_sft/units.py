@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from usdm_sft.audio import SAMPLE_RATE, AudioError, audio_source, describe, read_waveform
+from usdm_sft.audio import SAMPLE_RATE, AudioError, audio_source, describe, read_audio, read_waveform, resample_on
 from usdm_sft.digests import file_digest
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ LAYER_NORM_EPS = (
     1e-5  # over the waveform; the feature extractor of transformers has 1e-7, which changes 7 % of the units
 )
 ROLES = ("user", "agent")
+RESAMPLERS = ("soxr", "torchaudio")
 
 _FOLDER_VARIABLE = "USDM_UNIT_MODEL_"
 
@@ -63,13 +64,14 @@ class UnitTokenizer:
     process started by this one finds the folder through its environment.
     """
 
-    def __init__(self, folder: Path, digest: str, settings: dict[str, Any]):
+    def __init__(self, folder: Path, digest: str, settings: dict[str, Any], device: str | None = None):
         self.folder = folder
         self.digest = digest
-        self.settings = settings
+        self.settings = settings  # what units depend on; of the device its kind
+        self.device = device or settings["device"]
         self._model: UnitModel | None = None
         self._threads: ThreadPoolExecutor | None = None
-        self._reading: dict[str | Path | bytes, Future[Waveform]] = {}
+        self._reading: dict[str | Path | bytes, Future] = {}
         os.environ[_FOLDER_VARIABLE + digest[:16]] = str(folder)
 
     @classmethod
@@ -80,6 +82,7 @@ class UnitTokenizer:
         precision: str = "fp32",
         *,
         batch_seconds: float = BATCH_SECONDS,
+        resampler: str = "soxr",
         cache_dir: str | Path | None = None,
     ) -> UnitTokenizer:
         """Open a unit model folder.
@@ -90,6 +93,7 @@ class UnitTokenizer:
             precision: "fp32" (the reference's), "tf32", "fp16" or "bf16".
             batch_seconds: Seconds of audio, padding included, that one forward pass takes at most; a longer utterance
                 goes alone.
+            resampler: "soxr" (the reference's, on the CPU) or "torchaudio" (on the device; needs the extra).
             cache_dir: Where digests of files are remembered.
 
         Raises:
@@ -103,12 +107,29 @@ class UnitTokenizer:
         folder = Path(folder).expanduser().resolve()
         if precision not in PRECISIONS:
             raise ValueError(f"precision {precision!r} is unknown: choose one of {', '.join(PRECISIONS)}")
-        if batch_seconds <= 0:
+        if resampler not in RESAMPLERS:
+            raise ValueError(f"resampler {resampler!r} is unknown: choose one of {', '.join(RESAMPLERS)}")
+        if not batch_seconds > 0:
             raise ValueError(f"batch_seconds is {batch_seconds}: give a positive number of seconds")
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        settings = {"device": str(device), "precision": precision, "batch_seconds": float(batch_seconds)}
-        return cls(folder, unit_model_digest(folder, cache_dir), settings)
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+        if device.type == "cpu" and precision == "tf32":
+            raise ValueError("precision tf32 exists on CUDA only: use fp32 or bf16 on the CPU")
+        settings = {
+            "device": device.type,
+            "precision": precision,
+            "resampler": resampler,
+            "batch_seconds": float(batch_seconds),
+        }
+        return cls(folder, unit_model_digest(folder, cache_dir), settings, str(device))
+
+    def with_settings(self, **settings: Any) -> UnitTokenizer:
+        """The same unit model on the same device with some settings changed."""
+        return UnitTokenizer(self.folder, self.digest, self.settings | settings, self.device)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """All that the units of an audio file depend on beside its bytes; JSON values."""
+        return VERSION, self.digest, self.settings
 
     def __getstate__(self) -> dict[str, Any]:
         return {"digest": self.digest, "settings": self.settings, "version": VERSION}
@@ -132,15 +153,16 @@ class UnitTokenizer:
         if self._model is None:
             from usdm_sft.unit_model import UnitModel
 
-            self._model = UnitModel(self.folder, self.settings["precision"]).to(self.settings["device"])
+            self._model = UnitModel.from_pretrained(self.folder, self.settings["precision"]).to(self.device)
         return self._model
 
-    def __call__(self, batch: Mapping[str, Sequence]) -> dict[str, Sequence]:
+    def __call__(self, batch: Mapping[str, Sequence], rank: int | None = None) -> dict[str, Sequence]:
         """Tokenize a batch of rows.
 
         Args:
             batch: Columns `user_audio` and `agent_audio`: paths, bytes of audio files, or `{"bytes", "path"}` dicts. A row
                 holds one audio, or a list of as many as it has exchanges.
+            rank: Number of the process, as `.map(with_rank=True, num_proc=...)` gives it: each takes a GPU of its own.
 
         Returns:
             `user_units` and `agent_units`: one (num_frames,) uint16 array an audio; `user_seconds` and `agent_seconds`:
@@ -151,6 +173,10 @@ class UnitTokenizer:
             AudioError: An audio file cannot be read or is shorter than 25 ms.
             ValueError: The features of an audio are not finite.
         """
+        if rank is not None and self.settings["device"] == "cuda":
+            import torch
+
+            self.device = f"cuda:{rank % torch.cuda.device_count()}"
         sources, columns = _distinct(batch)
         units, seconds = self.tokenize_files(sources)
 
@@ -167,18 +193,23 @@ class UnitTokenizer:
         """Paths or file contents -> units, one (num_frames,) uint16 array each, and (num_files,) float32 seconds."""
         self.read_ahead(sources)
         reading = [self._reading.pop(source) for source in sources]
-        waveforms = [future.result() for future in reading]
-        units = self._tokenize(waveforms, [describe(source) for source in sources])
+        names = [describe(source) for source in sources]
+        if self.settings["resampler"] == "soxr":
+            waveforms = [future.result() for future in reading]
+        else:
+            resampled = (resample_on(self.device, *future.result()) for future in reading)
+            waveforms = [_prepare(*each) for each in zip(resampled, names, strict=True)]
         lengths = np.array([waveform.num_samples for waveform in waveforms], dtype=np.float32)
-        return units, lengths / np.float32(SAMPLE_RATE)
+        return self._tokenize(waveforms, names), lengths / np.float32(SAMPLE_RATE)
 
     def read_ahead(self, sources: Sequence[str | Path | bytes]) -> None:
         """Start to read audio in threads; a later `tokenize_files` or call with these sources takes what is ready."""
         if self._threads is None:
             self._threads = ThreadPoolExecutor(thread_name_prefix="read-audio")
+        read = _read_and_prepare if self.settings["resampler"] == "soxr" else read_audio
         for source in sources:
             if source not in self._reading:
-                self._reading[source] = self._threads.submit(_read, source)
+                self._reading[source] = self._threads.submit(read, source)
 
     def read_ahead_rows(self, batch: Mapping[str, Sequence]) -> None:
         """Start to read the audio of rows that a later call will get."""
@@ -186,29 +217,49 @@ class UnitTokenizer:
 
     def tokenize_waveforms(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
         """(num_samples,) float32 waveforms at 16 kHz, mono -> units, one (num_frames,) uint16 array each."""
-        names = [f"waveform {i}" for i in range(len(waveforms))]
-        return self._tokenize([_prepare(*each) for each in zip(waveforms, names, strict=True)], names)
-
-    def _tokenize(self, waveforms: Sequence[Waveform], names: Sequence[str]) -> list[np.ndarray]:
         import torch
 
-        device = torch.device(self.settings["device"])
-        batches = plan_batches([waveform.num_samples for waveform in waveforms], self.settings["batch_seconds"])
-        results = []
-        for rows in batches:  # nothing waits for the device in here
-            padded = torch.nn.utils.rnn.pad_sequence([waveforms[row].samples for row in rows], batch_first=True)
-            frames = torch.tensor([num_frames(waveforms[row].num_samples) for row in rows])
-            units, finite = self.model(padded.to(device), frames.to(device))
-            results.append((units.to(torch.uint16), finite))
+        names = [f"waveform {i}" for i in range(len(waveforms))]
+        tensors = (torch.from_numpy(np.ascontiguousarray(waveform, dtype=np.float32)) for waveform in waveforms)
+        return self._tokenize([_prepare(*each) for each in zip(tensors, names, strict=True)], names)
+
+    def _tokenize(self, waveforms: Sequence[Waveform], names: Sequence[str]) -> list[np.ndarray]:
+        lengths = [waveform.num_samples for waveform in waveforms]
+        batches = plan_batches(lengths, self.settings["batch_seconds"])
+        # Nothing waits for the device until all batches are on their way to it.
+        results = [self._forward([waveforms[row] for row in rows], [names[row] for row in rows]) for rows in batches]
         found: list[np.ndarray] = [np.zeros(0, np.uint16)] * len(waveforms)
         for rows, (units, finite) in zip(batches, results, strict=True):
             for row, its_units, its_finite in zip(rows, units.cpu().numpy(), finite.cpu().numpy(), strict=True):
                 if not its_finite:
                     raise ValueError(
-                        f"{names[row]}: the features are not finite in precision {self.settings['precision']}: use another"
+                        f"{names[row]}: the features are not finite in precision {self.settings['precision']}: "
+                        "use another precision, such as fp32"
                     )
                 found[row] = its_units[: num_frames(len(waveforms[row].samples))]
         return found
+
+    def _forward(self, batch: Sequence[Waveform], names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        device = torch.device(self.device)
+        padded = torch.nn.utils.rnn.pad_sequence([waveform.samples for waveform in batch], batch_first=True)
+        frames = torch.tensor([num_frames(waveform.num_samples) for waveform in batch])
+        if device.type == "cuda" and padded.device.type == "cpu":
+            padded = padded.pin_memory()
+        try:
+            return self.model(padded.to(device, non_blocking=True), frames)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            seconds = padded.numel() / SAMPLE_RATE
+            if len(batch) > 1:
+                remedy = f"set --batch_seconds (now {self.settings['batch_seconds']:g}) to {seconds / 2:.0f} or less"
+            else:
+                remedy = f"leave out {names[0]}, or use a device with more memory"
+            raise MemoryError(
+                f"out of memory on {device} with a batch of {len(batch)} utterances and {seconds:.0f} s of audio: {remedy}"
+            ) from error
 
 
 def plan_batches(lengths: Sequence[int], batch_seconds: float) -> list[list[int]]:
@@ -226,35 +277,45 @@ def plan_batches(lengths: Sequence[int], batch_seconds: float) -> list[list[int]
     return batches
 
 
+def padding_share(shards: Iterable[Sequence[int]], batch_seconds: float) -> float:
+    """Share of padding in what the batches compute; for each work shard the lengths of its audio."""
+    used = padded = 0
+    for lengths in shards:
+        used += sum(lengths)
+        padded += sum(len(rows) * lengths[rows[0]] for rows in plan_batches(lengths, batch_seconds))
+    return 1 - used / padded if padded else 0.0
+
+
 def num_frames(num_samples: int) -> int:
     """Frames, and so units, of `num_samples` samples at 16 kHz."""
     return (num_samples - MIN_SAMPLES) // FRAME_SAMPLES + 1
 
 
-def normalize(waveform: np.ndarray) -> torch.Tensor:
+def normalize(samples: torch.Tensor) -> torch.Tensor:
     """(num_samples,) float32 -> what the unit model was trained on: an even number of samples, mean 0, variance 1.
 
     The reference's collater appends one sample of value 1.0 to an odd number, before the layer norm sees the waveform.
     """
     import torch
 
-    samples = torch.from_numpy(np.ascontiguousarray(waveform, dtype=np.float32))
     if len(samples) % 2:
-        samples = torch.cat([samples, torch.ones(1)])
+        samples = torch.nn.functional.pad(samples, (0, 1), value=1.0)
     return torch.nn.functional.layer_norm(samples, samples.shape, eps=LAYER_NORM_EPS)
 
 
-def _prepare(waveform: np.ndarray, name: str) -> Waveform:
-    if len(waveform) < MIN_SAMPLES:
+def _prepare(samples: torch.Tensor, name: str) -> Waveform:
+    if len(samples) < MIN_SAMPLES:
         raise AudioError(
-            f"{name} has {len(waveform)} samples at 16 kHz, fewer than the {MIN_SAMPLES} (25 ms) that make a unit: "
+            f"{name} has {len(samples)} samples at 16 kHz, fewer than the {MIN_SAMPLES} (25 ms) that make a unit: "
             "leave out the utterance"
         )
-    return Waveform(normalize(waveform), len(waveform))
+    return Waveform(normalize(samples), len(samples))
 
 
-def _read(source: str | Path | bytes) -> Waveform:
-    return _prepare(read_waveform(source), describe(source))
+def _read_and_prepare(source: str | Path | bytes) -> Waveform:
+    import torch
+
+    return _prepare(torch.from_numpy(read_waveform(source)), describe(source))
 
 
 def unit_model_digest(folder: str | Path, cache_dir: str | Path | None = None) -> str:

@@ -1,0 +1,56 @@
+"""How many units a faster setting changes: measured on a sample of the corpus against fp32 and soxr, on the same device."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from usdm_sft.cache import cache_key
+
+if TYPE_CHECKING:
+    from usdm_sft.digests import AudioDigest
+    from usdm_sft.units import UnitTokenizer
+
+NUM_UTTERANCES = 64
+
+
+def measure_agreement(
+    unit_tokenizer: UnitTokenizer, audio: Mapping[str, AudioDigest], cache: Path, num_utterances: int = NUM_UTTERANCES
+) -> dict[str, Any] | None:
+    """Share of units that are those of fp32 and soxr, on utterances spread evenly over the corpus.
+
+    Args:
+        unit_tokenizer: What is measured.
+        audio: Every file of the corpus, in order.
+        cache: Where the result is kept; the same question is computed once.
+        num_utterances: Size of the sample.
+
+    Returns:
+        `utterances`, `units`, `equal_units` and `share`; None where the setting is fp32 and soxr itself.
+    """
+    reference = unit_tokenizer.with_settings(precision="fp32", resampler="soxr")
+    if reference.settings == unit_tokenizer.settings:
+        return None
+    paths = list(audio)
+    picked = np.unique(np.linspace(0, len(paths) - 1, min(num_utterances, len(paths))).round().astype(int))
+    sample = [paths[i] for i in picked]
+    key = cache_key("agreement", *reference.key, *unit_tokenizer.key, [audio[path].sha256 for path in sample])
+    file = cache / "agreement" / f"{key}.json"
+    if file.is_file():
+        return json.loads(file.read_text())
+    expected, _ = reference.tokenize_files(sample)
+    del reference  # its weights make room on the device
+    found, _ = unit_tokenizer.tokenize_files(sample)
+    num_units = sum(map(len, expected))
+    equal = sum(int((a == b).sum()) for a, b in zip(expected, found, strict=True))
+    result = {"utterances": len(sample), "units": num_units, "equal_units": equal, "share": round(equal / num_units, 6)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(f".{os.getpid()}.unfinished")
+    unfinished.write_text(json.dumps(result))
+    os.replace(unfinished, file)
+    return result

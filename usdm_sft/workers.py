@@ -1,0 +1,117 @@
+"""Unit shards on one device or several: one spawned process a GPU, work shards handed out as they finish."""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from usdm_sft.cache import ShardCache
+    from usdm_sft.units import UnitTokenizer
+
+POLL_SECONDS = 1.0
+
+
+class Task(NamedTuple):
+    """A work shard to make: its key and its rows with audio columns."""
+
+    key: str
+    rows: Dataset
+
+
+def tokenize_shards(
+    tasks: Sequence[Task], unit_tokenizer: UnitTokenizer, devices: Sequence[str], level: ShardCache
+) -> Iterator[Task]:
+    """Make each work shard's file of the cache level; yields the tasks as they are done.
+
+    Args:
+        tasks: What to make.
+        unit_tokenizer: Pickled into the processes, which load the model themselves.
+        devices: Such as ["cuda:0", "cuda:1"]; one alone is used by this process.
+        level: The cache level of unit shards.
+
+    Raises:
+        RuntimeError: A process died; what was finished stands.
+        Exception: Whatever went wrong in a process.
+    """
+    if len(devices) == 1:
+        unit_tokenizer.device = devices[0]
+        yield from _work(iter(tasks), unit_tokenizer, level)
+        return
+    context = multiprocessing.get_context("spawn")
+    waiting, done = context.Queue(), context.Queue()
+    for index in range(len(tasks)):
+        waiting.put((index, tasks[index]))
+    processes = {}
+    for device in devices[: len(tasks)]:
+        waiting.put(None)
+        processes[device] = context.Process(
+            target=_process, args=(unit_tokenizer, device, level, waiting, done), name=f"units on {device}", daemon=True
+        )
+        processes[device].start()
+    try:
+        remaining = len(tasks)
+        while remaining:
+            try:
+                outcome = done.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                for device, process in processes.items():
+                    if process.exitcode not in (None, 0):
+                        raise RuntimeError(
+                            f"the process on {device} died (exit code {process.exitcode}): start the run again; "
+                            "finished work shards are kept"
+                        ) from None
+                continue
+            if isinstance(outcome, BaseException):
+                raise outcome
+            remaining -= 1
+            yield tasks[outcome]
+    finally:
+        for process in processes.values():
+            process.terminate()
+            process.join()
+
+
+def _work(tasks: Iterator[Task], unit_tokenizer: UnitTokenizer, level: ShardCache) -> Iterator[Task]:
+    """Make shard after shard; the next one's audio is read while this one is computed."""
+    from usdm_sft.shards import map_shard
+
+    task = next(tasks, None)
+    if task is not None:
+        unit_tokenizer.read_ahead_rows(task.rows[:])
+    while task is not None:
+        following = next(tasks, None)
+        if following is not None:
+            unit_tokenizer.read_ahead_rows(following.rows[:])
+        key, rows = task
+        level.make(key, lambda path, rows=rows, key=key: map_shard(rows, unit_tokenizer, path, key))
+        yield task
+        task = following
+
+
+def _process(unit_tokenizer: UnitTokenizer, device: str, level: ShardCache, waiting: Any, done: Any) -> None:
+    indices: list[int] = []
+
+    def tasks() -> Iterator[Task]:
+        while True:
+            try:
+                item = waiting.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                if not multiprocessing.parent_process().is_alive():
+                    return
+                continue
+            if item is None:
+                return
+            indices.append(item[0])
+            yield item[1]
+
+    try:
+        unit_tokenizer.device = device
+        for _ in _work(tasks(), unit_tokenizer, level):
+            done.put(indices.pop(0))
+    except Exception as error:  # raised again in the parent
+        done.put(error)
