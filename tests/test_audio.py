@@ -1,12 +1,15 @@
 import hashlib
 import json
+import sys
+import types
 
 import librosa
 import numpy as np
 import pytest
 import soundfile
+import torch
 
-from usdm_sft.audio import AudioError, audio_source, read_header, read_waveform, resampled_length
+from usdm_sft.audio import AudioError, audio_source, read_header, read_waveform, resample_on, resampled_length
 
 FORMATS = [
     ("wav", "PCM_16", 22_050, 1),
@@ -55,6 +58,30 @@ def test_what_an_audio_column_may_hold(tmp_path):
     assert audio_source(tmp_path) == str(tmp_path)
     with pytest.raises(TypeError, match=r"audio is a list, not a path or bytes: .*Audio\(decode=False\)"):
         audio_source([0.1, 0.2])
+
+
+def test_resampling_on_the_device_without_torchaudio(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchaudio", None)
+    with pytest.raises(
+        ImportError, match=r"needs torchaudio .*pip install 'dailytalk-usdm\[torchaudio\]', or use .* soxr"
+    ):
+        resample_on("cpu", np.zeros(100, np.float32), 22_050)
+
+
+@pytest.mark.parametrize("missing", [-1, 0, 1])
+def test_resampling_on_the_device_has_the_length_of_the_reference(monkeypatch, missing):
+    """With a stand-in for torchaudio, which cannot be installed beside a CPU torch."""
+
+    def resample(waveform, rate, new_rate, **options):
+        assert options["resampling_method"] == "sinc_interp_kaiser"
+        return torch.ones(resampled_length(len(waveform), rate) + missing)
+
+    functional = types.SimpleNamespace(resample=resample)
+    monkeypatch.setitem(sys.modules, "torchaudio", types.SimpleNamespace(functional=functional))
+    monkeypatch.setitem(sys.modules, "torchaudio.functional", functional)
+    resampled = resample_on("cpu", np.zeros(22_051, np.float32), 22_050)
+    assert resampled.tolist() == [1.0] * (16_001 + min(missing, 0)) + [0.0] * (missing == -1)
+    assert resample_on("cpu", np.zeros(5, np.float32), 16_000).tolist() == [0.0] * 5
 
 
 def test_bad_audio(tmp_path):

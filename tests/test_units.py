@@ -12,12 +12,13 @@ import torch
 from conftest import FIXTURES, SHARED
 from datasets import Dataset
 from datasets.fingerprint import Hasher
+from soxr import resample
 
 from usdm_sft import units as module
 from usdm_sft.audio import AudioError
 from usdm_sft.checkpoint import convert
 from usdm_sft.unit_model import UnitModel, fp32_precision
-from usdm_sft.units import UnitTokenizer, normalize, num_frames, plan_batches
+from usdm_sft.units import UnitTokenizer, normalize, num_frames, padding_share, plan_batches
 
 sys.path.insert(0, str(FIXTURES / "units"))
 from load import load
@@ -204,6 +205,10 @@ def test_pickled_copy_finds_the_folder_through_the_environment(tokenizer, fairse
 def test_bad_settings_and_folders(fairseq, tmp_path):
     with pytest.raises(ValueError, match="precision 'fp8' is unknown: choose one of fp32"):
         UnitTokenizer.from_pretrained(fairseq, precision="fp8")
+    with pytest.raises(ValueError, match="resampler 'sinc' is unknown: choose one of soxr, torchaudio"):
+        UnitTokenizer.from_pretrained(fairseq, resampler="sinc")
+    with pytest.raises(ValueError, match="tf32 exists on CUDA only: use fp32 or bf16"):
+        UnitTokenizer.from_pretrained(fairseq, device="cpu", precision="tf32")
     with pytest.raises(ValueError, match="batch_seconds is 0: give a positive"):
         UnitTokenizer.from_pretrained(fairseq, batch_seconds=0)
     with pytest.raises(FileNotFoundError, match=r"holds no unit_model\.json"):
@@ -231,11 +236,71 @@ def test_features_that_are_not_finite_name_the_utterance(fairseq):
         tokenizer.tokenize_waveforms([np.random.default_rng(0).standard_normal(1000).astype(np.float32)])
 
 
+def test_out_of_memory_says_what_to_set(fairseq, monkeypatch):
+    tokenizer = UnitTokenizer.from_pretrained(fairseq, device="cpu", batch_seconds=10)
+
+    def fail(self, waveforms, frames):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(UnitModel, "forward", fail)
+    waveforms = [np.zeros(16_000 * seconds, np.float32) for seconds in (2, 4)]
+    message = r"out of memory on cpu with a batch of 2 utterances and 8 s of audio: set --batch_seconds \(now 10\) to 4 or less"
+    with pytest.raises(MemoryError, match=message):
+        tokenizer.tokenize_waveforms(waveforms)
+    with pytest.raises(MemoryError, match="leave out waveform 0, or use a device with more memory"):
+        tokenizer.tokenize_waveforms(waveforms[:1])
+
+
+def test_a_minute_of_audio(tokenizer):
+    waveform = np.random.default_rng(0).standard_normal(60 * 16_000).astype(np.float32)
+    [alone], [beside, _] = (
+        tokenizer.tokenize_waveforms([waveform]),
+        tokenizer.tokenize_waveforms([waveform, waveform[:400]]),
+    )
+    assert len(alone) == 2999
+    assert np.mean(alone == beside) > 0.999  # ties
+
+
+def test_faster_precision_keeps_most_units(fairseq, golden):
+    cases, waveforms, _ = golden
+    tokenizer = UnitTokenizer.from_pretrained(fairseq, device="cpu", precision="bf16")
+    assert tokenizer.model.layers[0].attention.q_proj.weight.dtype == torch.bfloat16
+    assert tokenizer.model.layers[0].layer_norm.weight.dtype == torch.float32
+    found = tokenizer.tokenize_waveforms([waveforms[name] for name in cases])
+    equal = sum(np.sum(units == case["units"]) for units, case in zip(found, cases.values(), strict=True))
+    assert 0.97 < equal / sum(len(case["units"]) for case in cases.values()) < 1
+
+
+def test_resampler_on_the_device(rows, fairseq, monkeypatch):
+    """That waveforms go through it, with a stand-in that resamples as soxr does."""
+    monkeypatch.setattr(
+        module, "resample_on", lambda device, samples, rate: torch.from_numpy(resample(samples, rate, 16_000))
+    )
+    plain = UnitTokenizer.from_pretrained(fairseq, device="cpu")(rows)
+    tokenizer = UnitTokenizer.from_pretrained(fairseq, device="cpu", resampler="torchaudio")
+    assert [len(units) for units in tokenizer(rows)["user_units"]] == [len(units) for units in plain["user_units"]]
+    assert tokenizer.key != UnitTokenizer.from_pretrained(fairseq, device="cpu").key
+
+
+def test_rank_chooses_the_gpu(fairseq, rows, monkeypatch):
+    tokenizer = UnitTokenizer.from_pretrained(fairseq, device="cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(
+        tokenizer, "tokenize_files", lambda sources: ([np.zeros(1)] * len(sources), np.zeros(len(sources)))
+    )
+    before = Hasher.hash(tokenizer)
+    tokenizer(rows, 6)
+    assert tokenizer.device == "cuda:2"
+    assert Hasher.hash(tokenizer) == before
+
+
 def test_plan_is_by_length_and_fills_batches():
     seconds = 16_000
     lengths = [1 * seconds, 5 * seconds, 2 * seconds, 2 * seconds, 30 * seconds, 1 * seconds]
     assert plan_batches(lengths, 10) == [[4], [1, 2], [3, 0, 5]]
     assert plan_batches([], 10) == []
+    assert padding_share([lengths], 10) == 1 - 41 / (30 + 10 + 6)
+    assert padding_share([[1], [1, 1]], 10) == padding_share([], 10) == 0
 
 
 def test_fp32_precision_restores_the_callers_settings():

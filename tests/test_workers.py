@@ -1,0 +1,164 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import REPOSITORY
+
+from usdm_sft import pipeline
+from usdm_sft.agreement import measure_agreement
+from usdm_sft.audio import AudioError
+from usdm_sft.digests import audio_digests
+from usdm_sft.pipeline import prepare
+from usdm_sft.unit_model import UnitModel
+from usdm_sft.units import UnitTokenizer
+
+
+def content(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+def options(mini, unit_model, folder, **changes):
+    return {
+        "data_dir": str(mini / "corpus"),
+        "pretrained_model_name_or_path": "mistral-common",
+        "unit_model": str(unit_model),
+        "shard_dialogs": 1,
+        "cache_dir": str(folder / "cache"),
+        "output_path": str(folder / "out"),
+    } | changes
+
+
+def command(mini, unit_model, folder, *more):
+    pairs = options(mini, unit_model, folder).items()
+    arguments = [part for name, value in pairs for part in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "usdm_sft.cli", "prepare", *arguments, *more]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(mini, unit_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    prepare(**options(mini, unit_model, folder))
+    return content(folder / "out")
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+    """Two processes on the CPU take the place of two GPUs."""
+    monkeypatch.setattr(pipeline, "_find_devices", lambda num_gpus: ["cpu", "cpu:0"])
+
+
+def test_two_processes_give_the_bytes_of_one(mini, unit_model, tmp_path, two_processes, undisturbed, monkeypatch):
+    monkeypatch.setattr(UnitModel, "forward", None)  # not in this process
+    prepare(**options(mini, unit_model, tmp_path))
+    assert content(tmp_path / "out") == undisturbed
+
+
+def test_error_in_a_process_reaches_the_caller(mini, unit_model, tmp_path, two_processes, monkeypatch):
+    import shutil
+
+    corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
+    path = corpus / "data" / "8" / "0_1_d8.wav"
+    header = path.read_bytes()[:44]
+    path.write_bytes(header + b"\0" * 200)  # a header that promises more: 100 samples
+    with pytest.raises(AudioError, match=r"0_1_d8\.wav has 73 samples at 16 kHz"):
+        prepare(**options(mini, unit_model, tmp_path, data_dir=str(corpus)))
+
+
+def test_a_process_that_dies_is_named_and_its_work_is_not_lost(
+    mini, unit_model, tmp_path, two_processes, undisturbed, monkeypatch
+):
+    killer = tmp_path / "sitecustomize.py"  # runs in every process that is started from here
+    killer.write_text(
+        "import os, sys\n"
+        "if 'spawn_main' in ' '.join(sys.orig_argv):\n"
+        "    import threading, time, glob\n"
+        "    def kill():\n"
+        f"        while not glob.glob({str(tmp_path / 'cache' / 'units' / '*.arrow')!r}):\n"
+        "            time.sleep(0.001)\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "    threading.Thread(target=kill, daemon=True).start()\n"
+    )
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(REPOSITORY)]))
+        with pytest.raises(RuntimeError, match=r"the process on cpu.* died \(exit code -9\): start the run again"):
+            prepare(**options(mini, unit_model, tmp_path))
+    finished = {path: path.stat().st_ino for path in (tmp_path / "cache" / "units").glob("*.arrow")}
+    assert finished
+    prepare(**options(mini, unit_model, tmp_path))
+    assert {path: path.stat().st_ino for path in finished} == finished
+    assert content(tmp_path / "out") == undisturbed
+
+
+KILL_POINTS = [
+    ("first unit shard", "cache/units/*.arrow", 1),
+    ("fourth unit shard", "cache/units/*.arrow", 4),
+    ("last unit shard", "cache/units/*.arrow", 6),
+    ("second token shard", "cache/tokens/*.arrow", 2),
+    ("fifth output file", "out/.unfinished/single_turn/*.parquet", 5),
+]
+
+
+@pytest.mark.parametrize(("name", "pattern", "number"), KILL_POINTS, ids=[point[0] for point in KILL_POINTS])
+def test_kill_9_and_run_again(mini, unit_model, tmp_path, undisturbed, name, pattern, number):
+    run = subprocess.Popen(command(mini, unit_model, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list(tmp_path.glob(pattern))) < number:
+        assert run.poll() is None, "ended before it could be killed"
+        time.sleep(0.0005)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert not (tmp_path / "out" / "counts.json").exists()
+    finished = {path: path.stat().st_ino for path in tmp_path.glob("cache/*/*.arrow")}
+    assert len(finished) >= (number if "cache" in pattern else 12)
+    subprocess.run(command(mini, unit_model, tmp_path), check=True, capture_output=True)
+    assert {path: path.stat().st_ino for path in finished} == finished  # not one finished file was written again
+    assert content(tmp_path / "out") == undisturbed
+    assert not list(tmp_path.rglob("*.unfinished"))
+
+
+def test_two_runs_at_once_on_one_cache(mini, unit_model, tmp_path, undisturbed):
+    first = subprocess.Popen(command(mini, unit_model, tmp_path), stderr=subprocess.PIPE)
+    second = subprocess.Popen(command(mini, unit_model, tmp_path, "--output_path", str(tmp_path / "second")))
+    assert [first.wait(), second.wait()] == [0, 0]
+    assert content(tmp_path / "out") == content(tmp_path / "second") == undisturbed
+    assert len(list((tmp_path / "cache" / "units").glob("*.arrow"))) == 6
+
+
+def test_agreement_is_measured_once_counted_and_logged(mini, unit_model, tmp_path, caplog, monkeypatch):
+    counts = prepare(**options(mini, unit_model, tmp_path, precision="bf16"))
+    agreement = counts["agreement"]
+    assert agreement["utterances"] == 19
+    assert 0.9 < agreement["share"] == round(agreement["equal_units"] / agreement["units"], 6) < 1
+    assert (
+        f"bf16, soxr: {100 * agreement['share']:.2f} % of the units are those of fp32 and soxr (19 utterances)"
+        in caplog.text
+    )
+    monkeypatch.setattr(UnitModel, "forward", None)
+    again = prepare(**options(mini, unit_model, tmp_path, precision="bf16", output_path=str(tmp_path / "again")))
+    assert again["agreement"] == agreement
+
+
+def test_no_agreement_to_measure_for_the_reference_setting(mini, unit_model, tmp_path):
+    assert prepare(**options(mini, unit_model, tmp_path))["agreement"] is None
+
+
+def test_sample_is_spread_over_the_corpus(mini, unit_model, tmp_path, monkeypatch):
+    paths = [str(path) for path in sorted(mini.glob("corpus/data/*/*.wav"))]
+    tokenizer = UnitTokenizer.from_pretrained(unit_model, device="cpu", precision="bf16")
+    read = []
+    tokenize = UnitTokenizer.tokenize_files
+    monkeypatch.setattr(
+        UnitTokenizer, "tokenize_files", lambda self, sources: read.append(sources) or tokenize(self, sources)
+    )
+    found = measure_agreement(tokenizer, audio_digests(paths, tmp_path), tmp_path, num_utterances=3)
+    assert found["utterances"] == 3
+    assert read == [[paths[0], paths[11], paths[22]]] * 2
+
+
+def test_more_gpus_than_there_are(mini, unit_model, tmp_path):
+    with pytest.raises(ValueError, match="num_gpus is 99: this machine has"):
+        prepare(**options(mini, unit_model, tmp_path, num_gpus=99))
