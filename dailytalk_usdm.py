@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 import datasets
+import datasets.data_files
 import datasets.packaged_modules
 
 from usdm_sft import corpus, digests, download
@@ -24,6 +25,8 @@ _PUBLIC = {
     "load_tokenizer": "usdm_sft.tokenizer",
     "prepare": "usdm_sft.pipeline",
 }
+
+_GUESSED = {"train": ["train_phone.txt"], "validation": ["val_phone.txt"]}
 
 _CITATION = """\
 @inproceedings{lee2023dailytalk,
@@ -165,20 +168,27 @@ def load_dataset(data_dir, name="single_turn", *, data_files=None, **kwargs):
     return datasets.load_dataset("dailytalk_usdm", name, data_dir=data_dir, data_files=data_files, **kwargs)
 
 
-def _find_split_lists(data_dir, data_files, cache_dir):
+def _find_split_lists(data_dir, data_files, cache_dir) -> dict[str, Path]:
     """-> the path of each split's list: named (relative to data_dir), or beside the data, or else DailyTalk's own."""
-    beside = corpus.find_split_lists(data_dir)
+    data_dir = Path(data_dir).expanduser()
     if data_files is not None:
+        if isinstance(data_files, str | os.PathLike | list | tuple):
+            data_files = {"train": data_files}
         lists = {}
         for split, files in data_files.items():
-            files = [files] if isinstance(files, str | os.PathLike) else list(files)
-            lists[str(split)] = [Path(data_dir, file) for file in files]
-        # Where the user names no data_files, datasets puts there whatever it finds under data_dir, audio included.
-        if all(len(files) == 1 and files[0].suffix != ".wav" for files in lists.values()):
-            lists = {split: files[0] for split, files in lists.items()}
-            if beside is None or {path.resolve() for path in lists.values()} != set(beside.values()):
-                return lists
-    return beside or download.fetch_split_lists(cache_dir)
+            files = [files] if isinstance(files, str | os.PathLike) else files
+            lists[str(split)] = [Path(data_dir, Path(file).expanduser()) for file in files]
+        # Where the user names none, datasets puts there what it finds under data_dir: audio, or lists under other names.
+        guessed = isinstance(data_files, datasets.data_files.DataFilesDict) and (
+            any(file.suffix == ".wav" for files in lists.values() for file in files)
+            or {split: [file.name for file in files] for split, files in lists.items()} == _GUESSED
+        )
+        if not guessed:
+            for split, files in lists.items():
+                if len(files) != 1:
+                    raise ValueError(f"data_files names {len(files)} split lists for {split}: name one")
+            return {split: files[0] for split, files in lists.items()}
+    return corpus.find_split_lists(data_dir) or download.fetch_split_lists(cache_dir)
 
 
 def __getattr__(name):

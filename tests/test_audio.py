@@ -85,7 +85,7 @@ def test_resampling_on_the_device_has_the_length_of_the_reference(monkeypatch, m
 
 
 def test_bad_audio(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none\.wav does not exist: complete the corpus"):
+    with pytest.raises(FileNotFoundError, match=r"none\.wav does not exist: correct the path"):
         read_waveform(tmp_path / "none.wav")
     (tmp_path / "text.wav").write_text("not audio")
     with pytest.raises(AudioError, match=r"text\.wav is not audio that soundfile can read .*: replace the file"):

@@ -1,5 +1,6 @@
 import json
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ from safetensors.torch import load_file
 from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 from usdm_sft import checkpoint as module
-from usdm_sft import download
-from usdm_sft.checkpoint import convert, find_unit_model
+from usdm_sft import download, published
+from usdm_sft.checkpoint import convert
+from usdm_sft.published import find_unit_model
 
 UNITS = FIXTURES / "units"
 
@@ -47,7 +49,10 @@ def test_values_are_unchanged_and_later_layers_dropped(tmp_path):
     assert np.array_equal(np.load(folder / "kmeans.npy"), np.load(UNITS / "kmeans.npy"))
     description = json.loads((folder / "unit_model.json").read_text())
     assert (description["layer"], description["sample_rate"], description["num_units"]) == (5, 16_000, 200)
-    assert set(description["sources"]) == {"model_fairseq.pt", "kmeans.npy"}
+    assert description["sources"] == {
+        "checkpoint": download.sha256_file(UNITS / "model_fairseq.pt"),
+        "kmeans": download.sha256_file(UNITS / "kmeans.npy"),
+    }
 
 
 def test_transformers_opens_the_folder(tmp_path):
@@ -74,8 +79,25 @@ def test_converting_again_leaves_the_folder(tmp_path):
     before = (folder / "unit_model.json").stat().st_mtime_ns
     assert convert_small(folder) == folder
     assert (folder / "unit_model.json").stat().st_mtime_ns == before
-    with pytest.raises(FileExistsError, match="exists and was not made from these files: remove it"):
+    with pytest.raises(
+        FileExistsError, match="exists and was not made from these files and settings, or was changed: remove"
+    ):
         convert_small(folder, layer=4)
+    config = json.loads((UNITS / "config.json").read_text())
+    (tmp_path / "heads.json").write_text(json.dumps(config | {"num_attention_heads": 2}))  # no shape tells these apart
+    with pytest.raises(FileExistsError):
+        convert_small(folder, model_config=tmp_path / "heads.json")
+    with open(folder / "model.safetensors", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(FileExistsError):
+        convert_small(folder)
+
+
+def test_two_at_once_take_turns(tmp_path):
+    with ThreadPoolExecutor(4) as threads:
+        folders = list(threads.map(lambda _: convert_small(tmp_path / "model"), range(4)))
+    assert folders == [tmp_path / "model"] * 4
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 class Evil:
@@ -94,6 +116,8 @@ class Evil:
         (lambda m: m.update({"surprise.weight": torch.ones(3)}), r"surprise\.weight is no parameter of a wav2vec 2\.0"),
         (lambda m: m["layer_norm.weight"].fill_(float("nan")), "holds NaN or infinite values: download"),
         (lambda m: m.update({"layer_norm.weight": Evil()}), "is not a checkpoint of plain tensors"),
+        (lambda m: m.update({7: torch.ones(3)}), "7 is no name of a tensor"),
+        (lambda m: m.update({"layer_norm.weight": 1.5}), r"'layer_norm\.weight' is no name of a tensor"),
     ],
 )
 def test_bad_checkpoint(tmp_path, capfd, change, message):
@@ -148,6 +172,22 @@ def test_bad_config(tmp_path):
         convert_small(tmp_path / "model", model_config=tmp_path / "c.json")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1]", "holds no JSON object"),
+        ("{", "is not JSON"),
+        ('{"do_stable_layer_norm": true}', "hidden_size is None: complete"),
+    ],
+)
+def test_unreadable_config(tmp_path, content, message):
+    (tmp_path / "c.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"c\.json.* {message}"):
+        convert_small(tmp_path / "model", model_config=tmp_path / "c.json")
+    with pytest.raises(FileNotFoundError, match=r"none\.json is not a file"):
+        convert_small(tmp_path / "model", model_config=tmp_path / "none.json")
+
+
 def test_default_config_is_xls_r_1b():
     with torch.device("meta"):
         model = Wav2Vec2Model(Wav2Vec2Config(**module._read_config(None, 35)))
@@ -163,7 +203,11 @@ class TestPublished:
         self.fetched = []
         files = {"xlsr2_1b_v2.pt": UNITS / "model_fairseq.pt", "kmeans_10k.npy": UNITS / "kmeans.npy"}
 
+        self.broken = []
+
         def fetch(url, path, *, sha256=None):
+            if path.name in self.broken:
+                raise OSError("the connection broke")
             assert url.startswith("https://dl.fbaipublicfiles.com/seamlessM4T/models/unit_extraction/")
             self.fetched.append(path.name)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +217,7 @@ class TestPublished:
                 raise ValueError("it is not the file that is known; not kept")
             return digest
 
-        monkeypatch.setattr(module, "download", fetch)
+        monkeypatch.setattr(published, "download", fetch)
         monkeypatch.setattr(module, "XLSR_1B", json.loads((UNITS / "config.json").read_text()))
         monkeypatch.setattr(module.convert, "__kwdefaults__", {"model_config": None, "layer": 5})
 
@@ -187,6 +231,15 @@ class TestPublished:
         assert recorded["kmeans_10k.npy"] in caplog.text
         assert not (tmp_path / "xlsr2_1b_v2.sources").exists()
 
+    def test_every_file_is_recorded_after_a_broken_download(self, tmp_path):
+        self.broken = ["kmeans_10k.npy"]
+        with pytest.raises(OSError, match="the connection broke"):
+            find_unit_model("xlsr2_1b_v2", tmp_path)
+        self.broken = []
+        find_unit_model("xlsr2_1b_v2", tmp_path)
+        assert self.fetched == ["xlsr2_1b_v2.pt", "kmeans_10k.npy"]
+        assert set(json.loads((tmp_path / "xlsr2_1b_v2.sha256.json").read_text())) == set(self.fetched)
+
     def test_a_later_download_must_match_the_record(self, tmp_path):
         (tmp_path / "xlsr2_1b_v2.sha256.json").write_text(json.dumps({"kmeans_10k.npy": "0" * 64}))
         with pytest.raises(ValueError, match="it is not the file that is known"):
@@ -195,4 +248,7 @@ class TestPublished:
 
 def test_no_unit_model_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"is not a unit model folder .* 'dailytalk-usdm convert'"):
+        find_unit_model(tmp_path)
+    (tmp_path / "unit_model.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"unit_model\.json is not what convert wrote"):
         find_unit_model(tmp_path)

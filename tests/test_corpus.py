@@ -1,5 +1,6 @@
 import http.server
 import re
+import socket
 import threading
 
 import pytest
@@ -119,8 +120,9 @@ def test_dialog_in_both_splits(tmp_path):
 
 
 def test_wrong_encoding(tmp_path):
-    (tmp_path / "l.txt").write_bytes("0_0_d1|0|{P}|café|none\n".encode("latin-1"))
-    with pytest.raises(CorpusError, match=r"l\.txt: not UTF-8 .*save the list as UTF-8"):
+    content = f"{GOOD[0]}\n" * 5000 + "1_1_d1|1|{P}|café|none\n"
+    (tmp_path / "l.txt").write_bytes(content.encode("latin-1"))
+    with pytest.raises(CorpusError, match=r"l\.txt:5001: not UTF-8 .*save the list as UTF-8"):
         read_corpus({"train": tmp_path / "l.txt"})
 
 
@@ -143,6 +145,9 @@ def test_split_lists_beside_the_data(tmp_path, names, given):
 def test_no_split_lists_and_no_data(tmp_path):
     (tmp_path / "data").mkdir()
     assert corpus.find_split_lists(tmp_path) is None
+    write(tmp_path / "train_phone.txt", *GOOD)
+    with pytest.raises(FileNotFoundError, match=r"train_phone\.txt has no val_phone\.txt beside it: add it"):
+        corpus.find_split_lists(tmp_path)
     with pytest.raises(FileNotFoundError, match="holds neither a folder 'data' nor numbered dialog folders"):
         corpus.find_data_folder(tmp_path / "data")
 
@@ -191,6 +196,37 @@ def test_a_wrong_split_list_is_refused(server, tmp_path):
     (folder / "train_phone.txt").write_text("not DailyTalk's")
     with pytest.raises(ValueError, match=r"train_phone\.txt has sha256 .* not defdf666"):
         download.fetch_split_lists(tmp_path, url=url)
+
+
+def test_a_server_that_speaks_no_http(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer():
+            connection, _ = listening.accept()
+            connection.recv(1000)
+            connection.sendall(b"hello\r\n")
+            connection.close()
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(OSError, match="could not fetch"):
+            download.download(f"http://127.0.0.1:{listening.getsockname()[1]}/x", tmp_path / "x")
+
+
+def test_a_connection_that_breaks(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer():
+            connection, _ = listening.accept()
+            connection.recv(1000)
+            connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 100\r\n\r\nhalf")
+            connection.close()
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(OSError, match="could not fetch"):
+            download.download(f"http://127.0.0.1:{listening.getsockname()[1]}/x", tmp_path / "x")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.oracle

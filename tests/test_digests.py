@@ -70,3 +70,13 @@ def test_bad_files(tmp_path):
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16_000)
     with pytest.raises(AudioError, match=r"empty\.wav holds no samples"):
         audio_digests([str(tmp_path / "empty.wav")], tmp_path / "cache")
+
+
+def test_a_damaged_memo_is_made_anew(tmp_path):
+    path = write_wav(tmp_path / "a.wav")
+    first = audio_digests([path], tmp_path / "cache")
+    (tmp_path / "cache" / "digests.sqlite").write_bytes(b"no database" * 100)
+    assert audio_digests([path], tmp_path / "cache") == first
+    with pytest.raises(OSError, match=r"digests\.sqlite cannot be opened .*name another cache_dir"):
+        (tmp_path / "other" / "digests.sqlite").mkdir(parents=True)
+        audio_digests([path], tmp_path / "other")

@@ -111,6 +111,29 @@ def test_one_split_alone(corpus, tmp_path):
     assert {split: rows["id"][:] for split, rows in builder.as_dataset().items()} == {"test": IDS["test"]}
 
 
+def test_lists_are_taken_as_they_are_named(corpus, tmp_path):
+    swapped = {"train": "test.txt", "validation": "train.txt"}
+    options = {"data_dir": str(corpus), "data_files": swapped, "cache_dir": str(tmp_path / "cache")}
+    builder = DailyTalkUSDM(**options)
+    builder.download_and_prepare()
+    for loaded in (builder.as_dataset(), datasets.load_dataset("dailytalk_usdm", **options)):
+        assert {split: rows["id"][:] for split, rows in loaded.items()} == {
+            "train": IDS["test"],
+            "validation": IDS["train"],
+        }
+    for one in ("test.txt", ["test.txt"], str(corpus / "test.txt")):
+        assert list(DailyTalkUSDM(data_dir=corpus, data_files=one).corpus) == ["train"]
+    with pytest.raises(ValueError, match="data_files names 2 split lists for train: name one"):
+        DailyTalkUSDM(data_dir=corpus, data_files=["train.txt", "test.txt"])
+
+
+def test_home_folder_is_understood(corpus, monkeypatch):
+    monkeypatch.setenv("HOME", str(corpus.parent))
+    assert cache_of("~/corpus", data_files={"test": "~/corpus/test.txt"}) == cache_of(
+        corpus, data_files={"test": "test.txt"}
+    )
+
+
 def test_one_builder_prepares_twice_and_then_streams(corpus, tmp_path):
     builder = DailyTalkUSDM(data_dir=corpus, cache_dir=str(tmp_path / "cache"))
     builder.download_and_prepare()

@@ -251,10 +251,52 @@ def test_damaged_output_is_written_again_with_overwrite(run):
     assert content(output) == expected
 
 
+def test_export_notices_a_missing_file(run, tmp_path):
+    output, _ = run()
+    (output / "single_turn" / "train-00003-of-00010.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match=r"train-00003-of-00010\.parquet is missing: run prepare again"):
+        export_text(output, tmp_path / "text")
+
+
+def test_split_that_max_length_leaves_empty(run):
+    with pytest.raises(ValueError, match="max_length 220 leaves no row of test, whose shortest pair has"):
+        run(max_length=220)
+
+
+def test_finished_folder_is_not_overwritten_because_a_run_was_interrupted_in_it(run):
+    output, _ = run()
+    (output / ".unfinished").mkdir()
+    with pytest.raises(FileExistsError):
+        run(max_length=300)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "{}"])
+def test_damaged_counts(run, content, tmp_path):
+    output, counts = run()
+    (output / "counts.json").write_text(content)
+    with pytest.raises(ValueError, match=r"counts\.json is not .*: run prepare again with overwrite"):
+        export_text(output, tmp_path / "text")
+    assert run(overwrite=True)[1] == counts
+
+
+def test_damaged_cache_of_the_builder_is_made_anew(run, tmp_path, caplog):
+    first, _ = run()
+    [path] = (tmp_path / "cache" / "builder").rglob("dailytalk_usdm-train.arrow")
+    path.write_bytes(path.read_bytes()[:-700])
+    second, _ = run("second")
+    assert content(first) == content(second)
+    assert "it is made anew" in caplog.text
+
+
 @pytest.mark.parametrize("setting", ["max_length", "shard_dialogs", "num_output_shards"])
 def test_settings_are_positive(run, setting):
     with pytest.raises(ValueError, match=f"{setting} is 0: give a positive number"):
         run(**{setting: 0})
+
+
+def test_shuffle_seed_is_not_negative(run):
+    with pytest.raises(ValueError, match="shuffle_seed is -1: give 0 or more"):
+        run(shuffle_seed=-1)
 
 
 def test_more_units_than_the_tokenizer_has(run, tmp_path, forward_passes):

@@ -124,6 +124,8 @@ def test_decode_gives_the_text_that_tokenizes_to_the_ids(encoder, tokenizer):
         ({"user_units": [3, 10_000]}, r"user_units holds unit 10000, but the tokenizer has units 0 to 9999"),
         ({"agent_units": [-1]}, "agent_units holds unit -1"),
         ({"agent_units": [0.5]}, "agent_units is not a flat list of integers"),
+        ({"id": "d1_0", "user_text": None}, "row d1_0: user_text is missing"),
+        ({"user_text": [], "agent_text": [], "user_units": [], "agent_units": []}, "there is no exchange in it"),
         ({"user_text": ["a", "b"], "agent_text": ["c"], "user_units": [[1]], "agent_units": [[1]]},
          r"different numbers of exchanges \(user_units 1, user_text 2, agent_text 1, agent_units 1\)"),
     ],
@@ -141,6 +143,11 @@ def test_other_added_tokens_are_refused_and_quoted(tokenizer):
         ValueError, match=r"user_text 'ha \[laughs\]' holds '\[laughs\]', a token of the tokenizer's added"
     ):
         encoder(columns(ROW | {"user_text": "ha [LAUGHS]"}))
+
+
+def test_a_lower_one_eighth_block_comes_back_as_a_space(encoder):
+    ids = encoder(columns(ROW | {"user_text": "a▁b"}))["input_ids"][0]
+    assert "<|correspond|>a b\n" in encoder.decode(ids)
 
 
 def test_long_rows_are_encoded_whole(encoder):

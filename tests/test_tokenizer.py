@@ -84,6 +84,16 @@ def test_other_vocabulary_is_refused(tokenizer, tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_nothing_to_load(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no tokenizer\.json: name a folder with a fast tokenizer"):
+        load_tokenizer(tmp_path)
+    for name in ("naver-ai/USTM", "/no/such/folder"):  # offline mode; no name of a repository
+        with pytest.raises(
+            OSError, match=rf"^tokenizer {name} is no folder and cannot be fetched from the Hub .*built offline$"
+        ):
+            load_tokenizer(name, cache_dir=tmp_path)
+
+
 def test_number_of_units():
     assert check_tokenizer(build_tokenizer(num_units=100).backend_tokenizer) == 100
 

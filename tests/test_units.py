@@ -167,6 +167,29 @@ def test_bytes_and_lists_of_exchanges(tokenizer, rows):
         assert list(plain[f"{role}_seconds"]) == [seconds for [seconds] in lists[f"{role}_seconds"]]
 
 
+def test_the_same_file_twice(tokenizer, rows):
+    (first, second), seconds = tokenizer.tokenize_files([rows["user_audio"][0]] * 2)
+    assert np.array_equal(first, second) and seconds[0] == seconds[1]
+
+
+def test_what_was_read_ahead_is_used_or_forgotten(tokenizer, rows):
+    tokenizer.read_ahead_rows(rows)
+    assert len(tokenizer._reading) == 4
+    tokenizer.forget_rows(rows)
+    assert not tokenizer._reading
+    tokenizer.read_ahead_rows(rows)
+    tokenizer(rows)
+    assert not tokenizer._reading
+
+
+def test_map_in_processes_after_a_call_in_this_one(tokenizer, rows):
+    """Forked processes inherit torch without its threads."""
+    dataset = Dataset.from_dict(rows)
+    expected = dataset.map(tokenizer, batched=True, load_from_cache_file=False)
+    found = dataset.map(tokenizer, batched=True, load_from_cache_file=False, num_proc=2)
+    assert found["user_units"][:] == expected["user_units"][:]
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_map(tokenizer, rows, streaming):
     dataset = Dataset.from_dict(rows)
@@ -209,9 +232,12 @@ def test_bad_settings_and_folders(fairseq, tmp_path):
         UnitTokenizer.from_pretrained(fairseq, resampler="sinc")
     with pytest.raises(ValueError, match="tf32 exists on CUDA only: use fp32 or bf16"):
         UnitTokenizer.from_pretrained(fairseq, device="cpu", precision="tf32")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device is cuda:1, but torch finds no CUDA device"):
+            UnitTokenizer.from_pretrained(fairseq, device="cuda:1")
     with pytest.raises(ValueError, match="batch_seconds is 0: give a positive"):
         UnitTokenizer.from_pretrained(fairseq, batch_seconds=0)
-    with pytest.raises(FileNotFoundError, match=r"holds no unit_model\.json"):
+    with pytest.raises(FileNotFoundError, match=r"it holds no unit_model\.json"):
         UnitTokenizer.from_pretrained(tmp_path)
 
 
@@ -283,8 +309,9 @@ def test_resampler_on_the_device(rows, fairseq, monkeypatch):
 
 
 def test_rank_chooses_the_gpu(fairseq, rows, monkeypatch):
-    tokenizer = UnitTokenizer.from_pretrained(fairseq, device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    tokenizer = UnitTokenizer.from_pretrained(fairseq, device="cuda")
     monkeypatch.setattr(
         tokenizer, "tokenize_files", lambda sources: ([np.zeros(1)] * len(sources), np.zeros(len(sources)))
     )

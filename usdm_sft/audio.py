@@ -151,10 +151,12 @@ def _open(source: str | Path | bytes) -> io.BufferedIOBase:
         return open(source, "rb")
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"audio file {source} does not exist: complete the corpus or correct data_dir"
+            f"audio file {source} does not exist: correct the path, or complete the corpus"
         ) from None
     except OSError as error:
-        raise AudioError(f"audio file {source} cannot be read ({error.strerror}): see to the file") from error
+        raise AudioError(
+            f"audio file {source} cannot be read ({error.strerror}): see to its permissions and kind"
+        ) from error
 
 
 def _not_audio(source: str | Path | bytes, error: Exception) -> AudioError:

@@ -27,6 +27,12 @@ def cache_key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def path_lock(path: str | Path, cache: Path) -> FileLock:
+    """A lock on what is written to `path`, for the runs that share the cache."""
+    (cache / "locks").mkdir(parents=True, exist_ok=True)
+    return FileLock(cache / "locks" / cache_key(str(Path(path).resolve()))[:2])
+
+
 class ShardCache:
     """One level of the cache.
 

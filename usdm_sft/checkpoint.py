@@ -8,7 +8,6 @@ layers 35 are needed: 2.8 GB instead of 3.9. No value is changed.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -17,21 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 from usdm_sft.audio import SAMPLE_RATE
-from usdm_sft.download import cache_root, download, sha256_file
-
-logger = logging.getLogger(__name__)
+from usdm_sft.cache import path_lock
+from usdm_sft.download import cache_root, sha256_file
 
 XLSR_LAYER = 35
 MAX_UNITS = 65_536  # units are stored as uint16
-
-# The unit model that USDM was trained with, and where it is published.
-PUBLISHED = "xlsr2_1b_v2"
-PUBLISHED_URL = "https://dl.fbaipublicfiles.com/seamlessM4T/models/unit_extraction"
-PUBLISHED_FILES = ("xlsr2_1b_v2.pt", "kmeans_10k.npy")
-KNOWN_DIGESTS: dict[str, str] = {}  # file name -> sha256; a name that stands here is checked before the file is opened
 
 XLSR_1B = {
     "hidden_size": 1280,
@@ -89,56 +80,6 @@ _FAIRSEQ2 = (
 _UNUSED = re.compile(r"mask_emb|masker\.|quantizer\.|project_q\.|final_proj\.|final_target_proj\.")
 
 
-def find_unit_model(name_or_path: str | Path, model_cache_dir: str | Path | None = None) -> Path:
-    """The unit model folder that `name_or_path` means.
-
-    Args:
-        name_or_path: A unit model folder, or "xlsr2_1b_v2": the folder in the model cache, made from the two published
-            files (about 4 GB) where it is not there yet.
-        model_cache_dir: The model cache; `unit_models` in this package's cache by default.
-
-    Raises:
-        FileNotFoundError: There is no such folder.
-        ValueError: A download is not the file that is known or was recorded.
-    """
-    folder = Path(name_or_path).expanduser()
-    if str(name_or_path) == PUBLISHED and not folder.is_dir():
-        return _published_unit_model(cache_root() / "unit_models" if model_cache_dir is None else Path(model_cache_dir))
-    if not (folder / "unit_model.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} is not a unit model folder (it holds no unit_model.json): make one with 'dailytalk-usdm convert', "
-            f"or name {PUBLISHED}"
-        )
-    return folder
-
-
-def _published_unit_model(cache: Path) -> Path:
-    """Digests of what is downloaded are recorded beside the folder; a later download must match them."""
-    folder = cache / PUBLISHED
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f"{PUBLISHED}.lock"):
-        return _download_and_convert(folder, cache)
-
-
-def _download_and_convert(folder: Path, cache: Path) -> Path:
-    if (folder / "unit_model.json").is_file():
-        return folder
-    record = cache / f"{PUBLISHED}.sha256.json"
-    recorded = json.loads(record.read_text()) if record.is_file() else {}
-    sources = []
-    for name in PUBLISHED_FILES:
-        path = cache / f"{PUBLISHED}.sources" / name
-        expected = KNOWN_DIGESTS.get(name) or recorded.get(name)
-        if not path.is_file() or (expected is not None and sha256_file(path) != expected):
-            recorded[name] = download(f"{PUBLISHED_URL}/{name}", path, sha256=expected)
-            logger.warning("%s: sha256 %s", name, recorded[name])
-        sources.append(path)
-    convert(*sources, folder)
-    record.write_text(json.dumps(recorded, indent=2) + "\n")
-    shutil.rmtree(cache / f"{PUBLISHED}.sources")
-    return folder
-
-
 def convert(
     checkpoint: str | Path,
     kmeans: str | Path,
@@ -162,24 +103,62 @@ def convert(
         FileExistsError: The folder holds something else.
         ValueError: The sources are not what they should be; the message says what, where and what to do.
     """
-    checkpoint, kmeans, folder = Path(checkpoint), Path(kmeans), Path(unit_model_dir)
+    checkpoint, kmeans = Path(checkpoint).expanduser(), Path(kmeans).expanduser()
+    folder = Path(unit_model_dir).expanduser().resolve()
     for path in (checkpoint, kmeans):
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not a file: name the downloaded file")
+    config = _read_config(model_config, layer)
     description: dict[str, Any] = {
         "format_version": 1,
         "layer": layer,
         "sample_rate": SAMPLE_RATE,
-        "sources": {checkpoint.name: sha256_file(checkpoint), kmeans.name: sha256_file(kmeans)},
+        "sources": {"checkpoint": sha256_file(checkpoint), "kmeans": sha256_file(kmeans)},
     }
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if _made_from(folder, description):
-            return folder
-        raise FileExistsError(f"{folder} exists and was not made from these files: remove it or name another folder")
+    with path_lock(folder, cache_root()):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            if _made_from(folder, description, config):
+                return folder
+            raise FileExistsError(
+                f"{folder} exists and was not made from these files and settings, or was changed: "
+                "remove it or name another folder"
+            )
+        return _write(folder, description, config, _read_kmeans(kmeans, config), _read_weights(checkpoint, config))
 
-    config = _read_config(model_config, layer)
-    centroids = _read_kmeans(kmeans, config["hidden_size"])
-    weights = _read_weights(checkpoint, config)
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """unit_model.json of a unit model folder.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is not what `convert` wrote.
+    """
+    path = folder / "unit_model.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} is not a unit model folder (it holds no unit_model.json): make one with 'dailytalk-usdm convert'"
+        )
+    description = _read_json(path)
+    if not {"layer", "num_units", "files", "sources"} <= description.keys():
+        raise ValueError(f"{path} is not what convert wrote: remove the folder and convert the unit model again")
+    return description
+
+
+def _read_json(path: str | Path) -> dict[str, Any]:
+    try:
+        values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is not a file: name a JSON file") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): correct the file") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no JSON object: correct the file")
+    return values
+
+
+def _write(
+    folder: Path, description: dict[str, Any], config: dict[str, Any], centroids: np.ndarray, weights: dict[str, Any]
+) -> Path:
 
     from safetensors.torch import save_file
 
@@ -202,26 +181,37 @@ def convert(
     return folder
 
 
-def _made_from(folder: Path, description: dict[str, Any]) -> bool:
-    path = folder / "unit_model.json"
-    return path.is_file() and json.loads(path.read_text()).items() >= description.items()
+def _made_from(folder: Path, description: dict[str, Any], config: dict[str, Any]) -> bool:
+    try:
+        found = read_description(folder)
+        return (
+            found.items() >= description.items()
+            and all(sha256_file(folder / name) == digest for name, digest in found["files"].items())
+            and _read_json(folder / "config.json") == config
+        )
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def _read_config(path: str | Path | None, layer: int) -> dict[str, Any]:
     """The config of the model that is cut to `layer` layers and used for inference only."""
-    config = dict(XLSR_1B) if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    config = dict(XLSR_1B) if path is None else _read_json(path)
     if config.setdefault("model_type", "wav2vec2") != "wav2vec2":
         raise ValueError(f"{path}: model_type is {config['model_type']!r}: name the config of a wav2vec2 model")
     if not config.get("do_stable_layer_norm"):
         raise ValueError(f"{path}: do_stable_layer_norm is not true: only models with pre-norm layers are supported")
-    num_layers = config.get("num_hidden_layers", 12)
+    for name in ("hidden_size", "num_hidden_layers"):
+        if not isinstance(config.get(name), int):
+            raise ValueError(f"{path}: {name} is {config.get(name)!r}: complete the config of the model")
+    num_layers = config["num_hidden_layers"]
     if not 1 <= layer <= num_layers:
         raise ValueError(f"layer {layer} does not exist: the model has {num_layers} layers, counted from 1")
     inference = {"apply_spec_augment": False, "mask_time_prob": 0.0, "mask_feature_prob": 0.0, "layerdrop": 0.0}
     return config | inference | {"num_hidden_layers": layer, "architectures": ["Wav2Vec2Model"]}
 
 
-def _read_kmeans(path: Path, width: int) -> np.ndarray:
+def _read_kmeans(path: Path, config: dict[str, Any]) -> np.ndarray:
+    width = config["hidden_size"]
     try:
         centroids = np.load(path, allow_pickle=False)
     except ValueError as error:
@@ -254,6 +244,9 @@ def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     source = loaded.get("model") if isinstance(loaded, dict) else None
     if not isinstance(source, dict):
         raise ValueError(f"{path} holds no 'model': name a fairseq or fairseq2 checkpoint")
+    for key, tensor in source.items():
+        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{path}: {key!r} is no name of a tensor: name a fairseq or fairseq2 checkpoint")
     layout = _FAIRSEQ2 if any(key.startswith("encoder_frontend.") for key in source) else _FAIRSEQ
     renamed = {}
     for key, tensor in source.items():

@@ -61,7 +61,9 @@ def make_parser() -> Parser:
     command.add_argument("--config", action="config", help="YAML file with any of the options below.")
     command.add_function_arguments(prepare, skip={"overwrite"})
     command.add_argument(
-        "--overwrite", action="store_true", help="Write into an output folder that holds something else."
+        "--overwrite",
+        action="store_true",
+        help="Write into an output folder that holds something else; what has the name of ours is replaced.",
     )
     commands.add_subcommand("prepare", command, help="corpus folder -> dataset folder")
 

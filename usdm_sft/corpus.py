@@ -5,6 +5,7 @@ wrong with the lists is found here, before any audio is opened, and told all at 
 library only: the loading script, the command line and the template all read this module.
 """
 
+import io
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -114,12 +115,22 @@ def find_data_folder(data_dir: str | Path) -> Path:
 
 
 def find_split_lists(data_dir: str | Path) -> dict[str, Path] | None:
-    """The lists that lie beside the `data` folder under either pair of names, or None where there are none."""
+    """The lists that lie beside the `data` folder under either pair of names, or None where there are none.
+
+    Raises:
+        FileNotFoundError: Only one list of a pair is there.
+    """
     folder = find_data_folder(data_dir).resolve().parent
-    for names in LIST_NAMES:
-        lists = {split: folder / name for split, name in names.items()}
+    pairs = [{split: folder / name for split, name in names.items()} for names in LIST_NAMES]
+    for lists in pairs:
         if all(path.is_file() for path in lists.values()):
             return lists
+    for lists in pairs:
+        if there := [path for path in lists.values() if path.is_file()]:
+            [missing] = set(lists.values()) - set(there)
+            raise FileNotFoundError(
+                f"{there[0]} has no {missing.name} beside it: add it, or name the split lists to use"
+            )
     return None
 
 
@@ -165,24 +176,27 @@ def _read_list(path: Path, problems: list[str]) -> dict[str, dict[Utterance, int
     dialogs: dict[str, dict[Utterance, int]] = {}
     seen: dict[str, int] = {}
     broken: set[str] = set()  # dialogs with an unreadable line: not accused of a missing turn as well
+    content = path.read_bytes()
     try:
-        with open(path, encoding="utf-8-sig", newline=None) as lines:
-            for number, line in enumerate(lines, start=1):
-                place = f"{path}:{number}"
-                utterance = _parse_line(line.removesuffix("\n"), place, problems)
-                if utterance is None:
-                    if match := _UTTERANCE_ID.match(line):
-                        broken.add(f"d{match[3]}")
-                    continue
-                if utterance.id in seen:
-                    problems.append(
-                        f"{place}: id {utterance.id} stands already at line {seen[utterance.id]}: delete one of the two lines"
-                    )
-                    continue
-                seen[utterance.id] = number
-                dialogs.setdefault(utterance.dialog_id, {})[utterance] = number
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        problems.append(f"{path}: not UTF-8 ({error.reason} at byte {error.start}): save the list as UTF-8")
+        line = content.count(b"\n", 0, error.start) + 1
+        problems.append(f"{path}:{line}: not UTF-8 ({error.reason} at byte {error.start}): save the list as UTF-8")
+        return {}
+    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
+        place = f"{path}:{number}"
+        utterance = _parse_line(line.removesuffix("\n"), place, problems)
+        if utterance is None:
+            if match := _UTTERANCE_ID.match(line):
+                broken.add(f"d{match[3]}")
+            continue
+        if utterance.id in seen:
+            problems.append(
+                f"{place}: id {utterance.id} stands already at line {seen[utterance.id]}: delete one of the two lines"
+            )
+            continue
+        seen[utterance.id] = number
+        dialogs.setdefault(utterance.dialog_id, {})[utterance] = number
     return {dialog_id: lines for dialog_id, lines in dialogs.items() if dialog_id not in broken}
 
 

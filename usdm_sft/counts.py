@@ -24,6 +24,10 @@ def select_rows(
     too_long = np.flatnonzero(lengths > max_length)
     ids = rows["id"]
     kept = rows.select(np.flatnonzero(lengths <= max_length))
+    if not len(kept):
+        raise ValueError(
+            f"max_length {max_length} leaves no row of {split}, whose shortest pair has {lengths.min()} tokens: raise it"
+        )
     corpus = builder.corpus[split]
     utterances = {utterance.id for dialog in corpus.dialogs for utterance in dialog.utterances}
     seconds = sum(found.seconds for path, found in builder.audio_digests.items() if Path(path).stem in utterances)

@@ -68,11 +68,7 @@ def _digest(
 ) -> list[_Row]:
     folder = cache_root(cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(folder / "digests.sqlite", timeout=60)) as memo:
-        memo.execute(
-            "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER,"
-            " ctime_ns INTEGER, sha256 TEXT, frames INTEGER, rate INTEGER)"
-        )
+    with closing(_open_memo(folder / "digests.sqlite")) as memo:
         remembered = {}
         for start in range(0, len(paths), _BATCH):
             some = paths[start : start + _BATCH]
@@ -91,6 +87,23 @@ def _digest(
                 found |= {row.path: row for row in rows}
                 bar.update(len(rows))
     return [found[path] for path in paths]
+
+
+def _open_memo(path: Path) -> sqlite3.Connection:
+    try:
+        memo = sqlite3.connect(path, timeout=60)
+        memo.execute(
+            "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER,"
+            " ctime_ns INTEGER, sha256 TEXT, frames INTEGER, rate INTEGER)"
+        )
+        return memo
+    except sqlite3.OperationalError as error:
+        raise OSError(
+            f"{path} cannot be opened ({error}): see to the cache folder, or name another cache_dir"
+        ) from error
+    except sqlite3.DatabaseError:
+        path.unlink()  # damaged; it only saves time
+        return _open_memo(path)
 
 
 def _stands(row: _Row, audio: bool) -> bool:

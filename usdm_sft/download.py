@@ -1,11 +1,12 @@
 """Files from the network, fetched only where the user's data lacks them: checked by sha256 before they get their name."""
 
 import hashlib
+import http.client
 import os
-import urllib.error
 import urllib.request
 from pathlib import Path
 
+from filelock import FileLock
 from tqdm import tqdm
 
 # The split lists in the DailyTalk repository (github.com/keonlee9420/DailyTalk).
@@ -41,16 +42,20 @@ def fetch_split_lists(cache_dir: str | Path | None = None, *, url: str | None = 
         ValueError: A file is not the one that is known.
     """
     folder = cache_root(cache_dir) / "split_lists"
+    folder.mkdir(parents=True, exist_ok=True)
     lists = {}
-    for split, (name, sha256) in SPLIT_LISTS.items():
-        lists[split] = folder / name
-        if not lists[split].is_file() or sha256_file(lists[split]) != sha256:
-            download(f"{url or SPLIT_LISTS_URL}/{name}", lists[split], sha256=sha256)
+    with FileLock(folder / "lock"):
+        for split, (name, sha256) in SPLIT_LISTS.items():
+            lists[split] = folder / name
+            if not lists[split].is_file() or sha256_file(lists[split]) != sha256:
+                download(f"{url or SPLIT_LISTS_URL}/{name}", lists[split], sha256=sha256)
     return lists
 
 
 def download(url: str, path: str | Path, *, sha256: str | None = None) -> str:
     """Download `url` to `path` with a progress bar; `path` appears only when the file is whole and its digest is right.
+
+    The caller keeps other processes from the same path.
 
     Returns:
         The sha256 of the file, in hex.
@@ -78,7 +83,7 @@ def download(url: str, path: str | Path, *, sha256: str | None = None) -> str:
                     bar.update(len(chunk))
         if total is not None and unfinished.stat().st_size != total:
             raise OSError(f"the connection broke after {unfinished.stat().st_size:,} of {total:,} bytes")
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         unfinished.unlink(missing_ok=True)
         raise OSError(f"could not fetch {url} ({error}): try again, or put the file at {path} by hand") from error
     if sha256 is not None and digest.hexdigest() != sha256:

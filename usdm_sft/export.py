@@ -19,7 +19,7 @@ def export_text(dataset_dir: str | Path, text_dir: str | Path) -> dict[str, int]
         The number of lines of each split.
 
     Raises:
-        FileNotFoundError: `dataset_dir` is not a finished dataset folder.
+        FileNotFoundError: `dataset_dir` is not a finished dataset folder, or lacks a file.
     """
     import pyarrow.parquet as pq
 
@@ -31,8 +31,12 @@ def export_text(dataset_dir: str | Path, text_dir: str | Path) -> dict[str, int]
         num_lines[split] = 0
         unfinished = text_dir / f"{split}.txt.unfinished"
         with open(unfinished, "w", encoding="ascii", newline="") as text:
-            for path in sorted((dataset_dir / counts["config"]).glob(f"{split}-*.parquet")):
-                for batch in pq.ParquetFile(path).iter_batches(batch_size=256, columns=["input_ids", "labels"]):
+            for name in sorted(name for name in counts["files"] if name.startswith(f"{counts['config']}/{split}-")):
+                if not (dataset_dir / name).is_file():
+                    raise FileNotFoundError(f"{dataset_dir / name} is missing: run prepare again")
+                for batch in pq.ParquetFile(dataset_dir / name).iter_batches(
+                    batch_size=256, columns=["input_ids", "labels"]
+                ):
                     for row in batch.to_pylist():
                         line = " ".join(map(str, row["input_ids"])) + "|" + " ".join(map(str, row["labels"]))
                         text.write("\n" + line if num_lines[split] else line)

@@ -33,32 +33,48 @@ def read_counts(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: The folder is not a dataset folder, or was not finished.
+        ValueError: Its counts.json is not what `prepare` wrote.
     """
     path = Path(folder) / COUNTS
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {COUNTS}: name a folder that 'dailytalk-usdm prepare' finished")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        counts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): run prepare again with overwrite") from error
+    if not isinstance(counts, dict) or not {"key", "config", "splits", "files"} <= counts.keys():
+        raise ValueError(f"{path} is not the counts of a dataset folder: run prepare again with overwrite")
+    return counts
 
 
 def is_up_to_date(folder: Path, key: str) -> bool:
     """Whether `folder` is the finished result of the run that `key` describes, with every file as it was written."""
-    if not (folder / COUNTS).is_file():
+    try:
+        counts = read_counts(folder)
+    except (FileNotFoundError, ValueError):
         return False
-    counts = read_counts(folder)
-    return counts.get("key") == key and all(
+    return counts["key"] == key and all(
         (folder / name).is_file() and sha256_file(folder / name) == digest for name, digest in counts["files"].items()
     )
 
 
-def check_output(folder: Path, *, overwrite: bool) -> None:
+def check_output(folder: Path, *, overwrite: bool, finished_too: bool) -> None:
     """Refuse to write into a folder with other content, before any work is done.
+
+    Args:
+        folder: The output folder.
+        overwrite: Allow it.
+        finished_too: Whether a finished dataset folder counts as other content; not before it is known what it holds.
 
     Raises:
         FileExistsError: The folder holds something, it is no interrupted run, and `overwrite` is false.
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is not a folder: name another output_path")
-    if folder.is_dir() and not overwrite and any(folder.iterdir()) and not (folder / UNFINISHED).exists():
+    if overwrite or not folder.is_dir() or not any(folder.iterdir()):
+        return
+    finished = (folder / COUNTS).exists()
+    if finished_too if finished else not (folder / UNFINISHED).exists():
         raise FileExistsError(
             f"{folder} holds something else (or the result of other settings): name another output_path, or pass overwrite"
         )
@@ -76,7 +92,7 @@ def write_folder(
     """Write everything beside its place and then move it there, counts.json last.
 
     Args:
-        folder: The output folder; other files in it stay.
+        folder: The output folder. What has the name of ours in it is replaced, other files at its top stay.
         config_name: Such as "single_turn"; the folder of the Parquet files.
         splits: The finished rows.
         tokenizer: Saved into `tokenizer/`.
@@ -103,7 +119,7 @@ def write_folder(
     counts = counts | {"files": {name: sha256_file(unfinished / name) for name in files}}
     (unfinished / COUNTS).write_text(json.dumps(counts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    (folder / COUNTS).unlink(missing_ok=True)
+    (folder / COUNTS).unlink(missing_ok=True)  # what is not finished has none
     for entry in sorted(unfinished.iterdir(), key=lambda path: path.name == COUNTS):
         target = folder / entry.name
         if target.is_dir() and not target.is_symlink():

@@ -78,7 +78,8 @@ def prepare(
             measured.
         num_output_shards: Parquet files a split; 64 for train and 8 for test by default, never more than rows.
         shuffle_seed: Shuffle the rows of each split; in order of dialog and turn by default.
-        overwrite: Write into an output folder that holds something else.
+        overwrite: Write into an output folder that holds something else; its README.md, counts.json, tokenizer and
+            single_turn are replaced.
 
     Returns:
         The counts, as in counts.json.
@@ -94,24 +95,27 @@ def prepare(
         num_output_shards=num_output_shards,
         agreement_utterances=agreement_utterances,
     )
+    if shuffle_seed is not None and shuffle_seed < 0:
+        raise ValueError(f"shuffle_seed is {shuffle_seed}: give 0 or more")
     from dailytalk_usdm import DailyTalkUSDM
     from usdm_sft import folder, shards
     from usdm_sft.agreement import measure_agreement
-    from usdm_sft.cache import cache_key
-    from usdm_sft.checkpoint import find_unit_model
+    from usdm_sft.cache import cache_key, path_lock
     from usdm_sft.counts import select_rows
     from usdm_sft.download import cache_root
+    from usdm_sft.published import find_unit_model
     from usdm_sft.template import TemplateEncoder
     from usdm_sft.tokenizer import load_tokenizer
     from usdm_sft.units import UnitTokenizer, padding_share
 
     devices = _find_devices(num_gpus)
     output = Path(output_path).expanduser()
+    folder.check_output(output, overwrite=overwrite, finished_too=False)
     cache = cache_root(cache_dir)
     tokenizer = load_tokenizer(pretrained_model_name_or_path, model_cache_dir)
     encoder = TemplateEncoder(tokenizer)
     lists = {"train": train_metadata_path, "test": test_metadata_path}
-    named = {split: str(Path(path).resolve()) for split, path in lists.items() if path is not None}
+    named = {split: str(Path(path).expanduser().resolve()) for split, path in lists.items() if path is not None}
     builder = DailyTalkUSDM(
         data_dir=data_dir, data_files=named or None, cache_dir=str(cache / "builder"), digest_cache_dir=cache
     )
@@ -150,26 +154,29 @@ def prepare(
     counts["key"] = cache_key(counts, [shard.tokens_key for shard in plan])
     if folder.is_up_to_date(output, counts["key"]):
         return folder.read_counts(output)
-    folder.check_output(output, overwrite=overwrite)
+    folder.check_output(output, overwrite=overwrite, finished_too=True)
 
-    with shards.quiet():
-        builder.download_and_prepare()
-        rows = {split: builder.as_dataset(split=split) for split in builder.corpus}
+    rows = shards.load_rows(builder)
     agreement = measure_agreement(unit_tokenizer, builder.audio_digests, cache, agreement_utterances)
     if agreement is not None:
         logger.warning(
             "%s, %s: %.2f %% of the units are those of fp32 and soxr (%d utterances)",
             precision, resampler, 100 * agreement["share"], agreement["utterances"],
         )  # fmt: skip
-    shards.make_units(rows, plan, unit_tokenizer, devices, cache)
-    shards.make_tokens(rows, plan, encoder, cache)
+    units = shards.make_units(rows, plan, unit_tokenizer, devices, cache)
+    tokens = shards.make_tokens(rows, plan, encoder, units, cache)
     counts["padding_share"] = round(padding_share((shard.lengths for shard in plan), batch_seconds), 4)
     counts["agreement"] = agreement
     splits, counts["splits"] = {}, {}
     for split in rows:
-        joined = shards.join_shards(rows[split], [shard for shard in plan if shard.split == split], cache)
+        its = [shard for shard in plan if shard.split == split]
+        joined = shards.join_shards(
+            rows[split], [units[shard.units_key] for shard in its], [tokens[shard.tokens_key] for shard in its]
+        )
         splits[split], counts["splits"][split] = select_rows(joined, builder, split, max_length, shuffle_seed)
-    with shards.quiet():
+    with path_lock(output, cache), shards.quiet():
+        if folder.is_up_to_date(output, counts["key"]):  # by another run, meanwhile
+            return folder.read_counts(output)
         return folder.write_folder(
             output, builder.config.name, splits, tokenizer, counts, num_output_shards=num_output_shards
         )

@@ -6,6 +6,7 @@ shard: the unit shard's key, the texts, the tokenizer, version of the template c
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from usdm_sft.template import TemplateEncoder
     from usdm_sft.units import UnitTokenizer
 
-COLUMNS = (
+logger = logging.getLogger(__name__)
+
+OUTPUT_COLUMNS = (
     "id", "dialog_id", "turn",
     "user_speaker", "user_text", "user_emotion", "user_units", "user_seconds",
     "agent_speaker", "agent_text", "agent_emotion", "agent_units", "agent_seconds",
@@ -63,43 +66,67 @@ def plan_shards(
     return shards
 
 
+def load_rows(builder: DailyTalkUSDM) -> dict[str, Dataset]:
+    """The builder's examples by split; a damaged cache of them is made anew."""
+    import pyarrow
+
+    for mode in ("reuse_dataset_if_exists", "force_redownload"):
+        with quiet():
+            try:
+                builder.download_and_prepare(download_mode=mode)
+                rows = {split: builder.as_dataset(split=split) for split in builder.corpus}
+                for split in rows.values():
+                    split.data.validate(full=True)
+                return rows
+            except (pyarrow.ArrowInvalid, OSError) as error:
+                damage = error
+        logger.warning("%s was damaged (%s): it is made anew", builder.cache_dir, damage)
+    raise damage
+
+
 def make_units(
     rows: dict[str, Dataset],
     shards: Sequence[Shard],
     unit_tokenizer: UnitTokenizer,
     devices: Sequence[str],
     cache: Path,
-) -> None:
-    """Fill the cache's first level: for each work shard a file of `user_units`, `agent_units` and seconds."""
+) -> dict[str, Path]:
+    """Fill the cache's first level: for each work shard a file of `user_units`, `agent_units` and seconds, by its key."""
     from tqdm import tqdm
 
     level = ShardCache(cache / "units")
+    files = {shard.units_key: level.find(shard.units_key) for shard in shards}
     tasks = [
         Task(shard.units_key, rows[shard.split].select(range(shard.start, shard.stop)))
         for shard in shards
-        if level.find(shard.units_key) is None
+        if files[shard.units_key] is None
     ]
     with tqdm(total=sum(len(task.rows) for task in tasks), desc="units", unit="pair", disable=not tasks) as bar:
-        for task in tokenize_shards(tasks, unit_tokenizer, devices, level):
+        for task, path in tokenize_shards(tasks, unit_tokenizer, devices, level):
+            files[task.key] = path
             bar.update(len(task.rows))
+    return files
 
 
-def make_tokens(rows: dict[str, Dataset], shards: Sequence[Shard], encoder: TemplateEncoder, cache: Path) -> None:
-    """Fill the cache's second level: for each work shard a file of `input_ids` and `labels`."""
+def make_tokens(
+    rows: dict[str, Dataset], shards: Sequence[Shard], encoder: TemplateEncoder, units: dict[str, Path], cache: Path
+) -> dict[str, Path]:
+    """Fill the cache's second level: for each work shard a file of `input_ids` and `labels`, by its key."""
     from datasets import Dataset, concatenate_datasets
     from tqdm import tqdm
 
-    units, level = ShardCache(cache / "units"), ShardCache(cache / "tokens")
-    missing = [shard for shard in shards if level.find(shard.tokens_key) is None]
+    level = ShardCache(cache / "tokens")
+    files = {shard.tokens_key: level.find(shard.tokens_key) for shard in shards}
+    missing = [shard for shard in shards if files[shard.tokens_key] is None]
     for shard in tqdm(missing, desc="template", unit="shard", disable=not missing):
         texts = (
             rows[shard.split].select_columns(["id", "user_text", "agent_text"]).select(range(shard.start, shard.stop))
         )
-        its_units = Dataset.from_file(str(units.find(shard.units_key))).select_columns(["user_units", "agent_units"])
+        its_units = Dataset.from_file(str(units[shard.units_key])).select_columns(["user_units", "agent_units"])
         batch = concatenate_datasets([texts, its_units], axis=1).with_format("numpy")
-        level.make(
-            shard.tokens_key, lambda path, batch=batch, key=shard.tokens_key: map_shard(batch, encoder, path, key)
-        )
+        key = shard.tokens_key
+        files[key] = level.make(key, lambda path, batch=batch, key=key: map_shard(batch, encoder, path, key))
+    return files
 
 
 def map_shard(batch: Dataset, function: Any, path: str, fingerprint: str) -> Dataset:
@@ -116,15 +143,13 @@ def map_shard(batch: Dataset, function: Any, path: str, fingerprint: str) -> Dat
         )
 
 
-def join_shards(rows: Dataset, shards: Sequence[Shard], cache: Path) -> Dataset:
+def join_shards(rows: Dataset, units: Sequence[Path], tokens: Sequence[Path]) -> Dataset:
     """All columns of a split but the audio, memory-mapped."""
     from datasets import Dataset, concatenate_datasets
 
     parts = [rows.remove_columns(["user_audio", "agent_audio"])]
-    for level, keys in (("units", [s.units_key for s in shards]), ("tokens", [s.tokens_key for s in shards])):
-        files = [ShardCache(cache / level).find(key) for key in keys]
-        parts.append(concatenate_datasets([Dataset.from_file(str(file)) for file in files]))
-    return concatenate_datasets(parts, axis=1).select_columns(list(COLUMNS))
+    parts += [concatenate_datasets([Dataset.from_file(str(file)) for file in files]) for files in (units, tokens)]
+    return concatenate_datasets(parts, axis=1).select_columns(list(OUTPUT_COLUMNS))
 
 
 @contextmanager

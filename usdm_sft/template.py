@@ -157,11 +157,17 @@ class TemplateEncoder:
     def _exchanges(self, batch: Mapping[str, Sequence], i: int) -> list[Exchange]:
         """Row `i` of the batch, checked: texts lower-cased, units as token ids."""
         values = [batch[column][i] for column in COLUMNS]
+        if any(value is None for value in values):
+            raise ValueError(
+                f"{_row_name(batch, i)}: {COLUMNS[next(k for k, value in enumerate(values) if value is None)]} is missing"
+            )
         if isinstance(values[1], str):
             values = [[value] for value in values]
         if len({len(value) for value in values}) != 1:
             lengths = ", ".join(f"{column} {len(value)}" for column, value in zip(COLUMNS, values, strict=True))
             raise ValueError(f"{_row_name(batch, i)}: the columns hold different numbers of exchanges ({lengths})")
+        if not len(values[1]):
+            raise ValueError(f"{_row_name(batch, i)}: there is no exchange in it")
 
         def check(exchange: tuple) -> Exchange:
             user_units, user_text, agent_text, agent_units = exchange
@@ -199,7 +205,11 @@ class TemplateEncoder:
         return units.astype(np.int32) + UNIT_0
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Ids back to the text of the template, for people; BOS, which the tokenizer adds, is left out."""
+        """Ids back to the text of the template, for people.
+
+        BOS, which the tokenizer adds, is left out; a "▁" (U+2581) of a text comes back as a space, which the tokenizer takes
+        it for.
+        """
         ids = [int(token_id) for token_id in ids]
         if ids[:1] == [BOS]:
             ids = ids[1:]

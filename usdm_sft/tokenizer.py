@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -59,11 +60,31 @@ def load_tokenizer(name_or_path: str = USTM, cache_dir: str | None = None) -> Pr
     """
     if str(name_or_path) == OFFLINE:
         return build_tokenizer()
+    _require_tokenizer_json(str(name_or_path), cache_dir)
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path, cache_dir=cache_dir)
     check_tokenizer(tokenizer.backend_tokenizer, str(name_or_path))
     return tokenizer
+
+
+def _require_tokenizer_json(name_or_path: str, cache_dir: str | None) -> None:
+    """Without it transformers would try to convert other files, to other ids."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    if Path(name_or_path).is_dir():
+        if not (Path(name_or_path) / "tokenizer.json").is_file():
+            raise FileNotFoundError(f"{name_or_path} holds no tokenizer.json: name a folder with a fast tokenizer")
+        return
+    try:
+        hf_hub_download(name_or_path, "tokenizer.json", cache_dir=cache_dir)
+    except (OSError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(
+            f"tokenizer {name_or_path} is no folder and cannot be fetched from the Hub ({reason}): see to the name and the "
+            f"network, or use {OFFLINE!r}, which is built offline"
+        ) from error
 
 
 def plain_copy(tokenizer: Tokenizer) -> Tokenizer:

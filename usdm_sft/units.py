@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from usdm_sft.audio import SAMPLE_RATE, AudioError, audio_source, describe, read_audio, read_waveform, resample_on
+from usdm_sft.checkpoint import read_description
 from usdm_sft.digests import file_digest
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ ROLES = ("user", "agent")
 RESAMPLERS = ("soxr", "torchaudio")
 
 _FOLDER_VARIABLE = "USDM_UNIT_MODEL_"
+_IMPORTED_IN = os.getpid()
 
 
 def _distinct(batch: Mapping[str, Sequence]) -> tuple[list[str | bytes], dict[str, list]]:
@@ -112,6 +114,10 @@ class UnitTokenizer:
         if not batch_seconds > 0:
             raise ValueError(f"batch_seconds is {batch_seconds}: give a positive number of seconds")
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                f"device is {device}, but torch finds no CUDA device: use the CPU, or install torch for CUDA"
+            )
         if device.type == "cpu" and precision == "tf32":
             raise ValueError("precision tf32 exists on CUDA only: use fp32 or bf16 on the CPU")
         settings = {
@@ -142,10 +148,14 @@ class UnitTokenizer:
                 "call UnitTokenizer.from_pretrained(folder) in it first"
             )
         self.__init__(Path(os.environ[variable]), state["digest"], state["settings"])
+        if os.getpid() != _IMPORTED_IN:  # a forked process, as `.map(num_proc=...)` makes them
+            import torch
+
+            torch.set_num_threads(1)  # the parent's threads are gone, and torch would wait for them for ever
 
     @property
     def num_units(self) -> int:
-        return json.loads((self.folder / "unit_model.json").read_text())["num_units"]
+        return read_description(self.folder)["num_units"]
 
     @property
     def model(self) -> UnitModel:
@@ -192,7 +202,8 @@ class UnitTokenizer:
     def tokenize_files(self, sources: Sequence[str | Path | bytes]) -> tuple[list[np.ndarray], np.ndarray]:
         """Paths or file contents -> units, one (num_frames,) uint16 array each, and (num_files,) float32 seconds."""
         self.read_ahead(sources)
-        reading = [self._reading.pop(source) for source in sources]
+        futures = {source: self._reading.pop(source) for source in dict.fromkeys(sources)}
+        reading = [futures[source] for source in sources]
         names = [describe(source) for source in sources]
         if self.settings["resampler"] == "soxr":
             waveforms = [future.result() for future in reading]
@@ -214,6 +225,11 @@ class UnitTokenizer:
     def read_ahead_rows(self, batch: Mapping[str, Sequence]) -> None:
         """Start to read the audio of rows that a later call will get."""
         self.read_ahead(_distinct(batch)[0])
+
+    def forget_rows(self, batch: Mapping[str, Sequence]) -> None:
+        """Give up what was read ahead of rows that no call will get."""
+        for source in _distinct(batch)[0]:
+            self._reading.pop(source, None)
 
     def tokenize_waveforms(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
         """(num_samples,) float32 waveforms at 16 kHz, mono -> units, one (num_frames,) uint16 array each."""
@@ -326,13 +342,13 @@ def unit_model_digest(folder: str | Path, cache_dir: str | Path | None = None) -
         ValueError: A file is not the one that `convert` wrote.
     """
     folder = Path(folder)
-    if not (folder / "unit_model.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no unit_model.json: make the folder with 'dailytalk-usdm convert'")
-    description = json.loads((folder / "unit_model.json").read_text())
+    description = read_description(folder)
     for name, digest in description["files"].items():
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing: convert the unit model again")
+            raise FileNotFoundError(f"{folder / name} is missing: remove the folder and convert the unit model again")
         if file_digest(folder / name, cache_dir) != digest:
-            raise ValueError(f"{folder / name} is not the file that was converted: convert the unit model again")
+            raise ValueError(
+                f"{folder / name} is not the file that was converted: remove the folder and convert the unit model again"
+            )
     identity = json.dumps([description["layer"], description["files"]], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from datasets import Dataset
 
     from usdm_sft.cache import ShardCache
@@ -25,8 +27,8 @@ class Task(NamedTuple):
 
 def tokenize_shards(
     tasks: Sequence[Task], unit_tokenizer: UnitTokenizer, devices: Sequence[str], level: ShardCache
-) -> Iterator[Task]:
-    """Make each work shard's file of the cache level; yields the tasks as they are done.
+) -> Iterator[tuple[Task, Path]]:
+    """Make each work shard's file of the cache level; yields the tasks as they are done, each with its file.
 
     Args:
         tasks: What to make.
@@ -69,14 +71,15 @@ def tokenize_shards(
             if isinstance(outcome, BaseException):
                 raise outcome
             remaining -= 1
-            yield tasks[outcome]
+            index, path = outcome
+            yield tasks[index], path
     finally:
         for process in processes.values():
             process.terminate()
             process.join()
 
 
-def _work(tasks: Iterator[Task], unit_tokenizer: UnitTokenizer, level: ShardCache) -> Iterator[Task]:
+def _work(tasks: Iterator[Task], unit_tokenizer: UnitTokenizer, level: ShardCache) -> Iterator[tuple[Task, Path]]:
     """Make shard after shard; the next one's audio is read while this one is computed."""
     from usdm_sft.shards import map_shard
 
@@ -88,8 +91,9 @@ def _work(tasks: Iterator[Task], unit_tokenizer: UnitTokenizer, level: ShardCach
         if following is not None:
             unit_tokenizer.read_ahead_rows(following.rows[:])
         key, rows = task
-        level.make(key, lambda path, rows=rows, key=key: map_shard(rows, unit_tokenizer, path, key))
-        yield task
+        path = level.make(key, lambda path, rows=rows, key=key: map_shard(rows, unit_tokenizer, path, key))
+        unit_tokenizer.forget_rows(rows[:])  # another run may have made the shard meanwhile
+        yield task, path
         task = following
 
 
@@ -111,7 +115,7 @@ def _process(unit_tokenizer: UnitTokenizer, device: str, level: ShardCache, wait
 
     try:
         unit_tokenizer.device = device
-        for _ in _work(tasks(), unit_tokenizer, level):
-            done.put(indices.pop(0))
+        for _, path in _work(tasks(), unit_tokenizer, level):
+            done.put((indices.pop(0), path))
     except Exception as error:  # raised again in the parent
         done.put(error)
