@@ -16,9 +16,10 @@ from soxr import resample
 
 from usdm_sft import units as module
 from usdm_sft.audio import AudioError
+from usdm_sft.batches import normalize, num_frames, padding_share, plan_batches
 from usdm_sft.checkpoint import convert
 from usdm_sft.unit_model import UnitModel, fp32_precision
-from usdm_sft.units import UnitTokenizer, normalize, num_frames, padding_share, plan_batches
+from usdm_sft.units import UnitTokenizer
 
 sys.path.insert(0, str(FIXTURES / "units"))
 from load import load

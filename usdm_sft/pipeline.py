@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from usdm_sft.agreement import NUM_UTTERANCES
+from usdm_sft.batches import BATCH_SECONDS
 from usdm_sft.tokenizer import MAX_LENGTH, USTM
-from usdm_sft.units import BATCH_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -100,13 +100,14 @@ def prepare(
     from dailytalk_usdm import DailyTalkUSDM
     from usdm_sft import folder, shards
     from usdm_sft.agreement import measure_agreement
+    from usdm_sft.batches import padding_share
     from usdm_sft.cache import cache_key, path_lock
     from usdm_sft.counts import select_rows
     from usdm_sft.download import cache_root
     from usdm_sft.published import find_unit_model
     from usdm_sft.template import TemplateEncoder
     from usdm_sft.tokenizer import load_tokenizer
-    from usdm_sft.units import UnitTokenizer, padding_share
+    from usdm_sft.units import UnitTokenizer
 
     devices = _find_devices(num_gpus)
     output = Path(output_path).expanduser()

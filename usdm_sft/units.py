@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from usdm_sft.audio import SAMPLE_RATE, AudioError, audio_source, describe, read_audio, read_waveform, resample_on
+from usdm_sft.audio import SAMPLE_RATE, audio_source, describe, read_audio, read_waveform, resample_on
+from usdm_sft.batches import BATCH_SECONDS, Waveform, num_frames, plan_batches, prepare_waveform
 from usdm_sft.checkpoint import read_description
 from usdm_sft.digests import file_digest
 
@@ -23,12 +24,6 @@ if TYPE_CHECKING:
 
 VERSION = "1"  # of the units below: change it when they change, and cached ones are made anew
 
-BATCH_SECONDS = 160.0
-MIN_SAMPLES = 400  # 25 ms, what a frame sees
-FRAME_SAMPLES = 320  # 20 ms, from frame to frame
-LAYER_NORM_EPS = (
-    1e-5  # over the waveform; the feature extractor of transformers has 1e-7, which changes 7 % of the units
-)
 ROLES = ("user", "agent")
 RESAMPLERS = ("soxr", "torchaudio")
 
@@ -47,13 +42,6 @@ def _distinct(batch: Mapping[str, Sequence]) -> tuple[list[str | bytes], dict[st
 
     columns = {role: [number(value) for value in batch[f"{role}_audio"]] for role in ROLES}
     return list(order), columns
-
-
-class Waveform(NamedTuple):
-    """A waveform that is ready for the unit model."""
-
-    samples: torch.Tensor  # (even number of samples,) float32, normalized
-    num_samples: int  # at 16 kHz, before it was made even
 
 
 class UnitTokenizer:
@@ -209,7 +197,7 @@ class UnitTokenizer:
             waveforms = [future.result() for future in reading]
         else:
             resampled = (resample_on(self.device, *future.result()) for future in reading)
-            waveforms = [_prepare(*each) for each in zip(resampled, names, strict=True)]
+            waveforms = [prepare_waveform(*each) for each in zip(resampled, names, strict=True)]
         lengths = np.array([waveform.num_samples for waveform in waveforms], dtype=np.float32)
         return self._tokenize(waveforms, names), lengths / np.float32(SAMPLE_RATE)
 
@@ -237,7 +225,7 @@ class UnitTokenizer:
 
         names = [f"waveform {i}" for i in range(len(waveforms))]
         tensors = (torch.from_numpy(np.ascontiguousarray(waveform, dtype=np.float32)) for waveform in waveforms)
-        return self._tokenize([_prepare(*each) for each in zip(tensors, names, strict=True)], names)
+        return self._tokenize([prepare_waveform(*each) for each in zip(tensors, names, strict=True)], names)
 
     def _tokenize(self, waveforms: Sequence[Waveform], names: Sequence[str]) -> list[np.ndarray]:
         lengths = [waveform.num_samples for waveform in waveforms]
@@ -278,60 +266,10 @@ class UnitTokenizer:
             ) from error
 
 
-def plan_batches(lengths: Sequence[int], batch_seconds: float) -> list[list[int]]:
-    """Rows of each forward pass: longest first, at most `batch_seconds` of audio with the padding counted.
-
-    A pure function of the lengths (samples at 16 kHz): the same audio makes the same batches on every machine.
-    """
-    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    batches: list[list[int]] = []
-    for row in order:
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_seconds * SAMPLE_RATE:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
-
-
-def padding_share(shards: Iterable[Sequence[int]], batch_seconds: float) -> float:
-    """Share of padding in what the batches compute; for each work shard the lengths of its audio."""
-    used = padded = 0
-    for lengths in shards:
-        used += sum(lengths)
-        padded += sum(len(rows) * lengths[rows[0]] for rows in plan_batches(lengths, batch_seconds))
-    return 1 - used / padded if padded else 0.0
-
-
-def num_frames(num_samples: int) -> int:
-    """Frames, and so units, of `num_samples` samples at 16 kHz."""
-    return (num_samples - MIN_SAMPLES) // FRAME_SAMPLES + 1
-
-
-def normalize(samples: torch.Tensor) -> torch.Tensor:
-    """(num_samples,) float32 -> what the unit model was trained on: an even number of samples, mean 0, variance 1.
-
-    The reference's collater appends one sample of value 1.0 to an odd number, before the layer norm sees the waveform.
-    """
-    import torch
-
-    if len(samples) % 2:
-        samples = torch.nn.functional.pad(samples, (0, 1), value=1.0)
-    return torch.nn.functional.layer_norm(samples, samples.shape, eps=LAYER_NORM_EPS)
-
-
-def _prepare(samples: torch.Tensor, name: str) -> Waveform:
-    if len(samples) < MIN_SAMPLES:
-        raise AudioError(
-            f"{name} has {len(samples)} samples at 16 kHz, fewer than the {MIN_SAMPLES} (25 ms) that make a unit: "
-            "leave out the utterance"
-        )
-    return Waveform(normalize(samples), len(samples))
-
-
 def _read_and_prepare(source: str | Path | bytes) -> Waveform:
     import torch
 
-    return _prepare(torch.from_numpy(read_waveform(source)), describe(source))
+    return prepare_waveform(torch.from_numpy(read_waveform(source)), describe(source))
 
 
 def unit_model_digest(folder: str | Path, cache_dir: str | Path | None = None) -> str:
