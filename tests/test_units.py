@@ -270,7 +270,7 @@ def test_out_of_memory_says_what_to_set(fairseq, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(UnitModel, "forward", fail)
-    waveforms = [np.zeros(16_000 * seconds, np.float32) for seconds in (2, 4)]
+    waveforms = [np.zeros(16_000 * seconds, np.float32) for seconds in (3, 4)]
     message = r"out of memory on cpu with a batch of 2 utterances and 8 s of audio: set --batch_seconds \(now 10\) to 4 or less"
     with pytest.raises(MemoryError, match=message):
         tokenizer.tokenize_waveforms(waveforms)
@@ -325,9 +325,11 @@ def test_rank_chooses_the_gpu(fairseq, rows, monkeypatch):
 def test_plan_is_by_length_and_fills_batches():
     seconds = 16_000
     lengths = [1 * seconds, 5 * seconds, 2 * seconds, 2 * seconds, 30 * seconds, 1 * seconds]
-    assert plan_batches(lengths, 10) == [[4], [1, 2], [3, 0, 5]]
+    assert plan_batches(lengths, 10) == [[4], [1], [2, 3], [0, 5]]
+    assert plan_batches([7, 10, 9, 6, 10], 100) == [[1, 4, 2, 0], [3]]  # 6 is less than 0.7 of 10
+    assert plan_batches([16_000] * 5, 2) == [[0, 1], [2, 3], [4]]
     assert plan_batches([], 10) == []
-    assert padding_share([lengths], 10) == 1 - 41 / (30 + 10 + 6)
+    assert padding_share([[10, 9, 7]], 10) == 1 - 26 / 30
     assert padding_share([[1], [1, 1]], 10) == padding_share([], 10) == 0
 
 

