@@ -47,6 +47,8 @@ class ShardCache:
         """The finished file of `key`, checked, or None. One that is damaged is removed, and said so."""
         for path in sorted(self.folder.glob(f"{key}.*.arrow")):
             if sha256_file(path) == path.name.split(".")[1]:
+                # Left where a run was killed right after it had given the file its name.
+                shutil.rmtree(self.folder / f"{key}.unfinished", ignore_errors=True)
                 return path
             logger.warning("%s was damaged after it was written: it is made anew", path)
             path.unlink(missing_ok=True)
