@@ -19,6 +19,11 @@ from usdm_sft import corpus, digests, download
 from usdm_sft import features as usdm_features
 
 _PUBLIC = {
+    "PaddingCollator": "usdm_sft.collate",
+    "PaddingFreeCollator": "usdm_sft.collate",
+    "STEPS": "usdm_sft.generation",
+    "next_prompt": "usdm_sft.generation",
+    "StepLogitsProcessor": "usdm_sft.generation",
     "TemplateEncoder": "usdm_sft.template",
     "UnitTokenizer": "usdm_sft.units",
     "build_tokenizer": "usdm_sft.tokenizer",

@@ -204,6 +204,34 @@ class TemplateEncoder:
             )
         return units.astype(np.int32) + UNIT_0
 
+    def prompt(
+        self, user_units: Sequence[int], user_text: str | None = None, agent_text: str | None = None
+    ) -> np.ndarray:
+        """What goes before each of the three steps of inference, an exact prefix of the training ids.
+
+        Args:
+            user_units: The user's speech; alone, the model is to write its transcript.
+            user_text: The transcript; with it, the model is to write its answer. It may be empty, if so it was generated.
+            agent_text: The answer; with it, the model is to speak.
+
+        Returns:
+            (num_tokens,) int32 ids.
+
+        Raises:
+            ValueError: A unit is out of range, a text holds what the template cannot, or an answer has no transcript.
+        """
+        if agent_text is not None and user_text is None:
+            raise ValueError("agent_text goes with the user_text before it")
+        batch = {"user_units": [user_units]}
+        parts = [self._open, self._check_units(user_units, "user_units", batch, 0), self._correspond]
+        if user_text is not None:
+            stretch = f"{user_text and self._check_text(user_text, 'user_text', batch, 0)}\n{AGENT}"
+            stretch += "" if agent_text is None else self._check_text(agent_text, "agent_text", batch, 0)
+            parts.append(np.array(self._tokenizer.encode(stretch, add_special_tokens=False).ids, dtype=np.int32))
+        if agent_text is not None:
+            parts.append(self._correspond)
+        return np.concatenate(parts)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Ids back to the text of the template, for people.
 

@@ -1,0 +1,98 @@
+import pytest
+import torch
+from transformers import MistralConfig, MistralForCausalLM
+
+from usdm_sft.collate import PaddingCollator
+from usdm_sft.generation import STEPS, StepLogitsProcessor, next_prompt
+
+ROW = {
+    "user_units": [[11, 12, 13]],
+    "user_text": ["Where were you?"],
+    "agent_text": ["at home."],
+    "agent_units": [[21, 22, 22, 23]],
+}
+
+
+def test_prompts_are_prefixes_of_the_training_ids(encoder):
+    units, user, agent = ROW["user_units"][0], ROW["user_text"][0], ROW["agent_text"][0]
+    ids = encoder(ROW)["input_ids"][0].tolist()
+    labels = encoder(ROW)["labels"][0].tolist()
+    prompts = [encoder.prompt(units), encoder.prompt(units, user), encoder.prompt(units, user, agent)]
+    for prompt, step in zip(prompts, STEPS, strict=True):
+        assert ids[: len(prompt)] == prompt.tolist()
+        stop = ids.index(step.stop_id, len(prompt))
+        assert labels[len(prompt) : stop + 1] == ids[len(prompt) : stop + 1]  # what the step is to generate bears loss
+        assert labels[len(prompt) - 1] == -100 or step is STEPS[2]  # the answer's <|correspond|> ends the step before
+
+
+def test_answer_to_an_empty_transcript(encoder, tokenizer):
+    text = encoder.decode(encoder.prompt([1], ""))
+    assert text.endswith("<|correspond|>\n### Agent\n")
+
+
+def test_bad_prompts(encoder):
+    with pytest.raises(ValueError, match="agent_text goes with the user_text before it"):
+        encoder.prompt([1], agent_text="yes.")
+    with pytest.raises(ValueError, match="user_units holds unit 10000"):
+        encoder.prompt([10_000])
+    with pytest.raises(ValueError, match="user_text 'a\\\\tb' holds the control character"):
+        encoder.prompt([1], "a\tb")
+
+
+def allowed(step):
+    scores = StepLogitsProcessor(step)(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 42_003))
+    return set(torch.isfinite(scores[0]).nonzero().flatten().tolist())
+
+
+def test_ids_that_each_step_may_generate():
+    transcript, answer, speech = map(allowed, STEPS)
+    assert transcript == set(range(32_000))
+    assert answer == set(range(32_002))
+    assert speech == {28_705, *range(32_002, 42_003)}
+    assert [step.stop_id for step in STEPS] == [13, 32_001, 28_705]
+
+
+def test_a_trained_model_gives_its_training_example_back(encoder, tokenizer):
+    """The labels and the stop tokens are right: a model that fits them answers in three steps, speech included."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = MistralForCausalLM(MistralConfig(vocab_size=42_003, num_key_value_heads=2, pad_token_id=42_002, **shape))
+    encoded = encoder(ROW)
+    batch = PaddingCollator(tokenizer)([{name: encoded[name][0] for name in encoded}])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    losses = []
+    for _ in range(60):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.01 * losses[0]
+
+    model.eval()
+    units, user, agent = ROW["user_units"][0], ROW["user_text"][0], ROW["agent_text"][0]
+    prompts = [encoder.prompt(units), encoder.prompt(units, user), encoder.prompt(units, user, agent)]
+    prompt = torch.tensor(prompts[0])[None].long()
+    for step, expected in zip(STEPS, prompts, strict=True):
+        assert prompt[0].tolist() == expected.tolist()
+        generated = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=50,
+            eos_token_id=step.stop_id,
+            pad_token_id=42_002,
+            logits_processor=[StepLogitsProcessor(step)],
+        )[0, prompt.shape[1] :]
+        assert generated[-1] == step.stop_id
+        prompt = next_prompt(step, prompt, generated)
+    assert [token_id - 32_002 for token_id in generated[:-1].tolist()] == ROW["agent_units"][0]
+    assert prompt[0].tolist() == encoded["input_ids"][0].tolist()[:-2]  # all but the last newline and </s>
+
+
+def test_next_prompt_after_nothing_or_a_cut_off(encoder):
+    prompt = torch.tensor(encoder.prompt([1]))[None].long()
+    empty = next_prompt(STEPS[0], prompt, torch.tensor([13]))
+    assert empty[0].tolist()[-5:] == [32_001, 13, 27_332, 23_393, 13]
+    assert torch.equal(next_prompt(STEPS[0], prompt, torch.tensor([], dtype=torch.long)), empty)
+    assert next_prompt(STEPS[1], empty, torch.tensor([5081]))[0].tolist()[-2:] == [5081, 32_001]
