@@ -22,7 +22,9 @@ from transformers import MistralConfig, MistralForCausalLM, Trainer, TrainingArg
 from trl import SFTConfig, SFTTrainer
 
 from usdm_sft.collate import PaddingCollator, PaddingFreeCollator
+from usdm_sft.generation import STEPS, StepLogitsProcessor, next_prompt
 from usdm_sft.pipeline import prepare
+from usdm_sft.template import TemplateEncoder
 from usdm_sft.tokenizer import load_tokenizer
 
 
@@ -39,9 +41,9 @@ def folder(mini, unit_model, tmp_path_factory):
     return root / "data"
 
 
-def tiny_model():
+def tiny_model(hidden_size=32):
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = {"hidden_size": hidden_size, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     return MistralForCausalLM(MistralConfig(vocab_size=42_003, num_key_value_heads=2, pad_token_id=42_002, **shape))
 
 
@@ -129,6 +131,41 @@ def test_plain_pytorch(folder, tokenizer, expected, streaming):
     [batch] = DataLoader(load(folder, streaming), batch_size=3, collate_fn=PaddingCollator(tokenizer))
     with torch.no_grad():
         assert abs(tiny_model()(**batch).loss.item() - expected) < 1e-4
+
+
+def test_a_trained_model_gives_its_training_example_back(folder, tokenizer):
+    """The labels and the stop tokens are right: a model that fits them answers in three steps, speech included."""
+    rows = list(load(folder, streaming=False))
+    batch, model = PaddingCollator(tokenizer)(rows), tiny_model(hidden_size=96)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    losses = []
+    while not losses or (losses[-1] > 0.01 and len(losses) < 300):
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.01 < 5 < losses[0]
+
+    model.eval()
+    encoder, row = TemplateEncoder(tokenizer), rows[0]
+    texts = (), (row["user_text"],), (row["user_text"], row["agent_text"])
+    prompt = torch.tensor(encoder.prompt(row["user_units"]))[None].long()
+    for step, given in zip(STEPS, texts, strict=True):
+        assert prompt[0].tolist() == encoder.prompt(row["user_units"], *given).tolist()
+        generated = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=400,
+            eos_token_id=step.stop_id,
+            logits_processor=[StepLogitsProcessor(step)],
+        )[0, prompt.shape[1] :]
+        assert generated[-1] == step.stop_id
+        prompt = next_prompt(step, prompt, generated)
+    assert [token_id - 32_002 for token_id in generated[:-1].tolist()] == row["agent_units"]
+    assert prompt[0].tolist() == row["input_ids"][:-2]  # all but the last newline and </s>
 
 
 def ids(rows):
