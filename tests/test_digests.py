@@ -72,11 +72,20 @@ def test_bad_files(tmp_path):
         audio_digests([str(tmp_path / "empty.wav")], tmp_path / "cache")
 
 
-def test_a_damaged_memo_is_made_anew(tmp_path):
+@pytest.mark.parametrize("kept", [0, 5000])
+def test_a_damaged_memo_is_made_anew(tmp_path, reads, settled, caplog, kept):
     path = write_wav(tmp_path / "a.wav")
+    memo = tmp_path / "cache" / "digests.sqlite"
     first = audio_digests([path], tmp_path / "cache")
-    (tmp_path / "cache" / "digests.sqlite").write_bytes(b"no database" * 100)
-    assert audio_digests([path], tmp_path / "cache") == first
-    with pytest.raises(OSError, match=r"digests\.sqlite cannot be opened .*name another cache_dir"):
-        (tmp_path / "other" / "digests.sqlite").mkdir(parents=True)
-        audio_digests([path], tmp_path / "other")
+    memo.write_bytes(memo.read_bytes()[:kept] + b"no database" * 1000)
+    for _ in range(3):
+        assert audio_digests([path], tmp_path / "cache") == first
+    assert caplog.text.count("digests are not remembered this time") == 1
+    assert len(reads) == 3  # first, damaged, anew
+
+
+def test_without_a_memo_the_run_goes_on(tmp_path, caplog):
+    (tmp_path / "cache" / "digests.sqlite").mkdir(parents=True)
+    path = write_wav(tmp_path / "a.wav")
+    assert audio_digests([path], tmp_path / "cache")[path].num_samples == 3200
+    assert "digests are not remembered this time" in caplog.text

@@ -1,13 +1,15 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import REPOSITORY
 
-from usdm_sft import pipeline
+from usdm_sft import pipeline, workers
 from usdm_sft.agreement import measure_agreement
 from usdm_sft.audio import AudioError
 from usdm_sft.digests import audio_digests
@@ -59,8 +61,6 @@ def test_two_processes_give_the_bytes_of_one(mini, unit_model, tmp_path, two_pro
 
 
 def test_error_in_a_process_reaches_the_caller(mini, unit_model, tmp_path, two_processes, monkeypatch):
-    import shutil
-
     corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
     path = corpus / "data" / "8" / "0_1_d8.wav"
     header = path.read_bytes()[:44]
@@ -162,3 +162,55 @@ def test_sample_is_spread_over_the_corpus(mini, unit_model, tmp_path, monkeypatc
 def test_more_gpus_than_there_are(mini, unit_model, tmp_path):
     with pytest.raises(ValueError, match="num_gpus is 99: this machine has"):
         prepare(**options(mini, unit_model, tmp_path, num_gpus=99))
+
+
+class TwoArguments(Exception):
+    def __init__(self, one, two):
+        super().__init__(one)
+
+
+@pytest.mark.parametrize(
+    "error", [TwoArguments("what was wrong", 2), type("Local", (ValueError,), {})("what was wrong")]
+)
+def test_error_that_cannot_be_sent_keeps_its_words(error):
+    sent = workers._sendable(error)
+    assert type(sent) is RuntimeError and str(sent) == f"{type(error).__name__}: what was wrong"
+
+
+def test_error_that_can_be_sent_is_sent():
+    assert isinstance(workers._sendable(AudioError("bad")), AudioError)
+
+
+def test_processes_that_end_too_early_are_noticed():
+    ended, running = SimpleNamespace(exitcode=0), SimpleNamespace(exitcode=None)
+    workers._check_alive({"cuda:0": ended, "cuda:1": running})
+    with pytest.raises(RuntimeError, match="the processes ended before their work was done"):
+        workers._check_alive({"cuda:0": ended, "cuda:1": ended})
+
+
+def test_processes_end_when_their_parent_is_killed(mini, unit_model, tmp_path):
+    """No orphan goes on with the work, beside the run that is started next."""
+    code = (
+        "from usdm_sft import pipeline\n"
+        "pipeline._find_devices = lambda num_gpus: ['cpu', 'cpu:0']\n"
+        "from usdm_sft.cli import main\n"
+        "if __name__ == '__main__':\n"
+        f"    main({command(mini, unit_model, tmp_path)[3:]!r})\n"
+    )
+    (tmp_path / "run.py").write_text(code)
+    run = subprocess.Popen(
+        [sys.executable, str(tmp_path / "run.py")], stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    while not list(tmp_path.glob("cache/units/*.arrow")):
+        assert run.poll() is None, "ended before it could be killed"
+        time.sleep(0.0005)
+    run.kill()
+    run.wait()
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            os.killpg(run.pid, 0)
+        except ProcessLookupError:
+            break
+        assert time.monotonic() < deadline, "a process outlives its parent"
+        time.sleep(0.1)

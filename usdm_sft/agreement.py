@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from usdm_sft.cache import cache_key
+from usdm_sft.cache import cache_key, path_lock
 
 if TYPE_CHECKING:
     from usdm_sft.digests import AudioDigest
@@ -41,16 +41,18 @@ def measure_agreement(
     sample = [paths[i] for i in picked]
     key = cache_key("agreement", *reference.key, *unit_tokenizer.key, [audio[path].sha256 for path in sample])
     file = cache / "agreement" / f"{key}.json"
-    if file.is_file():
-        return json.loads(file.read_text())
-    expected, _ = reference.tokenize_files(sample)
-    del reference  # its weights make room on the device
-    found, _ = unit_tokenizer.tokenize_files(sample)
-    num_units = sum(map(len, expected))
-    equal = sum(int((a == b).sum()) for a, b in zip(expected, found, strict=True))
-    result = {"utterances": len(sample), "units": num_units, "equal_units": equal, "share": round(equal / num_units, 6)}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(f".{os.getpid()}.unfinished")
-    unfinished.write_text(json.dumps(result))
-    os.replace(unfinished, file)
-    return result
+    with path_lock(file, cache):
+        if file.is_file():
+            return json.loads(file.read_text())
+        expected, _ = reference.tokenize_files(sample)
+        reference.release()
+        found, _ = unit_tokenizer.tokenize_files(sample)
+        num_units = sum(map(len, expected))
+        equal = sum(int((a == b).sum()) for a, b in zip(expected, found, strict=True))
+        share = round(equal / num_units, 6)
+        result = {"utterances": len(sample), "units": num_units, "equal_units": equal, "share": share}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(result))
+        os.replace(unfinished, file)
+        return result

@@ -5,6 +5,7 @@ The digest is the file's identity; path, size and times merely say whether a rem
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 import time
@@ -18,6 +19,8 @@ from tqdm import tqdm
 
 from usdm_sft.audio import AudioError, read_header, resampled_length
 from usdm_sft.download import cache_root, sha256_file
+
+logger = logging.getLogger(__name__)
 
 _BATCH = 512
 _SETTLED_NS = 2_000_000_000  # a file changed less than this long ago could change again under the same time stamp
@@ -66,44 +69,66 @@ def audio_digests(
 def _digest(
     paths: list[str], cache_dir: str | Path | None, *, audio: bool, num_threads: int | None = None
 ) -> list[_Row]:
-    folder = cache_root(cache_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    with closing(_open_memo(folder / "digests.sqlite")) as memo:
-        remembered = {}
-        for start in range(0, len(paths), _BATCH):
-            some = paths[start : start + _BATCH]
-            query = f"SELECT * FROM files WHERE path IN ({','.join('?' * len(some))})"
-            remembered |= {row[0]: _Row(*row) for row in memo.execute(query, some)}
+    with closing(_Memo(cache_root(cache_dir) / "digests.sqlite")) as memo:
+        remembered = memo.read(paths)
         found = {path: row for path in paths if (row := remembered.get(path)) and _stands(row, audio)}
         missing = [path for path in paths if path not in found]
         bar = tqdm(total=len(missing), desc="reading audio digests", unit="file", disable=len(missing) < _BATCH)
         with bar, ThreadPoolExecutor(num_threads) as threads:
             for start in range(0, len(missing), _BATCH):
-                rows = list(threads.map(lambda path: _read(path, audio), missing[start : start + _BATCH]))
                 settled = time.time_ns() - _SETTLED_NS
-                keep = [row for row in rows if max(row.mtime_ns, row.ctime_ns) < settled]
-                with memo:
-                    memo.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?)", keep)
+                rows = list(threads.map(lambda path: _read(path, audio), missing[start : start + _BATCH]))
+                memo.write([row for row in rows if max(row.mtime_ns, row.ctime_ns) < settled])
                 found |= {row.path: row for row in rows}
                 bar.update(len(rows))
     return [found[path] for path in paths]
 
 
-def _open_memo(path: Path) -> sqlite3.Connection:
-    try:
-        memo = sqlite3.connect(path, timeout=60)
-        memo.execute(
-            "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER,"
-            " ctime_ns INTEGER, sha256 TEXT, frames INTEGER, rate INTEGER)"
-        )
-        return memo
-    except sqlite3.OperationalError as error:
-        raise OSError(
-            f"{path} cannot be opened ({error}): see to the cache folder, or name another cache_dir"
-        ) from error
-    except sqlite3.DatabaseError:
-        path.unlink()  # damaged; it only saves time
-        return _open_memo(path)
+class _Memo:
+    """The remembered rows. It only saves time: what is wrong with it is said, and the run goes on without it."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._database: sqlite3.Connection | None = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(path, timeout=60)
+            self._database.execute(
+                "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER,"
+                " ctime_ns INTEGER, sha256 TEXT, frames INTEGER, rate INTEGER)"
+            )
+        except (sqlite3.Error, OSError) as error:
+            self._give_up(error)
+
+    def read(self, paths: list[str]) -> dict[str, _Row]:
+        rows: dict[str, _Row] = {}
+        try:
+            for start in range(0, len(paths) if self._database else 0, _BATCH):
+                some = paths[start : start + _BATCH]
+                query = f"SELECT * FROM files WHERE path IN ({','.join('?' * len(some))})"
+                rows |= {row[0]: _Row(*row) for row in self._database.execute(query, some)}
+        except sqlite3.Error as error:
+            self._give_up(error)
+        return rows
+
+    def write(self, rows: list[_Row]) -> None:
+        try:
+            if self._database:
+                with self._database:
+                    self._database.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        except sqlite3.Error as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        logger.warning("digests are not remembered this time: %s (%s)", self._path, error)
+        self.close()
+        self._database = None
+        if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
+            self._path.unlink(missing_ok=True)  # damaged: the next run starts it anew
+
+    def close(self) -> None:
+        if self._database:
+            self._database.close()
 
 
 def _stands(row: _Row, audio: bool) -> bool:

@@ -58,6 +58,11 @@ def is_up_to_date(folder: Path, key: str) -> bool:
     )
 
 
+def clear_unfinished(folder: Path) -> None:
+    """Remove what a killed run left in a folder."""
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+
+
 def check_output(folder: Path, *, overwrite: bool, finished_too: bool) -> None:
     """Refuse to write into a folder with other content, before any work is done.
 
@@ -102,8 +107,8 @@ def write_folder(
     Returns:
         The counts as written.
     """
+    clear_unfinished(folder)
     unfinished = folder / UNFINISHED
-    shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     num_bytes = {}
     for split, rows in splits.items():

@@ -14,6 +14,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from usdm_sft import __version__
 from usdm_sft.agreement import NUM_UTTERANCES
 from usdm_sft.batches import BATCH_SECONDS
 from usdm_sft.tokenizer import MAX_LENGTH, USTM
@@ -22,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 SHARD_DIALOGS = 64
 _VERSIONED = (
-    "dailytalk-usdm",
     "datasets",
     "numpy",
     "pyarrow",
@@ -143,6 +143,7 @@ def prepare(
             "num_output_shards": num_output_shards,
             "shard_dialogs": shard_dialogs,
             **unit_tokenizer.settings,
+            **({} if (precision, resampler) == ("fp32", "soxr") else {"agreement_utterances": agreement_utterances}),
         },
         "digests": {
             **{f"{split} split list": digest for split, digest in builder.list_digests.items()},
@@ -150,12 +151,11 @@ def prepare(
             "unit model": unit_tokenizer.digest,
             "tokenizer": encoder.tokenizer_digest,
         },
-        "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
+        "versions": {"dailytalk-usdm": __version__} | {name: importlib.metadata.version(name) for name in _VERSIONED},
     }
     counts["key"] = cache_key(counts, [shard.tokens_key for shard in plan])
-    if folder.is_up_to_date(output, counts["key"]):
-        return folder.read_counts(output)
-    folder.check_output(output, overwrite=overwrite, finished_too=True)
+    if (finished := _finished(output, counts["key"], cache, overwrite)) is not None:
+        return finished
 
     rows = shards.load_rows(builder)
     agreement = measure_agreement(unit_tokenizer, builder.audio_digests, cache, agreement_utterances)
@@ -175,12 +175,25 @@ def prepare(
             rows[split], [units[shard.units_key] for shard in its], [tokens[shard.tokens_key] for shard in its]
         )
         splits[split], counts["splits"][split] = select_rows(joined, builder, split, max_length, shuffle_seed)
+    if (finished := _finished(output, counts["key"], cache, overwrite)) is not None:  # by another run, meanwhile
+        return finished
     with path_lock(output, cache), shards.quiet():
-        if folder.is_up_to_date(output, counts["key"]):  # by another run, meanwhile
-            return folder.read_counts(output)
         return folder.write_folder(
             output, builder.config.name, splits, tokenizer, counts, num_output_shards=num_output_shards
         )
+
+
+def _finished(output: Path, key: str, cache: Path, overwrite: bool) -> dict[str, Any] | None:
+    """The counts of a finished folder of the same run; refuses what must not be overwritten."""
+    from usdm_sft import folder
+    from usdm_sft.cache import path_lock
+
+    with path_lock(output, cache):
+        if folder.is_up_to_date(output, key):
+            folder.clear_unfinished(output)
+            return folder.read_counts(output)
+        folder.check_output(output, overwrite=overwrite, finished_too=True)
+        return None
 
 
 def _find_devices(num_gpus: int | None) -> list[str]:

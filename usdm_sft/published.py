@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -44,20 +45,24 @@ def find_unit_model(name_or_path: str | Path, model_cache_dir: str | Path | None
 
 def _download_and_convert(folder: Path, cache: Path) -> Path:
     """Digests of what is downloaded are recorded beside the folder; a later download must match them."""
+    downloads = cache / f"{PUBLISHED}.sources"
     if (folder / "unit_model.json").is_file():
+        shutil.rmtree(downloads, ignore_errors=True)  # left by a kill right after the conversion
         return folder
     record = cache / f"{PUBLISHED}.sha256.json"
     recorded = json.loads(record.read_text()) if record.is_file() else {}
     sources = []
     for name in PUBLISHED_FILES:
-        path = cache / f"{PUBLISHED}.sources" / name
+        path = downloads / name
         expected = KNOWN_DIGESTS.get(name) or recorded.get(name)
         if not path.is_file() or (expected is not None and sha256_file(path) != expected):
             download(f"{PUBLISHED_URL}/{name}", path, sha256=expected)
         recorded[name] = sha256_file(path)
-        record.write_text(json.dumps(recorded, indent=2) + "\n")
+        unfinished = record.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(recorded, indent=2) + "\n")
+        os.replace(unfinished, record)
         logger.warning("%s: sha256 %s", name, recorded[name])
         sources.append(path)
     convert(*sources, folder)
-    shutil.rmtree(cache / f"{PUBLISHED}.sources")
+    shutil.rmtree(downloads)
     return folder

@@ -96,11 +96,9 @@ def make_units(
 
     level = ShardCache(cache / "units")
     files = {shard.units_key: level.find(shard.units_key) for shard in shards}
-    tasks = [
-        Task(shard.units_key, rows[shard.split].select(range(shard.start, shard.stop)))
-        for shard in shards
-        if files[shard.units_key] is None
-    ]
+    missing = [shard for shard in shards if files[shard.units_key] is None]
+    missing.sort(key=lambda shard: -max(shard.lengths))  # so that an out-of-memory shows at once
+    tasks = [Task(shard.units_key, rows[shard.split].select(range(shard.start, shard.stop))) for shard in missing]
     with tqdm(total=sum(len(task.rows) for task in tasks), desc="units", unit="pair", disable=not tasks) as bar:
         for task, path in tokenize_shards(tasks, unit_tokenizer, devices, level):
             files[task.key] = path

@@ -63,11 +63,12 @@ class UnitModel(nn.Module):
         nn.utils.parametrize.remove_parametrizations(self.pos_conv_embed.conv, "weight")
         self.layers = model.encoder.layers
         if self.precision.layers != torch.float32:
+            dtype = self.precision.layers
             for layer in self.layers:
-                layer.attention.to(self.precision.layers)
-                layer.feed_forward.to(self.precision.layers)
+                layer.attention.to(dtype)
+                layer.feed_forward.to(dtype)
                 for norm in (layer.layer_norm, layer.final_layer_norm):
-                    norm.register_forward_hook(lambda module, args, output: output.to(self.precision.layers))
+                    norm.register_forward_hook(lambda module, args, output: output.to(dtype))
         self.register_buffer("centroids", torch.from_numpy(centroids))
         self.register_buffer("centroid_norms", torch.from_numpy(np.square(centroids).sum(axis=1)))
         self.requires_grad_(False).eval()
@@ -134,14 +135,18 @@ class UnitModel(nn.Module):
 def fp32_precision(value: str) -> Iterator[None]:
     """Run float32 matrix products and convolutions as "ieee" float32 or as "tf32"; the caller's settings come back.
 
-    Only PyTorch's `fp32_precision` settings are touched: once these have been used, the older `allow_tf32` flags raise.
+    TF32 is CUDA's; on the CPU float32 is always "ieee", also where the caller lets oneDNN use bf16. Only PyTorch's `fp32_precision`
+    settings are touched: once these have been used, the older `allow_tf32` flags raise. What comes back is the value that
+    was in force, set on the operation itself, though the caller may have set it for all of them at once.
     """
-    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    before = [setting.fp32_precision for setting in settings]
+    backends = torch.backends
+    settings = {backends.cuda.matmul: value, backends.cudnn.conv: value}
+    settings |= {backends.mkldnn.matmul: "ieee", backends.mkldnn.conv: "ieee"}
+    before = {setting: setting.fp32_precision for setting in settings}
     try:
-        for setting in settings:
-            setting.fp32_precision = value
+        for setting, wanted in settings.items():
+            setting.fp32_precision = wanted
         yield
     finally:
-        for setting, was in zip(settings, before, strict=True):
+        for setting, was in before.items():
             setting.fp32_precision = was

@@ -29,6 +29,7 @@ RESAMPLERS = ("soxr", "torchaudio")
 
 _FOLDER_VARIABLE = "USDM_UNIT_MODEL_"
 _IMPORTED_IN = os.getpid()
+_OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def _distinct(batch: Mapping[str, Sequence]) -> tuple[list[str | bytes], dict[str, list]]:
@@ -139,6 +140,10 @@ class UnitTokenizer:
         if os.getpid() != _IMPORTED_IN:  # a forked process, as `.map(num_proc=...)` makes them
             import torch
 
+            if self.settings["device"] == "cuda":
+                raise RuntimeError(
+                    "CUDA does not survive a fork: call multiprocess.set_start_method('spawn') before .map with num_proc"
+                )
             torch.set_num_threads(1)  # the parent's threads are gone, and torch would wait for them for ever
 
     @property
@@ -154,13 +159,22 @@ class UnitTokenizer:
             self._model = UnitModel.from_pretrained(self.folder, self.settings["precision"]).to(self.device)
         return self._model
 
+    def release(self) -> None:
+        """Give the model's memory back; the next call loads it again."""
+        import torch
+
+        self._model = None
+        if self.settings["device"] == "cuda":
+            torch.cuda.empty_cache()
+
     def __call__(self, batch: Mapping[str, Sequence], rank: int | None = None) -> dict[str, Sequence]:
         """Tokenize a batch of rows.
 
         Args:
             batch: Columns `user_audio` and `agent_audio`: paths, bytes of audio files, or `{"bytes", "path"}` dicts. A row
                 holds one audio, or a list of as many as it has exchanges.
-            rank: Number of the process, as `.map(with_rank=True, num_proc=...)` gives it: each takes a GPU of its own.
+            rank: Number of the process, as `.map(with_rank=True, num_proc=...)` gives it: each takes a GPU of its own. Needs
+                `multiprocess.set_start_method("spawn")`.
 
         Returns:
             `user_units` and `agent_units`: one (num_frames,) uint16 array an audio; `user_seconds` and `agent_seconds`:
@@ -246,15 +260,15 @@ class UnitTokenizer:
     def _forward(self, batch: Sequence[Waveform], names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
-        device = torch.device(self.device)
+        model, device = self.model, torch.device(self.device)
         padded = torch.nn.utils.rnn.pad_sequence([waveform.samples for waveform in batch], batch_first=True)
         frames = torch.tensor([num_frames(waveform.num_samples) for waveform in batch])
-        if device.type == "cuda" and padded.device.type == "cpu":
-            padded = padded.pin_memory()
         try:
-            return self.model(padded.to(device, non_blocking=True), frames)
+            if device.type == "cuda" and padded.device.type == "cpu":
+                padded = padded.pin_memory()
+            return model(padded.to(device, non_blocking=True), frames)
         except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in _OUT_OF_MEMORY):
                 raise
             seconds = padded.numel() / SAMPLE_RATE
             if len(batch) > 1:

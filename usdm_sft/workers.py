@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import queue
+import traceback
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,22 +39,23 @@ def tokenize_shards(
         level: The cache level of unit shards.
 
     Raises:
-        RuntimeError: A process died; what was finished stands.
+        RuntimeError: A process died; what was finished stands (each process loses the shard it was at).
         Exception: Whatever went wrong in a process.
     """
     if len(devices) == 1:
         unit_tokenizer.device = devices[0]
         yield from _work(iter(tasks), unit_tokenizer, level)
         return
+    unit_tokenizer.release()  # what this process holds of the first GPU
     context = multiprocessing.get_context("spawn")
     waiting, done = context.Queue(), context.Queue()
     for index in range(len(tasks)):
-        waiting.put((index, tasks[index]))
+        waiting.put(index)
     processes = {}
     for device in devices[: len(tasks)]:
         waiting.put(None)
         processes[device] = context.Process(
-            target=_process, args=(unit_tokenizer, device, level, waiting, done), name=f"units on {device}", daemon=True
+            target=_process, args=(unit_tokenizer, device, level, list(tasks), waiting, done), name=f"units on {device}"
         )
         processes[device].start()
     try:
@@ -61,22 +64,31 @@ def tokenize_shards(
             try:
                 outcome = done.get(timeout=POLL_SECONDS)
             except queue.Empty:
-                for device, process in processes.items():
-                    if process.exitcode not in (None, 0):
-                        raise RuntimeError(
-                            f"the process on {device} died (exit code {process.exitcode}): start the run again; "
-                            "finished work shards are kept"
-                        ) from None
+                _check_alive(processes)
                 continue
             if isinstance(outcome, BaseException):
                 raise outcome
             remaining -= 1
             index, path = outcome
             yield tasks[index], path
+        for process in processes.values():
+            process.join()
     finally:
+        waiting.cancel_join_thread()
         for process in processes.values():
             process.terminate()
             process.join()
+
+
+def _check_alive(processes: dict[str, Any]) -> None:
+    for device, process in processes.items():
+        if process.exitcode not in (None, 0):
+            raise RuntimeError(
+                f"the process on {device} died (exit code {process.exitcode}): start the run again; "
+                "finished work shards are kept"
+            )
+    if all(process.exitcode == 0 for process in processes.values()):
+        raise RuntimeError("the processes ended before their work was done: start the run again")
 
 
 def _work(tasks: Iterator[Task], unit_tokenizer: UnitTokenizer, level: ShardCache) -> Iterator[tuple[Task, Path]]:
@@ -97,25 +109,38 @@ def _work(tasks: Iterator[Task], unit_tokenizer: UnitTokenizer, level: ShardCach
         task = following
 
 
-def _process(unit_tokenizer: UnitTokenizer, device: str, level: ShardCache, waiting: Any, done: Any) -> None:
-    indices: list[int] = []
+def _process(
+    unit_tokenizer: UnitTokenizer, device: str, level: ShardCache, tasks: list[Task], waiting: Any, done: Any
+) -> None:
+    given: list[int] = []
 
-    def tasks() -> Iterator[Task]:
-        while True:
+    def handed_out() -> Iterator[Task]:
+        while multiprocessing.parent_process().is_alive():
             try:
-                item = waiting.get(timeout=POLL_SECONDS)
+                index = waiting.get(timeout=POLL_SECONDS)
             except queue.Empty:
-                if not multiprocessing.parent_process().is_alive():
-                    return
                 continue
-            if item is None:
+            if index is None:
                 return
-            indices.append(item[0])
-            yield item[1]
+            given.append(index)
+            yield tasks[index]
 
     try:
         unit_tokenizer.device = device
-        for _, path in _work(tasks(), unit_tokenizer, level):
-            done.put((indices.pop(0), path))
+        if device.startswith("cuda"):
+            import torch
+
+            torch.cuda.set_device(device)
+        for _, path in _work(handed_out(), unit_tokenizer, level):
+            done.put((given.pop(0), path))
     except Exception as error:  # raised again in the parent
-        done.put(error)
+        traceback.print_exc()
+        done.put(_sendable(error))
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error itself where it survives the way to the parent, else what it says."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its class does when it is pickled
+        return RuntimeError(f"{type(error).__name__}: {error}")

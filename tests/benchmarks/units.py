@@ -15,12 +15,13 @@ from transformers import AutoModel, Wav2Vec2Config
 
 from tests.benchmarks.common import alternate, lengths, machine, speechlike, table, timed
 from usdm_sft import unit_model
-from usdm_sft.batches import num_frames, padding_share
+from usdm_sft.batches import num_frames, padding_share, prepare_waveform
 from usdm_sft.checkpoint import XLSR_1B, XLSR_LAYER
 from usdm_sft.unit_model import Precision, UnitModel
 from usdm_sft.units import UnitTokenizer
 
 NUM_UNITS = 10_000
+SHARD_UTTERANCES = 600  # 64 dialogs
 # Beside the precisions of the package: the same with TF32 in front, to be decided by measured agreement.
 unit_model.PRECISIONS |= {
     "fp16, tf32 front": Precision(torch.float16, "tf32"),
@@ -59,6 +60,11 @@ def tokenizer(
     made = UnitTokenizer(Path(), "benchmark", settings, str(device))
     made._model = UnitModel(config, dict(weights), kmeans, precision).to(device)
     return made
+
+
+def own_bytes(which: UnitTokenizer) -> int:
+    tensors = [*which.model.parameters(), *which.model.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def flops(num_samples: int, config: dict) -> tuple[float, float]:
@@ -105,38 +111,44 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if cuda else "cpu")
     rng = np.random.default_rng(0)
-    waveforms = [speechlike(int(seconds * 16_000), rng) for seconds in lengths(args.utterances)]
-    samples = [len(waveform) for waveform in waveforms]
+    audio = [speechlike(int(seconds * 16_000), rng) for seconds in lengths(args.utterances)]
+    waveforms = [prepare_waveform(torch.from_numpy(each), "") for each in audio]  # in prepare(), threads do this ahead
+    samples = [waveform.num_samples for waveform in waveforms]
+    work_shards = [slice(start, start + SHARD_UTTERANCES) for start in range(0, len(waveforms), SHARD_UTTERANCES)]
     short = waveforms[: args.baseline_utterances]
-    seconds, short_seconds = sum(samples) / 16_000, sum(map(len, short)) / 16_000
+    seconds, short_seconds = sum(samples) / 16_000, sum(samples[: len(short)]) / 16_000
+
+    def tokenize(which: UnitTokenizer) -> list[np.ndarray]:
+        return [
+            units for part in work_shards for units in which._tokenize(waveforms[part], [""] * len(waveforms[part]))
+        ]
 
     whole, weights = random_model(device, XLSR_1B["num_hidden_layers"])
     config, needed = cut(whole, weights, XLSR_LAYER)
     kmeans = centroids(config, needed, device)
     reference = tokenizer(whole, weights, kmeans, "fp32", device, args.batch_seconds)
     ours = {name: tokenizer(config, needed, kmeans, name, device, args.batch_seconds) for name in args.precisions}
-    expected = tokenizer(config, needed, kmeans, "fp32", device, args.batch_seconds).tokenize_waveforms(waveforms)
+    expected = tokenizer(config, needed, kmeans, "fp32", device, args.batch_seconds)
+    expected = tokenize(expected)
 
     agreement, memory = {}, {}
     for name, each in ours.items():  # the warm-up as well
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        found = each.tokenize_waveforms(waveforms)
-        memory[name] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if cuda else "-"
+            others = torch.cuda.memory_allocated() - own_bytes(each)
+        found = tokenize(each)
+        memory[name] = f"{(torch.cuda.max_memory_allocated() - others) / 2**30:.1f} GiB" if cuda else "-"
         equal = sum(int((a == b).sum()) for a, b in zip(found, expected, strict=True))
         agreement[name] = equal / sum(map(len, expected))
-    reference.tokenize_waveforms(short[:2])
+    reference._tokenize(short[:2], ["", ""])
 
     def one_at_a_time(which: UnitTokenizer) -> float:
-        return timed(lambda: [which.tokenize_waveforms([waveform]) for waveform in short]) / short_seconds
+        return timed(lambda: [which._tokenize([waveform], [""]) for waveform in short]) / short_seconds
 
     runs = {"48 layers, one at a time": lambda: one_at_a_time(reference)}
     if "fp32" in ours:
         runs["35 layers, one at a time"] = lambda: one_at_a_time(ours["fp32"])
-    runs |= {
-        name: lambda each=each: timed(lambda: each.tokenize_waveforms(waveforms)) / seconds
-        for name, each in ours.items()
-    }
+    runs |= {name: lambda each=each: timed(lambda: tokenize(each)) / seconds for name, each in ours.items()}
     cost = alternate(runs, args.rounds)  # seconds a second of audio
 
     rates = {}
@@ -159,7 +171,8 @@ def main() -> None:
     print(f"{machine()}; torch {torch.__version__}" + (f", {torch.cuda.get_device_name()}" if cuda else ""))
     print(f"{len(waveforms)} utterances, {seconds:,.0f} s; {len(short)} of {short_seconds:,.0f} s one at a time")
     print(
-        f"padding {padding_share([samples], args.batch_seconds):.1%} in batches of {args.batch_seconds:g} s; ", end=""
+        f"padding {padding_share((samples[part] for part in work_shards), args.batch_seconds):.1%} in batches of {args.batch_seconds:g} s; ",
+        end="",
     )
     print("; ".join(f"{d} {'tf32 ' if t else ''}{rate / 1e12:.2f} TFLOP/s" for (d, t), rate in rates.items()))
     print(f"median of {args.rounds} alternating rounds\n")
