@@ -24,6 +24,7 @@ SHARED = Path(os.environ.get("USDM_SHARED", REPOSITORY.parent / "shared"))
 def pytest_collection_modifyitems(items):
     if (SHARED / "oracle").is_dir():
         return
+    # Its licence keeps it out of the clone; what may be shipped is in fixtures/ and never skipped.
     skip = pytest.mark.skip(reason=f"the reference's output is not at {SHARED} (set USDM_SHARED)")
     for item in items:
         if "oracle" in item.keywords:

@@ -198,32 +198,20 @@ def test_a_wrong_split_list_is_refused(server, tmp_path):
         download.fetch_split_lists(tmp_path, url=url)
 
 
-def test_a_server_that_speaks_no_http(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "answer", [b"hello\r\n", b"HTTP/1.0 200 OK\r\nContent-Length: 100\r\n\r\nhalf"], ids=["no HTTP", "breaks off"]
+)
+def test_a_server_that_does_not_keep_its_word(tmp_path, monkeypatch, answer):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
-        def answer():
+        def serve():
             connection, _ = listening.accept()
             connection.recv(1000)
-            connection.sendall(b"hello\r\n")
+            connection.sendall(answer)
             connection.close()
 
-        threading.Thread(target=answer, daemon=True).start()
-        with pytest.raises(OSError, match="could not fetch"):
-            download.download(f"http://127.0.0.1:{listening.getsockname()[1]}/x", tmp_path / "x")
-
-
-def test_a_connection_that_breaks(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-
-        def answer():
-            connection, _ = listening.accept()
-            connection.recv(1000)
-            connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 100\r\n\r\nhalf")
-            connection.close()
-
-        threading.Thread(target=answer, daemon=True).start()
+        threading.Thread(target=serve, daemon=True).start()
         with pytest.raises(OSError, match="could not fetch"):
             download.download(f"http://127.0.0.1:{listening.getsockname()[1]}/x", tmp_path / "x")
     assert not list(tmp_path.iterdir())

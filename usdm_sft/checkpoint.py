@@ -7,9 +7,9 @@ layers 35 are needed: 2.8 GB instead of 3.9. No value is changed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -19,6 +19,8 @@ import numpy as np
 
 from usdm_sft.audio import SAMPLE_RATE
 from usdm_sft.cache import path_lock
+from usdm_sft.checkpoint_keys import to_transformers
+from usdm_sft.digests import file_digest
 from usdm_sft.download import cache_root, sha256_file
 
 XLSR_LAYER = 35
@@ -41,43 +43,6 @@ XLSR_1B = {
     "num_conv_pos_embedding_groups": 16,
     "layer_norm_eps": 1e-5,
 }
-
-_LAYER = r"encoder\.layers\.(\d+)\."
-_CONV = "feature_extractor.conv_layers."
-_POSITION = "encoder.pos_conv_embed.conv."
-# Parameter names of the original fairseq and of fairseq2 -> names in transformers' Wav2Vec2Model.
-_FAIRSEQ = (
-    (r"feature_extractor\.conv_layers\.(\d+)\.0\.", _CONV + r"\1.conv."),
-    (r"feature_extractor\.conv_layers\.(\d+)\.2\.1\.", _CONV + r"\1.layer_norm."),
-    (r"layer_norm\.", "feature_projection.layer_norm."),
-    (r"post_extract_proj\.", "feature_projection.projection."),
-    (r"encoder\.pos_conv\.0\.bias", _POSITION + "bias"),
-    (r"encoder\.pos_conv\.0\.weight_g", _POSITION + "parametrizations.weight.original0"),
-    (r"encoder\.pos_conv\.0\.weight_v", _POSITION + "parametrizations.weight.original1"),
-    (_LAYER + r"self_attn\.", r"encoder.layers.\1.attention."),
-    (_LAYER + r"self_attn_layer_norm\.", r"encoder.layers.\1.layer_norm."),
-    (_LAYER + r"fc1\.", r"encoder.layers.\1.feed_forward.intermediate_dense."),
-    (_LAYER + r"fc2\.", r"encoder.layers.\1.feed_forward.output_dense."),
-    (_LAYER + r"final_layer_norm\.", r"encoder.layers.\1.final_layer_norm."),
-    (r"encoder\.layer_norm\.", "encoder.layer_norm."),
-)
-_FAIRSEQ2 = (
-    (r"encoder_frontend\.feature_extractor\.layers\.(\d+)\.(conv|layer_norm)\.", _CONV + r"\1.\2."),
-    (r"encoder_frontend\.post_extract_layer_norm\.", "feature_projection.layer_norm."),
-    (r"encoder_frontend\.model_dim_proj\.", "feature_projection.projection."),
-    (r"encoder_frontend\.pos_encoder\.conv\.bias", _POSITION + "bias"),
-    (r"encoder_frontend\.pos_encoder\.conv\.weight_g", _POSITION + "parametrizations.weight.original0"),
-    (r"encoder_frontend\.pos_encoder\.conv\.weight_v", _POSITION + "parametrizations.weight.original1"),
-    (_LAYER + r"self_attn\.output_proj\.", r"encoder.layers.\1.attention.out_proj."),
-    (_LAYER + r"self_attn\.", r"encoder.layers.\1.attention."),
-    (_LAYER + r"self_attn_layer_norm\.", r"encoder.layers.\1.layer_norm."),
-    (_LAYER + r"ffn\.inner_proj\.", r"encoder.layers.\1.feed_forward.intermediate_dense."),
-    (_LAYER + r"ffn\.output_proj\.", r"encoder.layers.\1.feed_forward.output_dense."),
-    (_LAYER + r"ffn_layer_norm\.", r"encoder.layers.\1.final_layer_norm."),
-    (r"encoder\.layer_norm\.", "encoder.layer_norm."),
-)
-# Of the pre-training, of no use here.
-_UNUSED = re.compile(r"mask_emb|masker\.|quantizer\.|project_q\.|final_proj\.|final_target_proj\.")
 
 
 def convert(
@@ -142,6 +107,26 @@ def read_description(folder: Path) -> dict[str, Any]:
     if not {"layer", "num_units", "files", "sources"} <= description.keys():
         raise ValueError(f"{path} is not what convert wrote: remove the folder and convert the unit model again")
     return description
+
+
+def unit_model_digest(folder: str | Path, cache_dir: str | Path | None = None) -> str:
+    """sha256 over the digests of a unit model folder's files and its layer, after checking the files against them.
+
+    Raises:
+        FileNotFoundError: The folder is not a unit model folder.
+        ValueError: A file is not the one that `convert` wrote.
+    """
+    folder = Path(folder)
+    description = read_description(folder)
+    for name, digest in description["files"].items():
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing: remove the folder and convert the unit model again")
+        if file_digest(folder / name, cache_dir) != digest:
+            raise ValueError(
+                f"{folder / name} is not the file that was converted: remove the folder and convert the unit model again"
+            )
+    identity = json.dumps([description["layer"], description["files"]], sort_keys=True)
+    return hashlib.sha256(identity.encode()).hexdigest()
 
 
 def _read_json(path: str | Path) -> dict[str, Any]:
@@ -247,11 +232,12 @@ def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     for key, tensor in source.items():
         if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{path}: {key!r} is no name of a tensor: name a fairseq or fairseq2 checkpoint")
-    layout = _FAIRSEQ2 if any(key.startswith("encoder_frontend.") for key in source) else _FAIRSEQ
-    renamed = {}
-    for key, tensor in source.items():
-        if not _UNUSED.match(key):
-            renamed[_rename(key, layout, path)] = tensor
+    try:
+        renamed = to_transformers(source)
+    except KeyError as error:
+        raise ValueError(
+            f"{path}: {error.args[0]} is no parameter of a wav2vec 2.0 model in fairseq's or fairseq2's naming"
+        ) from error
 
     with torch.device("meta"):
         expected = Wav2Vec2Model(Wav2Vec2Config(**config)).state_dict()
@@ -269,10 +255,3 @@ def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{path}: {key} holds NaN or infinite values: download the checkpoint again")
         weights[key] = tensor.float().contiguous()
     return weights
-
-
-def _rename(key: str, layout: tuple[tuple[str, str], ...], path: Path) -> str:
-    for pattern, replacement in layout:
-        if match := re.match(pattern, key):
-            return match.expand(replacement) + key[match.end() :]
-    raise ValueError(f"{path}: {key} is no parameter of a wav2vec 2.0 model in fairseq's or fairseq2's naming")

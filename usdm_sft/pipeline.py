@@ -108,6 +108,7 @@ def prepare(
     from usdm_sft.template import TemplateEncoder
     from usdm_sft.tokenizer import load_tokenizer
     from usdm_sft.units import UnitTokenizer
+    from usdm_sft.workers import quiet
 
     devices = _find_devices(num_gpus)
     output = Path(output_path).expanduser()
@@ -177,7 +178,7 @@ def prepare(
         splits[split], counts["splits"][split] = select_rows(joined, builder, split, max_length, shuffle_seed)
     if (finished := _finished(output, counts["key"], cache, overwrite)) is not None:  # by another run, meanwhile
         return finished
-    with path_lock(output, cache), shards.quiet():
+    with path_lock(output, cache), quiet():
         return folder.write_folder(
             output, builder.config.name, splits, tokenizer, counts, num_output_shards=num_output_shards
         )

@@ -7,14 +7,13 @@ shard: the unit shard's key, the texts, the tokenizer, version of the template c
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from usdm_sft import template
 from usdm_sft.cache import ShardCache, cache_key
-from usdm_sft.workers import Task, tokenize_shards
+from usdm_sft.workers import Task, map_shard, quiet, tokenize_shards
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -127,20 +126,6 @@ def make_tokens(
     return files
 
 
-def map_shard(batch: Dataset, function: Any, path: str, fingerprint: str) -> Dataset:
-    """Map a work shard as one batch into an Arrow file that holds the new columns only."""
-    with quiet():
-        return batch.map(
-            function,
-            batched=True,
-            batch_size=None,
-            remove_columns=batch.column_names,
-            load_from_cache_file=False,  # only our own cache decides
-            cache_file_name=path,
-            new_fingerprint=fingerprint[:16],
-        )
-
-
 def join_shards(rows: Dataset, units: Sequence[Path], tokens: Sequence[Path]) -> Dataset:
     """All columns of a split but the audio, memory-mapped."""
     from datasets import Dataset, concatenate_datasets
@@ -148,17 +133,3 @@ def join_shards(rows: Dataset, units: Sequence[Path], tokens: Sequence[Path]) ->
     parts = [rows.remove_columns(["user_audio", "agent_audio"])]
     parts += [concatenate_datasets([Dataset.from_file(str(file)) for file in files]) for files in (units, tokens)]
     return concatenate_datasets(parts, axis=1).select_columns(list(OUTPUT_COLUMNS))
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the progress bars of datasets: ours count the whole run."""
-    import datasets
-
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,8 +12,7 @@ import numpy as np
 
 from usdm_sft.audio import SAMPLE_RATE, audio_source, describe, read_audio, read_waveform, resample_on
 from usdm_sft.batches import BATCH_SECONDS, Waveform, num_frames, plan_batches, prepare_waveform
-from usdm_sft.checkpoint import read_description
-from usdm_sft.digests import file_digest
+from usdm_sft.checkpoint import read_description, unit_model_digest
 
 if TYPE_CHECKING:
     import torch
@@ -284,23 +281,3 @@ def _read_and_prepare(source: str | Path | bytes) -> Waveform:
     import torch
 
     return prepare_waveform(torch.from_numpy(read_waveform(source)), describe(source))
-
-
-def unit_model_digest(folder: str | Path, cache_dir: str | Path | None = None) -> str:
-    """sha256 over the digests of a unit model folder's files and its layer, after checking the files against them.
-
-    Raises:
-        FileNotFoundError: The folder is not a unit model folder.
-        ValueError: A file is not the one that `convert` wrote.
-    """
-    folder = Path(folder)
-    description = read_description(folder)
-    for name, digest in description["files"].items():
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing: remove the folder and convert the unit model again")
-        if file_digest(folder / name, cache_dir) != digest:
-            raise ValueError(
-                f"{folder / name} is not the file that was converted: remove the folder and convert the unit model again"
-            )
-    identity = json.dumps([description["layer"], description["files"]], sort_keys=True)
-    return hashlib.sha256(identity.encode()).hexdigest()

@@ -7,6 +7,7 @@ import pickle
 import queue
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -93,8 +94,6 @@ def _check_alive(processes: dict[str, Any]) -> None:
 
 def _work(tasks: Iterator[Task], unit_tokenizer: UnitTokenizer, level: ShardCache) -> Iterator[tuple[Task, Path]]:
     """Make shard after shard; the next one's audio is read while this one is computed."""
-    from usdm_sft.shards import map_shard
-
     task = next(tasks, None)
     if task is not None:
         unit_tokenizer.read_ahead_rows(task.rows[:])
@@ -107,6 +106,34 @@ def _work(tasks: Iterator[Task], unit_tokenizer: UnitTokenizer, level: ShardCach
         unit_tokenizer.forget_rows(rows[:])  # another run may have made the shard meanwhile
         yield task, path
         task = following
+
+
+def map_shard(batch: Dataset, function: Any, path: str, fingerprint: str) -> Dataset:
+    """Map a work shard as one batch into an Arrow file that holds the new columns only."""
+    with quiet():
+        return batch.map(
+            function,
+            batched=True,
+            batch_size=None,
+            remove_columns=batch.column_names,
+            load_from_cache_file=False,  # only our own cache decides
+            cache_file_name=path,
+            new_fingerprint=fingerprint[:16],
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars of datasets: ours count the whole run."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def _process(
