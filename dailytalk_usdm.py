@@ -29,6 +29,8 @@ _PUBLIC = {
     "build_tokenizer": "usdm_sft.tokenizer",
     "load_tokenizer": "usdm_sft.tokenizer",
     "prepare": "usdm_sft.pipeline",
+    "push": "usdm_sft.push",
+    "verify": "usdm_sft.verify",
 }
 
 _GUESSED = {"train": ["train_phone.txt"], "validation": ["val_phone.txt"]}

@@ -1,1 +1,1 @@
-"""The template of the dataset card, which `usdm_sft.folder` fills from the counts."""
+"""What `usdm_sft.card` and `usdm_sft.view` fill: the dataset card, and the page of examples."""

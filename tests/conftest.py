@@ -63,3 +63,24 @@ def encoder(tokenizer):
     from usdm_sft.template import TemplateEncoder
 
     return TemplateEncoder(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def dataset_folder(mini, unit_model, tmp_path_factory) -> Path:
+    """The mini corpus as a dataset folder; copy it to change it."""
+    from usdm_sft.pipeline import prepare
+
+    root = tmp_path_factory.mktemp("dataset_folder")
+    prepare(
+        str(mini / "corpus"),
+        str(root / "dataset"),
+        unit_model=str(unit_model),
+        pretrained_model_name_or_path="mistral-common",
+        cache_dir=str(root / "cache"),
+    )
+    return root / "dataset"
+
+
+@pytest.fixture
+def folder_copy(dataset_folder, tmp_path) -> Path:
+    return Path(shutil.copytree(dataset_folder, tmp_path / "dataset"))

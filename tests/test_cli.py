@@ -6,14 +6,15 @@ import pytest
 
 from usdm_sft.cli import main
 
-HEAVY = ("torch", "transformers", "datasets", "soundfile")
+HEAVY = ("torch", "transformers", "datasets", "soundfile", "matplotlib", "pyarrow")
+COMMANDS = ("prepare", "convert", "units", "export", "show", "stats", "verify", "push")
 
 
 def command(*args):
     return subprocess.run([sys.executable, "-m", "usdm_sft.cli", *args], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("args", [["--help"], ["prepare", "--help"], ["convert", "--help"], ["units", "--help"]])
+@pytest.mark.parametrize("args", [["--help"], *([command, "--help"] for command in COMMANDS)])
 def test_help_imports_nothing_heavy(args):
     code = f"""
 import sys

@@ -236,13 +236,13 @@ def test_output_folder_with_other_content_is_refused(run, tmp_path, forward_pass
 
 def test_interrupted_while_writing(run, monkeypatch, tmp_path):
     expected = content(run("undisturbed")[0])
-    from usdm_sft import folder
+    from usdm_sft import writer
 
     def fail(*args):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(folder, "_card", fail)
+        patch.setattr(writer, "make_card", fail)
         run()
     assert not (tmp_path / "out" / "counts.json").exists()
     assert content(run()[0]) == expected

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import os
 import re
 import sys
 
@@ -52,6 +53,87 @@ def units(unit_model_dir: str, file: list[str], device: str | None = None, preci
         print(json.dumps({"file": name, "units": its_units.tolist()}))
 
 
+def show(
+    dataset_dir: str,
+    split: str = "train",
+    index: int = 0,
+    num_examples: int | None = None,
+    html: str | None = None,
+    data_dir: str | None = None,
+    ids: bool = False,
+) -> None:
+    """Print examples with what bears loss set apart, or write them to an HTML page.
+
+    Args:
+        dataset_dir: A folder that prepare made.
+        split: Split of the examples.
+        index: First row.
+        num_examples: How many rows; 1 in the terminal and 20 on a page by default.
+        html: Write one self-contained HTML page to this file instead.
+        data_dir: The corpus that the folder was made from: with it both sides can be heard on the page.
+        ids: Print the ids as well (the page always has them).
+    """
+    from usdm_sft.page import read_rows, write_page
+
+    if html is not None:
+        shown = write_page(
+            dataset_dir, html, split=split, index=index, num_examples=num_examples or 20, data_dir=data_dir
+        )
+        print(f"{html} shows {shown} examples")
+        return
+    if data_dir is not None:
+        raise ValueError("data_dir is for the sound on a page: name the page with --html")
+    from usdm_sft.tokenizer import load_tokenizer
+    from usdm_sft.view import format_example
+
+    rows = read_rows(dataset_dir, split, index, num_examples or 1)
+    tokenizer = load_tokenizer(os.path.join(dataset_dir, "tokenizer")).backend_tokenizer
+    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print("\n\n".join(format_example(row, tokenizer, color=color, ids=ids) for row in rows))
+
+
+def stats(dataset_dir: str) -> None:
+    """Print what a dataset folder holds in numbers, and draw the pictures of its card.
+
+    Args:
+        dataset_dir: A folder that prepare made.
+    """
+    from usdm_sft.folder import PICTURES, read_counts
+    from usdm_sft.statistics import format_table
+    from usdm_sft.writer import replace_pictures
+
+    print(format_table(replace_pictures(dataset_dir), read_counts(dataset_dir)["num_units"]))
+    print(f"pictures: {os.path.join(dataset_dir, PICTURES)}")
+
+
+def verify(dataset_dir: str, against: str | None = None) -> None:
+    """Check a dataset folder: files, schema, counts, labels, and every row against the template.
+
+    Args:
+        dataset_dir: A folder that prepare made, or a copy of it.
+        against: A folder with the reference's train.txt and test.txt, whose lines must be the rows in any order.
+    """
+    from usdm_sft.verify import verify
+
+    for split, num_rows in verify(dataset_dir, against).items():
+        print(f"{split}: {num_rows:,} rows are what they should be")
+
+
+def push(dataset_dir: str, repo_id: str, private: bool = False, revision: str | None = None) -> None:
+    """Verify a dataset folder and upload it to the Hub in one commit.
+
+    Args:
+        dataset_dir: A folder that prepare made.
+        repo_id: The dataset repository, such as USER/NAME; created where it does not exist.
+        private: Create it private. A repository that exists must be private then.
+        revision: Branch to commit to; the main branch by default.
+    """
+    from usdm_sft.push import push
+
+    print(push(dataset_dir, repo_id, private=private, revision=revision))
+    print(f"load_dataset({repo_id!r}) opens it")
+
+
 def make_parser() -> Parser:
     parser = Parser(prog="dailytalk-usdm", description="DailyTalk as training data for spoken-dialog language models.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -80,6 +162,34 @@ def make_parser() -> Parser:
     command = Parser(description="Write train.txt and test.txt as naver-ai/usdm's train_sft.py reads them.")
     command.add_function_arguments(export_text, as_positional=True)
     commands.add_subcommand("export", command, help="dataset folder -> the reference's text files")
+
+    command = Parser(description="Print examples with what bears loss set apart, or write them to an HTML page.")
+    command.add_argument("dataset_dir", type=str, help="A folder that prepare made.")
+    command.add_function_arguments(show, skip={"dataset_dir", "ids"})
+    command.add_argument("--ids", action="store_true", help="Print the ids as well (the page always has them).")
+    commands.add_subcommand("show", command, help="examples, and where the loss falls")
+
+    command = Parser(description="Print what a dataset folder holds in numbers, and draw the pictures of its card.")
+    command.add_function_arguments(stats, as_positional=True)
+    commands.add_subcommand("stats", command, help="numbers and pictures of a dataset folder")
+
+    command = Parser(
+        description="Check a dataset folder: files, schema, counts, labels, every row against the template."
+    )
+    command.add_argument("dataset_dir", type=str, help="A folder that prepare made, or a copy of it.")
+    command.add_function_arguments(verify, skip={"dataset_dir"})
+    commands.add_subcommand("verify", command, help="is a dataset folder what it says?")
+
+    command = Parser(description="Verify a dataset folder and upload it to the Hub in one commit.")
+    command.add_argument("dataset_dir", type=str, help="A folder that prepare made.")
+    command.add_argument(
+        "repo_id", type=str, help="The dataset repository, USER/NAME; created where it does not exist."
+    )
+    command.add_function_arguments(push, skip={"dataset_dir", "repo_id", "private"})
+    command.add_argument(
+        "--private", action="store_true", help="Create it private. A repository that exists must be private then."
+    )
+    commands.add_subcommand("push", command, help="dataset folder -> Hub")
     return parser
 
 
@@ -96,11 +206,11 @@ def run(command: str, options: dict) -> None:
         print(f"load_dataset({options['output_path']!r}) opens it; counts.json has every number and digest")
     elif command == "convert":
         print(f"{convert(**options)} is a unit model folder")
-    elif command == "units":
-        units(**options)
     elif command == "export":
         for split, num_lines in export_text(**options).items():
             print(f"{split}.txt: {num_lines:,} lines")
+    else:
+        {"units": units, "show": show, "stats": stats, "verify": verify, "push": push}[command](**options)
 
 
 def _reasons(left_out: dict[str, str]) -> str:
@@ -116,7 +226,7 @@ def main(args: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         run(command, options)
-    except (OSError, ValueError, ImportError, MemoryError, RuntimeError) as error:
+    except (OSError, ValueError, IndexError, ImportError, MemoryError, RuntimeError) as error:
         print(f"dailytalk-usdm {command}: {error}", file=sys.stderr)
         sys.exit(1)
 

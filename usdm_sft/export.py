@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from usdm_sft.folder import read_counts
+from usdm_sft.folder import data_files, read_counts
 
 
 def export_text(dataset_dir: str | Path, text_dir: str | Path) -> dict[str, int]:
@@ -27,16 +27,12 @@ def export_text(dataset_dir: str | Path, text_dir: str | Path) -> dict[str, int]
     counts = read_counts(dataset_dir)
     text_dir.mkdir(parents=True, exist_ok=True)
     num_lines = {}
-    for split in counts["splits"]:
+    for split, files in data_files(dataset_dir, counts).items():
         num_lines[split] = 0
         unfinished = text_dir / f"{split}.txt.unfinished"
         with open(unfinished, "w", encoding="ascii", newline="") as text:
-            for name in sorted(name for name in counts["files"] if name.startswith(f"{counts['config']}/{split}-")):
-                if not (dataset_dir / name).is_file():
-                    raise FileNotFoundError(f"{dataset_dir / name} is missing: run prepare again")
-                for batch in pq.ParquetFile(dataset_dir / name).iter_batches(
-                    batch_size=256, columns=["input_ids", "labels"]
-                ):
+            for path in files:
+                for batch in pq.ParquetFile(path).iter_batches(batch_size=256, columns=["input_ids", "labels"]):
                     for row in batch.to_pylist():
                         line = " ".join(map(str, row["input_ids"])) + "|" + " ".join(map(str, row["labels"]))
                         text.write("\n" + line if num_lines[split] else line)

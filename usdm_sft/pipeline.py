@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 SHARD_DIALOGS = 64
 _VERSIONED = (
     "datasets",
+    "matplotlib",
     "numpy",
     "pyarrow",
     "soundfile",
@@ -78,8 +79,8 @@ def prepare(
             measured.
         num_output_shards: Parquet files a split; 64 for train and 8 for test by default, never more than rows.
         shuffle_seed: Shuffle the rows of each split; in order of dialog and turn by default.
-        overwrite: Write into an output folder that holds something else; its README.md, counts.json, tokenizer and
-            single_turn are replaced.
+        overwrite: Write into an output folder that holds something else; its README.md, counts.json, pictures,
+            tokenizer and single_turn are replaced.
 
     Returns:
         The counts, as in counts.json.
@@ -109,6 +110,7 @@ def prepare(
     from usdm_sft.tokenizer import load_tokenizer
     from usdm_sft.units import UnitTokenizer
     from usdm_sft.workers import quiet
+    from usdm_sft.writer import write_folder
 
     devices = _find_devices(num_gpus)
     output = Path(output_path).expanduser()
@@ -138,6 +140,7 @@ def prepare(
     counts = {
         "format_version": 1,
         "config": builder.config.name,
+        "num_units": unit_tokenizer.num_units,
         "settings": {
             "max_length": max_length,
             "shuffle_seed": shuffle_seed,
@@ -179,9 +182,7 @@ def prepare(
     if (finished := _finished(output, counts["key"], cache, overwrite)) is not None:  # by another run, meanwhile
         return finished
     with path_lock(output, cache), quiet():
-        return folder.write_folder(
-            output, builder.config.name, splits, tokenizer, counts, num_output_shards=num_output_shards
-        )
+        return write_folder(output, builder.config.name, splits, tokenizer, counts, num_output_shards=num_output_shards)
 
 
 def _finished(output: Path, key: str, cache: Path, overwrite: bool) -> dict[str, Any] | None:
