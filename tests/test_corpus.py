@@ -142,6 +142,18 @@ def test_split_lists_beside_the_data(tmp_path, names, given):
     assert corpus.find_data_folder(tmp_path / given).resolve() == tmp_path / "data"
 
 
+def test_split_lists_beside_a_linked_data_folder(tmp_path):
+    """The audio may lie on another disk, with other lists beside it."""
+    for place in ("disk", "here"):
+        (tmp_path / place).mkdir()
+        for name in ("train.txt", "test.txt"):
+            (tmp_path / place / name).touch()
+    (tmp_path / "disk" / "data" / "1").mkdir(parents=True)
+    (tmp_path / "here" / "data").symlink_to(tmp_path / "disk" / "data")
+    expected = {split: tmp_path / "here" / f"{split}.txt" for split in ("train", "test")}
+    assert find_split_lists(tmp_path / "here") == find_split_lists(tmp_path / "here" / "data") == expected
+
+
 def test_no_split_lists_and_no_data(tmp_path):
     (tmp_path / "data").mkdir()
     assert corpus.find_split_lists(tmp_path) is None

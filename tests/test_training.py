@@ -23,22 +23,13 @@ from trl import SFTConfig, SFTTrainer
 
 from usdm_sft.collate import PaddingCollator, PaddingFreeCollator
 from usdm_sft.generation import STEPS, StepLogitsProcessor, next_prompt
-from usdm_sft.pipeline import prepare
 from usdm_sft.template import TemplateEncoder
 from usdm_sft.tokenizer import load_tokenizer
 
 
-@pytest.fixture(scope="module")
-def folder(mini, unit_model, tmp_path_factory):
-    root = tmp_path_factory.mktemp("training")
-    prepare(
-        str(mini / "corpus"),
-        str(root / "data"),
-        unit_model=str(unit_model),
-        pretrained_model_name_or_path="mistral-common",
-        cache_dir=str(root / "cache"),
-    )
-    return root / "data"
+@pytest.fixture
+def folder(dataset_folder):
+    return dataset_folder
 
 
 def tiny_model(hidden_size=32):

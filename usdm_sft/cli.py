@@ -7,6 +7,7 @@ imported before the arguments are understood.
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import logging
 import os
@@ -226,8 +227,13 @@ def main(args: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         run(command, options)
+    except KeyboardInterrupt:
+        print(f"dailytalk-usdm {command}: interrupted; start it again, finished work is kept", file=sys.stderr)
+        sys.exit(130)
     except (OSError, ValueError, IndexError, ImportError, MemoryError, RuntimeError) as error:
-        print(f"dailytalk-usdm {command}: {error}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        remedy = ": make room and start it again, finished work is kept" if full else ""
+        print(f"dailytalk-usdm {command}: {error}{remedy}", file=sys.stderr)
         sys.exit(1)
 
 

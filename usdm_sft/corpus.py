@@ -6,6 +6,7 @@ library only: the loading script, the command line and the template all read thi
 """
 
 import io
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ def find_split_lists(data_dir: str | Path) -> dict[str, Path] | None:
     Raises:
         FileNotFoundError: Only one list of a pair is there.
     """
-    folder = find_data_folder(data_dir).resolve().parent
+    folder = Path(os.path.abspath(find_data_folder(data_dir))).parent  # of the link, where `data` is one
     pairs = [{split: folder / name for split, name in names.items()} for names in LIST_NAMES]
     for lists in pairs:
         if all(path.is_file() for path in lists.values()):

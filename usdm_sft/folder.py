@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,15 @@ def check_output(folder: Path, *, overwrite: bool, finished_too: bool) -> None:
 
     Raises:
         FileExistsError: The folder holds something, it is no interrupted run, and `overwrite` is false.
+        OSError: Nothing can be written there.
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is not a folder: name another output_path")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written ({error.strerror}): name another output_path") from error
     if overwrite or not folder.is_dir() or not any(folder.iterdir()):
         return
     finished = (folder / COUNTS).exists()

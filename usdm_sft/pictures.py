@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
 CAPTIONS = {
     "lengths.png": "Length of the rows in tokens, and of the audio in seconds.",
     "labels.png": "Share of a row's tokens that bears loss, and pairs a dialog.",
-    "units.png": "How often each unit occurs, the most frequent first, and the emotions of the turns.",
+    "units.png": "How often each unit occurs, the most frequent first, and the most frequent emotions of the turns.",
 }
 MAX_BINS = 40
+MAX_EMOTIONS = 12
 _DPI = 100
 
 
@@ -70,13 +72,15 @@ def _units(figure: Figure, statistics: Mapping[str, SplitStatistics], num_units:
         ranks.plot(np.arange(1, len(counts) + 1), counts, label=f"{split}: {len(counts):,} of {num_units:,} occur")
     ranks.set(xscale="log", yscale="log", xlabel="rank of the unit", ylabel="occurrences")
     ranks.legend()
-    names = sorted({emotion for its in statistics.values() for emotion in its.emotions})
+    together = sum((its.emotions for its in statistics.values()), Counter())
+    names = sorted(name for name, _ in together.most_common(MAX_EMOTIONS))
     for number, (split, its) in enumerate(statistics.items()):
         total = sum(its.emotions.values())
         shares = [its.emotions[name] / total for name in names]
         height = 0.8 / len(statistics)
         emotions.barh(np.arange(len(names)) + number * height, shares, height, label=split)
-    emotions.set_yticks(np.arange(len(names)) + 0.4 - 0.4 / len(statistics), [name or "(none)" for name in names])
+    labels = [name[:30] or "(none)" for name in names]
+    emotions.set_yticks(np.arange(len(names)) + 0.4 - 0.4 / len(statistics), labels, parse_math=False)
     emotions.invert_yaxis()
     emotions.set(xlabel="share of the turns")
     emotions.legend()

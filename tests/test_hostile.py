@@ -1,0 +1,99 @@
+"""Texts of strangers: what the template accepts comes back whole, what it cannot hold is refused, and nothing of it is obeyed."""
+
+import re
+
+import datasets
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from usdm_sft.corpus import text_problem
+from usdm_sft.pipeline import prepare
+from usdm_sft.tokenizer import CORRESPOND, NEWLINE, SPACE, UNIT_0
+from usdm_sft.verify import verify
+
+NASTY = [
+    "### agent", "### user", "\n### agent\n", "<|unit5|>", "<|correspond|>", "</s>", "<s>", "<unk>", "<pad>", "\r", "\x85", "\u2028", "\u2029",
+    "\x00", "\u202e", "\u200b", "\ufeff", "\ud800", "▁", "<0x0a>", "  ", "ÀÉ", "İ", "ß", "🙂", "\U000e0001", "{{ 7 * 7 }}", "$\\frac{1}{0}$",
+]  # fmt: skip
+TEXTS = st.lists(st.one_of(st.text(max_size=8), st.sampled_from(NASTY)), max_size=6).map("".join)
+UNITS = st.lists(st.integers(0, 9_999), max_size=12)
+
+
+@given(user_text=TEXTS, agent_text=TEXTS, user_units=UNITS, agent_units=UNITS)
+@settings(max_examples=300, deadline=None)
+def test_what_is_accepted_comes_back(encoder, tokenizer, user_text, agent_text, user_units, agent_units):
+    row = {"user_units": user_units, "user_text": user_text, "agent_text": agent_text, "agent_units": agent_units}
+    batch = {name: [value] for name, value in row.items()}
+    if text_problem(user_text) or text_problem(agent_text):
+        with pytest.raises(ValueError, match=r"(user|agent)_text .*: correct the text"):
+            encoder(batch)
+        return
+    encoded = encoder(batch)
+    ids, labels = encoded["input_ids"][0].tolist(), encoded["labels"][0].tolist()
+    assert all(0 <= token_id < len(tokenizer) for token_id in ids)
+    assert all(label in (-100, token_id) for label, token_id in zip(labels, ids, strict=True))
+    # Without the reference's code or ours: the labelled parts end at their three stop tokens.
+    labelled = [label for label in labels if label != -100]
+    assert labelled[-1] == SPACE
+    speech = labelled.index(CORRESPOND)
+    assert labelled[speech + 1 : -1] == [unit + UNIT_0 for unit in agent_units]
+    end_of_user = labelled.index(NEWLINE)  # an accepted text holds none
+    texts = [labelled[:end_of_user], labelled[end_of_user + 1 : speech]]
+    found = [
+        encoder.decode([CORRESPOND, *texts[0]]).removeprefix("<|correspond|>"),
+        tokenizer_text(tokenizer, texts[1]),
+    ]
+    assert found == [text.lower().replace("▁", " ") for text in (user_text, agent_text)]
+    start = ids.index(CORRESPOND)
+    assert ids[start - len(user_units) : start] == [unit + UNIT_0 for unit in user_units]
+
+
+def tokenizer_text(tokenizer, ids):
+    """Of a stretch that follows a newline: the newline keeps the tokenizer from taking a leading space."""
+    return tokenizer.backend_tokenizer.decode([NEWLINE, *ids], skip_special_tokens=False).removeprefix("\n")
+
+
+@pytest.mark.parametrize("character", ["\r", "\n", "\x85", "\x00", "\x1b", "\ud800", "\x7f"])
+def test_characters_that_end_a_line_or_steer_a_terminal_are_refused(encoder, character):
+    with pytest.raises(ValueError, match="holds the control character"):
+        encoder({"user_units": [[1]], "user_text": [f"a{character}b"], "agent_text": ["c"], "agent_units": [[1]]})
+
+
+def test_a_hundred_thousand_characters_are_encoded_and_left_out_by_length(mini, unit_model, tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "data").symlink_to(mini / "corpus" / "data")
+    (corpus / "test.txt").write_bytes((mini / "corpus" / "test.txt").read_bytes())
+    lines = (mini / "corpus" / "train.txt").read_text().split("\n")
+    lines[0] = "|".join([*lines[0].split("|")[:3], "word " * 20_000, "none"])
+    (corpus / "train.txt").write_text("\n".join(lines))
+    counts = prepare(
+        str(corpus), str(tmp_path / "out"), unit_model=str(unit_model), cache_dir=str(tmp_path / "cache"),
+        pretrained_model_name_or_path="mistral-common",
+    )  # fmt: skip
+    [(name, reason)] = counts["splits"]["train"]["pairs_left_out"].items()
+    assert name.endswith("_0") and re.fullmatch(r"\d{5,6} tokens, more than max_length 8192", reason)
+
+
+def test_fields_of_strangers_are_data_wherever_they_are_shown(mini, unit_model, tmp_path):
+    """Emotions reach the card, the pictures and the table: no template, no mathematics, no markup is made of them."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "data").symlink_to(mini / "corpus" / "data")
+    (corpus / "test.txt").write_bytes((mini / "corpus" / "test.txt").read_bytes())
+    text = (mini / "corpus" / "train.txt").read_text()
+    hostile = ["{{ 7 * 7 }}", "$\\frac{1}{0}$", "<script>alert(1)</script>", "x" * 5000, "", *map(str, range(4))]
+    lines = [line for line in text.split("\n") if line]
+    lines = [line.rpartition("|")[0] + "|" + hostile[i % len(hostile)] for i, line in enumerate(lines)]
+    (corpus / "train.txt").write_text("\n".join(lines))
+    prepare(
+        str(corpus), str(tmp_path / "out"), unit_model=str(unit_model), cache_dir=str(tmp_path / "cache"),
+        pretrained_model_name_or_path="mistral-common",
+    )  # fmt: skip
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "49" not in re.findall(r"\b\d+\b", card.partition("## Columns")[0].partition("## What it holds")[2])
+    assert "<script>" not in card
+    assert verify(tmp_path / "out")["train"] == 10
+    rows = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "datasets"))
+    assert set(rows["user_emotion"]) <= set(hostile)

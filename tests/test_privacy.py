@@ -1,0 +1,104 @@
+"""No secret and no path leaves the machine, nothing is asked of the network that the user did not ask for."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+from test_workers import command
+
+SECRET = "hf_aVerySecretToken"
+# In every process: a connection is written down and refused.
+NO_NETWORK = """
+import socket
+def refuse(self, address, *args):
+    if self.family != socket.AF_UNIX:
+        with open({log!r}, "a") as log:
+            log.write(repr(address) + chr(10))
+        raise OSError("no network")
+    return connect(self, address, *args)
+connect = socket.socket.connect
+socket.socket.connect = socket.socket.connect_ex = refuse
+real = socket.getaddrinfo
+def lookup(host, *args, **kwargs):
+    with open({log!r}, "a") as log:
+        log.write(repr(host) + chr(10))
+    raise OSError("no network")
+socket.getaddrinfo = lookup
+"""
+
+
+@pytest.fixture
+def offline(tmp_path):
+    """Environment of a process that notes and refuses every connection; HF_HUB_OFFLINE is not set."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(NO_NETWORK.format(log=str(tmp_path / "connections")))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return environment | {
+        "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(REPOSITORY)]),
+        "HF_HOME": str(tmp_path / "hf_home"),
+        "HF_TOKEN": SECRET,
+        "USDM_PRIVATE_VARIABLE": "aVeryPrivateValue",
+    }
+
+
+def test_the_guard_sees_connections(offline, tmp_path):
+    code = (
+        "import urllib.request\ntry: urllib.request.urlopen('http://huggingface.co', timeout=5)\nexcept OSError: pass"
+    )
+    subprocess.run([sys.executable, "-c", code], env=offline, check=True)
+    assert "huggingface.co" in (tmp_path / "connections").read_text()
+
+
+def test_the_whole_way_asks_nothing_of_the_network_and_tells_nothing(offline, mini, unit_model, tmp_path):
+    folder = tmp_path / "someones-private-folder"
+    folder.mkdir()
+    tell_tale = [SECRET, "aVeryPrivateValue"]
+    runs = [command(mini, unit_model, folder, "--precision", "bf16")]
+    for verb in (["stats"], ["verify"], ["show"]):
+        runs.append([sys.executable, "-m", "usdm_sft.cli", *verb, str(folder / "out")])
+    for run in runs:
+        done = subprocess.run(run, env=offline, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert not any(secret in done.stdout + done.stderr for secret in tell_tale)
+    assert not (tmp_path / "connections").exists()
+    files = [path for path in (folder / "out").rglob("*") if path.is_file()]
+    assert len(files) > 15
+    for path in files:
+        content = path.read_bytes()
+        for secret in [*tell_tale, str(tmp_path), str(mini), os.path.expanduser("~") + "/"]:
+            assert secret.encode() not in content, (path, secret)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--pretrained_model_name_or_path", "naver-ai/USTM"], "cannot be fetched from the Hub"),
+        (["--unit_model", "xlsr2_1b_v2"], "offline mode (HF_HUB_OFFLINE) forbids fetching"),
+    ],
+)
+def test_offline_mode_is_honoured(offline, mini, unit_model, tmp_path, change, message):
+    done = subprocess.run(
+        command(mini, unit_model, tmp_path, *change),
+        env=offline | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and message in done.stderr.splitlines()[-1]
+    assert SECRET not in done.stderr
+    assert not (tmp_path / "connections").exists()
+
+
+def test_nothing_is_written_outside_output_and_cache(offline, mini, unit_model, tmp_path):
+    home, there = tmp_path / "home", tmp_path / "there"
+    home.mkdir()
+    there.mkdir()
+    work = tmp_path / "work"
+    work.mkdir()
+    environment = offline | {"HOME": str(home), "TMPDIR": str(there), "PYTHONDONTWRITEBYTECODE": "1"}
+    subprocess.run(command(mini, unit_model, work), env=environment, cwd=work, check=True, capture_output=True)
+    assert sorted(path.name for path in work.iterdir()) == ["cache", "out"]
+    written = {path.relative_to(home).parts[:2] for path in home.rglob("*") if path.is_file()}
+    assert written <= {(".cache", "matplotlib"), (".config", "matplotlib")}, written  # its list of fonts
+    assert not [path for path in there.rglob("*") if path.is_file()]
