@@ -151,7 +151,7 @@ def test_split_lists_beside_a_linked_data_folder(tmp_path):
     (tmp_path / "disk" / "data" / "1").mkdir(parents=True)
     (tmp_path / "here" / "data").symlink_to(tmp_path / "disk" / "data")
     expected = {split: tmp_path / "here" / f"{split}.txt" for split in ("train", "test")}
-    assert find_split_lists(tmp_path / "here") == find_split_lists(tmp_path / "here" / "data") == expected
+    assert corpus.find_split_lists(tmp_path / "here") == corpus.find_split_lists(tmp_path / "here" / "data") == expected
 
 
 def test_no_split_lists_and_no_data(tmp_path):
