@@ -1,7 +1,8 @@
 """Whether an audio file can become units, found out before any forward pass.
 
 The header tells it for PCM in WAV, which is what DailyTalk has: 0.1 ms a file. Everything else is decoded in blocks, 1 to 3 ms a
-file: floats may be NaN, and what is compressed may break off in the middle.
+file: floats may be NaN, and what is compressed may break off in the middle. Where no header promises a length (Ogg, some MP3),
+a file that was cut between two of its pages is a whole one to us, as it is to the reference.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ SINGLE_TURN = "a single turn makes no pair"
 
 MAX_PROBLEMS_SHOWN = 20
 MAX_PROBLEMS = 1000  # of what is no split list not every line is told
-MAX_LINE = 100_000  # characters; DailyTalk's longest line has under two thousand
+MAX_LINE = 100_000  # characters; DailyTalk's longest line has 752
 
 _UTTERANCE_ID = re.compile(r"([0-9]{1,9})_([0-9]{1,9})_d([0-9]{1,9})")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # Unicode category Cc, and unpaired surrogates
