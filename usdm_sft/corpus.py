@@ -191,12 +191,13 @@ def _read_list(path: Path, problems: list[str]) -> dict[str, dict[Utterance, int
     dialogs: dict[str, dict[Utterance, int]] = {}
     seen: dict[str, int] = {}
     broken: set[str] = set()  # dialogs with an unreadable line: not accused of a missing turn as well
-    for number, line in enumerate(_read_lines(path), start=1):
-        if (problem := _no_text(line)) is not None:
-            _note(problems, f"{path}:{number}: {problem}")
-            return {}  # told alone: what else is wrong may come of it
+    before = len(problems)
     for number, line in enumerate(_read_lines(path), start=1):
         place = f"{path}:{number}"
+        if (problem := _no_text(line)) is not None:
+            problems[before:] = []  # told alone: what else is wrong may come of it
+            _note(problems, f"{place}: {problem}")
+            return {}
         utterance = _parse_line(line, place, problems)
         if utterance is None:
             if match := _UTTERANCE_ID.match(line):
