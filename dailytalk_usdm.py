@@ -15,7 +15,7 @@ import datasets
 import datasets.data_files
 import datasets.packaged_modules
 
-from usdm_sft import corpus, digests, download
+from usdm_sft import bad_audio, corpus, download
 from usdm_sft import features as usdm_features
 
 _PUBLIC = {
@@ -48,7 +48,7 @@ _CITATION = """\
 def _code_digest() -> str:
     """Of what decides the rows: a change of it makes cached rows anew."""
     code = hashlib.sha256(datasets.__version__.split(".")[0].encode())
-    for path in (__file__, corpus.__file__, usdm_features.__file__):
+    for path in (__file__, bad_audio.__file__, corpus.__file__, usdm_features.__file__):
         code.update(Path(path).read_bytes())
     return code.hexdigest()
 
@@ -58,28 +58,35 @@ class DailyTalkUSDMConfig(datasets.BuilderConfig):
     """Configuration of the builder.
 
     Attributes:
-        corpus_digest: sha256 over the split lists and the audio; the builder fills it in, and the cache follows it.
+        on_bad_audio: "error" stops where audio is bad, "skip" leaves out the pairs concerned.
+        corpus_digest: sha256 over the split lists, the audio and what was left out for bad audio; the builder fills it in, and
+            the cache follows it.
     """
 
+    on_bad_audio: str = "error"
     corpus_digest: str | None = None
 
 
 class DailyTalkUSDM(datasets.GeneratorBasedBuilder):
     """Every two neighbouring turns of a dialog, the earlier as the user and the later as the agent.
 
-    Rows are in order of dialog number and turn. Audio is the path of the recording, never its bytes.
+    Rows are in order of dialog number and turn. Audio is the path of the recording, never its bytes; symlinks are followed.
+    DailyTalk's metadata.json is not read: the split lists say everything.
 
     Args:
         data_dir: DailyTalk's folder (with `data/`), or its `data` folder.
         data_files: The split lists, such as `{"train": "train.txt", "test": "test.txt"}`; where none are named, those beside
             the data, or else DailyTalk's own, fetched once.
+        on_bad_audio: Where audio cannot become units, "error" stops and names every file; "skip" leaves out the pairs concerned,
+            which `corpus[split].pairs_left_out` lists.
         digest_cache_dir: Where digests of audio files are remembered; this package's cache by default.
         kwargs: Whatever `datasets.DatasetBuilder` takes.
 
     Raises:
         FileNotFoundError: Data, a split list or an audio file is missing.
         usdm_sft.corpus.CorpusError: The split lists are wrong; every problem is named with file and line.
-        usdm_sft.audio.AudioError: An audio file cannot be read.
+        usdm_sft.audio.AudioError: An audio file cannot become units, or bad audio leaves no pair of a split.
+        ValueError: DailyTalk's own split lists are swapped, or an option is wrong.
     """
 
     BUILDER_CONFIG_CLASS = DailyTalkUSDMConfig
@@ -91,7 +98,16 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):
         )
     ]
 
-    def __init__(self, *args, data_dir=None, data_files=None, base_path=None, digest_cache_dir=None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        data_dir=None,
+        data_files=None,
+        base_path=None,
+        digest_cache_dir=None,
+        on_bad_audio="error",
+        **kwargs,
+    ):
         if data_dir is None:
             raise ValueError("data_dir is missing: name the folder that DailyTalk was unpacked into")
         folder = corpus.find_data_folder(data_dir).resolve()
@@ -103,19 +119,14 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):
                 raise corpus.CorpusError(
                     [f"{self.split_lists[split.name]}: not one pair: {reasons}: name another split list"]
                 )
-        self.audio_digests = digests.audio_digests(
-            [
-                os.path.join(folder, utterance.audio_name)
-                for split in self.corpus.values()
-                for dialog in split.dialogs
-                for utterance in dialog.utterances
-            ],
-            digest_cache_dir,
-        )
         self.list_digests = {split: download.sha256_file(path) for split, path in self.split_lists.items()}
+        download.check_not_swapped(self.split_lists, self.list_digests)
+        self.corpus, self.audio_digests = bad_audio.screen_audio(self.corpus, folder, on_bad_audio, digest_cache_dir)
         audio = [found.sha256 for found in self.audio_digests.values()]
-        corpus_digest = hashlib.sha256(json.dumps([self.list_digests, audio]).encode()).hexdigest()
-        kwargs |= {"hash": _code_digest(), "corpus_digest": corpus_digest}
+        left_out = [dict(split.pairs_left_out) for split in self.corpus.values() if split.pairs_left_out]
+        parts = [self.list_digests, audio, *left_out]
+        corpus_digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        kwargs |= {"hash": _code_digest(), "on_bad_audio": on_bad_audio, "corpus_digest": corpus_digest}
         super().__init__(*args, data_dir=str(folder), base_path=base_path, **kwargs)
         self.info.features = self._info().features  # an existing cache has put plain Audio in their place
 

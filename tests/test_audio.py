@@ -9,7 +9,8 @@ import pytest
 import soundfile
 import torch
 
-from usdm_sft.audio import AudioError, audio_source, read_header, read_waveform, resample_on, resampled_length
+from usdm_sft.audio import AudioError, audio_source, read_waveform, resample_on, resampled_length
+from usdm_sft.audio_check import check_audio
 
 FORMATS = [
     ("wav", "PCM_16", 22_050, 1),
@@ -39,7 +40,8 @@ def test_bit_for_bit_what_librosa_gives(tmp_path, suffix, subtype, rate, channel
     assert np.array_equal(read_waveform(path), expected)
     assert np.array_equal(read_waveform(path.read_bytes()), expected)
     assert read_waveform(path).dtype == np.float32
-    assert resampled_length(*read_header(path)) == len(expected)
+    frames, rate, problem = check_audio(path)
+    assert (resampled_length(frames, rate), problem) == (len(expected), None)
 
 
 @pytest.mark.oracle
@@ -89,7 +91,7 @@ def test_bad_audio(tmp_path):
         read_waveform(tmp_path / "none.wav")
     (tmp_path / "text.wav").write_text("not audio")
     with pytest.raises(AudioError, match=r"text\.wav is not audio that soundfile can read .*: replace the file"):
-        read_header(tmp_path / "text.wav")
+        read_waveform(tmp_path / "text.wav")
     with pytest.raises(AudioError, match=r"audio bytes \(9 bytes\) is not audio"):
         read_waveform(b"not audio")
     with pytest.raises(AudioError, match="cannot be read"):

@@ -120,7 +120,7 @@ def test_dialog_in_both_splits(tmp_path):
 
 
 def test_wrong_encoding(tmp_path):
-    content = f"{GOOD[0]}\n" * 5000 + "1_1_d1|1|{P}|café|none\n"
+    content = "".join(f"{line(f'0_0_d{number}')}\n" for number in range(5000)) + "1_1_d1|1|{P}|café|none\n"
     (tmp_path / "l.txt").write_bytes(content.encode("latin-1"))
     with pytest.raises(CorpusError, match=r"l\.txt:5001: not UTF-8 .*save the list as UTF-8"):
         read_corpus({"train": tmp_path / "l.txt"})

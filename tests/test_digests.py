@@ -1,5 +1,7 @@
 import hashlib
 import os
+import sqlite3
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -7,7 +9,8 @@ import soundfile
 
 from usdm_sft import digests
 from usdm_sft.audio import AudioError
-from usdm_sft.digests import audio_digests, file_digest
+from usdm_sft.audio_check import AudioCheck
+from usdm_sft.digests import audio_digests, check_unchanged, file_digest
 
 
 @pytest.fixture
@@ -65,11 +68,47 @@ def test_a_digest_of_any_file_does_not_pass_for_an_audio_header(tmp_path, reads,
 
 
 def test_bad_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none\.wav does not exist"):
-        audio_digests([str(tmp_path / "none.wav")], tmp_path / "cache")
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16_000)
-    with pytest.raises(AudioError, match=r"empty\.wav holds no samples"):
-        audio_digests([str(tmp_path / "empty.wav")], tmp_path / "cache")
+    paths = [str(tmp_path / "none.wav"), str(tmp_path / "empty.wav"), write_wav(tmp_path / "good.wav")]
+    found = audio_digests(paths, tmp_path / "cache")
+    assert [found[path].problem for path in paths] == ["does not exist", "holds no samples", None]
+    assert found[paths[1]][:3] == ("", 0, 0.0)
+
+
+def test_bad_audio_is_not_remembered(tmp_path, settled, monkeypatch):
+    """So that other permissions, or a soundfile that reads more, get their chance."""
+    path = write_wav(tmp_path / "a.wav")
+    with monkeypatch.context() as patch:
+        patch.setattr(digests, "check_audio", lambda path: AudioCheck(problem="cannot be read"))
+        assert audio_digests([path], tmp_path / "cache")[path].problem == "cannot be read"
+    assert audio_digests([path], tmp_path / "cache")[path].problem is None
+
+
+def test_a_memo_of_headers_alone_is_not_trusted(tmp_path, settled):
+    """What was remembered before audio was checked."""
+    soundfile.write(tmp_path / "nan.wav", np.full(4410, np.nan), 22_050, subtype="FLOAT")
+    path = str(tmp_path / "nan.wav")
+    stat = os.stat(path)
+    (tmp_path / "cache").mkdir()
+    with closing(sqlite3.connect(tmp_path / "cache" / "digests.sqlite")) as memo:
+        memo.execute("CREATE TABLE files (path TEXT PRIMARY KEY, size, mtime_ns, ctime_ns, sha256, frames, rate)")
+        row = (path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, "0" * 64, 4410, 22_050)
+        memo.execute("INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+        memo.commit()
+    assert audio_digests([path], tmp_path / "cache")[path].problem == "holds NaN or infinite samples"
+
+
+def test_a_file_that_changes_after_the_first_pass(tmp_path):
+    path = write_wav(tmp_path / "a.wav")
+    known = {path: audio_digests([path], tmp_path / "cache")[path].sha256}
+    os.utime(path)
+    check_unchanged(known)  # touched, but the same bytes
+    write_wav(tmp_path / "a.wav", seed=1)
+    with pytest.raises(AudioError, match=r"a\.wav was changed during the run: let nothing write to it, and run again"):
+        check_unchanged(known)
+    os.unlink(path)
+    with pytest.raises(AudioError, match=r"a\.wav was changed during the run"):
+        check_unchanged(known)
 
 
 @pytest.mark.parametrize("kept", [0, 5000])

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import REPOSITORY
 
-from usdm_sft import pipeline, workers
+from usdm_sft import pipeline, shards, workers
 from usdm_sft.agreement import measure_agreement
 from usdm_sft.audio import AudioError
 from usdm_sft.digests import audio_digests
@@ -60,13 +60,38 @@ def test_two_processes_give_the_bytes_of_one(mini, unit_model, tmp_path, two_pro
     assert content(tmp_path / "out") == undisturbed
 
 
-def test_error_in_a_process_reaches_the_caller(mini, unit_model, tmp_path, two_processes, monkeypatch):
+@pytest.fixture
+def after_the_first_pass(monkeypatch):
+    """Bytes to write to a file of the corpus between the first pass over the audio and the units."""
+    real = shards.load_rows
+
+    def write(path, data):
+        monkeypatch.setattr(shards, "load_rows", lambda builder: path.write_bytes(data) and real(builder))
+
+    return write
+
+
+def test_error_in_a_process_reaches_the_caller(mini, unit_model, tmp_path, two_processes, after_the_first_pass):
     corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
     path = corpus / "data" / "8" / "0_1_d8.wav"
-    header = path.read_bytes()[:44]
-    path.write_bytes(header + b"\0" * 200)  # a header that promises more: 100 samples
+    after_the_first_pass(path, path.read_bytes()[:244])
     with pytest.raises(AudioError, match=r"0_1_d8\.wav has 73 samples at 16 kHz"):
         prepare(**options(mini, unit_model, tmp_path, data_dir=str(corpus)))
+
+
+def test_audio_that_changes_during_the_run_leaves_no_units_under_its_key(
+    mini, unit_model, tmp_path, after_the_first_pass, undisturbed
+):
+    corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
+    path = corpus / "data" / "8" / "0_1_d8.wav"
+    before = path.read_bytes()
+    after_the_first_pass(path, (corpus / "data" / "3" / "0_0_d3.wav").read_bytes())
+    with pytest.raises(AudioError, match=r"0_1_d8\.wav was changed during the run"):
+        prepare(**options(mini, unit_model, tmp_path, data_dir=str(corpus)))
+    path.write_bytes(before)
+    after_the_first_pass(path, before)
+    prepare(**options(mini, unit_model, tmp_path, data_dir=str(corpus)))
+    assert content(tmp_path / "out") == undisturbed
 
 
 def test_a_process_that_dies_is_named_and_its_work_is_not_lost(

@@ -198,10 +198,12 @@ def run(command: str, options: dict) -> None:
     if command == "prepare":
         counts = prepare(**options)
         for split, its in counts["splits"].items():
-            left_out = len(its["pairs_left_out"])
+            bad_audio = its["pairs_with_bad_audio"]
+            left_out = f"{len(its['pairs_left_out']) - bad_audio} too long"
+            left_out += f", {bad_audio} with bad audio" if bad_audio else ""
             print(
                 f"{split}: {its['rows']:,} examples from {its['dialogs']:,} dialogs ({its['hours']:.2f} h), "
-                f"{its['tokens']:,} tokens, {its['labelled_tokens']:,} labelled; left out: {left_out} too long, "
+                f"{its['tokens']:,} tokens, {its['labelled_tokens']:,} labelled; left out: {left_out}, "
                 f"{len(its['dialogs_left_out'])} dialogs ({_reasons(its['dialogs_left_out'])})"
             )
         print(f"load_dataset({options['output_path']!r}) opens it; counts.json has every number and digest")

@@ -5,11 +5,10 @@ wrong with the lists is found here, before any audio is opened, and told all at 
 library only: the loading script, the command line and the template all read this module.
 """
 
-import io
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,9 +19,12 @@ SAME_SPEAKER = "one speaker speaks twice in a row"
 SINGLE_TURN = "a single turn makes no pair"
 
 MAX_PROBLEMS_SHOWN = 20
+MAX_PROBLEMS = 1000  # of what is no split list not every line is told
+MAX_LINE = 100_000  # characters; DailyTalk's longest line has 752
 
 _UTTERANCE_ID = re.compile(r"([0-9]{1,9})_([0-9]{1,9})_d([0-9]{1,9})")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # Unicode category Cc, and unpaired surrogates
+_UNDECODED = re.compile(r"[\udc80-\udcff]")
 _MARKERS = ("<|", "|>", "<s>", "</s>", "<unk>", "<pad>")
 
 
@@ -30,11 +32,17 @@ class CorpusError(ValueError):
     """Bad split lists. One line a problem, each with file, line, the offending value and the remedy."""
 
     def __init__(self, problems: list[str]):
-        shown = problems[:MAX_PROBLEMS_SHOWN]
-        if len(problems) > len(shown):
-            shown.append(f"... and {len(problems) - len(shown)} more problems")
-        super().__init__("\n".join(shown))
+        stopped = ", where reading stopped" if len(problems) >= MAX_PROBLEMS else ""
+        super().__init__(tell_problems(problems) + stopped)
         self.problems = problems
+
+
+def tell_problems(problems: list[str]) -> str:
+    """One line a problem, the first 20 of them."""
+    shown = problems[:MAX_PROBLEMS_SHOWN]
+    if len(problems) > len(shown):
+        shown.append(f"... and {len(problems) - len(shown)} more problems")
+    return "\n".join(shown)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +76,17 @@ class Dialog:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """One split: the dialogs in order of their number, and why each of the others was left out."""
+    """One split: the dialogs in order of their number, and why each of the others was left out.
+
+    Where audio is bad (`usdm_sft.bad_audio`), `dialogs` holds the parts of a dialog before and after it under the same id;
+    `dialog_ids` holds each of the dialogs that were there before, once.
+    """
 
     name: str
     dialogs: tuple[Dialog, ...]
     left_out: Mapping[str, str]
+    dialog_ids: tuple[str, ...]
+    pairs_left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num_pairs(self) -> int:
@@ -161,9 +175,10 @@ def read_corpus(lists: Mapping[str, str | Path]) -> dict[str, Split]:
             line = min(lines.values())
             if dialog_id in origin:
                 other, other_line = origin[dialog_id]
-                problems.append(
+                _note(
+                    problems,
                     f"{path}:{line}: dialog {dialog_id} is in two splits, first at {other}:{other_line}: "
-                    "delete its lines from one of the lists"
+                    "delete its lines from one of the lists",
                 )
             origin.setdefault(dialog_id, (path, line))
         splits[name] = _make_split(name, path, dialogs, problems)
@@ -177,23 +192,22 @@ def _read_list(path: Path, problems: list[str]) -> dict[str, dict[Utterance, int
     dialogs: dict[str, dict[Utterance, int]] = {}
     seen: dict[str, int] = {}
     broken: set[str] = set()  # dialogs with an unreadable line: not accused of a missing turn as well
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        problems.append(f"{path}:{line}: not UTF-8 ({error.reason} at byte {error.start}): save the list as UTF-8")
-        return {}
-    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
+    before = len(problems)
+    for number, line in enumerate(_read_lines(path), start=1):
         place = f"{path}:{number}"
-        utterance = _parse_line(line.removesuffix("\n"), place, problems)
+        if (problem := _no_text(line)) is not None:
+            problems[before:] = []  # told alone: what else is wrong may come of it
+            _note(problems, f"{place}: {problem}")
+            return {}
+        utterance = _parse_line(line, place, problems)
         if utterance is None:
             if match := _UTTERANCE_ID.match(line):
                 broken.add(f"d{match[3]}")
             continue
         if utterance.id in seen:
-            problems.append(
-                f"{place}: id {utterance.id} stands already at line {seen[utterance.id]}: delete one of the two lines"
+            _note(
+                problems,
+                f"{place}: id {utterance.id} stands already at line {seen[utterance.id]}: delete one of the two lines",
             )
             continue
         seen[utterance.id] = number
@@ -201,31 +215,57 @@ def _read_list(path: Path, problems: list[str]) -> dict[str, dict[Utterance, int
     return {dialog_id: lines for dialog_id, lines in dialogs.items() if dialog_id not in broken}
 
 
+def _read_lines(path: Path) -> Iterator[str]:
+    """The lines without their ends; bytes that are not UTF-8 come as surrogates, a line that is too long not whole."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline=None) as file:
+        while line := file.readline(MAX_LINE + 1):
+            yield line.removesuffix("\n")
+
+
+def _no_text(line: str) -> str | None:
+    """Why `line` is not of a text file in UTF-8, or None."""
+    if len(line) > MAX_LINE:
+        return f"line of more than {MAX_LINE:,} characters, {_quote(line)}: name a split list"
+    if match := _UNDECODED.search(line):
+        return f"not UTF-8 (byte 0x{ord(match.group()) - 0xDC00:02X} in {_quote(line)}): save the list as UTF-8"
+    if "\0" in line:
+        return f"a NUL in {_quote(line)}: save the list as UTF-8"
+    return None
+
+
+def _note(problems: list[str], problem: str) -> None:
+    problems.append(problem)
+    if len(problems) >= MAX_PROBLEMS:
+        raise CorpusError(problems)
+
+
 def _parse_line(line: str, place: str, problems: list[str]) -> Utterance | None:
     if not line.strip():
-        problems.append(f"{place}: blank line: delete it")
+        _note(problems, f"{place}: blank line: delete it")
         return None
     fields = line.split("|")
     if len(fields) != 5:
-        problems.append(
+        _note(
+            problems,
             f"{place}: {len(fields)} fields instead of 5 (id|speaker|phones|text|emotion) in {_quote(line)}: "
-            "take '|' out of the text, or complete the line"
+            "take '|' out of the text, or complete the line",
         )
         return None
     utterance_id, speaker, _, text, emotion = fields
     match = _UTTERANCE_ID.fullmatch(utterance_id)
     if match is None:
-        problems.append(
-            f"{place}: id {_quote(utterance_id)} is not <turn>_<speaker>_d<dialog>: correct the first field"
+        _note(
+            problems, f"{place}: id {_quote(utterance_id)} is not <turn>_<speaker>_d<dialog>: correct the first field"
         )
         return None
     if match[2] != speaker:
-        problems.append(
-            f"{place}: speaker {_quote(speaker)} is not the speaker of id {utterance_id}: correct one of the two fields"
+        _note(
+            problems,
+            f"{place}: speaker {_quote(speaker)} is not the speaker of id {utterance_id}: correct one of the two fields",
         )
         return None
     if problem := text_problem(text):
-        problems.append(f"{place}: text {_quote(text)} of {utterance_id} {problem}: correct the text")
+        _note(problems, f"{place}: text {_quote(text)} of {utterance_id} {problem}: correct the text")
     return Utterance(utterance_id, f"d{match[3]}", int(match[1]), speaker, text, emotion)
 
 
@@ -242,14 +282,14 @@ def _make_split(name: str, path: Path, dialogs: dict[str, dict[Utterance, int]],
                 problem = f"has turn {turns[position]} twice: delete one of the two lines"
             else:
                 problem = f"has no turn {position}: add the line, or delete the dialog"
-            problems.append(f"{path}:{lines[utterances[position]]}: dialog {dialog_id} {problem}")
+            _note(problems, f"{path}:{lines[utterances[position]]}: dialog {dialog_id} {problem}")
         elif len(turns) == 1:
             left_out[dialog_id] = SINGLE_TURN
         elif any(a.speaker == b.speaker for a, b in pairwise(utterances)):
             left_out[dialog_id] = SAME_SPEAKER
         else:
             kept.append(Dialog(dialog_id, tuple(utterances)))
-    return Split(name, tuple(kept), left_out)
+    return Split(name, tuple(kept), left_out, tuple(dialog.id for dialog in kept))
 
 
 def _quote(value: str, limit: int = 80) -> str:

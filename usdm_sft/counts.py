@@ -32,18 +32,18 @@ def select_rows(
     utterances = {utterance.id for dialog in corpus.dialogs for utterance in dialog.utterances}
     seconds = sum(found.seconds for path, found in builder.audio_digests.items() if Path(path).stem in utterances)
     counts = {
-        "dialogs": len(corpus.dialogs),
+        "dialogs": len({dialog.id for dialog in corpus.dialogs}),
         "utterances": len(utterances),
         "hours": round(seconds / 3600, 6),
-        "pairs": len(rows),
+        "pairs": len(rows) + len(corpus.pairs_left_out),
+        "pairs_with_bad_audio": len(corpus.pairs_left_out),
         "rows": len(kept),
         "units": int(list_lengths(kept, "user_units").sum() + list_lengths(kept, "agent_units").sum()),
         "tokens": int(list_lengths(kept, "input_ids").sum()),
         "labelled_tokens": count_labels(kept),
         "dialogs_left_out": dict(corpus.left_out),
-        "pairs_left_out": {
-            ids[int(i)]: f"{int(lengths[i])} tokens, more than max_length {max_length}" for i in too_long
-        },
+        "pairs_left_out": dict(corpus.pairs_left_out)
+        | {ids[int(i)]: f"{int(lengths[i])} tokens, more than max_length {max_length}" for i in too_long},
     }
     return kept if shuffle_seed is None else kept.shuffle(seed=shuffle_seed), counts
 

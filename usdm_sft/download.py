@@ -4,6 +4,7 @@ import hashlib
 import http.client
 import os
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 
 from filelock import FileLock
@@ -50,6 +51,21 @@ def fetch_split_lists(cache_dir: str | Path | None = None, *, url: str | None = 
             if not lists[split].is_file() or sha256_file(lists[split]) != sha256:
                 download(f"{url or SPLIT_LISTS_URL}/{name}", lists[split], sha256=sha256)
     return lists
+
+
+def check_not_swapped(lists: Mapping[str, str | Path], digests: Mapping[str, str]) -> None:
+    """DailyTalk's own lists are known, so that it shows where one stands in the other's place. Of other lists nobody can tell.
+
+    Args:
+        lists: Path of the list of each split. One alone may have any name: datasets calls it "train".
+        digests: Its sha256.
+
+    Raises:
+        ValueError: The train list is named as test, or the test list as train.
+    """
+    for split, other in (("train", "test"), ("test", "train")) if len(lists) > 1 else ():
+        if digests.get(split) == SPLIT_LISTS[other][1]:
+            raise ValueError(f"{lists[split]} is DailyTalk's {other} list, but is named as {split}: swap the lists")
 
 
 def download(url: str, path: str | Path, *, sha256: str | None = None) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from usdm_sft import __version__
 from usdm_sft.agreement import NUM_UTTERANCES
@@ -54,6 +54,7 @@ def prepare(
     agreement_utterances: int = NUM_UTTERANCES,
     num_output_shards: int | None = None,
     shuffle_seed: int | None = None,
+    on_bad_audio: Literal["error", "skip"] = "error",
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Make a dataset folder of single-turn examples with units, input_ids and labels.
@@ -79,6 +80,8 @@ def prepare(
             measured.
         num_output_shards: Parquet files a split; 64 for train and 8 for test by default, never more than rows.
         shuffle_seed: Shuffle the rows of each split; in order of dialog and turn by default.
+        on_bad_audio: Audio that cannot become units: "error" stops before any work and names every file; "skip" leaves out
+            the pairs concerned, and lists them in counts.json and in the card.
         overwrite: Write into an output folder that holds something else; its README.md, counts.json, pictures,
             tokenizer and single_turn are replaced.
 
@@ -121,7 +124,11 @@ def prepare(
     lists = {"train": train_metadata_path, "test": test_metadata_path}
     named = {split: str(Path(path).expanduser().resolve()) for split, path in lists.items() if path is not None}
     builder = DailyTalkUSDM(
-        data_dir=data_dir, data_files=named or None, cache_dir=str(cache / "builder"), digest_cache_dir=cache
+        data_dir=data_dir,
+        data_files=named or None,
+        cache_dir=str(cache / "builder"),
+        digest_cache_dir=cache,
+        on_bad_audio=on_bad_audio,
     )
     unit_tokenizer = UnitTokenizer.from_pretrained(
         find_unit_model(unit_model, model_cache_dir),

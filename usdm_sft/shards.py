@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -39,6 +40,7 @@ class Shard(NamedTuple):
     start: int
     stop: int
     lengths: list[int]  # samples at 16 kHz of each utterance
+    audio: dict[str, str]  # path of each utterance's recording and its sha256
     units_key: str
     tokens_key: str
 
@@ -46,13 +48,15 @@ class Shard(NamedTuple):
 def plan_shards(
     builder: DailyTalkUSDM, unit_tokenizer: UnitTokenizer, encoder: TemplateEncoder, shard_dialogs: int
 ) -> list[Shard]:
-    """Whole dialogs in order, `shard_dialogs` at a time."""
+    """Whole dialogs in order, `shard_dialogs` at a time; those left out for bad audio are counted, lest all shards shift."""
     digests = {Path(path).stem: found for path, found in builder.audio_digests.items()}
+    paths = {Path(path).stem: path for path in builder.audio_digests}
     shards = []
     for split in builder.corpus.values():
         start = 0
-        for first in range(0, len(split.dialogs), shard_dialogs):
-            dialogs = split.dialogs[first : first + shard_dialogs]
+        places = {dialog_id: place for place, dialog_id in enumerate(split.dialog_ids)}
+        for _, group in groupby(split.dialogs, key=lambda dialog, places=places: places[dialog.id] // shard_dialogs):
+            dialogs = list(group)
             utterances = [utterance for dialog in dialogs for utterance in dialog.utterances]
             audio = [(utterance.id, digests[utterance.id].sha256) for utterance in utterances]
             lengths = [digests[utterance.id].num_samples for utterance in utterances]
@@ -60,7 +64,8 @@ def plan_shards(
             texts = [utterance.text for utterance in utterances]
             tokens_key = cache_key("tokens", template.VERSION, encoder.tokenizer_digest, units_key, texts)
             stop = start + sum(len(dialog.utterances) - 1 for dialog in dialogs)
-            shards.append(Shard(split.name, start, stop, lengths, units_key, tokens_key))
+            files = {paths[utterance_id]: sha256 for utterance_id, sha256 in audio}
+            shards.append(Shard(split.name, start, stop, lengths, files, units_key, tokens_key))
             start = stop
     return shards
 
@@ -97,7 +102,10 @@ def make_units(
     files = {shard.units_key: level.find(shard.units_key) for shard in shards}
     missing = [shard for shard in shards if files[shard.units_key] is None]
     missing.sort(key=lambda shard: -max(shard.lengths))  # so that an out-of-memory shows at once
-    tasks = [Task(shard.units_key, rows[shard.split].select(range(shard.start, shard.stop))) for shard in missing]
+    tasks = [
+        Task(shard.units_key, rows[shard.split].select(range(shard.start, shard.stop)), shard.audio)
+        for shard in missing
+    ]
     with tqdm(total=sum(len(task.rows) for task in tasks), desc="units", unit="pair", disable=not tasks) as bar:
         for task, path in tokenize_shards(tasks, unit_tokenizer, devices, level):
             files[task.key] = path

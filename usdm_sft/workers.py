@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from usdm_sft.digests import check_unchanged
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -22,10 +24,11 @@ POLL_SECONDS = 1.0
 
 
 class Task(NamedTuple):
-    """A work shard to make: its key and its rows with audio columns."""
+    """A work shard to make: its key, its rows with audio columns, and the sha256 of each audio file."""
 
     key: str
     rows: Dataset
+    audio: dict[str, str]
 
 
 def tokenize_shards(
@@ -101,11 +104,15 @@ def _work(tasks: Iterator[Task], unit_tokenizer: UnitTokenizer, level: ShardCach
         following = next(tasks, None)
         if following is not None:
             unit_tokenizer.read_ahead_rows(following.rows[:])
-        key, rows = task
-        path = level.make(key, lambda path, rows=rows, key=key: map_shard(rows, unit_tokenizer, path, key))
-        unit_tokenizer.forget_rows(rows[:])  # another run may have made the shard meanwhile
+        path = level.make(task.key, lambda path, task=task: _make(task, unit_tokenizer, path))
+        unit_tokenizer.forget_rows(task.rows[:])  # another run may have made the shard meanwhile
         yield task, path
         task = following
+
+
+def _make(task: Task, unit_tokenizer: UnitTokenizer, path: str) -> None:
+    map_shard(task.rows, unit_tokenizer, path, task.key)
+    check_unchanged(task.audio)  # before the file gets the name that says what audio it is of
 
 
 def map_shard(batch: Dataset, function: Any, path: str, fingerprint: str) -> Dataset:
