@@ -512,6 +512,16 @@ def test_digest_of_the_corpus_and_cache_follow_what_is_left_out(corpus, mini):
     assert len(set(states)) == len({digest for digest, _ in states}) == len({cache for _, cache in states}) == 3
 
 
+def test_only_audio_that_is_used_is_exposed(corpus):
+    """It is what `prepare` counts the hours of, and what it takes the sample for the agreement from."""
+    builder = DailyTalkUSDM(data_dir=corpus, on_bad_audio="skip", data_files={"train": "train.txt"})
+    assert [os.path.basename(path) for path in builder.audio_digests] == [
+        "1_1_d3.wav", "2_0_d3.wav", "0_1_d8.wav", "1_0_d8.wav", "3_0_d8.wav", "4_1_d8.wav",
+        "0_0_d77.wav", "1_1_d77.wav", "2_0_d77.wav",
+    ]  # fmt: skip
+    assert all(found.sha256 and found.problem is None for found in builder.audio_digests.values())
+
+
 def test_symlink_out_of_the_corpus_is_followed(corpus, mini, tmp_path):
     """People keep audio on another disk."""
     shutil.rmtree(corpus / "data")

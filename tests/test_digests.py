@@ -81,6 +81,8 @@ def test_bad_audio_is_not_remembered(tmp_path, settled, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(digests, "check_audio", lambda path: AudioCheck(problem="cannot be read"))
         assert audio_digests([path], tmp_path / "cache")[path].problem == "cannot be read"
+    with closing(sqlite3.connect(tmp_path / "cache" / "digests.sqlite")) as memo:
+        assert memo.execute(f"SELECT COUNT(*) FROM {digests._TABLE}").fetchone() == (0,)
     assert audio_digests([path], tmp_path / "cache")[path].problem is None
 
 

@@ -99,8 +99,8 @@ def _digest(
             for start in range(0, len(missing), _BATCH):
                 settled = time.time_ns() - _SETTLED_NS
                 rows = list(threads.map(lambda path: _read(path, audio), missing[start : start + _BATCH]))
-                good = [row for row in rows if row.problem is None]
-                memo.write([row for row in good if max(row.mtime_ns, row.ctime_ns) < settled])
+                lasting = [row for row in rows if row.problem is None and max(row.mtime_ns, row.ctime_ns) < settled]
+                memo.write(lasting)
                 found |= {row.path: row for row in rows}
                 bar.update(len(rows))
     return [found[path] for path in paths]
