@@ -146,6 +146,18 @@ def test_second_run_makes_no_forward_pass(run, forward_passes, tmp_path, tokeniz
     assert content(first) == content(second) == before
 
 
+def test_unit_shard_has_one_row_an_utterance(run, mini, tmp_path):
+    run(shard_dialogs=64)
+    expected = json.loads((mini / "expected" / "units.json").read_text())
+    shards = [datasets.Dataset.from_file(str(path)) for path in (tmp_path / "cache" / "units").glob("*.arrow")]
+    assert sorted(map(len, shards)) == [5, 14]  # of test and of train
+    [test] = [shard for shard in shards if len(shard) == 5]
+    names = ["0_1_d105", "1_0_d105", "2_1_d105", "0_0_d2001", "1_1_d2001"]
+    assert [row["units"] for row in test] == [expected[name] for name in names]
+    assert [str(test.data.schema.field(name).type) for name in test.column_names] == ["list<item: uint16>", "float"]
+    assert test.column_names == ["units", "seconds"]
+
+
 def test_moved_and_touched_corpus_with_the_same_bytes_redoes_nothing(run, mini, forward_passes, tmp_path):
     first, _ = run()
     passes = len(forward_passes)

@@ -165,16 +165,14 @@ def prepare(
             "%s, %s: %.2f %% of the units are those of fp32 and soxr (%d utterances)",
             precision, resampler, 100 * agreement["share"], agreement["utterances"],
         )  # fmt: skip
-    units = shards.make_units(rows, plan, unit_tokenizer, devices, cache)
+    units = shards.make_units(plan, unit_tokenizer, devices, cache)
     tokens = shards.make_tokens(rows, plan, encoder, units, cache)
     counts["padding_share"] = round(padding_share((shard.lengths for shard in plan), batch_seconds), 4)
     counts["agreement"] = agreement
     splits, counts["splits"] = {}, {}
     for split in rows:
         its = [shard for shard in plan if shard.split == split]
-        joined = shards.join_shards(
-            rows[split], [units[shard.units_key] for shard in its], [tokens[shard.tokens_key] for shard in its]
-        )
+        joined = shards.join_shards(rows[split], [tokens[shard.tokens_key] for shard in its])
         splits[split], counts["splits"][split] = select_rows(joined, builder, split, max_length, shuffle_seed)
     if (finished := _finished(output, counts["key"], cache, overwrite)) is not None:  # by another run, meanwhile
         return finished
