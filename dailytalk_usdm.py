@@ -24,6 +24,7 @@ _PUBLIC = {
     "STEPS": "usdm_sft.generation",
     "next_prompt": "usdm_sft.generation",
     "StepLogitsProcessor": "usdm_sft.generation",
+    "Template": "usdm_sft.template_config",
     "TemplateEncoder": "usdm_sft.template",
     "UnitTokenizer": "usdm_sft.units",
     "build_tokenizer": "usdm_sft.tokenizer",

@@ -11,6 +11,7 @@ from usdm_sft.checkpoint import convert
 from usdm_sft.export import export_text
 from usdm_sft.pipeline import prepare
 from usdm_sft.template import TemplateEncoder
+from usdm_sft.template_config import Template
 from usdm_sft.tokenizer import build_tokenizer, load_tokenizer
 from usdm_sft.unit_model import UnitModel
 
@@ -87,6 +88,22 @@ def test_folder_is_enough_for_another_template_run(run, encoder, tmp_path):
     rows = datasets.load_dataset(str(output), split="train", cache_dir=str(tmp_path / "datasets"))
     again = rows.remove_columns(["input_ids", "labels"]).map(encoder, batched=True)
     assert again["input_ids"][:] == rows["input_ids"][:]
+
+
+def test_another_template_needs_no_forward_pass_and_is_told(run, forward_passes, tokenizer):
+    whole = datasets.load_dataset(str(run()[0]), split="train")
+    passes = len(forward_passes)
+    template = Template(agent_role="Robot", loss=["agent_units"])
+    output, counts = run("synthesis", template=template)
+    assert len(forward_passes) == passes
+    rows = datasets.load_dataset(str(output), split="train")
+    assert rows["agent_units"][:] == whole["agent_units"][:] and rows["labels"][:] != whole["labels"][:]
+    told = json.loads((output / "counts.json").read_text())["settings"]["template"]
+    assert told == counts["settings"]["template"]
+    encoder = TemplateEncoder(tokenizer, Template(**told))
+    again = rows.remove_columns(["input_ids", "labels"]).map(encoder, batched=True)
+    assert again["labels"][:] == rows["labels"][:]
+    assert encoder.template == template
 
 
 def test_counts(run, mini):

@@ -18,6 +18,7 @@ from usdm_sft import __version__
 from usdm_sft.checkpoint import convert
 from usdm_sft.export import export_text
 from usdm_sft.pipeline import prepare
+from usdm_sft.template_config import Template
 
 
 class Parser(ArgumentParser):
@@ -29,7 +30,7 @@ class Parser(ArgumentParser):
         ]
         actions = [action for parser in [self, *subparsers] for action in parser._actions]
         options = [option.removeprefix("--") for action in actions for option in action.option_strings]
-        unknown = re.search(r"(?:unrecognized arguments: --|does not accept option ')(\w+)", message)
+        unknown = re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)", message)
         if unknown and (near := difflib.get_close_matches(unknown[1], options, n=1)):
             message = f"{message.rstrip()} (did you mean {near[0]}?)"
         super().error(message, ex)
@@ -85,7 +86,7 @@ def make_parser() -> Parser:
 
 def run(command: str, options: dict) -> None:
     if command == "prepare":
-        counts = prepare(**options)
+        counts = prepare(**options | {"template": Template(**options["template"])})
         for split, its in counts["splits"].items():
             left_out = len(its["pairs_left_out"])
             print(

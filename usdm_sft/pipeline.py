@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from usdm_sft import __version__
 from usdm_sft.agreement import NUM_UTTERANCES
 from usdm_sft.batches import BATCH_SECONDS
+from usdm_sft.template_config import REFERENCE, Template
 from usdm_sft.tokenizer import MAX_LENGTH, USTM
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ def prepare(
     model_cache_dir: str | None = None,
     cache_dir: str | None = None,
     unit_model: str = "xlsr2_1b_v2",
+    template: Template = REFERENCE,
     max_length: int = MAX_LENGTH,
     precision: str = "fp32",
     batch_seconds: float = BATCH_SECONDS,
@@ -68,6 +71,7 @@ def prepare(
         model_cache_dir: Where the tokenizer and the unit model are kept when they are downloaded.
         cache_dir: Where finished work is kept; the folder dailytalk_usdm in HF_HOME by default.
         unit_model: A unit model folder, or "xlsr2_1b_v2" to download and convert the published one.
+        template: What the template says and which parts bear loss.
         max_length: Leave out examples of more tokens, BOS and EOS counted.
         precision: fp32 (the reference's), tf32, fp16 or bf16.
         batch_seconds: Seconds of audio, padding included, in one forward pass.
@@ -115,7 +119,7 @@ def prepare(
     folder.check_output(output, overwrite=overwrite, finished_too=False)
     cache = cache_root(cache_dir)
     tokenizer = load_tokenizer(pretrained_model_name_or_path, model_cache_dir)
-    encoder = TemplateEncoder(tokenizer)
+    encoder = TemplateEncoder(tokenizer, template)
     lists = {"train": train_metadata_path, "test": test_metadata_path}
     named = {split: str(Path(path).expanduser().resolve()) for split, path in lists.items() if path is not None}
     builder = DailyTalkUSDM(
@@ -139,6 +143,7 @@ def prepare(
         "format_version": 1,
         "config": builder.config.name,
         "settings": {
+            "template": asdict(template) | {"loss": list(template.loss)},
             "max_length": max_length,
             "shuffle_seed": shuffle_seed,
             "num_output_shards": num_output_shards,

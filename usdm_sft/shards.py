@@ -2,8 +2,8 @@
 
 A unit shard has one row an utterance, whatever rows are made of them; a token shard has one row a row of the dataset. Key of a
 unit shard: utterance ids and audio digests in order, unit model, settings, version of the units code. Key of a token
-shard: the unit shard's key, the texts, which utterances each row holds, the tokenizer, version of the template code. Nothing
-else starts another shard.
+shard: the unit shard's key, the texts, which utterances each row holds, the tokenizer, the template, version of its code.
+Nothing else starts another shard.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from usdm_sft import template
 from usdm_sft.cache import ShardCache, cache_key
 from usdm_sft.workers import Task, map_shard, quiet, tokenize_shards
 
@@ -65,7 +64,7 @@ def plan_shards(
             places = {utterance: place for place, utterance in enumerate(ids)}
             its_rows = [(places[user.id], places[agent.id]) for dialog in dialogs for user, agent in dialog.pairs()]
             texts = [utterance.text for utterance in utterances]
-            tokens_key = cache_key("rows", template.VERSION, encoder.tokenizer_digest, units_key, texts, its_rows)
+            tokens_key = cache_key("rows", *encoder.key, units_key, texts, its_rows)
             lengths = [digest.num_samples for digest in digests]
             stop = start + len(its_rows)
             shards.append(Shard(split.name, start, stop, audio, lengths, its_rows, units_key, tokens_key))
