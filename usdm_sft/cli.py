@@ -89,10 +89,11 @@ def run(command: str, options: dict) -> None:
         counts = prepare(**options | {"template": Template(**options["template"])})
         for split, its in counts["splits"].items():
             left_out = len(its["pairs_left_out"])
+            cut = f"; cut: {len(its['rows_cut'])} examples" if its["rows_cut"] else ""
             print(
                 f"{split}: {its['rows']:,} examples from {its['dialogs']:,} dialogs ({its['hours']:.2f} h), "
                 f"{its['tokens']:,} tokens, {its['labelled_tokens']:,} labelled; left out: {left_out} too long, "
-                f"{len(its['dialogs_left_out'])} dialogs ({_reasons(its['dialogs_left_out'])})"
+                f"{len(its['dialogs_left_out'])} dialogs ({_reasons(its['dialogs_left_out'])}){cut}"
             )
         print(f"load_dataset({options['output_path']!r}) opens it; counts.json has every number and digest")
     elif command == "convert":

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from usdm_sft.cache import ShardCache, cache_key
+from usdm_sft.examples import has_lists, make_examples
 from usdm_sft.workers import Task, map_shard, quiet, tokenize_shards
 
 if TYPE_CHECKING:
@@ -41,7 +43,8 @@ class Shard(NamedTuple):
     stop: int
     audio: list[str]  # path of each utterance's recording, in order
     lengths: list[int]  # samples at 16 kHz of each utterance
-    rows: list[tuple[int, int]]  # of each row its user's and its agent's utterance
+    rows: list[list[tuple[int, int]]]  # of each row its exchanges: the user's and the agent's utterance
+    lists: bool  # the user and agent columns hold lists, one entry an exchange
     units_key: str
     tokens_key: str
 
@@ -50,6 +53,8 @@ def plan_shards(
     builder: DailyTalkUSDM, unit_tokenizer: UnitTokenizer, encoder: TemplateEncoder, shard_dialogs: int
 ) -> list[Shard]:
     """Whole dialogs in order, `shard_dialogs` at a time."""
+    name, history = builder.config.name, builder.config.history
+    lists = has_lists(name, history)
     paths = {Path(path).stem: path for path in builder.audio_digests}
     shards = []
     for split in builder.corpus.values():
@@ -62,12 +67,15 @@ def plan_shards(
             ids = [utterance.id for utterance in utterances]
             units_key = cache_key("utterances", *unit_tokenizer.key, ids, [digest.sha256 for digest in digests])
             places = {utterance: place for place, utterance in enumerate(ids)}
-            its_rows = [(places[user.id], places[agent.id]) for dialog in dialogs for user, agent in dialog.pairs()]
+            examples = [example for dialog in dialogs for example in make_examples(dialog, name, history)]
+            its_rows = [
+                [(places[user.id], places[agent.id]) for user, agent in example.exchanges] for example in examples
+            ]
             texts = [utterance.text for utterance in utterances]
-            tokens_key = cache_key("rows", *encoder.key, units_key, texts, its_rows)
+            tokens_key = cache_key("rows", *encoder.key, units_key, texts, its_rows, lists)
             lengths = [digest.num_samples for digest in digests]
             stop = start + len(its_rows)
-            shards.append(Shard(split.name, start, stop, audio, lengths, its_rows, units_key, tokens_key))
+            shards.append(Shard(split.name, start, stop, audio, lengths, its_rows, lists, units_key, tokens_key))
             start = stop
     return shards
 
@@ -138,11 +146,14 @@ def unit_columns(shard: Shard, file: Path) -> Dataset:
     import pyarrow as pa
     from datasets import Dataset
 
-    utterances = Dataset.from_file(str(file)).data.table.combine_chunks()
+    utterances = Dataset.from_file(str(file)).data.table
+    offsets = pa.array(list(accumulate(map(len, shard.rows), initial=0)), pa.int32())
     columns = {}
-    for role, places in zip(("user", "agent"), zip(*shard.rows, strict=True), strict=True):
+    for side, role in enumerate(("user", "agent")):
+        places = pa.array([exchange[side] for row in shard.rows for exchange in row], pa.int64())
         for name in ("units", "seconds"):
-            columns[f"{role}_{name}"] = utterances[name].take(pa.array(places))
+            values = utterances[name].combine_chunks().take(places)
+            columns[f"{role}_{name}"] = pa.ListArray.from_arrays(offsets, values) if shard.lists else values
     return Dataset.from_dict(columns)
 
 

@@ -230,7 +230,12 @@ class TemplateEncoder:
         return units.astype(np.int32) + UNIT_0
 
     def prompt(
-        self, user_units: Sequence[int], user_text: str | None = None, agent_text: str | None = None
+        self,
+        user_units: Sequence[int],
+        user_text: str | None = None,
+        agent_text: str | None = None,
+        *,
+        history: Sequence[Exchange | tuple] = (),
     ) -> np.ndarray:
         """What goes before each of the three steps of inference, an exact prefix of the training ids.
 
@@ -238,6 +243,7 @@ class TemplateEncoder:
             user_units: The user's speech; alone, the model is to write its transcript.
             user_text: The transcript; with it, the model is to write its answer. It may be empty, if so it was generated.
             agent_text: The answer; with it, the model is to speak.
+            history: Earlier exchanges, oldest first: (user_units, user_text, agent_text, agent_units) each.
 
         Returns:
             (num_tokens,) int32 ids.
@@ -248,7 +254,12 @@ class TemplateEncoder:
         if agent_text is not None and user_text is None:
             raise ValueError("agent_text goes with the user_text before it")
         batch = {"user_units": [user_units]}
-        parts = [self._open, self._check_units(user_units, "user_units", batch, 0), self._correspond]
+        parts = [self._open]
+        if history:
+            columns = dict(zip(COLUMNS, ([list(values)] for values in zip(*history, strict=True)), strict=True))
+            ids = self(columns)["input_ids"][0]
+            parts = [ids[: -len(self._close)], self._next]
+        parts += [self._check_units(user_units, "user_units", batch, 0), self._correspond]
         if user_text is not None:
             stretch = (
                 f"{user_text and self._check_text(user_text, 'user_text', batch, 0)}\n{self.template.agent_heading}"
