@@ -296,7 +296,7 @@ def test_export_notices_a_missing_file(run, tmp_path):
 
 
 def test_split_that_max_length_leaves_empty(run):
-    with pytest.raises(ValueError, match="max_length 220 leaves no row of test, whose shortest pair has"):
+    with pytest.raises(ValueError, match="max_length 220 leaves no row of test, whose shortest row has"):
         run(max_length=220)
 
 
