@@ -89,7 +89,7 @@ def run(command: str, options: dict) -> None:
         counts = prepare(**options | {"template": Template(**options["template"])})
         for split, its in counts["splits"].items():
             left_out = len(its["pairs_left_out"])
-            cut = f"; cut: {len(its['rows_cut'])} examples" if its["rows_cut"] else ""
+            cut = f"; cut: {len(its['rows_cut'])} too long" if its["rows_cut"] else ""
             print(
                 f"{split}: {its['rows']:,} examples from {its['dialogs']:,} dialogs ({its['hours']:.2f} h), "
                 f"{its['tokens']:,} tokens, {its['labelled_tokens']:,} labelled; left out: {left_out} too long, "
