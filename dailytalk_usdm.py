@@ -1,4 +1,4 @@
-"""DailyTalk as user/agent pairs: the loading script and builder, and the public names of the package.
+"""DailyTalk as user/agent pairs and conversations: the loading script and builder, and the public names of the package.
 
 After `import dailytalk_usdm`, `load_dataset("dailytalk_usdm", "single_turn", data_dir=..., data_files=...)` works on every
 version of datasets; datasets 3 also takes the path of this file, and `DailyTalkUSDM` can be used directly.
@@ -15,7 +15,7 @@ import datasets
 import datasets.data_files
 import datasets.packaged_modules
 
-from usdm_sft import bad_audio, corpus, download
+from usdm_sft import bad_audio, corpus, download, examples
 from usdm_sft import features as usdm_features
 
 _PUBLIC = {
@@ -24,6 +24,7 @@ _PUBLIC = {
     "STEPS": "usdm_sft.generation",
     "next_prompt": "usdm_sft.generation",
     "StepLogitsProcessor": "usdm_sft.generation",
+    "Template": "usdm_sft.template_config",
     "TemplateEncoder": "usdm_sft.template",
     "UnitTokenizer": "usdm_sft.units",
     "build_tokenizer": "usdm_sft.tokenizer",
@@ -48,7 +49,7 @@ _CITATION = """\
 def _code_digest() -> str:
     """Of what decides the rows: a change of it makes cached rows anew."""
     code = hashlib.sha256(datasets.__version__.split(".")[0].encode())
-    for path in (__file__, bad_audio.__file__, corpus.__file__, usdm_features.__file__):
+    for path in (__file__, bad_audio.__file__, corpus.__file__, examples.__file__, usdm_features.__file__):
         code.update(Path(path).read_bytes())
     return code.hexdigest()
 
@@ -58,20 +59,24 @@ class DailyTalkUSDMConfig(datasets.BuilderConfig):
     """Configuration of the builder.
 
     Attributes:
+        history: Earlier exchanges that a pair of single_turn brings along as context, where there are so many; the user and
+            agent columns are then lists, one entry an exchange, the pair last.
         on_bad_audio: "error" stops where audio is bad, "skip" leaves out the pairs concerned.
         corpus_digest: sha256 over the split lists, the audio and what was left out for bad audio; the builder fills it in, and
             the cache follows it.
     """
 
+    history: int = 0
     on_bad_audio: str = "error"
     corpus_digest: str | None = None
 
 
 class DailyTalkUSDM(datasets.GeneratorBasedBuilder):
-    """Every two neighbouring turns of a dialog, the earlier as the user and the later as the agent.
+    """Every two neighbouring turns of a dialog, the earlier as the user and the later as the agent: an exchange.
 
-    Rows are in order of dialog number and turn. Audio is the path of the recording, never its bytes; symlinks are followed.
-    DailyTalk's metadata.json is not read: the split lists say everything.
+    A row of single_turn is one exchange; a row of multi_turn is a conversation, with lists of its exchanges in the user and
+    agent columns. Rows are in order of dialog number and turn. Audio is the path of the recording, never its bytes; symlinks
+    are followed. DailyTalk's metadata.json is not read: the split lists say everything.
 
     Args:
         data_dir: DailyTalk's folder (with `data/`), or its `data` folder.
@@ -80,9 +85,10 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):
         on_bad_audio: Where audio cannot become units, "error" stops and names every file; "skip" leaves out the pairs concerned,
             which `corpus[split].pairs_left_out` lists.
         digest_cache_dir: Where digests of audio files are remembered; this package's cache by default.
-        kwargs: Whatever `datasets.DatasetBuilder` takes.
+        kwargs: Fields of `DailyTalkUSDMConfig`, and whatever `datasets.DatasetBuilder` takes.
 
     Raises:
+        ValueError: There is no such config, or it takes no history.
         FileNotFoundError: Data, a split list or an audio file is missing.
         usdm_sft.corpus.CorpusError: The split lists are wrong; every problem is named with file and line.
         usdm_sft.audio.AudioError: An audio file cannot become units, or bad audio leaves no pair of a split.
@@ -92,11 +98,17 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):
     BUILDER_CONFIG_CLASS = DailyTalkUSDMConfig
     BUILDER_CONFIGS = [  # noqa: RUF012
         DailyTalkUSDMConfig(
-            name="single_turn",
+            name=examples.SINGLE_TURN,
             version=datasets.Version("1.0.0"),
             description="one exchange an example, as USDM is trained",
-        )
+        ),
+        DailyTalkUSDMConfig(
+            name=examples.MULTI_TURN,
+            version=datasets.Version("1.0.0"),
+            description="a conversation an example, from the even start and from the odd one",
+        ),
     ]
+    DEFAULT_CONFIG_NAME = examples.SINGLE_TURN
 
     def __init__(
         self,
@@ -110,6 +122,7 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):
     ):
         if data_dir is None:
             raise ValueError("data_dir is missing: name the folder that DailyTalk was unpacked into")
+        examples.check_config(kwargs.get("config_name") or self.DEFAULT_CONFIG_NAME, kwargs.get("history") or 0)
         folder = corpus.find_data_folder(data_dir).resolve()
         self.split_lists = _find_split_lists(data_dir, data_files, digest_cache_dir)
         self.corpus = corpus.read_corpus(self.split_lists)
@@ -133,7 +146,7 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):
     def _info(self):
         return datasets.DatasetInfo(
             description=__doc__,
-            features=usdm_features.single_turn_features(),
+            features=usdm_features.example_features(lists=examples.has_lists(self.config.name, self.config.history)),
             homepage="https://github.com/keonlee9420/DailyTalk",
             license="CC BY-SA 4.0",
             citation=_CITATION,
@@ -152,18 +165,27 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):
         ]
 
     def _generate_examples(self, dialogs):
+        name, history = self.config.name, self.config.history
+        lists = examples.has_lists(name, history)
         for dialog in dialogs:
-            for user, agent in dialog.pairs():
-                row = {"id": f"{dialog.id}_{user.turn}", "dialog_id": dialog.id, "turn": user.turn}
-                for role, utterance in (("user", user), ("agent", agent)):
-                    row[f"{role}_speaker"] = utterance.speaker
-                    row[f"{role}_text"] = utterance.text
-                    row[f"{role}_emotion"] = utterance.emotion
-                    row[f"{role}_audio"] = {
-                        "bytes": None,
-                        "path": os.path.join(self.config.data_dir, utterance.audio_name),
+            for example in examples.make_examples(dialog, name, history):
+                row = {"id": example.id, "dialog_id": dialog.id, "turn": example.turn}
+                for role, utterances in zip(("user", "agent"), zip(*example.exchanges, strict=True), strict=True):
+                    columns = {
+                        "speaker": [utterance.speaker for utterance in utterances],
+                        "text": [utterance.text for utterance in utterances],
+                        "emotion": [utterance.emotion for utterance in utterances],
+                        "audio": [self._stored_audio(utterance) for utterance in utterances],
                     }
-                yield row["id"], row
+                    row |= {f"{role}_{column}": its if lists else its[0] for column, its in columns.items()}
+                yield example.id, row
+
+    def audio_address(self, utterance) -> str:
+        """Where the recording of an utterance lies."""
+        return os.path.join(self.config.data_dir, utterance.audio_name)
+
+    def _stored_audio(self, utterance):
+        return {"bytes": None, "path": self.audio_address(utterance)}
 
 
 def load_dataset(data_dir, name="single_turn", *, data_files=None, **kwargs):
@@ -173,9 +195,9 @@ def load_dataset(data_dir, name="single_turn", *, data_files=None, **kwargs):
 
     Args:
         data_dir: DailyTalk's folder (with `data/`), or its `data` folder.
-        name: The config.
+        name: The config, "single_turn" or "multi_turn".
         data_files: Split lists other than those beside the data.
-        kwargs: `split`, `streaming`, `num_proc`, `cache_dir`, ... of `datasets.load_dataset`.
+        kwargs: `split`, `streaming`, `num_proc`, `cache_dir`, ... of `datasets.load_dataset`; `history` of the config.
 
     Returns:
         What `datasets.load_dataset` returns.

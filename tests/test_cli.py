@@ -4,7 +4,9 @@ import sys
 
 import pytest
 
+from usdm_sft import cli
 from usdm_sft.cli import main
+from usdm_sft.template_config import Template
 
 HEAVY = ("torch", "transformers", "datasets", "soundfile", "matplotlib", "pyarrow")
 COMMANDS = ("prepare", "convert", "units", "export", "show", "stats", "verify", "push")
@@ -48,6 +50,29 @@ def test_the_whole_way(tmp_path, mini, capsys):
     assert json.loads((tmp_path / "out" / "counts.json").read_text())["settings"]["max_length"] == 300
 
 
+def test_template_of_a_yaml_file_and_of_the_command_line(tmp_path, monkeypatch):
+    given, parser = {}, cli.make_parser()
+    monkeypatch.setattr(cli, "make_parser", lambda: parser)
+    monkeypatch.setattr(cli, "prepare", lambda **options: given.update(options) or {"splits": {}})
+    (tmp_path / "run.yaml").write_text("data_dir: d\ntemplate:\n  agent_role: Robot\n  loss: [user_text, agent_text]\n")
+    arguments = ["prepare", "--config", str(tmp_path / "run.yaml"), "--output_path", "o"]
+    main(arguments)
+    assert given["template"] == Template(agent_role="Robot", loss=("user_text", "agent_text"))
+    main([*arguments, "--template.loss", "[user_text]", "--template.user_role", "Caller"])
+    assert given["template"] == Template(user_role="Caller", agent_role="Robot", loss=("user_text",))
+    main(["prepare", "--data_dir", "d", "--output_path", "o"])
+    assert given["template"] == Template()
+
+
+def test_bad_template_is_one_line_on_stderr(capsys):
+    with pytest.raises(SystemExit, match="1"):
+        main(["prepare", "--data_dir", "d", "--output_path", "o", "--template.loss", "[asr]"])
+    assert capsys.readouterr().err == (
+        "dailytalk-usdm prepare: template.loss holds 'asr', which is no part that can bear loss: "
+        "name one or more of user_text, agent_text, agent_units\n"
+    )
+
+
 def test_units(unit_model, mini, capsys):
     paths = [str(mini / "corpus" / "data" / "3" / name) for name in ("0_0_d3.wav", "1_1_d3.wav")]
     main(["units", str(unit_model), *paths])
@@ -74,6 +99,7 @@ def test_bad_input_is_one_line_on_stderr(tmp_path):
         (["prepare", "--data_dir", "d", "--output_path", "o", "--max_length", "long"], "max_length"),
         (["perpare"], "invalid choice"),
         (["prepare", "--config", "{unknown}"], "did you mean max_length?"),
+        (["prepare", "--config", "{nested}"], "did you mean template.user_role?"),
         (["prepare", "--config", "{tag}"], "could not determine a constructor for the tag"),
         (["prepare", "--config", "/nowhere.yaml"], "nowhere.yaml"),
     ],
@@ -81,7 +107,9 @@ def test_bad_input_is_one_line_on_stderr(tmp_path):
 def test_wrong_usage(tmp_path, capsys, args, message):
     (tmp_path / "unknown.yaml").write_text("max_lenght: 3\n")
     (tmp_path / "tag.yaml").write_text('max_length: !!python/object/apply:os.system ["echo hello"]\n')
-    files = {"{unknown}": str(tmp_path / "unknown.yaml"), "{tag}": str(tmp_path / "tag.yaml")}
+    (tmp_path / "nested.yaml").write_text("template:\n  user_rol: Q\n")
+    files = {"{nested}": str(tmp_path / "nested.yaml")}
+    files |= {"{unknown}": str(tmp_path / "unknown.yaml"), "{tag}": str(tmp_path / "tag.yaml")}
     with pytest.raises(SystemExit, match="2"):
         main([files.get(arg, arg) for arg in args])
     captured = capsys.readouterr()

@@ -23,6 +23,23 @@ def test_prompts_are_prefixes_of_the_training_ids(encoder):
         assert labels[len(prompt) - 1] == -100 or step is STEPS[2]  # the answer's <|correspond|> ends the step before
 
 
+def test_prompts_after_earlier_exchanges_are_prefixes_too(encoder):
+    earlier = [([1], "hello?", "who is there?", [2, 2]), ([3], "it's me.", "oh.", [])]
+    row = (ROW["user_units"][0], ROW["user_text"][0], ROW["agent_text"][0], ROW["agent_units"][0])
+    columns = ("user_units", "user_text", "agent_text", "agent_units")
+    for num in (1, 2):
+        exchanges = [*earlier[:num], row]
+        batch = {name: [list(values)] for name, values in zip(columns, zip(*exchanges, strict=True), strict=True)}
+        ids = encoder(batch)["input_ids"][0].tolist()
+        for given, step in zip((row[:1], row[:2], row[:3]), STEPS, strict=True):
+            prompt = encoder.prompt(*given, history=earlier[:num]).tolist()
+            assert ids[: len(prompt)] == prompt
+            rest = ids[len(prompt) :]
+            assert rest.count(2) == 1 and step.stop_id in rest
+    with pytest.raises(ValueError, match="user_text 'a\\\\tb' holds the control character"):
+        encoder.prompt([1], history=[([1], "a\tb", "c", [2])])
+
+
 def test_answer_to_an_empty_transcript(encoder, tokenizer):
     text = encoder.decode(encoder.prompt([1], ""))
     assert text.endswith("<|correspond|>\n### Agent\n")

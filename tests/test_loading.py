@@ -78,6 +78,87 @@ def test_every_way_gives_the_same_rows(way, options, corpus, tmp_path):
     assert "torchcodec" not in sys.modules
 
 
+def with_config(way, name, data_dir, **options):
+    """One of the ways in, with another config than single_turn."""
+    if way is by_name:
+        return datasets.load_dataset("dailytalk_usdm", name, data_dir=str(data_dir), data_files=LISTS, **options)
+    if way is by_name_without_files:
+        return datasets.load_dataset("dailytalk_usdm", name, data_dir=str(data_dir), **options)
+    if way is by_helper:
+        return dailytalk_usdm.load_dataset(data_dir, name, **options)
+    if way is by_script:
+        script = str(REPOSITORY / "dailytalk_usdm.py")
+        return datasets.load_dataset(script, name, data_dir=str(data_dir), trust_remote_code=True, **options)
+    streaming = options.pop("streaming", False)
+    builder = DailyTalkUSDM(config_name=name, data_dir=str(data_dir), **options)
+    if streaming:
+        return builder.as_streaming_dataset()
+    builder.download_and_prepare()
+    return builder.as_dataset()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_conversations(way, streaming, corpus, tmp_path):
+    loaded = with_config(way, "multi_turn", corpus, cache_dir=str(tmp_path / "cache"), streaming=streaming)
+    rows = {row["id"]: row for row in loaded["train"]}
+    assert list(rows) == ["d3_0", "d3_1", "d8_0", "d8_1", "d20_0", "d77_0", "d77_1"]
+    audio = {turn: str(corpus / "data" / "8" / f"{turn}_{(turn + 1) % 2}_d8.wav") for turn in range(5)}
+    assert rows["d8_1"] == {
+        "id": "d8_1",
+        "dialog_id": "d8",
+        "turn": 1,
+        "user_speaker": ["0", "0"],
+        "user_text": ["seven forty five? i thought it was eight!", "then we'd better call a taxi now."],
+        "user_emotion": ["surprise", "none"],
+        "user_audio": [{"bytes": None, "path": audio[1]}, {"bytes": None, "path": audio[3]}],
+        "agent_speaker": ["1", "1"],
+        "agent_text": ["they changed the timetable last week.", "already done. it's waiting downstairs."],
+        "agent_emotion": ["none", "happiness"],
+        "agent_audio": [{"bytes": None, "path": audio[2]}, {"bytes": None, "path": audio[4]}],
+    }
+    assert "torchcodec" not in sys.modules
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_pairs_with_earlier_exchanges(way, corpus, tmp_path):
+    loaded = with_config(way, "single_turn", corpus, cache_dir=str(tmp_path / "cache"), history=1)
+    assert {split: loaded[split]["id"][:] for split in loaded} == IDS
+    [row] = [row for row in loaded["train"] if row["id"] == "d8_3"]
+    assert (row["turn"], row["agent_text"]) == (
+        3,
+        ["they changed the timetable last week.", "already done. it's waiting downstairs."],
+    )
+    assert [len(row["user_text"]) for row in loaded["train"]] == [1, 1, 2, 1, 1, 2, 2, 1, 1, 1]
+
+
+def test_configs_have_caches_of_their_own(corpus):
+    caches = [
+        cache_of(corpus, **options) for options in ({}, {"config_name": "multi_turn"}, {"history": 1}, {"history": 2})
+    ]
+    assert len(set(caches)) == 4
+    assert cache_of(corpus, config_name="single_turn") == caches[0]
+
+
+def test_history_of_conversations_is_refused(corpus):
+    with pytest.raises(ValueError, match="history is 1, but multi_turn holds whole conversations"):
+        DailyTalkUSDM(config_name="multi_turn", history=1, data_dir=corpus)
+
+
+def test_units_of_lists_of_audio(corpus, unit_model, tmp_path):
+    """The two steps as `.map` callables on conversations, as on pairs."""
+    tokenizer = dailytalk_usdm.UnitTokenizer.from_pretrained(unit_model, device="cpu")
+    options = {"cache_dir": str(tmp_path / "cache")}
+    pairs = by_helper(corpus, **options)["train"].map(tokenizer, batched=True)
+    units = {row["id"]: row["agent_units"] for row in pairs}
+    rows = with_config(by_helper, "multi_turn", corpus, **options)["train"].map(tokenizer, batched=True)
+    assert {row["id"]: row["agent_units"] for row in rows if row["dialog_id"] == "d8"} == {
+        "d8_0": [units["d8_0"], units["d8_2"]],
+        "d8_1": [units["d8_1"], units["d8_3"]],
+    }
+    assert str(rows.data.schema.field("agent_units").type.value_type.value_type) == "uint16"
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_data_folder_instead_of_its_parent(way, corpus, tmp_path):
     if way is by_name:  # the lists lie beside the data folder

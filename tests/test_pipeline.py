@@ -11,6 +11,7 @@ from usdm_sft.checkpoint import convert
 from usdm_sft.export import export_text
 from usdm_sft.pipeline import prepare
 from usdm_sft.template import TemplateEncoder
+from usdm_sft.template_config import Template
 from usdm_sft.tokenizer import build_tokenizer, load_tokenizer
 from usdm_sft.unit_model import UnitModel
 
@@ -89,6 +90,22 @@ def test_folder_is_enough_for_another_template_run(run, encoder, tmp_path):
     assert again["input_ids"][:] == rows["input_ids"][:]
 
 
+def test_another_template_needs_no_forward_pass_and_is_told(run, forward_passes, tokenizer):
+    whole = datasets.load_dataset(str(run()[0]), split="train")
+    passes = len(forward_passes)
+    template = Template(agent_role="Robot", loss=["agent_units"])
+    output, counts = run("synthesis", template=template)
+    assert len(forward_passes) == passes
+    rows = datasets.load_dataset(str(output), split="train")
+    assert rows["agent_units"][:] == whole["agent_units"][:] and rows["labels"][:] != whole["labels"][:]
+    told = json.loads((output / "counts.json").read_text())["settings"]["template"]
+    assert told == counts["settings"]["template"]
+    encoder = TemplateEncoder(tokenizer, Template(**told))
+    again = rows.remove_columns(["input_ids", "labels"]).map(encoder, batched=True)
+    assert again["labels"][:] == rows["labels"][:]
+    assert encoder.template == template
+
+
 def test_counts(run, mini):
     output, counts = run()
     assert json.loads((output / "counts.json").read_text()) == counts
@@ -144,6 +161,18 @@ def test_second_run_makes_no_forward_pass(run, forward_passes, tmp_path, tokeniz
     second, _ = run("second")
     assert len(forward_passes) == passes
     assert content(first) == content(second) == before
+
+
+def test_unit_shard_has_one_row_an_utterance(run, mini, tmp_path):
+    run(shard_dialogs=64)
+    expected = json.loads((mini / "expected" / "units.json").read_text())
+    shards = [datasets.Dataset.from_file(str(path)) for path in (tmp_path / "cache" / "units").glob("*.arrow")]
+    assert sorted(map(len, shards)) == [5, 14]  # of test and of train
+    [test] = [shard for shard in shards if len(shard) == 5]
+    names = ["0_1_d105", "1_0_d105", "2_1_d105", "0_0_d2001", "1_1_d2001"]
+    assert [row["units"] for row in test] == [expected[name] for name in names]
+    assert [str(test.data.schema.field(name).type) for name in test.column_names] == ["list<item: uint16>", "float"]
+    assert test.column_names == ["units", "seconds"]
 
 
 def test_moved_and_touched_corpus_with_the_same_bytes_redoes_nothing(run, mini, forward_passes, tmp_path):
@@ -267,7 +296,7 @@ def test_export_notices_a_missing_file(run, tmp_path):
 
 
 def test_split_that_max_length_leaves_empty(run):
-    with pytest.raises(ValueError, match="max_length 220 leaves no row of test, whose shortest pair has"):
+    with pytest.raises(ValueError, match="max_length 220 leaves no row of test, whose shortest row has"):
         run(max_length=220)
 
 

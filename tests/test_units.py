@@ -168,6 +168,21 @@ def test_bytes_and_lists_of_exchanges(tokenizer, rows):
         assert list(plain[f"{role}_seconds"]) == [seconds for [seconds] in lists[f"{role}_seconds"]]
 
 
+def test_every_audio_column_gives_units_and_seconds_of_its_prefix(tokenizer, rows):
+    first, second = rows["user_audio"][:2]
+    out = tokenizer({"id": ["a"], "audio": [first], "other_audio": [second], "audio_name": ["b"]})
+    assert list(out) == ["units", "seconds", "other_units", "other_seconds"]
+    expected, seconds = tokenizer.tokenize_files([first, second])
+    assert [out["units"][0].tolist(), out["other_units"][0].tolist()] == [units.tolist() for units in expected]
+    assert [out["seconds"][0], out["other_seconds"][0]] == seconds.tolist()
+
+
+@pytest.mark.parametrize(("batch", "among"), [({"id": ["a"], "user_text": ["b"]}, "id, user_text"), ({}, "no columns")])
+def test_rows_without_audio(tokenizer, batch, among):
+    with pytest.raises(ValueError, match=f"there is no audio column among {among}: name it audio, or let it end in"):
+        tokenizer(batch)
+
+
 def test_the_same_file_twice(tokenizer, rows):
     (first, second), seconds = tokenizer.tokenize_files([rows["user_audio"][0]] * 2)
     assert np.array_equal(first, second) and seconds[0] == seconds[1]

@@ -20,6 +20,7 @@ from usdm_sft import __version__
 from usdm_sft.checkpoint import convert
 from usdm_sft.export import export_text
 from usdm_sft.pipeline import prepare
+from usdm_sft.template_config import Template
 
 
 class Parser(ArgumentParser):
@@ -31,7 +32,7 @@ class Parser(ArgumentParser):
         ]
         actions = [action for parser in [self, *subparsers] for action in parser._actions]
         options = [option.removeprefix("--") for action in actions for option in action.option_strings]
-        unknown = re.search(r"(?:unrecognized arguments: --|does not accept option ')(\w+)", message)
+        unknown = re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)", message)
         if unknown and (near := difflib.get_close_matches(unknown[1], options, n=1)):
             message = f"{message.rstrip()} (did you mean {near[0]}?)"
         super().error(message, ex)
@@ -196,15 +197,16 @@ def make_parser() -> Parser:
 
 def run(command: str, options: dict) -> None:
     if command == "prepare":
-        counts = prepare(**options)
+        counts = prepare(**options | {"template": Template(**options["template"])})
         for split, its in counts["splits"].items():
             bad_audio = its["pairs_with_bad_audio"]
             left_out = f"{len(its['pairs_left_out']) - bad_audio} too long"
             left_out += f", {bad_audio} with bad audio" if bad_audio else ""
+            cut = f"; cut: {len(its['rows_cut'])} too long" if its["rows_cut"] else ""
             print(
                 f"{split}: {its['rows']:,} examples from {its['dialogs']:,} dialogs ({its['hours']:.2f} h), "
                 f"{its['tokens']:,} tokens, {its['labelled_tokens']:,} labelled; left out: {left_out}, "
-                f"{len(its['dialogs_left_out'])} dialogs ({_reasons(its['dialogs_left_out'])})"
+                f"{len(its['dialogs_left_out'])} dialogs ({_reasons(its['dialogs_left_out'])}){cut}"
             )
         print(f"load_dataset({options['output_path']!r}) opens it; counts.json has every number and digest")
     elif command == "convert":

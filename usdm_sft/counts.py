@@ -1,56 +1,69 @@
-"""Which rows go into the dataset folder, and what is counted of them."""
+"""What is counted of the rows of a split."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
+from usdm_sft.overflow import list_lengths
 from usdm_sft.template import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from dailytalk_usdm import DailyTalkUSDM
+    from usdm_sft.overflow import Fitted
 
 
-def select_rows(
-    rows: Dataset, builder: DailyTalkUSDM, split: str, max_length: int, shuffle_seed: int | None
-) -> tuple[Dataset, dict[str, Any]]:
-    """Leave out what is too long, shuffle, and count."""
-    lengths = list_lengths(rows, "input_ids")
-    too_long = np.flatnonzero(lengths > max_length)
-    ids = rows["id"]
-    kept = rows.select(np.flatnonzero(lengths <= max_length))
+def count_rows(rows: Dataset, fitted: Fitted, builder: DailyTalkUSDM, split: str, max_length: int) -> dict[str, Any]:
+    """Numbers of a split, and what is not in it as it was.
+
+    Args:
+        rows: Before `max_length` was seen to.
+        fitted: What it left.
+        builder: What made the rows.
+        split: Such as "train".
+        max_length: The number of tokens that a row may have.
+
+    Raises:
+        ValueError: Nothing is left.
+    """
+    kept = fitted.rows
     if not len(kept):
         raise ValueError(
-            f"max_length {max_length} leaves no row of {split}, whose shortest pair has {lengths.min()} tokens: raise it"
+            f"max_length {max_length} leaves no row of {split}, whose shortest row has "
+            f"{list_lengths(rows, 'input_ids').min()} tokens: raise it"
         )
     corpus = builder.corpus[split]
-    utterances = {utterance.id for dialog in corpus.dialogs for utterance in dialog.utterances}
-    seconds = sum(found.seconds for path, found in builder.audio_digests.items() if Path(path).stem in utterances)
-    counts = {
+    utterances = [utterance for dialog in corpus.dialogs for utterance in dialog.utterances]
+    seconds = sum(builder.audio_digests[builder.audio_address(utterance)].seconds for utterance in utterances)
+    return {
         "dialogs": len({dialog.id for dialog in corpus.dialogs}),
         "utterances": len(utterances),
         "hours": round(seconds / 3600, 6),
-        "pairs": len(rows) + len(corpus.pairs_left_out),
+        "pairs": corpus.num_pairs + len(corpus.pairs_left_out),
         "pairs_with_bad_audio": len(corpus.pairs_left_out),
         "rows": len(kept),
-        "units": int(list_lengths(kept, "user_units").sum() + list_lengths(kept, "agent_units").sum()),
-        "tokens": int(list_lengths(kept, "input_ids").sum()),
+        "units": count_values(kept, "user_units") + count_values(kept, "agent_units"),
+        "tokens": count_values(kept, "input_ids"),
         "labelled_tokens": count_labels(kept),
         "dialogs_left_out": dict(corpus.left_out),
-        "pairs_left_out": dict(corpus.pairs_left_out)
-        | {ids[int(i)]: f"{int(lengths[i])} tokens, more than max_length {max_length}" for i in too_long},
+        "pairs_left_out": dict(corpus.pairs_left_out) | fitted.left_out,
+        "rows_cut": fitted.cut,
     }
-    return kept if shuffle_seed is None else kept.shuffle(seed=shuffle_seed), counts
 
 
-def list_lengths(rows: Dataset, column: str) -> np.ndarray:
-    batches = rows.select_columns([column]).with_format("arrow").iter(batch_size=1000)
-    return np.concatenate([np.zeros(0, np.int64)] + [pc.list_value_length(b[column]).to_numpy() for b in batches])
+def count_values(rows: Dataset, column: str) -> int:
+    """Number of values in a column of lists, or of lists of lists."""
+    num_values = 0
+    for batch in rows.select_columns([column]).with_format("arrow").iter(batch_size=1000):
+        values = batch[column]
+        while pa.types.is_list(values.type):
+            values = pc.list_flatten(values)
+        num_values += len(values)
+    return num_values
 
 
 def count_labels(rows: Dataset) -> int:

@@ -22,14 +22,20 @@ class StoredAudio(datasets.Audio):
     __hash__ = None
 
 
-def single_turn_features() -> datasets.Features:
-    """One pair a row; `id` is the dialog and the user's turn, such as "d23_0"."""
+def example_features(*, lists: bool) -> datasets.Features:
+    """One example a row; `id` is the dialog and the user's turn, such as "d23_0".
+
+    Args:
+        lists: The user and agent columns hold lists, one entry an exchange.
+    """
     columns = {"id": datasets.Value("string"), "dialog_id": datasets.Value("string"), "turn": datasets.Value("int32")}
     for role in ("user", "agent"):
-        columns |= {
+        its_columns = {
             f"{role}_speaker": datasets.Value("string"),
             f"{role}_text": datasets.Value("string"),
             f"{role}_emotion": datasets.Value("string"),
             f"{role}_audio": StoredAudio(),
         }
+        # Sequence is the spelling that datasets 3 and 5 share; 5 makes List of it.
+        columns |= {name: datasets.Sequence(value) if lists else value for name, value in its_columns.items()}
     return datasets.Features(columns)

@@ -6,6 +6,7 @@ inference.)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from transformers import LogitsProcessor
 
 from usdm_sft.tokenizer import CONTINUE, CORRESPOND, NEWLINE, SPACE, UNIT_0
 
-AGENT_IDS = (27332, 23393, NEWLINE)  # "### Agent" and its newline, after a newline
+AGENT_IDS = (27332, 23393, NEWLINE)  # "### Agent" and its newline, after a newline: the reference's template
 
 
 class Step(NamedTuple):
@@ -33,7 +34,9 @@ STEPS = (
 )
 
 
-def next_prompt(step: Step, prompt: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
+def next_prompt(
+    step: Step, prompt: torch.Tensor, generated: torch.Tensor, *, agent_heading_ids: Sequence[int] = AGENT_IDS
+) -> torch.Tensor:
     """The prompt of the step after `step`, from ids alone: nothing that was generated is tokenized again.
 
     The reference leaves the agent's heading out where the transcript came out empty; here it is always there, as in training.
@@ -42,10 +45,11 @@ def next_prompt(step: Step, prompt: torch.Tensor, generated: torch.Tensor) -> to
         step: The step that was generated.
         prompt: (1, num_tokens), its prompt.
         generated: (num_new_tokens,), what came out; the stop id is added where the length limit cut it off.
+        agent_heading_ids: `TemplateEncoder.agent_heading_ids`, where the template has another name for the agent.
     """
     if len(generated) == 0 or generated[-1] != step.stop_id:
         generated = torch.cat([generated, generated.new_tensor([step.stop_id])])
-    between = generated.new_tensor(AGENT_IDS if step.stop_id == NEWLINE else ())
+    between = generated.new_tensor(agent_heading_ids if step.stop_id == NEWLINE else ())
     return torch.cat([prompt, generated[None], between[None]], dim=1)
 
 

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from usdm_sft import __version__
 from usdm_sft.agreement import NUM_UTTERANCES
 from usdm_sft.batches import BATCH_SECONDS
+from usdm_sft.examples import SINGLE_TURN, check_config
+from usdm_sft.template_config import REFERENCE, Template
 from usdm_sft.tokenizer import MAX_LENGTH, USTM
 
 logger = logging.getLogger(__name__)
@@ -39,13 +42,17 @@ def prepare(
     data_dir: str,
     output_path: str,
     *,
+    config_name: str = SINGLE_TURN,
+    history: int = 0,
     train_metadata_path: str | None = None,
     test_metadata_path: str | None = None,
     pretrained_model_name_or_path: str = USTM,
     model_cache_dir: str | None = None,
     cache_dir: str | None = None,
     unit_model: str = "xlsr2_1b_v2",
+    template: Template = REFERENCE,
     max_length: int = MAX_LENGTH,
+    overflow: str | None = None,
     precision: str = "fp32",
     batch_seconds: float = BATCH_SECONDS,
     shard_dialogs: int = SHARD_DIALOGS,
@@ -57,11 +64,13 @@ def prepare(
     on_bad_audio: Literal["error", "skip"] = "error",
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Make a dataset folder of single-turn examples with units, input_ids and labels.
+    """Make a dataset folder of examples with units, input_ids and labels.
 
     Args:
         data_dir: DailyTalk's folder (with data/), or its data folder.
         output_path: The dataset folder to make.
+        config_name: single_turn (the reference's: one exchange an example) or multi_turn (a conversation an example).
+        history: Earlier exchanges that an example of single_turn brings along; loss falls in its last exchange only.
         train_metadata_path: Split list of the train split. Where neither list is named, those beside the data, or else
             DailyTalk's own, fetched once.
         test_metadata_path: Split list of the test split.
@@ -70,7 +79,11 @@ def prepare(
         model_cache_dir: Where the tokenizer and the unit model are kept when they are downloaded.
         cache_dir: Where finished work is kept; the folder dailytalk_usdm in HF_HOME by default.
         unit_model: A unit model folder, or "xlsr2_1b_v2" to download and convert the published one.
-        max_length: Leave out examples of more tokens, BOS and EOS counted.
+        template: What the template says and which parts bear loss.
+        max_length: Tokens that an example may have, BOS and EOS counted.
+        overflow: What happens to longer ones: drop leaves them out; truncate keeps the leading exchanges that fit (with
+            history: drops the oldest); split makes further examples of the rest (multi_turn). By default drop where an
+            example is one exchange, else truncate.
         precision: fp32 (the reference's), tf32, fp16 or bf16.
         batch_seconds: Seconds of audio, padding included, in one forward pass.
         shard_dialogs: Dialogs in a work shard, which is what a crash can lose.
@@ -83,7 +96,7 @@ def prepare(
         on_bad_audio: Audio that cannot become units: "error" stops before any work and names every file; "skip" leaves out
             the pairs concerned, and lists them in counts.json and in the card.
         overwrite: Write into an output folder that holds something else; its README.md, counts.json, pictures,
-            tokenizer and single_turn are replaced.
+            tokenizer and the folder of the config are replaced.
 
     Returns:
         The counts, as in counts.json.
@@ -101,13 +114,15 @@ def prepare(
     )
     if shuffle_seed is not None and shuffle_seed < 0:
         raise ValueError(f"shuffle_seed is {shuffle_seed}: give 0 or more")
+    check_config(config_name, history)
     from dailytalk_usdm import DailyTalkUSDM
     from usdm_sft import folder, shards
     from usdm_sft.agreement import measure_agreement
     from usdm_sft.batches import padding_share
     from usdm_sft.cache import cache_key, path_lock
-    from usdm_sft.counts import select_rows
+    from usdm_sft.counts import count_rows
     from usdm_sft.download import cache_root
+    from usdm_sft.overflow import choose_overflow, fit_rows
     from usdm_sft.published import find_unit_model
     from usdm_sft.template import TemplateEncoder
     from usdm_sft.tokenizer import load_tokenizer
@@ -115,15 +130,18 @@ def prepare(
     from usdm_sft.workers import quiet
     from usdm_sft.writer import write_folder
 
+    overflow = choose_overflow(overflow, config_name, history)
     devices = _find_devices(num_gpus)
     output = Path(output_path).expanduser()
     folder.check_output(output, overwrite=overwrite, finished_too=False)
     cache = cache_root(cache_dir)
     tokenizer = load_tokenizer(pretrained_model_name_or_path, model_cache_dir)
-    encoder = TemplateEncoder(tokenizer)
+    encoder = TemplateEncoder(tokenizer, template, last_exchange_only=history > 0)
     lists = {"train": train_metadata_path, "test": test_metadata_path}
     named = {split: str(Path(path).expanduser().resolve()) for split, path in lists.items() if path is not None}
     builder = DailyTalkUSDM(
+        config_name=config_name,
+        history=history,
         data_dir=data_dir,
         data_files=named or None,
         cache_dir=str(cache / "builder"),
@@ -149,7 +167,10 @@ def prepare(
         "config": builder.config.name,
         "num_units": unit_tokenizer.num_units,
         "settings": {
+            "history": history,
+            "template": asdict(template) | {"loss": list(template.loss)},
             "max_length": max_length,
+            "overflow": overflow,
             "shuffle_seed": shuffle_seed,
             "num_output_shards": num_output_shards,
             "shard_dialogs": shard_dialogs,
@@ -175,17 +196,18 @@ def prepare(
             "%s, %s: %.2f %% of the units are those of fp32 and soxr (%d utterances)",
             precision, resampler, 100 * agreement["share"], agreement["utterances"],
         )  # fmt: skip
-    units = shards.make_units(rows, plan, unit_tokenizer, devices, cache)
+    units = shards.make_units(plan, unit_tokenizer, devices, cache)
     tokens = shards.make_tokens(rows, plan, encoder, units, cache)
     counts["padding_share"] = round(padding_share((shard.lengths for shard in plan), batch_seconds), 4)
     counts["agreement"] = agreement
     splits, counts["splits"] = {}, {}
     for split in rows:
         its = [shard for shard in plan if shard.split == split]
-        joined = shards.join_shards(
-            rows[split], [units[shard.units_key] for shard in its], [tokens[shard.tokens_key] for shard in its]
-        )
-        splits[split], counts["splits"][split] = select_rows(joined, builder, split, max_length, shuffle_seed)
+        joined = shards.join_shards(rows[split], [tokens[shard.tokens_key] for shard in its])
+        fitted = fit_rows(joined, encoder, max_length, overflow)
+        splits[split], counts["splits"][split] = fitted.rows, count_rows(joined, fitted, builder, split, max_length)
+        if shuffle_seed is not None:
+            splits[split] = fitted.rows.shuffle(seed=shuffle_seed)
     if (finished := _finished(output, counts["key"], cache, overwrite)) is not None:  # by another run, meanwhile
         return finished
     with path_lock(output, cache), quiet():

@@ -1,19 +1,21 @@
 """Work shards: planned, run through the two `.map` callables, kept in the two levels of the cache, joined again.
 
-Key of a unit shard: utterance ids and audio digests in order, unit model, settings, version of the units code. Key of a token
-shard: the unit shard's key, the texts, the tokenizer, version of the template code. Nothing else starts another shard.
+A unit shard has one row an utterance, whatever rows are made of them; a token shard has one row a row of the dataset. Key of a
+unit shard: utterance ids and audio digests in order, unit model, settings, version of the units code. Key of a token
+shard: the unit shard's key, the texts, which utterances each row holds, the tokenizer, the template, version of its code.
+Nothing else starts another shard.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from usdm_sft import template
 from usdm_sft.cache import ShardCache, cache_key
+from usdm_sft.examples import has_lists, make_examples
 from usdm_sft.workers import Task, map_shard, quiet, tokenize_shards
 
 if TYPE_CHECKING:
@@ -34,13 +36,16 @@ OUTPUT_COLUMNS = (
 
 
 class Shard(NamedTuple):
-    """A work shard: rows `start` to `stop` of a split, the lengths of its audio, and the keys of its two files."""
+    """A work shard: rows `start` to `stop` of a split, the utterances in them, and the keys of its two files."""
 
     split: str
     start: int
     stop: int
+    audio: list[str]  # path of each utterance's recording, in order
     lengths: list[int]  # samples at 16 kHz of each utterance
-    audio: dict[str, str]  # path of each utterance's recording and its sha256
+    digests: list[str]  # sha256 of each recording
+    rows: list[list[tuple[int, int]]]  # of each row its exchanges: the user's and the agent's utterance
+    lists: bool  # the user and agent columns hold lists, one entry an exchange
     units_key: str
     tokens_key: str
 
@@ -49,23 +54,31 @@ def plan_shards(
     builder: DailyTalkUSDM, unit_tokenizer: UnitTokenizer, encoder: TemplateEncoder, shard_dialogs: int
 ) -> list[Shard]:
     """Whole dialogs in order, `shard_dialogs` at a time; those left out for bad audio are counted, lest all shards shift."""
-    digests = {Path(path).stem: found for path, found in builder.audio_digests.items()}
-    paths = {Path(path).stem: path for path in builder.audio_digests}
+    name, history = builder.config.name, builder.config.history
+    lists = has_lists(name, history)
     shards = []
     for split in builder.corpus.values():
         start = 0
-        places = {dialog_id: place for place, dialog_id in enumerate(split.dialog_ids)}
-        for _, group in groupby(split.dialogs, key=lambda dialog, places=places: places[dialog.id] // shard_dialogs):
+        numbers = {dialog_id: number for number, dialog_id in enumerate(split.dialog_ids)}
+        for _, group in groupby(split.dialogs, key=lambda dialog, numbers=numbers: numbers[dialog.id] // shard_dialogs):
             dialogs = list(group)
             utterances = [utterance for dialog in dialogs for utterance in dialog.utterances]
-            audio = [(utterance.id, digests[utterance.id].sha256) for utterance in utterances]
-            lengths = [digests[utterance.id].num_samples for utterance in utterances]
-            units_key = cache_key("units", *unit_tokenizer.key, audio)
+            audio = [builder.audio_address(utterance) for utterance in utterances]
+            digests = [builder.audio_digests[address].sha256 for address in audio]
+            lengths = [builder.audio_digests[address].num_samples for address in audio]
+            ids = [utterance.id for utterance in utterances]
+            units_key = cache_key("utterances", *unit_tokenizer.key, ids, digests)
+            places = {utterance: place for place, utterance in enumerate(ids)}
+            examples = [example for dialog in dialogs for example in make_examples(dialog, name, history)]
+            its_rows = [
+                [(places[user.id], places[agent.id]) for user, agent in example.exchanges] for example in examples
+            ]
             texts = [utterance.text for utterance in utterances]
-            tokens_key = cache_key("tokens", template.VERSION, encoder.tokenizer_digest, units_key, texts)
-            stop = start + sum(len(dialog.utterances) - 1 for dialog in dialogs)
-            files = {paths[utterance_id]: sha256 for utterance_id, sha256 in audio}
-            shards.append(Shard(split.name, start, stop, lengths, files, units_key, tokens_key))
+            tokens_key = cache_key("rows", *encoder.key, units_key, texts, its_rows, lists)
+            stop = start + len(its_rows)
+            shards.append(
+                Shard(split.name, start, stop, audio, lengths, digests, its_rows, lists, units_key, tokens_key)
+            )
             start = stop
     return shards
 
@@ -89,13 +102,10 @@ def load_rows(builder: DailyTalkUSDM) -> dict[str, Dataset]:
 
 
 def make_units(
-    rows: dict[str, Dataset],
-    shards: Sequence[Shard],
-    unit_tokenizer: UnitTokenizer,
-    devices: Sequence[str],
-    cache: Path,
+    shards: Sequence[Shard], unit_tokenizer: UnitTokenizer, devices: Sequence[str], cache: Path
 ) -> dict[str, Path]:
-    """Fill the cache's first level: for each work shard a file of `user_units`, `agent_units` and seconds, by its key."""
+    """Fill the cache's first level: for each work shard a file of `units` and `seconds` of its utterances, by its key."""
+    from datasets import Dataset
     from tqdm import tqdm
 
     level = ShardCache(cache / "units")
@@ -103,10 +113,14 @@ def make_units(
     missing = [shard for shard in shards if files[shard.units_key] is None]
     missing.sort(key=lambda shard: -max(shard.lengths))  # so that an out-of-memory shows at once
     tasks = [
-        Task(shard.units_key, rows[shard.split].select(range(shard.start, shard.stop)), shard.audio)
+        Task(
+            shard.units_key,
+            Dataset.from_dict({"audio": shard.audio}),
+            dict(zip(shard.audio, shard.digests, strict=True)),
+        )
         for shard in missing
     ]
-    with tqdm(total=sum(len(task.rows) for task in tasks), desc="units", unit="pair", disable=not tasks) as bar:
+    with tqdm(total=sum(len(task.rows) for task in tasks), desc="units", unit="utterance", disable=not tasks) as bar:
         for task, path in tokenize_shards(tasks, unit_tokenizer, devices, level):
             files[task.key] = path
             bar.update(len(task.rows))
@@ -116,8 +130,8 @@ def make_units(
 def make_tokens(
     rows: dict[str, Dataset], shards: Sequence[Shard], encoder: TemplateEncoder, units: dict[str, Path], cache: Path
 ) -> dict[str, Path]:
-    """Fill the cache's second level: for each work shard a file of `input_ids` and `labels`, by its key."""
-    from datasets import Dataset, concatenate_datasets
+    """Fill the cache's second level: for each work shard a file of units, seconds, `input_ids` and `labels`, by its key."""
+    from datasets import concatenate_datasets
     from tqdm import tqdm
 
     level = ShardCache(cache / "tokens")
@@ -127,17 +141,36 @@ def make_tokens(
         texts = (
             rows[shard.split].select_columns(["id", "user_text", "agent_text"]).select(range(shard.start, shard.stop))
         )
-        its_units = Dataset.from_file(str(units[shard.units_key])).select_columns(["user_units", "agent_units"])
-        batch = concatenate_datasets([texts, its_units], axis=1).with_format("numpy")
+        batch = concatenate_datasets([texts, unit_columns(shard, units[shard.units_key])], axis=1).with_format("numpy")
         key = shard.tokens_key
-        files[key] = level.make(key, lambda path, batch=batch, key=key: map_shard(batch, encoder, path, key))
+
+        def write(path: str, batch: Dataset = batch, key: str = key) -> None:
+            map_shard(batch, encoder, path, key, remove_columns=["id", "user_text", "agent_text"])
+
+        files[key] = level.make(key, write)
     return files
 
 
-def join_shards(rows: Dataset, units: Sequence[Path], tokens: Sequence[Path]) -> Dataset:
+def unit_columns(shard: Shard, file: Path) -> Dataset:
+    """The units and seconds of a work shard's utterances, in its rows: `user_units`, `user_seconds`, `agent_units`, ..."""
+    import pyarrow as pa
+    from datasets import Dataset
+
+    utterances = Dataset.from_file(str(file)).data.table
+    offsets = pa.array(list(accumulate(map(len, shard.rows), initial=0)), pa.int32())
+    columns = {}
+    for side, role in enumerate(("user", "agent")):
+        places = pa.array([exchange[side] for row in shard.rows for exchange in row], pa.int64())
+        for name in ("units", "seconds"):
+            values = utterances[name].combine_chunks().take(places)
+            columns[f"{role}_{name}"] = pa.ListArray.from_arrays(offsets, values) if shard.lists else values
+    return Dataset.from_dict(columns)
+
+
+def join_shards(rows: Dataset, tokens: Sequence[Path]) -> Dataset:
     """All columns of a split but the audio, memory-mapped."""
     from datasets import Dataset, concatenate_datasets
 
-    parts = [rows.remove_columns(["user_audio", "agent_audio"])]
-    parts += [concatenate_datasets([Dataset.from_file(str(file)) for file in files]) for files in (units, tokens)]
+    laid_out = concatenate_datasets([Dataset.from_file(str(file)) for file in tokens])
+    parts = [rows.remove_columns(["user_audio", "agent_audio"]), laid_out]
     return concatenate_datasets(parts, axis=1).select_columns(list(OUTPUT_COLUMNS))

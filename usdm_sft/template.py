@@ -11,12 +11,14 @@ import hashlib
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from usdm_sft.corpus import text_problem
+from usdm_sft.template_config import REFERENCE, Template
 from usdm_sft.tokenizer import BOS, CORRESPOND, EOS, NEWLINE, SPACE, UNIT_0, check_tokenizer, plain_copy
 
 if TYPE_CHECKING:
@@ -25,12 +27,6 @@ if TYPE_CHECKING:
 
 VERSION = "1"  # of the ids and labels below: change it when they change, and cached ones are made anew
 
-INSTRUCTION = (
-    "Below is a conversation between the user and the agent. Each turn includes the user's speech and its corresponding "
-    "transcript, along with the agent's response text and the corresponding speech.\n"
-)
-USER = "\n### User\n"
-AGENT = "### Agent\n"
 IGNORE_INDEX = -100
 
 COLUMNS = ("user_units", "user_text", "agent_text", "agent_units")
@@ -61,17 +57,27 @@ class TemplateEncoder:
 
     Args:
         tokenizer: What `load_tokenizer` or `build_tokenizer` gives; probed, so that no other slips in.
+        template: The words, and which parts bear loss; the reference's, drawn above, by default.
+        last_exchange_only: Loss falls in the last exchange of a row only; those before it are context.
 
     Raises:
-        ValueError: The tokenizer does not give the ids of naver-ai/USTM.
+        ValueError: The tokenizer does not give the ids of naver-ai/USTM, or the template holds a token of its own.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast | Tokenizer):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast | Tokenizer,
+        template: Template = REFERENCE,
+        *,
+        last_exchange_only: bool = False,
+    ):
         backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
         self.num_units = check_tokenizer(backend, getattr(tokenizer, "name_or_path", "") or "this tokenizer")
-        self._set_tokenizer(plain_copy(backend))
+        self._set_up(plain_copy(backend), template, last_exchange_only)
 
-    def _set_tokenizer(self, tokenizer: Tokenizer) -> None:
+    def _set_up(self, tokenizer: Tokenizer, template: Template, last_exchange_only: bool) -> None:
+        self.template = template
+        self.last_exchange_only = last_exchange_only
         self._tokenizer = tokenizer
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(added)
@@ -79,30 +85,45 @@ class TemplateEncoder:
         self._other_added = (
             re.compile("|".join(map(re.escape, sorted(other, key=len, reverse=True)))) if other else None
         )
+        for name in ("instruction", "user_role", "agent_role"):
+            if self._other_added is not None and (match := self._other_added.search(getattr(template, name))):
+                raise ValueError(
+                    f"template.{name} holds {match.group()!r}, a token of the tokenizer's added vocabulary: take it out"
+                )
 
         def encode(text):
             return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
-        self._open = np.concatenate([[BOS], encode(INSTRUCTION + USER)]).astype(np.int32)
+        self._open = np.concatenate([[BOS], encode(template.instruction + template.user_heading)]).astype(np.int32)
         # A stretch that begins with a newline gets the tokenizer's "▁" before it; that one bears loss and stands apart.
-        self._next = encode("\n" + USER)[1:]
+        self._next = encode("\n" + template.user_heading)[1:]
+        self.agent_heading_ids = tuple(encode("\n" + template.agent_heading)[2:].tolist())  # as after a text's newline
         self._close = np.array([NEWLINE, EOS], dtype=np.int32)
         self._correspond = np.array([CORRESPOND], dtype=np.int32)
         self._space = np.array([SPACE], dtype=np.int32)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"tokenizer": self._tokenizer.to_str(), "num_units": self.num_units, "version": VERSION}
+        return {"tokenizer": self._tokenizer.to_str(), "num_units": self.num_units, "version": VERSION, **self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         from tokenizers import Tokenizer
 
         self.num_units = state["num_units"]
-        self._set_tokenizer(Tokenizer.from_str(state["tokenizer"]))
+        self._set_up(Tokenizer.from_str(state["tokenizer"]), Template(**state["template"]), state["last_exchange_only"])
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"template": asdict(self.template), "last_exchange_only": self.last_exchange_only}
 
     @property
     def tokenizer_digest(self) -> str:
         """sha256 of the tokenizer, in hex."""
         return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """All that the ids and labels of a row depend on beside its columns; JSON values."""
+        return VERSION, self.tokenizer_digest, self._options
 
     def __call__(self, batch: Mapping[str, Sequence]) -> dict[str, list[np.ndarray]]:
         """Encode a batch of rows.
@@ -125,7 +146,8 @@ class TemplateEncoder:
 
     def _encode(self, rows: Sequence[Sequence[Exchange]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Rows of checked exchanges -> (input_ids, labels) of each, two (num_tokens,) int32 arrays."""
-        stretches = [f"{exchange.user_text}\n{AGENT}{exchange.agent_text}" for row in rows for exchange in row]
+        heading = self.template.agent_heading
+        stretches = [f"{exchange.user_text}\n{heading}{exchange.agent_text}" for row in rows for exchange in row]
         encodings = iter(self._tokenizer.encode_batch(stretches, add_special_tokens=False))
         return [self._lay_out(row, encodings) for row in rows]
 
@@ -140,17 +162,20 @@ class TemplateEncoder:
         for position, (exchange, encoding) in enumerate(zip(row, encodings, strict=False)):
             ids = np.array(encoding.ids, dtype=np.int32)
             starts = [start for start, _ in encoding.offsets]
-            agent_mark = bisect_left(starts, len(exchange.user_text) + 1)  # after the newline that ends the user's text
-            agent_text = bisect_left(starts, len(exchange.user_text) + 1 + len(AGENT))
+            # Both cuts come right after a newline, which is a token of its own whatever the heading says.
+            agent_mark = bisect_left(starts, len(exchange.user_text) + 1)
+            agent_text = bisect_left(starts, len(exchange.user_text) + 1 + len(self.template.agent_heading))
+            context = self.last_exchange_only and position < len(row) - 1
+            loss = () if context else self.template.loss
             add(self._next if position else self._open, False)
             add(exchange.user_units, False)
             add(self._correspond, False)
-            add(ids[:agent_mark], True)
+            add(ids[:agent_mark], "user_text" in loss)
             add(ids[agent_mark:agent_text], False)
-            add(ids[agent_text:], True)
-            add(self._correspond, True)
-            add(exchange.agent_units, True)
-            add(self._space, True)
+            add(ids[agent_text:], "agent_text" in loss)
+            add(self._correspond, "agent_text" in loss)
+            add(exchange.agent_units, "agent_units" in loss)
+            add(self._space, "agent_units" in loss)
         add(self._close, False)
         return np.concatenate(parts), np.concatenate(labels)
 
@@ -205,7 +230,12 @@ class TemplateEncoder:
         return units.astype(np.int32) + UNIT_0
 
     def prompt(
-        self, user_units: Sequence[int], user_text: str | None = None, agent_text: str | None = None
+        self,
+        user_units: Sequence[int],
+        user_text: str | None = None,
+        agent_text: str | None = None,
+        *,
+        history: Sequence[Exchange | tuple] = (),
     ) -> np.ndarray:
         """What goes before each of the three steps of inference, an exact prefix of the training ids.
 
@@ -213,6 +243,7 @@ class TemplateEncoder:
             user_units: The user's speech; alone, the model is to write its transcript.
             user_text: The transcript; with it, the model is to write its answer. It may be empty, if so it was generated.
             agent_text: The answer; with it, the model is to speak.
+            history: Earlier exchanges, oldest first: (user_units, user_text, agent_text, agent_units) each.
 
         Returns:
             (num_tokens,) int32 ids.
@@ -223,9 +254,16 @@ class TemplateEncoder:
         if agent_text is not None and user_text is None:
             raise ValueError("agent_text goes with the user_text before it")
         batch = {"user_units": [user_units]}
-        parts = [self._open, self._check_units(user_units, "user_units", batch, 0), self._correspond]
+        parts = [self._open]
+        if history:
+            columns = dict(zip(COLUMNS, ([list(values)] for values in zip(*history, strict=True)), strict=True))
+            ids = self(columns)["input_ids"][0]
+            parts = [ids[: -len(self._close)], self._next]
+        parts += [self._check_units(user_units, "user_units", batch, 0), self._correspond]
         if user_text is not None:
-            stretch = f"{user_text and self._check_text(user_text, 'user_text', batch, 0)}\n{AGENT}"
+            stretch = (
+                f"{user_text and self._check_text(user_text, 'user_text', batch, 0)}\n{self.template.agent_heading}"
+            )
             stretch += "" if agent_text is None else self._check_text(agent_text, "agent_text", batch, 0)
             parts.append(np.array(self._tokenizer.encode(stretch, add_special_tokens=False).ids, dtype=np.int32))
         if agent_text is not None:
@@ -241,9 +279,10 @@ class TemplateEncoder:
                 "".join(f"<|unit{token_id - UNIT_0}|>" for token_id in units)
                 for units in (exchange.user_units, exchange.agent_units)
             )
-            texts = f"{exchange.user_text}\n{AGENT}{exchange.agent_text}".replace("▁", " ")
-            blocks.append(f"{USER}{user}<|correspond|>{texts}<|correspond|>{agent}\n")
-        return f"{INSTRUCTION}{''.join(blocks)}</s>"
+            texts = f"{exchange.user_text}\n{self.template.agent_heading}{exchange.agent_text}"
+            blocks.append(f"{self.template.user_heading}{user}<|correspond|>{texts}<|correspond|>{agent}\n")
+        # Spaces and "▁" are the same to the tokenizer, in the template's words as well.
+        return f"{self.template.instruction}{''.join(blocks)}</s>".replace("▁", " ")
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids back to the text of the template, for people.

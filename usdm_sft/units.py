@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 VERSION = "1"  # of the units below: change it when they change, and cached ones are made anew
 
-ROLES = ("user", "agent")
 RESAMPLERS = ("soxr", "torchaudio")
 
 _FOLDER_VARIABLE = "USDM_UNIT_MODEL_"
@@ -30,7 +29,12 @@ _OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def _distinct(batch: Mapping[str, Sequence]) -> tuple[list[str | bytes], dict[str, list]]:
-    """-> the distinct audio of a batch, and for each role which of them every row has (or list of exchanges)."""
+    """-> the distinct audio of a batch, and for each audio column which of them every row has (or list of exchanges)."""
+    names = [name for name in batch if name == "audio" or name.endswith("_audio")]
+    if not names:
+        raise ValueError(
+            f"there is no audio column among {', '.join(batch) or 'no columns'}: name it audio, or let it end in _audio"
+        )
     order: dict[str | bytes, int] = {}
 
     def number(value: Any) -> int | list[int]:
@@ -38,7 +42,7 @@ def _distinct(batch: Mapping[str, Sequence]) -> tuple[list[str | bytes], dict[st
             return [number(each) for each in value]
         return order.setdefault(audio_source(value), len(order))
 
-    columns = {role: [number(value) for value in batch[f"{role}_audio"]] for role in ROLES}
+    columns = {name: [number(value) for value in batch[name]] for name in names}
     return list(order), columns
 
 
@@ -168,19 +172,20 @@ class UnitTokenizer:
         """Tokenize a batch of rows.
 
         Args:
-            batch: Columns `user_audio` and `agent_audio`: paths, bytes of audio files, or `{"bytes", "path"}` dicts. A row
-                holds one audio, or a list of as many as it has exchanges.
+            batch: Audio columns, which are `audio` and whatever ends in `_audio`, such as `user_audio` and `agent_audio`:
+                paths, bytes of audio files, or `{"bytes", "path"}` dicts. A row holds one audio, or a list of as many as it
+                has exchanges.
             rank: Number of the process, as `.map(with_rank=True, num_proc=...)` gives it: each takes a GPU of its own. Needs
                 `multiprocess.set_start_method("spawn")`.
 
         Returns:
-            `user_units` and `agent_units`: one (num_frames,) uint16 array an audio; `user_seconds` and `agent_seconds`:
-            float32, the length of the audio at 16 kHz.
+            For each audio column, such as `user_audio`, two: `user_units`, one (num_frames,) uint16 array an audio, and
+            `user_seconds`, float32, the length of the audio at 16 kHz. `audio` gives `units` and `seconds`.
 
         Raises:
             FileNotFoundError: An audio file does not exist.
             AudioError: An audio file cannot be read or is shorter than 25 ms.
-            ValueError: The features of an audio are not finite.
+            ValueError: There is no audio column, or the features of an audio are not finite.
         """
         if rank is not None and self.settings["device"] == "cuda":
             import torch
@@ -193,9 +198,10 @@ class UnitTokenizer:
             return [values[i] for i in index] if isinstance(index, list) else values[index]
 
         out: dict[str, Sequence] = {}
-        for role in ROLES:
-            out[f"{role}_units"] = [pick(units, index) for index in columns[role]]
-            out[f"{role}_seconds"] = [pick(seconds, index) for index in columns[role]]
+        for name, indices in columns.items():
+            prefix = name.removesuffix("audio")
+            out[f"{prefix}units"] = [pick(units, index) for index in indices]
+            out[f"{prefix}seconds"] = [pick(seconds, index) for index in indices]
         return out
 
     def tokenize_files(self, sources: Sequence[str | Path | bytes]) -> tuple[list[np.ndarray], np.ndarray]:

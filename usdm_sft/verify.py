@@ -15,6 +15,7 @@ from usdm_sft.download import sha256_file
 from usdm_sft.folder import COUNTS, PICTURES, data_files, read_counts
 from usdm_sft.statistics import SplitStatistics
 from usdm_sft.template import IGNORE_INDEX, TemplateEncoder
+from usdm_sft.template_config import Template
 from usdm_sft.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def _check_files(folder: Path, counts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _check_rows(folder: Path, counts: Mapping[str, Any], statistics: dict[str, SplitStatistics]) -> Iterator[str]:
-    encoder = TemplateEncoder(load_tokenizer(str(folder / "tokenizer")))
+    template, history = Template(**counts["settings"]["template"]), counts["settings"]["history"]
+    encoder = TemplateEncoder(load_tokenizer(str(folder / "tokenizer")), template, last_exchange_only=history > 0)
     if encoder.tokenizer_digest != counts["digests"]["tokenizer"]:
         yield f"{folder / 'tokenizer'} is not the tokenizer that {COUNTS} names"
     schema = _read_card(folder, counts).features.arrow_schema.remove_metadata()

@@ -24,7 +24,7 @@ POLL_SECONDS = 1.0
 
 
 class Task(NamedTuple):
-    """A work shard to make: its key, its rows with audio columns, and the sha256 of each audio file."""
+    """A work shard to make: its key, its rows, one an utterance, with the column `audio`, and the sha256 of each audio."""
 
     key: str
     rows: Dataset
@@ -115,14 +115,19 @@ def _make(task: Task, unit_tokenizer: UnitTokenizer, path: str) -> None:
     check_unchanged(task.audio)  # before the file gets the name that says what audio it is of
 
 
-def map_shard(batch: Dataset, function: Any, path: str, fingerprint: str) -> Dataset:
-    """Map a work shard as one batch into an Arrow file that holds the new columns only."""
+def map_shard(
+    batch: Dataset, function: Any, path: str, fingerprint: str, *, remove_columns: Sequence[str] | None = None
+) -> Dataset:
+    """Map a work shard as one batch into an Arrow file; it holds the new columns, and of the old what is not removed.
+
+    All old columns are removed where `remove_columns` is None.
+    """
     with quiet():
         return batch.map(
             function,
             batched=True,
             batch_size=None,
-            remove_columns=batch.column_names,
+            remove_columns=batch.column_names if remove_columns is None else list(remove_columns),
             load_from_cache_file=False,  # only our own cache decides
             cache_file_name=path,
             new_fingerprint=fingerprint[:16],

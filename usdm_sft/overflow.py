@@ -1,0 +1,162 @@
+"""Rows of more tokens than max_length: left out, cut between two exchanges, or split into further rows.
+
+Only the few long rows are touched, and only by encoding fewer of their exchanges again: no audio, no forward pass, and the
+cache of work shards knows nothing of max_length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow.compute as pc
+
+from usdm_sft.examples import example_id, has_lists
+from usdm_sft.template import COLUMNS
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from usdm_sft.template import TemplateEncoder
+
+OVERFLOWS = ("drop", "truncate", "split")
+
+
+class Fitted(NamedTuple):
+    """The rows that fit, in order, and what became of the others."""
+
+    rows: Dataset
+    cut: dict[str, str]  # rows that hold fewer exchanges than they did: id -> what was kept, and why
+    left_out: dict[str, str]  # pairs that bear loss in no row any more: id -> why
+
+
+def choose_overflow(overflow: str | None, config_name: str, history: int) -> str:
+    """What happens to rows that are too long, and whether it makes sense for the config.
+
+    Args:
+        overflow: One of `OVERFLOWS`, or None: drop where a row is one pair, truncate where it holds several exchanges.
+        config_name: Such as "single_turn".
+        history: Earlier exchanges in a row.
+
+    Raises:
+        ValueError: It is unknown, or there is nothing in a row that could be cut or split.
+    """
+    if overflow is None:
+        return "truncate" if has_lists(config_name, history) else "drop"
+    if overflow not in OVERFLOWS:
+        raise ValueError(f"overflow {overflow!r} is unknown: choose one of {', '.join(OVERFLOWS)}")
+    if overflow != "drop" and not has_lists(config_name, history):
+        raise ValueError(f"overflow is {overflow}, but a row of {config_name} is one pair, which goes whole: use drop")
+    if overflow == "split" and history:
+        raise ValueError("overflow is split, but a row with history is about its last pair: use truncate or drop")
+    return overflow
+
+
+def fit_rows(rows: Dataset, encoder: TemplateEncoder, max_length: int, overflow: str) -> Fitted:
+    """Bring every row to `max_length` tokens or fewer.
+
+    drop leaves out a row that is too long. truncate keeps the longest run of leading exchanges that fits; where only the last
+    exchange bears loss, it is the oldest ones that go. split keeps such runs one after the other, each a row of its own that is
+    named after its first user turn. An exchange that is too long by itself is left out.
+
+    Args:
+        rows: With `input_ids` and `labels`, and the columns that they were made of.
+        encoder: What made them.
+        max_length: The number of tokens that a row may have, BOS and EOS counted.
+        overflow: One of `OVERFLOWS`.
+    """
+    from datasets import Dataset, concatenate_datasets
+
+    lengths = list_lengths(rows, "input_ids")
+    fits, too_long = np.flatnonzero(lengths <= max_length), np.flatnonzero(lengths > max_length)
+    cut: dict[str, str] = {}
+    left_out: dict[str, str] = {}
+    pieces: list[dict[str, Any]] = []
+    owners: list[int] = []
+    for index, row in zip(too_long, rows.select(too_long), strict=True):
+        reason = f"{lengths[index]} tokens, more than max_length {max_length}"
+        runs = [] if overflow == "drop" else _find_runs(row, encoder, max_length, every=overflow == "split")
+        its_pieces = [_make_row(row, run, encoder) for run in runs]
+        if runs:
+            cut[row["id"]] = f"{_what_was_kept(row, its_pieces, encoder, overflow)} ({reason})"
+        left_out |= _pairs_outside(row, runs, encoder, max_length, reason)
+        pieces += its_pieces
+        owners += [index] * len(runs)
+    if not pieces:
+        return Fitted(rows.select(fits), cut, left_out)
+    both = concatenate_datasets([rows, Dataset.from_list(pieces, features=rows.features)])
+    numbers = np.concatenate([fits, len(rows) + np.arange(len(pieces))])
+    order = np.argsort(np.concatenate([fits, owners]), kind="stable")
+    return Fitted(both.select(numbers[order]), cut, left_out)
+
+
+def list_lengths(rows: Dataset, column: str) -> np.ndarray:
+    """(num_rows,) lengths of the lists in a column."""
+    batches = rows.select_columns([column]).with_format("arrow").iter(batch_size=1000)
+    return np.concatenate([np.zeros(0, np.int64)] + [pc.list_value_length(b[column]).to_numpy() for b in batches])
+
+
+def _find_runs(row: dict[str, Any], encoder: TemplateEncoder, max_length: int, *, every: bool) -> list[range]:
+    """The runs of exchanges of a long row that are kept: the longest leading one, or `every` one after the other."""
+    num_exchanges = len(row["user_text"])
+
+    def fits(start: int, stop: int) -> bool:
+        return len(_encode(row, range(start, stop), encoder)["input_ids"]) <= max_length
+
+    if encoder.last_exchange_only:
+        start = next((start for start in range(1, num_exchanges) if fits(start, num_exchanges)), None)
+        return [] if start is None else [range(start, num_exchanges)]
+    runs, start = [], 0
+    while start < num_exchanges:
+        stop = next((stop for stop in range(num_exchanges, start, -1) if fits(start, stop)), None)
+        if stop is not None:
+            runs.append(range(start, stop))
+        if not every:
+            break
+        start = start + 1 if stop is None else stop
+    return runs
+
+
+def _encode(row: dict[str, Any], run: range, encoder: TemplateEncoder) -> dict[str, np.ndarray]:
+    batch = {name: [row[name][run.start : run.stop]] for name in COLUMNS}
+    return {name: values[0] for name, values in encoder({"id": [row["id"]], **batch}).items()}
+
+
+def _make_row(row: dict[str, Any], run: range, encoder: TemplateEncoder) -> dict[str, Any]:
+    """The row with some of its exchanges only."""
+    lists = {name: values[run.start : run.stop] for name, values in row.items() if name.startswith(("user_", "agent_"))}
+    turn = row["turn"] if encoder.last_exchange_only else row["turn"] + 2 * run.start
+    return row | lists | {"id": example_id(row["dialog_id"], turn), "turn": turn} | _encode(row, run, encoder)
+
+
+def _what_was_kept(
+    row: dict[str, Any], pieces: Sequence[dict[str, Any]], encoder: TemplateEncoder, overflow: str
+) -> str:
+    if overflow == "split":
+        return f"kept as {', '.join(piece['id'] for piece in pieces)}"
+    before, after = len(row["user_text"]), len(pieces[0]["user_text"])
+    if encoder.last_exchange_only:
+        return f"kept {after - 1} of {before - 1} earlier exchanges"
+    return f"kept {after} of {before} exchanges"
+
+
+def _pairs_outside(
+    row: dict[str, Any], runs: Sequence[range], encoder: TemplateEncoder, max_length: int, reason: str
+) -> dict[str, str]:
+    """The pairs of a long row that no run holds, and why: id -> reason."""
+    if not isinstance(row["user_text"], list):
+        return {row["id"]: reason}
+    positions = range(len(row["user_text"]))
+    left_out = {}
+    for position in positions[-1:] if encoder.last_exchange_only else positions:
+        if any(position in run for run in runs):
+            continue
+        turn = row["turn"] if encoder.last_exchange_only else row["turn"] + 2 * position
+        alone = len(_encode(row, range(position, position + 1), encoder)["input_ids"])
+        left_out[example_id(row["dialog_id"], turn)] = (
+            f"{alone} tokens, more than max_length {max_length}"
+            if alone > max_length
+            else f"row {row['id']} has {reason}"
+        )
+    return left_out
