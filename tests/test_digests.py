@@ -17,8 +17,8 @@ from usdm_sft.digests import audio_digests, check_unchanged, file_digest
 def reads(monkeypatch):
     """The files that were really read."""
     done = []
-    read = digests.sha256_file
-    monkeypatch.setattr(digests, "sha256_file", lambda path: done.append(os.path.basename(path)) or read(path))
+    read = digests._digest_file
+    monkeypatch.setattr(digests, "_digest_file", lambda path: done.append(os.path.basename(path)) or read(path))
     return done
 
 

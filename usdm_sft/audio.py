@@ -1,4 +1,4 @@
-"""Audio file or bytes -> 16 kHz mono float32, bit for bit what `librosa.load(path, sr=16000)` gives the reference.
+"""Audio of any address -> 16 kHz mono float32, bit for bit what `librosa.load(path, sr=16000)` gives the reference.
 
 soundfile decodes, channels are averaged, soxr resamples in one shot at quality "HQ", and the result is zero-padded or cut
 to ceil(n * 16000 / rate): soxr alone is one sample short in half the cases at 22.05 and 44.1 kHz, which changes units.
@@ -9,18 +9,18 @@ from __future__ import annotations
 import io
 import math
 import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
+
+from usdm_sft.addresses import MISSING, AddressError, Stretch, file_problem, open_file, parse_address
 
 if TYPE_CHECKING:
     import torch
 
 SAMPLE_RATE = 16_000
-MISSING = "does not exist"
 
 # soxr's "HQ" response in torchaudio's terms: passband to 0.913 of the band, so the middle of the transition is at 0.9565; width
 # and beta are the best of a grid. torchaudio's default filter changes 14 to 30 % of a toy model's units, this one 0.1 to 0.8 %.
@@ -56,44 +56,55 @@ def audio_source(value: Any) -> str | bytes:
     )
 
 
-def file_problem(path: str | Path) -> str | None:
-    """Why there is nothing to read at `path`, or None.
-
-    A symlink is followed wherever it leads, out of the corpus as well: people keep audio on another disk. What is no regular
-    file is refused, since a FIFO would keep the run waiting for ever.
-    """
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        return f"{MISSING} (a symlink leads nowhere)" if os.path.islink(path) else MISSING
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    return None if stat.S_ISREG(mode) else "cannot be read (it is no regular file)"
-
-
 def read_audio(source: str | Path | bytes) -> tuple[np.ndarray, int]:
-    """Path or bytes of an audio file -> ((num_samples,) float32 mono, sample rate in Hz).
+    """Address or bytes of audio -> ((num_samples,) float32 mono, sample rate in Hz).
+
+    Args:
+        source: A path or another address (`usdm_sft.addresses`), or the bytes of an audio file.
 
     Raises:
         FileNotFoundError: No such file.
         AudioError: Not audio that soundfile can read, or a sample is NaN or infinite.
     """
-    import soundfile
-
-    with _open(source) as file:
-        try:
-            samples, rate = soundfile.read(file, dtype="float32")
-        except soundfile.LibsndfileError as error:
-            raise _not_audio(source, error) from error
-    if samples.ndim > 1:
-        samples = np.mean(samples.T, axis=0)
+    stretches = [Stretch("")] if isinstance(source, bytes) else parse_address(source)
+    read = [_read_stretch(source, stretch) for stretch in stretches]
+    if len({rate for _, rate in read}) > 1:
+        raise AudioError(f"{describe(source)} is of several sample rates: bring the recordings to one")
+    samples = np.concatenate([samples for samples, _ in read]) if len(read) > 1 else read[0][0]
     if not np.isfinite(samples).all():
         raise AudioError(f"{describe(source)} holds NaN or infinite samples: repair or leave out the file")
+    return samples, read[0][1]
+
+
+def _read_stretch(source: str | Path | bytes, stretch: Stretch) -> tuple[np.ndarray, int]:
+    import soundfile
+
+    with _open(source, stretch.file) as file:
+        try:
+            with soundfile.SoundFile(file) as sound:
+                first, stop = find_frames(stretch, sound.samplerate, sound.frames)
+                if first:
+                    sound.seek(first)
+                samples = sound.read(stop - first if stretch.end is not None else -1, dtype="float32")
+                rate = sound.samplerate
+        except soundfile.LibsndfileError as error:
+            raise _not_audio(source, error) from error
+    if stretch.channel is not None:
+        samples = samples.reshape(len(samples), -1)[:, stretch.channel]
+    elif samples.ndim > 1:
+        samples = np.mean(samples.T, axis=0)
     return samples, rate
 
 
+def find_frames(stretch: Stretch, rate: int, num_frames: int) -> tuple[int, int]:
+    """First frame of a stretch in a recording of `num_frames` at `rate` Hz, and the frame after its last."""
+    if stretch.start is None or stretch.end is None:
+        return 0, num_frames
+    return round(stretch.start * rate), min(round(stretch.end * rate), num_frames)
+
+
 def read_waveform(source: str | Path | bytes) -> np.ndarray:
-    """Path or bytes of an audio file -> (num_samples,) float32 mono at 16 kHz.
+    """Address or bytes of audio -> (num_samples,) float32 mono at 16 kHz.
 
     Raises:
         FileNotFoundError: No such file.
@@ -144,19 +155,19 @@ def describe(source: str | Path | bytes) -> str:
     return f"audio bytes ({len(source):,} bytes)" if isinstance(source, bytes) else f"audio file {os.fspath(source)}"
 
 
-def _open(source: str | Path | bytes) -> io.BufferedIOBase:
+def _open(source: str | Path | bytes, file: str) -> BinaryIO:
+    """`source` for error messages, `file` of it to open."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
-    if problem := file_problem(source):
+    if problem := file_problem(file):
         if problem.startswith(MISSING):
             raise FileNotFoundError(f"audio file {source} {problem}: correct the path, or complete the corpus")
         raise AudioError(f"audio file {source} {problem}: see to its permissions and kind")
     try:
-        return open(source, "rb")
-    except OSError as error:
-        raise AudioError(
-            f"audio file {source} cannot be read ({error.strerror}): see to its permissions and kind"
-        ) from error
+        return open_file(file)
+    except (OSError, AddressError) as error:
+        reason = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
+        raise AudioError(f"audio file {source} {reason}: see to its permissions and kind") from error
 
 
 def _not_audio(source: str | Path | bytes, error: Exception) -> AudioError:

@@ -6,26 +6,30 @@ good files are remembered: a bad one gets another chance at each run, with other
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
-from usdm_sft.audio import AudioError, file_problem, resampled_length
+from usdm_sft.addresses import disk_files, file_problem, open_file, parse_address
+from usdm_sft.audio import AudioError, resampled_length
 from usdm_sft.audio_check import AudioCheck, check_audio
-from usdm_sft.download import cache_root, sha256_file
+from usdm_sft.download import cache_root
 
 logger = logging.getLogger(__name__)
 
 _BATCH = 512
-_TABLE = "files_2"  # another name with what is remembered, and with how audio is judged
+_TABLE = "files_3"  # another name with what is remembered, and with how audio is judged
 _SETTLED_NS = 2_000_000_000  # a file changed less than this long ago could change again under the same time stamp
 
 
@@ -63,11 +67,11 @@ def audio_digests(
     raises nothing here: its `problem` says what is wrong.
     """
     paths = list(dict.fromkeys(paths))
-    rows = _digest([os.path.realpath(path) for path in paths], cache_dir, audio=True, num_threads=num_threads)
+    rows = _digest(paths, cache_dir, audio=True, num_threads=num_threads)
 
     def found(path: str, row: _Row) -> AudioDigest:
         if row.problem is not None:
-            return AudioDigest("", 0, 0.0, file_problem(path) or row.problem)
+            return AudioDigest("", 0, 0.0, row.problem)
         return AudioDigest(row.sha256, resampled_length(row.frames, row.rate), row.frames / row.rate)
 
     return {path: found(path, row) for path, row in zip(paths, rows, strict=True)}
@@ -82,8 +86,9 @@ def check_unchanged(audio: Mapping[str, str]) -> None:
     Raises:
         AudioError: A file was changed or removed meanwhile.
     """
+    files = lru_cache(maxsize=None)(_digest_file)
     for path, sha256 in audio.items():
-        if not os.path.isfile(path) or sha256_file(path) != sha256:
+        if any(file_problem(stretch.file) for stretch in parse_address(path)) or _address_digest(path, files) != sha256:
             raise AudioError(f"audio file {path} was changed during the run: let nothing write to it, and run again")
 
 
@@ -95,10 +100,11 @@ def _digest(
         found = {path: row for path in paths if (row := remembered.get(path)) and _stands(row, audio)}
         missing = [path for path in paths if path not in found]
         bar = tqdm(total=len(missing), desc="reading audio digests", unit="file", disable=len(missing) < _BATCH)
+        files = lru_cache(maxsize=None)(_digest_file)  # a telephone call of a hundred turns is hashed once
         with bar, ThreadPoolExecutor(num_threads) as threads:
             for start in range(0, len(missing), _BATCH):
                 settled = time.time_ns() - _SETTLED_NS
-                rows = list(threads.map(lambda path: _read(path, audio), missing[start : start + _BATCH]))
+                rows = list(threads.map(lambda path: _read(path, audio, files), missing[start : start + _BATCH]))
                 lasting = [row for row in rows if row.problem is None and max(row.mtime_ns, row.ctime_ns) < settled]
                 memo.write(lasting)
                 found |= {row.path: row for row in rows}
@@ -155,18 +161,36 @@ class _Memo:
             self._database.close()
 
 
+def _stamp(address: str) -> tuple[int, int, int]:
+    """Size and times of change of the files that an address leads to; any later change raises the last one."""
+    stats = [os.stat(file) for file in disk_files(address)]
+    return sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats), max(s.st_ctime_ns for s in stats)
+
+
 def _stands(row: _Row, audio: bool) -> bool:
     try:
-        stat = os.stat(row.path)
+        unchanged = (row.size, row.mtime_ns, row.ctime_ns) == _stamp(row.path)
     except OSError:
         return False  # told by whoever reads the file
-    unchanged = (row.size, row.mtime_ns, row.ctime_ns) == (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
     return unchanged and bool(row.frames or not audio)
 
 
-def _read(path: str, audio: bool) -> _Row:
-    check = check_audio(path) if audio else AudioCheck()
+def _read(address: str, audio: bool, files: Callable[[str], str]) -> _Row:
+    check = check_audio(address) if audio else AudioCheck()
     if check.problem is not None:
-        return _Row(path, 0, 0, 0, "", *check)
-    stat = os.stat(path)
-    return _Row(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, sha256_file(path), *check)
+        return _Row(address, 0, 0, 0, "", *check)
+    return _Row(address, *_stamp(address), _address_digest(address, files), *check)
+
+
+def _address_digest(address: str, files: Callable[[str], str]) -> str:
+    """sha256 of a file's content; of anything else, over the files that it leads to and what is meant of them."""
+    stretches = parse_address(address)
+    if len(stretches) == 1 and stretches[0].is_whole:
+        return files(stretches[0].file)
+    identity = [[files(stretch.file), *stretch[1:]] for stretch in stretches]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+def _digest_file(file: str) -> str:
+    with open_file(file) as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
