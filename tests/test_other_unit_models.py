@@ -95,6 +95,21 @@ def theirs(folder, model, waveform):
         return values, model(values, output_hidden_states=True)
 
 
+@torch.inference_mode()
+def output_of_layer(folder, model, waveform, layer):
+    """`hidden_states[layer]`. That of the last layer was after the final norm of a pre-norm model until mid-2026."""
+    outputs = []
+    hook = model.encoder.layers[layer - 1].register_forward_hook(lambda module, args, output: outputs.append(output))
+    found = theirs(folder, model, waveform)[1].hidden_states[layer]
+    hook.remove()
+    output = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+    if layer == NUM_LAYERS and model.config.do_stable_layer_norm:
+        assert torch.equal(found, output) or torch.equal(found, model.encoder.layer_norm(output))
+    else:
+        assert torch.equal(found, output)
+    return output
+
+
 def nearest(features, centroids):
     """-> the unit of each frame, and how much farther the second centroid is at least."""
     distances = torch.cdist(features.double(), torch.from_numpy(centroids).double())
@@ -142,7 +157,7 @@ def test_units_are_those_of_transformers(tmp_path, name, layer):
     model = make_model(kind(**TINY, **settings))
     folder = save(model, tmp_path / "model", do_normalize)
     waveforms = make_waveforms()
-    features = [theirs(folder, model, waveform)[1].hidden_states[layer] for waveform in waveforms]
+    features = [output_of_layer(folder, model, waveform, layer) for waveform in waveforms]
     assert [each.shape[1] for each in features] == [num_frames(n) for n in LENGTHS]
     expected = fit_kmeans(tmp_path / "kmeans.npy", features)
     assert len({unit for units in expected for unit in units}) > 20
@@ -283,6 +298,11 @@ def test_other_ways_to_save_the_same_model(tmp_path, source):
         save(make_model(config).to(dtype), tmp_path / name)
         weights = load_file(convert(tmp_path / name, source[1], tmp_path / f"m-{name}", layer=3) / "model.safetensors")
         assert all(torch.equal(tensor, model.state_dict()[key].to(dtype).float()) for key, tensor in weights.items())
+
+
+def test_nothing_is_printed(tmp_path, source, capfd):
+    convert(*source, tmp_path / "m", layer=2)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_transformers_opens_the_folder(tmp_path, source):

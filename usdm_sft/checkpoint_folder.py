@@ -6,6 +6,8 @@ fill with random values is an error here. Code of the folder is never run.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,16 +94,17 @@ def read_folder_weights(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModel
 
     try:
-        model, report = AutoModel.from_pretrained(
-            folder,
-            config=AutoConfig.for_model(**config),
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            weights_only=True,
-            ignore_mismatched_sizes=True,  # they are reported, and refused below
-            output_loading_info=True,
-        )
+        with _quiet():
+            model, report = AutoModel.from_pretrained(
+                folder,
+                config=AutoConfig.for_model(**config),
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                weights_only=True,
+                ignore_mismatched_sizes=True,  # they are reported, and refused below
+                output_loading_info=True,
+            )
     except Exception as error:  # whatever the readers of the formats trip over
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
@@ -122,3 +125,19 @@ def read_folder_weights(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{folder}: {key} holds NaN or infinite values: download the checkpoint again")
     return {key: tensor.contiguous() for key, tensor in weights.items()}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bar and its report of weights that are not needed."""
+    from transformers.utils import logging
+
+    verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
