@@ -28,7 +28,8 @@ from usdm_sft.tokenizer import CORRESPOND, UNIT_0, build_tokenizer
 from usdm_sft.unit_model import UnitModel
 from usdm_sft.units import UnitTokenizer
 
-WIDTH, NUM_LAYERS, NUM_UNITS = 32, 4, 120
+WIDTH, NUM_LAYERS, NUM_UNITS = 32, 4, 60
+FLOAT_ROUNDING = 5e-6  # of a squared distance, as a share of the squares that it is the sum of
 TINY = {
     "hidden_size": WIDTH,
     "num_hidden_layers": NUM_LAYERS,
@@ -111,14 +112,14 @@ def output_of_layer(folder, model, waveform, layer):
 
 
 def nearest(features, centroids):
-    """-> the unit of each frame, and how much farther the second centroid is at least."""
+    """-> the unit of each frame, and how much farther the second centroid is at least, as a share of the squares summed."""
     distances = torch.cdist(features.double(), torch.from_numpy(centroids).double())
-    best, second = distances.topk(2, largest=False).values.unbind(-1)
-    return distances.argmin(-1)[0].tolist(), ((second - best) / best).min().item()
+    best, second = distances.topk(2, largest=False).values.square().unbind(-1)
+    return distances.argmin(-1)[0].tolist(), ((second - best) / features.double().square().sum(-1)).min().item()
 
 
 def fit_kmeans(path, features):
-    """Centroids where features lie: frames with noise of a quarter of their spread. -> the units of the features
+    """Centroids where features lie: frames with noise of half their spread. -> the units of the features
 
     The first seed is taken with which float rounding decides nothing.
     """
@@ -126,9 +127,9 @@ def fit_kmeans(path, features):
     for seed in range(100):
         rng = np.random.default_rng(seed)
         picked = frames[rng.integers(len(frames), size=NUM_UNITS)]
-        centroids = (picked + 0.25 * frames.std(axis=0) * rng.standard_normal(picked.shape)).astype(np.float32)
+        centroids = (picked + 0.5 * frames.std(axis=0) * rng.standard_normal(picked.shape)).astype(np.float32)
         found = [nearest(each, centroids) for each in features]
-        if min(margin for _, margin in found) > 1e-4:
+        if min(margin for _, margin in found) > FLOAT_ROUNDING:
             np.save(path, centroids)
             return [units for units, _ in found]
     raise AssertionError("every seed has ties")
@@ -526,7 +527,7 @@ def units_of_transformers(source, audio, kmeans):
 
     model = HubertModel.from_pretrained(source).eval()
     units, margin = nearest(theirs(source, model, read_waveform(audio))[1].hidden_states[2], np.load(kmeans))
-    assert margin > 1e-5  # float rounding decides nothing
+    assert margin > FLOAT_ROUNDING
     return units
 
 
@@ -551,9 +552,7 @@ def test_the_whole_way_with_hubert(run, mini, source, tmp_path, capsys):
 def test_more_units_than_the_tokenizer_has_is_an_error_before_any_forward_pass(run, source, tmp_path, monkeypatch):
     made = convert(*source, tmp_path / "m", layer=2)
     monkeypatch.setattr(UnitModel, "forward", None)
-    with pytest.raises(
-        ValueError, match="the unit model has 120 units, the tokenizer only 119: use the two that belong"
-    ):
+    with pytest.raises(ValueError, match="the unit model has 60 units, the tokenizer only 59: use the two that belong"):
         run(made, NUM_UNITS - 1)
 
 
