@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from conftest import FIXTURES
 from safetensors.torch import load_file, save_file
 from transformers import (
     HubertConfig,
@@ -213,6 +214,23 @@ def test_final_norm(tmp_path):
         convert(folder, tmp_path / "kmeans.npy", made[True], layer=NUM_LAYERS)
 
 
+def test_final_norm_of_a_pt_file(tmp_path):
+    files = FIXTURES / "units"
+    options = {"model_config": files / "config.json", "layer": 6}
+    sources = files / "model_fairseq.pt", files / "kmeans.npy"
+    waveform = torch.from_numpy(make_waveforms()[-1])[None]
+    frames = torch.tensor([num_frames(waveform.shape[1])])
+    normed, plain = (
+        UnitModel.from_pretrained(convert(*sources, tmp_path / str(final_norm), **options, final_norm=final_norm))
+        for final_norm in (True, False)
+    )
+    weights = torch.load(sources[0], weights_only=True)["model"]
+    norm = [weights[f"encoder.layer_norm.{part}"].float() for part in ("weight", "bias")]
+    with torch.inference_mode():
+        expected = torch.nn.functional.layer_norm(plain.features(waveform, frames), norm[0].shape, *norm)
+        assert torch.equal(normed.features(waveform, frames), expected)
+
+
 def test_final_norm_where_there_is_none(tmp_path, source):
     with pytest.raises(ValueError, match=r"final_norm is of the last layer \(4\) of a model with pre-norm layers"):
         convert(*source, tmp_path / "m", layer=4, final_norm=True)
@@ -408,9 +426,9 @@ ERRORS = {
     "damaged": (
         lambda f: (f / "model.safetensors").write_bytes(b"hello"),
         {"layer": 2},
-        "cannot be opened as transformers saves a model",
+        "cannot be opened as a model of plain tensors .* save it as safetensors",
     ),
-    "pickle": (evil_bin, {"layer": 2}, "cannot be opened as transformers saves a model"),
+    "pickle": (evil_bin, {"layer": 2}, "cannot be opened as a model of plain tensors .* save it as safetensors"),
 }
 
 

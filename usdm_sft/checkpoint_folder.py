@@ -108,7 +108,8 @@ def read_folder_weights(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:  # whatever the readers of the formats trip over
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{folder} cannot be opened as transformers saves a model ({reason}): download it again"
+            f"{folder} cannot be opened as a model of plain tensors that transformers saved ({reason}): "
+            "download it again, or save it as safetensors"
         ) from error
     for key, found, expected in sorted(report["mismatched_keys"]):
         raise ValueError(
