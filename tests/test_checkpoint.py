@@ -219,7 +219,7 @@ class TestPublished:
 
         monkeypatch.setattr(published, "download", fetch)
         monkeypatch.setattr(module, "XLSR_1B", json.loads((UNITS / "config.json").read_text()))
-        monkeypatch.setattr(module.convert, "__kwdefaults__", {"model_config": None, "layer": 5})
+        monkeypatch.setattr(module.convert, "__kwdefaults__", {"model_config": None, "layer": 5, "final_norm": False})
 
     def test_fetched_and_converted_once(self, tmp_path, caplog):
         folder = find_unit_model("xlsr2_1b_v2", tmp_path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from usdm_sft.audio import SAMPLE_RATE, AudioError
@@ -22,7 +22,7 @@ LAYER_NORM_EPS = (
 class Waveform(NamedTuple):
     """A waveform that is ready for the unit model."""
 
-    samples: torch.Tensor  # (even number of samples,) float32, normalized
+    samples: torch.Tensor  # (number of samples,) float32, normalized; the number is even where fairseq's way made it so
     num_samples: int  # at 16 kHz, before it was made even
 
 
@@ -71,7 +71,24 @@ def normalize(samples: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.layer_norm(samples, samples.shape, eps=LAYER_NORM_EPS)
 
 
-def prepare_waveform(samples: torch.Tensor, name: str) -> Waveform:
+def normalize_as_transformers(samples: torch.Tensor) -> torch.Tensor:
+    """(num_samples,) float32 -> mean 0, variance 1, to the last bit as `Wav2Vec2FeatureExtractor` does it in NumPy."""
+    import numpy as np
+    import torch
+
+    values = samples.cpu().numpy()
+    return torch.from_numpy((values - values.mean()) / np.sqrt(values.var() + 1e-7))
+
+
+# How a waveform is made ready, by its name in unit_model.json.
+NORMALIZATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "fairseq": normalize,
+    "transformers": normalize_as_transformers,
+    "none": lambda samples: samples,
+}
+
+
+def prepare_waveform(samples: torch.Tensor, name: str, normalization: str = "fairseq") -> Waveform:
     """(num_samples,) float32 at 16 kHz, mono -> what goes into a batch.
 
     Raises:
@@ -82,4 +99,4 @@ def prepare_waveform(samples: torch.Tensor, name: str) -> Waveform:
             f"{name} has {len(samples)} samples at 16 kHz, fewer than the {MIN_SAMPLES} (25 ms) that make a unit: "
             "leave out the utterance"
         )
-    return Waveform(normalize(samples), len(samples))
+    return Waveform(NORMALIZATIONS[normalization](samples), len(samples))

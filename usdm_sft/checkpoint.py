@@ -1,8 +1,8 @@
-"""The published unit model (a fairseq checkpoint and k-means centroids) -> a unit model folder, once.
+"""A speech encoder's checkpoint and k-means centroids -> a unit model folder, once.
 
-The folder holds `config.json` (a Wav2Vec2Config with the layers that are needed), `model.safetensors`, `kmeans.npy` (float32,
-one centroid a row) and `unit_model.json` (layer, sample rate, sha256 of every file and of its sources). Of XLS-R 1B's 48
-layers 35 are needed: 2.8 GB instead of 3.9. No value is changed.
+The folder holds `config.json` (a Wav2Vec2Config or HubertConfig with the layers that are needed), `model.safetensors`,
+`kmeans.npy` (float32, one centroid a row) and `unit_model.json` (layer, sample rate, how waveforms are normalized, sha256 of
+every file and of its sources). Of XLS-R 1B's 48 layers 35 are needed: 2.8 GB instead of 3.9. No value is changed.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from typing import Any
 import numpy as np
 
 from usdm_sft.audio import SAMPLE_RATE
+from usdm_sft.batches import NORMALIZATIONS
 from usdm_sft.cache import path_lock
+from usdm_sft.checkpoint_folder import read_folder_config, read_folder_weights, read_normalization, weight_files
 from usdm_sft.checkpoint_keys import to_transformers
 from usdm_sft.digests import file_digest
 from usdm_sft.download import cache_root, sha256_file
+from usdm_sft.model_config import cut_config, read_json
 
 XLSR_LAYER = 35
 MAX_UNITS = 65_536  # units are stored as uint16
@@ -52,16 +55,24 @@ def convert(
     *,
     model_config: str | Path | None = None,
     layer: int = XLSR_LAYER,
+    final_norm: bool = False,
 ) -> Path:
     """Make a unit model folder.
 
     Args:
-        checkpoint: A wav2vec 2.0 checkpoint `{"model": {...}}` with the keys of the original fairseq or of fairseq2. Only
-            tensors and plain values are unpickled.
-        kmeans: A .npy file of float32 centroids, one a row.
+        checkpoint: A folder with a wav2vec 2.0 or HuBERT model as transformers saves it, or a .pt file of a wav2vec 2.0 model
+            `{"model": {...}}` with the keys of the original fairseq or of fairseq2. Only tensors and plain values are
+            unpickled, and no code of the folder is run. A folder's preprocessor_config.json says how waveforms are
+            normalized.
+        kmeans: A .npy file of float32 centroids, one a row, at most 65,536.
         unit_model_dir: The folder to make. One that was made from the same files is left as it is.
-        model_config: A transformers Wav2Vec2Config in JSON that describes the whole checkpoint; XLS-R 1B by default.
-        layer: The layer, counted from 1, whose output becomes units.
+        model_config: For a .pt file, a transformers Wav2Vec2Config in JSON that describes the whole checkpoint; XLS-R 1B by
+            default. A folder has its own.
+        layer: The layer, counted from 1, whose output becomes units: `hidden_states[layer]` of transformers. XLS-R's 35 by
+            default.
+        final_norm: Apply the norm that follows the last layer of a model with pre-norm layers. For a k-means that was fit on
+            `last_hidden_state`, or on `hidden_states[-1]` of transformers before mid-2026, which was the same; since then
+            `hidden_states[-1]` is without it, as in fairseq.
 
     Raises:
         FileNotFoundError: A source does not exist.
@@ -70,16 +81,27 @@ def convert(
     """
     checkpoint, kmeans = Path(checkpoint).expanduser(), Path(kmeans).expanduser()
     folder = Path(unit_model_dir).expanduser().resolve()
-    for path in (checkpoint, kmeans):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is not a file: name the downloaded file")
-    config = _read_config(model_config, layer)
-    description: dict[str, Any] = {
-        "format_version": 1,
-        "layer": layer,
-        "sample_rate": SAMPLE_RATE,
-        "sources": {"checkpoint": sha256_file(checkpoint), "kmeans": sha256_file(kmeans)},
-    }
+    description: dict[str, Any] = {"format_version": 1, "layer": layer, "sample_rate": SAMPLE_RATE}
+    if not kmeans.is_file():
+        raise FileNotFoundError(f"{kmeans} is not a file: name the downloaded file")
+    if checkpoint.is_dir():
+        if model_config is not None:
+            raise ValueError(
+                f"model_config {model_config} is for a .pt file: leave it out, {checkpoint} has a config.json"
+            )
+        config = read_folder_config(checkpoint, layer, final_norm=final_norm)
+        description["normalization"] = read_normalization(checkpoint)
+        sources = {path.name: path for path in weight_files(checkpoint)}
+        read_weights = read_folder_weights
+    elif checkpoint.is_file():
+        config = _read_config(model_config, layer, final_norm=final_norm)
+        sources = {"checkpoint": checkpoint}
+        read_weights = _read_weights
+    else:
+        raise FileNotFoundError(f"{checkpoint} is not a file or a folder: name the downloaded one")
+    if final_norm:
+        description["final_norm"] = True
+    description["sources"] = {name: sha256_file(path) for name, path in (sources | {"kmeans": kmeans}).items()}
     with path_lock(folder, cache_root()):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             if _made_from(folder, description, config):
@@ -88,7 +110,7 @@ def convert(
                 f"{folder} exists and was not made from these files and settings, or was changed: "
                 "remove it or name another folder"
             )
-        return _write(folder, description, config, _read_kmeans(kmeans, config), _read_weights(checkpoint, config))
+        return _write(folder, description, config, _read_kmeans(kmeans, config), read_weights(checkpoint, config))
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -103,14 +125,15 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{folder} is not a unit model folder (it holds no unit_model.json): make one with 'dailytalk-usdm convert'"
         )
-    description = _read_json(path)
-    if not {"layer", "num_units", "files", "sources"} <= description.keys():
+    description = read_json(path)
+    known = description.get("normalization", "fairseq") in NORMALIZATIONS
+    if not known or not {"layer", "num_units", "files", "sources"} <= description.keys():
         raise ValueError(f"{path} is not what convert wrote: remove the folder and convert the unit model again")
     return description
 
 
 def unit_model_digest(folder: str | Path, cache_dir: str | Path | None = None) -> str:
-    """sha256 over the digests of a unit model folder's files and its layer, after checking the files against them.
+    """sha256 over a unit model folder's settings and the digests of its files, after checking the files against them.
 
     Raises:
         FileNotFoundError: The folder is not a unit model folder.
@@ -125,20 +148,11 @@ def unit_model_digest(folder: str | Path, cache_dir: str | Path | None = None) -
             raise ValueError(
                 f"{folder / name} is not the file that was converted: remove the folder and convert the unit model again"
             )
-    identity = json.dumps([description["layer"], description["files"]], sort_keys=True)
-    return hashlib.sha256(identity.encode()).hexdigest()
-
-
-def _read_json(path: str | Path) -> dict[str, Any]:
-    try:
-        values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is not a file: name a JSON file") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): correct the file") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no JSON object: correct the file")
-    return values
+    identity = [description["layer"], description["files"]]
+    # Not of a .pt file, so that its folders keep their digest.
+    settings = {name: description[name] for name in ("normalization", "final_norm") if name in description}
+    identity += [settings] if settings else []
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def _write(
@@ -170,38 +184,38 @@ def _made_from(folder: Path, description: dict[str, Any], config: dict[str, Any]
     try:
         found = read_description(folder)
         return (
-            found.items() >= description.items()
+            {name: value for name, value in found.items() if name not in ("num_units", "files")} == description
             and all(sha256_file(folder / name) == digest for name, digest in found["files"].items())
-            and _read_json(folder / "config.json") == config
+            and read_json(folder / "config.json") == config
         )
     except (FileNotFoundError, ValueError):
         return False
 
 
-def _read_config(path: str | Path | None, layer: int) -> dict[str, Any]:
-    """The config of the model that is cut to `layer` layers and used for inference only."""
-    config = dict(XLSR_1B) if path is None else _read_json(path)
+def _read_config(path: str | Path | None, layer: int, *, final_norm: bool = False) -> dict[str, Any]:
+    """The config of a .pt file's model, cut to `layer` layers."""
+    config = dict(XLSR_1B) if path is None else read_json(path)
     if config.setdefault("model_type", "wav2vec2") != "wav2vec2":
         raise ValueError(f"{path}: model_type is {config['model_type']!r}: name the config of a wav2vec2 model")
     if not config.get("do_stable_layer_norm"):
-        raise ValueError(f"{path}: do_stable_layer_norm is not true: only models with pre-norm layers are supported")
-    for name in ("hidden_size", "num_hidden_layers"):
-        if not isinstance(config.get(name), int):
-            raise ValueError(f"{path}: {name} is {config.get(name)!r}: complete the config of the model")
-    num_layers = config["num_hidden_layers"]
-    if not 1 <= layer <= num_layers:
-        raise ValueError(f"layer {layer} does not exist: the model has {num_layers} layers, counted from 1")
-    inference = {"apply_spec_augment": False, "mask_time_prob": 0.0, "mask_feature_prob": 0.0, "layerdrop": 0.0}
-    return config | inference | {"num_hidden_layers": layer, "architectures": ["Wav2Vec2Model"]}
+        raise ValueError(
+            f"{path}: do_stable_layer_norm is not true: only models with pre-norm layers are supported as a .pt file; "
+            "convert the model to a folder of transformers first"
+        )
+    return cut_config(config, path, layer, final_norm=final_norm) | {"architectures": ["Wav2Vec2Model"]}
 
 
 def _read_kmeans(path: Path, config: dict[str, Any]) -> np.ndarray:
     width = config["hidden_size"]
     try:
-        centroids = np.load(path, allow_pickle=False)
+        with open(path, "rb") as file:
+            centroids = np.lib.format.read_array(file, allow_pickle=False)
     except ValueError as error:
-        raise ValueError(f"{path} is not a plain .npy array ({error}): name the k-means centroids") from error
-    if centroids.ndim != 2 or centroids.shape[1] != width:
+        raise ValueError(
+            f"{path} is not a plain .npy array ({error}): save the centroids as one; of scikit-learn's k-means, "
+            'np.save("kmeans.npy", kmeans.cluster_centers_.astype("float32"))'
+        ) from error
+    if centroids.ndim != 2 or centroids.shape[1] != width or not len(centroids):
         raise ValueError(
             f"{path} has shape {centroids.shape}, not (number of units, {width}): "
             "name the centroids that belong to this model, one a row"
@@ -216,7 +230,7 @@ def _read_kmeans(path: Path, config: dict[str, Any]) -> np.ndarray:
 
 
 def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The tensors of the layers that are needed, under transformers' names."""
+    """The tensors of the layers that are needed of a .pt file, under transformers' names."""
     import torch
     from transformers import Wav2Vec2Config, Wav2Vec2Model
 

@@ -151,9 +151,17 @@ def make_parser() -> Parser:
     )
     commands.add_subcommand("prepare", command, help="corpus folder -> dataset folder")
 
-    command = Parser(description="Make a unit model folder from a fairseq checkpoint and k-means centroids.")
-    command.add_function_arguments(convert, as_positional=True)
-    commands.add_subcommand("convert", command, help="published checkpoint -> unit model folder")
+    command = Parser(
+        description="Make a unit model folder from a wav2vec 2.0 or HuBERT checkpoint and k-means centroids."
+    )
+    command.add_function_arguments(convert, as_positional=True, skip={"final_norm"})
+    command.add_argument(
+        "--final_norm",
+        action="store_true",
+        help="Apply the norm that follows the last layer of a model with pre-norm layers (for a k-means that was fit on "
+        "last_hidden_state, or on hidden_states[-1] of transformers before mid-2026).",
+    )
+    commands.add_subcommand("convert", command, help="checkpoint -> unit model folder")
 
     command = Parser(description="Print the units of audio files, one JSON line a file.")
     command.add_argument("unit_model_dir", type=str, help="A unit model folder.")

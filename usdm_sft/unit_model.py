@@ -1,13 +1,14 @@
 """The unit model on a device: padded waveforms in, one unit a frame out.
 
-XLS-R's first layers as transformers runs them, without the final norm, then the nearest centroid. A batch gives each row the
-units that it gets alone: padding is zeroed before the positional convolution and is no key in attention.
+A wav2vec 2.0 or HuBERT model's first layers as transformers runs them, then the nearest centroid. A batch gives each row the
+units that it gets alone: padding is zeroed before the positional convolution and is no key in attention, and where a norm
+of the feature extractor sees the whole waveform, rows go through that one by one.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +17,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModel, Wav2Vec2Config
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModel
 
-KMEANS_ROWS = 4096  # frames whose distances to all centroids are held at once: 160 MB with 10,000 centroids
+from usdm_sft.checkpoint import read_description
+
+KMEANS_DISTANCES = 4096 * 10_000  # held at once, 160 MB: of 4,096 frames to 10,000 centroids, of 625 to 65,536
 
 
 class Precision(NamedTuple):
@@ -46,29 +50,43 @@ class UnitModel(nn.Module):
         precision: "fp32" computes as the reference does. "fp16" and "bf16" run the layers' matrix products and attention
             in that type; convolutions, projection, positional convolution, norms, the residual stream and k-means
             stay float32. "tf32" lets CUDA round the inputs of all float32 matrix products and convolutions to TF32.
+        final_norm: Whether the norm after the last layer is applied; only pre-norm models have one.
     """
 
     def __init__(
-        self, config: dict[str, Any], weights: dict[str, torch.Tensor], centroids: np.ndarray, precision: str = "fp32"
+        self,
+        config: dict[str, Any],
+        weights: dict[str, torch.Tensor],
+        centroids: np.ndarray,
+        precision: str = "fp32",
+        *,
+        final_norm: bool = False,
     ):
         super().__init__()
         self.precision = PRECISIONS[precision]
         with torch.device("meta"):  # no memory and no initialization: the given tensors take the parameters' place
-            model = AutoModel.from_config(Wav2Vec2Config(**config), attn_implementation="sdpa")
+            whole = AutoConfig.for_model(**({"model_type": "wav2vec2"} | config))
+            model = AutoModel.from_config(whole, attn_implementation="sdpa")
         model.load_state_dict(weights, assign=True)
         self.feature_extractor = model.feature_extractor
         self.feature_projection = model.feature_projection
         self.pos_conv_embed = model.encoder.pos_conv_embed
-        # The weight that the weight norm computes at each call, computed once: the same values.
-        nn.utils.parametrize.remove_parametrizations(self.pos_conv_embed.conv, "weight")
+        # Taken out of the positional convolution: the padding is zeroed after it.
+        self.pos_batch_norm = getattr(self.pos_conv_embed, "batch_norm", None)
+        self.pos_conv_embed.batch_norm = None
+        if nn.utils.parametrize.is_parametrized(self.pos_conv_embed.conv):
+            # The weight that the weight norm computes at each call, computed once: the same values.
+            nn.utils.parametrize.remove_parametrizations(self.pos_conv_embed.conv, "weight")
         self.layers = model.encoder.layers
+        pre_norm = whole.do_stable_layer_norm
+        self.norm_before_layers = None if pre_norm else model.encoder.layer_norm
+        self.norm_after_layers = model.encoder.layer_norm if pre_norm and final_norm else None
+        self.rows_alone = whole.feat_extract_norm == "group"
         if self.precision.layers != torch.float32:
             dtype = self.precision.layers
-            for layer in self.layers:
-                layer.attention.to(dtype)
-                layer.feed_forward.to(dtype)
-                for norm in (layer.layer_norm, layer.final_layer_norm):
-                    norm.register_forward_hook(lambda module, args, output: output.to(dtype))
+            for part in (part for layer in self.layers for part in (layer.attention, layer.feed_forward)):
+                part.to(dtype)
+                part.register_forward_pre_hook(lambda module, args: (args[0].to(dtype), *args[1:]))
         self.register_buffer("centroids", torch.from_numpy(centroids))
         self.register_buffer("centroid_norms", torch.from_numpy(np.square(centroids).sum(axis=1)))
         self.requires_grad_(False).eval()
@@ -79,14 +97,18 @@ class UnitModel(nn.Module):
         folder = Path(folder)
         config = json.loads((folder / "config.json").read_text())
         centroids = np.load(folder / "kmeans.npy", allow_pickle=False)
-        return cls(config, load_file(folder / "model.safetensors"), centroids, precision)
+        final_norm = read_description(folder).get("final_norm", False)
+        return cls(config, load_file(folder / "model.safetensors"), centroids, precision, final_norm=final_norm)
 
     @torch.inference_mode()
-    def forward(self, waveforms: torch.Tensor, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, waveforms: torch.Tensor | Sequence[torch.Tensor], frames: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Units of a batch.
 
         Args:
-            waveforms: (batch, num_samples) float32 on the model's device, each row normalized and then padded on the right.
+            waveforms: (batch, num_samples) float32 on the model's device, each row normalized and then padded on the right;
+                for a model with `rows_alone` a list of rows, (num_samples,) each, without padding.
             frames: (batch,) int64 on the CPU, the frames that a row really has; further ones are masked, but their
                 units are output too.
 
@@ -100,18 +122,31 @@ class UnitModel(nn.Module):
             finite = (torch.isfinite(features).all(dim=-1) | padding).all(dim=-1)
             return self.nearest(features), finite
 
-    def features(self, waveforms: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
-        """-> (batch, num_frames, hidden_size) float32 output of the last layer, before any final norm."""
-        hidden, _ = self.feature_projection(self.feature_extractor(waveforms).transpose(1, 2))
-        mask = None
+    def features(self, waveforms: torch.Tensor | Sequence[torch.Tensor], frames: torch.Tensor) -> torch.Tensor:
+        """-> (batch, num_frames, hidden_size) float32 output of the last layer, before any final norm that is not asked for."""
+        if self.rows_alone:
+            extracted = pad_sequence([self.feature_extractor(row[None])[0].T for row in waveforms], batch_first=True)
+        else:
+            extracted = self.feature_extractor(waveforms).transpose(1, 2)
+        hidden = _first(self.feature_projection(extracted))
+        mask = padding = None
         if (frames < hidden.shape[1]).any():
             padding = self._padding(frames, hidden)
             hidden = hidden.masked_fill(padding[:, :, None], 0.0)
             mask = ~padding[:, None, None, :].expand(-1, 1, hidden.shape[1], -1)
-        hidden = hidden + self.pos_conv_embed(hidden)
+        hidden = hidden + self._positions(hidden, padding)
+        if self.norm_before_layers is not None:
+            hidden = self.norm_before_layers(hidden)
         for layer in self.layers:
-            hidden = layer(hidden, attention_mask=mask)
-        return hidden
+            hidden = _first(layer(hidden, attention_mask=mask))
+        return hidden if self.norm_after_layers is None else self.norm_after_layers(hidden)
+
+    def _positions(self, hidden: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+        if self.pos_batch_norm is not None:
+            hidden = self.pos_batch_norm(hidden.transpose(1, 2)).transpose(1, 2)
+            if padding is not None:
+                hidden = hidden.masked_fill(padding[:, :, None], 0.0)
+        return self.pos_conv_embed(hidden)
 
     @staticmethod
     def _padding(frames: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -124,11 +159,17 @@ class UnitModel(nn.Module):
         """(..., hidden_size) -> (...) uint16 index of the nearest centroid, the first one on ties."""
         rows = features.reshape(-1, features.shape[-1])
         units = torch.empty(len(rows), dtype=torch.int32, device=rows.device)
-        for start in range(0, len(rows), KMEANS_ROWS):
-            some = rows[start : start + KMEANS_ROWS]
+        at_once = max(1, KMEANS_DISTANCES // len(self.centroids))
+        for start in range(0, len(rows), at_once):
+            some = rows[start : start + at_once]
             distances = some.pow(2).sum(1, keepdim=True) - 2 * (some @ self.centroids.T) + self.centroid_norms
-            units[start : start + KMEANS_ROWS] = distances.argmin(dim=1)
+            units[start : start + at_once] = distances.argmin(dim=1)
         return units.to(torch.uint16).reshape(features.shape[:-1])
+
+
+def _first(output: torch.Tensor | tuple) -> torch.Tensor:
+    """The hidden states; which modules give more than these changes between models and releases of transformers."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +50,9 @@ def _distinct(batch: Mapping[str, Sequence]) -> tuple[list[str | bytes], dict[st
 class UnitTokenizer:
     """Audio -> discrete units, 50 a second. A batched `.map` callable, for `Dataset` and `IterableDataset` alike.
 
-    The units are those of `UnitExtractor("xlsr2_1b_v2", kmeans_10k).predict(waveform, 34)` of seamless_communication,
-    whatever else is in the batch. The model is loaded at the first call, in the process that needs it.
+    The units are those of `UnitExtractor("xlsr2_1b_v2", kmeans_10k).predict(waveform, 34)` of seamless_communication, or of
+    another unit model those that transformers gives, whatever else is in the batch. The model is loaded at the first call,
+    in the process that needs it.
 
     Pickling, and so the fingerprint of `.map`, holds the unit model's digest and the settings, not weights or paths; a
     process started by this one finds the folder through its environment.
@@ -151,6 +153,11 @@ class UnitTokenizer:
     def num_units(self) -> int:
         return read_description(self.folder)["num_units"]
 
+    @cached_property
+    def normalization(self) -> str:
+        """How waveforms are made ready, a name of `batches.NORMALIZATIONS`."""
+        return read_description(self.folder).get("normalization", "fairseq")
+
     @property
     def model(self) -> UnitModel:
         """The unit model on its device."""
@@ -214,7 +221,7 @@ class UnitTokenizer:
             waveforms = [future.result() for future in reading]
         else:
             resampled = (resample_on(self.device, *future.result()) for future in reading)
-            waveforms = [prepare_waveform(*each) for each in zip(resampled, names, strict=True)]
+            waveforms = self._prepare(resampled, names)
         lengths = np.array([waveform.num_samples for waveform in waveforms], dtype=np.float32)
         return self._tokenize(waveforms, names), lengths / np.float32(SAMPLE_RATE)
 
@@ -222,7 +229,8 @@ class UnitTokenizer:
         """Start to read audio in threads; a later `tokenize_files` or call with these sources takes what is ready."""
         if self._threads is None:
             self._threads = ThreadPoolExecutor(thread_name_prefix="read-audio")
-        read = _read_and_prepare if self.settings["resampler"] == "soxr" else read_audio
+        read_and_prepare = partial(_read_and_prepare, normalization=self.normalization)
+        read = read_and_prepare if self.settings["resampler"] == "soxr" else read_audio
         for source in sources:
             if source not in self._reading:
                 self._reading[source] = self._threads.submit(read, source)
@@ -242,7 +250,10 @@ class UnitTokenizer:
 
         names = [f"waveform {i}" for i in range(len(waveforms))]
         tensors = (torch.from_numpy(np.ascontiguousarray(waveform, dtype=np.float32)) for waveform in waveforms)
-        return self._tokenize([prepare_waveform(*each) for each in zip(tensors, names, strict=True)], names)
+        return self._tokenize(self._prepare(tensors, names), names)
+
+    def _prepare(self, waveforms: Iterable[torch.Tensor], names: Sequence[str]) -> list[Waveform]:
+        return [prepare_waveform(*each, self.normalization) for each in zip(waveforms, names, strict=True)]
 
     def _tokenize(self, waveforms: Sequence[Waveform], names: Sequence[str]) -> list[np.ndarray]:
         lengths = [waveform.num_samples for waveform in waveforms]
@@ -269,7 +280,10 @@ class UnitTokenizer:
         try:
             if device.type == "cuda" and padded.device.type == "cpu":
                 padded = padded.pin_memory()
-            return model(padded.to(device, non_blocking=True), frames)
+            padded = padded.to(device, non_blocking=True)
+            if not model.rows_alone:
+                return model(padded, frames)
+            return model([row[: len(its.samples)] for row, its in zip(padded, batch, strict=True)], frames)
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in _OUT_OF_MEMORY):
                 raise
@@ -283,7 +297,7 @@ class UnitTokenizer:
             ) from error
 
 
-def _read_and_prepare(source: str | Path | bytes) -> Waveform:
+def _read_and_prepare(source: str | Path | bytes, normalization: str) -> Waveform:
     import torch
 
-    return prepare_waveform(torch.from_numpy(read_waveform(source)), describe(source))
+    return prepare_waveform(torch.from_numpy(read_waveform(source)), describe(source), normalization)
