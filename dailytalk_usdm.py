@@ -15,7 +15,7 @@ import datasets
 import datasets.data_files
 import datasets.packaged_modules
 
-from usdm_sft import bad_audio, corpus, download, examples
+from usdm_sft import addresses, bad_audio, corpus, download, examples, hub_corpus, manifest, split_list
 from usdm_sft import features as usdm_features
 
 _PUBLIC = {
@@ -36,21 +36,20 @@ _PUBLIC = {
 
 _GUESSED = {"train": ["train_phone.txt"], "validation": ["val_phone.txt"]}
 
-_CITATION = """\
-@inproceedings{lee2023dailytalk,
-  title={DailyTalk: Spoken Dialogue Dataset for Conversational Text-to-Speech},
-  author={Lee, Keon and Park, Kyumin and Kim, Daeyoung},
-  booktitle={ICASSP},
-  year={2023}
+_DAILYTALK = {
+    "homepage": "https://github.com/keonlee9420/DailyTalk",
+    "license": "CC BY-SA 4.0",
+    "citation": "Keon Lee, Kyumin Park, Daeyoung Kim: DailyTalk: Spoken Dialogue Dataset for Conversational Text-to-Speech. "
+    "2022, arXiv:2207.01063",
 }
-"""
 
 
 def _code_digest() -> str:
     """Of what decides the rows: a change of it makes cached rows anew."""
     code = hashlib.sha256(datasets.__version__.split(".")[0].encode())
-    for path in (__file__, bad_audio.__file__, corpus.__file__, examples.__file__, usdm_features.__file__):
-        code.update(Path(path).read_bytes())
+    for module in (addresses, bad_audio, corpus, examples, manifest, split_list, usdm_features):
+        code.update(Path(module.__file__).read_bytes())
+    code.update(Path(__file__).read_bytes())
     return code.hexdigest()
 
 
@@ -61,12 +60,17 @@ class DailyTalkUSDMConfig(datasets.BuilderConfig):
     Attributes:
         history: Earlier exchanges that a pair of single_turn brings along as context, where there are so many; the user and
             agent columns are then lists, one entry an exchange, the pair last.
+        agent: The speaker who is the agent in every pair; by default both sides are in turn, as in the reference.
+        merge_speaker_turns: Make one turn of neighbouring ones of a speaker; by default such dialogs are left out whole, as
+            in the reference.
         on_bad_audio: "error" stops where audio is bad, "skip" leaves out the pairs concerned.
         corpus_digest: sha256 over the split lists, the audio and what was left out for bad audio; the builder fills it in, and
             the cache follows it.
     """
 
     history: int = 0
+    agent: str | None = None
+    merge_speaker_turns: bool = False
     on_bad_audio: str = "error"
     corpus_digest: str | None = None
 
@@ -79,9 +83,10 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):
     are followed. DailyTalk's metadata.json is not read: the split lists say everything.
 
     Args:
-        data_dir: DailyTalk's folder (with `data/`), or its `data` folder.
-        data_files: The split lists, such as `{"train": "train.txt", "test": "test.txt"}`; where none are named, those beside
-            the data, or else DailyTalk's own, fetched once.
+        data_dir: DailyTalk's folder (with `data/`), its `data` folder, or its zip archive. Of another corpus, the folder that holds
+            its manifests (`usdm_sft.manifest`) and that its recordings are named from, or "hub:USER/NAME".
+        data_files: The split lists, such as `{"train": "train.txt", "test": "test.txt"}`, or manifests; where none are named,
+            those in or beside the folder, or else DailyTalk's own lists, fetched once.
         on_bad_audio: Where audio cannot become units, "error" stops and names every file; "skip" leaves out the pairs concerned,
             which `corpus[split].pairs_left_out` lists.
         digest_cache_dir: Where digests of audio files are remembered; this package's cache by default.
@@ -120,12 +125,18 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):
         on_bad_audio="error",
         **kwargs,
     ):
-        if data_dir is None:
-            raise ValueError("data_dir is missing: name the folder that DailyTalk was unpacked into")
         examples.check_config(kwargs.get("config_name") or self.DEFAULT_CONFIG_NAME, kwargs.get("history") or 0)
-        folder = corpus.find_data_folder(data_dir).resolve()
-        self.split_lists = _find_split_lists(data_dir, data_files, digest_cache_dir)
-        self.corpus = corpus.read_corpus(self.split_lists)
+        if hub_corpus.is_hub_corpus(data_dir):
+            data_dir, data_files = None, hub_corpus.fetch_corpus(data_dir, digest_cache_dir)
+        if data_dir is not None or data_files is not None:
+            self.split_lists = _find_split_lists(data_dir, data_files, digest_cache_dir)
+            self.is_dailytalk = not all(map(manifest.is_manifest, self.split_lists.values()))
+        if data_dir is None and (data_files is None or self.is_dailytalk):
+            raise ValueError(
+                "data_dir is missing: name the folder that DailyTalk was unpacked into, or its zip archive"
+            )
+        rules = corpus.Rules(kwargs.get("agent"), kwargs.get("merge_speaker_turns") or False)
+        self.corpus = corpus.read_corpus(self.split_lists, rules, data_dir=data_dir)
         for split in self.corpus.values():
             if not split.dialogs:
                 reasons = "; ".join(f"{dialog}: {reason}" for dialog, reason in split.left_out.items()) or "it is empty"
@@ -134,22 +145,23 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):
                 )
         self.list_digests = {split: download.sha256_file(path) for split, path in self.split_lists.items()}
         download.check_not_swapped(self.split_lists, self.list_digests)
-        self.corpus, self.audio_digests = bad_audio.screen_audio(self.corpus, folder, on_bad_audio, digest_cache_dir)
+        self.corpus, self.audio_digests = bad_audio.screen_audio(self.corpus, on_bad_audio, digest_cache_dir)
         audio = [found.sha256 for found in self.audio_digests.values()]
         left_out = [dict(split.pairs_left_out) for split in self.corpus.values() if split.pairs_left_out]
         parts = [self.list_digests, audio, *left_out]
         corpus_digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         kwargs |= {"hash": _code_digest(), "on_bad_audio": on_bad_audio, "corpus_digest": corpus_digest}
-        super().__init__(*args, data_dir=str(folder), base_path=base_path, **kwargs)
+        folder = next(iter(self.split_lists.values())).parent if data_dir is None else Path(data_dir).expanduser()
+        if self.is_dailytalk and folder.is_dir():
+            folder = split_list.find_data_folder(folder)  # one cache, however it was named
+        super().__init__(*args, data_dir=str(folder.resolve()), base_path=base_path, **kwargs)
         self.info.features = self._info().features  # an existing cache has put plain Audio in their place
 
     def _info(self):
         return datasets.DatasetInfo(
             description=__doc__,
             features=usdm_features.example_features(lists=examples.has_lists(self.config.name, self.config.history)),
-            homepage="https://github.com/keonlee9420/DailyTalk",
-            license="CC BY-SA 4.0",
-            citation=_CITATION,
+            **(_DAILYTALK if self.is_dailytalk else {}),
         )
 
     def _load_info(self, *args, **kwargs):
@@ -175,17 +187,10 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):
                         "speaker": [utterance.speaker for utterance in utterances],
                         "text": [utterance.text for utterance in utterances],
                         "emotion": [utterance.emotion for utterance in utterances],
-                        "audio": [self._stored_audio(utterance) for utterance in utterances],
+                        "audio": [{"bytes": None, "path": utterance.audio} for utterance in utterances],
                     }
                     row |= {f"{role}_{column}": its if lists else its[0] for column, its in columns.items()}
                 yield example.id, row
-
-    def audio_address(self, utterance) -> str:
-        """Where the recording of an utterance lies."""
-        return os.path.join(self.config.data_dir, utterance.audio_name)
-
-    def _stored_audio(self, utterance):
-        return {"bytes": None, "path": self.audio_address(utterance)}
 
 
 def load_dataset(data_dir, name="single_turn", *, data_files=None, **kwargs):
@@ -194,7 +199,7 @@ def load_dataset(data_dir, name="single_turn", *, data_files=None, **kwargs):
     Unnamed, datasets lists and hashes every file under `data_dir` at each call (26 s for the 23,676 of DailyTalk).
 
     Args:
-        data_dir: DailyTalk's folder (with `data/`), or its `data` folder.
+        data_dir: DailyTalk's folder (with `data/`), its `data` folder, or its zip archive; see `DailyTalkUSDM`.
         name: The config, "single_turn" or "multi_turn".
         data_files: Split lists other than those beside the data.
         kwargs: `split`, `streaming`, `num_proc`, `cache_dir`, ... of `datasets.load_dataset`; `history` of the config.
@@ -210,7 +215,7 @@ def load_dataset(data_dir, name="single_turn", *, data_files=None, **kwargs):
 
 def _find_split_lists(data_dir, data_files, cache_dir) -> dict[str, Path]:
     """-> the path of each split's list: named (relative to data_dir), or beside the data, or else DailyTalk's own."""
-    data_dir = Path(data_dir).expanduser()
+    data_dir = Path(data_dir or "").expanduser()
     if data_files is not None:
         if isinstance(data_files, str | os.PathLike | list | tuple):
             data_files = {"train": data_files}
@@ -228,7 +233,9 @@ def _find_split_lists(data_dir, data_files, cache_dir) -> dict[str, Path]:
                 if len(files) != 1:
                     raise ValueError(f"data_files names {len(files)} split lists for {split}: name one")
             return {split: files[0] for split, files in lists.items()}
-    return corpus.find_split_lists(data_dir) or download.fetch_split_lists(cache_dir)
+    if found := manifest.find_manifests(data_dir):
+        return found
+    return split_list.find_split_lists(data_dir) or download.fetch_split_lists(cache_dir)
 
 
 def __getattr__(name):

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dailytalk_usdm import DailyTalkUSDM
-from usdm_sft import corpus, download
+from usdm_sft import corpus, download, split_list
 from usdm_sft.corpus import SAME_SPEAKER, SINGLE_TURN, CorpusError, read_corpus, text_problem
 
 GOOD = "0_0_d1|0|{P}|hello.|none\n1_1_d1|1|{P}|yes.|none\n"
@@ -138,7 +138,7 @@ def test_thousands_of_dialogs_without_a_beginning(path):
 
 
 def test_longest_line(path):
-    text = "a" * (corpus.MAX_LINE - len("1_1_d1|1|{P}||none"))
+    text = "a" * (split_list.MAX_LINE - len("1_1_d1|1|{P}||none"))
     assert read(path, GOOD.replace("yes.", text)).dialogs[0].utterances[1].text == text
     assert problems(path, GOOD.replace("yes.", text + "a"))[0].startswith("2: line of more than 100,000 characters")
 
@@ -173,13 +173,13 @@ def test_id_that_is_none(path, utterance_id, monkeypatch):
 
 def test_largest_numbers(path):
     split = read(path, GOOD.replace("d1|", "d999999999|"))
-    assert split.dialogs[0].utterances[0].audio_name == "999999999/0_0_d999999999.wav"
+    assert split.dialogs[0].utterances[0].audio == "999999999/0_0_d999999999.wav"
 
 
 def test_numbers_with_leading_zeros_are_other_names(path):
     """The names of the files have them as well."""
     split = read(path, GOOD + GOOD.replace("d1|", "d01|"))
-    assert [dialog.utterances[0].audio_name for dialog in split.dialogs] == ["01/0_0_d01.wav", "1/0_0_d1.wav"]
+    assert [dialog.utterances[0].audio for dialog in split.dialogs] == ["01/0_0_d01.wav", "1/0_0_d1.wav"]
     assert problems(path, GOOD + "01_0_d1|0|{P}|no.|none\n") == [
         "3: dialog d1 has turn 1 twice: delete one of the two lines"
     ]

@@ -6,7 +6,7 @@ import threading
 import pytest
 from conftest import FIXTURES
 
-from usdm_sft import corpus, download
+from usdm_sft import corpus, download, split_list
 from usdm_sft.corpus import CorpusError, read_corpus, text_problem
 
 
@@ -48,7 +48,7 @@ def test_mini_dialogs_in_order_of_number(mini):
     ]
     user = splits["test"].dialogs[1].utterances[0]
     assert (user.speaker, user.turn, user.text) == ("0", 0, "The Café on Main Street is closed.")
-    assert user.audio_name == "2001/0_0_d2001.wav"
+    assert user.audio == "2001/0_0_d2001.wav"
 
 
 @pytest.mark.parametrize("end", ["\n", "\r", "\r\n"])
@@ -131,15 +131,15 @@ def test_missing_list(tmp_path):
         read_corpus({"train": tmp_path / "nowhere.txt"})
 
 
-@pytest.mark.parametrize("names", corpus.LIST_NAMES)
+@pytest.mark.parametrize("names", split_list.LIST_NAMES)
 @pytest.mark.parametrize("given", [".", "data"])
 def test_split_lists_beside_the_data(tmp_path, names, given):
     (tmp_path / "data" / "1").mkdir(parents=True)
     for name in names.values():
         write(tmp_path / name, *GOOD)
-    found = corpus.find_split_lists(tmp_path / given)
+    found = split_list.find_split_lists(tmp_path / given)
     assert {split: path.name for split, path in found.items()} == names
-    assert corpus.find_data_folder(tmp_path / given).resolve() == tmp_path / "data"
+    assert split_list.find_data_folder(tmp_path / given).resolve() == tmp_path / "data"
 
 
 def test_split_lists_beside_a_linked_data_folder(tmp_path):
@@ -151,17 +151,21 @@ def test_split_lists_beside_a_linked_data_folder(tmp_path):
     (tmp_path / "disk" / "data" / "1").mkdir(parents=True)
     (tmp_path / "here" / "data").symlink_to(tmp_path / "disk" / "data")
     expected = {split: tmp_path / "here" / f"{split}.txt" for split in ("train", "test")}
-    assert corpus.find_split_lists(tmp_path / "here") == corpus.find_split_lists(tmp_path / "here" / "data") == expected
+    assert (
+        split_list.find_split_lists(tmp_path / "here")
+        == split_list.find_split_lists(tmp_path / "here" / "data")
+        == expected
+    )
 
 
 def test_no_split_lists_and_no_data(tmp_path):
     (tmp_path / "data").mkdir()
-    assert corpus.find_split_lists(tmp_path) is None
+    assert split_list.find_split_lists(tmp_path) is None
     write(tmp_path / "train_phone.txt", *GOOD)
     with pytest.raises(FileNotFoundError, match=r"train_phone\.txt has no val_phone\.txt beside it: add it"):
-        corpus.find_split_lists(tmp_path)
+        split_list.find_split_lists(tmp_path)
     with pytest.raises(FileNotFoundError, match="holds neither a folder 'data' nor numbered dialog folders"):
-        corpus.find_data_folder(tmp_path / "data")
+        split_list.find_data_folder(tmp_path / "data")
 
 
 @pytest.fixture

@@ -75,6 +75,21 @@ def format_address(file: str, start: float | None = None, end: float | None = No
     return f"{file}#{'&'.join(parts)}" if parts else file
 
 
+def join_addresses(first: str, second: str) -> str:
+    """The address of one recording after the other; two stretches of a channel become one, with the pause between them."""
+    *before, last = parse_address(first)
+    following, *after = parse_address(second)
+    if (
+        last.end is not None
+        and following.end is not None
+        and last[0::3] == following[0::3]
+        and last.end <= following.start
+    ):
+        joined = [*before, last._replace(end=following.end), *after]
+        return "\n".join(format_address(*stretch) for stretch in joined)
+    return f"{first}\n{second}"
+
+
 def _spell(seconds: float) -> str:
     return f"{seconds:.6f}".rstrip("0").rstrip(".")
 

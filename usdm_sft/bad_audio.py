@@ -9,7 +9,8 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
-from usdm_sft.audio import MISSING, AudioError
+from usdm_sft.addresses import MISSING
+from usdm_sft.audio import AudioError
 from usdm_sft.corpus import Dialog, Split, tell_problems
 from usdm_sft.digests import AudioDigest, audio_digests
 
@@ -20,13 +21,12 @@ _REMEDY = "replace the file, or leave out its pairs with --on_bad_audio skip"
 
 
 def screen_audio(
-    splits: Mapping[str, Split], folder: Path, on_bad_audio: str, cache_dir: str | Path | None
+    splits: Mapping[str, Split], on_bad_audio: str, cache_dir: str | Path | None
 ) -> tuple[dict[str, Split], dict[str, AudioDigest]]:
     """The first pass over the audio, and what it leaves of the corpus.
 
     Args:
         splits: The corpus.
-        folder: Where the dialog folders lie.
         on_bad_audio: "error" or "skip".
         cache_dir: Where digests are remembered.
 
@@ -42,7 +42,7 @@ def screen_audio(
     if on_bad_audio not in ON_BAD_AUDIO:
         raise ValueError(f"on_bad_audio {on_bad_audio!r} is unknown: choose one of {', '.join(ON_BAD_AUDIO)}")
     utterances = {u.id: u for split in splits.values() for dialog in split.dialogs for u in dialog.utterances}
-    paths = {utterance.id: str(folder / utterance.audio_name) for utterance in utterances.values()}
+    paths = {utterance.id: utterance.audio for utterance in utterances.values()}
     found = audio_digests(paths.values(), cache_dir)
     bad = {name: problem for name, path in paths.items() if (problem := found[path].problem) is not None}
     if bad and on_bad_audio == "error":
@@ -71,11 +71,11 @@ def leave_out(split: Split, bad: Mapping[str, str]) -> Split:
     pairs_left_out: dict[str, str] = {}
     for dialog in split.dialogs:
         parts = [
-            Dialog(dialog.id, tuple(run))
+            replace(dialog, utterances=tuple(run))
             for is_bad, run in groupby(dialog.utterances, key=lambda utterance: utterance.id in bad)
             if not is_bad
         ]
-        parts = [part for part in parts if len(part.utterances) > 1]
+        parts = [part for part in parts if any(part.pairs())]
         dialogs += parts
         if not parts:
             left_out[dialog.id] = ALL_BAD

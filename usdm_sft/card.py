@@ -67,10 +67,14 @@ def make_card(
         dataset_size=sum(num_bytes.values()),
     )
     num_rows = sum(len(rows) for rows in splits.values())
+    # Of another corpus its owner knows language and licence.
+    known = {"language": "en", "license": "cc-by-sa-4.0", "pretty_name": "DailyTalk for USDM"}
     data = DatasetCardData(
-        language="en",
-        license="cc-by-sa-4.0",
-        pretty_name="DailyTalk for USDM",
+        **(
+            known
+            if counts["corpus"] == "DailyTalk"
+            else {"license": "unknown", "pretty_name": "Spoken dialogs for USDM"}
+        ),
         task_categories=TASKS,
         tags=TAGS,
         size_categories=next((name for limit, name in SIZES.items() if num_rows < limit), LARGEST),

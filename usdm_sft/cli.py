@@ -143,7 +143,12 @@ def make_parser() -> Parser:
 
     command = Parser(description="Make a dataset folder of examples with units, input_ids and labels.")
     command.add_argument("--config", action="config", help="YAML file with any of the options below.")
-    command.add_function_arguments(prepare, skip={"overwrite"})
+    command.add_function_arguments(prepare, skip={"overwrite", "merge_speaker_turns"})
+    command.add_argument(
+        "--merge_speaker_turns",
+        action="store_true",
+        help="Make one turn of neighbouring ones of a speaker; by default such dialogs are left out whole.",
+    )
     command.add_argument(
         "--overwrite",
         action="store_true",

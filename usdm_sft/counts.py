@@ -38,7 +38,7 @@ def count_rows(rows: Dataset, fitted: Fitted, builder: DailyTalkUSDM, split: str
         )
     corpus = builder.corpus[split]
     utterances = [utterance for dialog in corpus.dialogs for utterance in dialog.utterances]
-    seconds = sum(builder.audio_digests[builder.audio_address(utterance)].seconds for utterance in utterances)
+    seconds = sum(builder.audio_digests[utterance.audio].seconds for utterance in utterances)
     return {
         "dialogs": len({dialog.id for dialog in corpus.dialogs}),
         "utterances": len(utterances),

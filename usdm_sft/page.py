@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import base64
 import importlib.resources
+import io
 import mimetypes
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from usdm_sft.corpus import Utterance, find_data_folder
+from usdm_sft.addresses import file_problem, open_file, parse_address
+from usdm_sft.audio import read_audio
+from usdm_sft.corpus import Rules, read_corpus
+from usdm_sft.download import fetch_split_lists
 from usdm_sft.folder import data_files, read_counts
+from usdm_sft.manifest import is_manifest
+from usdm_sft.split_list import find_split_lists
 from usdm_sft.tokenizer import load_tokenizer
 from usdm_sft.view import split_parts, title
 
@@ -61,7 +67,7 @@ def write_page(
         split: Split of the rows.
         index: First row.
         num_examples: How many rows.
-        data_dir: The corpus that the folder was made from; with it, both sides can be heard.
+        data_dir: The corpus that the folder was made from, or its manifest; with it, both sides can be heard.
 
     Returns:
         The number of rows on the page.
@@ -75,12 +81,13 @@ def write_page(
 
     tokenizer = load_tokenizer(str(Path(dataset_dir) / "tokenizer")).backend_tokenizer
     rows = read_rows(dataset_dir, split, index, num_examples)
-    data = None if data_dir is None else find_data_folder(data_dir)
+    settings = read_counts(dataset_dir)["settings"]
+    recordings = None if data_dir is None else _Recordings(data_dir, split, settings)
     examples = [
         {
             "title": title(row),
             "parts": split_parts(row["input_ids"], row["labels"], tokenizer),
-            "audio": [] if data is None else [(name, _data_uri(data, path)) for name, path in _audio(row)],
+            "audio": [] if recordings is None else list(recordings.of_row(row)),
         }
         for row in rows
     ]
@@ -91,21 +98,43 @@ def write_page(
     return len(rows)
 
 
-def _audio(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Name and path below the data folder of every audio of a row, in the order of the turns."""
-    turn = row["turn"]
-    several = isinstance(row["user_speaker"], list)
-    speakers = (row["user_speaker"], row["agent_speaker"])
-    for exchange in zip(*speakers, strict=True) if several else [speakers]:
-        for role, speaker in zip(("user", "agent"), exchange, strict=True):
-            utterance_id = f"{turn}_{speaker}_{row['dialog_id']}"
-            yield f"{role}, turn {turn}", Utterance(utterance_id, row["dialog_id"], turn, speaker, "", "").audio_name
-            turn += 1
+class _Recordings:
+    """The corpus that a dataset folder was made from; rows are only ever looked up in it, since they may come from strangers."""
+
+    def __init__(self, data_dir: str | Path, split: str, settings: Mapping[str, Any]):
+        rules = Rules(settings.get("agent"), settings.get("merge_speaker_turns", False))
+        self._name, self._history = data_dir, settings["history"]  # a row with history is named after its last pair
+        if is_manifest(data_dir):
+            corpus = read_corpus({split: data_dir}, rules)
+        else:
+            lists = find_split_lists(data_dir) or fetch_split_lists()
+            corpus = read_corpus({split: lists[split]}, rules, data_dir=data_dir)
+        self._dialogs = {dialog.id: dialog.utterances for dialog in corpus[split].dialogs}
+
+    def of_row(self, row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """Name and data URI of every recording of a row, in the order of the turns."""
+        num_exchanges = len(row["user_text"]) if isinstance(row["user_text"], list) else 1
+        utterances = self._dialogs.get(row["dialog_id"], ())
+        last = next((place for place, utterance in enumerate(utterances) if utterance.turn == row["turn"]), None)
+        if last is None:
+            raise FileNotFoundError(
+                f"{self._name} has no turn {row['id']}: name the corpus that the folder was made from"
+            )
+        first = last - 2 * (num_exchanges - 1) if self._history else last
+        for number, utterance in enumerate(utterances[first : first + 2 * num_exchanges]):
+            yield f"{('user', 'agent')[number % 2]}, turn {utterance.turn}", _data_uri(utterance.audio)
 
 
-def _data_uri(data: Path, name: str) -> str:
-    path = data / name
-    if len(Path(name).parts) != 2 or ".." in Path(name).parts or not path.is_file():  # rows may come from strangers
-        raise FileNotFoundError(f"{path} is no recording: name the corpus that the folder was made from as data_dir")
-    kind = mimetypes.guess_type(path.name)[0] or "audio/wav"
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+def _data_uri(address: str) -> str:
+    [stretch, *more] = parse_address(address)
+    if stretch.is_whole and not more and not file_problem(stretch.file):
+        with open_file(stretch.file) as file:
+            content, kind = file.read(), mimetypes.guess_type(stretch.file)[0] or "audio/wav"
+    else:
+        import soundfile
+
+        samples, rate = read_audio(address)
+        buffer = io.BytesIO()
+        soundfile.write(buffer, samples, rate, format="WAV", subtype="PCM_16")
+        content, kind = buffer.getvalue(), "audio/wav"
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -44,6 +44,8 @@ def prepare(
     *,
     config_name: str = SINGLE_TURN,
     history: int = 0,
+    agent: str | None = None,
+    merge_speaker_turns: bool = False,
     train_metadata_path: str | None = None,
     test_metadata_path: str | None = None,
     pretrained_model_name_or_path: str = USTM,
@@ -67,13 +69,17 @@ def prepare(
     """Make a dataset folder of examples with units, input_ids and labels.
 
     Args:
-        data_dir: DailyTalk's folder (with data/), or its data folder.
+        data_dir: DailyTalk's folder (with data/), its data folder, or its zip archive; or the folder of another corpus, with
+            manifests; or hub:USER/NAME.
         output_path: The dataset folder to make.
         config_name: single_turn (the reference's: one exchange an example) or multi_turn (a conversation an example).
         history: Earlier exchanges that an example of single_turn brings along; loss falls in its last exchange only.
-        train_metadata_path: Split list of the train split. Where neither list is named, those beside the data, or else
+        agent: The speaker who is the agent in every pair; by default both sides are in turn, as in the reference.
+        merge_speaker_turns: Make one turn of neighbouring ones of a speaker; by default such dialogs are left out whole, as
+            in the reference.
+        train_metadata_path: Split list or manifest of the train split. Where neither is named, those beside the data, or else
             DailyTalk's own, fetched once.
-        test_metadata_path: Split list of the test split.
+        test_metadata_path: Split list or manifest of the test split.
         pretrained_model_name_or_path: The speech-text tokenizer: a repository of the Hub, a folder, or "mistral-common" for
             the one that is built offline.
         model_cache_dir: Where the tokenizer and the unit model are kept when they are downloaded.
@@ -142,6 +148,8 @@ def prepare(
     builder = DailyTalkUSDM(
         config_name=config_name,
         history=history,
+        agent=agent,
+        merge_speaker_turns=merge_speaker_turns,
         data_dir=data_dir,
         data_files=named or None,
         cache_dir=str(cache / "builder"),
@@ -165,9 +173,12 @@ def prepare(
     counts = {
         "format_version": 1,
         "config": builder.config.name,
+        "corpus": "DailyTalk" if builder.is_dailytalk else "manifest",
         "num_units": unit_tokenizer.num_units,
         "settings": {
             "history": history,
+            "agent": agent,
+            "merge_speaker_turns": merge_speaker_turns,
             "template": asdict(template) | {"loss": list(template.loss)},
             "max_length": max_length,
             "overflow": overflow,

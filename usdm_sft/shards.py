@@ -63,7 +63,7 @@ def plan_shards(
         for _, group in groupby(split.dialogs, key=lambda dialog, numbers=numbers: numbers[dialog.id] // shard_dialogs):
             dialogs = list(group)
             utterances = [utterance for dialog in dialogs for utterance in dialog.utterances]
-            audio = [builder.audio_address(utterance) for utterance in utterances]
+            audio = [utterance.audio for utterance in utterances]
             digests = [builder.audio_digests[address].sha256 for address in audio]
             lengths = [builder.audio_digests[address].num_samples for address in audio]
             ids = [utterance.id for utterance in utterances]
