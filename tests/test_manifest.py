@@ -331,7 +331,6 @@ def test_a_corpus_on_the_hub(calls, mini, unit_model, tmp_path):
     for _ in range(2):
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
-    server.shutdown()
     expected = {
         split: sorted((mini / "expected" / f"{split}.txt").read_text().split("\n")) for split in ("train", "test")
     }
@@ -339,6 +338,7 @@ def test_a_corpus_on_the_hub(calls, mini, unit_model, tmp_path):
     assert len(list((tmp_path / "cache" / "hub").glob("*/manifest.jsonl"))) == 2
     command[command.index("hub:tester/calls")] = "hub:tester/nothing"
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    server.shutdown()
     assert (
         done.returncode == 1 and "dataset tester/nothing cannot be loaded from the Hub" in done.stderr.splitlines()[-1]
     )
