@@ -270,20 +270,6 @@ class TemplateEncoder:
             parts.append(self._correspond)
         return np.concatenate(parts)
 
-    def render(self, row: Mapping[str, Any]) -> str:
-        """The text of the template for one row, which `decode` gives back from its ids; a "▁" of a text as a space."""
-        exchanges = self._exchanges({column: [row[column]] for column in COLUMNS}, 0)
-        blocks = []
-        for exchange in exchanges:
-            user, agent = (
-                "".join(f"<|unit{token_id - UNIT_0}|>" for token_id in units)
-                for units in (exchange.user_units, exchange.agent_units)
-            )
-            texts = f"{exchange.user_text}\n{self.template.agent_heading}{exchange.agent_text}"
-            blocks.append(f"{self.template.user_heading}{user}<|correspond|>{texts}<|correspond|>{agent}\n")
-        # Spaces and "▁" are the same to the tokenizer, in the template's words as well.
-        return f"{self.template.instruction}{''.join(blocks)}</s>".replace("▁", " ")
-
     def decode(self, ids: Sequence[int]) -> str:
         """Ids back to the text of the template, for people.
 

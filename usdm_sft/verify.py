@@ -14,7 +14,7 @@ from usdm_sft.compare import compare_with_text, describe_difference, first_diffe
 from usdm_sft.download import sha256_file
 from usdm_sft.folder import COUNTS, PICTURES, data_files, read_counts
 from usdm_sft.statistics import SplitStatistics
-from usdm_sft.template import IGNORE_INDEX, TemplateEncoder
+from usdm_sft.template import COLUMNS, IGNORE_INDEX, TemplateEncoder
 from usdm_sft.template_config import Template
 from usdm_sft.tokenizer import load_tokenizer
 
@@ -131,8 +131,20 @@ def _check_row(row: Mapping[str, Any], encoder: TemplateEncoder, settings: Mappi
         if (at := first_difference(found, expected)) is not None:
             yield f"{name} are not what its columns encode to: {describe_difference(found, expected, at)}"
             return
-    if encoder.decode(ids) != (text := encoder.render(row)):
+    if encoder.decode(ids) != (text := _render(row, encoder.template)):
         yield f"its ids do not decode to the template: {encoder.decode(ids)!r}, not {text!r}"
+
+
+def _render(row: Mapping[str, Any], template: Template) -> str:
+    """The text of the template for one row; a "▁" as the space that the tokenizer takes it for."""
+    columns = [row[name] for name in COLUMNS]
+    exchanges = zip(*columns, strict=True) if isinstance(row["user_text"], list) else [columns]
+    blocks = []
+    for user_units, user_text, agent_text, agent_units in exchanges:
+        user, agent = ("".join(f"<|unit{unit}|>" for unit in units) for units in (user_units, agent_units))
+        texts = f"{user_text.lower()}\n{template.agent_heading}{agent_text.lower()}"
+        blocks.append(f"{template.user_heading}{user}<|correspond|>{texts}<|correspond|>{agent}\n")
+    return f"{template.instruction}{''.join(blocks)}</s>".replace("▁", " ")
 
 
 def _check_counts(folder: Path, counts: Mapping[str, Any], statistics: Mapping[str, SplitStatistics]) -> Iterator[str]:
