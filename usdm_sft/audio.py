@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -54,6 +54,24 @@ def audio_source(value: Any) -> str | bytes:
     raise TypeError(
         f"audio is a {type(value).__name__}, not a path or bytes: load or cast the column with Audio(decode=False)"
     )
+
+
+def distinct_audio(batch: Mapping[str, Sequence]) -> tuple[list[str | bytes], dict[str, list]]:
+    """-> the distinct audio of a batch, and for each audio column which of them every row has (or list of exchanges)."""
+    names = [name for name in batch if name == "audio" or name.endswith("_audio")]
+    if not names:
+        raise ValueError(
+            f"there is no audio column among {', '.join(batch) or 'no columns'}: name it audio, or let it end in _audio"
+        )
+    order: dict[str | bytes, int] = {}
+
+    def number(value: Any) -> int | list[int]:
+        if isinstance(value, list | tuple):
+            return [number(each) for each in value]
+        return order.setdefault(audio_source(value), len(order))
+
+    columns = {name: [number(value) for value in batch[name]] for name in names}
+    return list(order), columns
 
 
 def read_audio(source: str | Path | bytes) -> tuple[np.ndarray, int]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from usdm_sft.audio import SAMPLE_RATE, audio_source, describe, read_audio, read_waveform, resample_on
+from usdm_sft.audio import SAMPLE_RATE, describe, distinct_audio, read_audio, read_waveform, resample_on
 from usdm_sft.batches import BATCH_SECONDS, Waveform, num_frames, plan_batches, prepare_waveform
 from usdm_sft.checkpoint import read_description, unit_model_digest
 
@@ -27,24 +27,6 @@ RESAMPLERS = ("soxr", "torchaudio")
 _FOLDER_VARIABLE = "USDM_UNIT_MODEL_"
 _IMPORTED_IN = os.getpid()
 _OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-
-
-def _distinct(batch: Mapping[str, Sequence]) -> tuple[list[str | bytes], dict[str, list]]:
-    """-> the distinct audio of a batch, and for each audio column which of them every row has (or list of exchanges)."""
-    names = [name for name in batch if name == "audio" or name.endswith("_audio")]
-    if not names:
-        raise ValueError(
-            f"there is no audio column among {', '.join(batch) or 'no columns'}: name it audio, or let it end in _audio"
-        )
-    order: dict[str | bytes, int] = {}
-
-    def number(value: Any) -> int | list[int]:
-        if isinstance(value, list | tuple):
-            return [number(each) for each in value]
-        return order.setdefault(audio_source(value), len(order))
-
-    columns = {name: [number(value) for value in batch[name]] for name in names}
-    return list(order), columns
 
 
 class UnitTokenizer:
@@ -198,7 +180,7 @@ class UnitTokenizer:
             import torch
 
             self.device = f"cuda:{rank % torch.cuda.device_count()}"
-        sources, columns = _distinct(batch)
+        sources, columns = distinct_audio(batch)
         units, seconds = self.tokenize_files(sources)
 
         def pick(values: Sequence, index: int | list[int]) -> Any:
@@ -237,11 +219,11 @@ class UnitTokenizer:
 
     def read_ahead_rows(self, batch: Mapping[str, Sequence]) -> None:
         """Start to read the audio of rows that a later call will get."""
-        self.read_ahead(_distinct(batch)[0])
+        self.read_ahead(distinct_audio(batch)[0])
 
     def forget_rows(self, batch: Mapping[str, Sequence]) -> None:
         """Give up what was read ahead of rows that no call will get."""
-        for source in _distinct(batch)[0]:
+        for source in distinct_audio(batch)[0]:
             self._reading.pop(source, None)
 
     def tokenize_waveforms(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
