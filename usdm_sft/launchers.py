@@ -7,6 +7,7 @@ ever for a process that was killed (datatrove 0.10).
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import multiprocessing
 import os
@@ -19,6 +20,8 @@ from functools import partial
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from usdm_sft.tasks import run_task
 
@@ -120,7 +123,7 @@ def submit(folder: Path, tasks: int, ranks: Sequence[int], device: str, options:
         "cpus_per_task": 4,
         "mem_per_cpu_gb": 4,
         "gpus_per_task": int(device == "cuda"),
-        **options,
+        **_typed(options),
     }
     if not options.keys() & {"env_command", "condaenv", "venv_path"}:  # the environment of this process
         options["env_command"] = f'export PATH="{Path(sys.executable).parent}:$PATH"'
@@ -135,3 +138,12 @@ def submit(folder: Path, tasks: int, ranks: Sequence[int], device: str, options:
     finally:
         its_logger.enable("datatrove")
     return f"{len(ranks)} of {tasks} tasks were submitted to Slurm (job {job.job_id}; logs in {job.slurm_logs_folder})"
+
+
+def _typed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers and truth values as such: `--slurm.requeue false` gives text. What is text for datatrove (time) stays it."""
+    parameters = inspect.signature(SlurmPipelineExecutor).parameters
+    return {
+        name: yaml.safe_load(value) if isinstance(value, str) and isinstance(parameters[name].default, int) else value
+        for name, value in options.items()
+    }

@@ -69,7 +69,7 @@ def prepare(
     overwrite: bool = False,
     executor: Literal["local", "slurm", "ray"] | None = None,
     tasks: int = 1,
-    slurm: dict[str, Any] | None = None,
+    slurm: dict | None = None,
 ) -> dict[str, Any]:
     """Make a dataset folder of examples with units, input_ids and labels.
 
