@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from conftest import REPOSITORY
 from test_workers import command, content, options
 
 import usdm_sft
-from usdm_sft import launchers, tasks
+from usdm_sft import launchers, shards, tasks
 from usdm_sft.cli import main
 from usdm_sft.pipeline import Submitted, prepare
 from usdm_sft.unit_model import UnitModel
@@ -131,6 +132,18 @@ def test_local_tasks_end_when_their_parent_is_killed(mini, unit_model, tmp_path)
             assert time.monotonic() < deadline, "a task outlives its parent"
             time.sleep(0.05)
     assert not list(tmp_path.glob("cache/units/*.arrow"))  # they did not live to make one
+
+
+def test_error_in_a_task_is_in_its_log(mini, unit_model, tmp_path, monkeypatch, capfd):
+    corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
+    recording, load_rows = corpus / "data" / "3" / "0_0_d3.wav", shards.load_rows
+    monkeypatch.setattr(shards, "load_rows", lambda builder: recording.write_bytes(b"RIFF") and load_rows(builder))
+    its_options = options(mini, unit_model, tmp_path, executor="local", tasks=2, num_gpus=0, data_dir=str(corpus))
+    with pytest.raises(RuntimeError, match=r"1 of 2 tasks failed \(0\): see .*/logs; start the run again, finished"):
+        prepare(**its_options)
+    (log,) = tmp_path.glob("cache/executor/*/logs/task_00000.log")
+    assert "0_0_d3.wav is not audio that soundfile can read" in log.read_text()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def task_file(mini, unit_model, folder, **changes):
@@ -365,8 +378,8 @@ def test_slurm_options_of_the_command_line(capsys, given, message):
 def test_without_datatrove(monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
     for name in ("executors", "launchers"):
-        monkeypatch.delitem(sys.modules, f"usdm_sft.{name}")
-        monkeypatch.delattr(usdm_sft, name)
+        monkeypatch.delitem(sys.modules, f"usdm_sft.{name}", raising=False)
+        monkeypatch.delattr(usdm_sft, name, raising=False)
     with pytest.raises(ImportError, match=r"--executor needs datatrove .*pip install 'dailytalk-usdm\[executors\]'"):
         prepare("no data", "no output", executor="local")
 

@@ -47,7 +47,10 @@ def _run_process(*args: Any) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    _run_rank(*args)
+    try:
+        _run_rank(*args)
+    except Exception:  # in the task's log, where datatrove has written it
+        sys.exit(1)
 
 
 def run_here(folder: Path, tasks: int, ranks: Sequence[int], devices: Sequence[str]) -> None:
