@@ -64,5 +64,18 @@ def test_two_at_once_take_turns(tmp_path):
     assert calls == [b"x"]
 
 
+def test_shards_whose_keys_begin_alike_do_not_wait_for_each_other(tmp_path):
+    level, made = ShardCache(tmp_path), []
+    other = threading.Thread(target=lambda: made.append(level.make("ab2", writer(b"y"))), daemon=True)
+
+    def write(path):
+        other.start()
+        other.join(30)
+        assert made  # while the first is being made
+        writer(b"x")(path)
+
+    level.make("ab1", write)
+
+
 def test_keys():
     assert cache_key("a", {"x": 1, "y": 2}) == cache_key("a", {"y": 2, "x": 1}) != cache_key("a", {"x": 1})

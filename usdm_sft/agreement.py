@@ -19,6 +19,26 @@ if TYPE_CHECKING:
 NUM_UTTERANCES = 64
 
 
+def pick_sample(audio: Mapping[str, AudioDigest], num_utterances: int = NUM_UTTERANCES) -> dict[str, AudioDigest]:
+    """Files spread evenly over the corpus; all of them where there are no more."""
+    paths = list(audio)
+    picked = np.unique(np.linspace(0, len(paths) - 1, min(num_utterances, len(paths))).round().astype(int))
+    return {paths[i]: audio[paths[i]] for i in picked}
+
+
+def agreement_file(unit_tokenizer: UnitTokenizer, sample: Mapping[str, AudioDigest], cache: Path) -> Path | None:
+    """Where the agreement on these files is kept once it is measured; None where the setting is fp32 and soxr itself."""
+    reference = _reference(unit_tokenizer)
+    if reference.settings == unit_tokenizer.settings:
+        return None
+    key = cache_key("agreement", *reference.key, *unit_tokenizer.key, [digest.sha256 for digest in sample.values()])
+    return cache / "agreement" / f"{key}.json"
+
+
+def _reference(unit_tokenizer: UnitTokenizer) -> UnitTokenizer:
+    return unit_tokenizer.with_settings(precision="fp32", resampler="soxr")
+
+
 def measure_agreement(
     unit_tokenizer: UnitTokenizer, audio: Mapping[str, AudioDigest], cache: Path, num_utterances: int = NUM_UTTERANCES
 ) -> dict[str, Any] | None:
@@ -33,14 +53,12 @@ def measure_agreement(
     Returns:
         `utterances`, `units`, `equal_units` and `share`; None where the setting is fp32 and soxr itself.
     """
-    reference = unit_tokenizer.with_settings(precision="fp32", resampler="soxr")
-    if reference.settings == unit_tokenizer.settings:
+    sample = pick_sample(audio, num_utterances)
+    file = agreement_file(unit_tokenizer, sample, cache)
+    if file is None:
         return None
-    paths = list(audio)
-    picked = np.unique(np.linspace(0, len(paths) - 1, min(num_utterances, len(paths))).round().astype(int))
-    sample = [paths[i] for i in picked]
-    key = cache_key("agreement", *reference.key, *unit_tokenizer.key, [audio[path].sha256 for path in sample])
-    file = cache / "agreement" / f"{key}.json"
+    reference = _reference(unit_tokenizer)
+    sample = list(sample)
     with path_lock(file, cache):
         if file.is_file():
             return json.loads(file.read_text())

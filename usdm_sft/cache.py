@@ -60,7 +60,8 @@ class ShardCache:
         Runs that share the cache take turns: the second finds what the first has made.
         """
         (self.folder / "locks").mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / "locks" / key[:2]):  # a fixed set of names: lock files stay, and must not pile up
+        # A fixed set of names: lock files stay, and must not pile up. Of two letters 64 tasks at once would often share one.
+        with FileLock(self.folder / "locks" / key[:4]):
             if (found := self.find(key)) is not None:
                 return found
             unfinished = self.folder / f"{key}.unfinished"

@@ -19,7 +19,7 @@ from jsonargparse import ArgumentParser
 from usdm_sft import __version__
 from usdm_sft.checkpoint import convert
 from usdm_sft.export import export_text
-from usdm_sft.pipeline import prepare
+from usdm_sft.pipeline import Submitted, prepare
 from usdm_sft.template_config import Template
 
 
@@ -210,7 +210,11 @@ def make_parser() -> Parser:
 
 def run(command: str, options: dict) -> None:
     if command == "prepare":
-        counts = prepare(**options | {"template": Template(**options["template"])})
+        try:
+            counts = prepare(**options | {"template": Template(**options["template"])})
+        except Submitted as submitted:
+            print(submitted)
+            return
         for split, its in counts["splits"].items():
             bad_audio = its["pairs_with_bad_audio"]
             left_out = f"{len(its['pairs_left_out']) - bad_audio} too long"

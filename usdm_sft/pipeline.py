@@ -38,6 +38,10 @@ _VERSIONED = (
 )
 
 
+class Submitted(Exception):
+    """The units are being made elsewhere: prepare goes on when it is called again."""
+
+
 def prepare(
     data_dir: str,
     output_path: str,
@@ -65,6 +69,9 @@ def prepare(
     shuffle_seed: int | None = None,
     on_bad_audio: Literal["error", "skip"] = "error",
     overwrite: bool = False,
+    executor: Literal["local", "slurm", "ray"] | None = None,
+    tasks: int = 1,
+    slurm: dict | None = None,
 ) -> dict[str, Any]:
     """Make a dataset folder of examples with units, input_ids and labels.
 
@@ -93,7 +100,8 @@ def prepare(
         precision: fp32 (the reference's), tf32, fp16 or bf16.
         batch_seconds: Seconds of audio, padding included, in one forward pass.
         shard_dialogs: Dialogs in a work shard, which is what a crash can lose.
-        num_gpus: GPUs to use, a process each; all of them by default. 0 means the CPU.
+        num_gpus: GPUs to use, a process each; all of them by default. 0 means the CPU. With ray and slurm each task has one
+            GPU, unless this is 0.
         resampler: soxr (the reference's) or torchaudio (on the device; needs the extra).
         agreement_utterances: Utterances on which the agreement of other precisions and resamplers with fp32 and soxr is
             measured.
@@ -103,11 +111,20 @@ def prepare(
             the pairs concerned, and lists them in counts.json and in the card.
         overwrite: Write into an output folder that holds something else; its README.md, counts.json, pictures,
             tokenizer and the folder of the config are replaced.
+        executor: Make the units in tasks of datatrove (extra executors): local, in a process each on this machine; ray, on the
+            cluster of RAY_ADDRESS or a new one; slurm, as an array job, after which the same command is given again. All
+            machines must see data, unit model, cache and environment under the same paths. By default this process and
+            one for each further GPU.
+        tasks: Into how many tasks the work shards are cut. As many as GPUs may be had at once will do: a lost task loses
+            one work shard. Local tasks on the CPU all run at once.
+        slurm: Options of datatrove's SlurmPipelineExecutor: partition and time, and as wanted cpus_per_task (4),
+            mem_per_cpu_gb (4), gpus_per_task (1), qos, sbatch_args, env_command, ...
 
     Returns:
         The counts, as in counts.json.
 
     Raises:
+        Submitted: The units are made by Slurm; nothing else is wrong.
         FileNotFoundError: Data, a split list, an audio file or a model is missing.
         FileExistsError: The output folder holds something else and `overwrite` is false.
         ValueError: Split lists, audio, unit model, tokenizer or a setting are wrong; the message says what to do.
@@ -121,9 +138,15 @@ def prepare(
     if shuffle_seed is not None and shuffle_seed < 0:
         raise ValueError(f"shuffle_seed is {shuffle_seed}: give 0 or more")
     check_config(config_name, history)
+    if executor is not None:
+        from usdm_sft import executors
+
+        executors.check_options(executor, tasks, num_gpus, slurm)
+    elif tasks != 1 or slurm is not None:
+        raise ValueError("tasks and slurm are options of an executor: name one with --executor")
     from dailytalk_usdm import DailyTalkUSDM
     from usdm_sft import folder, shards
-    from usdm_sft.agreement import measure_agreement
+    from usdm_sft.agreement import measure_agreement, pick_sample
     from usdm_sft.batches import padding_share
     from usdm_sft.cache import cache_key, path_lock
     from usdm_sft.counts import count_rows
@@ -137,7 +160,8 @@ def prepare(
     from usdm_sft.writer import write_folder
 
     overflow = choose_overflow(overflow, config_name, history)
-    devices = _find_devices(num_gpus)
+    elsewhere = executor in ("slurm", "ray")
+    devices = (["cpu"] if num_gpus == 0 else ["cuda"]) if elsewhere else _find_devices(num_gpus)
     output = Path(output_path).expanduser()
     folder.check_output(output, overwrite=overwrite, finished_too=False)
     cache = cache_root(cache_dir)
@@ -163,6 +187,7 @@ def prepare(
         batch_seconds=batch_seconds,
         resampler=resampler,
         cache_dir=cache,
+        elsewhere=elsewhere,
     )
     if unit_tokenizer.num_units > encoder.num_units:
         raise ValueError(
@@ -201,6 +226,14 @@ def prepare(
         return finished
 
     rows = shards.load_rows(builder)
+    if executor is not None:
+        sample = pick_sample(builder.audio_digests, agreement_utterances)
+        its_devices = devices if devices[0] != "cpu" else ["cpu"] * tasks
+        submitted = executors.run_tasks(
+            executor, plan, unit_tokenizer, its_devices, cache, tasks=tasks, sample=sample, slurm=slurm
+        )
+        if submitted:
+            raise Submitted(f"{submitted}: run the same command again when it has ended")
     agreement = measure_agreement(unit_tokenizer, builder.audio_digests, cache, agreement_utterances)
     if agreement is not None:
         logger.warning(

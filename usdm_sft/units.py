@@ -60,6 +60,7 @@ class UnitTokenizer:
         batch_seconds: float = BATCH_SECONDS,
         resampler: str = "soxr",
         cache_dir: str | Path | None = None,
+        elsewhere: bool = False,
     ) -> UnitTokenizer:
         """Open a unit model folder.
 
@@ -71,6 +72,7 @@ class UnitTokenizer:
                 goes alone.
             resampler: "soxr" (the reference's, on the CPU) or "torchaudio" (on the device; needs the extra).
             cache_dir: Where digests of files are remembered.
+            elsewhere: The device is another machine's, and is not looked for on this one.
 
         Raises:
             FileNotFoundError: The folder or one of its files does not exist.
@@ -88,7 +90,7 @@ class UnitTokenizer:
         if not batch_seconds > 0:
             raise ValueError(f"batch_seconds is {batch_seconds}: give a positive number of seconds")
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
-        if device.type == "cuda" and not torch.cuda.is_available():
+        if device.type == "cuda" and not elsewhere and not torch.cuda.is_available():
             raise ValueError(
                 f"device is {device}, but torch finds no CUDA device: use the CPU, or install torch for CUDA"
             )

@@ -1,0 +1,152 @@
+"""The three ways to start tasks: processes here, Ray, Slurm. Which tasks are done is told by datatrove's marks, not here.
+
+Here and on Ray each task is a process that we start ourselves: the pools of datatrove's local and Ray executors wait for
+ever for a process that was killed (datatrove 0.10).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from functools import partial
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from usdm_sft.tasks import run_task
+
+_INSTALL = "pip install 'dailytalk-usdm[executors]'"
+try:
+    from datatrove.executor.local import LocalPipelineExecutor
+    from datatrove.executor.slurm import SlurmPipelineExecutor
+except ImportError as error:
+    raise ImportError(f"--executor needs datatrove ({error}): {_INSTALL}") from error
+
+logger = logging.getLogger(__name__)
+
+
+def _run_rank(folder: str, tasks: int, rank: int, device: str | None = None) -> None:
+    executor = LocalPipelineExecutor([partial(run_task, folder=folder, device=device)], tasks=tasks, logging_dir=folder)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # the task's log has it all
+        executor._run_for_rank(rank)
+
+
+def _run_process(*args: Any) -> None:
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    try:
+        _run_rank(*args)
+    except Exception:  # in the task's log, where datatrove has written it
+        sys.exit(1)
+
+
+def run_here(folder: Path, tasks: int, ranks: Sequence[int], devices: Sequence[str]) -> None:
+    """A spawned process a task, one at a time on each device."""
+    from tqdm import tqdm
+
+    context = multiprocessing.get_context("spawn")
+    waiting, free, running = deque(ranks), deque(devices), {}
+    try:
+        with tqdm(total=len(ranks), desc="tasks", unit="task") as bar:
+            while waiting or running:
+                while waiting and free:
+                    rank, device = waiting.popleft(), free.popleft()
+                    process = context.Process(target=_run_process, args=(str(folder), tasks, rank, device))
+                    process.start()
+                    running[process.sentinel] = process, device
+                for sentinel in connection.wait(running):
+                    process, device = running.pop(sentinel)
+                    process.join()
+                    free.append(device)
+                    bar.update()
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+            process.join()
+
+
+def run_on_ray(folder: Path, tasks: int, ranks: Sequence[int], device: str) -> None:
+    """A Ray task a task, which has a GPU where the device is "cuda"."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that we start tells nobody
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError(f"--executor ray needs Ray ({error}): {_INSTALL}") from error
+    from tqdm import tqdm
+
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init(
+            log_to_driver=False, logging_level=logging.ERROR
+        )  # the user's cluster (RAY_ADDRESS), or one of our own
+    waiting = []
+    try:
+        num_gpus = int(device == "cuda")
+        if num_gpus and not ray.cluster_resources().get("GPU"):
+            logger.warning("the Ray cluster has no GPU: the tasks wait for one (--num_gpus 0 is for the CPU)")
+        run = ray.remote(num_cpus=1, num_gpus=num_gpus)(_run_rank)  # again, up to 3 times, when its process dies
+        waiting = [run.remote(str(folder), tasks, rank) for rank in ranks]
+        with tqdm(total=len(ranks), desc="tasks", unit="task") as bar:
+            while waiting:
+                (done,), waiting = ray.wait(waiting)
+                with contextlib.suppress(ray.exceptions.RayError):  # the task's mark is missing then
+                    ray.get(done)
+                bar.update()
+    finally:
+        for each in waiting:
+            ray.cancel(each, force=True)
+        if ours:
+            ray.shutdown()
+
+
+class _Slurm(SlurmPipelineExecutor):
+    def launch_merge_stats(self) -> None:
+        """No job that waits for a GPU to add up statistics: there are none."""
+
+
+def submit(folder: Path, tasks: int, ranks: Sequence[int], device: str, options: Mapping[str, Any]) -> str:
+    """One array job; says which. The job finds its tasks in what datatrove pickles into the folder."""
+    from loguru import logger as its_logger
+
+    options = {
+        "job_name": "dailytalk-usdm",
+        "cpus_per_task": 4,
+        "mem_per_cpu_gb": 4,
+        "gpus_per_task": int(device == "cuda"),
+        **_typed(options),
+    }
+    if not options.keys() & {"env_command", "condaenv", "venv_path"}:  # the environment of this process
+        options["env_command"] = f'export PATH="{Path(sys.executable).parent}:$PATH"'
+    job = _Slurm([partial(run_task, folder=str(folder))], tasks=tasks, logging_dir=str(folder), **options)
+    its_logger.disable("datatrove")
+    try:
+        job.launch_job()
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(
+            f"sbatch ended with exit status {error.returncode}: mind --slurm and what it says above"
+        ) from error
+    finally:
+        its_logger.enable("datatrove")
+    return f"{len(ranks)} of {tasks} tasks were submitted to Slurm (job {job.job_id}; logs in {job.slurm_logs_folder})"
+
+
+def _typed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers and truth values as such: `--slurm.requeue false` gives text. What is text for datatrove (time) stays it."""
+    parameters = inspect.signature(SlurmPipelineExecutor).parameters
+    return {
+        name: yaml.safe_load(value) if isinstance(value, str) and isinstance(parameters[name].default, int) else value
+        for name, value in options.items()
+    }
