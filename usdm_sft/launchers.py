@@ -89,9 +89,8 @@ def run_on_ray(folder: Path, tasks: int, ranks: Sequence[int], device: str) -> N
 
     ours = not ray.is_initialized()
     if ours:
-        ray.init(
-            log_to_driver=False, logging_level=logging.ERROR
-        )  # the user's cluster (RAY_ADDRESS), or one of our own
+        # The user's cluster (RAY_ADDRESS, or one that was started on this machine), or else one of our own.
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     waiting = []
     try:
         num_gpus = int(device == "cuda")

@@ -113,8 +113,8 @@ def prepare(
             tokenizer and the folder of the config are replaced.
         executor: Make the units in tasks of datatrove (extra executors): local, in a process each on this machine; ray, on the
             cluster of RAY_ADDRESS or a new one; slurm, as an array job, after which the same command is given again. All
-            machines must see data, unit model, cache and environment under the same paths. By default this process and
-            one for each further GPU.
+            machines must see data, unit model, cache and environment under the same paths. By default this process, or
+            one for each GPU.
         tasks: Into how many tasks the work shards are cut. As many as GPUs may be had at once will do: a lost task loses
             one work shard. Local tasks on the CPU all run at once.
         slurm: Options of datatrove's SlurmPipelineExecutor: partition and time, and as wanted cpus_per_task (4),
