@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -67,11 +68,12 @@ def test_every_kind_of_table_says_the_same(tmp_path, kind):
 
 def test_where_recordings_are_named_from(tmp_path):
     rows = rows_of()
-    rows[0]["audio"], rows[1]["audio"] = "/elsewhere/x.wav", "zip://x.wav::/elsewhere/x.zip"
+    rows[0]["audio"], rows[1]["audio"] = "/elsewhere/x.wav", "zip://x.wav::../x.zip"
     path = write_jsonl(tmp_path / "m.jsonl", rows)
-    for data_dir, expected in ((None, tmp_path / "a.wav"), ("/corpus", "/corpus/a.wav")):
+    for data_dir, folder in ((None, tmp_path), ("/some/corpus", Path("/some/corpus"))):
         utterances = read_corpus({"train": path}, data_dir=data_dir)["train"].dialogs[0].utterances
-        assert [u.audio for u in utterances[:3]] == ["/elsewhere/x.wav", "zip://x.wav::/elsewhere/x.zip", str(expected)]
+        archive = f"zip://x.wav::{folder.parent / 'x.zip'}"
+        assert [u.audio for u in utterances[:3]] == ["/elsewhere/x.wav", archive, str(folder / "a.wav")]
 
 
 @pytest.mark.parametrize(

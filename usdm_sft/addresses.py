@@ -98,6 +98,14 @@ def zip_address(archive: str | os.PathLike, member: str) -> str:
     return f"zip://{member}::{os.fspath(archive)}"
 
 
+def absolute_file(file: str, folder: str | os.PathLike) -> str:
+    """A file that is named from `folder`, or a member of an archive that is, by its absolute path."""
+    match = _ZIP.fullmatch(file)
+    if match is None:
+        return os.path.abspath(os.path.join(folder, file))
+    return zip_address(os.path.abspath(os.path.join(folder, match["archive"])), match["member"])
+
+
 def disk_files(address: str | os.PathLike) -> list[str]:
     """The files on disk, or archives, that an address leads to, symlinks followed."""
     matches = [(stretch.file, _match_zip(stretch.file)) for stretch in parse_address(address)]

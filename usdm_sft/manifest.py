@@ -10,12 +10,11 @@ order of the manifest, turns are numbered without a gap.
 import csv
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from usdm_sft.addresses import format_address
+from usdm_sft.addresses import absolute_file, format_address
 from usdm_sft.corpus import CONTROL, Utterance, note, quote, text_problem
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
@@ -51,7 +50,7 @@ def read_manifest(path: Path, problems: list[str], folder: Path) -> dict[str, di
     Args:
         path: The manifest.
         problems: What is wrong is added.
-        folder: Where the recordings are named from; an absolute path and `zip://member::archive` stand for themselves.
+        folder: Where the recordings, and archives of `zip://member::archive`, are named from.
 
     Returns:
         Dialog id -> {utterance: its place, as file:line, or the row of a Parquet file}.
@@ -68,10 +67,8 @@ def read_manifest(path: Path, problems: list[str], folder: Path) -> dict[str, di
         dialog, speaker, turn = str(row["dialog"]), str(row["speaker"]), int(row["turn"])
         numbers = [None if _is_missing(row, name) else float(row[name]) for name in ("start", "end")]
         channel = None if _is_missing(row, "channel") else int(row["channel"])
-        name = row["audio"]
-        file = name if name.startswith("zip://") else os.path.abspath(folder / name)
         emotion = "" if _is_missing(row, "emotion") else str(row["emotion"])
-        audio = format_address(file, *numbers, channel)
+        audio = format_address(absolute_file(row["audio"], folder), *numbers, channel)
         utterance = Utterance(f"{dialog}_{turn}", dialog, turn, speaker, row["text"], emotion, audio)
         if (first := seen.setdefault(utterance.id, place)) != place:
             note(problems, f"{place}: turn {turn} of {quote(dialog)} stands already at {first}: delete one of the two")
