@@ -27,7 +27,7 @@ from usdm_sft.template import TemplateEncoder
 from usdm_sft.tokenizer import load_tokenizer
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def folder(dataset_folder):
     return dataset_folder
 
