@@ -99,7 +99,7 @@ def test_a_single_line_of_a_hundred_megabytes(path):
 
     def call():
         with pytest.raises(
-            CorpusError, match=r"l\.txt:1: line of more than 100,000 characters, 'x+\.\.\.': name a split"
+            CorpusError, match=r"l\.txt:1: line of more than 1,000,000 characters, 'x+\.\.\.': name a split"
         ):
             read_corpus({"train": path})
 
@@ -111,7 +111,7 @@ def test_sparse_file(path):
     os.truncate(path, 50_000_000_000)
 
     def call():
-        with pytest.raises(CorpusError, match=r"l\.txt:1: line of more than 100,000 characters"):
+        with pytest.raises(CorpusError, match=r"l\.txt:1: line of more than 1,000,000 characters"):
             read_corpus({"train": path})
 
     within(5, call)
@@ -140,7 +140,7 @@ def test_thousands_of_dialogs_without_a_beginning(path):
 def test_longest_line(path):
     text = "a" * (split_list.MAX_LINE - len("1_1_d1|1|{P}||none"))
     assert read(path, GOOD.replace("yes.", text)).dialogs[0].utterances[1].text == text
-    assert problems(path, GOOD.replace("yes.", text + "a"))[0].startswith("2: line of more than 100,000 characters")
+    assert problems(path, GOOD.replace("yes.", text + "a"))[0].startswith("2: line of more than 1,000,000 characters")
 
 
 # Ids become paths

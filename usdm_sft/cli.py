@@ -239,6 +239,15 @@ def _reasons(left_out: dict[str, str]) -> str:
     return ", ".join(f"{dialog}: {reason}" for dialog, reason in left_out.items()) or "none"
 
 
+def _find_full_disk(error: BaseException | None) -> OSError | None:
+    """What a full disk leads to may hide it."""
+    while error is not None:
+        if isinstance(error, OSError) and os.strerror(errno.ENOSPC) in str(error):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point of the console script."""
     options = make_parser().parse_args(args)
@@ -252,9 +261,9 @@ def main(args: list[str] | None = None) -> None:
         print(f"dailytalk-usdm {command}: interrupted; start it again, finished work is kept", file=sys.stderr)
         sys.exit(130)
     except (OSError, ValueError, IndexError, ImportError, MemoryError, RuntimeError) as error:
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        remedy = ": make room and start it again, finished work is kept" if full else ""
-        print(f"dailytalk-usdm {command}: {error}{remedy}", file=sys.stderr)
+        if (full := _find_full_disk(error)) is not None:
+            error = f"{full}: make room and start it again, finished work is kept"
+        print(f"dailytalk-usdm {command}: {error}", file=sys.stderr)
         sys.exit(1)
 
 

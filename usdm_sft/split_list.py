@@ -15,7 +15,7 @@ from usdm_sft.corpus import Utterance, note, quote, text_problem
 # Names under which the two lists lie beside the data: renamed as the reference asks, or as DailyTalk ships them.
 LIST_NAMES = ({"train": "train.txt", "test": "test.txt"}, {"train": "train_phone.txt", "test": "val_phone.txt"})
 
-MAX_LINE = 100_000  # characters; DailyTalk's longest line has 752
+MAX_LINE = 1_000_000  # characters; DailyTalk's longest line has 752
 
 _UTTERANCE_ID = re.compile(r"([0-9]{1,9})_([0-9]{1,9})_d([0-9]{1,9})")
 _UNDECODED = re.compile(r"[\udc80-\udcff]")
