@@ -23,6 +23,7 @@ from usdm_sft.checkpoint_keys import to_transformers
 from usdm_sft.digests import file_digest
 from usdm_sft.download import cache_root, sha256_file
 
+FILES = ("config.json", "model.safetensors", "kmeans.npy")
 XLSR_LAYER = 35
 MAX_UNITS = 65_536  # units are stored as uint16
 
@@ -104,7 +105,11 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{folder} is not a unit model folder (it holds no unit_model.json): make one with 'dailytalk-usdm convert'"
         )
     description = _read_json(path)
-    if not {"layer", "num_units", "files", "sources"} <= description.keys():
+    if (
+        not all(isinstance(description.get(name), int) for name in ("layer", "num_units"))
+        or not all(isinstance(description.get(name), dict) for name in ("files", "sources"))
+        or set(description["files"]) != set(FILES)  # one that is not named would not be checked
+    ):
         raise ValueError(f"{path} is not what convert wrote: remove the folder and convert the unit model again")
     return description
 
@@ -134,7 +139,7 @@ def _read_json(path: str | Path) -> dict[str, Any]:
         values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is not a file: name a JSON file") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): correct the file") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no JSON object: correct the file")
@@ -156,10 +161,9 @@ def _write(
         unfinished / "config.json", unfinished / "model.safetensors"
     )  # safetensors writes for the owner only
     np.save(unfinished / "kmeans.npy", centroids)
-    names = ("config.json", "model.safetensors", "kmeans.npy")
     description |= {
         "num_units": len(centroids),
-        "files": {name: sha256_file(unfinished / name) for name in names},
+        "files": {name: sha256_file(unfinished / name) for name in FILES},
     }
     (unfinished / "unit_model.json").write_text(json.dumps(description, indent=2) + "\n")
     os.replace(unfinished, folder)
@@ -218,7 +222,8 @@ def _read_kmeans(path: Path, config: dict[str, Any]) -> np.ndarray:
 def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The tensors of the layers that are needed, under transformers' names."""
     import torch
-    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    from usdm_sft.unit_model import empty_model
 
     try:
         # Old checkpoints are no zip files and cannot be memory-mapped.
@@ -239,8 +244,7 @@ def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Any]:
             f"{path}: {error.args[0]} is no parameter of a wav2vec 2.0 model in fairseq's or fairseq2's naming"
         ) from error
 
-    with torch.device("meta"):
-        expected = Wav2Vec2Model(Wav2Vec2Config(**config)).state_dict()
+    expected = empty_model(config).state_dict()
     weights = {}
     for key, parameter in expected.items():
         if key not in renamed:

@@ -222,14 +222,30 @@ def _reasons(left_out: dict[str, str]) -> str:
     return ", ".join(f"{dialog}: {reason}" for dialog, reason in left_out.items()) or "none"
 
 
+def _check_names(options: dict, refused: str) -> None:
+    """What no file name may hold; bytes that are not UTF-8, which come as surrogates, no Arrow file and no JSON can take."""
+    for name, value in options.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and re.search(f"[{refused}]", text):
+                raise ValueError(f"{name} {text!r} holds a NUL, or bytes that are not UTF-8: rename the file or folder")
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point of the console script."""
-    options = make_parser().parse_args(args)
+    parser = make_parser()
+    try:
+        options = parser.parse_args(args)
+    except (
+        ValueError,
+        OverflowError,
+    ) as error:  # a YAML file that is not UTF-8, a NUL in its name, 1e400 as an integer
+        parser.error(str(error))
     command = options.pop("command")
     options = options.pop(command).as_dict()
     options.pop("config", None)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
+        _check_names(options, "\0\ud800-\udfff" if command == "prepare" else "\0")
         run(command, options)
     except KeyboardInterrupt:
         print(f"dailytalk-usdm {command}: interrupted; start it again, finished work is kept", file=sys.stderr)
@@ -237,7 +253,9 @@ def main(args: list[str] | None = None) -> None:
     except (OSError, ValueError, IndexError, ImportError, MemoryError, RuntimeError) as error:
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         remedy = ": make room and start it again, finished work is kept" if full else ""
-        print(f"dailytalk-usdm {command}: {error}{remedy}", file=sys.stderr)
+        from usdm_sft.view import printable  # names and values of strangers may be in it
+
+        print(printable(f"dailytalk-usdm {command}: {error}{remedy}"), file=sys.stderr)
         sys.exit(1)
 
 

@@ -7,16 +7,19 @@ units that it gets alone: padding is zeroed before the positional convolution an
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModel, Wav2Vec2Config
+from transformers import AutoModel, PreTrainedModel, Wav2Vec2Config
+
+from usdm_sft.checkpoint import read_description
 
 KMEANS_ROWS = 4096  # frames whose distances to all centroids are held at once: 160 MB with 10,000 centroids
 
@@ -53,8 +56,7 @@ class UnitModel(nn.Module):
     ):
         super().__init__()
         self.precision = PRECISIONS[precision]
-        with torch.device("meta"):  # no memory and no initialization: the given tensors take the parameters' place
-            model = AutoModel.from_config(Wav2Vec2Config(**config), attn_implementation="sdpa")
+        model = empty_model(config)  # the given tensors take the parameters' place
         model.load_state_dict(weights, assign=True)
         self.feature_extractor = model.feature_extractor
         self.feature_projection = model.feature_projection
@@ -75,11 +77,24 @@ class UnitModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, precision: str = "fp32") -> UnitModel:
-        """Open a unit model folder; the weights are memory-mapped until they go to a device."""
+        """Open a unit model folder; the weights are memory-mapped until they go to a device.
+
+        Raises:
+            ValueError: The folder holds something else than `convert` writes, though its digests fit.
+        """
         folder = Path(folder)
-        config = json.loads((folder / "config.json").read_text())
-        centroids = np.load(folder / "kmeans.npy", allow_pickle=False)
-        return cls(config, load_file(folder / "model.safetensors"), centroids, precision)
+        description = read_description(folder)
+        try:
+            config = json.loads((folder / "config.json").read_text())
+            centroids = np.load(folder / "kmeans.npy", allow_pickle=False)
+            weights = load_file(folder / "model.safetensors")
+            _check_parts(config, weights, centroids, description)
+            return cls(config, weights, centroids, precision)
+        except (ValueError, RuntimeError, RecursionError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"{folder} is not what convert wrote ({reason}): remove the folder and convert the unit model again"
+            ) from error
 
     @torch.inference_mode()
     def forward(self, waveforms: torch.Tensor, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,6 +144,37 @@ class UnitModel(nn.Module):
             distances = some.pow(2).sum(1, keepdim=True) - 2 * (some @ self.centroids.T) + self.centroid_norms
             units[start : start + KMEANS_ROWS] = distances.argmin(dim=1)
         return units.to(torch.uint16).reshape(features.shape[:-1])
+
+
+def empty_model(config: dict[str, Any]) -> PreTrainedModel:
+    """The Wav2Vec2Model of a config, on the device "meta": without memory and without values.
+
+    Raises:
+        ValueError: transformers makes no model of it.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModel.from_config(Wav2Vec2Config(**config), attn_implementation="sdpa")
+    except Exception as error:  # whatever transformers trips over
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"the config is not that of a wav2vec2 model ({reason}): correct it") from error
+
+
+def _check_parts(
+    config: Any, weights: Mapping[str, torch.Tensor], centroids: np.ndarray, description: Mapping[str, Any]
+) -> None:
+    """What a stranger's folder may have otherwise, and the model would take an age to build for, or units be wrong by."""
+    layer = description["layer"]
+    if not isinstance(config, dict) or config.get("num_hidden_layers") != layer or not 0 < layer <= len(weights):
+        raise ValueError(f"config.json is not of a model of {layer} layers")
+    if any(tensor.dtype != torch.float32 for tensor in weights.values()):
+        raise ValueError("model.safetensors is not float32")
+    if centroids.dtype != np.float32 or centroids.shape != (description["num_units"], config.get("hidden_size")):
+        raise ValueError(
+            f"kmeans.npy is {centroids.dtype} of shape {centroids.shape}, not {description['num_units']} float32 centroids"
+        )
+    if not len(centroids) or not np.isfinite(centroids).all():
+        raise ValueError("kmeans.npy is empty, or holds NaN or infinite values")
 
 
 @contextmanager
