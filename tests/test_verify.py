@@ -110,7 +110,9 @@ def replace_table(folder, change):
 
 def test_other_columns(folder_copy):
     replace_table(folder_copy, lambda table: table.append_column("more", pa.array([1])))
-    with pytest.raises(VerificationError, match=f"{FILE} has other columns than the README.md beside it says: .*<more: int64>"):
+    with pytest.raises(
+        VerificationError, match=f"{FILE} has other columns than the README.md beside it says: .*<more: int64>"
+    ):
         verify(folder_copy)
 
 

@@ -227,7 +227,11 @@ def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
     try:
         # Old checkpoints are no zip files and cannot be memory-mapped.
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        if is_zip := zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                    raise ValueError("its parts are compressed, as torch never writes them")  # to any size
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # whatever the unpickler trips over
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path} is not a checkpoint of plain tensors ({reason}): name the published file") from error

@@ -6,6 +6,7 @@ imported before the arguments are understood.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import json
@@ -14,13 +15,16 @@ import os
 import re
 import sys
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from usdm_sft import __version__
 from usdm_sft.checkpoint import convert
 from usdm_sft.export import export_text
 from usdm_sft.pipeline import prepare
 from usdm_sft.template_config import Template
+
+with contextlib.suppress(TypeError):  # jsonargparse before 4.53
+    set_parsing_settings(import_path_denylist=["*"])  # a YAML file names values, and no code to import
 
 
 class Parser(ArgumentParser):
@@ -197,7 +201,7 @@ def make_parser() -> Parser:
 
 def run(command: str, options: dict) -> None:
     if command == "prepare":
-        counts = prepare(**options | {"template": Template(**options["template"])})
+        counts = prepare(**options | {"template": Template(**options.get("template", {}))})
         for split, its in counts["splits"].items():
             bad_audio = its["pairs_with_bad_audio"]
             left_out = f"{len(its['pairs_left_out']) - bad_audio} too long"
@@ -243,6 +247,7 @@ def main(args: list[str] | None = None) -> None:
     command = options.pop("command")
     options = options.pop(command).as_dict()
     options.pop("config", None)
+    options = {name: value for name, value in options.items() if value is not None}  # null in YAML: the default
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         _check_names(options, "\0\ud800-\udfff" if command == "prepare" else "\0")
