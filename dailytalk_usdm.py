@@ -210,7 +210,12 @@ def load_dataset(data_dir, name="single_turn", *, data_files=None, **kwargs):
     if data_files is None:
         found = _find_split_lists(data_dir, None, kwargs.get("digest_cache_dir"))
         data_files = {split: str(path.resolve()) for split, path in found.items()}
-    return datasets.load_dataset("dailytalk_usdm", name, data_dir=data_dir, data_files=data_files, **kwargs)
+    counting = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else datasets tells Hugging Face of the call, over the network
+    try:
+        return datasets.load_dataset("dailytalk_usdm", name, data_dir=data_dir, data_files=data_files, **kwargs)
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counting
 
 
 def _find_split_lists(data_dir, data_files, cache_dir) -> dict[str, Path]:

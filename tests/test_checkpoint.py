@@ -1,5 +1,7 @@
 import json
 import pickle
+import tracemalloc
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -127,6 +129,19 @@ def test_bad_checkpoint(tmp_path, capfd, change, message):
     assert "code ran" not in capfd.readouterr().out
 
 
+def test_checkpoint_that_unpacks_to_any_size(tmp_path):
+    with zipfile.ZipFile(UNITS / "model_fairseq.pt") as source, zipfile.ZipFile(tmp_path / "bomb.pt", "w") as bomb:
+        for part in source.infolist():
+            content = bytes(50_000_000) if part.filename.endswith("data.pkl") else source.read(part)
+            bomb.writestr(part.filename, content, zipfile.ZIP_DEFLATED if part.filename.endswith("data.pkl") else None)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"bomb\.pt is not a checkpoint of plain tensors \(its parts are compressed"):
+        convert_small(tmp_path / "model", tmp_path / "bomb.pt")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20e6
+
+
 def test_files_that_are_no_checkpoint(tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     with pytest.raises(ValueError, match=r"text\.pt is not a checkpoint of plain tensors"):
@@ -188,6 +203,28 @@ def test_unreadable_config(tmp_path, content, message):
         convert_small(tmp_path / "model", model_config=tmp_path / "none.json")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_attention_heads": 0},
+        {"num_attention_heads": 7},
+        {"hidden_act": "evil"},
+        {"conv_dim": [1]},
+        {"dtype": "nonsense"},
+        {"intermediate_size": "x"},
+    ],
+    ids=str,
+)
+def test_config_that_transformers_trips_over(tmp_path, change):
+    config = json.loads((UNITS / "config.json").read_text())
+    (tmp_path / "c.json").write_text(json.dumps(config | change))
+    with pytest.raises(
+        ValueError, match=r"the config is not that of a Wav2Vec2 or HuBERT model \(.*\): correct it"
+    ) as raised:
+        convert_small(tmp_path / "model", model_config=tmp_path / "c.json")
+    assert "\n" not in str(raised.value)
+
+
 def test_default_config_is_xls_r_1b():
     with torch.device("meta"):
         model = Wav2Vec2Model(Wav2Vec2Config(**module._read_config(None, 35)))
@@ -239,6 +276,12 @@ class TestPublished:
         find_unit_model("xlsr2_1b_v2", tmp_path)
         assert self.fetched == ["xlsr2_1b_v2.pt", "kmeans_10k.npy"]
         assert set(json.loads((tmp_path / "xlsr2_1b_v2.sha256.json").read_text())) == set(self.fetched)
+
+    def test_a_download_must_match_the_known_digest_before_it_is_opened(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(published.KNOWN_DIGESTS, "kmeans_10k.npy", "0" * 64)
+        monkeypatch.setattr(published, "convert", None)
+        with pytest.raises(ValueError, match="it is not the file that is known"):
+            find_unit_model("xlsr2_1b_v2", tmp_path)
 
     def test_a_later_download_must_match_the_record(self, tmp_path):
         (tmp_path / "xlsr2_1b_v2.sha256.json").write_text(json.dumps({"kmeans_10k.npy": "0" * 64}))

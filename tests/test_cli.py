@@ -73,6 +73,59 @@ def test_bad_template_is_one_line_on_stderr(capsys):
     )
 
 
+def test_null_in_a_yaml_file_is_the_default(tmp_path, monkeypatch):
+    given, parser = {}, cli.make_parser()
+    monkeypatch.setattr(cli, "make_parser", lambda: parser)
+    monkeypatch.setattr(cli, "prepare", lambda **options: given.update(options) or {"splits": {}})
+    (tmp_path / "run.yaml").write_text("data_dir: d\nmax_length: null\nprecision: null\n")
+    main(["prepare", "--config", str(tmp_path / "run.yaml"), "--output_path", "o"])
+    assert "max_length" not in given and "precision" not in given
+    assert given["template"] == Template()
+
+
+@pytest.mark.parametrize("spelling", ["{{class_path: {0}}}", "{{class_path: {0}, init_args: {{}}}}", "{0}"])
+def test_a_yaml_file_imports_no_code(tmp_path, monkeypatch, capsys, spelling):
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'code-ran')!r}, 'w')\nclass Evil: pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "run.yaml").write_text(f"data_dir: d\noutput_path: o\ntemplate: {spelling.format('evil.Evil')}\n")
+    with pytest.raises(SystemExit, match="2"):
+        main(["prepare", "--config", str(tmp_path / "run.yaml")])
+    assert not (tmp_path / "code-ran").exists()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["prepare", "--data_dir", "d", "--output_path", "a\0b"],
+        ["prepare", "--data_dir", "a\udcff", "--output_path", "o"],
+        ["units", "m", "good.wav", "a\0b"],
+        ["convert", "c", "k", "a\0b"],
+        ["export", "d", "a\0b"],
+        ["show", "d", "--html", "a\0b"],
+    ],
+)
+def test_names_that_no_file_can_have(args, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="1"):
+        main(args)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "holds a NUL, or bytes that are not UTF-8: rename the file or folder" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_name_that_is_too_long(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for args in (
+        ["verify", "a" * 5000],
+        ["units", "a" * 5000, "x"],
+        ["prepare", "--data_dir", "d", "--output_path", "a" * 5000],
+    ):
+        with pytest.raises(SystemExit, match="1"):
+            main(args)
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "File name too long" in error
+
+
 def test_units(unit_model, mini, capsys):
     paths = [str(mini / "corpus" / "data" / "3" / name) for name in ("0_0_d3.wav", "1_1_d3.wav")]
     main(["units", str(unit_model), *paths])
@@ -102,13 +155,20 @@ def test_bad_input_is_one_line_on_stderr(tmp_path):
         (["prepare", "--config", "{nested}"], "did you mean template.user_role?"),
         (["prepare", "--config", "{tag}"], "could not determine a constructor for the tag"),
         (["prepare", "--config", "/nowhere.yaml"], "nowhere.yaml"),
+        (["prepare", "--config", "{binary}"], "can't decode byte 0xff"),
+        (["prepare", "--config", "{nul}"], "control characters are not allowed"),
+        (["prepare", "--config", "a\0b"], "embedded null byte"),
+        (["prepare", "--batch_seconds", "1" * 400], "too large"),
     ],
 )
 def test_wrong_usage(tmp_path, capsys, args, message):
     (tmp_path / "unknown.yaml").write_text("max_lenght: 3\n")
     (tmp_path / "tag.yaml").write_text('max_length: !!python/object/apply:os.system ["echo hello"]\n')
     (tmp_path / "nested.yaml").write_text("template:\n  user_rol: Q\n")
-    files = {"{nested}": str(tmp_path / "nested.yaml")}
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
+    (tmp_path / "nul.yaml").write_bytes(b"max_length: 3\0\n")
+    files = {f"{{{name}}}": str(tmp_path / f"{name}.yaml") for name in ("binary", "nul")}
+    files |= {"{nested}": str(tmp_path / "nested.yaml")}
     files |= {"{unknown}": str(tmp_path / "unknown.yaml"), "{tag}": str(tmp_path / "tag.yaml")}
     with pytest.raises(SystemExit, match="2"):
         main([files.get(arg, arg) for arg in args])

@@ -258,9 +258,37 @@ def test_output_folder_with_other_content_is_refused(run, tmp_path, forward_pass
         run(max_length=300)
     _, counts = run(max_length=300, overwrite=True)
     assert counts["settings"]["max_length"] == 300
+
+
+def test_output_that_can_be_no_folder_is_told_before_the_work(run, tmp_path, forward_passes):
     (tmp_path / "file").write_text("")
-    with pytest.raises(FileExistsError, match="file is not a folder"):
-        run("file")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for output, name in (("file", "file"), ("file/below", "file"), ("dangling", "dangling"), ("loop/below", "loop")):
+        with pytest.raises(FileExistsError, match=f"/{name} is not a folder: name another output_path"):
+            run(output)
+    assert not forward_passes
+
+
+def test_output_in_strange_places(run, mini, tmp_path, forward_passes):
+    """A link is followed; cache and corpus are other content; neither is harmed by an output folder within."""
+    expected = content(run("plain")[0])
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    run("link")
+    assert (tmp_path / "link").is_symlink() and content(tmp_path / "elsewhere") == expected
+    corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
+    before = content(corpus)
+    for place in ("corpus", "cache", "cache/units"):
+        with pytest.raises(FileExistsError, match="holds something else"):
+            run(place, data_dir=str(corpus))
+    assert content(corpus) == before
+    passes = len(forward_passes)
+    for place in ("corpus/data/out", "cache/out"):
+        assert content(run(place, data_dir=str(corpus))[0]) == expected
+    run("again", data_dir=str(corpus))
+    assert len(forward_passes) == passes
+    assert {name: it for name, it in content(corpus).items() if not name.startswith("data/out/")} == before
 
 
 def test_interrupted_while_writing(run, monkeypatch, tmp_path):
@@ -323,6 +351,18 @@ def test_damaged_cache_of_the_builder_is_made_anew(run, tmp_path, caplog):
     second, _ = run("second")
     assert content(first) == content(second)
     assert "it is made anew" in caplog.text
+
+
+def test_flipped_byte_in_a_text_of_the_builder_is_noticed(run, tmp_path, caplog):
+    """It leaves a valid Arrow file."""
+    first, _ = run()
+    [path] = (tmp_path / "cache" / "builder").rglob("dailytalk_usdm-train.arrow")
+    damaged = path.read_bytes().replace(b"did you water", b"did you wader")
+    assert damaged != path.read_bytes()
+    path.write_bytes(damaged)
+    second, _ = run("second")
+    assert content(first) == content(second)
+    assert "was damaged (column user_text of train is not that of the corpus): it is made anew" in caplog.text
 
 
 @pytest.mark.parametrize("setting", ["max_length", "shard_dialogs", "num_output_shards"])

@@ -58,6 +58,19 @@ def test_the_whole_way_asks_nothing_of_the_network_and_tells_nothing(offline, mi
     runs = [command(mini, unit_model, folder, "--precision", "bf16")]
     for verb in (["stats"], ["verify"], ["show"]):
         runs.append([sys.executable, "-m", "usdm_sft.cli", *verb, str(folder / "out")])
+    source, recording = mini / "unit_model", next(mini.glob("corpus/data/3/*.wav"))
+    model = [str(source / name) for name in ("checkpoint.pt", "kmeans.npy")]
+    model += [str(folder / "model"), "--model_config", str(source / "config.json")]
+    others = (
+        "from usdm_sft.cli import main\n"
+        f"main(['convert', *{model!r}])\n"
+        f"main(['units', {model[2]!r}, {str(recording)!r}])\n"
+        f"main(['export', {str(folder / 'out')!r}, {str(folder / 'text')!r}])\n"
+        f"main(['show', {str(folder / 'out')!r}, '--html', {str(folder / 'page.html')!r}])\n"
+        "import dailytalk_usdm\n"
+        f"print(dailytalk_usdm.load_dataset({str(mini / 'corpus')!r}, split='train')[0]['id'])\n"
+    )
+    runs.append([sys.executable, "-c", others])
     for run in runs:
         done = subprocess.run(run, env=offline, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

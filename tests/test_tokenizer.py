@@ -94,6 +94,42 @@ def test_nothing_to_load(tmp_path):
             load_tokenizer(name, cache_dir=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", ""),
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", "{"),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"bos_token": 5}'),
+    ],
+)
+def test_tokenizer_that_cannot_be_opened(tokenizer, tmp_path, name, content):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=r"holds a tokenizer that cannot be opened \(.*\): fetch it again, or use"):
+        load_tokenizer(tmp_path)
+
+
+def test_code_beside_a_tokenizer_is_not_run(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'code-ran')!r}, 'w')")
+    path = tmp_path / "tokenizer_config.json"
+    auto_map = {"auto_map": {"AutoTokenizer": ["evil.Slow", "evil.Fast"]}, "tokenizer_class": "Fast"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | auto_map))
+    assert load_tokenizer(tmp_path).backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    assert not (tmp_path / "code-ran").exists()
+
+
+def test_tokenizer_that_blows_texts_up_is_told_in_short(tokenizer, tmp_path):
+    serialized = json.loads(tokenizer.backend_tokenizer.to_str())
+    serialized["normalizer"] = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10_000}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(serialized))
+    with pytest.raises(ValueError, match=r"its vocabulary is not that") as raised:
+        load_tokenizer(tmp_path)
+    assert len(str(raised.value)) < 1000
+
+
 def test_number_of_units():
     assert check_tokenizer(build_tokenizer(num_units=100).backend_tokenizer) == 100
 

@@ -167,6 +167,17 @@ def test_agreement_is_measured_once_counted_and_logged(mini, unit_model, tmp_pat
     assert again["agreement"] == agreement
 
 
+@pytest.mark.parametrize("damage", [lambda text: text[:-5], lambda text: text.replace("19", "18"), lambda text: "5"])
+def test_damaged_agreement_is_measured_anew(unit_model, mini, tmp_path, damage):
+    paths = [str(path) for path in sorted(mini.glob("corpus/data/*/*.wav"))][:19]
+    tokenizer = UnitTokenizer.from_pretrained(unit_model, device="cpu", precision="bf16")
+    audio = audio_digests(paths, tmp_path)
+    first = measure_agreement(tokenizer, audio, tmp_path)
+    [file] = (tmp_path / "agreement").glob("*.json")
+    file.write_text(damage(file.read_text()))
+    assert measure_agreement(tokenizer, audio, tmp_path) == first
+
+
 def test_no_agreement_to_measure_for_the_reference_setting(mini, unit_model, tmp_path):
     assert prepare(**options(mini, unit_model, tmp_path))["agreement"] is None
 

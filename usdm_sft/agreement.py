@@ -60,8 +60,8 @@ def measure_agreement(
     reference = _reference(unit_tokenizer)
     sample = list(sample)
     with path_lock(file, cache):
-        if file.is_file():
-            return json.loads(file.read_text())
+        if (known := _read(file)) is not None:
+            return known
         expected, _ = reference.tokenize_files(sample)
         reference.release()
         found, _ = unit_tokenizer.tokenize_files(sample)
@@ -71,6 +71,15 @@ def measure_agreement(
         result = {"utterances": len(sample), "units": num_units, "equal_units": equal, "share": share}
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(result))
+        unfinished.write_text(json.dumps([result, cache_key(result)]))
         os.replace(unfinished, file)
         return result
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """What was measured before; None where there is nothing, or it was damaged."""
+    try:
+        result, digest = json.loads(file.read_text())
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    return result if cache_key(result) == digest else None

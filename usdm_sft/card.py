@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,13 +78,7 @@ def make_card(
         task_categories=TASKS,
         tags=TAGS,
         size_categories=next((name for limit, name in SIZES.items() if num_rows < limit), LARGEST),
-        configs=[
-            {
-                "config_name": config_name,
-                "data_files": [{"split": split, "path": f"{config_name}/{split}-*.parquet"} for split in splits],
-                "default": True,
-            }
-        ],
+        configs=data_configs(config_name, splits),
         dataset_info={"config_name": config_name, **info._to_yaml_dict()},
     )
     [first, *_] = files.values()
@@ -99,6 +93,12 @@ def make_card(
         pictures=CAPTIONS,
     )
     return str(card)
+
+
+def data_configs(config_name: str, splits: Iterable[str]) -> list[dict[str, Any]]:
+    """What the YAML says of the data files: the ones beside it, and no others."""
+    data_files = [{"split": split, "path": f"{config_name}/{split}-*.parquet"} for split in splits]
+    return [{"config_name": config_name, "data_files": data_files, "default": True}]
 
 
 def _columns(features: Features) -> list[tuple[str, str, str]]:

@@ -26,6 +26,7 @@ from usdm_sft.digests import file_digest
 from usdm_sft.download import cache_root, sha256_file
 from usdm_sft.model_config import cut_config, read_json
 
+FILES = ("config.json", "model.safetensors", "kmeans.npy")
 XLSR_LAYER = 35
 MAX_UNITS = 65_536  # units are stored as uint16
 
@@ -126,8 +127,12 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{folder} is not a unit model folder (it holds no unit_model.json): make one with 'dailytalk-usdm convert'"
         )
     description = read_json(path)
-    known = description.get("normalization", "fairseq") in NORMALIZATIONS
-    if not known or not {"layer", "num_units", "files", "sources"} <= description.keys():
+    if (
+        not all(isinstance(description.get(name), int) for name in ("layer", "num_units"))
+        or not all(isinstance(description.get(name), dict) for name in ("files", "sources"))
+        or set(description["files"]) != set(FILES)  # one that is not named would not be checked
+        or description.get("normalization", "fairseq") not in NORMALIZATIONS
+    ):
         raise ValueError(f"{path} is not what convert wrote: remove the folder and convert the unit model again")
     return description
 
@@ -170,10 +175,9 @@ def _write(
         unfinished / "config.json", unfinished / "model.safetensors"
     )  # safetensors writes for the owner only
     np.save(unfinished / "kmeans.npy", centroids)
-    names = ("config.json", "model.safetensors", "kmeans.npy")
     description |= {
         "num_units": len(centroids),
-        "files": {name: sha256_file(unfinished / name) for name in names},
+        "files": {name: sha256_file(unfinished / name) for name in FILES},
     }
     (unfinished / "unit_model.json").write_text(json.dumps(description, indent=2) + "\n")
     os.replace(unfinished, folder)
@@ -232,11 +236,16 @@ def _read_kmeans(path: Path, config: dict[str, Any]) -> np.ndarray:
 def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The tensors of the layers that are needed of a .pt file, under transformers' names."""
     import torch
-    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    from usdm_sft.unit_model import empty_model
 
     try:
         # Old checkpoints are no zip files and cannot be memory-mapped.
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        if is_zip := zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                    raise ValueError("its parts are compressed, as torch never writes them")  # to any size
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # whatever the unpickler trips over
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path} is not a checkpoint of plain tensors ({reason}): name the published file") from error
@@ -253,8 +262,7 @@ def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Any]:
             f"{path}: {error.args[0]} is no parameter of a wav2vec 2.0 model in fairseq's or fairseq2's naming"
         ) from error
 
-    with torch.device("meta"):
-        expected = Wav2Vec2Model(Wav2Vec2Config(**config)).state_dict()
+    expected = empty_model(config).state_dict()
     weights = {}
     for key, parameter in expected.items():
         if key not in renamed:

@@ -6,6 +6,7 @@ imported before the arguments are understood.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import json
@@ -14,13 +15,16 @@ import os
 import re
 import sys
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from usdm_sft import __version__
 from usdm_sft.checkpoint import convert
 from usdm_sft.export import export_text
 from usdm_sft.pipeline import Submitted, prepare
 from usdm_sft.template_config import Template
+
+with contextlib.suppress(TypeError):  # jsonargparse before 4.53
+    set_parsing_settings(import_path_denylist=["*"])  # a YAML file names values, and no code to import
 
 
 class Parser(ArgumentParser):
@@ -211,7 +215,7 @@ def make_parser() -> Parser:
 def run(command: str, options: dict) -> None:
     if command == "prepare":
         try:
-            counts = prepare(**options | {"template": Template(**options["template"])})
+            counts = prepare(**options | {"template": Template(**options.get("template", {}))})
         except Submitted as submitted:
             print(submitted)
             return
@@ -248,14 +252,31 @@ def _find_full_disk(error: BaseException | None) -> OSError | None:
     return None
 
 
+def _check_names(options: dict, refused: str) -> None:
+    """What no file name may hold; bytes that are not UTF-8, which come as surrogates, no Arrow file and no JSON can take."""
+    for name, value in options.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and re.search(f"[{refused}]", text):
+                raise ValueError(f"{name} {text!r} holds a NUL, or bytes that are not UTF-8: rename the file or folder")
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point of the console script."""
-    options = make_parser().parse_args(args)
+    parser = make_parser()
+    try:
+        options = parser.parse_args(args)
+    except (
+        ValueError,
+        OverflowError,
+    ) as error:  # a YAML file that is not UTF-8, a NUL in its name, 1e400 as an integer
+        parser.error(str(error))
     command = options.pop("command")
     options = options.pop(command).as_dict()
     options.pop("config", None)
+    options = {name: value for name, value in options.items() if value is not None}  # null in YAML: the default
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
+        _check_names(options, "\0\ud800-\udfff" if command == "prepare" else "\0")
         run(command, options)
     except KeyboardInterrupt:
         print(f"dailytalk-usdm {command}: interrupted; start it again, finished work is kept", file=sys.stderr)
@@ -263,7 +284,9 @@ def main(args: list[str] | None = None) -> None:
     except (OSError, ValueError, IndexError, ImportError, MemoryError, RuntimeError) as error:
         if (full := _find_full_disk(error)) is not None:
             error = f"{full}: make room and start it again, finished work is kept"
-        print(f"dailytalk-usdm {command}: {error}", file=sys.stderr)
+        from usdm_sft.view import printable  # names and values of strangers may be in it
+
+        print(printable(f"dailytalk-usdm {command}: {error}"), file=sys.stderr)
         sys.exit(1)
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 from tokenizers import Tokenizer
+
+from usdm_sft.rows import iter_rows
 
 
 class _Place(NamedTuple):
@@ -113,7 +114,7 @@ def _nearest(line: str, paths: Sequence[Path], rows: set[tuple[Path, int]], toke
 def _lines(paths: Sequence[Path]) -> Iterator[tuple[_Place, str]]:
     for path in paths:
         number = 0
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=256, columns=["id", "input_ids", "labels"]):
+        for batch in iter_rows(path, columns=["id", "input_ids", "labels"]):
             for row in batch.to_pylist():
                 ids, labels = (" ".join(map(str, row[name])) for name in ("input_ids", "labels"))
                 yield _Place(path, number, row["id"]), f"{ids}|{labels}"

@@ -20,8 +20,9 @@ def export_text(dataset_dir: str | Path, text_dir: str | Path) -> dict[str, int]
 
     Raises:
         FileNotFoundError: `dataset_dir` is not a finished dataset folder, or lacks a file.
+        ValueError: A file is damaged.
     """
-    import pyarrow.parquet as pq
+    from usdm_sft.rows import iter_rows
 
     dataset_dir, text_dir = Path(dataset_dir), Path(text_dir)
     counts = read_counts(dataset_dir)
@@ -32,7 +33,7 @@ def export_text(dataset_dir: str | Path, text_dir: str | Path) -> dict[str, int]
         unfinished = text_dir / f"{split}.txt.unfinished"
         with open(unfinished, "w", encoding="ascii", newline="") as text:
             for path in files:
-                for batch in pq.ParquetFile(path).iter_batches(batch_size=256, columns=["input_ids", "labels"]):
+                for batch in iter_rows(path, columns=["input_ids", "labels"]):
                     for row in batch.to_pylist():
                         line = " ".join(map(str, row["input_ids"])) + "|" + " ".join(map(str, row["labels"]))
                         text.write("\n" + line if num_lines[split] else line)

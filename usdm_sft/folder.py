@@ -23,6 +23,12 @@ from usdm_sft.download import sha256_file
 COUNTS = "counts.json"
 UNFINISHED = ".unfinished"
 PICTURES = "pictures"
+MAX_UNITS = 65_536  # units are stored as uint16
+
+_TYPES = {
+    "key": str, "config": str, "num_units": int,
+    "settings": dict, "digests": dict, "splits": dict, "statistics": dict, "files": dict,
+}  # fmt: skip
 
 
 def read_counts(folder: str | Path) -> dict[str, Any]:
@@ -37,14 +43,35 @@ def read_counts(folder: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} holds no {COUNTS}: name a folder that 'dailytalk-usdm prepare' finished")
     try:
         counts = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): run prepare again with overwrite") from error
-    if (
-        not isinstance(counts, dict)
-        or not {"key", "config", "settings", "digests", "splits", "statistics", "num_units", "files"} <= counts.keys()
-    ):
+    if not _is_counts(counts):
         raise ValueError(f"{path} is not the counts of a dataset folder: run prepare again with overwrite")
+    # They become paths, and may come from strangers.
+    plain = (counts["config"], *counts["splits"])
+    for name in (*plain, *counts["files"]):
+        if not _is_inside(name) or (name in plain and "/" in name):
+            raise ValueError(f"{path}: {name!r} is no name in a dataset folder: run prepare again with overwrite")
     return counts
+
+
+def _is_counts(counts: Any) -> bool:
+    """Whether everything that other modules look up in counts.json is there and of its type."""
+    return (
+        isinstance(counts, dict)
+        and all(isinstance(counts.get(name), kind) for name, kind in _TYPES.items())
+        and 0 < counts["num_units"] <= MAX_UNITS
+        and bool(counts["splits"])
+        and all(isinstance(split, dict) for split in counts["splits"].values())
+        and isinstance(counts["settings"].get("template"), dict)
+        and all(isinstance(counts["settings"].get(name), int) for name in ("history", "max_length"))
+    )
+
+
+def _is_inside(name: str) -> bool:
+    """Whether `name`, with "/" between its parts, is that of something inside a folder."""
+    parts = name.split("/")
+    return name.isprintable() and "\\" not in name and not {"", ".", ".."} & {*parts}
 
 
 def data_files(folder: str | Path, counts: Mapping[str, Any]) -> dict[str, list[Path]]:
@@ -91,9 +118,9 @@ def check_output(folder: Path, *, overwrite: bool, finished_too: bool) -> None:
         FileExistsError: The folder holds something, it is no interrupted run, and `overwrite` is false.
         OSError: Nothing can be written there.
     """
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is not a folder: name another output_path")
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    if not existing.is_dir():
+        raise FileExistsError(f"{existing} is not a folder: name another output_path")
     try:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:

@@ -22,7 +22,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is not a file: name a JSON file") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): correct the file") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no JSON object: correct the file")

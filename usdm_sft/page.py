@@ -16,6 +16,7 @@ from usdm_sft.corpus import Rules, read_corpus
 from usdm_sft.download import fetch_split_lists
 from usdm_sft.folder import data_files, read_counts
 from usdm_sft.manifest import is_manifest
+from usdm_sft.rows import iter_rows, open_rows
 from usdm_sft.split_list import find_split_lists
 from usdm_sft.tokenizer import load_tokenizer
 from usdm_sft.view import split_parts, title
@@ -27,9 +28,9 @@ def read_rows(dataset_dir: str | Path, split: str, index: int, num_examples: int
     Raises:
         FileNotFoundError: `dataset_dir` is not a finished dataset folder, or lacks a file.
         IndexError: There is no such row.
-        ValueError: There is no such split.
+        ValueError: There is no such split, or a file is damaged.
     """
-    import pyarrow.parquet as pq
+    import pyarrow as pa
 
     counts = read_counts(dataset_dir)
     if split not in counts["splits"]:
@@ -37,11 +38,11 @@ def read_rows(dataset_dir: str | Path, split: str, index: int, num_examples: int
     rows: list[dict[str, Any]] = []
     start = 0
     for path in data_files(dataset_dir, counts)[split]:
-        file = pq.ParquetFile(path)
-        stop = start + file.metadata.num_rows
+        stop = start + open_rows(path).metadata.num_rows
         if start < index + num_examples and index < stop:
             first = max(index - start, 0)
-            rows += file.read().slice(first, index + num_examples - start - first).to_pylist()
+            table = pa.Table.from_batches(iter_rows(path))
+            rows += table.slice(first, index + num_examples - start - first).to_pylist()
         start = stop
     if index < 0 or not rows:
         raise IndexError(

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from usdm_sft.rows import iter_rows
 from usdm_sft.template import IGNORE_INDEX
 from usdm_sft.tokenizer import UNIT_0
+from usdm_sft.view import printable
 
 ROLES = ("user", "agent")
 MAX_UNITS = 65_536
@@ -83,7 +84,7 @@ def compute_statistics(files: Mapping[str, Sequence[Path]]) -> dict[str, SplitSt
     for split, paths in files.items():
         statistics[split] = SplitStatistics()
         for path in paths:
-            for rows in pq.ParquetFile(path).iter_batches(batch_size=_BATCH):
+            for rows in iter_rows(path, batch_size=_BATCH):
                 statistics[split].add(rows)
     return statistics
 
@@ -106,7 +107,9 @@ def format_table(summaries: Mapping[str, Mapping[str, Any]], num_units: int) -> 
         for quantile in first["distributions"][name]:
             add(f"{name}, {quantile}", lambda s, name=name, key=quantile: f"{s['distributions'][name][key]:g}")
     for emotion in sorted({emotion for summary in summaries.values() for emotion in summary["emotions"]}):
-        add(f"emotion {emotion or '(none)'}", lambda s, emotion=emotion: f"{s['emotions'].get(emotion, 0):,}")
+        add(
+            f"emotion {printable(emotion) or '(none)'}", lambda s, emotion=emotion: f"{s['emotions'].get(emotion, 0):,}"
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(

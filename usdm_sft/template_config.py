@@ -37,6 +37,9 @@ class Template:
     loss: tuple[str, ...] = PARTS
 
     def __post_init__(self) -> None:
+        for name in ("instruction", "user_role", "agent_role"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"template.{name} is {getattr(self, name)!r}: give a text")
         for line in self.instruction.split("\n"):
             if line.strip() and (problem := text_problem(line)):
                 raise ValueError(f"template.instruction {problem}: take it out")
@@ -44,7 +47,7 @@ class Template:
             if problem := text_problem(getattr(self, name)):
                 raise ValueError(f"template.{name} {getattr(self, name)!r} {problem}: give one line of plain text")
         valid = f"name one or more of {', '.join(PARTS)}"
-        if isinstance(self.loss, str) or not self.loss:
+        if not isinstance(self.loss, list | tuple) or not self.loss:
             raise ValueError(f"template.loss is {self.loss!r}: {valid}")
         for part in self.loss:
             if part not in PARTS:

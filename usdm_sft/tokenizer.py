@@ -56,14 +56,22 @@ def load_tokenizer(name_or_path: str = USTM, cache_dir: str | None = None) -> Pr
 
     Raises:
         OSError: The tokenizer cannot be found or fetched.
-        ValueError: What was found gives other ids; the message says why.
+        ValueError: What was found cannot be opened, or gives other ids; the message says why.
     """
     if str(name_or_path) == OFFLINE:
         return build_tokenizer()
     _require_tokenizer_json(str(name_or_path), cache_dir)
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path, cache_dir=cache_dir)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path, cache_dir=cache_dir)
+    except OSError:
+        raise
+    except Exception as error:  # whatever transformers and tokenizers trip over
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"{name_or_path} holds a tokenizer that cannot be opened ({reason}): fetch it again, or use {OFFLINE!r}"
+        ) from error
     check_tokenizer(tokenizer.backend_tokenizer, str(name_or_path))
     return tokenizer
 
@@ -120,7 +128,7 @@ def check_tokenizer(tokenizer: Tokenizer, name: str = "this tokenizer") -> int:
             raise ValueError(f"{name} is not USTM's tokenizer: {token} has id {found} instead of {token_id}; {remedy}")
     for text, ids, meaning in _PROBES:
         if (found := tokenizer.encode(text, add_special_tokens=False).ids) != ids:
-            raise ValueError(f"{name} gives {found} for {text!r} instead of {ids}: {meaning}; {remedy}")
+            raise ValueError(f"{name} gives {found[:20]} for {text!r} instead of {ids}: {meaning}; {remedy}")
     return num_units
 
 

@@ -8,17 +8,18 @@ of the feature extractor sees the whole waveform, rows go through that one by on
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from usdm_sft.checkpoint import read_description
 
@@ -64,9 +65,7 @@ class UnitModel(nn.Module):
     ):
         super().__init__()
         self.precision = PRECISIONS[precision]
-        with torch.device("meta"):  # no memory and no initialization: the given tensors take the parameters' place
-            whole = AutoConfig.for_model(**({"model_type": "wav2vec2"} | config))
-            model = AutoModel.from_config(whole, attn_implementation="sdpa")
+        model = empty_model(config)  # the given tensors take the parameters' place
         model.load_state_dict(weights, assign=True)
         self.feature_extractor = model.feature_extractor
         self.feature_projection = model.feature_projection
@@ -78,10 +77,10 @@ class UnitModel(nn.Module):
             # The weight that the weight norm computes at each call, computed once: the same values.
             nn.utils.parametrize.remove_parametrizations(self.pos_conv_embed.conv, "weight")
         self.layers = model.encoder.layers
-        pre_norm = whole.do_stable_layer_norm
+        pre_norm = model.config.do_stable_layer_norm
         self.norm_before_layers = None if pre_norm else model.encoder.layer_norm
         self.norm_after_layers = model.encoder.layer_norm if pre_norm and final_norm else None
-        self.rows_alone = whole.feat_extract_norm == "group"
+        self.rows_alone = model.config.feat_extract_norm == "group"
         if self.precision.layers != torch.float32:
             dtype = self.precision.layers
             for part in (part for layer in self.layers for part in (layer.attention, layer.feed_forward)):
@@ -93,12 +92,24 @@ class UnitModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, precision: str = "fp32") -> UnitModel:
-        """Open a unit model folder; the weights are memory-mapped until they go to a device."""
+        """Open a unit model folder; the weights are memory-mapped until they go to a device.
+
+        Raises:
+            ValueError: The folder holds something else than `convert` writes, though its digests fit.
+        """
         folder = Path(folder)
-        config = json.loads((folder / "config.json").read_text())
-        centroids = np.load(folder / "kmeans.npy", allow_pickle=False)
-        final_norm = read_description(folder).get("final_norm", False)
-        return cls(config, load_file(folder / "model.safetensors"), centroids, precision, final_norm=final_norm)
+        description = read_description(folder)
+        try:
+            config = json.loads((folder / "config.json").read_text())
+            centroids = np.load(folder / "kmeans.npy", allow_pickle=False)
+            weights = load_file(folder / "model.safetensors")
+            _check_parts(config, weights, centroids, description)
+            return cls(config, weights, centroids, precision, final_norm=description.get("final_norm", False))
+        except (ValueError, RuntimeError, RecursionError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"{folder} is not what convert wrote ({reason}): remove the folder and convert the unit model again"
+            ) from error
 
     @torch.inference_mode()
     def forward(
@@ -170,6 +181,38 @@ class UnitModel(nn.Module):
 def _first(output: torch.Tensor | tuple) -> torch.Tensor:
     """The hidden states; which modules give more than these changes between models and releases of transformers."""
     return output[0] if isinstance(output, tuple) else output
+
+
+def empty_model(config: dict[str, Any]) -> PreTrainedModel:
+    """The model of a config, on the device "meta": without memory and without values.
+
+    Raises:
+        ValueError: transformers makes no model of it.
+    """
+    try:
+        with torch.device("meta"):
+            whole = AutoConfig.for_model(**({"model_type": "wav2vec2"} | config))
+            return AutoModel.from_config(whole, attn_implementation="sdpa")
+    except Exception as error:  # whatever transformers trips over
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"the config is not that of a Wav2Vec2 or HuBERT model ({reason}): correct it") from error
+
+
+def _check_parts(
+    config: Any, weights: Mapping[str, torch.Tensor], centroids: np.ndarray, description: Mapping[str, Any]
+) -> None:
+    """What a stranger's folder may have otherwise, and the model would take an age to build for, or units be wrong by."""
+    layer = description["layer"]
+    if not isinstance(config, dict) or config.get("num_hidden_layers") != layer or not 0 < layer <= len(weights):
+        raise ValueError(f"config.json is not of a model of {layer} layers")
+    if any(tensor.dtype != torch.float32 for tensor in weights.values()):
+        raise ValueError("model.safetensors is not float32")
+    if centroids.dtype != np.float32 or centroids.shape != (description["num_units"], config.get("hidden_size")):
+        raise ValueError(
+            f"kmeans.npy is {centroids.dtype} of shape {centroids.shape}, not {description['num_units']} float32 centroids"
+        )
+    if not len(centroids) or not np.isfinite(centroids).all():
+        raise ValueError("kmeans.npy is empty, or holds NaN or infinite values")
 
 
 @contextmanager

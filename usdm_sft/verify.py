@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
+from usdm_sft.card import data_configs
 from usdm_sft.compare import compare_with_text, describe_difference, first_difference
 from usdm_sft.download import sha256_file
 from usdm_sft.folder import COUNTS, PICTURES, data_files, read_counts
+from usdm_sft.rows import iter_rows, open_rows
 from usdm_sft.statistics import SplitStatistics
 from usdm_sft.template import COLUMNS, IGNORE_INDEX, TemplateEncoder
 from usdm_sft.template_config import Template
@@ -68,8 +69,8 @@ def _raise_any(problems: Iterator[str]) -> None:
 
 def _check_files(folder: Path, counts: Mapping[str, Any]) -> Iterator[str]:
     for name, digest in counts["files"].items():
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or not _DIGEST.fullmatch(str(digest)):
-            yield f"{folder / COUNTS}: {name!r} is no file of a dataset folder with its digest"
+        if not _DIGEST.fullmatch(str(digest)):
+            yield f"{folder / COUNTS}: {name!r} has no digest, but {digest!r}"
         elif not (folder / name).is_file():
             yield f"{folder / name} is missing"
         elif (found := sha256_file(folder / name)) != digest:
@@ -84,23 +85,26 @@ def _check_files(folder: Path, counts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _check_rows(folder: Path, counts: Mapping[str, Any], statistics: dict[str, SplitStatistics]) -> Iterator[str]:
-    template, history = Template(**counts["settings"]["template"]), counts["settings"]["history"]
+    history = counts["settings"]["history"]
+    try:
+        template = Template(**counts["settings"]["template"])
+    except TypeError as error:  # a field that there is not
+        raise ValueError(f"{folder / COUNTS}: settings.template is no template ({error}): prepare it again") from error
     encoder = TemplateEncoder(load_tokenizer(str(folder / "tokenizer")), template, last_exchange_only=history > 0)
-    if encoder.tokenizer_digest != counts["digests"]["tokenizer"]:
+    if encoder.tokenizer_digest != counts["digests"].get("tokenizer"):
         yield f"{folder / 'tokenizer'} is not the tokenizer that {COUNTS} names"
     schema = _read_card(folder, counts).features.arrow_schema.remove_metadata()
     seen: dict[str, str] = {}
     for split, paths in data_files(folder, counts).items():
         statistics[split] = SplitStatistics()
         for path in paths:
-            file = pq.ParquetFile(path)
-            found = file.schema_arrow.remove_metadata()
+            found = open_rows(path).schema_arrow.remove_metadata()
             if not found.equals(schema):
                 different = sorted({str(field) for field in found} ^ {str(field) for field in schema})
                 yield f"{path} has other columns than the README.md beside it says: {', '.join(different)}"
                 continue
             number = 0
-            for batch in file.iter_batches(batch_size=_BATCH):
+            for batch in iter_rows(path, batch_size=_BATCH):
                 for position, row in enumerate(batch.to_pylist(), start=number):
                     place = f"{path}: row {position} ({row['id']})"
                     if row["id"] in seen:
@@ -161,7 +165,21 @@ def _check_counts(folder: Path, counts: Mapping[str, Any], statistics: Mapping[s
 
 
 def _read_card(folder: Path, counts: Mapping[str, Any]) -> DatasetInfo:
-    """What `load_dataset` takes from the card: features and splits."""
+    """What `load_dataset` takes from the card: features and splits; its YAML must name the files beside it and no others."""
     import datasets
+    from huggingface_hub.repocard import metadata_load
+    from yaml import YAMLError
 
-    return datasets.load_dataset_builder(str(folder), counts["config"]).info
+    path = folder / "README.md"
+    try:
+        if (metadata_load(path) or {}).get("configs") != data_configs(counts["config"], counts["splits"]):
+            raise ValueError("its configs are not the data files of counts.json")
+        info = datasets.load_dataset_builder(str(folder), counts["config"]).info
+        if info.features is None or info.splits is None:
+            raise ValueError("its dataset_info names no features or splits")
+    except (YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{path} has not the YAML of a dataset card ({reason}): run prepare again with overwrite"
+        ) from error
+    return info

@@ -37,7 +37,12 @@ def split_parts(input_ids: Sequence[int], labels: Sequence[int], tokenizer: Toke
         input_ids: Of one row.
         labels: As many, -100 where no loss falls.
         tokenizer: The one that the ids belong to.
+
+    Raises:
+        ValueError: There are not as many.
     """
+    if len(input_ids) != len(labels):
+        raise ValueError(f"a row has {len(input_ids)} input_ids, but {len(labels)} labels: verify its folder")
     parts = []
     tokens = zip(input_ids, labels, strict=True)
     for labelled, run in groupby(tokens, key=lambda token: token[1] != IGNORE_INDEX):
@@ -59,10 +64,15 @@ def format_example(row: Mapping[str, Any], tokenizer: Tokenizer, *, color: bool,
     return "\n".join(lines)
 
 
+def printable(text: str) -> str:
+    """The text with what a terminal would obey or hide escaped, newlines apart."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 def title(row: Mapping[str, Any]) -> str:
     """Name and size of a row."""
     labelled = sum(label != IGNORE_INDEX for label in row["labels"])
-    return f"{row['id']}: {len(row['input_ids'])} tokens, {labelled} labelled"
+    return f"{printable(row['id'])}: {len(row['input_ids'])} tokens, {labelled} labelled"
 
 
 def _text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
@@ -87,13 +97,11 @@ def _is_unit(token_id: int, tokenizer: Tokenizer) -> bool:
 def _spell(ids: Sequence[int], tokenizer: Tokenizer) -> str:
     spelled = b""
     for position, token_id in enumerate(ids):
-        token = tokenizer.id_to_token(token_id)
+        token = tokenizer.id_to_token(token_id) if token_id >= 0 else None
         if token is None:
             token = f"<no token {token_id}>"
         if byte := _BYTE.fullmatch(token):
             spelled += bytes([int(byte[1], 16)])
         else:
             spelled += (token if token_id == SPACE and not position else token.replace("▁", " ")).encode()
-    text = spelled.decode(errors="backslashreplace")
-    printable = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-    return printable.replace("\n", "⏎\n")
+    return printable(spelled.decode(errors="backslashreplace")).replace("\n", "⏎\n")

@@ -1,0 +1,46 @@
+"""What the READMEs say of tests and dependencies is so."""
+
+import ast
+import configparser
+import re
+from pathlib import Path
+
+from conftest import REPOSITORY
+
+TESTS = Path(__file__).parent
+NAMED = re.compile(r"`(test_\w+\.py)::([\w:]+)`")
+
+
+def names_of_tests(path):
+    """The tests of a file, those of a class as Class::test."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef):
+            yield node.name
+        elif isinstance(node, ast.ClassDef):
+            yield from (f"{node.name}::{each.name}" for each in node.body if isinstance(each, ast.FunctionDef))
+
+
+def test_every_test_of_the_table_exists():
+    there = {(path.name, name) for path in TESTS.glob("test_*.py") for name in names_of_tests(path)}
+    rows = [
+        line.split(" | ") for line in (TESTS / "README.md").read_text(encoding="utf-8").splitlines() if " | " in line
+    ]
+    rows = [row for row in rows if not row[0].startswith(("| fault", "| **"))]
+    assert len(rows) > 70
+    for row in rows:
+        assert len(row) == 3, row
+        named = NAMED.findall(row[2])
+        assert named and len(named) == row[2].count("::test_") == row[2].count("`") // 2, row
+        assert not set(named) - there, row
+
+
+def test_every_dependency_is_reasoned():
+    setup = configparser.ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg")
+    names = [
+        re.match(r"[\w-]+", line).group() for line in setup["options"]["install_requires"].split("\n") if line.strip()
+    ]
+    _, _, text = (REPOSITORY / "README.md").read_text(encoding="utf-8").partition("\n## Dependencies\n")
+    text = text.partition("\n## ")[0]
+    assert len(names) > 10
+    assert [name for name in names if not re.search(rf"\b{name}\b", text, re.IGNORECASE)] == []
