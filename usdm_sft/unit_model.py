@@ -205,7 +205,7 @@ def _check_parts(
     layer = description["layer"]
     if not isinstance(config, dict) or config.get("num_hidden_layers") != layer or not 0 < layer <= len(weights):
         raise ValueError(f"config.json is not of a model of {layer} layers")
-    if any(tensor.dtype != torch.float32 for tensor in weights.values()):
+    if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in weights.values()):
         raise ValueError("model.safetensors is not float32")
     if centroids.dtype != np.float32 or centroids.shape != (description["num_units"], config.get("hidden_size")):
         raise ValueError(
