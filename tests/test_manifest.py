@@ -226,14 +226,15 @@ def test_telephone_calls_give_the_lines_of_the_reference(calls, mini, unit_model
     assert len(list((tmp_path / "cache" / "units").glob("*.arrow"))) == 2  # the same units for all three
 
 
-def test_page_plays_the_turns_of_a_call(calls, unit_model, tmp_path):
+@pytest.mark.parametrize("named", [".", "test.jsonl"])
+def test_page_plays_the_turns_of_a_call(calls, unit_model, tmp_path, named):
     import base64
     import io
 
     from usdm_sft.page import write_page
 
     run(calls, tmp_path / "out", unit_model, tmp_path)
-    write_page(tmp_path / "out", tmp_path / "page.html", split="test", num_examples=1, data_dir=calls / "test.jsonl")
+    write_page(tmp_path / "out", tmp_path / "page.html", split="test", num_examples=1, data_dir=calls / named)
     sounds = re.findall(r'src="data:audio/wav;base64,([^"]+)"', (tmp_path / "page.html").read_text())
     durations = [soundfile.info(io.BytesIO(base64.b64decode(sound))).duration for sound in sounds]
     row = datasets.load_dataset(str(tmp_path / "out"), split="test", cache_dir=str(tmp_path / "datasets"))[0]

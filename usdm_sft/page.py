@@ -15,7 +15,7 @@ from usdm_sft.audio import read_audio
 from usdm_sft.corpus import Rules, read_corpus
 from usdm_sft.download import fetch_split_lists
 from usdm_sft.folder import data_files, read_counts
-from usdm_sft.manifest import is_manifest
+from usdm_sft.manifest import find_manifests, is_manifest
 from usdm_sft.rows import iter_rows, open_rows
 from usdm_sft.split_list import find_split_lists
 from usdm_sft.tokenizer import load_tokenizer
@@ -108,7 +108,11 @@ class _Recordings:
         if is_manifest(data_dir):
             corpus = read_corpus({split: data_dir}, rules)
         else:
-            lists = find_split_lists(data_dir) or fetch_split_lists()
+            lists = find_manifests(Path(data_dir)) or find_split_lists(data_dir) or fetch_split_lists()
+            if split not in lists:
+                raise FileNotFoundError(
+                    f"{data_dir} has no list of {split}: name the corpus that the folder was made from"
+                )
             corpus = read_corpus({split: lists[split]}, rules, data_dir=data_dir)
         self._dialogs = {dialog.id: dialog.utterances for dialog in corpus[split].dialogs}
 
