@@ -70,3 +70,17 @@ def test_which_configs_hold_lists():
 def test_what_is_refused(name, history, message):
     with pytest.raises(ValueError, match=message):
         check_config(name, history)
+
+
+def test_with_a_named_agent_conversations_go_on_over_its_answers():
+    speakers = "ABABCAB"  # B answers 1, 3 and 6; between 3 and 6 others talk
+    utterances = tuple(Utterance(str(i), "d7", i + 3, speaker, "a", "none") for i, speaker in enumerate(speakers))
+    named = Dialog("d7", utterances, agent="B")
+
+    def turns(name, history=0):
+        made = make_examples(named, name, history)
+        return {example.id: [(user.turn, agent.turn) for user, agent in example.exchanges] for example in made}
+
+    assert turns("single_turn") == {"d7_3": [(3, 4)], "d7_5": [(5, 6)], "d7_8": [(8, 9)]}
+    assert turns("single_turn", 5) == {"d7_3": [(3, 4)], "d7_5": [(3, 4), (5, 6)], "d7_8": [(8, 9)]}
+    assert turns("multi_turn") == {"d7_3": [(3, 4), (5, 6)], "d7_8": [(8, 9)]}

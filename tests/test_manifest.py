@@ -161,8 +161,8 @@ def test_turns_of_a_speaker_are_merged_where_asked(tmp_path):
     a, b = tmp_path / "a.wav", tmp_path / "b.wav"
     assert [(u.turn, u.speaker, u.text, u.audio) for u in dialog.utterances] == [
         (0, "A", "t0 t1", f"{a}#t=0,1.5&channel=0"),
-        (2, "B", "t2 t3", f"{a}#t=2,2.5&channel=1\n{b}#t=3,3.5&channel=1"),
-        (4, "A", "t4", f"{a}#t=4,4.5&channel=0"),
+        (1, "B", "t2 t3", f"{a}#t=2,2.5&channel=1\n{b}#t=3,3.5&channel=1"),
+        (2, "A", "t4", f"{a}#t=4,4.5&channel=0"),
     ]
 
 
@@ -386,3 +386,31 @@ def test_preprocessed_text_as_rows(mini, tmp_path, monkeypatch):
         for name, half in zip(("input_ids", "labels"), line.split("|"), strict=True)
     }
     assert scope["rows"].num_rows == {"train": 10, "test": 3}
+
+
+def test_named_agent_and_merged_turns_end_to_end(calls, unit_model, tmp_path):
+    """Ids stay those of turns, and every row is what its columns encode to, in either shape."""
+    rows = [json.loads(line) for line in (calls / "train.jsonl").read_text().splitlines()]
+    first = [row for row in rows if row["dialog"] == "d8"]
+    first[2]["speaker"] = first[1]["speaker"]  # two turns of one speaker, on two channels
+    write_jsonl(calls / "train.jsonl", rows)
+    options = {
+        "agent": "1",
+        "merge_speaker_turns": True,
+        "config_name": "multi_turn",
+        "max_length": 400,
+        "overflow": "split",
+    }
+    counts = run(calls, tmp_path / "out", unit_model, tmp_path, **options)
+    assert counts["splits"]["train"]["rows_cut"]
+    verify(tmp_path / "out")
+    data = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "datasets"))
+    assert {speaker for row in data["agent_speaker"] for speaker in row} == {"1"}
+    assert len(set(data["id"])) == len(data)
+    single = run(calls, tmp_path / "single", unit_model, tmp_path, agent="1", merge_speaker_turns=True)
+    pairs = datasets.load_dataset(str(tmp_path / "single"), split="train", cache_dir=str(tmp_path / "datasets"))
+    said = {row["id"]: (row["user_text"], row["agent_text"]) for row in pairs}
+    assert single["splits"]["train"]["rows"] == len(said)
+    for row in data:
+        for number, exchange in enumerate(zip(row["user_text"], row["agent_text"], strict=True)):
+            assert said[f"{row['dialog_id']}_{row['turn'] + 2 * number}"] == exchange

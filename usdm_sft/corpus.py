@@ -225,7 +225,7 @@ def _turn_problem(utterances: list[Utterance], lines: dict[Utterance, str], firs
 
 
 def _merge(utterances: list[Utterance]) -> list[Utterance]:
-    """Neighbouring turns of a speaker become one, which keeps the first one's number and emotion."""
+    """Neighbouring turns of a speaker become one, which keeps the first one's emotion; turns are numbered anew."""
     merged: list[Utterance] = []
     for utterance in utterances:
         if merged and merged[-1].speaker == utterance.speaker:
@@ -233,7 +233,7 @@ def _merge(utterances: list[Utterance]) -> list[Utterance]:
             audio = join_addresses(before.audio, utterance.audio)
             utterance = replace(before, text=f"{before.text} {utterance.text}", audio=audio)
         merged.append(utterance)
-    return merged
+    return [replace(utterance, turn=turn) for turn, utterance in enumerate(merged, start=utterances[0].turn)]
 
 
 def quote(value: str, limit: int = 80) -> str:

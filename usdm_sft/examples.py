@@ -7,7 +7,8 @@
 Standard library only. The builder and the plan of work shards both read this module, so they agree on every row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from itertools import takewhile
 from typing import NamedTuple
 
 from usdm_sft.corpus import Dialog, Utterance
@@ -60,13 +61,17 @@ def make_examples(dialog: Dialog, name: str, history: int = 0) -> Iterator[Examp
         name: One of `CONFIGS`.
         history: Earlier exchanges that a pair of single_turn brings along, oldest first, where there are so many.
     """
-    pairs = list(dialog.pairs())
+    pairs = {pair[0].turn: pair for pair in dialog.pairs()}
     if name == MULTI_TURN:
         # Every other pair goes on where the one before ended; a last lone turn is left out.
-        runs = [pairs[start::2] for start in (0, 1)]
+        runs = [_chain(pairs, start, +2, len(pairs)) for start in pairs if start - 2 not in pairs]
     else:
-        runs = [pairs[max(last % 2, last - 2 * history) : last + 1 : 2] for last in range(len(pairs))]
-    for exchanges in runs:
-        if exchanges:
-            named_after = exchanges[0] if name == MULTI_TURN else exchanges[-1]
-            yield Example(dialog.id, named_after[0].turn, tuple(exchanges))
+        runs = [_chain(pairs, last, -2, history + 1)[::-1] for last in pairs]
+    for turns in runs:
+        named_after = turns[0] if name == MULTI_TURN else turns[-1]
+        yield Example(dialog.id, named_after, tuple(pairs[turn] for turn in turns))
+
+
+def _chain(turns: Container[int], first: int, step: int, limit: int) -> list[int]:
+    """`first` and the turns that follow it in steps, up to one that is not there."""
+    return list(takewhile(turns.__contains__, range(first, first + step * limit, step)))

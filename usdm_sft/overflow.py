@@ -88,7 +88,8 @@ def fit_rows(rows: Dataset, encoder: TemplateEncoder, max_length: int, overflow:
     both = concatenate_datasets([rows, Dataset.from_list(pieces, features=rows.features)])
     numbers = np.concatenate([fits, len(rows) + np.arange(len(pieces))])
     order = np.argsort(np.concatenate([fits, owners]), kind="stable")
-    return Fitted(both.select(numbers[order]), cut, left_out)
+    # Put together, columns would stand in the order of the features.
+    return Fitted(both.select(numbers[order]).select_columns(rows.column_names), cut, left_out)
 
 
 def list_lengths(rows: Dataset, column: str) -> np.ndarray:

@@ -100,8 +100,11 @@ def _check_rows(folder: Path, counts: Mapping[str, Any], statistics: dict[str, S
         for path in paths:
             found = open_rows(path).schema_arrow.remove_metadata()
             if not found.equals(schema):
-                different = sorted({str(field) for field in found} ^ {str(field) for field in schema})
-                yield f"{path} has other columns than the README.md beside it says: {', '.join(different)}"
+                different = sorted({*found.names} ^ {*schema.names}) or [
+                    f"{field.name} is {field.type}" for field in found if not field.equals(schema.field(field.name))
+                ]
+                what = ", ".join(different) or f"their order is {', '.join(found.names)}"
+                yield f"{path} has other columns than the README.md beside it says: {what}"
                 continue
             number = 0
             for batch in iter_rows(path, batch_size=_BATCH):
