@@ -88,7 +88,7 @@ def test_more_layers_than_there_are_weights(folder):
     """They would be built first, however many."""
     set_keys(layer=200)(folder / "unit_model.json")
     change_file(folder, "config.json", set_keys(num_hidden_layers=200))
-    with pytest.raises(ValueError, match="config.json is not of a model of 200 layers"):
+    with pytest.raises(ValueError, match=r"config\.json is not of a model of 200 layers"):
         UnitTokenizer.from_pretrained(folder, device="cpu").tokenize_waveforms([np.zeros(400, np.float32)])
 
 
