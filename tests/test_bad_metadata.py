@@ -224,18 +224,18 @@ def test_other_lists_under_any_name(mini_corpus):
     "content", [None, b"", b"not JSON", b'{"3": {"0": {"text": "other words", "speaker": 1, "emotion": "anger"}}}']
 )
 def test_metadata_json_is_not_read(mini_corpus, content, tmp_path):
-    def state():
-        builder = DailyTalkUSDM(data_dir=mini_corpus, cache_dir=str(tmp_path / "cache"))
+    def state(cache):
+        builder = DailyTalkUSDM(data_dir=mini_corpus, cache_dir=str(tmp_path / cache))
         builder.download_and_prepare()
         rows = {split: its[:] for split, its in builder.as_dataset().items()}
-        return rows, builder.config.corpus_digest, builder.cache_dir
+        return rows, builder.config.corpus_digest, os.path.relpath(builder.cache_dir, tmp_path / cache)
 
     assert (mini_corpus / "metadata.json").is_file()
-    before = state()
+    before = state("before")
     (mini_corpus / "metadata.json").unlink()
     if content is not None:
         (mini_corpus / "metadata.json").write_bytes(content)
-    assert state() == before
+    assert state("after") == before
 
 
 @pytest.mark.parametrize("kind", ["folder", "fifo"])

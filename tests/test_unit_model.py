@@ -45,7 +45,7 @@ def set_weights(change):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("config.json", set_keys(num_hidden_layers=10**9), "config.json is not of a model of 5 layers"),
+        ("config.json", set_keys(num_hidden_layers=200), "config.json is not of a model of 5 layers"),
         ("config.json", set_keys(num_attention_heads=0), "the config is not that of a Wav2Vec2 or HuBERT model"),
         ("config.json", lambda path: path.write_text("[]"), "config.json is not of a model of 5 layers"),
         ("config.json", lambda path: path.write_text("{"), "Expecting property name"),
@@ -82,6 +82,14 @@ def test_description_of_a_stranger(folder, keys):
     set_keys(**keys)(folder / "unit_model.json")
     with pytest.raises(ValueError, match=r"unit_model\.json is not what convert wrote: remove the folder"):
         UnitTokenizer.from_pretrained(folder, device="cpu")
+
+
+def test_more_layers_than_there_are_weights(folder):
+    """They would be built first, however many."""
+    set_keys(layer=200)(folder / "unit_model.json")
+    change_file(folder, "config.json", set_keys(num_hidden_layers=200))
+    with pytest.raises(ValueError, match=r"config\.json is not of a model of 200 layers"):
+        UnitTokenizer.from_pretrained(folder, device="cpu").tokenize_waveforms([np.zeros(400, np.float32)])
 
 
 def test_code_beside_a_unit_model_is_not_run(folder, tmp_path):
