@@ -234,6 +234,13 @@ def _check_names(options: dict, refused: str) -> None:
                 raise ValueError(f"{name} {text!r} holds a NUL, or bytes that are not UTF-8: rename the file or folder")
 
 
+def _disk_full(error: BaseException | None) -> OSError | None:
+    """The full disk behind an error: datasets raises another one while it closes the file."""
+    while error is not None and not (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point of the console script."""
     parser = make_parser()
@@ -256,11 +263,11 @@ def main(args: list[str] | None = None) -> None:
         print(f"dailytalk-usdm {command}: interrupted; start it again, finished work is kept", file=sys.stderr)
         sys.exit(130)
     except (OSError, ValueError, IndexError, ImportError, MemoryError, RuntimeError) as error:
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        full = _disk_full(error)
         remedy = ": make room and start it again, finished work is kept" if full else ""
         from usdm_sft.view import printable  # names and values of strangers may be in it
 
-        print(printable(f"dailytalk-usdm {command}: {error}{remedy}"), file=sys.stderr)
+        print(printable(f"dailytalk-usdm {command}: {full or error}{remedy}"), file=sys.stderr)
         sys.exit(1)
 
 
