@@ -207,7 +207,10 @@ def load_dataset(data_dir, name="single_turn", *, data_files=None, **kwargs):
     Returns:
         What `datasets.load_dataset` returns.
     """
-    if data_files is None:
+    if hub_corpus.is_hub_corpus(data_dir):
+        found = hub_corpus.fetch_corpus(data_dir, kwargs.get("digest_cache_dir"))
+        data_dir, data_files = None, {split: str(path) for split, path in found.items()}
+    elif data_files is None:
         found = _find_split_lists(data_dir, None, kwargs.get("digest_cache_dir"))
         data_files = {split: str(path.resolve()) for split, path in found.items()}
     counting = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS

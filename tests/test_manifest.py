@@ -20,6 +20,7 @@ from mini_hub import serve
 from dailytalk_usdm import DailyTalkUSDM
 from usdm_sft.corpus import NO_ANSWER, SAME_SPEAKER, CorpusError, Rules, read_corpus
 from usdm_sft.export import export_text
+from usdm_sft.page import write_page
 from usdm_sft.pipeline import prepare
 from usdm_sft.verify import verify
 
@@ -64,6 +65,17 @@ def test_every_kind_of_table_says_the_same(tmp_path, kind):
     assert [(u.dialog_id, u.turn, u.speaker, u.text) for u in utterances] == TURNS
     assert {u.audio for u in utterances} == {f"{tmp_path / 'a.wav'}#t=0.5,1.25&channel=1"}
     assert {u.emotion for u in utterances} == {"none"}
+
+
+def test_whole_numbers_that_a_table_spells_with_a_point(tmp_path):
+    """A column of whole numbers with gaps is a column of floats to many who write CSV."""
+    rows = [row | {"turn": f"{row['turn']}.0", "channel": "1.0"} for row in rows_of()]
+    [split] = read_corpus({"train": write_csv(tmp_path / "m.csv", rows)}).values()
+    first = split.dialogs[0].utterances
+    assert [(u.id, u.turn, u.audio) for u in first[:2]] == [
+        ("call-1_0", 0, f"{tmp_path}/a.wav#channel=1"),
+        ("call-1_1", 1, f"{tmp_path}/a.wav#channel=1"),
+    ]
 
 
 def test_where_recordings_are_named_from(tmp_path):
@@ -289,6 +301,10 @@ def test_the_zip_of_dailytalk_is_read_without_unpacking(archive, mini, unit_mode
             path.is_dir() or path.read_bytes() == (tmp_path / "out" / path.relative_to(tmp_path / "plain")).read_bytes()
         )
     assert not list(tmp_path.rglob("*.wav"))
+    pages = [tmp_path / "zip.html", tmp_path / "plain.html"]
+    write_page(tmp_path / "out", pages[0], data_dir=archive)
+    write_page(tmp_path / "plain", pages[1], data_dir=mini / "corpus")
+    assert pages[0].read_bytes() == pages[1].read_bytes()  # the kind of sound too, which is not that of the archive
 
 
 def test_an_archive_of_something_else(tmp_path, unit_model):
@@ -340,6 +356,14 @@ def test_a_corpus_on_the_hub(calls, mini, unit_model, tmp_path):
     }
     assert lines(tmp_path / "out", tmp_path) == expected
     assert len(list((tmp_path / "cache" / "hub").glob("*/manifest.jsonl"))) == 2
+    page = f"from usdm_sft.page import write_page; print(write_page({str(tmp_path / 'out')!r}, 'page.html', data_dir='hub:tester/calls'))"
+    loaded = "import dailytalk_usdm; print(dailytalk_usdm.load_dataset('hub:tester/calls', split='test')['id'][:])"
+    for code, expected in ((page, "10"), (loaded, "['d105_0', 'd105_1', 'd2001_0']")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=environment | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True
+        )  # fmt: skip
+        assert done.stdout.strip() == expected, done.stderr[-2000:]
+    assert (tmp_path / "page.html").read_text().count("data:audio/") == 20
     command[command.index("hub:tester/calls")] = "hub:tester/nothing"
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     server.shutdown()
@@ -404,6 +428,9 @@ def test_named_agent_and_merged_turns_end_to_end(calls, unit_model, tmp_path):
     counts = run(calls, tmp_path / "out", unit_model, tmp_path, **options)
     assert counts["splits"]["train"]["rows_cut"]
     verify(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "neighbouring turns of one speaker were made one before; the agent is always speaker `1`." in card
+    assert "twice in a row were left out" not in card and "The dialogs of the manifests became" in card
     data = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "datasets"))
     assert {speaker for row in data["agent_speaker"] for speaker in row} == {"1"}
     assert len(set(data["id"])) == len(data)

@@ -323,6 +323,15 @@ def test_export_notices_a_missing_file(run, tmp_path):
         export_text(output, tmp_path / "text")
 
 
+def test_a_dialog_of_which_every_row_is_too_long_is_not_counted(run):
+    """Both pairs of d77 have more than 290 tokens; d3, d8 and d20 have 4, 5 and 2 turns, and a row each at the least."""
+    _, counts = run(max_length=290)
+    train = counts["splits"]["train"]
+    assert {"d77_0", "d77_1"} < set(train["pairs_left_out"])
+    assert (train["dialogs"], train["utterances"], train["pairs"]) == (3, 11, 10)
+    assert counts["statistics"]["train"]["dialogs"] == 3
+
+
 def test_split_that_max_length_leaves_empty(run):
     with pytest.raises(ValueError, match="max_length 220 leaves no row of test, whose shortest row has"):
         run(max_length=220)

@@ -37,10 +37,12 @@ def count_rows(rows: Dataset, fitted: Fitted, builder: DailyTalkUSDM, split: str
             f"{list_lengths(rows, 'input_ids').min()} tokens: raise it"
         )
     corpus = builder.corpus[split]
-    utterances = [utterance for dialog in corpus.dialogs for utterance in dialog.utterances]
+    with_rows = set(kept["dialog_id"][:])  # of some dialogs every row may be too long
+    dialogs = [dialog for dialog in corpus.dialogs if dialog.id in with_rows]
+    utterances = [utterance for dialog in dialogs for utterance in dialog.utterances]
     seconds = sum(builder.audio_digests[utterance.audio].seconds for utterance in utterances)
     return {
-        "dialogs": len({dialog.id for dialog in corpus.dialogs}),
+        "dialogs": len(with_rows),
         "utterances": len(utterances),
         "hours": round(seconds / 3600, 6),
         "pairs": corpus.num_pairs + len(corpus.pairs_left_out),

@@ -64,9 +64,9 @@ def read_manifest(path: Path, problems: list[str], folder: Path) -> dict[str, di
             note(problems, f"{place}: {problem}")
         if wrong:
             continue
-        dialog, speaker, turn = str(row["dialog"]), str(row["speaker"]), int(row["turn"])
+        dialog, speaker, turn = str(row["dialog"]), str(row["speaker"]), _whole(row["turn"])
         numbers = [None if _is_missing(row, name) else float(row[name]) for name in ("start", "end")]
-        channel = None if _is_missing(row, "channel") else int(row["channel"])
+        channel = None if _is_missing(row, "channel") else _whole(row["channel"])
         emotion = "" if _is_missing(row, "emotion") else str(row["emotion"])
         audio = format_address(absolute_file(row["audio"], folder), *numbers, channel)
         utterance = Utterance(f"{dialog}_{turn}", dialog, turn, speaker, row["text"], emotion, audio)

@@ -15,6 +15,7 @@ from usdm_sft.audio import read_audio
 from usdm_sft.corpus import Rules, read_corpus
 from usdm_sft.download import fetch_split_lists
 from usdm_sft.folder import data_files, read_counts
+from usdm_sft.hub_corpus import fetch_corpus, is_hub_corpus
 from usdm_sft.manifest import find_manifests, is_manifest
 from usdm_sft.rows import iter_rows, open_rows
 from usdm_sft.split_list import find_split_lists
@@ -68,7 +69,7 @@ def write_page(
         split: Split of the rows.
         index: First row.
         num_examples: How many rows.
-        data_dir: The corpus that the folder was made from, or its manifest; with it, both sides can be heard.
+        data_dir: The corpus that the folder was made from, as `prepare` takes it, or its manifest; with it, both sides can be heard.
 
     Returns:
         The number of rows on the page.
@@ -108,10 +109,14 @@ class _Recordings:
         if is_manifest(data_dir):
             corpus = read_corpus({split: data_dir}, rules)
         else:
-            lists = find_manifests(Path(data_dir)) or find_split_lists(data_dir) or fetch_split_lists()
+            if is_hub_corpus(data_dir):
+                data_dir, lists = None, fetch_corpus(str(data_dir))
+            else:
+                folder = Path(data_dir).expanduser()
+                lists = find_manifests(folder) or find_split_lists(folder) or fetch_split_lists()
             if split not in lists:
                 raise FileNotFoundError(
-                    f"{data_dir} has no list of {split}: name the corpus that the folder was made from"
+                    f"{self._name} has no list of {split}: name the corpus that the folder was made from"
                 )
             corpus = read_corpus({split: lists[split]}, rules, data_dir=data_dir)
         self._dialogs = {dialog.id: dialog.utterances for dialog in corpus[split].dialogs}
@@ -134,7 +139,8 @@ def _data_uri(address: str) -> str:
     [stretch, *more] = parse_address(address)
     if stretch.is_whole and not more and not file_problem(stretch.file):
         with open_file(stretch.file) as file:
-            content, kind = file.read(), mimetypes.guess_type(stretch.file)[0] or "audio/wav"
+            member = stretch.file.removeprefix("zip://").partition("::")[0]  # its kind, and not that of the archive
+            content, kind = file.read(), mimetypes.guess_type(member)[0] or "audio/wav"
     else:
         import soundfile
 
