@@ -184,8 +184,10 @@ def _open_archive(path: str) -> zipfile.ZipFile:
     try:
         stat = os.stat(path)
         return _archive(path, stat.st_size, stat.st_mtime_ns, os.getpid())
-    except (zipfile.BadZipFile, OSError) as error:
+    except zipfile.BadZipFile as error:
         raise AddressError(f"lies in what is no zip archive ({error})") from error
+    except OSError as error:
+        raise AddressError(f"lies in an archive that cannot be read ({error.strerror})") from error
 
 
 @lru_cache(maxsize=8)

@@ -6,7 +6,6 @@ imported before the arguments are understood.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import errno
 import json
@@ -23,8 +22,7 @@ from usdm_sft.export import export_text
 from usdm_sft.pipeline import Submitted, prepare
 from usdm_sft.template_config import Template
 
-with contextlib.suppress(TypeError):  # jsonargparse before 4.53
-    set_parsing_settings(import_path_denylist=["*"])  # a YAML file names values, and no code to import
+set_parsing_settings(import_path_denylist=["*"])  # a YAML file names values, and no code to import
 
 
 class Parser(ArgumentParser):
