@@ -15,7 +15,7 @@ import soundfile
 
 import dailytalk_usdm
 from tests.benchmarks.common import TURNS, lengths, machine, speechlike, table
-from usdm_sft import folder, shards
+from usdm_sft import shards, writer
 from usdm_sft.checkpoint import convert
 from usdm_sft.pipeline import prepare
 
@@ -63,7 +63,7 @@ def main() -> None:
     watch(shards, "load_rows", "builder (Arrow)")
     watch(shards, "make_units", "units")
     watch(shards, "make_tokens", "template")
-    watch(folder, "write_folder", "dataset folder")
+    watch(writer, "write_folder", "dataset folder")
 
     with tempfile.TemporaryDirectory() as work:
         root = Path(work)
