@@ -93,11 +93,10 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):
         kwargs: Fields of `DailyTalkUSDMConfig`, and whatever `datasets.DatasetBuilder` takes.
 
     Raises:
-        ValueError: There is no such config, or it takes no history.
+        ValueError: There is no such config, an option is wrong, or DailyTalk's own split lists are swapped.
         FileNotFoundError: Data, a split list or an audio file is missing.
         usdm_sft.corpus.CorpusError: The split lists are wrong; every problem is named with file and line.
         usdm_sft.audio.AudioError: An audio file cannot become units, or bad audio leaves no pair of a split.
-        ValueError: DailyTalk's own split lists are swapped, or an option is wrong.
     """
 
     BUILDER_CONFIG_CLASS = DailyTalkUSDMConfig

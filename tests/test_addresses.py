@@ -167,6 +167,20 @@ def test_a_bomb_that_lies_about_its_size_unpacks_no_further(archive):
     assert "cannot be unpacked (Bad CRC-32" in check_audio(zip_address(archive, "zeros.wav")).problem
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_member_that_is_damaged(tmp_path, method):
+    path = tmp_path / "corpus.zip"
+    with zipfile.ZipFile(path, "w", method) as file:
+        file.writestr("a.wav", bytes(range(256)) * 400)
+    content = bytearray(path.read_bytes())
+    for place in range(60, 140):
+        content[place] ^= 0xFF
+    path.write_bytes(content)
+    assert check_audio(zip_address(path, "a.wav")).problem.startswith("cannot be unpacked (")
+    with pytest.raises(AudioError, match=r"corpus\.zip cannot be unpacked \("):
+        read_audio(zip_address(path, "a.wav"))
+
+
 def test_damaged_archive(archive, tmp_path):
     archive.write_bytes(archive.read_bytes()[:-40])
     assert check_audio(zip_address(archive, "data/call.wav")).problem.startswith("lies in what is no zip archive")

@@ -474,6 +474,7 @@ def test_pickled_kmeans_is_refused_and_not_run(tmp_path, source, capfd, protocol
         ValueError, match=r'not a plain \.npy array .*np\.save\("kmeans\.npy", kmeans\.cluster_centers_'
     ):
         convert(source[0], tmp_path / "km.bin", tmp_path / "m", layer=2)
+    # The pickle that a stranger would send; only reading it must be refused.
     np.save(tmp_path / "objects.npy", np.array([[Evil()] * WIDTH], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match=r"objects\.npy is not a plain \.npy array"):
         convert(source[0], tmp_path / "objects.npy", tmp_path / "m", layer=2)

@@ -57,6 +57,7 @@ def set_weights(change):
         ("kmeans.npy", lambda path: np.save(path, np.zeros((200, 64))), "kmeans.npy is float64"),
         ("kmeans.npy", lambda path: np.save(path, np.zeros((9, 64), np.float32)), "not 200 float32 centroids"),
         ("kmeans.npy", lambda path: np.save(path, np.full((200, 64), np.nan, np.float32)), "holds NaN"),
+        # The pickle that a stranger would send; only reading it must be refused.
         ("kmeans.npy", lambda path: np.save(path, np.array([print]), allow_pickle=True), "allow_pickle=False"),
     ],
 )  # fmt: skip

@@ -12,15 +12,20 @@ written is a file, whatever it looks like.
 from __future__ import annotations
 
 import io
+import lzma
 import os
 import re
 import stat
 import zipfile
+import zlib
 from functools import lru_cache
 from typing import BinaryIO, NamedTuple
 
 MISSING = "does not exist"
 MAX_MEMBER_BYTES = 1 << 30  # 90 minutes of stereo at 48 kHz; a member that unpacks to more is a bomb
+
+# What zipfile raises over a member: checksum, password, method of compression, end of file, and each method's own.
+_UNPACKING = (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, OSError, zlib.error, lzma.LZMAError)
 
 _ZIP = re.compile(r"zip://(?P<member>[^\n]+?)::(?P<archive>[^\n]+)")
 _SECONDS = r"[0-9]+(?:\.[0-9]+)?"
@@ -153,7 +158,7 @@ def open_file(file: str) -> BinaryIO:
     archive, info = _find_member(match["archive"], match["member"])
     try:
         return io.BytesIO(archive.read(info))
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, OSError) as error:
+    except _UNPACKING as error:
         raise AddressError(f"cannot be unpacked ({error})") from error
 
 

@@ -25,10 +25,10 @@ from usdm_sft.checkpoint_keys import to_transformers
 from usdm_sft.digests import file_digest
 from usdm_sft.download import cache_root, sha256_file
 from usdm_sft.model_config import cut_config, read_json
+from usdm_sft.tokenizer import MAX_UNITS
 
 FILES = ("config.json", "model.safetensors", "kmeans.npy")
 XLSR_LAYER = 35
-MAX_UNITS = 65_536  # units are stored as uint16
 
 XLSR_1B = {
     "hidden_size": 1280,

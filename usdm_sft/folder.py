@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from usdm_sft.download import sha256_file
+from usdm_sft.tokenizer import MAX_UNITS
 
 COUNTS = "counts.json"
 UNFINISHED = ".unfinished"
 PICTURES = "pictures"
-MAX_UNITS = 65_536  # units are stored as uint16
 
 _TYPES = {
     "key": str, "config": str, "num_units": int,

@@ -35,22 +35,30 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 
-def _run_rank(folder: str, tasks: int, rank: int, device: str | None = None) -> None:
-    executor = LocalPipelineExecutor([partial(run_task, folder=folder, device=device)], tasks=tasks, logging_dir=folder)
+def _make_executor(folder: str, tasks: int, device: str | None = None) -> LocalPipelineExecutor:
+    return LocalPipelineExecutor([partial(run_task, folder=folder, device=device)], tasks=tasks, logging_dir=folder)
+
+
+def _run_rank(executor: LocalPipelineExecutor, rank: int) -> None:
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # the task's log has it all
         executor._run_for_rank(rank)
 
 
-def _run_process(*args: Any) -> None:
+def _run_process(folder: str, tasks: int, rank: int, device: str) -> None:
     def end_with_parent() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
+    executor = _make_executor(folder, tasks, device)
     try:
-        _run_rank(*args)
-    except Exception:  # in the task's log, where datatrove has written it
+        _run_rank(executor, rank)
+    except Exception:  # datatrove has written it into the task's log and raised it again
         sys.exit(1)
+
+
+def _run_ray_task(folder: str, tasks: int, rank: int) -> None:
+    _run_rank(_make_executor(folder, tasks), rank)
 
 
 def run_here(folder: Path, tasks: int, ranks: Sequence[int], devices: Sequence[str]) -> None:
@@ -96,7 +104,7 @@ def run_on_ray(folder: Path, tasks: int, ranks: Sequence[int], device: str) -> N
         num_gpus = int(device == "cuda")
         if num_gpus and not ray.cluster_resources().get("GPU"):
             logger.warning("the Ray cluster has no GPU: the tasks wait for one (--num_gpus 0 is for the CPU)")
-        run = ray.remote(num_cpus=1, num_gpus=num_gpus)(_run_rank)  # again, up to 3 times, when its process dies
+        run = ray.remote(num_cpus=1, num_gpus=num_gpus)(_run_ray_task)  # again, up to 3 times, when its process dies
         waiting = [run.remote(str(folder), tasks, rank) for rank in ranks]
         with tqdm(total=len(ranks), desc="tasks", unit="task") as bar:
             while waiting:

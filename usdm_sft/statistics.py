@@ -14,11 +14,10 @@ import pyarrow.compute as pc
 
 from usdm_sft.rows import iter_rows
 from usdm_sft.template import IGNORE_INDEX
-from usdm_sft.tokenizer import UNIT_0
+from usdm_sft.tokenizer import MAX_UNITS, UNIT_0
 from usdm_sft.view import printable
 
 ROLES = ("user", "agent")
-MAX_UNITS = 65_536
 QUANTILES = {"min": 0.0, "median": 0.5, "95 %": 0.95, "max": 1.0}
 _BATCH = 512
 

@@ -24,6 +24,7 @@ NEWLINE = 13  # <0x0A>, how a newline is spelled in every place
 SPACE = 28705  # a "▁" that stands alone
 CONTINUE, CORRESPOND, UNIT_0 = 32000, 32001, 32002
 NUM_UNITS = 10_000
+MAX_UNITS = 65_536  # units are stored as uint16
 MAX_LENGTH = 8192
 
 MODEL_SHA256 = "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055"

@@ -11,6 +11,7 @@ import numpy as np
 
 from usdm_sft.card import data_configs
 from usdm_sft.compare import compare_with_text, describe_difference, first_difference
+from usdm_sft.corpus import MAX_PROBLEMS_SHOWN
 from usdm_sft.download import sha256_file
 from usdm_sft.folder import COUNTS, PICTURES, data_files, read_counts
 from usdm_sft.rows import iter_rows, open_rows
@@ -22,7 +23,6 @@ from usdm_sft.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from datasets import DatasetInfo
 
-MAX_PROBLEMS_SHOWN = 20
 COUNTED = ("rows", "tokens", "labelled_tokens", "units")
 _BATCH = 256
 _DIGEST = re.compile(r"[0-9a-f]{64}")
