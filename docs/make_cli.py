@@ -1,0 +1,66 @@
+"""Write the CLI reference from the parser of the command `dailytalk-usdm`.
+
+    python docs/make_cli.py    # writes docs/cli.md
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from usdm_sft.cli import Parser, make_parser
+
+DOCS = Path(__file__).resolve().parent
+HEAD = """\
+# Command line
+
+`dailytalk-usdm COMMAND --help` prints the same tables. Options of `prepare` can also stand in a YAML file that `--config`
+names, under the same names. `docs/make_cli.py` writes this page from the parser.
+
+The exit status is 0 if the command is done, 1 if the input is bad or a check failed (a message on stderr, no traceback), 2 for
+wrong usage, and 130 if the command was interrupted.
+"""
+
+
+def make_cli() -> str:
+    """The text of docs/cli.md."""
+    [commands] = [action for action in make_parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    return "\n".join([HEAD, *(_section(name, parser) for name, parser in commands.choices.items())])
+
+
+def _section(name: str, parser: Parser) -> str:
+    actions = [action for action in parser._actions if action.dest not in ("help", "print_config")]
+    positional = [_metavar(action) for action in actions if not action.option_strings]
+    usage = " ".join(["dailytalk-usdm", name, *positional, *(["[options]"] if len(positional) < len(actions) else [])])
+    rows = [f"| {_name(action)} | {_cell(_default(action))} | {_cell(action.help or '')} |" for action in actions]
+    return "\n".join(
+        [f"## {name}", "", _cell(parser.description), "", "```text", usage, "```", ""]
+        + ["| option | default | meaning |", "|---|---|---|", *rows, ""]
+    )
+
+
+def _metavar(action: argparse.Action) -> str:
+    return action.dest.upper() + (" ..." if action.nargs == "+" else "")
+
+
+def _name(action: argparse.Action) -> str:
+    choices = f" {{{','.join(map(str, action.choices))}}}" if action.choices else ""
+    return f"`{action.option_strings[-1] if action.option_strings else _metavar(action)}{choices}`"
+
+
+def _default(action: argparse.Action) -> str:
+    if action.required or not action.option_strings:
+        return "required"
+    if action.default is None or action.default is False or action.default == argparse.SUPPRESS:
+        return ""
+    value = ", ".join(action.default) if isinstance(action.default, tuple) else str(action.default).strip()
+    return f"`{value}`"
+
+
+def _cell(text: str) -> str:
+    """Text as one cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+if __name__ == "__main__":
+    (DOCS / "cli.md").write_text(make_cli(), encoding="utf-8")
