@@ -1,6 +1,6 @@
 """Write the CLI reference from the parser of the command `dailytalk-usdm`.
 
-    python docs/make_cli.py    # writes docs/cli.md
+python docs/make_cli.py    # writes docs/cli.md
 """
 
 from __future__ import annotations
@@ -33,10 +33,8 @@ def _section(name: str, parser: Parser) -> str:
     positional = [_metavar(action) for action in actions if not action.option_strings]
     usage = " ".join(["dailytalk-usdm", name, *positional, *(["[options]"] if len(positional) < len(actions) else [])])
     rows = [f"| {_name(action)} | {_cell(_default(action))} | {_cell(action.help or '')} |" for action in actions]
-    return "\n".join(
-        [f"## {name}", "", _cell(parser.description), "", "```text", usage, "```", ""]
-        + ["| option | default | meaning |", "|---|---|---|", *rows, ""]
-    )
+    table = ["| option | default | meaning |", "|---|---|---|", *rows, ""]
+    return "\n".join([f"## {name}", "", _cell(parser.description), "", "```text", usage, "```", "", *table])
 
 
 def _metavar(action: argparse.Action) -> str:
