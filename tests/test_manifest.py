@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+from code_blocks import find_code
 from conftest import REPOSITORY
 from mini_hub import serve
 
@@ -372,23 +373,14 @@ def test_a_corpus_on_the_hub(calls, mini, unit_model, tmp_path):
     )
 
 
-def readme_block(word):
-    [block] = [
-        block
-        for block in re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
-        if word in block
-    ]
-    return block
-
-
 def test_turns_of_word_alignments(tmp_path):
-    """The recipe of the README: words of both channels become the turns of a manifest."""
+    """The recipe of docs/preparing.md: words of both channels become the turns of a manifest."""
     scope = {
         "name": "call", "channels": {"SPEAKER_MAIN": 0, "OTHER": 1},
         "left_words": [["hello", [0.5, 0.8], "SPEAKER_MAIN"], ["there", [0.9, 1.2], "SPEAKER_MAIN"], ["bye", [3.0, 3.5], "SPEAKER_MAIN"]],
         "right_words": [["hi", [1.5, 1.9], "OTHER"]],
     }  # fmt: skip
-    exec(readme_block("left_words"), scope)
+    exec(find_code("left_words"), scope)
     [dialog] = read_corpus({"train": write_jsonl(tmp_path / "m.jsonl", scope["rows"])})["train"].dialogs
     assert [(u.turn, u.text, u.audio) for u in dialog.utterances] == [
         (0, "hello there", f"{tmp_path}/call.wav#t=0.5,1.2&channel=0"),
@@ -398,12 +390,12 @@ def test_turns_of_word_alignments(tmp_path):
 
 
 def test_preprocessed_text_as_rows(mini, tmp_path, monkeypatch):
-    """The recipe of the README: the reference's own files, read without the audio."""
+    """The recipe of docs/reference-users.md: the reference's own files, read without the audio."""
     shutil.copytree(mini / "expected", tmp_path / "preprocessed")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     scope = {}
-    exec(readme_block("preprocessed/train.txt"), scope)
+    exec(find_code("preprocessed/train.txt"), scope)
     line = (mini / "expected" / "train.txt").read_text().split("\n")[0]
     assert scope["rows"]["train"][0] == {
         name: [int(value) for value in half.split()]

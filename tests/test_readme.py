@@ -1,4 +1,4 @@
-"""What the READMEs say of tests and dependencies is so."""
+"""Statements of the README, of tests/README.md and of docs/dependencies.md hold."""
 
 import ast
 import configparser
@@ -40,7 +40,28 @@ def test_every_dependency_is_reasoned():
     names = [
         re.match(r"[\w-]+", line).group() for line in setup["options"]["install_requires"].split("\n") if line.strip()
     ]
-    _, _, text = (REPOSITORY / "README.md").read_text(encoding="utf-8").partition("\n## Dependencies\n")
-    text = text.partition("\n## ")[0]
+    text = (REPOSITORY / "docs" / "dependencies.md").read_text(encoding="utf-8")
     assert len(names) > 10
     assert [name for name in names if not re.search(rf"\b{name}\b", text, re.IGNORECASE)] == []
+
+
+def test_every_extra_is_explained():
+    setup = configparser.ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg")
+    text = (REPOSITORY / "docs" / "dependencies.md").read_text(encoding="utf-8")
+    assert [name for name in setup["options.extras_require"] if f"| `{name}` |" not in text] == []
+
+
+def test_readme_is_short():
+    assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_readme_names_the_cpu_build_of_torch_before_the_first_pip_install():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert 0 < text.index("export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu") < text.index("pip install")
+
+
+def test_readme_has_the_two_commands_that_ci_runs():
+    """.ci/run takes the block that follows each marker."""
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^<!-- (demo|test) -->\n```bash\n", text, re.MULTILINE) == ["demo", "test"]

@@ -13,6 +13,7 @@ pytest.importorskip("trl", reason="needs the extra 'train'")
 
 import datasets
 import torch
+from code_blocks import make_workplace, small_environment
 from conftest import REPOSITORY
 from datasets.distributed import split_dataset_by_node
 from mini_hub import serve
@@ -191,19 +192,8 @@ def test_streaming_resumes_in_the_middle_of_an_epoch(folder):
 
 
 @pytest.fixture(scope="module")
-def workplace(folder, tmp_path_factory):
-    """A folder in which the README's names mean small local things."""
-    root = tmp_path_factory.mktemp("workplace")
-    shutil.copytree(folder, root / "dailytalk-usdm-data")
-    shutil.copytree(REPOSITORY / "configs", root / "configs")
-    tiny_model().save_pretrained(root / "naver-ai" / "USTM")
-    load_tokenizer(folder / "tokenizer").save_pretrained(root / "naver-ai" / "USTM")
-    return root
-
-
-def environment():
-    small = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    return os.environ | small | {"PYTHONPATH": str(REPOSITORY)}
+def workplace(folder, unit_model, tmp_path_factory):
+    return make_workplace(tmp_path_factory.mktemp("workplace"), folder, unit_model, tiny_model())
 
 
 def test_trl_command(workplace):
@@ -212,29 +202,11 @@ def test_trl_command(workplace):
         *["--model_name_or_path", "naver-ai/USTM", "--dataset_name", "dailytalk-usdm-data", "--output_dir", "trl-out"],
         *["--max_steps", "2", "--use_cpu", "true", "--bf16", "false", "--logging_steps", "1", "--dtype", "float32"],
     ]
-    done = subprocess.run(command, cwd=workplace, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=workplace, env=small_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(re.findall(r"'loss': ", done.stdout)) == 2
     saved = load_tokenizer(workplace / "trl-out")
     assert saved("<|correspond|> yes").input_ids == [1, 32_001, 28_705, 5_081]
-
-
-def readme_blocks():
-    section = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("\n## Train on it\n")[1].split("\n## ")[0]
-    return re.findall(r"```python\n(.*?)```", section, flags=re.S)
-
-
-@pytest.mark.parametrize("number", range(len(readme_blocks())))
-def test_code_of_the_readme(workplace, number):
-    """The blocks as they stand, but for as many steps as a test can take, in float32 on the CPU."""
-    code = readme_blocks()[number]
-    small = "max_steps=1, use_cpu=True, report_to='none', save_strategy='no', "
-    code = re.sub(r"(SFTConfig|TrainingArguments)\(", rf"\g<1>({small}", code)
-    code = code.replace("bf16=True", "bf16=False").replace("num_train_epochs=5, ", "")
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=workplace, env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, code + done.stderr[-3000:]
 
 
 def test_accelerate_config_is_valid():
@@ -264,7 +236,7 @@ print(json.dumps([list(plain), list(streamed)]))
         "HF_HUB_OFFLINE": "0",
         "HF_HOME": str(tmp_path),
     }
-    done = subprocess.run([sys.executable, "-c", script], env=environment() | hub, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], env=small_environment() | hub, capture_output=True, text=True)
     server.shutdown()
     assert done.returncode == 0, done.stderr[-3000:]
     plain, streamed = json.loads(done.stdout.splitlines()[-1])

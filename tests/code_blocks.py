@@ -1,0 +1,74 @@
+"""The code blocks of README.md and of the pages in docs/, and a folder in which their names mean small local things.
+
+A block runs as it stands, unless an HTML comment on the line before it says otherwise:
+
+    <!-- not run: REASON -->     a test of another file covers it, or it cannot run here
+    <!-- names: a, b -->         it needs these names, which the test that runs it gives
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from conftest import FIXTURES, REPOSITORY
+
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+MARKER = re.compile(r"<!-- (not run|names): (.+) -->")
+_BLOCK = re.compile(r"(?:^(<!-- .* -->)\n)?^```(\w+)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+
+
+class Block(NamedTuple):
+    """A code block: its page, the line that it starts at, its language, and the comment before it."""
+
+    page: str
+    line: int
+    language: str
+    marker: str
+    code: str
+
+    @property
+    def place(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def find_blocks(language: str) -> list[Block]:
+    """The blocks of all pages in one language."""
+    blocks = []
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        for match in _BLOCK.finditer(text):
+            line = text.count("\n", 0, match.start(2)) + 1
+            page = path.relative_to(REPOSITORY).as_posix()
+            blocks.append(Block(page, line, match[2], match[1] or "", match[3]))
+    return [block for block in blocks if block.language == language]
+
+
+def find_code(word: str) -> str:
+    """The code of the one Python block that holds `word`."""
+    [block] = [block for block in find_blocks("python") if word in block.code]
+    return block.code
+
+
+def make_workplace(root: Path, dataset_folder: Path, unit_model: Path, model) -> Path:
+    """Fill a folder with what the pages name: data, configs, a unit model, and `model` as naver-ai/USTM."""
+    from usdm_sft.tokenizer import load_tokenizer
+
+    shutil.copytree(dataset_folder, root / "dailytalk-usdm-data")
+    shutil.copytree(unit_model, root / "unit_model")
+    shutil.copytree(REPOSITORY / "configs", root / "configs")
+    shutil.copytree(FIXTURES / "mini" / "corpus", root / "DailyTalk")
+    shutil.copytree(FIXTURES / "mini" / "expected", root / "preprocessed")
+    shutil.copy(FIXTURES / "mini" / "corpus" / "data" / "3" / "0_0_d3.wav", root / "hello.wav")
+    model.save_pretrained(root / "naver-ai" / "USTM")
+    load_tokenizer(dataset_folder / "tokenizer").save_pretrained(root / "naver-ai" / "USTM")
+    return root
+
+
+def small_environment() -> dict[str, str]:
+    """The environment of a process that trains on the CPU."""
+    small = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    return os.environ | small | {"PYTHONPATH": str(REPOSITORY)}

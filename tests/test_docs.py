@@ -1,0 +1,158 @@
+"""The README and the pages of docs/: their code runs, their commands exist, and what is generated is current."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from code_blocks import MARKER, PAGES, find_blocks, make_workplace, small_environment
+from conftest import REPOSITORY
+
+import dailytalk_usdm
+from usdm_sft.cli import make_parser
+
+DOCS = REPOSITORY / "docs"
+PYTHON_BLOCKS = find_blocks("python")
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+# As many steps as a test can take, in float32 on the CPU.
+SMALL = "max_steps=1, use_cpu=True, report_to='none', save_strategy='no', "
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def workplace(dataset_folder, unit_model, tmp_path_factory):
+    import torch
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=42_003, num_key_value_heads=2, pad_token_id=42_002, max_position_embeddings=4096, **shape
+        )
+    )
+    return make_workplace(tmp_path_factory.mktemp("workplace"), dataset_folder, unit_model, model)
+
+
+def shrink(code):
+    code = code.replace("max_steps=1000, ", "").replace("bf16=True", "bf16=False")
+    return re.sub(r"(SFTConfig|TrainingArguments)\(", rf"\g<1>({SMALL}", code)
+
+
+@pytest.mark.parametrize(
+    "block", [block for block in PYTHON_BLOCKS if not MARKER.match(block.marker)], ids=lambda block: block.place
+)
+def test_python_block_runs(workplace, block):
+    """The block as it stands, but with `SMALL` steps of training."""
+    if re.search(r"\b(trl|peft|Trainer)\b", block.code):
+        pytest.importorskip("trl", reason="needs the extra 'train'")
+    done = subprocess.run(
+        [sys.executable, "-c", shrink(block.code)],
+        cwd=workplace,
+        env=small_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, block.code + done.stderr[-3000:]
+
+
+def test_few_blocks_are_not_run():
+    marked = {block.place.split(":")[0]: block.marker for block in PYTHON_BLOCKS if MARKER.match(block.marker)}
+    assert sorted(marked) == ["docs/hub.md", "docs/preparing.md"]
+    assert len(PYTHON_BLOCKS) >= 15
+
+
+def test_commands_of_bash_blocks_are_accepted_by_the_parser(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    parser, seen = make_parser(), []
+    for block in find_blocks("bash"):
+        for line in block.code.replace("\\\n", " ").splitlines():
+            words = shlex.split(line.removesuffix("&&"), comments=True)
+            names = [word.rpartition("/")[2] for word in words]
+            if "dailytalk-usdm" in names:
+                arguments = words[names.index("dailytalk-usdm") + 1 :]
+                if "{checkpoint.pt,kmeans.npy}" in line:  # the shell expands it
+                    arguments[1:2] = ["checkpoint.pt", "kmeans.npy"]
+                seen.append(parser.parse_args(arguments).command)
+    assert {"prepare", "convert", "units", "show", "stats", "verify", "push", "export"} == set(seen)
+
+
+def test_command_line_reference_is_current():
+    message = "run: python docs/make_cli.py"
+    assert (DOCS / "cli.md").read_text(encoding="utf-8") == load_script("make_cli").make_cli(), message
+
+
+def test_command_line_reference_names_each_option():
+    text = (DOCS / "cli.md").read_text(encoding="utf-8")
+    for option in ("--data_dir", "--template.loss", "--on_bad_audio", "--final_norm", "--against", "--private"):
+        assert f"| `{option}` |" in text
+
+
+def test_picture_is_current():
+    message = "run: python docs/make_picture.py"
+    assert (DOCS / "example.svg").read_text(encoding="utf-8") == load_script("make_picture").make_picture(), message
+
+
+def test_picture_marks_exactly_what_the_loss_counts():
+    script = load_script("make_picture")
+    tokenizer = script.build_tokenizer().backend_tokenizer
+    input_ids, labels = script.read_row(script.LINES, script.WORDS, tokenizer)
+    sections = {section.name: section for section in script.split_sections(input_ids, labels)}
+    counted = {name for name, section in sections.items() if section.labels == section.input_ids}
+    assert counted == {"transcript", "answer", "agent's speech"}
+    assert all(set(section.labels) == {-100} for name, section in sections.items() if name not in counted)
+    assert sum((section.input_ids for section in sections.values()), []) == input_ids  # noqa: RUF017
+    svg = (DOCS / "example.svg").read_text(encoding="utf-8")
+    assert len(re.findall('class="mark"', svg)) == len(re.findall('class="loss"', svg)) == 3
+
+
+def test_picture_without_such_a_line():
+    script = load_script("make_picture")
+    with pytest.raises(
+        ValueError, match=r"train\.txt has no line with 'zebra crossing': name words of one of its dial"
+    ):
+        script.read_row(script.LINES, "zebra crossing", script.build_tokenizer().backend_tokenizer)
+
+
+def test_api_page_has_each_public_name():
+    """Each directive names the object that `dailytalk_usdm` gives under the heading."""
+    page = (DOCS / "api.md").read_text(encoding="utf-8")
+    found = {}
+    for path, heading in re.findall(r'^::: ([\w.]+)\n    options: \{heading: "dailytalk_usdm\.(\w+)"', page, re.M):
+        module, _, name = path.rpartition(".")
+        assert getattr(importlib.import_module(module), name) is getattr(dailytalk_usdm, heading), path
+        found[heading] = path
+    assert set(found) == set(dailytalk_usdm._PUBLIC)
+
+
+def test_messages_of_the_troubleshooting_page_are_in_the_code():
+    sources = [*(REPOSITORY / "usdm_sft").rglob("*.py"), REPOSITORY / "dailytalk_usdm.py"]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\| `([^`]+)` \|", page, re.M)
+    assert len(messages) > 20
+    assert [message for message in messages if message not in code] == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, REPOSITORY / "CONTRIBUTING.md"], ids=lambda path: path.name)
+def test_links_to_files_exist(page):
+    targets = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in link]
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_site_builds_without_warnings(tmp_path):
+    pytest.importorskip("mkdocs", reason="needs the extra 'docs'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    api = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
+    assert "dailytalk_usdm.TemplateEncoder" in api
+    assert "test_bad_audio.py::test_missing" in (tmp_path / "site" / "reliability" / "index.html").read_text()
