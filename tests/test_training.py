@@ -1,9 +1,7 @@
 """Every trainer takes the rows as they are, and its first loss is the one computed by hand."""
 
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 
