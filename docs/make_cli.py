@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from usdm_sft.cli import Parser, make_parser
+from usdm_sft.cli import make_parser
 
 DOCS = Path(__file__).resolve().parent
 HEAD = """\
@@ -28,7 +28,7 @@ def make_cli() -> str:
     return "\n".join([HEAD, *(_section(name, parser) for name, parser in commands.choices.items())])
 
 
-def _section(name: str, parser: Parser) -> str:
+def _section(name: str, parser: argparse.ArgumentParser) -> str:
     actions = [action for action in parser._actions if action.dest not in ("help", "print_config")]
     positional = [_metavar(action) for action in actions if not action.option_strings]
     usage = " ".join(["dailytalk-usdm", name, *positional, *(["[options]"] if len(positional) < len(actions) else [])])
