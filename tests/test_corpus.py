@@ -219,13 +219,15 @@ def test_a_wrong_split_list_is_refused(server, tmp_path):
 )
 def test_a_server_that_does_not_keep_its_word(tmp_path, monkeypatch, answer):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(download, "FIRST_WAIT", 0)
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def serve():
-            connection, _ = listening.accept()
-            connection.recv(1000)
-            connection.sendall(answer)
-            connection.close()
+            for _ in range(download.TRIES):
+                connection, _ = listening.accept()
+                connection.recv(1000)
+                connection.sendall(answer)
+                connection.close()
 
         threading.Thread(target=serve, daemon=True).start()
         with pytest.raises(OSError, match="could not fetch"):

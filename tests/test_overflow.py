@@ -1,8 +1,12 @@
+import numpy as np
 import pytest
 from datasets import Dataset, Features, Sequence, Value
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from usdm_sft.overflow import choose_overflow, fit_rows
 from usdm_sft.template import COLUMNS, TemplateEncoder
+from usdm_sft.template_config import Template
 
 FEATURES = Features(
     {"id": Value("string"), "dialog_id": Value("string"), "turn": Value("int32")}
@@ -155,6 +159,136 @@ def test_nothing_is_touched_where_all_fits(encoder, rows):
         fitted = fit_rows(rows, encoder, 8192, overflow)
         assert fitted.rows[:] == rows[:]
         assert (fitted.cut, fitted.left_out) == ({}, {})
+
+
+TEXTS = st.text(st.sampled_from("aé's .,\u2028▁#你\U0001f600 User"), min_size=1, max_size=12).map(
+    lambda text: f"x{text}"
+)
+UNITS = st.lists(st.integers(0, 9999), max_size=12)
+EXCHANGES = st.lists(st.tuples(UNITS, TEXTS, TEXTS, UNITS), min_size=1, max_size=7)
+
+
+def row_of(exchanges, dialog="d1"):
+    user_units, user_text, agent_text, agent_units = (list(values) for values in zip(*exchanges, strict=True))
+    row = conversation(dialog, 0, [0] * len(exchanges))
+    return row | {
+        "user_units": user_units, "user_text": user_text, "agent_text": agent_text, "agent_units": agent_units,
+    }  # fmt: skip
+
+
+def length_by_encoding(row, start, stop, encoder):
+    return len(encoder({name: [row[name][start:stop]] for name in COLUMNS})["input_ids"][0])
+
+
+def runs_by_encoding_every_length(row, encoder, max_length, overflow):
+    """The runs of exchanges to keep, found without addition: each candidate is encoded and measured."""
+    num = len(row["user_text"])
+    if length_by_encoding(row, 0, num, encoder) <= max_length:
+        return [range(num)]
+    if overflow == "drop":
+        return []
+    if encoder.last_exchange_only:
+        starts = [start for start in range(1, num) if length_by_encoding(row, start, num, encoder) <= max_length]
+        return [range(start, num) for start in starts[:1]]
+    runs, start = [], 0
+    while start < num:
+        stops = [stop for stop in range(num, start, -1) if length_by_encoding(row, start, stop, encoder) <= max_length]
+        runs += [range(start, stop) for stop in stops[:1]]
+        if overflow == "truncate":
+            break
+        start = stops[0] if stops else start + 1
+    return runs
+
+
+SLOW_FIXTURES = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)  # the encoder is of the session
+
+
+@SLOW_FIXTURES
+@given(exchanges=EXCHANGES, cuts=st.tuples(st.integers(0, 7), st.integers(0, 7)))
+def test_ids_of_a_conversation_are_prefix_blocks_and_suffix(encoder, exchanges, cuts):
+    opening = encoder._open.tolist()
+    closing, heading = encoder._close.tolist(), encoder._next.tolist()
+    row = row_of(exchanges)
+    blocks = []
+    for k in range(len(exchanges)):
+        ids = encoder({name: [row[name][k]] for name in COLUMNS})["input_ids"][0].tolist()
+        assert ids[: len(opening)] == opening and ids[-len(closing) :] == closing
+        blocks.append(ids[len(opening) : -len(closing)])
+    start, stop = sorted(min(cut, len(exchanges)) for cut in cuts)
+    if start == stop:
+        start, stop = 0, len(exchanges)
+    expected = list(blocks[start])
+    for block in blocks[start + 1 : stop]:
+        expected += heading + block
+    ids = encoder({name: [row[name][start:stop]] for name in COLUMNS})["input_ids"][0].tolist()
+    assert ids == opening + expected + closing
+
+
+@SLOW_FIXTURES
+@given(
+    conversations=st.lists(EXCHANGES, min_size=1, max_size=3),
+    overflow=st.sampled_from(["drop", "truncate", "split"]),
+    history=st.booleans(),
+    long_words=st.booleans(),
+    data=st.data(),
+)
+def test_runs_are_those_that_encoding_every_length_gives(
+    tokenizer, encoder, context_encoder, conversations, overflow, history, long_words, data
+):
+    its_encoder = context_encoder if history else encoder
+    if long_words:  # the heading between exchanges is then longer than what opens a row, and the lengths still add up
+        words = Template(instruction="", user_role="The one who speaks first", agent_role="A")
+        its_encoder = TemplateEncoder(tokenizer, words, last_exchange_only=history)
+    overflow = "truncate" if history and overflow == "split" else overflow
+    raw = [row_of(exchanges, f"d{k}") for k, exchanges in enumerate(conversations)]
+    rows = encoded(raw, its_encoder)
+    longest = max(len(row["input_ids"]) for row in rows)
+    # At a length of some run exactly, or one token beside it: where a wrong sum shows.
+    chosen = data.draw(st.sampled_from(raw))
+    start = data.draw(st.integers(0, len(chosen["user_text"]) - 1))
+    stop = data.draw(st.integers(start + 1, len(chosen["user_text"])))
+    max_length = length_by_encoding(chosen, start, stop, its_encoder) + data.draw(st.integers(-1, 1))
+    max_length = data.draw(st.sampled_from([max_length, longest, longest - 1, 1]))
+
+    fitted = fit_rows(rows, its_encoder, max_length, overflow)
+    check(fitted, its_encoder, max_length)
+    expected, left_out = [], {}
+    for row in raw:
+        runs = runs_by_encoding_every_length(row, its_encoder, max_length, overflow)
+        expected += [(row["dialog_id"], list(run)) for run in runs]
+        whole = length_by_encoding(row, 0, len(row["user_text"]), its_encoder)
+        for k in range(len(row["user_text"])):
+            if (history and k < len(row["user_text"]) - 1) or any(k in run for run in runs):
+                continue
+            alone = length_by_encoding(row, k, k + 1, its_encoder)
+            left_out[f"{row['dialog_id']}_{0 if history else 2 * k}"] = (
+                f"{alone} tokens, more than max_length {max_length}"
+                if alone > max_length
+                else f"row {row['id']} has {whole} tokens, more than max_length {max_length}"
+            )
+    assert [(row["dialog_id"], [int(who[1:]) for who in row["user_speaker"]]) for row in fitted.rows] == expected
+    assert fitted.left_out == left_out
+
+
+@pytest.mark.parametrize("overflow", ["truncate", "split"])
+def test_each_exchange_is_encoded_once_to_be_measured_and_once_more_where_it_is_kept(encoder, overflow):
+    rows = encoded([conversation("d1", 0, [30] * 40)], encoder)
+    encoded_exchanges = []
+
+    class Counting:
+        last_exchange_only = False
+
+        def __call__(self, batch):
+            encoded_exchanges.append(sum(len(np.atleast_1d(text)) for text in batch["user_text"]))
+            return encoder(batch)
+
+    limit = tokens(encoder, [30] * 10)
+    fitted = fit_rows(rows, Counting(), limit, overflow)
+    kept = {"truncate": [10], "split": [10, 10, 10, 10]}[overflow]
+    assert [len(row["user_text"]) for row in fitted.rows] == kept
+    assert encoded_exchanges == [40, *kept]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 from mini_hub import serve
 
+from usdm_sft import cli
 from usdm_sft.pipeline import prepare
 from usdm_sft.push import push
 from usdm_sft.verify import VerificationError
@@ -24,12 +25,14 @@ def hub():
     server.shutdown()
 
 
-def run(hub, tmp_path, *command, token=TOKEN, **variables):
+def run(hub, tmp_path, *command, token=TOKEN, given="", **variables):
     variables = {
         "HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"),
     } | variables  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    done = subprocess.run([sys.executable, *command], env=environment | variables, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *command], env=environment | variables, input=given, capture_output=True, text=True
+    )
     assert TOKEN not in done.stdout + done.stderr
     return done
 
@@ -72,7 +75,9 @@ def test_push_load_stream_and_push_again(hub, dataset_folder, folder_copy, mini,
     assert done.returncode == 0, done.stderr
     assert "load_dataset('tester/pairs') opens it" in done.stdout
     assert files_on(hub) == files_in(dataset_folder)  # byte for byte, and nothing else
-    assert len(commits(hub)) == 2  # the first is the Hub's own
+    key = json.loads((dataset_folder / "counts.json").read_text())["key"]
+    titles = [commit["title"] for commit in commits(hub).values()]
+    assert titles == ["initial commit", f"Upload single_turn: {key[:16]}"]  # the first is the Hub's own
 
     import datasets
 
@@ -97,6 +102,66 @@ def test_private_and_revision(hub, dataset_folder, tmp_path):
     assert files_on(hub, "v1") == files_in(dataset_folder)
     assert files_on(hub) == {}
     assert "tester/pairs" in load(hub, tmp_path, token="")  # not for everyone
+
+
+@pytest.mark.parametrize(("options", "expected"), [([], True), (["--public"], False)])
+def test_visibility_is_the_owners_default_unless_it_is_chosen(hub, dataset_folder, tmp_path, options, expected):
+    hub.private_by_default = True
+    assert run_push(hub, tmp_path, dataset_folder, *options).returncode == 0
+    assert hub.repos["datasets", "tester/pairs"]["private"] is expected
+
+
+def test_private_and_public_exclude_each_other(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.make_parser().parse_args(["push", "folder", "tester/pairs", "--private", "--public"])
+    assert "--public: not allowed with argument --private" in capsys.readouterr().err
+
+
+def test_token_is_no_option_of_the_command_line(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.make_parser().parse_args(["push", "folder", "tester/pairs", "--token", "x"])
+    assert "--token" in capsys.readouterr().err
+
+
+def test_message_of_the_commit(hub, dataset_folder, tmp_path):
+    assert run_push(hub, tmp_path, dataset_folder, "--commit_message", "Second take: 12").returncode == 0
+    assert [commit["title"] for commit in commits(hub).values()] == ["initial commit", "Second take: 12"]
+
+
+def test_empty_message_is_refused(dataset_folder):
+    with pytest.raises(ValueError, match="commit_message ' ' is empty: give a text, or leave it out"):
+        push(dataset_folder, "tester/pairs", commit_message=" ")
+
+
+def test_pull_request_leaves_the_branch_as_it_is(hub, dataset_folder, tmp_path):
+    done = run_push(hub, tmp_path, dataset_folder, "--create_pr")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"{hub.url}/datasets/tester/pairs/discussions/1"]
+    assert files_on(hub) == {}
+    assert files_on(hub, "refs/pr/1") == files_in(dataset_folder)
+
+
+def test_pull_request_creates_no_branch(hub, dataset_folder, tmp_path):
+    hub.create("datasets", "tester/pairs", False)
+    done = run_push(hub, tmp_path, dataset_folder, "--create_pr", "--revision", "v1")
+    assert (done.returncode, done.stderr.splitlines()) == (
+        1,
+        ["dailytalk-usdm push: tester/pairs has no branch 'v1': name one that exists, or push without create_pr"],
+    )
+    assert set(hub.repos["datasets", "tester/pairs"]["refs"]) == {"main"}
+
+
+PUSH_WITH_TOKEN = """
+import sys
+from usdm_sft.push import push
+push(sys.argv[1], "tester/pairs", token=sys.stdin.read())
+"""
+
+
+def test_token_given_to_the_function(hub, dataset_folder, tmp_path):
+    done = run(hub, tmp_path, "-c", PUSH_WITH_TOKEN, str(dataset_folder), token="hf_other", given=TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert files_on(hub) == files_in(dataset_folder)
 
 
 def test_public_repository_is_not_taken_for_a_private_one(hub, dataset_folder, tmp_path):
@@ -160,11 +225,43 @@ def test_wrong_token_gives_one_line(hub, dataset_folder, tmp_path):
     assert "hf_wrongToken" not in done.stderr
 
 
-def test_no_hub(hub, dataset_folder, tmp_path):
+def test_missing_network_is_told_in_one_line(hub, dataset_folder, tmp_path):
     done = run_push(hub, tmp_path, dataset_folder, HF_ENDPOINT="http://127.0.0.1:9")
-    assert done.returncode == 1 and "the upload to tester/pairs broke" in done.stderr.splitlines()[-1]
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines() == [
+        "dailytalk-usdm push: the Hub cannot be reached ([Errno 111] Connection refused): "
+        "see that there is a network, and push again, nothing is sent twice"
+    ]
+
+
+def test_missing_network_raises_one_error_and_no_chain(hub, dataset_folder, tmp_path):
+    done = run(hub, tmp_path, "-c", PUSH_WITH_TOKEN, str(dataset_folder), given=TOKEN, HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.stderr.count("Traceback") == 1
+    assert done.stderr.splitlines()[-1].startswith("OSError: the Hub cannot be reached (")
+
+
+def test_network_that_goes_while_an_earlier_push_is_looked_up(hub, dataset_folder, tmp_path):
+    assert run_push(hub, tmp_path, dataset_folder).returncode == 0
+    answer = hub.handler.do_HEAD
+
+    def hang_up(self):
+        self.close_connection = True
+
+    hub.handler.do_HEAD = hang_up
+    done = run_push(hub, tmp_path, dataset_folder, HF_HOME=str(tmp_path / "other"))
+    hub.handler.do_HEAD = answer
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("dailytalk-usdm push: the Hub cannot be reached (")
+
+
+def test_offline_mode_pushes_nothing(hub, dataset_folder, tmp_path):
     done = run_push(hub, tmp_path, dataset_folder, HF_HUB_OFFLINE="1")
-    assert done.returncode == 1 and "offline" in done.stderr.splitlines()[-1]
+    assert (done.returncode, done.stderr.splitlines()) == (
+        1,
+        [
+            "dailytalk-usdm push: offline mode (HF_HUB_OFFLINE) forbids a push to tester/pairs: unset it, and push again",
+        ],
+    )
     assert hub.log == []
 
 

@@ -123,19 +123,13 @@ def verify(dataset_dir: str, against: str | None = None) -> None:
         print(f"{split}: {num_rows:,} rows are what they should be")
 
 
-def push(dataset_dir: str, repo_id: str, private: bool = False, revision: str | None = None) -> None:
-    """Verify a dataset folder and upload it to the Hub in one commit.
-
-    Args:
-        dataset_dir: A folder that prepare made.
-        repo_id: The dataset repository, such as USER/NAME; created where it does not exist.
-        private: Create it private. A repository that exists must be private then.
-        revision: Branch to commit to; the main branch by default.
-    """
+def push(dataset_dir: str, repo_id: str, **options) -> None:
+    """Verify and upload. There is no option for the token: it would stay in the shell's history."""
     from usdm_sft.push import push
 
-    print(push(dataset_dir, repo_id, private=private, revision=revision))
-    print(f"load_dataset({repo_id!r}) opens it")
+    print(push(dataset_dir, repo_id, **options))
+    if not options["create_pr"]:
+        print(f"load_dataset({repo_id!r}) opens it")
 
 
 def make_parser() -> Parser:
@@ -202,9 +196,17 @@ def make_parser() -> Parser:
     command.add_argument(
         "repo_id", type=str, help="The dataset repository, USER/NAME; created where it does not exist."
     )
-    command.add_function_arguments(push, skip={"dataset_dir", "repo_id", "private"})
+    private = command.add_mutually_exclusive_group()  # neither: as the settings of its owner say
+    private.add_argument(
+        "--private", action="store_true", default=None, help="Create it private; if it exists, it must be private."
+    )
+    private.add_argument("--public", dest="private", action="store_false", default=None, help="Create it public.")
     command.add_argument(
-        "--private", action="store_true", help="Create it private. A repository that exists must be private then."
+        "--revision", type=str, help="Branch, created where there is none; the main branch by default."
+    )
+    command.add_argument("--commit_message", type=str, help="By default it names the config and the key of the folder.")
+    command.add_argument(
+        "--create_pr", action="store_true", help="Open a pull request to the branch, which must exist."
     )
     commands.add_subcommand("push", command, help="dataset folder -> Hub")
     return parser

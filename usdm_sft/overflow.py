@@ -1,7 +1,11 @@
 """Rows of more tokens than max_length: left out, cut between two exchanges, or split into further rows.
 
-Only the few long rows are touched, and only by encoding fewer of their exchanges again: no audio, no forward pass, and the
+Only the few long rows are touched, and only by encoding their exchanges again: no audio, no forward pass, and the
 cache of work shards knows nothing of max_length.
+
+The lengths of exchanges add up. The template puts fixed ids before the first exchange, between two exchanges and after the
+last one, and `TemplateEncoder` gives the text of each exchange to the tokenizer as a string of its own, so that no id of an
+exchange depends on its neighbours. The length of every run of exchanges thus follows from one encoding of each exchange.
 """
 
 from __future__ import annotations
@@ -76,11 +80,12 @@ def fit_rows(rows: Dataset, encoder: TemplateEncoder, max_length: int, overflow:
     owners: list[int] = []
     for index, row in zip(too_long, rows.select(too_long), strict=True):
         reason = f"{lengths[index]} tokens, more than max_length {max_length}"
-        runs = [] if overflow == "drop" else _find_runs(row, encoder, max_length, every=overflow == "split")
+        alone = _lengths_alone(row, encoder)
+        runs = [] if overflow == "drop" else _find_runs(alone, lengths[index], encoder, max_length, overflow)
         its_pieces = [_make_row(row, run, encoder) for run in runs]
         if runs:
             cut[row["id"]] = f"{_what_was_kept(row, its_pieces, encoder, overflow)} ({reason})"
-        left_out |= _pairs_outside(row, runs, encoder, max_length, reason)
+        left_out |= _pairs_outside(row, runs, alone, encoder, max_length, reason)
         pieces += its_pieces
         owners += [index] * len(runs)
     if not pieces:
@@ -98,25 +103,57 @@ def list_lengths(rows: Dataset, column: str) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int64)] + [pc.list_value_length(b[column]).to_numpy() for b in batches])
 
 
-def _find_runs(row: dict[str, Any], encoder: TemplateEncoder, max_length: int, *, every: bool) -> list[range]:
-    """The runs of exchanges of a long row that are kept: the longest leading one, or `every` one after the other."""
-    num_exchanges = len(row["user_text"])
+def _lengths_alone(row: dict[str, Any], encoder: TemplateEncoder) -> np.ndarray:
+    """(num_exchanges,) numbers of tokens that the exchanges of a long row have as rows of one exchange; none for a pair."""
+    if not isinstance(row["user_text"], list):
+        return np.zeros(0, np.int64)
+    exchanges = {"id": [row["id"]] * len(row["user_text"])} | {name: row[name] for name in COLUMNS}
+    return np.array([len(ids) for ids in encoder(exchanges)["input_ids"]])
 
-    def fits(start: int, stop: int) -> bool:
-        return len(_encode(row, range(start, stop), encoder)["input_ids"]) <= max_length
 
+def _find_runs(alone: np.ndarray, whole: int, encoder: TemplateEncoder, max_length: int, overflow: str) -> list[range]:
+    """The runs of exchanges of a long row that are kept."""
+    ends, shared = _add_up(alone, whole)
     if encoder.last_exchange_only:
-        start = next((start for start in range(1, num_exchanges) if fits(start, num_exchanges)), None)
-        return [] if start is None else [range(start, num_exchanges)]
+        return _latest_run(ends, max_length - shared)
+    return _leading_runs(ends, max_length - shared, every=overflow == "split")
+
+
+def _add_up(alone: np.ndarray, whole: int) -> tuple[np.ndarray, int]:
+    """What gives the length of every run of exchanges: `ends[stop] - ends[start] + shared` tokens.
+
+    In a row of its own, each exchange has the ids that open and close the template around it; in one row, two exchanges have
+    the heading of the second between them. The difference, `shared`, is the same for any two exchanges, and `whole` tells it.
+
+    Args:
+        alone: (num_exchanges,) lengths of the exchanges as rows of one exchange.
+        whole: Length of the row that holds them all.
+
+    Returns:
+        (num_exchanges + 1,) ends, increasing from 0, and the number of tokens that are shared.
+    """
+    shared = int(alone.sum() - whole) // (len(alone) - 1) if len(alone) > 1 else 0
+    return np.concatenate([[0], np.cumsum(alone - shared)]), shared
+
+
+def _leading_runs(ends: np.ndarray, room: int, *, every: bool) -> list[range]:
+    """The longest leading run of exchanges in `room` tokens, or `every` such run one after the other."""
     runs, start = [], 0
-    while start < num_exchanges:
-        stop = next((stop for stop in range(num_exchanges, start, -1) if fits(start, stop)), None)
-        if stop is not None:
+    while start < len(ends) - 1:
+        stop = int(np.searchsorted(ends, ends[start] + room, side="right")) - 1
+        if stop > start:
             runs.append(range(start, stop))
         if not every:
             break
-        start = start + 1 if stop is None else stop
+        start = max(stop, start + 1)
     return runs
+
+
+def _latest_run(ends: np.ndarray, room: int) -> list[range]:
+    """The longest run of exchanges in `room` tokens that ends with the last one, which is not the whole row."""
+    last = len(ends) - 1
+    start = max(1, int(np.searchsorted(ends, ends[last] - room)))
+    return [range(start, last)] if start < last else []
 
 
 def _encode(row: dict[str, Any], run: range, encoder: TemplateEncoder) -> dict[str, np.ndarray]:
@@ -143,7 +180,12 @@ def _what_was_kept(
 
 
 def _pairs_outside(
-    row: dict[str, Any], runs: Sequence[range], encoder: TemplateEncoder, max_length: int, reason: str
+    row: dict[str, Any],
+    runs: Sequence[range],
+    alone: np.ndarray,
+    encoder: TemplateEncoder,
+    max_length: int,
+    reason: str,
 ) -> dict[str, str]:
     """The pairs of a long row that no run holds, and why: id -> reason."""
     if not isinstance(row["user_text"], list):
@@ -154,10 +196,9 @@ def _pairs_outside(
         if any(position in run for run in runs):
             continue
         turn = row["turn"] if encoder.last_exchange_only else row["turn"] + 2 * position
-        alone = len(_encode(row, range(position, position + 1), encoder)["input_ids"])
         left_out[example_id(row["dialog_id"], turn)] = (
-            f"{alone} tokens, more than max_length {max_length}"
-            if alone > max_length
+            f"{alone[position]} tokens, more than max_length {max_length}"
+            if alone[position] > max_length
             else f"row {row['id']} has {reason}"
         )
     return left_out
