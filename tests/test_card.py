@@ -143,7 +143,11 @@ def test_published_sources_are_named_with_licence_and_citation(
         assert name in card.text
     for key in ("lee2022dailytalk", "kim2024usdm", "seamless2023m4t", "babu2021xlsr", "li2017dailydialog"):
         assert f"{{{key}," in card.text
-    assert "to be filled in" not in card.text and "not confirmed" in card.text
+    assert (
+        "come from the split lists and were" in card.text
+        and "to be filled in" not in card.text
+        and "not confirmed" in card.text
+    )
 
 
 def test_edited_split_lists_are_not_named_dailytalk(mini, unit_model, tmp_path, known_lists):

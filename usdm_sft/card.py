@@ -108,7 +108,7 @@ def make_card(
         counts=counts,
         settings=counts["settings"],
         is_dailytalk=is_dailytalk,
-        lists={"split list": "split lists", "manifest": "manifests"}.get(counts["corpus"], "lists"),
+        lists={"manifest": "manifests", "manifest and split list": "lists"}.get(counts["corpus"], "split lists"),
         has_reference_words=_words(counts["settings"]["template"]) == _words(vars(REFERENCE)),
         fits_ustm=counts["unit_model"]["name"] is not None and counts["tokenizer"]["num_units"] == NUM_UNITS,
         is_offline_tokenizer=counts["tokenizer"]["name"] == OFFLINE,
