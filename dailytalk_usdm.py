@@ -36,9 +36,10 @@ _PUBLIC = {
 
 _GUESSED = {"train": ["train_phone.txt"], "validation": ["val_phone.txt"]}
 
+# Only of the published split lists, which are recognized by their sha256.
 _DAILYTALK = {
     "homepage": "https://github.com/keonlee9420/DailyTalk",
-    "license": "CC BY-SA 4.0",
+    "license": "CC BY-SA 4.0, offered for academic use; the texts come from DailyDialog, CC BY-NC-SA 4.0 (not confirmed)",
     "citation": "Keon Lee, Kyumin Park, Daeyoung Kim: DailyTalk: Spoken Dialogue Dataset for Conversational Text-to-Speech. "
     "2022, arXiv:2207.01063",
 }
@@ -160,7 +161,7 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):
         return datasets.DatasetInfo(
             description=__doc__,
             features=usdm_features.example_features(lists=examples.has_lists(self.config.name, self.config.history)),
-            **(_DAILYTALK if self.is_dailytalk else {}),
+            **(_DAILYTALK if download.are_published_lists(self.list_digests) else {}),
         )
 
     def _load_info(self, *args, **kwargs):

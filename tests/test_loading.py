@@ -10,6 +10,7 @@ from packaging.version import Version
 
 import dailytalk_usdm
 from dailytalk_usdm import DailyTalkUSDM
+from usdm_sft import download
 from usdm_sft.audio import AudioError
 from usdm_sft.corpus import CorpusError
 
@@ -307,3 +308,14 @@ def test_public_names():
         assert getattr(dailytalk_usdm, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         dailytalk_usdm.nothing  # noqa: B018
+
+
+def test_builder_names_dailytalk_for_its_published_lists_only(mini, tmp_path, monkeypatch):
+    other = DailyTalkUSDM(data_dir=mini / "corpus", cache_dir=str(tmp_path / "other")).info
+    assert (other.homepage, other.license, other.citation) == ("", "", "")
+    lists = {split: ("", download.sha256_file(mini / "corpus" / f"{split}.txt")) for split in ("train", "test")}
+    monkeypatch.setattr(download, "SPLIT_LISTS", lists)
+    published = DailyTalkUSDM(data_dir=mini / "corpus", cache_dir=str(tmp_path / "published")).info
+    assert published.homepage == "https://github.com/keonlee9420/DailyTalk"
+    assert "CC BY-SA 4.0" in published.license and "CC BY-NC-SA 4.0" in published.license
+    assert "arXiv:2207.01063" in published.citation

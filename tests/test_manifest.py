@@ -232,7 +232,8 @@ def test_telephone_calls_give_the_lines_of_the_reference(calls, mini, unit_model
     assert verify(tmp_path / "out") == {"train": 10, "test": 3}
     assert counts["corpus"] == "manifest"
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "license: unknown" in card and "lee2022dailytalk" not in card and "keonlee9420" not in card
+    assert "license: unknown" in card and "DailyTalk" not in card and "keonlee9420" not in card
+    assert "| sha256 of train manifest | `" in card and "The manifests name no emotions." in card
     for config, rows in (("multi_turn", 7), ("single_turn", 10)):
         its = run(calls, tmp_path / config, unit_model, tmp_path, config_name=config, history=config == "single_turn")
         assert its["splits"]["train"]["rows"] == rows
@@ -421,8 +422,9 @@ def test_named_agent_and_merged_turns_end_to_end(calls, unit_model, tmp_path):
     assert counts["splits"]["train"]["rows_cut"]
     verify(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "neighbouring turns of one speaker were made one before; the agent is always speaker `1`." in card
-    assert "twice in a row were left out" not in card and "The dialogs of the manifests became" in card
+    assert "Neighbouring turns of the same speaker were merged into one." in card
+    assert "make a pair if the later one is by speaker 1, who is always the agent:" in card
+    assert "twice in a row were left out" not in card and "Turns repeat" not in card
     data = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "datasets"))
     assert {speaker for row in data["agent_speaker"] for speaker in row} == {"1"}
     assert len(set(data["id"])) == len(data)

@@ -70,6 +70,11 @@ def fetch_split_lists(cache_dir: str | Path | None = None, *, url: str | None = 
     return lists
 
 
+def are_published_lists(digests: Mapping[str, str]) -> bool:
+    """Whether every list is one that DailyTalk publishes, under whatever name: the sha256 of each split's list."""
+    return set(digests.values()) <= {sha256 for _, sha256 in SPLIT_LISTS.values()}
+
+
 def check_not_swapped(lists: Mapping[str, str | Path], digests: Mapping[str, str]) -> None:
     """DailyTalk's own lists are known, so that it shows where one stands in the other's place. Of other lists nobody can tell.
 

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CAPTIONS = {
-    "lengths.png": "Length of the rows in tokens, and of the audio in seconds.",
-    "labels.png": "Share of a row's tokens that bears loss, and pairs a dialog.",
-    "units.png": "How often each unit occurs, the most frequent first, and the most frequent emotions of the turns.",
+    "lengths.png": "Length of the rows in tokens and of the audio in seconds.",
+    "labels.png": "Share of labelled tokens per row, and number of pairs per dialog.",
+    "units.png": "Number of occurrences of each unit, the most frequent first, and the most frequent emotions of the turns.",
 }
 MAX_BINS = 40
 MAX_EMOTIONS = 12

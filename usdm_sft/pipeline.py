@@ -153,6 +153,7 @@ def prepare(
     from usdm_sft.download import cache_root
     from usdm_sft.overflow import choose_overflow, fit_rows
     from usdm_sft.published import find_unit_model
+    from usdm_sft.sources import describe_corpus, describe_tokenizer, describe_unit_model, list_kind
     from usdm_sft.template import TemplateEncoder
     from usdm_sft.tokenizer import load_tokenizer
     from usdm_sft.units import UnitTokenizer
@@ -198,7 +199,9 @@ def prepare(
     counts = {
         "format_version": 1,
         "config": builder.config.name,
-        "corpus": "DailyTalk" if builder.is_dailytalk else "manifest",
+        "corpus": describe_corpus(builder.split_lists, builder.list_digests),
+        "unit_model": describe_unit_model(unit_tokenizer.folder),
+        "tokenizer": describe_tokenizer(pretrained_model_name_or_path, encoder.num_units),
         "num_units": unit_tokenizer.num_units,
         "settings": {
             "history": history,
@@ -214,8 +217,8 @@ def prepare(
             **({} if (precision, resampler) == ("fp32", "soxr") else {"agreement_utterances": agreement_utterances}),
         },
         "digests": {
-            **{f"{split} split list": digest for split, digest in builder.list_digests.items()},
-            "split lists and audio": builder.config.corpus_digest,
+            **{f"{split} {list_kind(builder.split_lists[split])}": sha for split, sha in builder.list_digests.items()},
+            "lists and audio": builder.config.corpus_digest,
             "unit model": unit_tokenizer.digest,
             "tokenizer": encoder.tokenizer_digest,
         },
