@@ -190,12 +190,12 @@ def test_the_same_file_twice(tokenizer, rows):
 
 def test_what_was_read_ahead_is_used_or_forgotten(tokenizer, rows):
     tokenizer.read_ahead_rows(rows)
-    assert len(tokenizer._reading) == 4
+    assert len(tokenizer._reader) == 4
     tokenizer.forget_rows(rows)
-    assert not tokenizer._reading
+    assert len(tokenizer._reader) == 0
     tokenizer.read_ahead_rows(rows)
     tokenizer(rows)
-    assert not tokenizer._reading
+    assert len(tokenizer._reader) == 0
 
 
 def test_map_in_processes_after_a_call_in_this_one(tokenizer, rows):
