@@ -1,14 +1,19 @@
-"""Unit model folders of strangers: what they hold is checked though the digests beside it fit."""
+"""Unit model folders of strangers are checked though their digests fit; units depend on the folder and the audio only."""
 
 import json
 import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import FIXTURES
 from safetensors.torch import load_file, save_file
 
+from usdm_sft import units
 from usdm_sft.checkpoint import convert
 from usdm_sft.download import sha256_file
 from usdm_sft.units import UnitTokenizer
@@ -98,3 +103,84 @@ def test_code_beside_a_unit_model_is_not_run(folder, tmp_path):
     change_file(folder, "config.json", set_keys(auto_map={"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}))
     UnitTokenizer.from_pretrained(folder, device="cpu").tokenize_waveforms([np.zeros(400, np.float32)])
     assert not (tmp_path / "code-ran").exists()
+
+
+@pytest.fixture
+def waveforms():
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(n).astype(np.float32) for n in (16_000, 20_079, 24_000, 50_079)]
+
+
+@contextmanager
+def setting(set_value, value, default):
+    set_value(value)
+    try:
+        yield
+    finally:
+        set_value(default)
+
+
+def of_onednn(part):
+    return lambda value: setattr(part, "fp32_precision", value)
+
+
+CALLERS_SETTINGS = {
+    "autocast bfloat16": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "autocast float16": lambda: torch.autocast("cpu", dtype=torch.float16),
+    "default dtype": lambda: setting(torch.set_default_dtype, torch.float64, torch.float32),
+    "default device": lambda: setting(torch.set_default_device, "meta", None),
+    "deterministic algorithms": lambda: setting(torch.use_deterministic_algorithms, True, False),
+    "matmul precision high": lambda: setting(torch.set_float32_matmul_precision, "high", "highest"),
+    "matmul precision medium": lambda: setting(torch.set_float32_matmul_precision, "medium", "highest"),
+    "oneDNN": lambda: setting(of_onednn(torch.backends.mkldnn), "bf16", "none"),
+    "oneDNN matmul": lambda: setting(of_onednn(torch.backends.mkldnn.matmul), "bf16", "none"),
+    "oneDNN conv": lambda: setting(of_onednn(torch.backends.mkldnn.conv), "bf16", "none"),
+}
+
+
+@pytest.mark.parametrize("name", CALLERS_SETTINGS)
+def test_units_do_not_depend_on_the_callers_settings_of_torch(converted, waveforms, name):
+    used = UnitTokenizer.from_pretrained(converted, device="cpu")
+    expected = [units.tolist() for units in used.tokenize_waveforms(waveforms)]
+    with CALLERS_SETTINGS[name]():
+        opened = UnitTokenizer.from_pretrained(converted, device="cpu")
+        for tokenizer in (used, opened):
+            assert [units.tolist() for units in tokenizer.tokenize_waveforms(waveforms)] == expected
+
+
+def test_resampler_on_the_device_runs_without_the_callers_autocast(converted, monkeypatch, tmp_path):
+    enabled = []
+
+    def resample_on(device, samples, rate):
+        enabled.append(torch.is_autocast_enabled("cpu"))
+        return torch.from_numpy(samples)
+
+    monkeypatch.setattr(units, "resample_on", resample_on)
+    soundfile.write(tmp_path / "a.wav", np.zeros(400), 16_000)
+    tokenizer = UnitTokenizer.from_pretrained(converted, device="cpu", resampler="torchaudio")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tokenizer.tokenize_files([tmp_path / "a.wav"])
+    assert enabled == [False]
+
+
+def test_the_mask_of_a_long_utterance_takes_no_memory(tmp_path):
+    """160 s whose appended sample completes a frame, which is masked, and 160 s without one."""
+    code = """
+import resource, sys
+import numpy as np
+from usdm_sft.units import UnitTokenizer
+
+tokenizer = UnitTokenizer.from_pretrained(sys.argv[1], device="cpu")
+waveform = np.random.default_rng(0).standard_normal(int(sys.argv[2])).astype(np.float32)
+tokenizer.tokenize_waveforms([waveform])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    source, folder = FIXTURES / "units", tmp_path / "one_layer"
+    checkpoint = [source / "model_fairseq.pt", source / "kmeans.npy", folder]
+    convert(*checkpoint, model_config=source / "config.json", layer=1)
+    assert (2_560_079 % 320, 2_560_080 % 320) == (79, 80)
+    masked, plain = (
+        int(subprocess.run([sys.executable, "-c", code, folder, n], capture_output=True, check=True).stdout)
+        for n in ("2560079", "2560080")
+    )
+    assert masked < 1.05 * plain

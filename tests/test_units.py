@@ -1,10 +1,13 @@
 import json
+import multiprocessing.reduction
+import operator
 import os
 import pickle
 import random
 import sys
 from pathlib import Path
 
+import multiprocess.reduction
 import numpy as np
 import pytest
 import soundfile
@@ -14,6 +17,7 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from soxr import resample
 
+from usdm_sft import reading
 from usdm_sft import units as module
 from usdm_sft.audio import AudioError
 from usdm_sft.batches import normalize, num_frames, padding_share, plan_batches
@@ -149,8 +153,8 @@ def rows(mini):
 
 def test_each_audio_of_a_batch_is_tokenized_once(tokenizer, rows, monkeypatch):
     read = []
-    real = module.read_waveform
-    monkeypatch.setattr(module, "read_waveform", lambda source: read.append(source) or real(source))
+    real = reading.read_waveform
+    monkeypatch.setattr(reading, "read_waveform", lambda source: read.append(source) or real(source))
     out = tokenizer(
         {"user_audio": rows["user_audio"], "agent_audio": [{"bytes": None, "path": p} for p in rows["agent_audio"]]}
     )
@@ -190,12 +194,12 @@ def test_the_same_file_twice(tokenizer, rows):
 
 def test_what_was_read_ahead_is_used_or_forgotten(tokenizer, rows):
     tokenizer.read_ahead_rows(rows)
-    assert len(tokenizer._reading) == 4
+    assert len(tokenizer._reader) == 4
     tokenizer.forget_rows(rows)
-    assert not tokenizer._reading
+    assert len(tokenizer._reader) == 0
     tokenizer.read_ahead_rows(rows)
     tokenizer(rows)
-    assert not tokenizer._reading
+    assert len(tokenizer._reader) == 0
 
 
 def test_map_in_processes_after_a_call_in_this_one(tokenizer, rows):
@@ -269,15 +273,6 @@ def test_changed_folder_is_noticed(tmp_path_factory, tmp_path):
         UnitTokenizer.from_pretrained(folder, cache_dir=tmp_path)
 
 
-def test_features_that_are_not_finite_name_the_utterance(fairseq):
-    tokenizer = UnitTokenizer.from_pretrained(fairseq, device="cpu", precision="fp16")
-    tokenizer.model.layers[0].feed_forward.intermediate_dense.weight.fill_(6e4)
-    with pytest.raises(
-        ValueError, match="waveform 0: the features are not finite in precision fp16: use another precision"
-    ):
-        tokenizer.tokenize_waveforms([np.random.default_rng(0).standard_normal(1000).astype(np.float32)])
-
-
 def test_out_of_memory_says_what_to_set(fairseq, monkeypatch):
     tokenizer = UnitTokenizer.from_pretrained(fairseq, device="cpu", batch_seconds=10)
 
@@ -322,6 +317,17 @@ def test_resampler_on_the_device(rows, fairseq, monkeypatch):
     tokenizer = UnitTokenizer.from_pretrained(fairseq, device="cpu", resampler="torchaudio")
     assert [len(units) for units in tokenizer(rows)["user_units"]] == [len(units) for units in plain["user_units"]]
     assert tokenizer.key != UnitTokenizer.from_pretrained(fairseq, device="cpu").key
+
+
+def test_number_of_the_gpu_is_told_to_processes_and_is_not_in_the_fingerprint(fairseq, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    first, second = (UnitTokenizer.from_pretrained(fairseq, device=f"cuda:{index}") for index in (0, 1))
+    assert Hasher.hash(first) == Hasher.hash(second)
+    assert pickle.dumps(first) == pickle.dumps(second)
+    for each in (multiprocessing, multiprocess):
+        assert pickle.loads(each.reduction.ForkingPickler.dumps(second)).device == "cuda:1"
+        with each.get_context("spawn").Pool(1) as pool:
+            assert pool.apply(operator.attrgetter("device"), (second,)) == "cuda:1"
 
 
 def test_rank_chooses_the_gpu(fairseq, rows, monkeypatch):

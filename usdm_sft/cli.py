@@ -49,12 +49,12 @@ def units(unit_model_dir: str, file: list[str], device: str | None = None, preci
         device: Where to compute; CUDA where there is one, else the CPU.
         precision: fp32 (the reference's), tf32, fp16 or bf16.
     """
+    from usdm_sft.reading import stream_units
     from usdm_sft.units import UnitTokenizer
 
     tokenizer = UnitTokenizer.from_pretrained(unit_model_dir, device=device, precision=precision)
-    found, _ = tokenizer.tokenize_files(file)
-    for name, its_units in zip(file, found, strict=True):
-        print(json.dumps({"file": name, "units": its_units.tolist()}))
+    for name, file_units in zip(file, stream_units(tokenizer, file), strict=True):
+        print(json.dumps({"file": name, "units": file_units.tolist()}), flush=True)
 
 
 def show(

@@ -253,6 +253,7 @@ def prepare(
         joined = shards.join_shards(rows[split], [tokens[shard.tokens_key] for shard in its])
         fitted = fit_rows(joined, encoder, max_length, overflow)
         splits[split], counts["splits"][split] = fitted.rows, count_rows(joined, fitted, builder, split, max_length)
+        counts["splits"][split]["fp32_fallback"] = shards.find_fp32_fallback(its, units, builder.corpus[split])
         if shuffle_seed is not None:
             splits[split] = fitted.rows.shuffle(seed=shuffle_seed)
     if (finished := _finished(output, counts["key"], cache, overwrite)) is not None:  # by another run, meanwhile

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from usdm_sft.cache import ShardCache, cache_key
 from usdm_sft.examples import has_lists, make_examples
-from usdm_sft.workers import Task, map_shard, quiet, tokenize_shards
+from usdm_sft.workers import FP32_FALLBACK, Task, map_shard, quiet, tokenize_shards
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from dailytalk_usdm import DailyTalkUSDM
+    from usdm_sft.corpus import Split
     from usdm_sft.template import TemplateEncoder
     from usdm_sft.units import UnitTokenizer
 
@@ -148,6 +149,25 @@ def make_units(
             files[task.key] = path
             bar.update(len(task.rows))
     return files
+
+
+def find_fp32_fallback(shards: Sequence[Shard], units: dict[str, Path], split: Split) -> list[str]:
+    """Ids of the utterances of a split that overflowed in the precision, so that their units are those of fp32.
+
+    Args:
+        shards: All work shards of the split, in order.
+        units: The file of each unit shard, by its key.
+        split: The split of the corpus.
+    """
+    from datasets import Dataset
+
+    ids = (utterance.id for dialog in split.dialogs for utterance in dialog.utterances)
+    fallback = []
+    for shard in shards:
+        rows = Dataset.from_file(str(units[shard.units_key]))
+        marks = rows[FP32_FALLBACK][:] if FP32_FALLBACK in rows.column_names else [False] * len(rows)
+        fallback += [utterance_id for utterance_id, mark in zip(islice(ids, len(rows)), marks, strict=True) if mark]
+    return fallback
 
 
 def make_tokens(

@@ -127,7 +127,8 @@ class UnitModel(nn.Module):
             (batch, num_frames) uint16 units, and (batch,) bool: whether all features of the row's frames are finite. Both
             on the model's device, which may still be computing them.
         """
-        with fp32_precision(self.precision.front):
+        # A caller's autocast would change the units, and not their key.
+        with torch.autocast(self.centroids.device.type, enabled=False), fp32_precision(self.precision.front):
             features = self.features(waveforms, frames)
             padding = self._padding(frames, features)
             finite = (torch.isfinite(features).all(dim=-1) | padding).all(dim=-1)
@@ -144,7 +145,7 @@ class UnitModel(nn.Module):
         if (frames < hidden.shape[1]).any():
             padding = self._padding(frames, hidden)
             hidden = hidden.masked_fill(padding[:, :, None], 0.0)
-            mask = ~padding[:, None, None, :].expand(-1, 1, hidden.shape[1], -1)
+            mask = ~padding[:, None, None, :]
         hidden = hidden + self._positions(hidden, padding)
         if self.norm_before_layers is not None:
             hidden = self.norm_before_layers(hidden)

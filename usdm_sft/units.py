@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import copyreg
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import multiprocess.reduction  # what `.map(num_proc=...)` pickles with
 import numpy as np
 
-from usdm_sft.audio import SAMPLE_RATE, describe, distinct_audio, read_audio, read_waveform, resample_on
-from usdm_sft.batches import BATCH_SECONDS, Waveform, num_frames, plan_batches, prepare_waveform
+from usdm_sft.audio import SAMPLE_RATE, describe, distinct_audio, read_audio, resample_on
+from usdm_sft.batches import BATCH_SECONDS, Waveform, prepare_waveform
 from usdm_sft.checkpoint import read_description, unit_model_digest
+from usdm_sft.reading import AudioReader, read_and_prepare
 
 if TYPE_CHECKING:
     import torch
 
     from usdm_sft.unit_model import UnitModel
+
+logger = logging.getLogger(__name__)
 
 VERSION = "1"  # of the units below: change it when they change, and cached ones are made anew
 
@@ -26,7 +32,6 @@ RESAMPLERS = ("soxr", "torchaudio")
 
 _FOLDER_VARIABLE = "USDM_UNIT_MODEL_"
 _IMPORTED_IN = os.getpid()
-_OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class UnitTokenizer:
@@ -36,8 +41,11 @@ class UnitTokenizer:
     another unit model those that transformers gives, whatever else is in the batch. The model is loaded at the first call,
     in the process that needs it.
 
-    Pickling, and so the fingerprint of `.map`, holds the unit model's digest and the settings, not weights or paths; a
-    process started by this one finds the folder through its environment.
+    A pickle, and so the fingerprint of `.map`, holds the unit model's digest and the settings, not weights, paths or the
+    number of the GPU; a process started by this one finds the folder through its environment, and is told the GPU.
+
+    Attributes:
+        fp32_fallback: Audio of the last call that overflowed in the precision; its units were computed in fp32.
     """
 
     def __init__(self, folder: Path, digest: str, settings: dict[str, Any], device: str | None = None):
@@ -45,9 +53,11 @@ class UnitTokenizer:
         self.digest = digest
         self.settings = settings  # what units depend on; of the device its kind
         self.device = device or settings["device"]
+        self.fp32_fallback: set[str | Path | bytes] = set()
         self._model: UnitModel | None = None
-        self._threads: ThreadPoolExecutor | None = None
-        self._reading: dict[str | Path | bytes, Future] = {}
+        self._in_fp32: UnitTokenizer | None = None
+        self._reader: AudioReader | None = None
+        self._process = os.getpid()
         os.environ[_FOLDER_VARIABLE + digest[:16]] = str(folder)
 
     @classmethod
@@ -123,15 +133,24 @@ class UnitTokenizer:
                 f"this process does not know where the unit model of digest {state['digest']} lies: "
                 "call UnitTokenizer.from_pretrained(folder) in it first"
             )
-        self.__init__(Path(os.environ[variable]), state["digest"], state["settings"])
-        if os.getpid() != _IMPORTED_IN:  # a forked process, as `.map(num_proc=...)` makes them
-            import torch
+        device = state.get("device")  # only where it comes from another process
+        self.__init__(Path(os.environ[variable]), state["digest"], state["settings"], device)
+        self._process = _IMPORTED_IN  # another one where this one was forked, as `.map(num_proc=...)` does
+        self._notice_fork()
 
-            if self.settings["device"] == "cuda":
-                raise RuntimeError(
-                    "CUDA does not survive a fork: call multiprocess.set_start_method('spawn') before .map with num_proc"
-                )
-            torch.set_num_threads(1)  # the parent's threads are gone, and torch would wait for them for ever
+    def _notice_fork(self) -> None:
+        """In a forked process, start afresh: it inherits no threads, neither those that read audio nor torch's own."""
+        if os.getpid() == self._process:
+            return
+        if self.settings["device"] == "cuda":
+            raise RuntimeError(
+                "CUDA does not survive a fork: call multiprocess.set_start_method('spawn') before .map with num_proc"
+            )
+        import torch
+
+        torch.set_num_threads(1)  # torch would wait for the parent's threads for ever
+        self._reader = None
+        self._process = os.getpid()
 
     @property
     def num_units(self) -> int:
@@ -145,6 +164,7 @@ class UnitTokenizer:
     @property
     def model(self) -> UnitModel:
         """The unit model on its device."""
+        self._notice_fork()
         if self._model is None:
             from usdm_sft.unit_model import UnitModel
 
@@ -155,7 +175,7 @@ class UnitTokenizer:
         """Give the model's memory back; the next call loads it again."""
         import torch
 
-        self._model = None
+        self._model = self._in_fp32 = None
         if self.settings["device"] == "cuda":
             torch.cuda.empty_cache()
 
@@ -197,27 +217,27 @@ class UnitTokenizer:
 
     def tokenize_files(self, sources: Sequence[str | Path | bytes]) -> tuple[list[np.ndarray], np.ndarray]:
         """Paths or file contents -> units, one (num_frames,) uint16 array each, and (num_files,) float32 seconds."""
-        self.read_ahead(sources)
-        futures = {source: self._reading.pop(source) for source in dict.fromkeys(sources)}
-        reading = [futures[source] for source in sources]
+        self._notice_fork()
+        read = self._audio_reader().take(sources)
         names = [describe(source) for source in sources]
         if self.settings["resampler"] == "soxr":
-            waveforms = [future.result() for future in reading]
+            waveforms = list(read)
         else:
-            resampled = (resample_on(self.device, *future.result()) for future in reading)
-            waveforms = self._prepare(resampled, names)
+            waveforms = self._prepare((resample_on(self.device, *each) for each in read), names)
         lengths = np.array([waveform.num_samples for waveform in waveforms], dtype=np.float32)
-        return self._tokenize(waveforms, names), lengths / np.float32(SAMPLE_RATE)
+        units, overflowed = self._tokenize(waveforms, names)
+        self.fp32_fallback = {sources[row] for row in overflowed}
+        return units, lengths / np.float32(SAMPLE_RATE)
 
     def read_ahead(self, sources: Sequence[str | Path | bytes]) -> None:
         """Start to read audio in threads; a later `tokenize_files` or call with these sources takes what is ready."""
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(thread_name_prefix="read-audio")
-        read_and_prepare = partial(_read_and_prepare, normalization=self.normalization)
-        read = read_and_prepare if self.settings["resampler"] == "soxr" else read_audio
-        for source in sources:
-            if source not in self._reading:
-                self._reading[source] = self._threads.submit(read, source)
+        self._notice_fork()
+        self._audio_reader().start(sources)
+
+    def forget(self, sources: Sequence[str | Path | bytes]) -> None:
+        """Give up what was read ahead of audio that no call will get."""
+        if self._reader is not None:
+            self._reader.forget(sources)
 
     def read_ahead_rows(self, batch: Mapping[str, Sequence]) -> None:
         """Start to read the audio of rows that a later call will get."""
@@ -225,63 +245,56 @@ class UnitTokenizer:
 
     def forget_rows(self, batch: Mapping[str, Sequence]) -> None:
         """Give up what was read ahead of rows that no call will get."""
-        for source in distinct_audio(batch)[0]:
-            self._reading.pop(source, None)
+        self.forget(distinct_audio(batch)[0])
+
+    def _audio_reader(self) -> AudioReader:
+        if self._reader is None:
+            prepare = partial(read_and_prepare, normalization=self.normalization)
+            self._reader = AudioReader(prepare if self.settings["resampler"] == "soxr" else read_audio)
+        return self._reader
 
     def tokenize_waveforms(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
         """(num_samples,) float32 waveforms at 16 kHz, mono -> units, one (num_frames,) uint16 array each."""
         import torch
 
+        self._notice_fork()
         names = [f"waveform {i}" for i in range(len(waveforms))]
         tensors = (torch.from_numpy(np.ascontiguousarray(waveform, dtype=np.float32)) for waveform in waveforms)
-        return self._tokenize(self._prepare(tensors, names), names)
+        return self._tokenize(self._prepare(tensors, names), names)[0]
 
     def _prepare(self, waveforms: Iterable[torch.Tensor], names: Sequence[str]) -> list[Waveform]:
-        return [prepare_waveform(*each, self.normalization) for each in zip(waveforms, names, strict=True)]
-
-    def _tokenize(self, waveforms: Sequence[Waveform], names: Sequence[str]) -> list[np.ndarray]:
-        lengths = [waveform.num_samples for waveform in waveforms]
-        batches = plan_batches(lengths, self.settings["batch_seconds"])
-        # Nothing waits for the device until all batches are on their way to it.
-        results = [self._forward([waveforms[row] for row in rows], [names[row] for row in rows]) for rows in batches]
-        found: list[np.ndarray] = [np.zeros(0, np.uint16)] * len(waveforms)
-        for rows, (units, finite) in zip(batches, results, strict=True):
-            for row, its_units, its_finite in zip(rows, units.cpu().numpy(), finite.cpu().numpy(), strict=True):
-                if not its_finite:
-                    raise ValueError(
-                        f"{names[row]}: the features are not finite in precision {self.settings['precision']}: "
-                        "use another precision, such as fp32"
-                    )
-                found[row] = its_units[: num_frames(len(waveforms[row].samples))]
-        return found
-
-    def _forward(self, batch: Sequence[Waveform], names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
-        model, device = self.model, torch.device(self.device)
-        padded = torch.nn.utils.rnn.pad_sequence([waveform.samples for waveform in batch], batch_first=True)
-        frames = torch.tensor([num_frames(waveform.num_samples) for waveform in batch])
-        try:
-            if device.type == "cuda" and padded.device.type == "cpu":
-                padded = padded.pin_memory()
-            padded = padded.to(device, non_blocking=True)
-            if not model.rows_alone:
-                return model(padded, frames)
-            return model([row[: len(its.samples)] for row, its in zip(padded, batch, strict=True)], frames)
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in _OUT_OF_MEMORY):
-                raise
-            seconds = padded.numel() / SAMPLE_RATE
-            if len(batch) > 1:
-                remedy = f"set --batch_seconds (now {self.settings['batch_seconds']:g}) to {seconds / 2:.0f} or less"
-            else:
-                remedy = f"leave out {names[0]}, or use a device with more memory"
-            raise MemoryError(
-                f"out of memory on {device} with a batch of {len(batch)} utterances and {seconds:.0f} s of audio: {remedy}"
-            ) from error
+        with torch.autocast(self.settings["device"], enabled=False):  # of the caller's; the resampler is a convolution
+            return [prepare_waveform(*each, self.normalization) for each in zip(waveforms, names, strict=True)]
+
+    def _tokenize(self, waveforms: Sequence[Waveform], names: Sequence[str]) -> tuple[list[np.ndarray], list[int]]:
+        """-> units, one (num_frames,) uint16 array a waveform, and which of them overflowed and fell back to fp32."""
+        from usdm_sft.forward import compute_units
+
+        units, overflowed = compute_units(self.model, waveforms, names, self.settings["batch_seconds"])
+        if not overflowed:
+            return units, overflowed
+        names, precision = [names[row] for row in overflowed], self.settings["precision"]
+        if precision == "fp32":
+            raise ValueError(
+                f"{names[0]}: the features are not finite in fp32: leave out the utterance, or check the unit model"
+            )
+        for name in names:
+            logger.warning("%s: the features are not finite in %s: its units are computed in fp32", name, precision)
+        if self._in_fp32 is None:
+            self._in_fp32 = self.with_settings(precision="fp32")
+        again, _ = self._in_fp32._tokenize([waveforms[row] for row in overflowed], names)
+        for row, row_units in zip(overflowed, again, strict=True):
+            units[row] = row_units
+        return units, overflowed
 
 
-def _read_and_prepare(source: str | Path | bytes, normalization: str) -> Waveform:
-    import torch
+def _reduce_for_process(tokenizer: UnitTokenizer) -> tuple:
+    """The pickle that goes to another process. The GPU's number is only here, so that no fingerprint depends on it."""
+    return copyreg.__newobj__, (UnitTokenizer,), tokenizer.__getstate__() | {"device": tokenizer.device}
 
-    return prepare_waveform(torch.from_numpy(read_waveform(source)), describe(source), normalization)
+
+# The two picklers that start processes: torch's DataLoader and ours use the first, `.map` the second.
+ForkingPickler.register(UnitTokenizer, _reduce_for_process)
+multiprocess.reduction.ForkingPickler.register(UnitTokenizer, _reduce_for_process)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from usdm_sft.units import UnitTokenizer
 
 POLL_SECONDS = 1.0
+FP32_FALLBACK = "fp32_fallback"  # column of a unit shard: bool, whether the utterance overflowed and fell back to fp32
 
 
 class Task(NamedTuple):
@@ -111,7 +112,13 @@ def _work(tasks: Iterator[Task], unit_tokenizer: UnitTokenizer, level: ShardCach
 
 
 def _make(task: Task, unit_tokenizer: UnitTokenizer, path: str) -> None:
-    map_shard(task.rows, unit_tokenizer, path, task.key)
+    def tokenize(batch: dict[str, list]) -> dict[str, Any]:
+        columns = unit_tokenizer(batch)
+        if fallback := unit_tokenizer.fp32_fallback:  # other shards do without the column
+            columns[FP32_FALLBACK] = [audio in fallback for audio in batch["audio"]]
+        return columns
+
+    map_shard(task.rows, tokenize, path, task.key)
     check_unchanged(task.audio)  # before the file gets the name that says what audio it is of
 
 

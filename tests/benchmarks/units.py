@@ -121,7 +121,7 @@ def main() -> None:
 
     def tokenize(which: UnitTokenizer) -> list[np.ndarray]:
         return [
-            units for part in work_shards for units in which._tokenize(waveforms[part], [""] * len(waveforms[part]))
+            units for part in work_shards for units in which._tokenize(waveforms[part], [""] * len(waveforms[part]))[0]
         ]
 
     whole, weights = random_model(device, XLSR_1B["num_hidden_layers"])
