@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from filelock import FileLock
-from tqdm import tqdm
+
+from usdm_sft.progress import progress_bar
 
 # The split lists in the DailyTalk repository (github.com/keonlee9420/DailyTalk).
 SPLIT_LISTS_URL = (
@@ -92,7 +93,7 @@ def download(url: str, path: str | Path, *, sha256: str | None = None) -> str:
         with urllib.request.urlopen(url, timeout=60) as response, open(unfinished, "wb") as file:
             length = response.headers.get("Content-Length")
             total = int(length) if length else None
-            with tqdm(total=total, unit="B", unit_scale=True, desc=path.name) as bar:
+            with progress_bar(total, path.name, "B", unit_scale=True) as bar:
                 while chunk := response.read(1 << 20):
                     file.write(chunk)
                     digest.update(chunk)

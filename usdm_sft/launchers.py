@@ -23,6 +23,8 @@ from typing import Any
 
 import yaml
 
+from usdm_sft.processes import start_process
+from usdm_sft.progress import progress_bar
 from usdm_sft.tasks import run_task
 
 _INSTALL = "pip install 'dailytalk-usdm[executors]'"
@@ -63,17 +65,13 @@ def _run_ray_task(folder: str, tasks: int, rank: int) -> None:
 
 def run_here(folder: Path, tasks: int, ranks: Sequence[int], devices: Sequence[str]) -> None:
     """A spawned process a task, one at a time on each device."""
-    from tqdm import tqdm
-
-    context = multiprocessing.get_context("spawn")
     waiting, free, running = deque(ranks), deque(devices), {}
     try:
-        with tqdm(total=len(ranks), desc="tasks", unit="task") as bar:
+        with progress_bar(len(ranks), "tasks", "task") as bar:
             while waiting or running:
                 while waiting and free:
                     rank, device = waiting.popleft(), free.popleft()
-                    process = context.Process(target=_run_process, args=(str(folder), tasks, rank, device))
-                    process.start()
+                    process = start_process(_run_process, (str(folder), tasks, rank, device))
                     running[process.sentinel] = process, device
                 for sentinel in connection.wait(running):
                     process, device = running.pop(sentinel)
@@ -93,7 +91,6 @@ def run_on_ray(folder: Path, tasks: int, ranks: Sequence[int], device: str) -> N
         import ray
     except ImportError as error:
         raise ImportError(f"--executor ray needs Ray ({error}): {_INSTALL}") from error
-    from tqdm import tqdm
 
     ours = not ray.is_initialized()
     if ours:
@@ -106,7 +103,7 @@ def run_on_ray(folder: Path, tasks: int, ranks: Sequence[int], device: str) -> N
             logger.warning("the Ray cluster has no GPU: the tasks wait for one (--num_gpus 0 is for the CPU)")
         run = ray.remote(num_cpus=1, num_gpus=num_gpus)(_run_ray_task)  # again, up to 3 times, when its process dies
         waiting = [run.remote(str(folder), tasks, rank) for rank in ranks]
-        with tqdm(total=len(ranks), desc="tasks", unit="task") as bar:
+        with progress_bar(len(ranks), "tasks", "task") as bar:
             while waiting:
                 (done,), waiting = ray.wait(waiting)
                 with contextlib.suppress(ray.exceptions.RayError):  # the task's mark is missing then
