@@ -17,8 +17,12 @@ HEAVY = ("torch", "transformers", "datasets", "soundfile", "matplotlib", "pyarro
 COMMANDS = ("prepare", "convert", "units", "export", "show", "stats", "verify", "push")
 
 
+# The tests switch progress bars off, so that a terminal is not filled with them.
+WITH_BARS = {name: value for name, value in os.environ.items() if name != "HF_DATASETS_DISABLE_PROGRESS_BARS"}
+
+
 def command(*args):
-    return subprocess.run([sys.executable, "-m", "usdm_sft.cli", *args], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "usdm_sft.cli", *args], capture_output=True, text=True, env=WITH_BARS)
 
 
 @pytest.mark.parametrize("args", [["--help"], *([command, "--help"] for command in COMMANDS)])
@@ -98,14 +102,13 @@ def test_second_run_says_that_everything_is_finished(mini, unit_model, tmp_path)
 
 
 def test_quiet_shows_no_progress_bars_in_a_terminal(mini, unit_model, tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "HF_DATASETS_DISABLE_PROGRESS_BARS"}
     shown = {}
     for name, more in (("bars", []), ("quiet", ["--quiet"])):
         arguments = [sys.executable, "-m", "usdm_sft.cli", *prepare_mini(mini, unit_model, tmp_path / name, *more)]
         terminal, theirs = pty.openpty()
         termios.tcsetwinsize(theirs, (24, 80))
         with open(terminal, "rb", buffering=0) as terminal:
-            run = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=theirs, env=environment)
+            run = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=theirs, env=WITH_BARS)
             os.close(theirs)
             shown[name] = b""
             with contextlib.suppress(OSError):  # EIO: nobody writes any more
