@@ -455,8 +455,8 @@ def test_too_long_and_bad_pairs_are_counted_apart(corpus, unit_model, tmp_path, 
     counts = json.loads((tmp_path / "out" / "counts.json").read_text())["splits"]["train"]
     too_long = 5 - counts["rows"]
     assert 0 < too_long < 5
-    assert f"train: {counts['rows']} examples from 3 dialogs" in train
-    assert f"left out: {too_long} too long, 5 with bad audio, 3 dialogs (d11: " in train
+    assert f"train: {counts['rows']} rows from 3 dialogs" in train
+    assert f"left out: {too_long} rows too long, 5 pairs with bad audio, 3 dialogs (d11: " in train
     assert "bad audio" not in test
     assert len(counts["pairs_left_out"]) == 5 + too_long
 

@@ -1,6 +1,11 @@
+import contextlib
 import json
+import os
+import pty
+import re
 import subprocess
 import sys
+import termios
 
 import pytest
 
@@ -12,8 +17,12 @@ HEAVY = ("torch", "transformers", "datasets", "soundfile", "matplotlib", "pyarro
 COMMANDS = ("prepare", "convert", "units", "export", "show", "stats", "verify", "push")
 
 
+# The tests switch progress bars off, so that a terminal is not filled with them.
+WITH_BARS = {name: value for name, value in os.environ.items() if name != "HF_DATASETS_DISABLE_PROGRESS_BARS"}
+
+
 def command(*args):
-    return subprocess.run([sys.executable, "-m", "usdm_sft.cli", *args], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "usdm_sft.cli", *args], capture_output=True, text=True, env=WITH_BARS)
 
 
 @pytest.mark.parametrize("args", [["--help"], *([command, "--help"] for command in COMMANDS)])
@@ -44,10 +53,70 @@ def test_the_whole_way(tmp_path, mini, capsys):
     lengths = [line.split("|")[0].count(" ") + 1 for line in (mini / "expected" / "train.txt").read_text().split("\n")]
     kept = sum(length <= 300 for length in lengths)
     assert 0 < kept < 10
-    assert f"train: {kept} examples from 4 dialogs" in out
-    assert f"left out: {10 - kept} too long, 2 dialogs (d11: one speaker speaks twice in a row" in out
+    assert f"train: {kept} rows from 4 dialogs" in out
+    assert f"left out: {10 - kept} rows too long, 2 dialogs (d11: one speaker speaks twice in a row" in out
+    assert (
+        f"{tmp_path / 'out' / 'counts.json'} lists what was left out or cut, and holds all numbers and digests\n" in out
+    )
     assert f"train.txt: {kept} lines" in out
     assert json.loads((tmp_path / "out" / "counts.json").read_text())["settings"]["max_length"] == 300
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (1, "1 row from 1 dialog (0.50 h), 1 token, 1 labelled; left out: 1 row too long, 1 dialog (d1: a reason); cut: 1 row"),
+        (2000, "2,000 rows from 2,000 dialogs (0.50 h), 2,000 tokens, 2,000 labelled; left out: 2,000 rows too long, "),
+        (0, "0 rows from 0 dialogs (0.50 h), 0 tokens, 0 labelled; left out: 0 rows too long, 0 dialogs"),
+    ],
+)  # fmt: skip
+def test_summary_agrees_with_its_numbers(number, expected):
+    split = dict.fromkeys(("rows", "dialogs", "tokens", "labelled_tokens"), number) | {"hours": 0.5}
+    listed = {f"d{i + 1}": "a reason" for i in range(number)}
+    split |= {"pairs_with_bad_audio": 0, "pairs_left_out": listed, "dialogs_left_out": listed, "rows_cut": listed}
+    assert cli._summary(split).startswith(expected)
+
+
+def test_pairs_with_bad_audio_are_counted_apart_in_the_summary():
+    split = {"rows": 1, "dialogs": 1, "hours": 0, "tokens": 9, "labelled_tokens": 2, "rows_cut": {}}
+    split |= {"pairs_with_bad_audio": 1, "pairs_left_out": {"d1_0": "bad", "d1_1": "long", "d1_2": "long"}}
+    assert cli._summary(split | {"dialogs_left_out": {}}) == (
+        "1 row from 1 dialog (0.00 h), 9 tokens, 2 labelled; left out: 2 rows too long, 1 pair with bad audio, 0 dialogs"
+    )
+
+
+def prepare_mini(mini, unit_model, folder, *more):
+    options = {"data_dir": mini / "corpus", "unit_model": unit_model, "output_path": folder / "out"}
+    options |= {"cache_dir": folder / "cache", "pretrained_model_name_or_path": "mistral-common"}
+    return ["prepare", *(str(part) for name, value in options.items() for part in (f"--{name}", value)), *more]
+
+
+def test_second_run_says_that_everything_is_finished(mini, unit_model, tmp_path):
+    arguments = prepare_mini(mini, unit_model, tmp_path)
+    first, second = command(*arguments), command(*arguments)
+    assert (first.returncode, first.stderr) == (0, "")  # which is not a terminal: no progress bars
+    assert (second.returncode, second.stdout) == (0, first.stdout)
+    assert (
+        second.stderr == f"{tmp_path / 'out'} is finished already, with the same settings and data: nothing was done\n"
+    )
+
+
+def test_quiet_shows_no_progress_bars_in_a_terminal(mini, unit_model, tmp_path):
+    shown = {}
+    for name, more in (("bars", []), ("quiet", ["--quiet"])):
+        arguments = [sys.executable, "-m", "usdm_sft.cli", *prepare_mini(mini, unit_model, tmp_path / name, *more)]
+        terminal, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (24, 80))
+        with open(terminal, "rb", buffering=0) as terminal:
+            run = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=theirs, env=WITH_BARS)
+            os.close(theirs)
+            shown[name] = b""
+            with contextlib.suppress(OSError):  # EIO: nobody writes any more
+                while part := terminal.read(1 << 16):
+                    shown[name] += part
+            assert run.wait() == 0
+    assert b"units: 100%" in shown["bars"] and b"template: 100%" in shown["bars"]
+    assert shown["quiet"] == b""
 
 
 def test_template_of_a_yaml_file_and_of_the_command_line(tmp_path, monkeypatch):
@@ -148,8 +217,23 @@ def test_bad_input_is_one_line_on_stderr(tmp_path):
     ("args", "message"),
     [
         (["prepare", "--bach_seconds", "3"], "did you mean batch_seconds?"),
-        (["prepare", "--data_dir", "d"], "output_path"),
-        (["prepare", "--data_dir", "d", "--output_path", "o", "--max_length", "long"], "max_length"),
+        (["prepare", "--data_dir", "d"], "the following arguments are required: output_path"),
+        (
+            ["prepare", "--data_dir", "d", "--output_path", "o", "--max_length", "big"],
+            "max_length is 'big': give a whole number",
+        ),
+        (["prepare", "--num_gpus", "1.5"], "num_gpus is '1.5': give a whole number"),
+        (["prepare", "--batch_seconds", "many"], "batch_seconds is 'many': give a number"),
+        (["prepare", "--executor", "k8s"], "executor is 'k8s': give one of local, slurm, ray"),
+        (["prepare", "--slurm", "gpu"], "slurm is 'gpu': give names and values, such as {partition: NAME, time: "),
+        (["prepare", "--template", "Robot"], "template is 'Robot': give names and values, such as {user_role: Caller}"),
+        (
+            ["prepare", "--template.loss", "user_text"],
+            "template.loss is 'user_text': give a list of one or more of user_text, agent_text, agent_units, "
+            "such as [user_text, agent_text]",
+        ),
+        (["prepare", "--config", "{number}"], "max_length is 'big': give a whole number"),
+        (["show", "d", "--index", "first"], "index is 'first': give a whole number"),
         (["perpare"], "invalid choice"),
         (["prepare", "--config", "{unknown}"], "did you mean max_length?"),
         (["prepare", "--config", "{nested}"], "did you mean template.user_role?"),
@@ -167,11 +251,14 @@ def test_wrong_usage(tmp_path, capsys, args, message):
     (tmp_path / "nested.yaml").write_text("template:\n  user_rol: Q\n")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
     (tmp_path / "nul.yaml").write_bytes(b"max_length: 3\0\n")
-    files = {f"{{{name}}}": str(tmp_path / f"{name}.yaml") for name in ("binary", "nul")}
+    (tmp_path / "number.yaml").write_text("max_length: big\n")
+    files = {f"{{{name}}}": str(tmp_path / f"{name}.yaml") for name in ("binary", "nul", "number")}
     files |= {"{nested}": str(tmp_path / "nested.yaml")}
     files |= {"{unknown}": str(tmp_path / "unknown.yaml"), "{tag}": str(tmp_path / "tag.yaml")}
     with pytest.raises(SystemExit, match="2"):
         main([files.get(arg, arg) for arg in args])
     captured = capsys.readouterr()
-    assert message in captured.err
+    hint, reason = captured.err.splitlines()
+    assert re.fullmatch(r"usage: see dailytalk-usdm( [a-z]+)? --help", hint)
+    assert reason.startswith(f"{hint.removeprefix('usage: see ').removesuffix(' --help')}: ") and message in reason
     assert "hello" not in captured.out

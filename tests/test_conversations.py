@@ -67,7 +67,7 @@ def test_config_file_gives_the_conversations_of_the_reference(work, mini, unit_m
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     main(["prepare", "--config", str(REPOSITORY / "configs" / "multi_turn.yaml"), *arguments])
     out = capsys.readouterr().out
-    assert "train: 7 examples from 4 dialogs" in out and "cut:" not in out
+    assert "train: 7 rows from 4 dialogs" in out and "cut:" not in out
     expected = {example["exchanges"][0]["user_text"]: example for example in EXAMPLES}
     found = {split: rows_of(work / "by-command", split) for split in ("train", "test")}
     assert {split: list(rows) for split, rows in found.items()} == CONVERSATIONS
@@ -133,8 +133,8 @@ def test_command_tells_what_was_cut(work, mini, unit_model, capsys):
         "pretrained_model_name_or_path": "mistral-common", "cache_dir": work / "cache", "config_name": "multi_turn",
     }  # fmt: skip
     main(["prepare", *(part for name, value in options.items() for part in (f"--{name}", str(value)))])
-    assert "train: 7 examples from 4 dialogs" in (out := capsys.readouterr().out)
-    assert "left out: 3 too long, 2 dialogs (d11: one speaker" in out and "no pair); cut: 3 too long" in out
+    assert "train: 7 rows from 4 dialogs" in (out := capsys.readouterr().out)
+    assert "left out: 3 rows too long, 2 dialogs (d11: one speaker" in out and "no pair); cut: 3 rows too long" in out
 
 
 @pytest.mark.parametrize("overflow", ["truncate", "split", "drop"])

@@ -222,8 +222,54 @@ def test_ray_task_that_is_killed(
     monkeypatch.setenv("RAY_TASK_MAX_RETRIES", "0")
     kill_one_task_and_run_again(mini, unit_model, tmp_path, armed, undisturbed, "ray")
     assert not caplog.text
-    launchers.run_on_ray(tmp_path, 1, [], "cuda")
-    assert "the Ray cluster has no GPU: the tasks wait for one (--num_gpus 0 is for the CPU)" in caplog.text
+
+
+NO_GPU = r"the Ray cluster has no GPU: compute on its CPUs with --num_gpus 0 \(Python: num_gpus=0\)"
+
+
+@needs_ray
+def test_users_ray_cluster_without_a_gpu_is_told_before_any_work(ray_cluster, tmp_path):
+    with pytest.raises(ValueError, match=NO_GPU):
+        prepare("no data", "no output", executor="ray", tasks=2)
+    with pytest.raises(ValueError, match=NO_GPU):  # nor does anything wait where the cluster lost its GPUs
+        launchers.run_on_ray(tmp_path, 1, [0], "cuda")
+
+
+@needs_ray
+def test_ray_of_our_own_without_a_gpu_computes_on_the_cpu(
+    mini, unit_model, tmp_path, undisturbed, elsewhere, monkeypatch
+):
+    import ray
+    import torch
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    prepare(**options(mini, unit_model, tmp_path, executor="ray", tasks=2))
+    assert content(tmp_path / "out") == undisturbed
+    assert not ray.is_initialized()
+
+
+@needs_ray
+@pytest.mark.parametrize(("gpu", "device"), [(True, "cuda"), (False, "cpu")])
+def test_ray_of_our_own_takes_the_device_of_this_machine(monkeypatch, gpu, device):
+    import torch
+
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert launchers.find_ray_device() == device
+
+
+@needs_ray
+def test_ray_cluster_that_cannot_be_reached(monkeypatch):
+    import ray
+
+    def refuse(address, **options):
+        raise ConnectionError("nobody answers")
+
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(ConnectionError, match="nobody answers"):
+        launchers.find_ray_device()
 
 
 # Slurm

@@ -157,8 +157,8 @@ def test_heading_of_the_reference(encoder):
         ({"user_role": ""}, r"template\.user_role '' is empty or white space only: give one line of plain text"),
         ({"agent_role": "A\nB"}, r"template\.agent_role 'A\\nB' holds the control character '\\n': give one line"),
         ({"agent_role": "</s>"}, r"template\.agent_role '</s>' holds '</s>'"),
-        ({"loss": []}, r"template\.loss is \[\]: name one or more of user_text, agent_text, agent_units"),
-        ({"loss": "user_text"}, r"template\.loss is 'user_text': name one or more of user_text, agent_text, agent_units"),
+        ({"loss": []}, r"template\.loss is \[\]: give a list of one or more of user_text, agent_text, agent_units, "),
+        ({"loss": "user_text"}, r"template\.loss is 'user_text': give a list of .*, such as \[user_text, agent_text\]"),
         ({"loss": ["user_text", "user_units"]}, r"template\.loss holds 'user_units', .*: name one or more of user_text, ag"),
     ],
 )  # fmt: skip

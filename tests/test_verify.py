@@ -39,7 +39,7 @@ def relabel(row, position, label):
 def test_folder_passes(dataset_folder, capsys):
     assert verify(dataset_folder) == {"train": 10, "test": 3}
     main(["verify", str(dataset_folder)])
-    assert "train: 10 rows are what they should be" in capsys.readouterr().out
+    assert "train: 10 rows are correct\n" in capsys.readouterr().out
 
 
 def test_flipped_byte(folder_copy, capsys):
@@ -152,7 +152,7 @@ def test_rows_of_other_types_are_one_line_whatever_reads_them(folder_copy, capsy
             main([args[0], str(folder_copy), *args[1:]])
         error = capsys.readouterr().err
         assert re.search(f"{FILE}:? ({message})", error) and error.count("\n") == 1
-        assert error.endswith("run 'dailytalk-usdm prepare' again with overwrite\n")
+        assert error.endswith("run prepare again and pass --overwrite (Python: overwrite=True)\n")
 
 
 def test_export_of_rows_of_other_types(folder_copy, tmp_path):
@@ -254,13 +254,13 @@ def test_counts_of_other_types_are_one_line_whatever_reads_them(folder_copy, tmp
             main([args[0], str(folder_copy), *args[1:]])
         assert capsys.readouterr().err == (
             f"dailytalk-usdm {args[0]}: {folder_copy / 'counts.json'} is not the counts of a dataset folder: "
-            "run prepare again with overwrite\n"
+            "run prepare again and pass --overwrite (Python: overwrite=True)\n"
         )
 
 
 def test_counts_nested_too_deep(folder_copy):
     (folder_copy / "counts.json").write_text("[" * 200_000)
-    with pytest.raises(ValueError, match=r"counts\.json is not JSON .*: run prepare again with overwrite"):
+    with pytest.raises(ValueError, match=r"counts\.json is not JSON .*: run prepare again and pass --overwrite"):
         verify(folder_copy)
 
 
@@ -351,6 +351,14 @@ def test_no_dataset_folder(tmp_path):
 
 def test_against_the_reference(dataset_folder, mini):
     assert verify(dataset_folder, mini / "expected") == {"train": 10, "test": 3}
+
+
+def test_command_line_says_that_the_reference_was_compared(dataset_folder, mini, capsys):
+    main(["verify", str(dataset_folder), "--against", str(mini / "expected")])
+    assert capsys.readouterr().out == (
+        f"train: 10 rows are correct and identical to {mini / 'expected' / 'train.txt'} (any order)\n"
+        f"test: 3 rows are correct and identical to {mini / 'expected' / 'test.txt'} (any order)\n"
+    )
 
 
 @pytest.fixture

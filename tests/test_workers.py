@@ -1,4 +1,5 @@
 import os
+import queue
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from usdm_sft.agreement import measure_agreement
 from usdm_sft.audio import AudioError
 from usdm_sft.digests import audio_digests
 from usdm_sft.pipeline import prepare
+from usdm_sft.processes import start_process
 from usdm_sft.unit_model import UnitModel
 from usdm_sft.units import UnitTokenizer
 
@@ -71,12 +73,16 @@ def after_the_first_pass(monkeypatch):
     return write
 
 
-def test_error_in_a_process_reaches_the_caller(mini, unit_model, tmp_path, two_processes, after_the_first_pass):
+def test_error_in_a_process_reaches_the_caller_without_a_printed_traceback(
+    mini, unit_model, tmp_path, two_processes, after_the_first_pass, capfd
+):
     corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
     path = corpus / "data" / "8" / "0_1_d8.wav"
     after_the_first_pass(path, path.read_bytes()[:244])
-    with pytest.raises(AudioError, match=r"0_1_d8\.wav has 73 samples at 16 kHz"):
+    with pytest.raises(AudioError, match=r"0_1_d8\.wav has 73 samples at 16 kHz") as caught:
         prepare(**options(mini, unit_model, tmp_path, data_dir=str(corpus)))
+    assert "in _process" in caught.value.__notes__[0]  # the traceback, for whoever prints that of the parent
+    assert capfd.readouterr().err == ""
 
 
 def test_audio_that_changes_during_the_run_leaves_no_units_under_its_key(
@@ -217,11 +223,97 @@ def test_error_that_can_be_sent_is_sent():
     assert isinstance(workers._sendable(AudioError("bad")), AudioError)
 
 
+class Queue:
+    """Stands in for the queue of results: calls `turns` one after the other; None means that nothing came in time."""
+
+    def __init__(self, *turns):
+        self.turns = list(turns)
+
+    def get(self, timeout):
+        result = self.turns.pop(0)()
+        if result is None:
+            raise queue.Empty
+        return result
+
+
 def test_processes_that_end_too_early_are_noticed():
     ended, running = SimpleNamespace(exitcode=0), SimpleNamespace(exitcode=None)
-    workers._check_alive({"cuda:0": ended, "cuda:1": running})
+    results = Queue(lambda: None, lambda: (0, "a"))
+    assert list(workers._receive(results, {"cuda:0": ended, "cuda:1": running}, 1)) == [(0, "a")]
     with pytest.raises(RuntimeError, match="the processes ended before their work was done"):
-        workers._check_alive({"cuda:0": ended, "cuda:1": ended})
+        next(workers._receive(Queue(lambda: None), {"cuda:0": ended, "cuda:1": ended}, 1))
+
+
+def test_last_result_that_comes_right_before_a_clean_exit_is_received():
+    process = SimpleNamespace(exitcode=None)
+    late = Queue(
+        lambda: setattr(process, "exitcode", 0), lambda: (0, "a")
+    )  # it sends and ends just after the time is up
+    assert list(workers._receive(late, {"cuda:0": process}, 1)) == [(0, "a")]
+
+
+SCRIPT = """
+import os
+from usdm_sft import pipeline, processes
+
+pipeline._find_devices = lambda num_gpus: ["cpu", "cpu:0"]
+print("the script runs")
+"""
+
+
+def script(folder, *lines):
+    """A script whose first lines make it compute on two processes; no guard keeps them from running it again."""
+    (folder / "script.py").write_text("\n".join([SCRIPT, *lines]) + "\n")
+    return [sys.executable, str(folder / "script.py")]
+
+
+@pytest.mark.parametrize("executor", [{}, {"executor": "local", "tasks": 2}], ids=["processes", "tasks"])
+def test_script_without_a_main_guard(mini, unit_model, tmp_path, undisturbed, executor):
+    given = options(mini, unit_model, tmp_path, **executor)
+    run = script(tmp_path, f"pipeline.prepare(**{given!r})")
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the script runs\n", "")
+    assert content(tmp_path / "out") == undisturbed
+
+
+def test_starting_a_process_leaves_main_in_place():
+    main = sys.modules["__main__"]
+    process = start_process(time.sleep, (0,))
+    process.join()
+    assert process.exitcode == 0
+    assert sys.modules["__main__"] is main
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+# When the Ctrl-C comes: as soon as the second process is started, or when the first unit shard is finished.
+AT_THE_START = """
+start = processes.SpawnProcess.start
+def start_and_tell(process):
+    start(process)
+    if process.name == "units on cpu:0":
+        open({started!r}, "w").close()
+processes.SpawnProcess.start = start_and_tell
+"""
+
+
+@pytest.mark.parametrize(
+    ("lines", "pattern"), [(AT_THE_START, "started"), ("", "cache/units/*.arrow")], ids=["start", "units"]
+)
+def test_ctrl_c_with_several_processes_is_one_line(mini, unit_model, tmp_path, undisturbed, lines, pattern):
+    arguments = command(mini, unit_model, tmp_path)[3:]
+    lines = lines.format(started=str(tmp_path / "started"))
+    run = script(tmp_path, lines, "from usdm_sft.cli import main", f"main({arguments!r})")
+    run = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not list(tmp_path.glob(pattern)):
+        assert run.poll() is None, "ended before it could be interrupted"
+        time.sleep(0.0005)
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does it
+    assert run.communicate(timeout=60)[1] == (
+        "dailytalk-usdm prepare: interrupted; start it again, finished work is kept\n"
+    )
+    assert run.returncode == 130
+    subprocess.run(command(mini, unit_model, tmp_path), check=True, capture_output=True)
+    assert content(tmp_path / "out") == undisturbed
 
 
 def test_processes_end_when_their_parent_is_killed(mini, unit_model, tmp_path):

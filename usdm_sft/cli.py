@@ -6,7 +6,6 @@ imported before the arguments are understood.
 
 from __future__ import annotations
 
-import difflib
 import errno
 import json
 import logging
@@ -14,30 +13,14 @@ import os
 import re
 import sys
 
-from jsonargparse import ArgumentParser, set_parsing_settings
-
 from usdm_sft import __version__
 from usdm_sft.checkpoint import convert
 from usdm_sft.export import export_text
 from usdm_sft.pipeline import Submitted, prepare
 from usdm_sft.template_config import Template
+from usdm_sft.usage import Parser
 
-set_parsing_settings(import_path_denylist=["*"])  # a YAML file names values, and no code to import
-
-
-class Parser(ArgumentParser):
-    """Names the nearest option where one is unknown, on the command line and in a YAML file alike."""
-
-    def error(self, message: str, ex: Exception | None = None) -> None:
-        subparsers = [
-            each for action in self._actions if isinstance(action.choices, dict) for each in action.choices.values()
-        ]
-        actions = [action for parser in [self, *subparsers] for action in parser._actions]
-        options = [option.removeprefix("--") for action in actions for option in action.option_strings]
-        unknown = re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)", message)
-        if unknown and (near := difflib.get_close_matches(unknown[1], options, n=1)):
-            message = f"{message.rstrip()} (did you mean {near[0]}?)"
-        super().error(message, ex)
+QUIET = {"action": "store_true", "help": "Show no progress bars; there are none either where stderr is not a terminal."}
 
 
 def units(unit_model_dir: str, file: list[str], device: str | None = None, precision: str = "fp32") -> None:
@@ -120,7 +103,8 @@ def verify(dataset_dir: str, against: str | None = None) -> None:
     from usdm_sft.verify import verify
 
     for split, num_rows in verify(dataset_dir, against).items():
-        print(f"{split}: {num_rows:,} rows are what they should be")
+        compared = f" and identical to {os.path.join(against, f'{split}.txt')} (any order)" if against else ""
+        print(f"{split}: {_count(num_rows, 'row')} {'is' if num_rows == 1 else 'are'} correct{compared}")
 
 
 def push(dataset_dir: str, repo_id: str, **options) -> None:
@@ -150,6 +134,7 @@ def make_parser() -> Parser:
         action="store_true",
         help="Write into an output folder that holds something else; what has the name of ours is replaced.",
     )
+    command.add_argument("--quiet", **QUIET)
     commands.add_subcommand("prepare", command, help="corpus folder -> dataset folder")
 
     command = Parser(
@@ -208,6 +193,7 @@ def make_parser() -> Parser:
     command.add_argument(
         "--create_pr", action="store_true", help="Open a pull request to the branch, which must exist."
     )
+    command.add_argument("--quiet", **QUIET)
     commands.add_subcommand("push", command, help="dataset folder -> Hub")
     return parser
 
@@ -220,16 +206,12 @@ def run(command: str, options: dict) -> None:
             print(submitted)
             return
         for split, its in counts["splits"].items():
-            bad_audio = its["pairs_with_bad_audio"]
-            left_out = f"{len(its['pairs_left_out']) - bad_audio} too long"
-            left_out += f", {bad_audio} with bad audio" if bad_audio else ""
-            cut = f"; cut: {len(its['rows_cut'])} too long" if its["rows_cut"] else ""
-            print(
-                f"{split}: {its['rows']:,} examples from {its['dialogs']:,} dialogs ({its['hours']:.2f} h), "
-                f"{its['tokens']:,} tokens, {its['labelled_tokens']:,} labelled; left out: {left_out}, "
-                f"{len(its['dialogs_left_out'])} dialogs ({_reasons(its['dialogs_left_out'])}){cut}"
-            )
-        print(f"load_dataset({options['output_path']!r}) opens it; counts.json has every number and digest")
+            print(f"{split}: {_summary(its)}")
+        output = options["output_path"]
+        print(
+            f"{os.path.join(output, 'counts.json')} lists what was left out or cut, and holds all numbers and digests"
+        )
+        print(f"load_dataset({output!r}) opens it")
     elif command == "convert":
         print(f"{convert(**options)} is a unit model folder")
     elif command == "export":
@@ -239,8 +221,24 @@ def run(command: str, options: dict) -> None:
         {"units": units, "show": show, "stats": stats, "verify": verify, "push": push}[command](**options)
 
 
-def _reasons(left_out: dict[str, str]) -> str:
-    return ", ".join(f"{dialog}: {reason}" for dialog, reason in left_out.items()) or "none"
+def _summary(split: dict) -> str:
+    """Say in one line what a split of counts.json holds, and what was left out of it."""
+    bad_audio, dialogs = split["pairs_with_bad_audio"], split["dialogs_left_out"]
+    left_out = [f"{_count(len(split['pairs_left_out']) - bad_audio, 'row')} too long"]
+    if bad_audio:
+        left_out.append(f"{_count(bad_audio, 'pair')} with bad audio")
+    reasons = ", ".join(f"{dialog}: {reason}" for dialog, reason in dialogs.items())
+    left_out.append(_count(len(dialogs), "dialog") + (f" ({reasons})" if reasons else ""))
+    cut = f"; cut: {_count(len(split['rows_cut']), 'row')} too long" if split["rows_cut"] else ""
+    return (
+        f"{_count(split['rows'], 'row')} from {_count(split['dialogs'], 'dialog')} ({split['hours']:.2f} h), "
+        f"{_count(split['tokens'], 'token')}, {split['labelled_tokens']:,} labelled; left out: {', '.join(left_out)}{cut}"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    """Such as "1 row" and "2,000 rows"."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def _find_full_disk(error: BaseException | None) -> OSError | None:
@@ -275,7 +273,12 @@ def main(args: list[str] | None = None) -> None:
     options.pop("config", None)
     options = {name: value for name, value in options.items() if value is not None}  # null in YAML: the default
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("usdm_sft").setLevel(logging.INFO)
     try:
+        if options.pop("quiet", False):
+            from usdm_sft.progress import disable_progress_bars
+
+            disable_progress_bars()
         _check_names(options, "\0\ud800-\udfff" if command == "prepare" else "\0")
         run(command, options)
     except KeyboardInterrupt:

@@ -19,12 +19,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from usdm_sft.addresses import disk_files, file_problem, open_file, parse_address
 from usdm_sft.audio import AudioError, resampled_length
 from usdm_sft.audio_check import AudioCheck, check_audio
 from usdm_sft.download import cache_root
+from usdm_sft.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +98,7 @@ def _digest(
         remembered = memo.read(paths)
         found = {path: row for path in paths if (row := remembered.get(path)) and _stands(row, audio)}
         missing = [path for path in paths if path not in found]
-        bar = tqdm(total=len(missing), desc="reading audio digests", unit="file", disable=len(missing) < _BATCH)
+        bar = progress_bar(len(missing), "reading audio digests", "file", disable=len(missing) < _BATCH)
         files = lru_cache(maxsize=None)(_digest_file)  # a telephone call of a hundred turns is hashed once
         with bar, ThreadPoolExecutor(num_threads) as threads:
             for start in range(0, len(missing), _BATCH):

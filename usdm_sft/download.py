@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
-from tqdm import tqdm
+
+from usdm_sft.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +205,7 @@ def _fetch(part: _Part) -> None:
         total = None if response.length is None else begin + response.length
         with (
             open(part.file, "r+b" if begin else "wb") as file,
-            tqdm(total=total, initial=begin, unit="B", unit_scale=True, desc=part.path.name) as bar,
+            progress_bar(total, part.path.name, "B", initial=begin, unit_scale=True) as bar,
         ):
             file.seek(begin)
             while chunk := _read(response):

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from usdm_sft.agreement import agreement_file
 from usdm_sft.cache import ShardCache, cache_key
-from usdm_sft.launchers import LocalPipelineExecutor, SlurmPipelineExecutor, run_here, run_on_ray, submit
+from usdm_sft.launchers import (
+    LocalPipelineExecutor,
+    SlurmPipelineExecutor,
+    find_ray_device,
+    run_here,
+    run_on_ray,
+    submit,
+)
 from usdm_sft.tasks import write_task
 
 if TYPE_CHECKING:
@@ -22,17 +29,12 @@ if TYPE_CHECKING:
     from usdm_sft.shards import Shard
     from usdm_sft.units import UnitTokenizer
 
-EXECUTORS = ("local", "slurm", "ray")
 _OURS = {"pipeline", "tasks", "logging_dir", "skip_completed", "depends"}  # of datatrove's options
 _SHOWN = 10
 
 
-def check_options(executor: str, tasks: int, num_gpus: int | None, slurm: Mapping[str, Any] | None) -> None:
+def check_options(executor: str, num_gpus: int | None, slurm: Mapping[str, Any] | None) -> None:
     """Refuse, before any work, what could not run."""
-    if executor not in EXECUTORS:
-        raise ValueError(f"executor {executor!r} is unknown: choose one of {', '.join(EXECUTORS)}")
-    if tasks < 1:
-        raise ValueError(f"tasks is {tasks}: give a positive number")
     if executor != "local" and num_gpus not in (None, 0):
         raise ValueError(
             f"num_gpus is {num_gpus}: with --executor {executor} each task has one GPU; say with --tasks how many, "
@@ -51,6 +53,17 @@ def check_options(executor: str, tasks: int, num_gpus: int | None, slurm: Mappin
         raise ValueError(f"slurm has {', '.join(unknown)}, but takes only {', '.join(sorted(possible))}")
     if shutil.which("sbatch") is None:
         raise FileNotFoundError("sbatch is not found: start --executor slurm where Slurm jobs are submitted")
+
+
+def find_device(executor: str, num_gpus: int | None) -> str:
+    """Choose the kind of device, "cuda" or "cpu", for tasks that ray or slurm runs on other machines.
+
+    Raises:
+        ValueError: The user's Ray cluster has no GPU, and `num_gpus` is not 0.
+    """
+    if num_gpus == 0:
+        return "cpu"
+    return find_ray_device() if executor == "ray" else "cuda"
 
 
 def run_tasks(

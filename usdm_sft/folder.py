@@ -24,6 +24,8 @@ from usdm_sft.tokenizer import MAX_UNITS
 COUNTS = "counts.json"
 UNFINISHED = ".unfinished"
 PICTURES = "pictures"
+OVERWRITE = "pass --overwrite (Python: overwrite=True)"
+PREPARE_AGAIN = f"run prepare again and {OVERWRITE}"
 
 _TYPES = {
     "key": str, "config": str, "num_units": int,
@@ -44,14 +46,14 @@ def read_counts(folder: str | Path) -> dict[str, Any]:
     try:
         counts = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): run prepare again with overwrite") from error
+        raise ValueError(f"{path} is not JSON ({error}): {PREPARE_AGAIN}") from error
     if not _is_counts(counts):
-        raise ValueError(f"{path} is not the counts of a dataset folder: run prepare again with overwrite")
+        raise ValueError(f"{path} is not the counts of a dataset folder: {PREPARE_AGAIN}")
     # They become paths, and may come from strangers.
     plain = (counts["config"], *counts["splits"])
     for name in (*plain, *counts["files"]):
         if not _is_inside(name) or (name in plain and "/" in name):
-            raise ValueError(f"{path}: {name!r} is no name in a dataset folder: run prepare again with overwrite")
+            raise ValueError(f"{path}: {name!r} is no name in a dataset folder: {PREPARE_AGAIN}")
     return counts
 
 
@@ -130,5 +132,5 @@ def check_output(folder: Path, *, overwrite: bool, finished_too: bool) -> None:
     finished = (folder / COUNTS).exists()
     if finished_too if finished else not (folder / UNFINISHED).exists():
         raise FileExistsError(
-            f"{folder} holds something else (or the result of other settings): name another output_path, or pass overwrite"
+            f"{folder} holds something else (or the result of other settings): name another output_path, or {OVERWRITE}"
         )

@@ -19,10 +19,13 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from multiprocessing import connection
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
 
+from usdm_sft.processes import start_process
+from usdm_sft.progress import progress_bar
 from usdm_sft.tasks import run_task
 
 _INSTALL = "pip install 'dailytalk-usdm[executors]'"
@@ -31,8 +34,6 @@ try:
     from datatrove.executor.slurm import SlurmPipelineExecutor
 except ImportError as error:
     raise ImportError(f"--executor needs datatrove ({error}): {_INSTALL}") from error
-
-logger = logging.getLogger(__name__)
 
 
 def _make_executor(folder: str, tasks: int, device: str | None = None) -> LocalPipelineExecutor:
@@ -63,17 +64,13 @@ def _run_ray_task(folder: str, tasks: int, rank: int) -> None:
 
 def run_here(folder: Path, tasks: int, ranks: Sequence[int], devices: Sequence[str]) -> None:
     """A spawned process a task, one at a time on each device."""
-    from tqdm import tqdm
-
-    context = multiprocessing.get_context("spawn")
     waiting, free, running = deque(ranks), deque(devices), {}
     try:
-        with tqdm(total=len(ranks), desc="tasks", unit="task") as bar:
+        with progress_bar(len(ranks), "tasks", "task") as bar:
             while waiting or running:
                 while waiting and free:
                     rank, device = waiting.popleft(), free.popleft()
-                    process = context.Process(target=_run_process, args=(str(folder), tasks, rank, device))
-                    process.start()
+                    process = start_process(_run_process, (str(folder), tasks, rank, device))
                     running[process.sentinel] = process, device
                 for sentinel in connection.wait(running):
                     process, device = running.pop(sentinel)
@@ -86,15 +83,58 @@ def run_here(folder: Path, tasks: int, ranks: Sequence[int], devices: Sequence[s
             process.join()
 
 
-def run_on_ray(folder: Path, tasks: int, ranks: Sequence[int], device: str) -> None:
-    """A Ray task a task, which has a GPU where the device is "cuda"."""
+def _import_ray() -> ModuleType:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that we start tells nobody
     try:
         import ray
     except ImportError as error:
         raise ImportError(f"--executor ray needs Ray ({error}): {_INSTALL}") from error
-    from tqdm import tqdm
+    return ray
 
+
+def find_ray_device() -> str:
+    """Find the kind of device for tasks on Ray.
+
+    Returns:
+        "cuda"; or "cpu" where there is no cluster yet, so that `run_on_ray` starts one on this machine, and torch finds no GPU.
+
+    Raises:
+        ValueError: The user's cluster has no GPU.
+        ConnectionError: There is no cluster at RAY_ADDRESS.
+    """
+    import torch
+
+    ray = _import_ray()
+    connected, address = ray.is_initialized(), os.environ.get("RAY_ADDRESS") or "auto"
+    if not connected:
+        try:
+            if address == "local":  # for Ray: start a cluster
+                raise ConnectionError
+            ray.init("auto", log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError:
+            if address not in ("auto", "local"):
+                raise
+            return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        _check_gpus(ray)
+    finally:
+        if not connected:
+            ray.shutdown()
+    return "cuda"
+
+
+def _check_gpus(ray: ModuleType) -> None:
+    if not ray.cluster_resources().get("GPU"):
+        raise ValueError("the Ray cluster has no GPU: compute on its CPUs with --num_gpus 0 (Python: num_gpus=0)")
+
+
+def run_on_ray(folder: Path, tasks: int, ranks: Sequence[int], device: str) -> None:
+    """A Ray task a task, which has a GPU where the device is "cuda".
+
+    Raises:
+        ValueError: The device is "cuda", and the cluster has no GPU that the tasks could wait for.
+    """
+    ray = _import_ray()
     ours = not ray.is_initialized()
     if ours:
         # The user's cluster (RAY_ADDRESS, or one that was started on this machine), or else one of our own.
@@ -102,11 +142,11 @@ def run_on_ray(folder: Path, tasks: int, ranks: Sequence[int], device: str) -> N
     waiting = []
     try:
         num_gpus = int(device == "cuda")
-        if num_gpus and not ray.cluster_resources().get("GPU"):
-            logger.warning("the Ray cluster has no GPU: the tasks wait for one (--num_gpus 0 is for the CPU)")
+        if num_gpus:
+            _check_gpus(ray)
         run = ray.remote(num_cpus=1, num_gpus=num_gpus)(_run_ray_task)  # again, up to 3 times, when its process dies
         waiting = [run.remote(str(folder), tasks, rank) for rank in ranks]
-        with tqdm(total=len(ranks), desc="tasks", unit="task") as bar:
+        with progress_bar(len(ranks), "tasks", "task") as bar:
             while waiting:
                 (done,), waiting = ray.wait(waiting)
                 with contextlib.suppress(ray.exceptions.RayError):  # the task's mark is missing then

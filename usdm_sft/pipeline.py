@@ -13,12 +13,13 @@ import importlib.metadata
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from usdm_sft import __version__
 from usdm_sft.agreement import NUM_UTTERANCES
 from usdm_sft.batches import BATCH_SECONDS
 from usdm_sft.examples import SINGLE_TURN, check_config
+from usdm_sft.settings import check_settings
 from usdm_sft.template_config import REFERENCE, Template
 from usdm_sft.tokenizer import MAX_LENGTH, USTM
 
@@ -75,6 +76,10 @@ def prepare(
 ) -> dict[str, Any]:
     """Make a dataset folder of examples with units, input_ids and labels.
 
+    Several GPUs, and tasks of the local executor, are worked by spawned processes. They do not import the calling script, so it
+    needs no `if __name__ == "__main__":`. A progress bar is shown where stderr is a terminal, unless
+    `datasets.disable_progress_bars()` was called.
+
     Args:
         data_dir: DailyTalk's folder (with data/), its data folder, or its zip archive; or the folder of another corpus, with
             manifests; or hub:USER/NAME.
@@ -101,7 +106,7 @@ def prepare(
         batch_seconds: Seconds of audio, padding included, in one forward pass.
         shard_dialogs: Dialogs in a work shard, which is what a crash can lose.
         num_gpus: GPUs to use, a process each; all of them by default. 0 means the CPU. With ray and slurm each task has one
-            GPU, unless this is 0.
+            GPU, unless this is 0; a Ray cluster that is started for the run uses the CPU where this machine has no GPU.
         resampler: soxr (the reference's) or torchaudio (on the device; needs the extra).
         agreement_utterances: Utterances on which the agreement of other precisions and resamplers with fp32 and soxr is
             measured.
@@ -129,19 +134,12 @@ def prepare(
         FileExistsError: The output folder holds something else and `overwrite` is false.
         ValueError: Split lists, audio, unit model, tokenizer or a setting are wrong; the message says what to do.
     """
-    _check_settings(
-        max_length=max_length,
-        shard_dialogs=shard_dialogs,
-        num_output_shards=num_output_shards,
-        agreement_utterances=agreement_utterances,
-    )
-    if shuffle_seed is not None and shuffle_seed < 0:
-        raise ValueError(f"shuffle_seed is {shuffle_seed}: give 0 or more")
+    check_settings(get_type_hints(prepare), locals())  # the arguments: no other name is bound yet
     check_config(config_name, history)
     if executor is not None:
         from usdm_sft import executors
 
-        executors.check_options(executor, tasks, num_gpus, slurm)
+        executors.check_options(executor, num_gpus, slurm)
     elif tasks != 1 or slurm is not None:
         raise ValueError("tasks and slurm are options of an executor: name one with --executor")
     from dailytalk_usdm import DailyTalkUSDM
@@ -162,7 +160,7 @@ def prepare(
 
     overflow = choose_overflow(overflow, config_name, history)
     elsewhere = executor in ("slurm", "ray")
-    devices = (["cpu"] if num_gpus == 0 else ["cuda"]) if elsewhere else _find_devices(num_gpus)
+    devices = [executors.find_device(executor, num_gpus)] if elsewhere else _find_devices(num_gpus)
     output = Path(output_path).expanduser()
     folder.check_output(output, overwrite=overwrite, finished_too=False)
     cache = cache_root(cache_dir)
@@ -270,6 +268,7 @@ def _finished(output: Path, key: str, cache: Path, overwrite: bool) -> dict[str,
     with path_lock(output, cache):
         if folder.is_up_to_date(output, key):
             folder.clear_unfinished(output)
+            logger.info("%s is finished already, with the same settings and data: nothing was done", output)
             return folder.read_counts(output)
         folder.check_output(output, overwrite=overwrite, finished_too=True)
         return None
@@ -282,9 +281,3 @@ def _find_devices(num_gpus: int | None) -> list[str]:
     if num_gpus is not None and not 0 <= num_gpus <= available:
         raise ValueError(f"num_gpus is {num_gpus}: this machine has {available}")
     return [f"cuda:{index}" for index in range(available if num_gpus is None else num_gpus)] or ["cpu"]
-
-
-def _check_settings(**settings: int | None) -> None:
-    for name, value in settings.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}: give a positive number")

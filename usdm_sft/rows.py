@@ -9,6 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from usdm_sft.folder import PREPARE_AGAIN
+
 # Name or its end -> type of the innermost values, and how many lists are around them in a row of one exchange.
 _TYPES = {
     "id": (pa.string(), 0), "dialog_id": (pa.string(), 0), "turn": (pa.int32(), 0),
@@ -17,7 +19,6 @@ _TYPES = {
     "input_ids": (pa.int32(), 1), "labels": (pa.int32(), 1),
 }  # fmt: skip
 _ROLES = ("user_", "agent_")
-_REMEDY = "run 'dailytalk-usdm prepare' again with overwrite"
 
 
 def open_rows(path: Path) -> pq.ParquetFile:
@@ -29,17 +30,17 @@ def open_rows(path: Path) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is no Parquet file ({_first_line(error)}): {_REMEDY}") from error
+        raise ValueError(f"{path} is no Parquet file ({_first_line(error)}): {PREPARE_AGAIN}") from error
     schema = file.schema_arrow
     nested = int("user_text" in schema.names and pa.types.is_list(schema.field("user_text").type))
     for ending, (innermost, depth) in _TYPES.items():
         per_role = ending in ("speaker", "text", "emotion", "units", "seconds")
         for name in [role + ending for role in _ROLES] if per_role else [ending]:
             if name not in schema.names:
-                raise ValueError(f"{path} has no column {name}: {_REMEDY}")
+                raise ValueError(f"{path} has no column {name}: {PREPARE_AGAIN}")
             found = schema.field(name).type
             if _unwrap(found) != (innermost, depth + nested * per_role):
-                raise ValueError(f"{path}: column {name} is of type {found}: {_REMEDY}")
+                raise ValueError(f"{path}: column {name} is of type {found}: {PREPARE_AGAIN}")
     return file
 
 
@@ -54,10 +55,10 @@ def iter_rows(path: Path, *, batch_size: int = 256, columns: Sequence[str] | Non
         for batch in file.iter_batches(batch_size=batch_size, columns=columns):
             for name in batch.schema.names:
                 if _has_nulls(batch[name]):
-                    raise ValueError(f"{path}: a value of column {name} is missing: {_REMEDY}")
+                    raise ValueError(f"{path}: a value of column {name} is missing: {PREPARE_AGAIN}")
             yield batch
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is damaged ({_first_line(error)}): {_REMEDY}") from error
+        raise ValueError(f"{path} is damaged ({_first_line(error)}): {PREPARE_AGAIN}") from error
 
 
 def _unwrap(kind: pa.DataType) -> tuple[pa.DataType, int]:

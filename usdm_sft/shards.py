@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import closing
 from itertools import accumulate, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from usdm_sft.cache import ShardCache, cache_key
 from usdm_sft.examples import has_lists, make_examples
+from usdm_sft.progress import progress_bar
 from usdm_sft.workers import FP32_FALLBACK, Task, map_shard, quiet, tokenize_shards
 
 if TYPE_CHECKING:
@@ -130,7 +132,6 @@ def make_units(
 ) -> dict[str, Path]:
     """Fill the cache's first level: for each work shard a file of `units` and `seconds` of its utterances, by its key."""
     from datasets import Dataset
-    from tqdm import tqdm
 
     level = ShardCache(cache / "units")
     files = {shard.units_key: level.find(shard.units_key) for shard in shards}
@@ -144,8 +145,10 @@ def make_units(
         )
         for shard in missing
     ]
-    with tqdm(total=sum(len(task.rows) for task in tasks), desc="units", unit="utterance", disable=not tasks) as bar:
-        for task, path in tokenize_shards(tasks, unit_tokenizer, devices, level):
+    made = tokenize_shards(tasks, unit_tokenizer, devices, level)
+    bar = progress_bar(sum(len(task.rows) for task in tasks), "units", "utterance", disable=not tasks)
+    with bar, closing(made):  # closing ends the processes at once where this loop is interrupted
+        for task, path in made:
             files[task.key] = path
             bar.update(len(task.rows))
     return files
@@ -175,22 +178,23 @@ def make_tokens(
 ) -> dict[str, Path]:
     """Fill the cache's second level: for each work shard a file of units, seconds, `input_ids` and `labels`, by its key."""
     from datasets import concatenate_datasets
-    from tqdm import tqdm
 
     level = ShardCache(cache / "tokens")
     files = {shard.tokens_key: level.find(shard.tokens_key) for shard in shards}
     missing = [shard for shard in shards if files[shard.tokens_key] is None]
-    for shard in tqdm(missing, desc="template", unit="shard", disable=not missing):
-        texts = (
-            rows[shard.split].select_columns(["id", "user_text", "agent_text"]).select(range(shard.start, shard.stop))
-        )
-        batch = concatenate_datasets([texts, unit_columns(shard, units[shard.units_key])], axis=1).with_format("numpy")
-        key = shard.tokens_key
+    texts = ["id", "user_text", "agent_text"]
+    with progress_bar(len(missing), "template", "shard", disable=not missing) as bar:
+        for shard in missing:
+            its_texts = rows[shard.split].select_columns(texts).select(range(shard.start, shard.stop))
+            its_units = unit_columns(shard, units[shard.units_key])
+            batch = concatenate_datasets([its_texts, its_units], axis=1).with_format("numpy")
+            key = shard.tokens_key
 
-        def write(path: str, batch: Dataset = batch, key: str = key) -> None:
-            map_shard(batch, encoder, path, key, remove_columns=["id", "user_text", "agent_text"])
+            def write(path: str, batch: Dataset = batch, key: str = key) -> None:
+                map_shard(batch, encoder, path, key, remove_columns=texts)
 
-        files[key] = level.make(key, write)
+            files[key] = level.make(key, write)
+            bar.update()
     return files
 
 

@@ -13,6 +13,7 @@ INSTRUCTION = (
     "transcript, along with the agent's response text and the corresponding speech.\n"
 )
 PARTS = ("user_text", "agent_text", "agent_units")
+EXPECTED_LOSS = f"a list of one or more of {', '.join(PARTS)}, such as [user_text, agent_text]"
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,14 @@ class Template:
         for name in ("user_role", "agent_role"):
             if problem := text_problem(getattr(self, name)):
                 raise ValueError(f"template.{name} {getattr(self, name)!r} {problem}: give one line of plain text")
-        valid = f"name one or more of {', '.join(PARTS)}"
         if not isinstance(self.loss, list | tuple) or not self.loss:
-            raise ValueError(f"template.loss is {self.loss!r}: {valid}")
+            raise ValueError(f"template.loss is {self.loss!r}: give {EXPECTED_LOSS}")
         for part in self.loss:
             if part not in PARTS:
-                raise ValueError(f"template.loss holds {part!r}, which is no part that can bear loss: {valid}")
+                raise ValueError(
+                    f"template.loss holds {part!r}, which is no part that can bear loss: "
+                    f"name one or more of {', '.join(PARTS)}"
+                )
         object.__setattr__(
             self, "loss", tuple(part for part in PARTS if part in self.loss)
         )  # one spelling, one cache key

@@ -13,7 +13,7 @@ from usdm_sft.card import data_configs
 from usdm_sft.compare import compare_with_text, describe_difference, first_difference
 from usdm_sft.corpus import MAX_PROBLEMS_SHOWN
 from usdm_sft.download import sha256_file
-from usdm_sft.folder import COUNTS, PICTURES, data_files, read_counts
+from usdm_sft.folder import COUNTS, PICTURES, PREPARE_AGAIN, data_files, read_counts
 from usdm_sft.rows import iter_rows, open_rows
 from usdm_sft.statistics import SplitStatistics
 from usdm_sft.template import COLUMNS, IGNORE_INDEX, TemplateEncoder
@@ -182,7 +182,5 @@ def _read_card(folder: Path, counts: Mapping[str, Any]) -> DatasetInfo:
             raise ValueError("its dataset_info names no features or splits")
     except (YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"{path} has not the YAML of a dataset card ({reason}): run prepare again with overwrite"
-        ) from error
+        raise ValueError(f"{path} has not the YAML of a dataset card ({reason}): {PREPARE_AGAIN}") from error
     return info

@@ -6,11 +6,12 @@ import multiprocessing
 import pickle
 import queue
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from usdm_sft.digests import check_unchanged
+from usdm_sft.processes import start_process
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,24 +58,12 @@ def tokenize_shards(
     for index in range(len(tasks)):
         waiting.put(index)
     processes = {}
-    for device in devices[: len(tasks)]:
-        waiting.put(None)
-        processes[device] = context.Process(
-            target=_process, args=(unit_tokenizer, device, level, list(tasks), waiting, done), name=f"units on {device}"
-        )
-        processes[device].start()
     try:
-        remaining = len(tasks)
-        while remaining:
-            try:
-                outcome = done.get(timeout=POLL_SECONDS)
-            except queue.Empty:
-                _check_alive(processes)
-                continue
-            if isinstance(outcome, BaseException):
-                raise outcome
-            remaining -= 1
-            index, path = outcome
+        for device in devices[: len(tasks)]:
+            waiting.put(None)
+            args = (unit_tokenizer, device, level, list(tasks), waiting, done)
+            processes[device] = start_process(_process, args, name=f"units on {device}")
+        for index, path in _receive(done, processes, len(tasks)):
             yield tasks[index], path
         for process in processes.values():
             process.join()
@@ -85,14 +74,30 @@ def tokenize_shards(
             process.join()
 
 
-def _check_alive(processes: dict[str, Any]) -> None:
-    for device, process in processes.items():
-        if process.exitcode not in (None, 0):
+def _receive(done: Any, processes: Mapping[str, Any], number: int) -> Iterator[tuple[int, Path]]:
+    """Yield `number` results, or raise what a process sent or died of."""
+    while number:
+        # Before the queue is read: a process that ended by then has nothing more to send.
+        exit_codes = {device: process.exitcode for device, process in processes.items()}
+        try:
+            outcome = done.get(timeout=POLL_SECONDS)
+        except queue.Empty:
+            _check_alive(exit_codes)
+            continue
+        if isinstance(outcome, BaseException):
+            raise outcome
+        number -= 1
+        yield outcome
+
+
+def _check_alive(exit_codes: Mapping[str, int | None]) -> None:
+    for device, exit_code in exit_codes.items():
+        if exit_code not in (None, 0):
             raise RuntimeError(
-                f"the process on {device} died (exit code {process.exitcode}): start the run again; "
+                f"the process on {device} died (exit code {exit_code}): start the run again; "
                 "finished work shards are kept"
             )
-    if all(process.exitcode == 0 for process in processes.values()):
+    if all(exit_code == 0 for exit_code in exit_codes.values()):
         raise RuntimeError("the processes ended before their work was done: start the run again")
 
 
@@ -180,13 +185,17 @@ def _process(
         for _, path in _work(handed_out(), unit_tokenizer, level):
             done.put((given.pop(0), path))
     except Exception as error:  # raised again in the parent
-        traceback.print_exc()
         done.put(_sendable(error))
 
 
 def _sendable(error: Exception) -> Exception:
-    """The error itself where it survives the way to the parent, else what it says."""
+    """The error itself where it survives the way to the parent, else what it says.
+
+    The traceback goes along as a note, which Python shows only where it shows the parent's traceback.
+    """
     try:
-        return pickle.loads(pickle.dumps(error))
+        sent = pickle.loads(pickle.dumps(error))
     except Exception:  # whatever its class does when it is pickled
-        return RuntimeError(f"{type(error).__name__}: {error}")
+        sent = RuntimeError(f"{type(error).__name__}: {error}")
+    sent.add_note("In the process:\n" + "".join(traceback.format_exception(error)))
+    return sent
