@@ -29,7 +29,7 @@ from usdm_sft.download import cache_root
 logger = logging.getLogger(__name__)
 
 _BATCH = 512
-_TABLE = "files_3"  # another name with what is remembered, and with how audio is judged
+_TABLE = "files_4"  # another name with what is remembered, and with how audio is judged
 _SETTLED_NS = 2_000_000_000  # a file changed less than this long ago could change again under the same time stamp
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from usdm_sft.unit_model import UnitModel
 
-VERSION = "1"  # of the units below: change it when they change, and cached ones are made anew
+VERSION = "2"  # of the units below: change it when they change, and cached ones are made anew
 
 RESAMPLERS = ("soxr", "torchaudio")
 
