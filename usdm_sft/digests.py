@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ from usdm_sft.addresses import disk_files, file_problem, open_file, parse_addres
 from usdm_sft.audio import AudioError, resampled_length
 from usdm_sft.audio_check import AudioCheck, check_audio
 from usdm_sft.download import cache_root
+from usdm_sft.once import once_per_key
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def check_unchanged(audio: Mapping[str, str]) -> None:
     Raises:
         AudioError: A file was changed or removed meanwhile.
     """
-    files = lru_cache(maxsize=None)(_digest_file)
+    files = once_per_key(_digest_file)
     for path, sha256 in audio.items():
         if any(file_problem(stretch.file) for stretch in parse_address(path)) or _address_digest(path, files) != sha256:
             raise AudioError(f"audio file {path} was changed during the run: let nothing write to it, and run again")
@@ -100,7 +100,7 @@ def _digest(
         found = {path: row for path in paths if (row := remembered.get(path)) and _stands(row, audio)}
         missing = [path for path in paths if path not in found]
         bar = tqdm(total=len(missing), desc="reading audio digests", unit="file", disable=len(missing) < _BATCH)
-        files = lru_cache(maxsize=None)(_digest_file)  # a telephone call of a hundred turns is hashed once
+        files = once_per_key(_digest_file)  # a telephone call of a hundred turns is hashed once
         with bar, ThreadPoolExecutor(num_threads) as threads:
             for start in range(0, len(missing), _BATCH):
                 settled = time.time_ns() - _SETTLED_NS
