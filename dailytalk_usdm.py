@@ -223,7 +223,7 @@ def load_dataset(data_dir, name="single_turn", *, data_files=None, **kwargs):
 
 def _find_split_lists(data_dir, data_files, cache_dir) -> dict[str, Path]:
     """-> the path of each split's list: named (relative to data_dir), or beside the data, or else DailyTalk's own."""
-    data_dir = Path(data_dir or "").expanduser()
+    data_dir = split_list.check_data_dir(data_dir or "")
     if data_files is not None:
         if isinstance(data_files, str | os.PathLike | list | tuple):
             data_files = {"train": data_files}

@@ -1,4 +1,6 @@
 import os
+import shutil
+import time
 import zipfile
 from pathlib import Path
 
@@ -6,11 +8,12 @@ import numpy as np
 import pytest
 import soundfile
 
-from usdm_sft import addresses
+from usdm_sft import addresses, digests
 from usdm_sft.addresses import AddressError, Stretch, format_address, join_addresses, parse_address, zip_address
 from usdm_sft.audio import AudioError, read_audio, read_waveform
 from usdm_sft.audio_check import check_audio
 from usdm_sft.digests import audio_digests, check_unchanged
+from usdm_sft.once import once_per_key
 
 
 @pytest.fixture
@@ -101,8 +104,6 @@ def test_nan_counts_where_it_is_cut(tmp_path):
 
 def test_digests_are_of_content_and_stretch(call, tmp_path, monkeypatch):
     hashed = []
-    from usdm_sft import digests
-
     real = digests._digest_file
     monkeypatch.setattr(digests, "_digest_file", lambda file: hashed.append(file) or real(file))
     stretches = [
@@ -122,6 +123,59 @@ def test_digests_are_of_content_and_stretch(call, tmp_path, monkeypatch):
         file.write(b"\1\2\3")
     with pytest.raises(AudioError, match="was changed during the run"):
         check_unchanged(known)
+
+
+def test_threads_hash_a_long_recording_once(call, tmp_path, monkeypatch):
+    other = tmp_path / "other.wav"
+    shutil.copyfile(call, other)
+    hashed = []
+    real = digests._digest_file
+
+    def slow(file):
+        hashed.append(file)
+        time.sleep(0.2)
+        return real(file)
+
+    monkeypatch.setattr(digests, "_digest_file", slow)
+    stretches = [format_address(str(file), i / 20, i / 20 + 0.5) for i in range(18) for file in (call, other)]
+    found = audio_digests(stretches, tmp_path / "cache", num_threads=36)
+    assert sorted(hashed) == sorted([call, str(other)])
+    assert len({digest.sha256 for digest in found.values()}) == 18  # both files have the same content
+
+
+def test_threads_read_the_directory_of_an_archive_once(call, tmp_path, monkeypatch):
+    path = tmp_path / "calls.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        for number in range(36):
+            file.write(call, f"{number}.wav")
+    opened = []
+
+    class SlowZipFile(zipfile.ZipFile):
+        def __init__(self, file):
+            opened.append(file)
+            time.sleep(0.2)
+            super().__init__(file)
+
+    monkeypatch.setattr(addresses.zipfile, "ZipFile", SlowZipFile)
+    members = [zip_address(path, f"{number}.wav") for number in range(36)]
+    found = audio_digests(members, tmp_path / "cache", num_threads=36)
+    assert {digest.problem for digest in found.values()} == {None}
+    assert opened == [str(path)]
+
+
+def test_failed_call_is_made_again():
+    calls = []
+
+    def fail_once(key):
+        calls.append(key)
+        if len(calls) == 1:
+            raise OSError("not yet")
+        return key
+
+    call = once_per_key(fail_once)
+    with pytest.raises(OSError, match="not yet"):
+        call("a")
+    assert [call("a"), call("a"), calls] == ["a", "a", ["a", "a"]]
 
 
 @pytest.fixture

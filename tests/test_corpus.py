@@ -6,6 +6,7 @@ import threading
 import pytest
 from conftest import FIXTURES
 
+from dailytalk_usdm import DailyTalkUSDM
 from usdm_sft import corpus, download, split_list
 from usdm_sft.corpus import CorpusError, read_corpus, text_problem
 
@@ -166,6 +167,18 @@ def test_no_split_lists_and_no_data(tmp_path):
         split_list.find_split_lists(tmp_path)
     with pytest.raises(FileNotFoundError, match="holds neither a folder 'data' nor numbered dialog folders"):
         split_list.find_data_folder(tmp_path / "data")
+
+
+@pytest.mark.parametrize("find", ["find_data_folder", "find_recordings", "find_split_lists"])
+def test_data_dir_that_does_not_exist(tmp_path, find):
+    with pytest.raises(FileNotFoundError, match=r"^data_dir .*/nowhere does not exist: give the folder of the corpus"):
+        getattr(split_list, find)(tmp_path / "nowhere")
+
+
+def test_missing_data_dir_is_told_before_split_lists_named_from_it(tmp_path):
+    for data_files in (None, {"train": "train.txt"}, {"train": "train.jsonl"}):
+        with pytest.raises(FileNotFoundError, match=r"^data_dir .*/nowhere does not exist"):
+            DailyTalkUSDM(data_dir=tmp_path / "nowhere", data_files=data_files)
 
 
 @pytest.fixture

@@ -281,7 +281,7 @@ def test_digests_are_exposed(corpus):
 def test_errors(corpus, tmp_path):
     with pytest.raises(ValueError, match="data_dir is missing"):
         DailyTalkUSDM()
-    with pytest.raises(FileNotFoundError, match="holds neither a folder 'data'"):
+    with pytest.raises(FileNotFoundError, match=r"data_dir .*nowhere does not exist"):
         DailyTalkUSDM(data_dir=tmp_path / "nowhere")
     (corpus / "data" / "3" / "0_0_d3.wav").write_text("not audio")
     with pytest.raises(AudioError, match=r"0_0_d3\.wav is not audio"):

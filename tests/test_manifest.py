@@ -138,12 +138,47 @@ def test_bad_row(tmp_path, change, message):
         ("m.csv", b"dialog,turn\n1,2\n", r":1: no column speaker, text, audio"),
         ("m.csv", b'dialog,turn,speaker,text,audio\n1,0,A,"x"y,a.wav\n', r":2: no CSV"),
         ("m.parquet", b"PAR1", r"m\.parquet: no Parquet file"),
+        (
+            "m.csv",
+            b"dialog,turn,speaker,text,audio\n1,0,A,hi,a.wav\n1,1,B,yes, and no,a.wav\n",
+            r"m\.csv:3: 6 fields instead of 5 in '1,1,B,yes, and no,a\.wav': put a text that holds a comma in quotation marks",
+        ),
+        (
+            "m.csv",
+            b"dialog,turn,speaker,text,audio,channel\n1,0,A,hi,a.wav\n",
+            r":2: 5 fields instead of 6 in '1,0,A,hi,a\.wav': .* or complete the row",
+        ),
+        (
+            "m.csv",
+            b"dialog,turn,speaker,text,text,audio\n1,0,A,one,two,a.wav\n",
+            r"m\.csv:1: column text named twice: rename or delete one of the two",
+        ),
+        (
+            "m.jsonl",
+            b'{"dialog": 1, "turn": 0, "speaker": "A", "text": "one", "audio": "a.wav", "text": "two"}\n',
+            r"m\.jsonl:1: text given twice in one object: delete one of the two",
+        ),
     ],
 )
 def test_bad_table(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CorpusError, match=message):
         read_corpus({"train": tmp_path / name})
+
+
+def test_parquet_manifest_with_a_doubled_column(tmp_path):
+    names = ["dialog", "turn", "speaker", "text", "audio", "text"]
+    pq.write_table(pa.table([[value] for value in ("1", 0, "A", "one", "a.wav", "two")], names), tmp_path / "m.parquet")
+    with pytest.raises(CorpusError, match=r"m\.parquet: column text named twice: rename or delete one of the two"):
+        read_corpus({"train": tmp_path / "m.parquet"})
+
+
+def test_csv_columns_that_are_not_read_may_share_a_name(tmp_path):
+    """A spreadsheet writes empty columns as trailing commas; a blank line is none of its rows."""
+    lines = ["dialog,turn,speaker,text,audio,,", '1,0,A,"yes, please",a.wav,,', "", "1,1,B,fine,a.wav,,"]
+    (tmp_path / "m.csv").write_text("\n".join(lines))
+    [dialog] = read_corpus({"train": tmp_path / "m.csv"})["train"].dialogs
+    assert [(u.turn, u.text) for u in dialog.utterances] == [(0, "yes, please"), (1, "fine")]
 
 
 def test_all_problems_are_told_at_once(tmp_path):

@@ -18,8 +18,9 @@ import re
 import stat
 import zipfile
 import zlib
-from functools import lru_cache
 from typing import BinaryIO, NamedTuple
+
+from usdm_sft.once import once_per_key
 
 MISSING = "does not exist"
 MAX_MEMBER_BYTES = 1 << 30  # 90 minutes of stereo at 48 kHz; a member that unpacks to more is a bomb
@@ -195,7 +196,9 @@ def _open_archive(path: str) -> zipfile.ZipFile:
         raise AddressError(f"lies in an archive that cannot be read ({error.strerror})") from error
 
 
-@lru_cache(maxsize=8)
-def _archive(path: str, size: int, mtime_ns: int, pid: int) -> zipfile.ZipFile:
-    """Kept open, since the table of DailyTalk's 23,676 members takes a second to read; a forked process opens its own."""
+def _read_directory(path: str, size: int, mtime_ns: int, pid: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
+
+
+# Kept open, since the table of DailyTalk's 23,676 members takes a second to read; a forked process opens its own.
+_archive = once_per_key(_read_directory, maxsize=8)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from usdm_sft.addresses import MISSING, AddressError, Stretch, file_problem, open_file, parse_address
+from usdm_sft.sound import read_frames, skip_tags
 
 if TYPE_CHECKING:
     import torch
@@ -99,11 +100,8 @@ def _read_stretch(source: str | Path | bytes, stretch: Stretch) -> tuple[np.ndar
 
     with _open(source, stretch.file) as file:
         try:
-            with soundfile.SoundFile(file) as sound:
-                first, stop = find_frames(stretch, sound.samplerate, sound.frames)
-                if first:
-                    sound.seek(first)
-                samples = sound.read(stop - first if stretch.end is not None else -1, dtype="float32")
+            with soundfile.SoundFile(skip_tags(file)) as sound:
+                samples = read_frames(sound, *find_frames(stretch, sound.samplerate, sound.frames))
                 rate = sound.samplerate
         except soundfile.LibsndfileError as error:
             raise _not_audio(source, error) from error

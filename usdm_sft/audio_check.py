@@ -17,12 +17,12 @@ import numpy as np
 from usdm_sft.addresses import AddressError, Stretch, file_problem, open_file, parse_address
 from usdm_sft.audio import AudioError, find_frames, resampled_length
 from usdm_sft.batches import MIN_SAMPLES
+from usdm_sft.sound import BLOCK_SAMPLES, read_frames, skip_tags, tags_end
 
 if TYPE_CHECKING:
     import soundfile
 
 MIN_RATE = 1000  # Hz; a damaged header with less would make hours of silence at 16 kHz
-BLOCK_SAMPLES = 1 << 20
 END_TOLERANCE = 0.05  # seconds that a stretch may end after its recording: time stamps are rounded
 
 # Written by what cannot seek back to the header: 0xFFFFFFFF by ffmpeg, 0x7FFFF000 by sox, 0x80000000 and more by arecord.
@@ -68,12 +68,12 @@ def _check_stretch(stretch: Stretch) -> tuple[int, int]:
     if problem := file_problem(stretch.file):
         raise AudioError(problem)
     with open_file(stretch.file) as file:
-        if not (size := file.seek(0, os.SEEK_END)):
+        if not file.seek(0, os.SEEK_END):
             raise AudioError("is empty (0 bytes)")
-        file.seek(0)
-        _check_riff(file, size)
-        file.seek(0)
-        with soundfile.SoundFile(file) as sound:
+        content = skip_tags(file)
+        _check_riff(content)
+        content.seek(0)
+        with soundfile.SoundFile(content) as sound:
             frames, rate = sound.frames, sound.samplerate
             if rate < MIN_RATE:
                 raise AudioError(f"has a sample rate of {rate} Hz, less than {MIN_RATE}")
@@ -97,10 +97,8 @@ def _check_bounds(stretch: Stretch, sound: soundfile.SoundFile, needs_decoding: 
     if stretch.end > seconds + END_TOLERANCE:
         raise AudioError(f"is to be cut up to {stretch.end:g} s, but has {seconds:g} s")
     first, stop = find_frames(stretch, sound.samplerate, sound.frames)
-    if needs_decoding:
-        sound.seek(first)
-        if len(_finite(sound.read(stop - first, dtype="float32"))) < stop - first:
-            raise AudioError("is cut short")
+    if needs_decoding and len(_finite(read_frames(sound, first, stop))) < stop - first:
+        raise AudioError("is cut short")
     return stop - first
 
 
@@ -110,8 +108,10 @@ def _finite(samples: np.ndarray) -> np.ndarray:
     return samples
 
 
-def _check_riff(file: BinaryIO, file_size: int) -> None:
+def _check_riff(file: BinaryIO) -> None:
     """A WAV file that was cut short is read in silence by soundfile; its data chunk knows better."""
+    file_size = file.seek(0, os.SEEK_END)
+    file.seek(0)
     head = file.read(12)
     if head[:4] != b"RIFF" or head[8:] != b"WAVE":
         return
@@ -130,7 +130,7 @@ def _decode(sound: soundfile.SoundFile, file: BinaryIO) -> int:
     decoded = 0
     while len(samples := sound.read(max(1, BLOCK_SAMPLES // sound.channels), dtype="float32")):
         decoded += len(_finite(samples))
-    file.seek(0)
+    file.seek(tags_end(file))
     exact = sound.format != "MP3" or any(mark in file.read(4096) for mark in _MP3_LENGTH_MARKS)
     if decoded < sound.frames and exact:
         raise AudioError(f"is cut short (its header promises {sound.frames:,} samples, {decoded:,} are there)")

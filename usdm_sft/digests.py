@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,12 +22,13 @@ from usdm_sft.addresses import disk_files, file_problem, open_file, parse_addres
 from usdm_sft.audio import AudioError, resampled_length
 from usdm_sft.audio_check import AudioCheck, check_audio
 from usdm_sft.download import cache_root
+from usdm_sft.once import once_per_key
 from usdm_sft.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
 _BATCH = 512
-_TABLE = "files_3"  # another name with what is remembered, and with how audio is judged
+_TABLE = "files_4"  # another name with what is remembered, and with how audio is judged
 _SETTLED_NS = 2_000_000_000  # a file changed less than this long ago could change again under the same time stamp
 
 
@@ -85,7 +85,7 @@ def check_unchanged(audio: Mapping[str, str]) -> None:
     Raises:
         AudioError: A file was changed or removed meanwhile.
     """
-    files = lru_cache(maxsize=None)(_digest_file)
+    files = once_per_key(_digest_file)
     for path, sha256 in audio.items():
         if any(file_problem(stretch.file) for stretch in parse_address(path)) or _address_digest(path, files) != sha256:
             raise AudioError(f"audio file {path} was changed during the run: let nothing write to it, and run again")
@@ -99,7 +99,7 @@ def _digest(
         found = {path: row for path in paths if (row := remembered.get(path)) and _stands(row, audio)}
         missing = [path for path in paths if path not in found]
         bar = progress_bar(len(missing), "reading audio digests", "file", disable=len(missing) < _BATCH)
-        files = lru_cache(maxsize=None)(_digest_file)  # a telephone call of a hundred turns is hashed once
+        files = once_per_key(_digest_file)  # a telephone call of a hundred turns is hashed once
         with bar, ThreadPoolExecutor(num_threads) as threads:
             for start in range(0, len(missing), _BATCH):
                 settled = time.time_ns() - _SETTLED_NS

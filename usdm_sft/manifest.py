@@ -10,7 +10,8 @@ order of the manifest, turns are numbered without a gap.
 import csv
 import json
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,13 +126,31 @@ def _whole(value: Any) -> int | None:
     return int(number) if number is not None and number == int(number) else None
 
 
+def _doubled(names: Iterable[str]) -> list[str]:
+    """The columns of a manifest that are named more than once; of a doubled column only one would be read."""
+    return [name for name, count in Counter(names).items() if count > 1 and name in (*REQUIRED, *OPTIONAL)]
+
+
+class _DoubledKeyError(ValueError):
+    pass
+
+
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if doubled := _doubled(key for key, _ in pairs):
+        raise _DoubledKeyError(f"{', '.join(doubled)} given twice in one object: delete one of the two")
+    return dict(pairs)
+
+
 def _read_json_lines(path: Path, problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     for place, line in _lines(path, problems):
         if not line.strip():
             note(problems, f"{place}: blank line: delete it")
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_make_object)
+        except _DoubledKeyError as error:
+            note(problems, f"{place}: {error}")
+            continue
         except (ValueError, RecursionError):
             note(problems, f"{place}: {quote(line)} is no JSON: write one object a line")
             continue
@@ -142,15 +161,27 @@ def _read_json_lines(path: Path, problems: list[str]) -> Iterator[tuple[str, dic
 
 
 def _read_csv(path: Path, problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    table = csv.DictReader((line for _, line in _lines(path, problems)), strict=True)
+    table = csv.reader((line for _, line in _lines(path, problems)), strict=True)
     try:
-        if missing := [name for name in REQUIRED if name not in (table.fieldnames or ())]:
+        names = next(table, [])
+        if missing := [name for name in REQUIRED if name not in names]:
             note(problems, f"{path}:1: no column {', '.join(missing)}: the first line names the columns")
             return
-        for row in table:
-            yield f"{path}:{table.line_num}", row
+        if doubled := _doubled(names):
+            note(problems, f"{path}:1: column {', '.join(doubled)} named twice: rename or delete one of the two")
+            return
+        for fields in filter(None, table):  # csv gives an empty list for a blank line
+            place = f"{path}:{table.line_num}"
+            if len(fields) == len(names):
+                yield place, dict(zip(names, fields, strict=True))
+                continue
+            note(
+                problems,
+                f"{place}: {len(fields)} fields instead of {len(names)} in {quote(','.join(fields))}: "
+                "put a text that holds a comma in quotation marks, or complete the row",
+            )
     except csv.Error as error:
-        note(problems, f"{path}:{table.reader.line_num}: no CSV ({error}): correct the line")
+        note(problems, f"{path}:{table.line_num}: no CSV ({error}): correct the line")
 
 
 def _read_parquet(path: Path, problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -164,6 +195,9 @@ def _read_parquet(path: Path, problems: list[str]) -> Iterator[tuple[str, dict[s
         return
     if missing := [name for name in REQUIRED if name not in file.schema_arrow.names]:
         note(problems, f"{path}: no column {', '.join(missing)}: a manifest has {', '.join(REQUIRED)}")
+        return
+    if doubled := _doubled(file.schema_arrow.names):
+        note(problems, f"{path}: column {', '.join(doubled)} named twice: rename or delete one of the two")
         return
     number = 0
     for batch in file.iter_batches(batch_size=1024):

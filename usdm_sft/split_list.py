@@ -22,6 +22,20 @@ _UNDECODED = re.compile(r"[\udc80-\udcff]")
 _MEMBER = re.compile(r"((?:[^\n]*/)?)[0-9]+/[0-9]+_[0-9]+_d[0-9]+\.wav")
 
 
+def check_data_dir(data_dir: str | Path) -> Path:
+    """Return `data_dir` as a path, with `~` expanded.
+
+    Raises:
+        FileNotFoundError: It does not exist.
+    """
+    path = Path(data_dir).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(
+            f"data_dir {path} does not exist: give the folder of the corpus, or DailyTalk's zip archive"
+        )
+    return path
+
+
 def find_data_folder(data_dir: str | Path) -> Path:
     """The folder that holds `<dialog>/<turn>_<speaker>_d<dialog>.wav`.
 
@@ -29,9 +43,9 @@ def find_data_folder(data_dir: str | Path) -> Path:
         data_dir: DailyTalk's folder (with `data/`) or, as the reference takes it, its `data` folder.
 
     Raises:
-        FileNotFoundError: There is no such folder.
+        FileNotFoundError: `data_dir` does not exist, or holds no such folder.
     """
-    data_dir = Path(data_dir).expanduser()
+    data_dir = check_data_dir(data_dir)
     if (data_dir / "data").is_dir():
         return data_dir / "data"
     if data_dir.is_dir() and any(entry.name.isdecimal() and entry.is_dir() for entry in data_dir.iterdir()):
@@ -49,9 +63,9 @@ def find_recordings(data_dir: str | Path) -> Callable[[str], str]:
         data_dir: As `find_data_folder` takes it, or DailyTalk's zip archive.
 
     Raises:
-        FileNotFoundError: There is no such folder, or the archive holds no recordings of DailyTalk.
+        FileNotFoundError: `data_dir` does not exist or holds no such folder, or the archive holds no recordings of DailyTalk.
     """
-    archive = Path(data_dir).expanduser()
+    archive = check_data_dir(data_dir)
     if not archive.is_file():
         folder = find_data_folder(data_dir).resolve()
         return lambda name: os.path.join(folder, name)
@@ -70,9 +84,9 @@ def find_split_lists(data_dir: str | Path) -> dict[str, Path] | None:
     """The lists that lie beside the `data` folder, or beside the zip archive, under either pair of names; None without.
 
     Raises:
-        FileNotFoundError: Only one list of a pair is there.
+        FileNotFoundError: `data_dir` does not exist, or only one list of a pair is there.
     """
-    data = Path(data_dir).expanduser()
+    data = check_data_dir(data_dir)
     data = data if data.is_file() else find_data_folder(data_dir)
     folder = Path(os.path.abspath(data)).parent  # of the link, where `data` is one
     pairs = [{split: folder / name for split, name in names.items()} for names in LIST_NAMES]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-VERSION = "1"  # of the units below: change it when they change, and cached ones are made anew
+VERSION = "2"  # of the units below: change it when they change, and cached ones are made anew
 
 RESAMPLERS = ("soxr", "torchaudio")
 
