@@ -15,23 +15,27 @@ import datasets
 import datasets.data_files
 import datasets.packaged_modules
 
-from usdm_sft import addresses, bad_audio, corpus, download, examples, hub_corpus, manifest, split_list
-from usdm_sft import features as usdm_features
+from usdm_sft.audio import addresses
+from usdm_sft.corpus import bad_audio, examples, manifest, split_list
+from usdm_sft.corpus import features as usdm_features
+from usdm_sft.corpus import hub as hub_corpus
+from usdm_sft.corpus import read as corpus
+from usdm_sft.utils import download
 
 _PUBLIC = {
-    "PaddingCollator": "usdm_sft.collate",
-    "PaddingFreeCollator": "usdm_sft.collate",
-    "STEPS": "usdm_sft.generation",
-    "next_prompt": "usdm_sft.generation",
-    "StepLogitsProcessor": "usdm_sft.generation",
-    "Template": "usdm_sft.template_config",
-    "TemplateEncoder": "usdm_sft.template",
-    "UnitTokenizer": "usdm_sft.units",
-    "build_tokenizer": "usdm_sft.tokenizer",
-    "load_tokenizer": "usdm_sft.tokenizer",
-    "prepare": "usdm_sft.pipeline",
-    "push": "usdm_sft.push",
-    "verify": "usdm_sft.verify",
+    "PaddingCollator": "usdm_sft.training.collate",
+    "PaddingFreeCollator": "usdm_sft.training.collate",
+    "STEPS": "usdm_sft.training.generation",
+    "next_prompt": "usdm_sft.training.generation",
+    "StepLogitsProcessor": "usdm_sft.training.generation",
+    "Template": "usdm_sft.template.config",
+    "TemplateEncoder": "usdm_sft.template.encoder",
+    "UnitTokenizer": "usdm_sft.units.tokenizer",
+    "build_tokenizer": "usdm_sft.template.tokenizer",
+    "load_tokenizer": "usdm_sft.template.tokenizer",
+    "prepare": "usdm_sft.prepare",
+    "push": "usdm_sft.dataset_folder.push",
+    "verify": "usdm_sft.dataset_folder.verify",
 }
 
 _GUESSED = {"train": ["train_phone.txt"], "validation": ["val_phone.txt"]}
@@ -85,7 +89,7 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):
 
     Args:
         data_dir: DailyTalk's folder (with `data/`), its `data` folder, or its zip archive. Of another corpus, the folder that holds
-            its manifests (`usdm_sft.manifest`) and that its recordings are named from, or "hub:USER/NAME".
+            its manifests (`usdm_sft.corpus.manifest`) and that its recordings are named from, or "hub:USER/NAME".
         data_files: The split lists, such as `{"train": "train.txt", "test": "test.txt"}`, or manifests; where none are named,
             those in or beside the folder, or else DailyTalk's own lists, fetched once.
         on_bad_audio: Where audio cannot become units, "error" stops and names every file; "skip" leaves out the pairs concerned,
@@ -96,8 +100,8 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):
     Raises:
         ValueError: There is no such config, an option is wrong, or DailyTalk's own split lists are swapped.
         FileNotFoundError: Data, a split list or an audio file is missing.
-        usdm_sft.corpus.CorpusError: The split lists are wrong; every problem is named with file and line.
-        usdm_sft.audio.AudioError: An audio file cannot become units, or bad audio leaves no pair of a split.
+        usdm_sft.corpus.read.CorpusError: The split lists are wrong; every problem is named with file and line.
+        usdm_sft.audio.reading.AudioError: An audio file cannot become units, or bad audio leaves no pair of a split.
     """
 
     BUILDER_CONFIG_CLASS = DailyTalkUSDMConfig

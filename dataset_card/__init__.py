@@ -1,1 +1,1 @@
-"""What `usdm_sft.card` and `usdm_sft.view` fill: the dataset card, and the page of examples."""
+"""What `usdm_sft.dataset_folder.card` and `usdm_sft.template.view` fill: the dataset card, and the page of examples."""

@@ -12,8 +12,8 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from usdm_sft.tokenizer import CORRESPOND, NEWLINE, UNIT_0, build_tokenizer
-from usdm_sft.view import split_parts
+from usdm_sft.template.tokenizer import CORRESPOND, NEWLINE, UNIT_0, build_tokenizer
+from usdm_sft.template.view import split_parts
 
 DOCS = Path(__file__).resolve().parent
 LINES = DOCS.parent / "tests" / "fixtures" / "mini" / "expected" / "train.txt"

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from conftest import FIXTURES, REPOSITORY
+from tests.helpers import FIXTURES, REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 MARKER = re.compile(r"<!-- (not run|names): (.+) -->")
@@ -55,7 +55,7 @@ def find_code(word: str) -> str:
 
 def make_workplace(root: Path, dataset_folder: Path, unit_model: Path, model) -> Path:
     """Fill a folder with what the pages name: data, configs, a unit model, and `model` as naver-ai/USTM."""
-    from usdm_sft.tokenizer import load_tokenizer
+    from usdm_sft.template.tokenizer import load_tokenizer
 
     shutil.copytree(dataset_folder, root / "dailytalk-usdm-data")
     shutil.copytree(unit_model, root / "unit_model")

@@ -14,11 +14,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 for _name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_TOKEN"):
     os.environ.pop(_name, None)
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-FIXTURES = Path(__file__).parent / "fixtures"
-SHARED = Path(os.environ.get("USDM_SHARED", REPOSITORY.parent / "shared"))
+from tests.helpers import FIXTURES, SHARED  # noqa: E402 - torch reads the environment when it is imported
 
 
 def pytest_collection_modifyitems(items):
@@ -44,7 +44,7 @@ def mini() -> Path:
 @pytest.fixture(scope="session")
 def unit_model(mini, tmp_path_factory) -> Path:
     """The toy unit model of the mini corpus, converted."""
-    from usdm_sft.checkpoint import convert
+    from usdm_sft.convert.convert import convert
 
     source = mini / "unit_model"
     folder = tmp_path_factory.mktemp("unit_model") / "mini"
@@ -53,14 +53,14 @@ def unit_model(mini, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from usdm_sft.tokenizer import build_tokenizer
+    from usdm_sft.template.tokenizer import build_tokenizer
 
     return build_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def encoder(tokenizer):
-    from usdm_sft.template import TemplateEncoder
+    from usdm_sft.template.encoder import TemplateEncoder
 
     return TemplateEncoder(tokenizer)
 
@@ -68,7 +68,7 @@ def encoder(tokenizer):
 @pytest.fixture(scope="session")
 def dataset_folder(mini, unit_model, tmp_path_factory) -> Path:
     """The mini corpus as a dataset folder; copy it to change it."""
-    from usdm_sft.pipeline import prepare
+    from usdm_sft.prepare import prepare
 
     root = tmp_path_factory.mktemp("dataset_folder")
     prepare(

@@ -11,7 +11,7 @@ import pytest
 
 from usdm_sft import cli
 from usdm_sft.cli import main
-from usdm_sft.template_config import Template
+from usdm_sft.template.config import Template
 
 HEAVY = ("torch", "transformers", "datasets", "soundfile", "matplotlib", "pyarrow")
 COMMANDS = ("prepare", "convert", "units", "export", "show", "stats", "verify", "push")

@@ -7,10 +7,10 @@ import subprocess
 import sys
 
 import pytest
-from code_blocks import MARKER, PAGES, find_blocks, make_workplace, small_environment
-from conftest import REPOSITORY
 
 import dailytalk_usdm
+from tests.code_blocks import MARKER, PAGES, find_blocks, make_workplace, small_environment
+from tests.helpers import REPOSITORY
 from usdm_sft.cli import make_parser
 
 DOCS = REPOSITORY / "docs"
@@ -155,4 +155,4 @@ def test_site_builds_without_warnings(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     api = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
     assert "dailytalk_usdm.TemplateEncoder" in api
-    assert "test_bad_audio.py::test_missing" in (tmp_path / "site" / "reliability" / "index.html").read_text()
+    assert "corpus/test_bad_audio.py::test_missing" in (tmp_path / "site" / "reliability" / "index.html").read_text()

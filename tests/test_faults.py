@@ -9,11 +9,11 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from test_workers import command, content, options
 
-from usdm_sft import folder
-from usdm_sft.pipeline import prepare
-from usdm_sft.unit_model import UnitModel
+from tests.helpers import command, content, options
+from usdm_sft.dataset_folder import layout as folder
+from usdm_sft.prepare import prepare
+from usdm_sft.units.model import UnitModel
 
 NUM_KILLS = int(os.environ.get("USDM_KILLS", "5"))  # 50 and more by hand: it takes seconds each
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)

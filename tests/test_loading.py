@@ -5,14 +5,14 @@ import sys
 
 import datasets
 import pytest
-from conftest import REPOSITORY
 from packaging.version import Version
 
 import dailytalk_usdm
 from dailytalk_usdm import DailyTalkUSDM
-from usdm_sft import download
-from usdm_sft.audio import AudioError
-from usdm_sft.corpus import CorpusError
+from tests.helpers import REPOSITORY
+from usdm_sft.audio.reading import AudioError
+from usdm_sft.corpus.read import CorpusError
+from usdm_sft.utils import download
 
 pytestmark = pytest.mark.loading
 

@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY
-from test_workers import command
+
+from tests.helpers import REPOSITORY, command
 
 SECRET = "hf_aVerySecretToken"
 # In every process: a connection is written down and refused.

@@ -5,7 +5,7 @@ import configparser
 import re
 from pathlib import Path
 
-from conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 TESTS = Path(__file__).parent
 NAMED = re.compile(r"`(test_\w+\.py)::([\w:]+)`")

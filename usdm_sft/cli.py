@@ -14,11 +14,11 @@ import re
 import sys
 
 from usdm_sft import __version__
-from usdm_sft.checkpoint import convert
-from usdm_sft.export import export_text
-from usdm_sft.pipeline import Submitted, prepare
-from usdm_sft.template_config import Template
-from usdm_sft.usage import Parser
+from usdm_sft.config.parser import Parser
+from usdm_sft.convert.convert import convert
+from usdm_sft.dataset_folder.export import export_text
+from usdm_sft.prepare import Submitted, prepare
+from usdm_sft.template.config import Template
 
 QUIET = {"action": "store_true", "help": "Show no progress bars; there are none either where stderr is not a terminal."}
 
@@ -32,8 +32,8 @@ def units(unit_model_dir: str, file: list[str], device: str | None = None, preci
         device: Where to compute; CUDA where there is one, else the CPU.
         precision: fp32 (the reference's), tf32, fp16 or bf16.
     """
-    from usdm_sft.reading import stream_units
-    from usdm_sft.units import UnitTokenizer
+    from usdm_sft.units.reading import stream_units
+    from usdm_sft.units.tokenizer import UnitTokenizer
 
     tokenizer = UnitTokenizer.from_pretrained(unit_model_dir, device=device, precision=precision)
     for name, file_units in zip(file, stream_units(tokenizer, file), strict=True):
@@ -60,7 +60,7 @@ def show(
         data_dir: The corpus that the folder was made from: with it both sides can be heard on the page.
         ids: Print the ids as well (the page always has them).
     """
-    from usdm_sft.page import read_rows, write_page
+    from usdm_sft.dataset_folder.page import read_rows, write_page
 
     if html is not None:
         shown = write_page(
@@ -70,8 +70,8 @@ def show(
         return
     if data_dir is not None:
         raise ValueError("data_dir is for the sound on a page: name the page with --html")
-    from usdm_sft.tokenizer import load_tokenizer
-    from usdm_sft.view import format_example
+    from usdm_sft.template.tokenizer import load_tokenizer
+    from usdm_sft.template.view import format_example
 
     rows = read_rows(dataset_dir, split, index, num_examples or 1)
     tokenizer = load_tokenizer(os.path.join(dataset_dir, "tokenizer")).backend_tokenizer
@@ -85,9 +85,9 @@ def stats(dataset_dir: str) -> None:
     Args:
         dataset_dir: A folder that prepare made.
     """
-    from usdm_sft.folder import PICTURES, read_counts
-    from usdm_sft.statistics import format_table
-    from usdm_sft.writer import replace_pictures
+    from usdm_sft.dataset_folder.layout import PICTURES, read_counts
+    from usdm_sft.dataset_folder.statistics import format_table
+    from usdm_sft.dataset_folder.writer import replace_pictures
 
     print(format_table(replace_pictures(dataset_dir), read_counts(dataset_dir)["num_units"]))
     print(f"pictures: {os.path.join(dataset_dir, PICTURES)}")
@@ -100,7 +100,7 @@ def verify(dataset_dir: str, against: str | None = None) -> None:
         dataset_dir: A folder that prepare made, or a copy of it.
         against: A folder with the reference's train.txt and test.txt, whose lines must be the rows in any order.
     """
-    from usdm_sft.verify import verify
+    from usdm_sft.dataset_folder.verify import verify
 
     for split, num_rows in verify(dataset_dir, against).items():
         compared = f" and identical to {os.path.join(against, f'{split}.txt')} (any order)" if against else ""
@@ -109,7 +109,7 @@ def verify(dataset_dir: str, against: str | None = None) -> None:
 
 def push(dataset_dir: str, repo_id: str, **options) -> None:
     """Verify and upload. There is no option for the token: it would stay in the shell's history."""
-    from usdm_sft.push import push
+    from usdm_sft.dataset_folder.push import push
 
     print(push(dataset_dir, repo_id, **options))
     if not options["create_pr"]:
@@ -276,7 +276,7 @@ def main(args: list[str] | None = None) -> None:
     logging.getLogger("usdm_sft").setLevel(logging.INFO)
     try:
         if options.pop("quiet", False):
-            from usdm_sft.progress import disable_progress_bars
+            from usdm_sft.utils.progress import disable_progress_bars
 
             disable_progress_bars()
         _check_names(options, "\0\ud800-\udfff" if command == "prepare" else "\0")
@@ -287,7 +287,7 @@ def main(args: list[str] | None = None) -> None:
     except (OSError, ValueError, IndexError, ImportError, MemoryError, RuntimeError) as error:
         if (full := _find_full_disk(error)) is not None:
             error = f"{full}: make room and start it again, finished work is kept"
-        from usdm_sft.view import printable  # names and values of strangers may be in it
+        from usdm_sft.template.view import printable  # names and values of strangers may be in it
 
         print(printable(f"dailytalk-usdm {command}: {error}"), file=sys.stderr)
         sys.exit(1)

@@ -15,9 +15,10 @@ import soundfile
 
 import dailytalk_usdm
 from tests.benchmarks.common import TURNS, lengths, machine, speechlike, table
-from usdm_sft import shards, writer
-from usdm_sft.checkpoint import convert
-from usdm_sft.pipeline import prepare
+from usdm_sft.convert.convert import convert
+from usdm_sft.dataset_folder import writer
+from usdm_sft.prepare import prepare
+from usdm_sft.shards import make as shards
 
 REPOSITORY = Path(__file__).parents[2]
 

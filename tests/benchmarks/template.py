@@ -12,8 +12,8 @@ import tempfile
 import numpy as np
 
 from tests.benchmarks.common import WORDS, alternate, lengths, machine, table, timed
-from usdm_sft.template import TemplateEncoder
-from usdm_sft.tokenizer import NUM_UNITS, load_tokenizer
+from usdm_sft.template.encoder import TemplateEncoder
+from usdm_sft.template.tokenizer import NUM_UNITS, load_tokenizer
 
 VOCABULARY = [
     "the",

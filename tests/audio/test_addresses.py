@@ -1,0 +1,245 @@
+import os
+import shutil
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from usdm_sft.audio import addresses, digests
+from usdm_sft.audio.addresses import AddressError, Stretch, format_address, join_addresses, parse_address, zip_address
+from usdm_sft.audio.check import check_audio
+from usdm_sft.audio.digests import audio_digests, check_unchanged
+from usdm_sft.audio.reading import AudioError, read_audio, read_waveform
+from usdm_sft.utils.once import once_per_key
+
+
+@pytest.fixture
+def call(tmp_path):
+    """Two seconds of stereo at 8 kHz: each sample says where it is."""
+    samples = np.stack([np.arange(16_000), -np.arange(16_000)], axis=1).astype(np.int16)
+    path = tmp_path / "call.wav"
+    soundfile.write(path, samples, 8000, subtype="PCM_16")
+    return str(path)
+
+
+def test_addresses_are_read_as_they_are_written(tmp_path):
+    for stretch in (
+        Stretch("a.wav"),
+        Stretch("a.wav", 1.5, 2.25),
+        Stretch("a.wav", None, None, 1),
+        Stretch("a b#.wav", 0, 3, 0),
+    ):
+        assert parse_address(format_address(*stretch)) == [stretch]
+    assert format_address("a.wav", 1.0, 12.345678, 1) == "a.wav#t=1,12.345678&channel=1"
+    assert parse_address("a.wav#t=1,2\nb.wav") == [Stretch("a.wav", 1, 2), Stretch("b.wav")]
+    assert parse_address("a.wav#t=x,2") == [Stretch("a.wav#t=x,2")]
+    strange = tmp_path / "b.wav#t=1,2"
+    strange.touch()
+    assert parse_address(strange) == [Stretch(str(strange))]  # a file of that very name
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.5, 1.25), (0, 2), (1.0001, 1.9)])
+@pytest.mark.parametrize("channel", [0, 1, None])
+def test_a_stretch_is_the_samples_between(call, start, end, channel):
+    samples, rate = read_audio(format_address(call, start, end, channel))
+    sign = {0: 1, 1: -1, None: 0}[channel]
+    assert rate == 8000
+    assert (samples * 32768).round().tolist() == [sign * i for i in range(round(start * 8000), round(end * 8000))]
+    assert check_audio(format_address(call, start, end, channel))[:2] == (len(samples), 8000)
+
+
+def test_a_stretch_has_the_waveform_of_a_file_that_was_cut_so(call, tmp_path):
+    samples, rate = soundfile.read(call, dtype="int16")
+    soundfile.write(tmp_path / "cut.wav", samples[4000:12_000, 1], rate, subtype="PCM_16")
+    assert np.array_equal(read_waveform(format_address(call, 0.5, 1.5, 1)), read_waveform(tmp_path / "cut.wav"))
+
+
+def test_several_recordings_in_turn(call, tmp_path):
+    first, second = format_address(call, 0, 0.5, 0), format_address(call, 1.5, 2, 1)
+    samples, _ = read_audio(f"{first}\n{second}")
+    assert samples.tolist() == [*read_audio(first)[0].tolist(), *read_audio(second)[0].tolist()]
+    soundfile.write(tmp_path / "other.wav", np.zeros(16_000), 16_000)
+    with pytest.raises(AudioError, match="is of several sample rates"):
+        read_audio(f"{first}\n{tmp_path / 'other.wav'}")
+    assert check_audio(f"{first}\n{tmp_path / 'other.wav'}").problem == "is of several sample rates (8000, 16000 Hz)"
+
+
+def test_neighbouring_stretches_join_with_the_pause_between():
+    assert join_addresses("a.wav#t=1,2&channel=0", "a.wav#t=2.5,3&channel=0") == "a.wav#t=1,3&channel=0"
+    for second in ("a.wav#t=2.5,3&channel=1", "b.wav#t=2.5,3&channel=0", "a.wav#t=1.5,3&channel=0", "a.wav"):
+        assert join_addresses("a.wav#t=1,2&channel=0", second) == f"a.wav#t=1,2&channel=0\n{second}"
+    twice = join_addresses("a.wav#t=1,2", "a.wav#t=3,4")
+    assert join_addresses(twice, "a.wav#t=5,6") == "a.wav#t=1,6"
+
+
+@pytest.mark.parametrize(
+    ("fragment", "problem"),
+    [
+        ("#t=1,3", "is to be cut up to 3 s, but has 2 s"),
+        ("#t=1,1", "is to be cut from 1 to 1 s, which is nothing"),
+        ("#channel=2", "has 2 channels, and no channel 2"),
+        ("#t=1,1.01", "has 160 samples at 16 kHz, fewer than the 400"),
+    ],
+)
+def test_what_cannot_be_cut_is_told_by_the_first_pass(call, fragment, problem):
+    assert check_audio(call + fragment).problem.startswith(problem)
+
+
+def test_a_time_stamp_may_be_rounded_over_the_end(call):
+    assert check_audio(f"{call}#t=1,2.04")[:2] == (8000, 8000)
+    assert len(read_audio(f"{call}#t=1,2.04")[0]) == 8000
+
+
+def test_nan_counts_where_it_is_cut(tmp_path):
+    samples = np.zeros(16_000, np.float32)
+    samples[100] = np.nan
+    path = tmp_path / "nan.wav"
+    soundfile.write(path, samples, 16_000, subtype="FLOAT")
+    assert check_audio(f"{path}#t=0,0.5").problem == "holds NaN or infinite samples"
+    assert check_audio(f"{path}#t=0.5,1").problem is None
+
+
+def test_digests_are_of_content_and_stretch(call, tmp_path, monkeypatch):
+    hashed = []
+    real = digests._digest_file
+    monkeypatch.setattr(digests, "_digest_file", lambda file: hashed.append(file) or real(file))
+    stretches = [
+        format_address(call, start / 10, start / 10 + 0.5, channel) for start in range(10) for channel in (0, 1)
+    ]
+    found = audio_digests([call, *stretches], tmp_path / "cache", num_threads=1)
+    assert len({digest.sha256 for digest in found.values()}) == 21
+    assert hashed == [call]  # once, for all of its turns
+    copy = tmp_path / "copy.wav"
+    copy.write_bytes(Path(call).read_bytes())
+    other = audio_digests([format_address(str(copy), 0.1, 0.6, 1)], tmp_path / "cache")
+    assert next(iter(other.values())).sha256 == found[format_address(call, 0.1, 0.6, 1)].sha256
+    known = {address: digest.sha256 for address, digest in found.items()}
+    check_unchanged(known)
+    with open(call, "r+b") as file:
+        file.seek(2000)
+        file.write(b"\1\2\3")
+    with pytest.raises(AudioError, match="was changed during the run"):
+        check_unchanged(known)
+
+
+def test_threads_hash_a_long_recording_once(call, tmp_path, monkeypatch):
+    other = tmp_path / "other.wav"
+    shutil.copyfile(call, other)
+    hashed = []
+    real = digests._digest_file
+
+    def slow(file):
+        hashed.append(file)
+        time.sleep(0.2)
+        return real(file)
+
+    monkeypatch.setattr(digests, "_digest_file", slow)
+    stretches = [format_address(str(file), i / 20, i / 20 + 0.5) for i in range(18) for file in (call, other)]
+    found = audio_digests(stretches, tmp_path / "cache", num_threads=36)
+    assert sorted(hashed) == sorted([call, str(other)])
+    assert len({digest.sha256 for digest in found.values()}) == 18  # both files have the same content
+
+
+def test_threads_read_the_directory_of_an_archive_once(call, tmp_path, monkeypatch):
+    path = tmp_path / "calls.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        for number in range(36):
+            file.write(call, f"{number}.wav")
+    opened = []
+
+    class SlowZipFile(zipfile.ZipFile):
+        def __init__(self, file):
+            opened.append(file)
+            time.sleep(0.2)
+            super().__init__(file)
+
+    monkeypatch.setattr(addresses.zipfile, "ZipFile", SlowZipFile)
+    members = [zip_address(path, f"{number}.wav") for number in range(36)]
+    found = audio_digests(members, tmp_path / "cache", num_threads=36)
+    assert {digest.problem for digest in found.values()} == {None}
+    assert opened == [str(path)]
+
+
+def test_failed_call_is_made_again():
+    calls = []
+
+    def fail_once(key):
+        calls.append(key)
+        if len(calls) == 1:
+            raise OSError("not yet")
+        return key
+
+    call = once_per_key(fail_once)
+    with pytest.raises(OSError, match="not yet"):
+        call("a")
+    assert [call("a"), call("a"), calls] == ["a", "a", ["a", "a"]]
+
+
+@pytest.fixture
+def archive(call, tmp_path):
+    path = tmp_path / "corpus.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.write(call, "data/call.wav")
+        file.writestr("../../escape.wav", Path(call).read_bytes())
+        file.writestr("/absolute.wav", b"no audio")
+        link = zipfile.ZipInfo("link.wav")
+        link.external_attr = 0o120777 << 16
+        file.writestr(link, "/etc/passwd")
+        file.writestr("zeros.wav", bytes(1 << 20))
+    return path
+
+
+def test_a_member_of_an_archive_is_the_file(archive, call, tmp_path):
+    member = zip_address(archive, "data/call.wav")
+    assert np.array_equal(read_waveform(member), read_waveform(call))
+    assert np.array_equal(read_waveform(f"{member}#t=0.5,1&channel=1"), read_waveform(f"{call}#t=0.5,1&channel=1"))
+    found = audio_digests([member, call], tmp_path / "cache")
+    assert found[member] == found[call]
+
+
+def test_hostile_archives_write_nothing_and_are_told(archive, tmp_path, monkeypatch):
+    before = sorted(os.listdir(tmp_path))
+    assert check_audio(zip_address(archive, "../../escape.wav")).problem is None  # read in memory: a name leads nowhere
+    assert check_audio(zip_address(archive, "link.wav")).problem == "is a link in the archive, and no file"
+    assert check_audio(zip_address(archive, "/absolute.wav")).problem.startswith("is not audio that soundfile can read")
+    assert check_audio(zip_address(archive, "none.wav")).problem == "does not exist in the archive"
+    monkeypatch.setattr(addresses, "MAX_MEMBER_BYTES", 1 << 19)
+    assert check_audio(zip_address(archive, "zeros.wav")).problem == "unpacks to 1,048,576 bytes, more than 524,288"
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_bomb_that_lies_about_its_size_unpacks_no_further(archive):
+    content = bytearray(archive.read_bytes())
+    local, central = content.find(b"zeros.wav"), content.rfind(b"zeros.wav")
+    for place in (local - 30 + 22, central - 46 + 24):  # where the two headers have the unpacked size
+        assert content[place : place + 4] == (1 << 20).to_bytes(4, "little")
+        content[place : place + 4] = (1000).to_bytes(4, "little")
+    archive.write_bytes(content)
+    assert "cannot be unpacked (Bad CRC-32" in check_audio(zip_address(archive, "zeros.wav")).problem
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_member_that_is_damaged(tmp_path, method):
+    path = tmp_path / "corpus.zip"
+    with zipfile.ZipFile(path, "w", method) as file:
+        file.writestr("a.wav", bytes(range(256)) * 400)
+    content = bytearray(path.read_bytes())
+    for place in range(60, 140):
+        content[place] ^= 0xFF
+    path.write_bytes(content)
+    assert check_audio(zip_address(path, "a.wav")).problem.startswith("cannot be unpacked (")
+    with pytest.raises(AudioError, match=r"corpus\.zip cannot be unpacked \("):
+        read_audio(zip_address(path, "a.wav"))
+
+
+def test_damaged_archive(archive, tmp_path):
+    archive.write_bytes(archive.read_bytes()[:-40])
+    assert check_audio(zip_address(archive, "data/call.wav")).problem.startswith("lies in what is no zip archive")
+    assert check_audio(zip_address(tmp_path / "none.zip", "a.wav")).problem == "lies in an archive that does not exist"
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_audio(str(tmp_path / "none.wav"))
+    with pytest.raises(AddressError, match="no zip archive"):
+        addresses.list_members(archive)

@@ -1,0 +1,132 @@
+import hashlib
+import os
+import sqlite3
+from contextlib import closing
+
+import numpy as np
+import pytest
+import soundfile
+
+from usdm_sft.audio import digests
+from usdm_sft.audio.check import AudioCheck
+from usdm_sft.audio.digests import audio_digests, check_unchanged, file_digest
+from usdm_sft.audio.reading import AudioError
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The files that were really read."""
+    done = []
+    read = digests._digest_file
+    monkeypatch.setattr(digests, "_digest_file", lambda path: done.append(os.path.basename(path)) or read(path))
+    return done
+
+
+@pytest.fixture
+def settled(monkeypatch):
+    monkeypatch.setattr(digests, "_SETTLED_NS", -(10**18))
+
+
+def write_wav(path, seed=0):
+    samples = np.random.default_rng(seed).uniform(-0.5, 0.5, 4410)
+    soundfile.write(path, samples, 22_050)
+    return str(path)
+
+
+def test_audio_digest(tmp_path):
+    path = write_wav(tmp_path / "a.wav")
+    found = audio_digests([path, path], tmp_path / "cache")[path]
+    assert found.sha256 == hashlib.sha256((tmp_path / "a.wav").read_bytes()).hexdigest()
+    assert (found.num_samples, found.seconds) == (3200, 0.2)
+
+
+def test_a_digest_is_remembered_until_the_file_changes(tmp_path, reads, settled):
+    path = write_wav(tmp_path / "a.wav")
+    first = audio_digests([path], tmp_path / "cache")
+    assert audio_digests([path], tmp_path / "cache") == first
+    assert reads == ["a.wav"]
+    os.utime(path)  # touched: read again, but the same bytes
+    assert audio_digests([path], tmp_path / "cache") == first
+    write_wav(tmp_path / "a.wav", seed=1)
+    assert audio_digests([path], tmp_path / "cache") != first
+    assert reads == ["a.wav"] * 3
+
+
+def test_a_file_that_has_just_changed_is_not_remembered(tmp_path, reads):
+    path = write_wav(tmp_path / "a.wav")
+    for _ in range(2):
+        audio_digests([path], tmp_path / "cache")
+    assert reads == ["a.wav"] * 2
+
+
+def test_a_digest_of_any_file_does_not_pass_for_an_audio_header(tmp_path, reads, settled):
+    path = write_wav(tmp_path / "a.wav")
+    file_digest(path, tmp_path / "cache")
+    assert audio_digests([path], tmp_path / "cache")[path].num_samples == 3200
+    assert file_digest(path, tmp_path / "cache") == audio_digests([path], tmp_path / "cache")[path].sha256
+    assert reads == ["a.wav"] * 2
+
+
+def test_bad_files(tmp_path):
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16_000)
+    paths = [str(tmp_path / "none.wav"), str(tmp_path / "empty.wav"), write_wav(tmp_path / "good.wav")]
+    found = audio_digests(paths, tmp_path / "cache")
+    assert [found[path].problem for path in paths] == ["does not exist", "holds no samples", None]
+    assert found[paths[1]][:3] == ("", 0, 0.0)
+
+
+def test_bad_audio_is_not_remembered(tmp_path, settled, monkeypatch):
+    """So that other permissions, or a soundfile that reads more, get their chance."""
+    path = write_wav(tmp_path / "a.wav")
+    with monkeypatch.context() as patch:
+        patch.setattr(digests, "check_audio", lambda path: AudioCheck(problem="cannot be read"))
+        assert audio_digests([path], tmp_path / "cache")[path].problem == "cannot be read"
+    with closing(sqlite3.connect(tmp_path / "cache" / "digests.sqlite")) as memo:
+        assert memo.execute(f"SELECT COUNT(*) FROM {digests._TABLE}").fetchone() == (0,)
+    assert audio_digests([path], tmp_path / "cache")[path].problem is None
+
+
+def test_a_memo_of_headers_alone_is_not_trusted(tmp_path, settled):
+    """What was remembered before audio was checked."""
+    soundfile.write(tmp_path / "nan.wav", np.full(4410, np.nan), 22_050, subtype="FLOAT")
+    path = str(tmp_path / "nan.wav")
+    stat = os.stat(path)
+    (tmp_path / "cache").mkdir()
+    with closing(sqlite3.connect(tmp_path / "cache" / "digests.sqlite")) as memo:
+        memo.execute("CREATE TABLE files (path TEXT PRIMARY KEY, size, mtime_ns, ctime_ns, sha256, frames, rate)")
+        row = (path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, "0" * 64, 4410, 22_050)
+        memo.execute("INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+        memo.commit()
+    assert audio_digests([path], tmp_path / "cache")[path].problem == "holds NaN or infinite samples"
+
+
+def test_a_file_that_changes_after_the_first_pass(tmp_path):
+    path = write_wav(tmp_path / "a.wav")
+    known = {path: audio_digests([path], tmp_path / "cache")[path].sha256}
+    os.utime(path)
+    check_unchanged(known)  # touched, but the same bytes
+    write_wav(tmp_path / "a.wav", seed=1)
+    with pytest.raises(AudioError, match=r"a\.wav was changed during the run: let nothing write to it, and run again"):
+        check_unchanged(known)
+    os.unlink(path)
+    with pytest.raises(AudioError, match=r"a\.wav was changed during the run"):
+        check_unchanged(known)
+
+
+@pytest.mark.parametrize("kept", [0, 5000])
+def test_a_damaged_memo_is_made_anew(tmp_path, reads, settled, caplog, kept):
+    path = write_wav(tmp_path / "a.wav")
+    memo = tmp_path / "cache" / "digests.sqlite"
+    first = audio_digests([path], tmp_path / "cache")
+    memo.write_bytes(memo.read_bytes()[:kept] + b"no database" * 1000)
+    for _ in range(3):
+        assert audio_digests([path], tmp_path / "cache") == first
+    assert caplog.text.count("digests are not remembered this time") == 1
+    assert len(reads) == 3  # first, damaged, anew
+
+
+def test_without_a_memo_the_run_goes_on(tmp_path, caplog):
+    (tmp_path / "cache" / "digests.sqlite").mkdir(parents=True)
+    path = write_wav(tmp_path / "a.wav")
+    assert audio_digests([path], tmp_path / "cache")[path].num_samples == 3200
+    assert "digests are not remembered this time" in caplog.text

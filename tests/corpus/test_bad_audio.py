@@ -1,0 +1,573 @@
+"""Bad audio, each kind of it: what the first pass over the audio says, and what becomes of the pairs."""
+
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tracemalloc
+import wave
+
+import datasets
+import numpy as np
+import pytest
+import soundfile
+
+import dailytalk_usdm
+from dailytalk_usdm import DailyTalkUSDM
+from usdm_sft.audio.check import AudioCheck, check_audio
+from usdm_sft.audio.digests import audio_digests
+from usdm_sft.audio.reading import AudioError, read_waveform
+from usdm_sft.cli import main
+from usdm_sft.corpus.bad_audio import ALL_BAD, leave_out
+from usdm_sft.corpus.read import Dialog, Split, Utterance
+from usdm_sft.prepare import prepare
+from usdm_sft.units.batches import BATCH_SECONDS, plan_batches
+from usdm_sft.units.model import UnitModel
+from usdm_sft.units.tokenizer import UnitTokenizer
+
+NOT_AUDIO = "is not audio that soundfile can read (Format not recognised)"
+
+
+def noise(num_samples, channels=1, scale=0.5):
+    samples = np.random.default_rng(0).uniform(-scale, scale, (num_samples, channels))
+    return samples.astype(np.float32)
+
+
+def wav_bytes(path, num_samples=8000, rate=16_000, **options):
+    soundfile.write(path, noise(num_samples), rate, format="WAV", **options)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "a.wav"
+
+
+def problem(path):
+    """What the first pass says of a file; reading it must fail as well, save where only the check knows better."""
+    return check_audio(path).problem
+
+
+# What is there at all
+
+
+def test_missing(path):
+    assert problem(path) == "does not exist"
+
+
+def test_dangling_symlink(path, tmp_path):
+    path.symlink_to(tmp_path / "nowhere.wav")
+    assert problem(path) == "does not exist (a symlink leads nowhere)"
+    found = audio_digests([str(path)], tmp_path / "cache")  # which looks at the real path
+    assert found[str(path)].problem == "does not exist (a symlink leads nowhere)"
+    with pytest.raises(FileNotFoundError, match=r"a\.wav does not exist \(a symlink leads nowhere\)"):
+        read_waveform(path)
+
+
+def test_symlink_that_leads_nowhere_but_to_itself(path):
+    path.symlink_to(path)
+    assert problem(path) == "cannot be read (Too many levels of symbolic links)"
+
+
+def test_folder_in_the_place_of_a_file(path):
+    path.mkdir()
+    assert problem(path) == "cannot be read (it is no regular file)"
+
+
+def test_file_in_the_place_of_a_folder(tmp_path):
+    (tmp_path / "3").write_text("")
+    assert problem(tmp_path / "3" / "0_0_d3.wav") == "cannot be read (Not a directory)"
+
+
+@pytest.mark.parametrize("call", ["check_audio", "read_waveform"])
+def test_fifo_does_not_hang(path, call):
+    os.mkfifo(path)
+    module = "audio_check" if call == "check_audio" else "audio"
+    code = f"from usdm_sft.{module} import {call}; print({call}({str(path)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "cannot be read (it is no regular file)" in done.stdout + done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_permissions(path):
+    wav_bytes(path)
+    path.chmod(0)
+    assert problem(path) == "cannot be read (Permission denied)"
+
+
+def test_permission_error_of_the_system(path, monkeypatch):
+    """The same where the tests run as root."""
+    wav_bytes(path)
+
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    assert problem(path) == "cannot be read (Permission denied)"
+    with pytest.raises(AudioError, match=r"a\.wav cannot be read \(Permission denied\)"):
+        read_waveform(path)
+
+
+# What is in it
+
+
+def test_empty_file(path):
+    path.write_bytes(b"")
+    assert problem(path) == "is empty (0 bytes)"
+
+
+@pytest.mark.parametrize(
+    "content", [b"not audio at all", b"\0" * 1000, b"<html>404</html>" * 100, bytes(range(256)) * 9]
+)
+def test_not_audio(path, content):
+    path.write_bytes(content)
+    assert problem(path) == NOT_AUDIO
+
+
+@pytest.mark.parametrize("size", [1, 11, 12, 20, 35])
+def test_cut_in_the_header(path, size):
+    content = wav_bytes(path)
+    path.write_bytes(content[:size])
+    assert problem(path).startswith("is not audio that soundfile can read (")
+
+
+@pytest.mark.parametrize(("size", "there"), [(44, 0), (45, 1), (8044, 8000), (16_043, 15_999)])
+def test_cut_in_the_samples(path, size, there):
+    content = wav_bytes(path)
+    assert len(content) == 16_044
+    path.write_bytes(content[:size])
+    assert problem(path) == f"is cut short (its header promises 16,000 bytes of samples, {there:,} are there)"
+
+
+def test_cut_in_the_samples_behind_another_chunk(path):
+    content = wav_bytes(path)
+    between = content[:36] + b"LIST" + struct.pack("<I", 5) + b"hello\0" + content[36:]  # padded to an even size
+    path.write_bytes(between)
+    assert check_audio(path) == AudioCheck(8000, 16_000)
+    path.write_bytes(between[:-2])
+    assert problem(path) == "is cut short (its header promises 16,000 bytes of samples, 15,998 are there)"
+
+
+@pytest.mark.parametrize("size", [0x7FFFF000, 0x80000000, 0xFFFFFFFF], ids=["sox", "arecord", "ffmpeg"])
+def test_size_that_was_unknown_when_the_header_was_written(path, size):
+    """By a program that wrote to a pipe; all samples are there."""
+    content = bytearray(wav_bytes(path))
+    expected = read_waveform(path)
+    content[40:44] = struct.pack("<I", size)
+    path.write_bytes(content)
+    assert check_audio(path) == AudioCheck(8000, 16_000)
+    assert np.array_equal(read_waveform(path), expected)
+
+
+def test_bytes_behind_the_samples_do_no_harm(path):
+    path.write_bytes(wav_bytes(path) + b"LIST" + struct.pack("<I", 4) + b"INFO")
+    assert check_audio(path) == AudioCheck(8000, 16_000)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("subtype", ["FLOAT", "DOUBLE"])
+def test_sample_that_is_not_finite(path, value, subtype):
+    samples = noise(3_000_000)[:, 0]  # more than one block
+    samples[-1] = value
+    soundfile.write(path, samples, 16_000, subtype=subtype)
+    assert problem(path) == "holds NaN or infinite samples"
+
+
+def test_samples_beyond_one_are_allowed(path):
+    soundfile.write(path, noise(8000, scale=30.0), 16_000, subtype="FLOAT")
+    assert check_audio(path) == AudioCheck(8000, 16_000)
+    assert np.abs(read_waveform(path)).max() > 20
+
+
+@pytest.mark.parametrize("rate", [1, 999])
+def test_sample_rate_of_a_damaged_header(path, rate):
+    content = bytearray(wav_bytes(path))
+    content[24:28] = struct.pack("<I", rate)
+    path.write_bytes(content)
+    assert problem(path) == f"has a sample rate of {rate} Hz, less than 1000"
+
+
+@pytest.mark.parametrize(
+    ("rate", "num_samples", "at_16_khz"),
+    [
+        (16_000, 0, 0), (16_000, 1, 1), (16_000, 399, 399), (16_000, 400, None),
+        (8_000, 199, 398), (8_000, 200, None),
+        (22_050, 549, 399), (22_050, 550, None),
+        (44_100, 1099, 399), (44_100, 1100, None),
+        (48_000, 1197, 399), (48_000, 1198, None),
+        (96_000, 2394, 399), (96_000, 2395, None),
+    ],
+)  # fmt: skip
+def test_shortest_audio(path, rate, num_samples, at_16_khz, unit_model):
+    wav_bytes(path, num_samples, rate)
+    if at_16_khz == 0:
+        assert problem(path) == "holds no samples"
+    elif at_16_khz is not None:
+        message = f"has {at_16_khz} samples at 16 kHz, fewer than the 400 (25 ms) that make a unit"
+        assert problem(path) == message
+        with pytest.raises(AudioError, match=f"has {at_16_khz} samples at 16 kHz"):
+            UnitTokenizer.from_pretrained(unit_model, device="cpu").tokenize_files([path])
+    else:
+        assert check_audio(path) == AudioCheck(num_samples, rate)
+        [units], _ = UnitTokenizer.from_pretrained(unit_model, device="cpu").tokenize_files([path])
+        assert len(units) == 1
+
+
+def test_silence_has_units(path, unit_model):
+    soundfile.write(path, np.zeros(16_000), 16_000)
+    assert check_audio(path) == AudioCheck(16_000, 16_000)
+    [units], _ = UnitTokenizer.from_pretrained(unit_model, device="cpu").tokenize_files([path])
+    assert len(units) == 49
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000])
+@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_every_usual_kind_is_good(path, rate, subtype, channels):
+    soundfile.write(path, noise(rate // 10, channels), rate, subtype=subtype)
+    assert check_audio(path) == AudioCheck(rate // 10, rate)
+    assert len(read_waveform(path)) == -(-(rate // 10) * 16_000 // rate)
+
+
+def test_what_another_library_wrote(path):
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 1, 8000, 0, "NONE", ""))
+        file.writeframes(bytes(801))  # an odd number of bytes, with none after them
+    assert check_audio(path) == AudioCheck(801, 8000)
+
+
+COMPRESSED = [("FLAC", "PCM_16"), ("FLAC", "PCM_24"), ("OGG", "VORBIS"), ("MP3", "MPEG_LAYER_III")]
+
+
+@pytest.mark.parametrize(("kind", "subtype"), COMPRESSED)
+def test_other_format_under_the_name_of_wav(path, tmp_path, kind, subtype):
+    soundfile.write(path, noise(30_000), 24_000, format=kind, subtype=subtype)
+    assert check_audio(path) == AudioCheck(30_000, 24_000)
+    named = shutil.copyfile(path, tmp_path / f"b.{kind.lower()}")
+    assert np.array_equal(read_waveform(path), read_waveform(named))
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("MP3", r"is cut short \(its header promises 60,000 samples, [23]\d,\d{3} are there\)"),
+        ("FLAC", r"is not audio that soundfile can read \(.*\)"),
+    ],
+)
+def test_compressed_file_that_is_cut(path, kind, said):
+    soundfile.write(path, noise(60_000), 24_000, format=kind)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert re.fullmatch(said, problem(path))
+
+
+def test_compressed_file_that_breaks_in_the_middle(path):
+    soundfile.write(path, noise(60_000), 24_000, format="FLAC")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 500] = bytes(500)
+    path.write_bytes(content)
+    assert problem(path).startswith("is not audio that soundfile can read (")
+    with pytest.raises(AudioError, match=r"a\.wav is not audio that soundfile can read .*: replace the file"):
+        read_waveform(path)
+
+
+def test_mp3_without_a_note_of_its_length_is_good(path):
+    """Its length is an estimate, and not held against it."""
+    soundfile.write(path, noise(441_000), 22_050, format="MP3", bitrate_mode="CONSTANT", compression_level=0.5)
+    content = path.read_bytes()
+    frame = content.index(content[:2], 2)  # the next MPEG frame; the first holds the note
+    assert b"Info" in content[:frame] or b"Xing" in content[:frame]
+    path.write_bytes(content[frame:])
+    with soundfile.SoundFile(path) as sound:
+        estimate = sound.frames
+    frames, rate, said = check_audio(path)
+    assert (rate, said) == (22_050, None)
+    assert frames == len(soundfile.read(path)[0]) < estimate
+
+
+@pytest.mark.parametrize("kind", ["WAV", "sparse WAV", "FLAC"])
+def test_an_hour(path, tmp_path, kind):
+    """Goes alone in a batch; looking at it takes no memory to speak of."""
+    if kind == "FLAC":
+        with soundfile.SoundFile(path, "w", 8000, 1, format="FLAC") as sound:
+            for _ in range(60):
+                sound.write(np.zeros(60 * 8000))
+    else:
+        header = bytearray(wav_bytes(path, 0, 8000, subtype="FLOAT" if kind == "sparse WAV" else "PCM_16"))
+        size = 3600 * 8000 * (4 if kind == "sparse WAV" else 2)
+        header[-4:] = struct.pack("<I", size)
+        path.write_bytes(header)
+        os.truncate(path, len(header) + size)
+    tracemalloc.start()
+    digest = audio_digests([str(path)], tmp_path / "cache")[str(path)]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (digest.num_samples, digest.seconds, digest.problem) == (3600 * 16_000, 3600.0, None)
+    assert peak < 20e6
+    assert plan_batches([16_000, digest.num_samples, 16_000], BATCH_SECONDS) == [[1], [0, 2]]
+
+
+# What becomes of the pairs
+
+
+@pytest.fixture
+def corpus(tmp_path, mini):
+    """A copy with three kinds of bad audio: in the middle, at both ends, and one of a pair. The rest is good."""
+    corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
+    data = corpus / "data"
+    (data / "8" / "2_1_d8.wav").unlink()  # of five turns the third
+    (data / "3" / "0_0_d3.wav").write_bytes(b"")
+    (data / "3" / "3_1_d3.wav").write_text("not audio")
+    (data / "20" / "1_0_d20.wav").write_bytes((data / "20" / "1_0_d20.wav").read_bytes()[:-2])
+    return corpus
+
+
+SHORT = "is cut short (its header promises {:,} bytes of samples, {:,} are there)"
+
+
+def short(mini):
+    size = (mini / "corpus" / "data" / "20" / "1_0_d20.wav").stat().st_size - 44
+    return f"audio of 1_0_d20: {SHORT.format(size, size - 2)}"
+
+
+def left_out(mini):
+    return {
+        "d3_0": "audio of 0_0_d3: is empty (0 bytes)",
+        "d3_2": f"audio of 3_1_d3: {NOT_AUDIO}",
+        "d8_1": "audio of 2_1_d8: does not exist",
+        "d8_2": "audio of 2_1_d8: does not exist",
+        "d20_0": short(mini),
+    }
+
+
+KEPT = ["d3_1", "d8_0", "d8_3", "d77_0", "d77_1"]
+
+
+@pytest.fixture
+def run(unit_model, tmp_path):
+    def run(corpus, output="out", **options):
+        defaults = {
+            "pretrained_model_name_or_path": "mistral-common",
+            "unit_model": str(unit_model),
+            "cache_dir": str(tmp_path / "cache"),
+            "shard_dialogs": 1,
+        }
+        return tmp_path / output, prepare(str(corpus), str(tmp_path / output), **(defaults | options))
+
+    return run
+
+
+def test_error_tells_all_at_once_and_before_any_forward_pass(run, corpus, monkeypatch):
+    monkeypatch.setattr(UnitModel, "forward", None)
+    with pytest.raises(AudioError) as caught:
+        run(corpus)
+    lines = str(caught.value).split("\n")
+    assert len(lines) == 4
+    assert (
+        f"utterance 2_1_d8: audio file {corpus.resolve()}/data/8/2_1_d8.wav does not exist: "
+        "replace the file, or leave out its pairs with --on_bad_audio skip"
+    ) in lines
+
+
+def test_no_more_than_twenty_are_told(corpus, tmp_path):
+    for path in corpus.glob("data/*/*.wav"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError) as caught:  # where nothing else is wrong
+        DailyTalkUSDM(data_dir=corpus)
+    assert len(str(caught.value).split("\n")) == 19
+    with open(corpus / "train.txt", "a") as file:
+        file.writelines(f"{turn}_{turn % 2}_d5|{turn % 2}|{{P}}|hello.|none\n" for turn in range(10))
+    with pytest.raises(FileNotFoundError) as caught:
+        DailyTalkUSDM(data_dir=corpus)
+    assert str(caught.value).split("\n")[20:] == ["... and 9 more problems"]
+
+
+def test_skip_leaves_out_exactly_the_pairs_concerned(run, corpus, mini):
+    whole, _ = run(mini / "corpus", "whole")
+    output, counts = run(corpus, on_bad_audio="skip")
+    rows = datasets.load_dataset(str(output), split="train")
+    assert rows["id"][:] == KEPT
+    all_rows = {row["id"]: row for row in datasets.load_dataset(str(whole), split="train")}
+    assert [dict(row) for row in rows] == [all_rows[name] for name in KEPT]
+    assert datasets.load_dataset(str(output), split="test")[:] == datasets.load_dataset(str(whole), split="test")[:]
+
+    train = counts["splits"]["train"]
+    assert train["pairs_left_out"] == left_out(mini)
+    assert train["dialogs_left_out"]["d20"] == ALL_BAD
+    assert (train["dialogs"], train["utterances"], train["pairs"], train["rows"]) == (3, 9, 10, 5)
+    assert train["pairs_with_bad_audio"] == 5
+    assert counts["splits"]["test"]["pairs_left_out"] == {}
+    assert json.loads((output / "counts.json").read_text()) == counts
+    card = (output / "README.md").read_text()
+    assert (
+        "Left out of train: 3 dialogs and 5 pairs. Of the pairs, 5 had bad audio and 0 did not fit into `max_length` tokens.\n"
+        "`counts.json` holds the whole list." in card
+    )
+    assert "- d8_1: audio of 2_1_d8: does not exist\n" in card
+
+
+def test_skip_reads_no_bad_audio_and_makes_no_empty_units(run, corpus, monkeypatch):
+    from usdm_sft.units import tokenizer as units
+
+    read = []
+    real = units.read_waveform
+    monkeypatch.setattr(units, "read_waveform", lambda source: read.append(os.path.basename(source)) or real(source))
+    output, _ = run(corpus, on_bad_audio="skip")
+    # 0_1_d20 is good, but no pair is left that it is in.
+    assert not {"2_1_d8.wav", "0_0_d3.wav", "3_1_d3.wav", "1_0_d20.wav", "0_1_d20.wav"} & set(read)
+    rows = datasets.load_dataset(str(output), split="train")
+    assert all(len(row["user_units"]) > 0 and len(row["agent_units"]) > 0 for row in rows)
+
+
+@pytest.mark.parametrize("shard_dialogs", [2, 64])
+def test_skip_does_not_depend_on_the_size_of_work_shards(run, corpus, shard_dialogs):
+    output, counts = run(corpus, "one", on_bad_audio="skip")
+    other, others = run(corpus, "other", on_bad_audio="skip", shard_dialogs=shard_dialogs)
+    assert datasets.load_dataset(str(output))["train"][:] == datasets.load_dataset(str(other))["train"][:]
+    assert counts["splits"] == others["splits"]
+
+
+@pytest.mark.parametrize("shard_dialogs", [1, 2])
+def test_a_repaired_file_redoes_its_own_work_shard_alone(run, corpus, mini, tmp_path, shard_dialogs):
+    output, before = run(corpus, on_bad_audio="skip", shard_dialogs=shard_dialogs)
+    level = tmp_path / "cache" / "units"
+    finished = set(level.glob("*.arrow"))
+    shutil.copyfile(mini / "corpus" / "data" / "20" / "1_0_d20.wav", corpus / "data" / "20" / "1_0_d20.wav")
+    output, after = run(corpus, on_bad_audio="skip", shard_dialogs=shard_dialogs, overwrite=True)
+    assert len(set(level.glob("*.arrow")) - finished) == 1
+    assert before["key"] != after["key"]
+    assert "d20_0" in datasets.load_dataset(str(output), split="train")["id"][:]
+    assert "d20_0" not in after["splits"]["train"]["pairs_left_out"]
+
+
+def test_skip_of_a_good_corpus_is_the_same_folder(run, mini):
+    output, counts = run(mini / "corpus")
+    assert run(mini / "corpus", on_bad_audio="skip") == (output, counts)  # up to date
+
+
+def test_too_long_and_bad_pairs_are_counted_apart(corpus, unit_model, tmp_path, capsys):
+    options = ["--data_dir", str(corpus), "--unit_model", str(unit_model), "--max_length", "300"]
+    options += ["--pretrained_model_name_or_path", "mistral-common", "--cache_dir", str(tmp_path / "cache")]
+    main(["prepare", *options, "--output_path", str(tmp_path / "out"), "--on_bad_audio", "skip"])
+    train, test, _ = capsys.readouterr().out.splitlines()
+    counts = json.loads((tmp_path / "out" / "counts.json").read_text())["splits"]["train"]
+    too_long = 5 - counts["rows"]
+    assert 0 < too_long < 5
+    assert f"train: {counts['rows']} rows from 3 dialogs" in train
+    assert f"left out: {too_long} rows too long, 5 pairs with bad audio, 3 dialogs (d11: " in train
+    assert "bad audio" not in test
+    assert len(counts["pairs_left_out"]) == 5 + too_long
+
+
+def test_command_line_says_it_in_lines_without_traceback(corpus, unit_model, tmp_path, capsys):
+    options = ["--data_dir", str(corpus), "--unit_model", str(unit_model)]
+    options += ["--pretrained_model_name_or_path", "mistral-common", "--cache_dir", str(tmp_path / "cache")]
+    with pytest.raises(SystemExit, match="1"):
+        main(["prepare", *options, "--output_path", str(tmp_path / "out")])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("dailytalk-usdm prepare: utterance 0_0_d3: audio file ")
+    assert all(line.endswith(": replace the file, or leave out its pairs with --on_bad_audio skip") for line in lines)
+    with pytest.raises(SystemExit, match="2"):
+        main(["prepare", *options, "--output_path", str(tmp_path / "out"), "--on_bad_audio", "ignore"])
+
+
+def test_nothing_left_of_a_split(corpus, tmp_path):
+    for name in ("105/1_0_d105.wav", "2001/0_0_d2001.wav"):
+        (corpus / "data" / name).write_bytes(b"")
+    with pytest.raises(AudioError) as caught:
+        DailyTalkUSDM(data_dir=corpus, on_bad_audio="skip")
+    data = corpus.resolve() / "data"
+    assert str(caught.value).split("\n") == [
+        "bad audio leaves no pair of test: replace files, or name another split list",
+        f"utterance 1_0_d105: audio file {data}/105/1_0_d105.wav is empty (0 bytes)",
+        f"utterance 0_0_d2001: audio file {data}/2001/0_0_d2001.wav is empty (0 bytes)",
+    ]
+
+
+def test_load_dataset_takes_the_option(corpus, tmp_path):
+    options = {"cache_dir": str(tmp_path / "cache")}
+    rows = dailytalk_usdm.load_dataset(corpus, on_bad_audio="skip", split="train", **options)
+    assert rows["id"][:] == KEPT
+    lists = {"train": "train.txt", "test": "test.txt"}
+    options |= {"data_dir": str(corpus), "data_files": lists, "split": "train"}
+    streamed = datasets.load_dataset("dailytalk_usdm", on_bad_audio="skip", streaming=True, **options)
+    assert [row["id"] for row in streamed] == KEPT
+    with pytest.raises(AudioError, match="utterance 0_0_d3: "):
+        datasets.load_dataset("dailytalk_usdm", **options)
+    with pytest.raises(ValueError, match="on_bad_audio 'ignore' is unknown: choose one of error, skip"):
+        DailyTalkUSDM(data_dir=corpus, on_bad_audio="ignore")
+
+
+def test_digest_of_the_corpus_and_cache_follow_what_is_left_out(corpus, mini):
+    def state(**options):
+        builder = DailyTalkUSDM(data_dir=corpus, on_bad_audio="skip", **options)
+        assert builder.config.on_bad_audio == "skip"
+        return builder.config.corpus_digest, builder.cache_dir
+
+    states = [state()]
+    shutil.copyfile(mini / "corpus" / "data" / "3" / "0_0_d3.wav", corpus / "data" / "3" / "0_0_d3.wav")
+    states.append(state())
+    (corpus / "data" / "8" / "2_1_d8.wav").write_bytes(b"")  # bad in another way: the card says so
+    states.append(state())
+    assert len(set(states)) == len({digest for digest, _ in states}) == len({cache for _, cache in states}) == 3
+
+
+def test_only_audio_that_is_used_is_exposed(corpus):
+    """It is what `prepare` counts the hours of, and what it takes the sample for the agreement from."""
+    builder = DailyTalkUSDM(data_dir=corpus, on_bad_audio="skip", data_files={"train": "train.txt"})
+    assert [os.path.basename(path) for path in builder.audio_digests] == [
+        "1_1_d3.wav", "2_0_d3.wav", "0_1_d8.wav", "1_0_d8.wav", "3_0_d8.wav", "4_1_d8.wav",
+        "0_0_d77.wav", "1_1_d77.wav", "2_0_d77.wav",
+    ]  # fmt: skip
+    assert all(found.sha256 and found.problem is None for found in builder.audio_digests.values())
+
+
+def test_symlink_out_of_the_corpus_is_followed(corpus, mini, tmp_path):
+    """People keep audio on another disk."""
+    shutil.rmtree(corpus / "data")
+    elsewhere = shutil.copytree(mini / "corpus" / "data", tmp_path / "elsewhere" / "data")
+    (corpus / "data").mkdir()
+    for folder in elsewhere.iterdir():
+        if folder.name == "3":
+            (corpus / "data" / "3").mkdir()
+            for path in folder.iterdir():
+                (corpus / "data" / "3" / path.name).symlink_to(path)
+        else:
+            (corpus / "data" / folder.name).symlink_to(folder)
+    linked, plain = DailyTalkUSDM(data_dir=corpus), DailyTalkUSDM(data_dir=mini / "corpus")
+    assert linked.config.corpus_digest == plain.config.corpus_digest
+    assert read_waveform(corpus / "data" / "3" / "0_0_d3.wav").any()
+
+
+@pytest.mark.parametrize(
+    ("bad", "pairs", "parts"),
+    [
+        ((), [], ["012345"]),
+        ((0,), [0], ["12345"]),
+        ((5,), [4], ["01234"]),
+        ((2,), [1, 2], ["01", "345"]),
+        ((1,), [0, 1], ["2345"]),
+        ((1, 3), [0, 1, 2, 3], ["45"]),
+        ((2, 3), [1, 2, 3], ["01", "45"]),
+        ((1, 2, 4), [0, 1, 2, 3, 4], []),
+    ],
+)
+def test_leave_out(bad, pairs, parts):
+    dialog = Dialog("d1", tuple(Utterance(f"{t}_{t % 2}_d1", "d1", t, str(t % 2), "a", "none") for t in range(6)))
+    other = Dialog("d2", tuple(Utterance(f"{t}_{t % 2}_d2", "d2", t, str(t % 2), "a", "none") for t in range(2)))
+    split = Split("train", (dialog, other), {"d3": "a reason"}, ("d1", "d2"))
+    left = leave_out(split, {f"{turn}_{turn % 2}_d1": "hums" for turn in bad})
+    assert ["".join(str(u.turn) for u in part.utterances) for part in left.dialogs] == [*parts, "01"]
+    assert list(left.pairs_left_out) == [f"d1_{turn}" for turn in pairs]
+    assert left.left_out == {"d3": "a reason"} | ({} if parts else {"d1": ALL_BAD})
+    assert left.num_pairs == 6 - len(pairs)
+    assert left.dialog_ids == ("d1", "d2")
+    if bad == (2, 3):
+        assert left.pairs_left_out == {
+            "d1_1": "audio of 2_0_d1: hums",
+            "d1_2": "audio of 2_0_d1: hums; audio of 3_1_d1: hums",
+            "d1_3": "audio of 3_1_d1: hums",
+        }

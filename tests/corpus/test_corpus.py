@@ -1,0 +1,268 @@
+import http.server
+import re
+import socket
+import threading
+
+import pytest
+
+from dailytalk_usdm import DailyTalkUSDM
+from tests.helpers import FIXTURES
+from usdm_sft.corpus import read as corpus
+from usdm_sft.corpus import split_list
+from usdm_sft.corpus.read import CorpusError, read_corpus, text_problem
+from usdm_sft.utils import download
+
+
+def write(path, *lines, end="\n", newline=""):
+    with open(path, "w", encoding="utf-8", newline=newline) as file:
+        file.write(end.join(lines) + end)
+    return path
+
+
+def line(utterance_id, text="hello.", speaker=None):
+    return f"{utterance_id}|{utterance_id.split('_')[1] if speaker is None else speaker}|{{P}}|{text}|none"
+
+
+GOOD = [line("0_0_d1"), line("1_1_d1", "yes.")]
+
+
+def pairs(split):
+    return [(user.id, agent.id) for dialog in split.dialogs for user, agent in dialog.pairs()]
+
+
+@pytest.mark.oracle
+def test_real_split_lists(shared):
+    splits = read_corpus({split: shared / "dailytalk" / f"{split}.txt" for split in ("train", "test")})
+    train, test = splits["train"], splits["test"]
+    assert (len(train.dialogs), train.num_pairs) == (2400, 20_042)
+    assert (len(test.dialogs), test.num_pairs) == (127, 1_058)
+    assert sorted(train.left_out) == ["d1118", "d1187", "d2300", "d604"]
+    assert dict(test.left_out) == {"d1023": corpus.SAME_SPEAKER}
+
+
+def test_mini_dialogs_in_order_of_number(mini):
+    splits = read_corpus({split: mini / "corpus" / f"{split}.txt" for split in ("train", "test")})
+    assert [dialog.id for dialog in splits["train"].dialogs] == ["d3", "d8", "d20", "d77"]
+    assert dict(splits["train"].left_out) == {"d11": corpus.SAME_SPEAKER, "d42": corpus.SINGLE_TURN}
+    assert pairs(splits["test"]) == [
+        ("0_1_d105", "1_0_d105"),
+        ("1_0_d105", "2_1_d105"),
+        ("0_0_d2001", "1_1_d2001"),
+    ]
+    user = splits["test"].dialogs[1].utterances[0]
+    assert (user.speaker, user.turn, user.text) == ("0", 0, "The Café on Main Street is closed.")
+    assert user.audio == "2001/0_0_d2001.wav"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n"])
+def test_lines_end_at_newline_and_carriage_return(tmp_path, end):
+    split = read_corpus({"train": write(tmp_path / "l.txt", *GOOD, end=end)})["train"]
+    assert pairs(split) == [("0_0_d1", "1_1_d1")]
+
+
+def test_unicode_separators_do_not_end_a_line(tmp_path):
+    path = write(tmp_path / "l.txt", line("0_0_d1", "line\u2028sep\u2029arated"), GOOD[1])
+    assert read_corpus({"train": path})["train"].dialogs[0].utterances[0].text == "line\u2028sep\u2029arated"
+
+
+def test_last_newline_may_be_missing(tmp_path):
+    (tmp_path / "l.txt").write_text("\n".join(GOOD))
+    assert read_corpus({"train": tmp_path / "l.txt"})["train"].num_pairs == 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([*GOOD, "1_1_d2|1|hi|none"], r"l\.txt:3: 4 fields instead of 5 .*complete the line"),
+        ([*GOOD, line("0_0_d2", "left|right")], r"l\.txt:3: 6 fields instead of 5 .*take '\|' out"),
+        ([*GOOD, ""], r"l\.txt:3: blank line: delete it"),
+        ([line("x_0_d1"), GOOD[1]], r"l\.txt:1: id 'x_0_d1' is not <turn>_<speaker>_d<dialog>"),
+        ([line("0_0_d١"), GOOD[1]], r"l\.txt:1: id '0_0_d١' is not <turn>"),
+        ([line("0_0_d1", speaker="1"), GOOD[1]], r"l\.txt:1: speaker '1' is not the speaker of id 0_0_d1"),
+        ([GOOD[0], line("2_0_d1")], r"l\.txt:2: dialog d1 has no turn 1: add the line"),
+        ([line("1_0_d1"), line("2_1_d1")], r"l\.txt:1: dialog d1 has no turn 0"),
+        ([*GOOD, line("1_0_d1")], r"l\.txt:3: dialog d1 has turn 1 twice"),
+        ([*GOOD, GOOD[0]], r"l\.txt:3: id 0_0_d1 stands already at line 1"),
+        ([line("0_0_d1", " \u3000"), GOOD[1]], r"l\.txt:1: text ' \\u3000' of 0_0_d1 is empty or white space only"),
+        ([line("0_0_d1", "tab\there"), GOOD[1]], r"l\.txt:1: .*control character '\\t': correct the text"),
+        ([line("0_0_d1", "a <S> b"), GOOD[1]], r"l\.txt:1: .*holds '<s>', which is part of a special token"),
+    ],
+)
+def test_bad_line(tmp_path, lines, message):
+    with pytest.raises(CorpusError, match=message) as caught:
+        read_corpus({"train": write(tmp_path / "l.txt", *lines)})
+    assert len(caught.value.problems) == 1 + ("is not <turn>" in message)  # whose dialog then lacks a turn
+
+
+@pytest.mark.parametrize(
+    "text", ["  ", "a\x0bb", "a\x85b", "a\x00b", "<|unit5|>", "a|>", "</S>", "<Unk>", "<PAD>", "\ud800"]
+)
+def test_text_that_the_template_cannot_hold(text):
+    assert text_problem(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["a", " . ", "nbsp\xa0here", "zero\u200bwidth", "a\u2028b", "▁", "İstanbul", "<s", "| >"]
+)
+def test_text_that_the_template_can_hold(text):
+    assert text_problem(text) is None
+
+
+def test_all_problems_are_told_at_once(tmp_path):
+    path = write(tmp_path / "l.txt", *[f"bad{i}" for i in range(30)])
+    with pytest.raises(CorpusError, match=r"l\.txt:1: 1 fields") as caught:
+        read_corpus({"train": path})
+    assert len(caught.value.problems) == 30
+    assert str(caught.value).endswith("... and 10 more problems")
+
+
+def test_dialog_in_both_splits(tmp_path):
+    lists = {split: write(tmp_path / f"{split}.txt", *GOOD) for split in ("train", "test")}
+    with pytest.raises(CorpusError, match=r"test\.txt:1: dialog d1 is in two splits, first at .*train\.txt:1"):
+        read_corpus(lists)
+
+
+def test_wrong_encoding(tmp_path):
+    content = "".join(f"{line(f'0_0_d{number}')}\n" for number in range(5000)) + "1_1_d1|1|{P}|café|none\n"
+    (tmp_path / "l.txt").write_bytes(content.encode("latin-1"))
+    with pytest.raises(CorpusError, match=r"l\.txt:5001: not UTF-8 .*save the list as UTF-8"):
+        read_corpus({"train": tmp_path / "l.txt"})
+
+
+def test_missing_list(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"the train split list .*nowhere\.txt is not a file"):
+        read_corpus({"train": tmp_path / "nowhere.txt"})
+
+
+@pytest.mark.parametrize("names", split_list.LIST_NAMES)
+@pytest.mark.parametrize("given", [".", "data"])
+def test_split_lists_beside_the_data(tmp_path, names, given):
+    (tmp_path / "data" / "1").mkdir(parents=True)
+    for name in names.values():
+        write(tmp_path / name, *GOOD)
+    found = split_list.find_split_lists(tmp_path / given)
+    assert {split: path.name for split, path in found.items()} == names
+    assert split_list.find_data_folder(tmp_path / given).resolve() == tmp_path / "data"
+
+
+def test_split_lists_beside_a_linked_data_folder(tmp_path):
+    """The audio may lie on another disk, with other lists beside it."""
+    for place in ("disk", "here"):
+        (tmp_path / place).mkdir()
+        for name in ("train.txt", "test.txt"):
+            (tmp_path / place / name).touch()
+    (tmp_path / "disk" / "data" / "1").mkdir(parents=True)
+    (tmp_path / "here" / "data").symlink_to(tmp_path / "disk" / "data")
+    expected = {split: tmp_path / "here" / f"{split}.txt" for split in ("train", "test")}
+    assert (
+        split_list.find_split_lists(tmp_path / "here")
+        == split_list.find_split_lists(tmp_path / "here" / "data")
+        == expected
+    )
+
+
+def test_no_split_lists_and_no_data(tmp_path):
+    (tmp_path / "data").mkdir()
+    assert split_list.find_split_lists(tmp_path) is None
+    write(tmp_path / "train_phone.txt", *GOOD)
+    with pytest.raises(FileNotFoundError, match=r"train_phone\.txt has no val_phone\.txt beside it: add it"):
+        split_list.find_split_lists(tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds neither a folder 'data' nor numbered dialog folders"):
+        split_list.find_data_folder(tmp_path / "data")
+
+
+@pytest.mark.parametrize("find", ["find_data_folder", "find_recordings", "find_split_lists"])
+def test_data_dir_that_does_not_exist(tmp_path, find):
+    with pytest.raises(FileNotFoundError, match=r"^data_dir .*/nowhere does not exist: give the folder of the corpus"):
+        getattr(split_list, find)(tmp_path / "nowhere")
+
+
+def test_missing_data_dir_is_told_before_split_lists_named_from_it(tmp_path):
+    for data_files in (None, {"train": "train.txt"}, {"train": "train.jsonl"}):
+        with pytest.raises(FileNotFoundError, match=r"^data_dir .*/nowhere does not exist"):
+            DailyTalkUSDM(data_dir=tmp_path / "nowhere", data_files=data_files)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A web server on this machine -> (its folder, its URL)."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=folder)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+def test_download_is_kept_only_with_its_digest(server, tmp_path):
+    folder, url = server
+    (folder / "list.txt").write_bytes(b"hello")
+    sha256 = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+    assert download.download(f"{url}/list.txt", tmp_path / "kept", sha256=sha256) == sha256
+    assert (tmp_path / "kept").read_bytes() == b"hello"
+    with pytest.raises(ValueError, match="it is not the file that is known; not kept"):
+        download.download(f"{url}/list.txt", tmp_path / "refused", sha256="0" * 64)
+    with pytest.raises(OSError, match=r"could not fetch .*404.*put the file at .*refused by hand"):
+        download.download(f"{url}/nothing.txt", tmp_path / "refused")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "served"]
+
+
+def test_offline_mode_fetches_nothing(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="offline mode"):
+        download.fetch_split_lists(tmp_path, url=server[1])
+
+
+def test_a_wrong_split_list_is_refused(server, tmp_path):
+    folder, url = server
+    (folder / "train_phone.txt").write_text("not DailyTalk's")
+    with pytest.raises(ValueError, match=r"train_phone\.txt has sha256 .* not defdf666"):
+        download.fetch_split_lists(tmp_path, url=url)
+
+
+@pytest.mark.parametrize(
+    "answer", [b"hello\r\n", b"HTTP/1.0 200 OK\r\nContent-Length: 100\r\n\r\nhalf"], ids=["no HTTP", "breaks off"]
+)
+def test_a_server_that_does_not_keep_its_word(tmp_path, monkeypatch, answer):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(download, "FIRST_WAIT", 0)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve():
+            for _ in range(download.TRIES):
+                connection, _ = listening.accept()
+                connection.recv(1000)
+                connection.sendall(answer)
+                connection.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        with pytest.raises(OSError, match="could not fetch"):
+            download.download(f"http://127.0.0.1:{listening.getsockname()[1]}/x", tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.oracle
+def test_split_lists_are_fetched_once(server, tmp_path, shared):
+    folder, url = server
+    for split, (name, _) in download.SPLIT_LISTS.items():
+        (folder / name).write_bytes((shared / "dailytalk" / f"{split}.txt").read_bytes())
+    lists = download.fetch_split_lists(tmp_path, url=url)
+    assert read_corpus(lists)["train"].num_pairs == 20_042
+    assert download.fetch_split_lists(tmp_path, url="http://127.0.0.1:9/never-asked") == lists
+
+
+def test_edge_lists_are_refused_whole():
+    folder = FIXTURES / "tokens-edge" / "raw"
+    with pytest.raises(CorpusError) as caught:
+        read_corpus({split: folder / f"{split}.txt" for split in ("train", "test")})
+    dialogs = {re.search(r"d90\d\d", problem).group() for problem in caught.value.problems}
+    assert dialogs == {"d9006", "d9007", "d9008", "d9010", "d9016", "d9017", "d9018"}

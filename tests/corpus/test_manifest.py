@@ -1,0 +1,472 @@
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+
+from dailytalk_usdm import DailyTalkUSDM
+from tests.code_blocks import find_code
+from tests.helpers import REPOSITORY
+from tests.mini_hub import serve
+from usdm_sft.corpus.read import NO_ANSWER, SAME_SPEAKER, CorpusError, Rules, read_corpus
+from usdm_sft.dataset_folder.export import export_text
+from usdm_sft.dataset_folder.page import write_page
+from usdm_sft.dataset_folder.verify import verify
+from usdm_sft.prepare import prepare
+
+TURNS = [  # dialog, turn, speaker, text
+    ("call-1", 0, "A", "hello there"), ("call-1", 1, "B", "hi"), ("call-1", 2, "A", "how are you"), ("call-1", 3, "B", "fine"),
+    ("call/2 ü", 0, "B", "did you see it"), ("call/2 ü", 1, "A", "no"),
+]  # fmt: skip
+
+
+def rows_of(turns=TURNS, **more):
+    rows = [dict(zip(("dialog", "turn", "speaker", "text"), turn, strict=True)) for turn in turns]
+    return [row | {"audio": "a.wav"} | more for row in rows]
+
+
+def write_jsonl(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def write_csv(path, rows):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def write_parquet(path, rows):
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+WRITERS = {"jsonl": write_jsonl, "csv": write_csv, "parquet": write_parquet}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_kind_of_table_says_the_same(tmp_path, kind):
+    rows = rows_of(start=0.5, end=1.25, channel=1, emotion="none", note="passed over")
+    [split] = read_corpus({"train": WRITERS[kind](tmp_path / f"m.{kind}", rows)}).values()
+    assert [dialog.id for dialog in split.dialogs] == ["call-1", "call/2 ü"]
+    utterances = [utterance for dialog in split.dialogs for utterance in dialog.utterances]
+    assert [(u.dialog_id, u.turn, u.speaker, u.text) for u in utterances] == TURNS
+    assert {u.audio for u in utterances} == {f"{tmp_path / 'a.wav'}#t=0.5,1.25&channel=1"}
+    assert {u.emotion for u in utterances} == {"none"}
+
+
+def test_whole_numbers_that_a_table_spells_with_a_point(tmp_path):
+    """A column of whole numbers with gaps is a column of floats to many who write CSV."""
+    rows = [row | {"turn": f"{row['turn']}.0", "channel": "1.0"} for row in rows_of()]
+    [split] = read_corpus({"train": write_csv(tmp_path / "m.csv", rows)}).values()
+    first = split.dialogs[0].utterances
+    assert [(u.id, u.turn, u.audio) for u in first[:2]] == [
+        ("call-1_0", 0, f"{tmp_path}/a.wav#channel=1"),
+        ("call-1_1", 1, f"{tmp_path}/a.wav#channel=1"),
+    ]
+
+
+def test_where_recordings_are_named_from(tmp_path):
+    rows = rows_of()
+    rows[0]["audio"], rows[1]["audio"] = "/elsewhere/x.wav", "zip://x.wav::../x.zip"
+    path = write_jsonl(tmp_path / "m.jsonl", rows)
+    for data_dir, folder in ((None, tmp_path), ("/some/corpus", Path("/some/corpus"))):
+        utterances = read_corpus({"train": path}, data_dir=data_dir)["train"].dialogs[0].utterances
+        archive = f"zip://x.wav::{folder.parent / 'x.zip'}"
+        assert [u.audio for u in utterances[:3]] == ["/elsewhere/x.wav", archive, str(folder / "a.wav")]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text": None}, r"m\.jsonl:1: text missing: complete the row"),
+        ({"dialog": "", "audio": None}, r":1: dialog, audio missing"),
+        ({"turn": 1.5}, r":1: turn '1\.5' is no whole number from 0 on"),
+        ({"turn": -1}, r":1: turn '-1' is no whole number"),
+        ({"turn": "x"}, r":1: turn 'x' is no whole number"),
+        ({"turn": 2**40}, r":1: turn '1099511627776' is no whole number"),
+        ({"turn": True}, r":1: turn 'True' is no whole number"),
+        ({"turn": 1}, r":2: turn 1 of 'call-1' stands already at .*m\.jsonl:1: delete one of the two"),
+        ({"turn": 7}, r"m\.jsonl:1: dialog call-1 has no turn 4: add the line"),
+        ({"dialog": "a\nb"}, r":1: dialog 'a\\nb' is no name"),
+        ({"dialog": ["a"]}, r":1: dialog .* is no name"),
+        ({"speaker": "x" * 300}, r":1: speaker 'x+\.\.\.' has 300 characters: give 200 or fewer"),
+        ({"text": "<|unit5|>"}, r":1: text '<\|unit5\|>' holds '<\|', which is part of a special token"),
+        ({"text": "a\rb"}, r":1: text 'a\\rb' holds the control character"),
+        ({"text": 5}, r":1: text '5' is no text"),
+        ({"audio": "a\nb.wav"}, r":1: audio 'a\\nb\.wav' is no path"),
+        ({"audio": "a\0.wav"}, r":1: audio .* is no path"),
+        ({"start": 1}, r":1: start and end go together"),
+        ({"start": 2, "end": 1}, r":1: start 2 and end 1 are no stretch"),
+        ({"start": -1, "end": 1}, r":1: start -1 and end 1 are no stretch"),
+        ({"start": 0, "end": float("nan")}, r":1: start 0 and end nan are no stretch"),
+        ({"start": "x", "end": "y"}, r":1: start 'x' and end 'y' are no stretch"),
+        ({"channel": -1}, r":1: channel -1 is no channel"),
+        ({"channel": "left"}, r":1: channel 'left' is no channel"),
+        ({"speaker": "C"}, r":1: dialog call-1 has 3 speakers \('A, B, C'\): say with --agent which of them is the agent"),
+    ],
+)  # fmt: skip
+def test_bad_row(tmp_path, change, message):
+    rows = rows_of()
+    rows[0] |= change
+    with pytest.raises(CorpusError, match=message):
+        read_corpus({"train": write_jsonl(tmp_path / "m.jsonl", rows)})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("m.jsonl", b'{"dialog": 1', r"m\.jsonl:1: '\{\"dialog\": 1' is no JSON: write one object a line"),
+        ("m.jsonl", b"[1]", r":1: '\[1\]' is no JSON object"),
+        ("m.jsonl", b"[" * 100_000, r":1: .* is no JSON"),
+        ("m.jsonl", b"\n", r":1: blank line: delete it"),
+        ("m.jsonl", b"\xff\xfe{}", r":1: not UTF-8"),
+        ("m.jsonl", b"x" * 1_000_001, r":1: line of more than 1,000,000 characters"),
+        ("m.csv", b"dialog,turn\n1,2\n", r":1: no column speaker, text, audio"),
+        ("m.csv", b'dialog,turn,speaker,text,audio\n1,0,A,"x"y,a.wav\n', r":2: no CSV"),
+        ("m.parquet", b"PAR1", r"m\.parquet: no Parquet file"),
+        (
+            "m.csv",
+            b"dialog,turn,speaker,text,audio\n1,0,A,hi,a.wav\n1,1,B,yes, and no,a.wav\n",
+            r"m\.csv:3: 6 fields instead of 5 in '1,1,B,yes, and no,a\.wav': put a text that holds a comma in quotation marks",
+        ),
+        (
+            "m.csv",
+            b"dialog,turn,speaker,text,audio,channel\n1,0,A,hi,a.wav\n",
+            r":2: 5 fields instead of 6 in '1,0,A,hi,a\.wav': .* or complete the row",
+        ),
+        (
+            "m.csv",
+            b"dialog,turn,speaker,text,text,audio\n1,0,A,one,two,a.wav\n",
+            r"m\.csv:1: column text named twice: rename or delete one of the two",
+        ),
+        (
+            "m.jsonl",
+            b'{"dialog": 1, "turn": 0, "speaker": "A", "text": "one", "audio": "a.wav", "text": "two"}\n',
+            r"m\.jsonl:1: text given twice in one object: delete one of the two",
+        ),
+    ],
+)
+def test_bad_table(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorpusError, match=message):
+        read_corpus({"train": tmp_path / name})
+
+
+def test_parquet_manifest_with_a_doubled_column(tmp_path):
+    names = ["dialog", "turn", "speaker", "text", "audio", "text"]
+    pq.write_table(pa.table([[value] for value in ("1", 0, "A", "one", "a.wav", "two")], names), tmp_path / "m.parquet")
+    with pytest.raises(CorpusError, match=r"m\.parquet: column text named twice: rename or delete one of the two"):
+        read_corpus({"train": tmp_path / "m.parquet"})
+
+
+def test_csv_columns_that_are_not_read_may_share_a_name(tmp_path):
+    """A spreadsheet writes empty columns as trailing commas; a blank line is none of its rows."""
+    lines = ["dialog,turn,speaker,text,audio,,", '1,0,A,"yes, please",a.wav,,', "", "1,1,B,fine,a.wav,,"]
+    (tmp_path / "m.csv").write_text("\n".join(lines))
+    [dialog] = read_corpus({"train": tmp_path / "m.csv"})["train"].dialogs
+    assert [(u.turn, u.text) for u in dialog.utterances] == [(0, "yes, please"), (1, "fine")]
+
+
+def test_all_problems_are_told_at_once(tmp_path):
+    rows = [row | {"turn": "x", "channel": "y"} for row in rows_of()]
+    with pytest.raises(CorpusError) as raised:
+        read_corpus({"train": write_jsonl(tmp_path / "m.jsonl", rows)})
+    assert len(raised.value.problems) == 12
+
+
+def test_named_agent_answers_and_never_asks(tmp_path):
+    turns = [("d", i, speaker, f"text {i}") for i, speaker in enumerate("ABCABC")]
+    turns += [("e", i, speaker, "text") for i, speaker in enumerate("AB")] + [("f", 0, "C", "x"), ("f", 1, "A", "y")]
+    split = read_corpus({"train": write_jsonl(tmp_path / "m.jsonl", rows_of(turns))}, Rules(agent="C"))["train"]
+    pairs = [(user.turn, agent.turn) for dialog in split.dialogs for user, agent in dialog.pairs()]
+    assert (pairs, split.num_pairs) == ([(1, 2), (4, 5)], 2)
+    assert dict(split.left_out) == {"e": NO_ANSWER, "f": NO_ANSWER}
+
+
+def test_turns_of_a_speaker_are_merged_where_asked(tmp_path):
+    turns = [("d", i, speaker, f"t{i}") for i, speaker in enumerate("AABBA")]
+    rows = rows_of(turns)
+    for i, row in enumerate(rows):
+        row |= {"start": i, "end": i + 0.5, "channel": int(row["speaker"] == "B")}
+    rows[3] |= {"audio": "b.wav"}
+    path = write_jsonl(tmp_path / "m.jsonl", rows)
+    assert dict(read_corpus({"train": path})["train"].left_out) == {"d": SAME_SPEAKER}
+    [dialog] = read_corpus({"train": path}, Rules(merge_speaker_turns=True))["train"].dialogs
+    a, b = tmp_path / "a.wav", tmp_path / "b.wav"
+    assert [(u.turn, u.speaker, u.text, u.audio) for u in dialog.utterances] == [
+        (0, "A", "t0 t1", f"{a}#t=0,1.5&channel=0"),
+        (1, "B", "t2 t3", f"{a}#t=2,2.5&channel=1\n{b}#t=3,3.5&channel=1"),
+        (2, "A", "t4", f"{a}#t=4,4.5&channel=0"),
+    ]
+
+
+@pytest.fixture
+def calls(mini, tmp_path):
+    """The mini corpus as telephone calls: a stereo file a dialog, speaker 0 left and 1 right, a pause between the turns."""
+    folder = tmp_path / "calls"
+    folder.mkdir()
+    for split in ("train", "test"):
+        rows = []
+        for dialog in read_corpus({split: mini / "corpus" / f"{split}.txt"}, data_dir=mini / "corpus")[split].dialogs:
+            sides, position = [], 0
+            for utterance in dialog.utterances:
+                samples, rate = soundfile.read(utterance.audio, dtype="int16")
+                samples = samples if samples.ndim == 1 else samples[:, 0]
+                side = np.zeros((len(samples) + rate // 4, 2), np.int16)
+                side[: len(samples), int(utterance.speaker)] = samples
+                rows.append(
+                    {
+                        "dialog": dialog.id, "turn": utterance.turn, "speaker": utterance.speaker, "text": utterance.text,
+                        "audio": f"{dialog.id}.wav", "start": position / rate, "end": (position + len(samples)) / rate,
+                        "channel": int(utterance.speaker), "emotion": utterance.emotion,
+                    }
+                )  # fmt: skip
+                sides.append(side)
+                position += len(side)
+            soundfile.write(folder / f"{dialog.id}.wav", np.concatenate(sides), rate, subtype="PCM_16")
+        write_jsonl(folder / f"{split}.jsonl", rows)
+    return folder
+
+
+def run(data_dir, output, unit_model, tmp_path, **options):
+    return prepare(
+        str(data_dir), str(output), unit_model=str(unit_model), cache_dir=str(tmp_path / "cache"),
+        pretrained_model_name_or_path="mistral-common", **options,
+    )  # fmt: skip
+
+
+def lines(folder, tmp_path):
+    export_text(folder, tmp_path / "text")
+    return {split: sorted((tmp_path / "text" / f"{split}.txt").read_text().split("\n")) for split in ("train", "test")}
+
+
+def test_telephone_calls_give_the_lines_of_the_reference(calls, mini, unit_model, tmp_path):
+    """Cut out of stereo calls, the mini corpus is the mini corpus: ids and labels, to the last."""
+    rates = {soundfile.info(path).samplerate for path in (mini / "corpus" / "data").rglob("*.wav")}
+    mono = {soundfile.info(path).channels for path in (mini / "corpus" / "data").rglob("*.wav")}
+    counts = run(calls, tmp_path / "out", unit_model, tmp_path)
+    expected = {
+        split: sorted((mini / "expected" / f"{split}.txt").read_text().split("\n")) for split in ("train", "test")
+    }
+    assert rates and mono == {1}
+    assert lines(tmp_path / "out", tmp_path) == expected
+    assert verify(tmp_path / "out") == {"train": 10, "test": 3}
+    assert counts["corpus"] == "manifest"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: unknown" in card and "DailyTalk" not in card and "keonlee9420" not in card
+    assert "| sha256 of train manifest | `" in card and "The manifests name no emotions." in card
+    for config, rows in (("multi_turn", 7), ("single_turn", 10)):
+        its = run(calls, tmp_path / config, unit_model, tmp_path, config_name=config, history=config == "single_turn")
+        assert its["splits"]["train"]["rows"] == rows
+    assert len(list((tmp_path / "cache" / "units").glob("*.arrow"))) == 2  # the same units for all three
+
+
+@pytest.mark.parametrize("named", [".", "test.jsonl"])
+def test_page_plays_the_turns_of_a_call(calls, unit_model, tmp_path, named):
+    import base64
+    import io
+
+    from usdm_sft.dataset_folder.page import write_page
+
+    run(calls, tmp_path / "out", unit_model, tmp_path)
+    write_page(tmp_path / "out", tmp_path / "page.html", split="test", num_examples=1, data_dir=calls / named)
+    sounds = re.findall(r'src="data:audio/wav;base64,([^"]+)"', (tmp_path / "page.html").read_text())
+    durations = [soundfile.info(io.BytesIO(base64.b64decode(sound))).duration for sound in sounds]
+    row = datasets.load_dataset(str(tmp_path / "out"), split="test", cache_dir=str(tmp_path / "datasets"))[0]
+    assert durations == pytest.approx([row["user_seconds"], row["agent_seconds"]], abs=0.01)
+
+
+def test_bad_turn_of_a_call_is_left_out(calls, unit_model, tmp_path):
+    rows = [json.loads(line) for line in (calls / "test.jsonl").read_text().splitlines()]
+    rows[2]["end"] = 1000
+    write_jsonl(calls / "test.jsonl", rows)
+    with pytest.raises(
+        ValueError, match=r"utterance d105_2: audio file .*d105\.wav#t=.* is to be cut up to 1000 s, but has"
+    ):
+        run(calls, tmp_path / "out", unit_model, tmp_path)
+    counts = run(calls, tmp_path / "out", unit_model, tmp_path, on_bad_audio="skip")
+    assert list(counts["splits"]["test"]["pairs_left_out"]) == ["d105_1"]
+
+
+def test_manifests_through_load_dataset(calls, tmp_path):
+    import dailytalk_usdm
+
+    rows = dailytalk_usdm.load_dataset(str(calls), split="test", cache_dir=str(tmp_path / "datasets"))
+    assert rows["id"][:] == ["d105_0", "d105_1", "d2001_0"]
+    assert rows[0]["user_audio"]["path"].startswith(f"{calls / 'd105.wav'}#t=0,")
+    builder = DailyTalkUSDM(data_files={"test": str(calls / "test.jsonl")}, cache_dir=str(tmp_path / "builder"))
+    assert builder.info.license == "" and [row["id"] for row in builder.as_streaming_dataset("test")] == rows["id"][:]
+
+
+def test_two_manifests_of_a_split(calls, unit_model, tmp_path):
+    (calls / "train.csv").touch()
+    with pytest.raises(ValueError, match=r"train\.csv stands beside train\.jsonl: keep one"):
+        run(calls, tmp_path / "out", unit_model, tmp_path)
+
+
+@pytest.fixture
+def archive(mini, tmp_path):
+    path = tmp_path / "DailyTalk.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for wav in sorted((mini / "corpus" / "data").rglob("*.wav")):
+            file.write(wav, f"DailyTalk/data/{wav.parent.name}/{wav.name}")
+    for split in ("train", "test"):
+        shutil.copyfile(mini / "corpus" / f"{split}.txt", tmp_path / f"{split}.txt")
+    return path
+
+
+def test_the_zip_of_dailytalk_is_read_without_unpacking(archive, mini, unit_model, tmp_path):
+    run(archive, tmp_path / "out", unit_model, tmp_path)
+    run(mini / "corpus", tmp_path / "plain", unit_model, tmp_path)
+    assert len(list((tmp_path / "cache" / "units").glob("*.arrow"))) == 2  # the same digests, the same shards
+    for path in (tmp_path / "plain").rglob("*"):
+        assert (
+            path.is_dir() or path.read_bytes() == (tmp_path / "out" / path.relative_to(tmp_path / "plain")).read_bytes()
+        )
+    assert not list(tmp_path.rglob("*.wav"))
+    pages = [tmp_path / "zip.html", tmp_path / "plain.html"]
+    write_page(tmp_path / "out", pages[0], data_dir=archive)
+    write_page(tmp_path / "plain", pages[1], data_dir=mini / "corpus")
+    assert pages[0].read_bytes() == pages[1].read_bytes()  # the kind of sound too, which is not that of the archive
+
+
+def test_an_archive_of_something_else(tmp_path, unit_model):
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as file:
+        file.writestr("readme.txt", "hello")
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.txt").write_text(
+            "0_0_d1|0|{P}|hi|none\n1_1_d1|1|{P}|yes|none\n".replace("d1", f"d{len(name)}")
+        )
+    with pytest.raises(FileNotFoundError, match=r"other\.zip holds no recordings such as data/23/0_1_d23\.wav"):
+        run(tmp_path / "other.zip", tmp_path / "out", unit_model, tmp_path)
+    (tmp_path / "other.zip").write_bytes(b"no zip")
+    with pytest.raises(FileNotFoundError, match=r"other\.zip is no folder and lies in what is no zip archive"):
+        run(tmp_path / "other.zip", tmp_path / "out", unit_model, tmp_path)
+
+
+def test_a_corpus_on_the_hub(calls, mini, unit_model, tmp_path):
+    """Rows with audio in them, pushed to the stand-in, come back as the lines of the reference."""
+    server, hub, url = serve()
+    repo = hub.create("datasets", "tester/calls", False)
+    for split in ("train", "test"):
+        rows = [json.loads(line) for line in (calls / f"{split}.jsonl").read_text().splitlines()]
+        for row in rows:
+            row["audio"] = {"bytes": (calls / row["audio"]).read_bytes(), "path": row["audio"]}
+        features = datasets.Features(
+            {name: datasets.Audio() if name == "audio" else datasets.Value("string") for name in rows[0]}
+            | {"turn": datasets.Value("int32"), "start": datasets.Value("float64"), "end": datasets.Value("float64"), "channel": datasets.Value("int8")}
+        )  # fmt: skip
+        table = pa.Table.from_pylist(rows, schema=features.arrow_schema)
+        pq.write_table(table, tmp_path / f"{split}.parquet")
+        content = (tmp_path / f"{split}.parquet").read_bytes()
+        hub.commit(repo, "main", {f"data/{split}-00000-of-00001.parquet": ("reg", content)}, [], "data", None)
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment |= {
+        "HF_ENDPOINT": url,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "0",
+    }
+    command = [
+        sys.executable, "-m", "usdm_sft.cli", "prepare", "--data_dir", "hub:tester/calls", "--output_path", str(tmp_path / "out"),
+        "--unit_model", str(unit_model), "--pretrained_model_name_or_path", "mistral-common", "--cache_dir", str(tmp_path / "cache"),
+    ]  # fmt: skip
+    for _ in range(2):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    expected = {
+        split: sorted((mini / "expected" / f"{split}.txt").read_text().split("\n")) for split in ("train", "test")
+    }
+    assert lines(tmp_path / "out", tmp_path) == expected
+    assert len(list((tmp_path / "cache" / "hub").glob("*/manifest.jsonl"))) == 2
+    page = f"from usdm_sft.dataset_folder.page import write_page; print(write_page({str(tmp_path / 'out')!r}, 'page.html', data_dir='hub:tester/calls'))"
+    loaded = "import dailytalk_usdm; print(dailytalk_usdm.load_dataset('hub:tester/calls', split='test')['id'][:])"
+    for code, expected in ((page, "10"), (loaded, "['d105_0', 'd105_1', 'd2001_0']")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=environment | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True
+        )  # fmt: skip
+        assert done.stdout.strip() == expected, done.stderr[-2000:]
+    assert (tmp_path / "page.html").read_text().count("data:audio/") == 20
+    command[command.index("hub:tester/calls")] = "hub:tester/nothing"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    server.shutdown()
+    assert (
+        done.returncode == 1 and "dataset tester/nothing cannot be loaded from the Hub" in done.stderr.splitlines()[-1]
+    )
+
+
+def test_turns_of_word_alignments(tmp_path):
+    """The recipe of docs/preparing.md: words of both channels become the turns of a manifest."""
+    scope = {
+        "name": "call", "channels": {"SPEAKER_MAIN": 0, "OTHER": 1},
+        "left_words": [["hello", [0.5, 0.8], "SPEAKER_MAIN"], ["there", [0.9, 1.2], "SPEAKER_MAIN"], ["bye", [3.0, 3.5], "SPEAKER_MAIN"]],
+        "right_words": [["hi", [1.5, 1.9], "OTHER"]],
+    }  # fmt: skip
+    exec(find_code("left_words"), scope)
+    [dialog] = read_corpus({"train": write_jsonl(tmp_path / "m.jsonl", scope["rows"])})["train"].dialogs
+    assert [(u.turn, u.text, u.audio) for u in dialog.utterances] == [
+        (0, "hello there", f"{tmp_path}/call.wav#t=0.5,1.2&channel=0"),
+        (1, "hi", f"{tmp_path}/call.wav#t=1.5,1.9&channel=1"),
+        (2, "bye", f"{tmp_path}/call.wav#t=3,3.5&channel=0"),
+    ]
+
+
+def test_preprocessed_text_as_rows(mini, tmp_path, monkeypatch):
+    """The recipe of docs/reference-users.md: the reference's own files, read without the audio."""
+    shutil.copytree(mini / "expected", tmp_path / "preprocessed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    scope = {}
+    exec(find_code("preprocessed/train.txt"), scope)
+    line = (mini / "expected" / "train.txt").read_text().split("\n")[0]
+    assert scope["rows"]["train"][0] == {
+        name: [int(value) for value in half.split()]
+        for name, half in zip(("input_ids", "labels"), line.split("|"), strict=True)
+    }
+    assert scope["rows"].num_rows == {"train": 10, "test": 3}
+
+
+def test_named_agent_and_merged_turns_end_to_end(calls, unit_model, tmp_path):
+    """Ids stay those of turns, and every row is what its columns encode to, in either shape."""
+    rows = [json.loads(line) for line in (calls / "train.jsonl").read_text().splitlines()]
+    first = [row for row in rows if row["dialog"] == "d8"]
+    first[2]["speaker"] = first[1]["speaker"]  # two turns of one speaker, on two channels
+    write_jsonl(calls / "train.jsonl", rows)
+    options = {
+        "agent": "1",
+        "merge_speaker_turns": True,
+        "config_name": "multi_turn",
+        "max_length": 400,
+        "overflow": "split",
+    }
+    counts = run(calls, tmp_path / "out", unit_model, tmp_path, **options)
+    assert counts["splits"]["train"]["rows_cut"]
+    verify(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Neighbouring turns of the same speaker were merged into one." in card
+    assert "make a pair if the later one is by speaker 1, who is always the agent:" in card
+    assert "twice in a row were left out" not in card and "Turns repeat" not in card
+    data = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "datasets"))
+    assert {speaker for row in data["agent_speaker"] for speaker in row} == {"1"}
+    assert len(set(data["id"])) == len(data)
+    single = run(calls, tmp_path / "single", unit_model, tmp_path, agent="1", merge_speaker_turns=True)
+    pairs = datasets.load_dataset(str(tmp_path / "single"), split="train", cache_dir=str(tmp_path / "datasets"))
+    said = {row["id"]: (row["user_text"], row["agent_text"]) for row in pairs}
+    assert single["splits"]["train"]["rows"] == len(said)
+    for row in data:
+        for number, exchange in enumerate(zip(row["user_text"], row["agent_text"], strict=True)):
+            assert said[f"{row['dialog_id']}_{row['turn'] + 2 * number}"] == exchange

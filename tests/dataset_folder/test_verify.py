@@ -1,0 +1,417 @@
+import json
+import re
+import shutil
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from usdm_sft.cli import main
+from usdm_sft.dataset_folder.export import export_text
+from usdm_sft.dataset_folder.verify import VerificationError, verify
+from usdm_sft.utils.download import sha256_file
+
+
+def edit_counts(folder, change):
+    counts = json.loads((folder / "counts.json").read_text())
+    change(counts)
+    (folder / "counts.json").write_text(json.dumps(counts))
+
+
+def rewrite(folder, name, change):
+    """Change the rows of a file and record its new digest, as someone does who knows how."""
+    path = folder / "single_turn" / name
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    change(rows)
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+    digest = sha256_file(path)
+    edit_counts(folder, lambda counts: counts["files"].update({f"single_turn/{name}": digest}))
+
+
+FILE = "train-00003-of-00010.parquet"
+
+
+def relabel(row, position, label):
+    row["labels"][position] = label
+
+
+def test_folder_passes(dataset_folder, capsys):
+    assert verify(dataset_folder) == {"train": 10, "test": 3}
+    main(["verify", str(dataset_folder)])
+    assert "train: 10 rows are correct\n" in capsys.readouterr().out
+
+
+def test_flipped_byte(folder_copy, capsys):
+    path = folder_copy / "single_turn" / FILE
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(SystemExit, match="1"):
+        main(["verify", str(folder_copy)])
+    assert f"{path} was changed: its sha256 is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "single_turn/test-00000-of-00003.parquet", "tokenizer/tokenizer.json", "pictures/units.png"]
+)
+def test_missing_file(folder_copy, name):
+    (folder_copy / name).unlink()
+    with pytest.raises(VerificationError, match=f"{name} is missing"):
+        verify(folder_copy)
+
+
+@pytest.mark.parametrize("name", ["single_turn/train-00099-of-00100.parquet", "tokenizer/special.json"])
+def test_file_too_many(folder_copy, name):
+    (folder_copy / name).write_bytes(b"")
+    with pytest.raises(VerificationError, match=f"{name} does not belong to the folder: remove it"):
+        verify(folder_copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: relabel(rows[0], -3, 7), r"label 7 of token \d+ is neither -100 nor its id"),
+        (lambda rows: relabel(rows[0], 0, 1), "labels are not what its columns encode to: token 0 is 1, not -100"),
+        (lambda rows: relabel(rows[0], -3, -100), r"labels are not what its columns encode to: token \d+ is -100, not 28705"),
+        (lambda rows: rows[0]["labels"].pop(), r"\d+ input_ids, but \d+ labels"),
+        (lambda rows: rows[0].update(agent_text="other"), "input_ids are not what its columns encode to"),
+        (lambda rows: rows[0].update(user_units=[60_000]), "user_units holds unit 60000"),
+        (lambda rows: rows[0].update(user_text="<|correspond|>"), "part of a special token"),
+        (lambda rows: rows[0].update(id="d3_0"), r"the same id is at .*train-00000-of-00010.parquet: row 0 \(d3_0\)"),
+    ],
+)  # fmt: skip
+def test_changed_row_with_a_fitting_digest(folder_copy, change, message):
+    rewrite(folder_copy, FILE, change)
+    with pytest.raises(VerificationError, match=f"{FILE}: row 0 .*{message}"):
+        verify(folder_copy)
+
+
+def test_lost_row_with_a_fitting_digest(folder_copy):
+    rewrite(folder_copy, FILE, lambda rows: rows.clear())
+    with pytest.raises(VerificationError, match=r"counts\.json: train has 9 rows, not 10") as raised:
+        verify(folder_copy)
+    assert "README.md: its YAML does not say that train has 9 rows" in str(raised.value)
+
+
+def replace_file(folder, name, content):
+    """Content for a file of the folder, and its new digest."""
+    (folder / name).write_bytes(content)
+    digest = sha256_file(folder / name)
+    edit_counts(folder, lambda counts: counts["files"].update({name: digest}))
+
+
+def replace_table(folder, change):
+    table = change(pq.read_table(folder / "single_turn" / FILE))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    replace_file(folder, f"single_turn/{FILE}", sink.getvalue().to_pybytes())
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda table: table.append_column("more", pa.array([1])), "more"),
+        (lambda table: table.select(table.column_names[::-1]), "their order is labels, input_ids, "),
+    ],
+)
+def test_other_columns(folder_copy, change, what):
+    replace_table(folder_copy, change)
+    message = f"{FILE} has other columns than the README.md beside it says: {what}"
+    with pytest.raises(VerificationError, match=message):
+        verify(folder_copy)
+
+
+def set_column(name, values, kind=None):
+    column = pa.array(values, type=kind)
+    return lambda table: table.set_column(table.schema.get_field_index(name), pa.field(name, column.type), column)
+
+
+INT32S = pa.list_(pa.int32())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table.drop_columns(["labels"]), "has no column labels"),
+        (lambda table: pa.table({"x": [1]}), "has no column id"),
+        (set_column("input_ids", [5]), "column input_ids is of type int64"),
+        (set_column("input_ids", [["a"]]), r"column input_ids is of type list<\w+: string>"),
+        (set_column("user_units", [[1.5]]), r"column user_units is of type list<\w+: double>"),
+        (set_column("user_text", [["a"]]), r"column user_text is of type list<\w+: string>|column user_speaker is of type"),
+        (set_column("input_ids", [None], INT32S), "a value of column input_ids is missing"),
+        (set_column("labels", [[None]], INT32S), "a value of column labels is missing"),
+        (set_column("user_emotion", [None], pa.string()), "a value of column user_emotion is missing"),
+        (set_column("user_units", [[None]], pa.list_(pa.uint16())), "a value of column user_units is missing"),
+    ],
+)  # fmt: skip
+def test_rows_of_other_types_are_one_line_whatever_reads_them(folder_copy, capsys, change, message):
+    replace_table(folder_copy, change)
+    for args in (["verify"], ["stats"], ["show", "--index", "3"]):
+        with pytest.raises(SystemExit, match="1"):
+            main([args[0], str(folder_copy), *args[1:]])
+        error = capsys.readouterr().err
+        assert re.search(f"{FILE}:? ({message})", error) and error.count("\n") == 1
+        assert error.endswith("run prepare again and pass --overwrite (Python: overwrite=True)\n")
+
+
+def test_export_of_rows_of_other_types(folder_copy, tmp_path):
+    replace_table(folder_copy, set_column("labels", [None], INT32S))
+    with pytest.raises(ValueError, match=f"{FILE}: a value of column labels is missing: run"):
+        export_text(folder_copy, tmp_path / "text")
+    assert not (tmp_path / "text" / "train.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: b"", "is no Parquet file"),
+        (lambda content: b"PAR1" + b"x" * 5000 + b"PAR1", "is no Parquet file"),
+        (lambda content: content[:-50], "is no Parquet file"),
+        (lambda content: content[:200] + bytes(300) + content[500:], "is damaged"),
+    ],
+)
+def test_damaged_rows_are_one_line(folder_copy, tmp_path, capsys, damage, message):
+    name = f"single_turn/{FILE}"
+    replace_file(folder_copy, name, damage((folder_copy / name).read_bytes()))
+    for args in (["verify"], ["stats"], ["show", "--index", "3"]):
+        with pytest.raises(SystemExit, match="1"):
+            main([args[0], str(folder_copy), *args[1:]])
+        error = capsys.readouterr().err
+        assert f"{FILE} {message} (" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda counts: counts["splits"]["train"].update(labelled_tokens=5), "train has 1301 labelled_tokens, not 5"),
+        (lambda counts: counts["statistics"]["test"].update(distinct_units=5), "statistics of test are not those of its rows"),
+        (lambda counts: counts["settings"].update(max_length=300), r"\d+ tokens, more than max_length 300"),
+        (lambda counts: counts["digests"].update(tokenizer="0" * 64), r"tokenizer is not the tokenizer that counts\.json names"),
+        (lambda counts: counts["files"].update({"README.md": 5}), r"'README\.md' has no digest, but 5"),
+        (lambda counts: counts["digests"].clear(), r"tokenizer is not the tokenizer that counts\.json names"),
+        (lambda counts: counts["splits"].update(dev={}), "names no file of split dev"),
+    ],
+)  # fmt: skip
+def test_counts_that_are_not_those_of_the_rows(folder_copy, change, message):
+    edit_counts(folder_copy, change)
+    with pytest.raises(VerificationError, match=message):
+        verify(folder_copy)
+
+
+NAMES = ["../secret", "/etc/passwd", "a/../b", "..", "", "a//b", "a\\b", "a\0b", "a\nb", "a\ud800", "\x1b[2J"]
+
+
+def as_config(counts, name):
+    counts["config"] = name
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        as_config,
+        lambda counts, name: counts["splits"].update({name: counts["splits"]["train"]}),
+        lambda counts, name: counts["files"].update({name: "0" * 64}),
+    ],
+    ids=["config", "splits", "files"],
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_would_lead_out_of_the_folder(folder_copy, tmp_path, capsys, place, name):
+    edit_counts(folder_copy, lambda counts: place(counts, name))
+    for args in (["verify"], ["stats"], ["show"], ["export", str(tmp_path / "text")], ["push", "user/name"]):
+        with pytest.raises(SystemExit, match="1"):
+            main([args[0], str(folder_copy), *args[1:]])
+        error = capsys.readouterr().err
+        assert f"counts.json: {name!r} is no name in a dataset folder: run prepare again" in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "text").exists()
+
+
+@pytest.mark.parametrize("part", ["config", "splits"])
+def test_config_and_splits_are_one_part_of_a_path(folder_copy, part):
+    edit_counts(folder_copy, lambda counts: counts.update({part: "a/b" if part == "config" else {"a/b": {}}}))
+    with pytest.raises(ValueError, match="'a/b' is no name in a dataset folder"):
+        verify(folder_copy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({name: value} for name in ("key", "config") for value in (None, 5)),
+        *({name: value} for name in ("settings", "digests", "splits", "statistics", "files") for value in (None, [], "x", 5)),
+        *({"num_units": value} for value in (None, "x", 0, -1, 65_537, 10**400)),
+        {"splits": {}}, {"splits": {"train": None}}, {"splits": {"train": []}}, {"settings": {}},
+        {"settings": {"template": None, "history": 0, "max_length": 5}},
+        {"settings": {"template": {}, "history": "x", "max_length": 5}},
+        {"settings": {"template": {}, "history": 0, "max_length": None}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_counts_of_other_types_are_one_line_whatever_reads_them(folder_copy, tmp_path, capsys, change):
+    edit_counts(folder_copy, lambda counts: counts.update(change))
+    for args in (["verify"], ["stats"], ["show"], ["export", str(tmp_path / "text")], ["push", "user/name"]):
+        with pytest.raises(SystemExit, match="1"):
+            main([args[0], str(folder_copy), *args[1:]])
+        assert capsys.readouterr().err == (
+            f"dailytalk-usdm {args[0]}: {folder_copy / 'counts.json'} is not the counts of a dataset folder: "
+            "run prepare again and pass --overwrite (Python: overwrite=True)\n"
+        )
+
+
+def test_counts_nested_too_deep(folder_copy):
+    (folder_copy / "counts.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match=r"counts\.json is not JSON .*: run prepare again and pass --overwrite"):
+        verify(folder_copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"evil": 1}, r"settings\.template is no template \(.*evil"),
+        ({"instruction": 5}, r"template\.instruction is 5: give a text"),
+        ({"user_role": None}, r"template\.user_role is None: give a text"),
+        ({"loss": 5}, r"template\.loss is 5: name one or more of"),
+    ],
+)
+def test_template_of_a_stranger(folder_copy, change, message):
+    edit_counts(folder_copy, lambda counts: counts["settings"]["template"].update(change))
+    with pytest.raises(ValueError, match=message):
+        verify(folder_copy)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"# no YAML",
+        b"---\na: [\n---\n",
+        b"---\na: b: c\n---\n",
+        b"---\n- a\n---\n",
+        b"---\nconfigs: 5\n---\n",
+        b"\xff\xfe\0",
+        b'---\nconfigs: !!python/object/apply:os.system ["touch pwned"]\n---\n',
+        b"---\nconfigs:\n- config_name: single_turn\n  data_files: '../../**'\n---\n",
+        b"---\nconfigs:\n- config_name: single_turn\n  data_files: http://127.0.0.1:9/x.parquet\n---\n",
+    ],
+)
+def test_card_of_a_stranger(folder_copy, tmp_path, monkeypatch, capsys, text):
+    monkeypatch.chdir(tmp_path)
+    replace_file(folder_copy, "README.md", text)
+    with pytest.raises(SystemExit, match="1"):
+        main(["verify", str(folder_copy)])
+    error = capsys.readouterr().err
+    assert "README.md has not the YAML of a dataset card (" in error and error.count("\n") == 1
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_card_that_names_other_data_files(folder_copy):
+    """Who loads the folder would read files that nobody verified."""
+    card = (folder_copy / "README.md").read_text()
+    replace_file(folder_copy, "README.md", card.replace("path: single_turn/test-*", "path: other/test-*").encode())
+    with pytest.raises(ValueError, match=r"README\.md has .*its configs are not the data files of counts\.json"):
+        verify(folder_copy)
+
+
+def test_card_without_features(folder_copy):
+    head, _, _ = (folder_copy / "README.md").read_text().partition("dataset_info:")
+    replace_file(folder_copy, "README.md", f"{head}---\n".encode())
+    with pytest.raises(ValueError, match=r"README\.md has .*its dataset_info names no features or splits"):
+        verify(folder_copy)
+
+
+def test_what_a_terminal_would_obey_is_escaped(folder_copy, capsys):
+    rewrite(folder_copy, FILE, lambda rows: rows[0].update(id="\x1b]0;x\x07", user_text="", user_emotion="\x1b[2J"))
+    for args in (["verify"], ["show", "--index", "3"], ["stats"]):
+        try:
+            main([args[0], str(folder_copy), *args[1:]])
+        except SystemExit as error:
+            assert error.code == 1
+        captured = capsys.readouterr()
+        shown = captured.out + captured.err
+        assert "\x1b" not in shown and "\x07" not in shown
+        assert "\\x1b" in shown
+
+
+def test_many_problems_are_told_up_to_a_limit(folder_copy):
+    for path in (folder_copy / "single_turn").iterdir():
+        path.unlink()
+    for path in (folder_copy / "tokenizer").iterdir():
+        path.unlink()
+    for number in range(20):
+        (folder_copy / "tokenizer" / f"{number}").touch()
+    with pytest.raises(VerificationError, match="and more problems") as raised:
+        verify(folder_copy)
+    assert len(raised.value.problems) == 20
+
+
+def test_no_dataset_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no counts\.json"):
+        verify(tmp_path)
+
+
+def test_against_the_reference(dataset_folder, mini):
+    assert verify(dataset_folder, mini / "expected") == {"train": 10, "test": 3}
+
+
+def test_command_line_says_that_the_reference_was_compared(dataset_folder, mini, capsys):
+    main(["verify", str(dataset_folder), "--against", str(mini / "expected")])
+    assert capsys.readouterr().out == (
+        f"train: 10 rows are correct and identical to {mini / 'expected' / 'train.txt'} (any order)\n"
+        f"test: 3 rows are correct and identical to {mini / 'expected' / 'test.txt'} (any order)\n"
+    )
+
+
+@pytest.fixture
+def text(mini, tmp_path):
+    shutil.copytree(mini / "expected", tmp_path / "text")
+    return tmp_path / "text"
+
+
+def change_line(path, number, change):
+    lines = path.read_text().split("\n")
+    lines[number - 1] = change(lines[number - 1])
+    path.write_text("\n".join(lines))
+
+
+def test_first_difference_in_words(dataset_folder, text, capsys):
+    line = (text / "test.txt").read_text().split("\n")[1]
+    ids = line.split("|")[0].split()
+    at = len(ids) - 3
+    changed = " ".join([*ids[:at], "13", *ids[at + 1 :]])
+    change_line(text / "test.txt", 2, lambda line: f"{changed}|{line.split('|')[1]}")
+    with pytest.raises(SystemExit, match="1"):
+        main(["verify", str(dataset_folder), "--against", str(text)])
+    error = capsys.readouterr().err
+    assert f"{text / 'test.txt'}:2 is no row of test: the nearest is d" in error
+    assert f"token {at} is 13 ('<0x0A>'), not 28705 ('▁')" in error
+    assert "train" not in error
+
+
+def test_difference_in_a_label(dataset_folder, text):
+    change_line(text / "train.txt", 1, lambda line: line.rsplit(" ", 1)[0] + " 2")
+    with pytest.raises(VerificationError, match=r"train.txt:1 .* of the labels, token \d+ is 2 \('</s>'\), not -100"):
+        verify(dataset_folder, text)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda lines: lines[1:], r"row \d+ \(d\w+\) is no line of .*test\.txt"),
+        (lambda lines: [*lines, lines[0]], r"test\.txt:4 is no row of test$"),
+        (lambda lines: [*lines, ""], r"test\.txt:4 is no row of test: it is not ids, '\|' and labels"),
+        (lambda lines: [*lines, "1 2|x"], "it is not ids"),
+    ],
+)
+def test_lines_too_many_and_too_few(dataset_folder, text, edit, message):
+    lines = (text / "test.txt").read_text().split("\n")
+    (text / "test.txt").write_text("\n".join(edit(lines)))
+    if lines and edit(lines)[-1] == "":
+        (text / "test.txt").write_text("\n".join(edit(lines)) + "\n")
+    with pytest.raises(VerificationError, match=message):
+        verify(dataset_folder, text)
+
+
+def test_missing_text_file(dataset_folder, text):
+    (text / "test.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"test\.txt is not a file: name the folder with the reference's"):
+        verify(dataset_folder, text)

@@ -1,0 +1,49 @@
+"""Paths and functions that several test modules share."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+FIXTURES = REPOSITORY / "tests" / "fixtures"
+SHARED = Path(os.environ.get("USDM_SHARED", REPOSITORY.parent / "shared"))
+
+
+def content(folder):
+    """The bytes of every file below a folder, by relative path."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+def options(mini, unit_model, folder, **changes):
+    """Options of `prepare` for the mini corpus, one dialog per work shard."""
+    return {
+        "data_dir": str(mini / "corpus"),
+        "pretrained_model_name_or_path": "mistral-common",
+        "unit_model": str(unit_model),
+        "shard_dialogs": 1,
+        "cache_dir": str(folder / "cache"),
+        "output_path": str(folder / "out"),
+    } | changes
+
+
+def command(mini, unit_model, folder, *more):
+    """The command line of `prepare` with these options."""
+    pairs = options(mini, unit_model, folder).items()
+    arguments = [part for name, value in pairs for part in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "usdm_sft.cli", "prepare", *arguments, *more]
+
+
+def loss_by_hand(model, rows):
+    """Mean over all labelled tokens, each row on its own."""
+    total, count = 0.0, 0
+    for row in rows:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits[0, :-1]
+        labels = torch.tensor(row["labels"][1:])
+        total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
+        count += (labels != -100).sum().item()
+    return total / count

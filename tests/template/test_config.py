@@ -1,0 +1,202 @@
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from datasets.fingerprint import Hasher
+from tokenizers import AddedToken, Tokenizer
+
+from tests.helpers import FIXTURES, REPOSITORY
+from usdm_sft.template.config import PARTS, REFERENCE, Template
+from usdm_sft.template.encoder import COLUMNS, TemplateEncoder
+from usdm_sft.training.generation import AGENT_IDS, STEPS, next_prompt
+
+EXAMPLES = [json.loads(line) for line in (FIXTURES / "multi-turn" / "examples.jsonl").read_text().splitlines()]
+BATCH = {name: [[exchange[name] for exchange in e["exchanges"]] for e in EXAMPLES] for name in COLUMNS}
+NEWLINE, CORRESPOND = 13, 32001
+
+
+def parts_of(ids, header):
+    """Which part each of the tokens after the header belongs to, found by walking newlines and <|correspond|>."""
+    found, position = [None] * header, header
+    while len(found) < len(ids):
+        for end, part in [
+            (CORRESPOND, None),  # the user's units
+            (NEWLINE, "user_text"),
+            (NEWLINE, None),  # the agent's heading
+            (CORRESPOND, "agent_text"),
+            (NEWLINE, "agent_units"),  # all but the newline itself
+        ]:
+            stop = ids.index(end, position) + 1
+            found += [part] * (stop - position)
+            position = stop
+        found[-1] = None
+        for _ in range(2 if position < len(ids) - 1 else 0):  # "\n### User\n"
+            stop = ids.index(NEWLINE, position) + 1
+            found += [None] * (stop - position)
+            position = stop
+        if position == len(ids) - 1:  # </s>
+            found.append(None)
+    return found
+
+
+def restricted(ids, header, loss, exchanges=None):
+    """Labels where only `loss` bears loss; of the exchanges only the last so many, where it is given."""
+    parts = parts_of(ids, header)
+    if exchanges is not None:
+        starts = [k for k in range(len(ids)) if parts[k] == "user_text" and parts[k - 1] is None]
+        parts = [None] * starts[-exchanges] + parts[starts[-exchanges] :]
+    return [i if part in loss else -100 for i, part in zip(ids, parts, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def header(encoder):
+    return len(encoder.prompt([])) - 1  # without the <|correspond|> after it
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [["user_text"], ["agent_units"], ["user_text", "agent_text"], ["agent_text"], ["agent_units", "user_text"], PARTS],
+)
+def test_each_variant_has_the_labels_of_the_reference_in_its_parts(tokenizer, header, loss):
+    encoded = TemplateEncoder(tokenizer, Template(loss=loss))(BATCH)
+    for ids, labels, example in zip(encoded["input_ids"], encoded["labels"], EXAMPLES, strict=True):
+        assert ids.tolist() == example["input_ids"]
+        assert restricted(example["input_ids"], header, PARTS) == example["labels"]
+        assert labels.tolist() == restricted(example["input_ids"], header, loss)
+        assert {*labels.tolist()} > {-100}
+
+
+def test_stop_tokens_go_with_their_parts(tokenizer):
+    batch = {"user_units": [[1]], "user_text": ["no"], "agent_text": ["yes"], "agent_units": [[2, 3]]}
+    labels = {
+        part: TemplateEncoder(tokenizer, Template(loss=[part]))(batch)["labels"][0].tolist()[-13:] for part in PARTS
+    }
+    assert labels == {
+        #            no   \n | ### Agent \n | yes   <|correspond|> <|unit2|> <|unit3|> ▁ | \n </s>
+        "user_text": [-100, 708, 13, *[-100] * 10],
+        "agent_text": [*[-100] * 6, 9780, 32001, *[-100] * 5],
+        "agent_units": [*[-100] * 8, 32004, 32005, 28705, -100, -100],
+    }
+
+
+def test_loss_in_the_last_exchange_only(tokenizer, header):
+    encoded = TemplateEncoder(tokenizer, last_exchange_only=True)(BATCH)
+    for ids, labels, example in zip(encoded["input_ids"], encoded["labels"], EXAMPLES, strict=True):
+        assert ids.tolist() == example["input_ids"]
+        assert labels.tolist() == restricted(example["input_ids"], header, PARTS, exchanges=1)
+        assert (labels.tolist() == example["labels"]) == (len(example["exchanges"]) == 1)
+
+
+TEMPLATES = [
+    Template(user_role="Customer", agent_role="Call Centre"),
+    Template(user_role="Q:", agent_role=" A "),
+    Template(user_role="用户", agent_role="Ünï 🤖"),
+    Template(instruction=""),
+    Template(instruction="\n\n  two lines,\nno newline at the end"),
+    Template(instruction="Transcribe.\n", agent_role="#"),
+]
+TEXTS = ["what?", " a  leading space", "é", "🤖 robot", "### agent", "user", "..."]
+
+
+def as_string(template, exchanges):
+    """The whole example as the reference writes it, before it is tokenized."""
+    text = template.instruction
+    for user_units, user_text, agent_text, agent_units in exchanges:
+        user, agent = ("".join(f"<|unit{unit}|>" for unit in units) for units in (user_units, agent_units))
+        text += f"\n### {template.user_role}\n{user}<|correspond|>{user_text}"
+        text += f"\n### {template.agent_role}\n{agent_text}<|correspond|>{agent}\n"
+    return text + "</s>"
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_other_words_tokenize_as_the_whole_string_does(tokenizer, template):
+    encoder = TemplateEncoder(tokenizer, template)
+    header = len(encoder.prompt([])) - 1
+    for user_text in TEXTS:
+        exchanges = [([5, 6], user_text, agent_text, [7]) for agent_text in TEXTS]
+        for row in (exchanges[:1], exchanges):
+            encoded = encoder(
+                {name: [list(values)] for name, values in zip(COLUMNS, zip(*row, strict=True), strict=True)}
+            )
+            ids, labels = encoded["input_ids"][0].tolist(), encoded["labels"][0].tolist()
+            assert ids == tokenizer(as_string(template, row)).input_ids
+            assert labels == restricted(ids, header, PARTS)
+            assert encoder.decode(ids) == as_string(template, row)
+
+
+@pytest.mark.parametrize("template", [REFERENCE, *TEMPLATES])
+def test_prompts_follow_the_template(tokenizer, template):
+    encoder = TemplateEncoder(tokenizer, template)
+    row = ([11, 12], "where were you?", "at home.", [21, 22])
+    ids = encoder({name: [value] for name, value in zip(COLUMNS, row, strict=True)})["input_ids"][0].tolist()
+    for given in (row[:1], row[:2], row[:3]):
+        prompt = encoder.prompt(*given).tolist()
+        assert ids[: len(prompt)] == prompt
+    generated = ids[len(encoder.prompt(row[0])) : ids.index(NEWLINE, len(encoder.prompt(row[0]))) + 1]
+    after = next_prompt(
+        STEPS[0],
+        torch.tensor(encoder.prompt(row[0]))[None],
+        torch.tensor(generated),
+        agent_heading_ids=encoder.agent_heading_ids,
+    )
+    assert after[0].tolist() == encoder.prompt(*row[:2]).tolist()
+
+
+def test_heading_of_the_reference(encoder):
+    assert encoder.agent_heading_ids == AGENT_IDS
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"instruction": "Say <|unit3|>\n"}, r"template\.instruction holds '<\|', which is part of a special token: take it"),
+        ({"instruction": "a\n\tb\n"}, r"template\.instruction holds the control character '\\t': take it out"),
+        ({"user_role": ""}, r"template\.user_role '' is empty or white space only: give one line of plain text"),
+        ({"agent_role": "A\nB"}, r"template\.agent_role 'A\\nB' holds the control character '\\n': give one line"),
+        ({"agent_role": "</s>"}, r"template\.agent_role '</s>' holds '</s>'"),
+        ({"loss": []}, r"template\.loss is \[\]: give a list of one or more of user_text, agent_text, agent_units, "),
+        ({"loss": "user_text"}, r"template\.loss is 'user_text': give a list of .*, such as \[user_text, agent_text\]"),
+        ({"loss": ["user_text", "user_units"]}, r"template\.loss holds 'user_units', .*: name one or more of user_text, ag"),
+    ],
+)  # fmt: skip
+def test_templates_that_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Template(**change)
+
+
+@pytest.mark.parametrize("name", ["instruction", "user_role", "agent_role"])
+def test_token_of_the_tokenizer_in_the_template(tokenizer, name):
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.add_special_tokens([AddedToken("[Bot]", normalized=False)])
+    TemplateEncoder(backend, Template(**{name: "Bot"}))
+    with pytest.raises(ValueError, match=rf"template\.{name} holds '\[Bot\]', a token of the tokenizer's added vocab"):
+        TemplateEncoder(backend, Template(**{name: "a [Bot]"}))
+
+
+def test_template_is_in_fingerprint_and_key_and_survives_pickling(encoder, tokenizer):
+    others = [
+        TemplateEncoder(tokenizer, template)
+        for template in (Template(loss=["user_text"]), Template(user_role="U"), Template(instruction=""))
+    ]
+    others.append(TemplateEncoder(tokenizer, last_exchange_only=True))
+    assert len({Hasher.hash(each) for each in [encoder, *others]}) == 5
+    assert len({json.dumps(each.key) for each in [encoder, *others]}) == 5
+    for each in others:
+        copy = pickle.loads(pickle.dumps(each))
+        for name, rows in copy(BATCH).items():
+            assert all(map(np.array_equal, rows, each(BATCH)[name]))
+    spelled = Template(loss=["agent_units", "user_text", "agent_text", "user_text"])
+    assert spelled == REFERENCE and Hasher.hash(TemplateEncoder(tokenizer, spelled)) == Hasher.hash(encoder)
+
+
+def test_the_reference_is_what_single_turn_yaml_says():
+    written = yaml.safe_load((REPOSITORY / "configs" / "single_turn.yaml").read_text())["template"]
+    assert written | {"loss": tuple(written["loss"])} == {
+        "instruction": REFERENCE.instruction,
+        "user_role": "User",
+        "agent_role": "Agent",
+        "loss": ("user_text", "agent_text", "agent_units"),
+    }

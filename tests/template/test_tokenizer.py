@@ -1,0 +1,145 @@
+import json
+import shutil
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from usdm_sft.template import tokenizer as module
+from usdm_sft.template.tokenizer import build_tokenizer, check_tokenizer, load_tokenizer
+
+# Stretches whose ids differ between the legacy form and any other.
+HOSTILE = [
+    " yes",
+    "     x",
+    "<|correspond|>yes<|correspond|>",
+    "<|unit5|>\n</s>",
+    "<|correspond|> \n### Agent\n yes.  it's ▁ok<|correspond|>",
+    "a\u2028b 日本語 😀\xa0é",
+]
+
+
+@pytest.mark.oracle
+def test_built_tokenizer_is_the_one_that_transformers_4_saves(tokenizer, shared):
+    theirs = json.loads((shared / "oracle" / "ustm-tokenizer" / "tokenizer.json").read_text())
+    theirs["model"]["merges"] = [merge.split(" ") for merge in theirs["model"]["merges"]]
+    assert json.loads(tokenizer.backend_tokenizer.to_str()) == theirs
+
+
+@pytest.mark.oracle
+def test_loaded_from_a_folder(tokenizer, shared):
+    loaded = load_tokenizer(shared / "oracle" / "ustm-tokenizer")
+    assert isinstance(loaded, PreTrainedTokenizerFast)
+    assert [loaded(text).input_ids for text in HOSTILE] == [tokenizer(text).input_ids for text in HOSTILE]
+
+
+@pytest.mark.parametrize("model_config", [None, {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}])
+def test_saved_folder_is_id_exact_for_auto_tokenizer(tokenizer, tmp_path, model_config):
+    tokenizer.save_pretrained(tmp_path)
+    if model_config:  # as in a training checkpoint
+        (tmp_path / "config.json").write_text(json.dumps(model_config))
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert [loaded(text).input_ids for text in HOSTILE] == [tokenizer(text).input_ids for text in HOSTILE]
+    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id, len(loaded)) == (1, 2, 42002, 42003)
+    assert load_tokenizer(tmp_path).backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+
+
+def test_load_by_the_name_of_the_offline_tokenizer(tokenizer):
+    assert load_tokenizer("mistral-common").backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+
+
+def llama_folder(tokenizer, folder, **config):
+    """A folder that makes AutoTokenizer rebuild the tokenizer, as naver-ai/USTM's does."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "LlamaTokenizer"} | config))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_rebuilt_tokenizer_is_refused(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"for ' yes' instead of \[28705, 5081\]: it was rebuilt .*load_tokenizer"):
+        check_tokenizer(llama_folder(tokenizer, tmp_path, legacy=True).backend_tokenizer)
+
+
+def test_non_legacy_tokenizer_is_refused(tokenizer, tmp_path):
+    rebuilt = llama_folder(tokenizer, tmp_path / "rebuilt", legacy=False)
+    PreTrainedTokenizerFast(tokenizer_object=rebuilt.backend_tokenizer).save_pretrained(tmp_path / "non-legacy")
+    with pytest.raises(ValueError, match=r"non-legacy gives \[32001, 9780, 32001\] .*not in the legacy form"):
+        load_tokenizer(tmp_path / "non-legacy")
+
+
+def test_tokenizer_without_units_is_refused(tokenizer, tmp_path):
+    serialized = json.loads(tokenizer.backend_tokenizer.to_str())
+    serialized["added_tokens"] = serialized["added_tokens"][:3]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(serialized))
+    with pytest.raises(ValueError, match=r"is not USTM's tokenizer: <\|continue\|> has id None instead of 32000"):
+        load_tokenizer(tmp_path)
+
+
+def test_other_vocabulary_is_refused(tokenizer, tmp_path):
+    serialized = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = serialized["model"]["vocab"]
+    vocab["▁is"], vocab["▁Below"] = vocab["▁Below"], vocab["▁is"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(serialized))
+    with pytest.raises(ValueError, match=r"its vocabulary is not that of Mistral-7B-v0\.1"):
+        load_tokenizer(tmp_path)
+
+
+def test_nothing_to_load(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no tokenizer\.json: name a folder with a fast tokenizer"):
+        load_tokenizer(tmp_path)
+    for name in ("naver-ai/USTM", "/no/such/folder"):  # offline mode; no name of a repository
+        with pytest.raises(
+            OSError, match=rf"^tokenizer {name} is no folder and cannot be fetched from the Hub .*built offline$"
+        ):
+            load_tokenizer(name, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", ""),
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", "{"),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"bos_token": 5}'),
+    ],
+)
+def test_tokenizer_that_cannot_be_opened(tokenizer, tmp_path, name, content):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=r"holds a tokenizer that cannot be opened \(.*\): fetch it again, or use"):
+        load_tokenizer(tmp_path)
+
+
+def test_code_beside_a_tokenizer_is_not_run(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'code-ran')!r}, 'w')")
+    path = tmp_path / "tokenizer_config.json"
+    auto_map = {"auto_map": {"AutoTokenizer": ["evil.Slow", "evil.Fast"]}, "tokenizer_class": "Fast"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | auto_map))
+    assert load_tokenizer(tmp_path).backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    assert not (tmp_path / "code-ran").exists()
+
+
+def test_tokenizer_that_blows_texts_up_is_told_in_short(tokenizer, tmp_path):
+    serialized = json.loads(tokenizer.backend_tokenizer.to_str())
+    serialized["normalizer"] = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10_000}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(serialized))
+    with pytest.raises(ValueError, match=r"its vocabulary is not that") as raised:
+        load_tokenizer(tmp_path)
+    assert len(str(raised.value)) < 1000
+
+
+def test_number_of_units():
+    assert check_tokenizer(build_tokenizer(num_units=100).backend_tokenizer) == 100
+
+
+def test_another_model_in_mistral_common_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "tokenizer.model.v1").write_bytes(b"other")
+    monkeypatch.setattr(module.importlib.resources, "files", lambda name: tmp_path)
+    with pytest.raises(ValueError, match=r"tokenizer\.model\.v1 has sha256 .* install another release"):
+        build_tokenizer()
+    shutil.rmtree(tmp_path / "data")
+    with pytest.raises(ImportError, match="pip install 'dailytalk-usdm"):
+        build_tokenizer()

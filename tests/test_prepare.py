@@ -1,0 +1,474 @@
+import json
+import re
+import shutil
+
+import datasets
+import pytest
+from transformers import AutoTokenizer
+
+from tests.helpers import FIXTURES
+from usdm_sft.convert.convert import convert
+from usdm_sft.dataset_folder.export import export_text
+from usdm_sft.prepare import prepare
+from usdm_sft.template.config import Template
+from usdm_sft.template.encoder import TemplateEncoder
+from usdm_sft.template.tokenizer import build_tokenizer, load_tokenizer
+from usdm_sft.units import tokenizer as units
+from usdm_sft.units.model import UnitModel
+
+COLUMNS = [
+    "id", "dialog_id", "turn", "user_speaker", "user_text", "user_emotion", "user_units", "user_seconds", "agent_speaker",
+    "agent_text", "agent_emotion", "agent_units", "agent_seconds", "input_ids", "labels",
+]  # fmt: skip
+
+
+@pytest.fixture
+def run(mini, unit_model, tmp_path):
+    """prepare() of the mini corpus into a folder of tmp_path."""
+
+    def run(output="out", **options):
+        defaults = {
+            "data_dir": str(mini / "corpus"),
+            "pretrained_model_name_or_path": "mistral-common",
+            "unit_model": str(unit_model),
+            "cache_dir": str(tmp_path / "cache"),
+            "shard_dialogs": 1,
+        }
+        counts = prepare(**(defaults | options), output_path=str(tmp_path / output))
+        return tmp_path / output, counts
+
+    return run
+
+
+@pytest.fixture
+def forward_passes(monkeypatch):
+    passes = []
+    forward = UnitModel.forward
+    monkeypatch.setattr(UnitModel, "forward", lambda self, *args: passes.append(1) or forward(self, *args))
+    return passes
+
+
+def content(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+def test_lines_of_the_reference(run, mini, tmp_path):
+    output, _ = run()
+    assert export_text(output, tmp_path / "text") == {"train": 10, "test": 3}
+    for split in ("train", "test"):
+        ours = (tmp_path / "text" / f"{split}.txt").read_text()
+        theirs = (mini / "expected" / f"{split}.txt").read_text()
+        assert sorted(ours.split("\n")) == sorted(theirs.split("\n"))
+
+
+@pytest.mark.loading
+@pytest.mark.parametrize("streaming", [False, True])
+def test_load_dataset_opens_the_folder(run, tmp_path, streaming):
+    output, _ = run()
+    loaded = datasets.load_dataset(str(output), streaming=streaming, cache_dir=str(tmp_path / "datasets"))
+    rows = {split: list(loaded[split]) for split in loaded}
+    assert {split: len(its) for split, its in rows.items()} == {"train": 10, "test": 3}
+    assert list(rows["train"][0]) == COLUMNS
+    assert [row["id"] for row in rows["test"]] == ["d105_0", "d105_1", "d2001_0"]
+    for row in rows["train"]:
+        assert {label for label, i in zip(row["labels"], row["input_ids"], strict=True) if label != i} == {-100}
+    if streaming:
+        assert loaded["train"].num_shards == 10
+    else:
+        schema = loaded["train"].data.schema
+        assert str(schema.field("user_units").type.value_type) == "uint16"
+        assert str(schema.field("labels").type.value_type) == str(schema.field("input_ids").type.value_type) == "int32"
+        assert str(schema.field("user_seconds").type) == "float"
+
+
+@pytest.mark.loading
+def test_folder_is_enough_for_another_template_run(run, encoder, tmp_path):
+    output, _ = run()
+    rows = datasets.load_dataset(str(output), split="train", cache_dir=str(tmp_path / "datasets"))
+    again = rows.remove_columns(["input_ids", "labels"]).map(encoder, batched=True)
+    assert again["input_ids"][:] == rows["input_ids"][:]
+
+
+def test_another_template_needs_no_forward_pass_and_is_told(run, forward_passes, tokenizer):
+    whole = datasets.load_dataset(str(run()[0]), split="train")
+    passes = len(forward_passes)
+    template = Template(agent_role="Robot", loss=["agent_units"])
+    output, counts = run("synthesis", template=template)
+    assert len(forward_passes) == passes
+    rows = datasets.load_dataset(str(output), split="train")
+    assert rows["agent_units"][:] == whole["agent_units"][:] and rows["labels"][:] != whole["labels"][:]
+    told = json.loads((output / "counts.json").read_text())["settings"]["template"]
+    assert told == counts["settings"]["template"]
+    encoder = TemplateEncoder(tokenizer, Template(**told))
+    again = rows.remove_columns(["input_ids", "labels"]).map(encoder, batched=True)
+    assert again["labels"][:] == rows["labels"][:]
+    assert encoder.template == template
+
+
+def test_counts(run, mini):
+    output, counts = run()
+    assert json.loads((output / "counts.json").read_text()) == counts
+    train = counts["splits"]["train"]
+    lines = (mini / "expected" / "train.txt").read_text().split("\n")
+    labels = [label for line in lines for label in line.split("|")[1].split()]
+    assert (train["dialogs"], train["pairs"], train["rows"], train["utterances"]) == (4, 10, 10, 14)
+    assert train["tokens"] == len(labels)
+    assert train["labelled_tokens"] == sum(label != "-100" for label in labels)
+    assert train["dialogs_left_out"] == {
+        "d11": "one speaker speaks twice in a row",
+        "d42": "a single turn makes no pair",
+    }
+    assert train["pairs_left_out"] == {}
+    assert set(counts["digests"]) == {
+        "train split list", "test split list", "lists and audio", "unit model", "tokenizer"
+    }  # fmt: skip
+    assert "torch" in counts["versions"]
+
+
+def test_tokenizer_lies_beside_the_data(run, tokenizer):
+    output, _ = run()
+    text = "<|correspond|> yes.\n### Agent\n no<|unit5|>\n</s>"
+    for loaded in (AutoTokenizer.from_pretrained(output / "tokenizer"), load_tokenizer(output / "tokenizer")):
+        assert loaded(text).input_ids == tokenizer(text).input_ids
+
+
+def test_too_long_pairs_are_left_out_counted_and_listed(run):
+    output, whole = run()
+    rows = datasets.load_dataset(str(output), split="train")
+    lengths = dict(zip(rows["id"], map(len, rows["input_ids"]), strict=True))
+    limit = sorted(lengths.values())[6]  # a pair of exactly the limit is kept
+    output, counts = run("short", max_length=limit)
+    kept = [name for name, length in lengths.items() if length <= limit]
+    assert datasets.load_dataset(str(output), split="train")["id"][:] == kept
+    assert counts["splits"]["train"]["pairs_left_out"] == {
+        name: f"{length} tokens, more than max_length {limit}" for name, length in lengths.items() if length > limit
+    }
+    assert counts["splits"]["train"]["rows"] == 7
+    assert counts["key"] != whole["key"]
+
+
+def test_second_run_makes_no_forward_pass(run, forward_passes, tmp_path, tokenizer):
+    first, _ = run()
+    passes = len(forward_passes)
+    assert passes >= 6  # at least one a work shard: four dialogs in train, two in test
+    before = content(first)
+    run()
+    run("other-limit", max_length=300)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    build_tokenizer(num_units=200).save_pretrained(tmp_path / "small-tokenizer")
+    run("other-tokenizer", pretrained_model_name_or_path=str(tmp_path / "small-tokenizer"))
+    second, _ = run("second")
+    assert len(forward_passes) == passes
+    assert content(first) == content(second) == before
+
+
+def test_unit_shard_has_one_row_an_utterance(run, mini, tmp_path):
+    run(shard_dialogs=64)
+    expected = json.loads((mini / "expected" / "units.json").read_text())
+    shards = [datasets.Dataset.from_file(str(path)) for path in (tmp_path / "cache" / "units").glob("*.arrow")]
+    assert sorted(map(len, shards)) == [5, 14]  # of test and of train
+    [test] = [shard for shard in shards if len(shard) == 5]
+    names = ["0_1_d105", "1_0_d105", "2_1_d105", "0_0_d2001", "1_1_d2001"]
+    assert [row["units"] for row in test] == [expected[name] for name in names]
+    assert [str(test.data.schema.field(name).type) for name in test.column_names] == ["list<item: uint16>", "float"]
+    assert test.column_names == ["units", "seconds"]
+
+
+def test_moved_and_touched_corpus_with_the_same_bytes_redoes_nothing(run, mini, forward_passes, tmp_path):
+    first, _ = run()
+    passes = len(forward_passes)
+    shutil.copytree(mini / "corpus", tmp_path / "moved", copy_function=shutil.copyfile)
+    second, _ = run("second", data_dir=str(tmp_path / "moved"))
+    assert len(forward_passes) == passes
+    assert content(first) == content(second)
+
+
+def test_what_is_in_the_key_starts_other_shards(run, mini, forward_passes, tmp_path):
+    def made(output, **options):
+        """Unit shards that the run had to make."""
+        level = tmp_path / "cache" / "units"
+        before = set(level.glob("*.arrow"))
+        run(output, **options)
+        return len(set(level.glob("*.arrow")) - before)
+
+    assert made("first") == 6
+    corpus = shutil.copytree(mini / "corpus", tmp_path / "changed")
+    shutil.copyfile(corpus / "data" / "3" / "1_1_d3.wav", corpus / "data" / "3" / "0_0_d3.wav")
+    assert made("changed-audio", data_dir=str(corpus)) == 1  # one dialog has other audio
+    text = (corpus / "train.txt").read_text()
+    (corpus / "train.txt").write_text(text.replace("less sun", "more sun"))
+    passes = len(forward_passes)
+    assert made("changed-text", data_dir=str(corpus)) == 0
+    assert len(forward_passes) == passes
+    assert made("other-precision", precision="bf16") == 6
+    assert made("other-plan", batch_seconds=3) == 6
+
+
+@pytest.mark.parametrize("damage", ["units", "tokens"])
+def test_damaged_cache_file_is_made_anew(run, tmp_path, damage, forward_passes):
+    first, _ = run()
+    passes = len(forward_passes)
+    path = sorted((tmp_path / "cache" / damage).glob("*.arrow"))[0]
+    path.write_bytes(path.read_bytes()[:-100])
+    second, _ = run("second")
+    assert content(first) == content(second)
+    assert (len(forward_passes) > passes) == (damage == "units")
+
+
+def test_each_audio_is_read_once_in_a_run(run, monkeypatch):
+    read = []
+    real = units.read_waveform
+    monkeypatch.setattr(units, "read_waveform", lambda source: read.append(source) or real(source))
+    run()
+    assert len(read) == len(set(read)) == 19
+
+
+def test_output_does_not_depend_on_the_size_of_work_shards(run, tmp_path, mini):
+    for shard_dialogs in (2, 64):
+        output, _ = run(f"out{shard_dialogs}", shard_dialogs=shard_dialogs)
+        export_text(output, tmp_path / f"text{shard_dialogs}")
+        ours = (tmp_path / f"text{shard_dialogs}" / "train.txt").read_text()
+        assert sorted(ours.split("\n")) == sorted((mini / "expected" / "train.txt").read_text().split("\n"))
+
+
+def test_number_of_files_and_shuffling(run):
+    output, counts = run(num_output_shards=2, shuffle_seed=7)
+    assert [name for name in counts["files"] if name.startswith("single_turn/train")] == [
+        "single_turn/train-00000-of-00002.parquet",
+        "single_turn/train-00001-of-00002.parquet",
+    ]
+    shuffled = datasets.load_dataset(str(output), split="train")["id"][:]
+    plain = datasets.load_dataset(str(run("plain")[0]), split="train")["id"][:]
+    assert shuffled != plain and sorted(shuffled) == sorted(plain)
+    assert datasets.load_dataset(str(run("again", shuffle_seed=7)[0]), split="train")["id"][:] == shuffled
+
+
+def test_output_folder_with_other_content_is_refused(run, tmp_path, forward_passes):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(
+        FileExistsError, match=r"out holds something else .*name another output_path, or pass --overwrite \(Python: "
+    ):
+        run()
+    assert not forward_passes
+    output, _ = run(overwrite=True)
+    assert (output / "thesis.txt").read_text() == "mine"
+    with pytest.raises(FileExistsError, match="or the result of other settings"):
+        run(max_length=300)
+    _, counts = run(max_length=300, overwrite=True)
+    assert counts["settings"]["max_length"] == 300
+
+
+def test_output_that_can_be_no_folder_is_told_before_the_work(run, tmp_path, forward_passes):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for output, name in (("file", "file"), ("file/below", "file"), ("dangling", "dangling"), ("loop/below", "loop")):
+        with pytest.raises(FileExistsError, match=f"/{name} is not a folder: name another output_path"):
+            run(output)
+    assert not forward_passes
+
+
+def test_output_in_strange_places(run, mini, tmp_path, forward_passes):
+    """A link is followed; cache and corpus are other content; neither is harmed by an output folder within."""
+    expected = content(run("plain")[0])
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    run("link")
+    assert (tmp_path / "link").is_symlink() and content(tmp_path / "elsewhere") == expected
+    corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
+    before = content(corpus)
+    for place in ("corpus", "cache", "cache/units"):
+        with pytest.raises(FileExistsError, match="holds something else"):
+            run(place, data_dir=str(corpus))
+    assert content(corpus) == before
+    passes = len(forward_passes)
+    for place in ("corpus/data/out", "cache/out"):
+        assert content(run(place, data_dir=str(corpus))[0]) == expected
+    run("again", data_dir=str(corpus))
+    assert len(forward_passes) == passes
+    assert {name: it for name, it in content(corpus).items() if not name.startswith("data/out/")} == before
+
+
+def test_interrupted_while_writing(run, monkeypatch, tmp_path):
+    expected = content(run("undisturbed")[0])
+    from usdm_sft.dataset_folder import writer
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(writer, "make_card", fail)
+        run()
+    assert not (tmp_path / "out" / "counts.json").exists()
+    assert content(run()[0]) == expected
+
+
+def test_damaged_output_is_written_again_with_overwrite(run):
+    output, _ = run()
+    expected = content(output)
+    path = output / "single_turn" / "train-00003-of-00010.parquet"
+    path.write_bytes(b"PAR1")
+    with pytest.raises(FileExistsError):
+        run()
+    run(overwrite=True)
+    assert content(output) == expected
+
+
+def test_export_notices_a_missing_file(run, tmp_path):
+    output, _ = run()
+    (output / "single_turn" / "train-00003-of-00010.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match=r"train-00003-of-00010\.parquet is missing: run prepare again"):
+        export_text(output, tmp_path / "text")
+
+
+def test_a_dialog_of_which_every_row_is_too_long_is_not_counted(run):
+    """Both pairs of d77 have more than 290 tokens; d3, d8 and d20 have 4, 5 and 2 turns, and a row each at the least."""
+    _, counts = run(max_length=290)
+    train = counts["splits"]["train"]
+    assert {"d77_0", "d77_1"} < set(train["pairs_left_out"])
+    assert (train["dialogs"], train["utterances"], train["pairs"]) == (3, 11, 10)
+    assert counts["statistics"]["train"]["dialogs"] == 3
+
+
+def test_split_that_max_length_leaves_empty(run):
+    with pytest.raises(ValueError, match="max_length 220 leaves no row of test, whose shortest row has"):
+        run(max_length=220)
+
+
+def test_finished_folder_is_not_overwritten_because_a_run_was_interrupted_in_it(run):
+    output, _ = run()
+    (output / ".unfinished").mkdir()
+    with pytest.raises(FileExistsError):
+        run(max_length=300)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "{}"])
+def test_damaged_counts(run, content, tmp_path):
+    output, counts = run()
+    (output / "counts.json").write_text(content)
+    with pytest.raises(ValueError, match=r"counts\.json is not .*: run prepare again and pass --overwrite"):
+        export_text(output, tmp_path / "text")
+    assert run(overwrite=True)[1] == counts
+
+
+def test_damaged_cache_of_the_builder_is_made_anew(run, tmp_path, caplog):
+    first, _ = run()
+    [path] = (tmp_path / "cache" / "builder").rglob("dailytalk_usdm-train.arrow")
+    path.write_bytes(path.read_bytes()[:-700])
+    second, _ = run("second")
+    assert content(first) == content(second)
+    assert "it is made anew" in caplog.text
+
+
+def test_flipped_byte_in_a_text_of_the_builder_is_noticed(run, tmp_path, caplog):
+    """It leaves a valid Arrow file."""
+    first, _ = run()
+    [path] = (tmp_path / "cache" / "builder").rglob("dailytalk_usdm-train.arrow")
+    damaged = path.read_bytes().replace(b"did you water", b"did you wader")
+    assert damaged != path.read_bytes()
+    path.write_bytes(damaged)
+    second, _ = run("second")
+    assert content(first) == content(second)
+    assert "was damaged (column user_text of train is not that of the corpus): it is made anew" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["max_length", "shard_dialogs", "num_output_shards", "agreement_utterances", "tasks", "batch_seconds"],
+)
+def test_settings_are_positive(run, setting):
+    with pytest.raises(ValueError, match=f"{setting} is 0: give a positive number"):
+        run(**{setting: 0})
+
+
+@pytest.mark.parametrize("setting", ["shuffle_seed", "num_gpus"])
+def test_settings_are_not_negative(run, setting):
+    with pytest.raises(ValueError, match=f"{setting} is -1: give 0 or more"):
+        run(**{setting: -1})
+
+
+WRONG_TYPES = [
+    ({"max_length": "8192"}, "max_length is '8192', a value of type str: give a whole number"),
+    ({"max_length": True}, "max_length is True, a value of type bool: give a whole number"),
+    ({"max_length": None}, "max_length is None: give a whole number"),
+    ({"num_gpus": 1.0}, "num_gpus is 1.0, a value of type float: give a whole number"),
+    ({"batch_seconds": "160"}, "batch_seconds is '160', a value of type str: give a number"),
+    ({"batch_seconds": float("inf")}, "batch_seconds is inf: give a positive number"),
+    ({"batch_seconds": float("nan")}, "batch_seconds is nan: give a positive number"),
+    ({"overwrite": "yes"}, "overwrite is 'yes', a value of type str: give True or False"),
+    ({"agent": 3}, "agent is 3, a value of type int: give a text"),
+    ({"data_dir": None}, "data_dir is None: give a text"),
+    ({"on_bad_audio": "ignore"}, "on_bad_audio 'ignore' is unknown: choose one of error, skip"),
+    ({"executor": 3}, "executor is 3, a value of type int: give one of local, slurm, ray"),
+    ({"executor": "slurm", "slurm": "gpu"}, "slurm is 'gpu', a value of type str: give names and values, such as {"),
+    (
+        {"template": {"agent_role": "Robot"}},
+        "template is {'agent_role': 'Robot'}, a value of type dict: "
+        "give a dailytalk_usdm.Template, such as Template(loss=('user_text',))",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG_TYPES)
+def test_settings_of_the_wrong_type(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        prepare(**{"data_dir": "no data", "output_path": "no output"} | changes)
+
+
+def test_folders_may_be_paths(mini, unit_model, tmp_path):
+    paths = {"data_dir": mini / "corpus", "output_path": tmp_path / "out", "cache_dir": tmp_path / "cache"}
+    counts = prepare(**paths, unit_model=unit_model, pretrained_model_name_or_path="mistral-common")
+    assert counts["splits"]["train"]["rows"] == 10
+
+
+def test_more_units_than_the_tokenizer_has(run, tmp_path, forward_passes):
+    build_tokenizer(num_units=50).save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match="the unit model has 100 units, the tokenizer only 50"):
+        run(pretrained_model_name_or_path=str(tmp_path / "tokenizer"))
+    assert not forward_passes
+
+
+def test_split_lists_by_name(run, mini, tmp_path):
+    shutil.copy(mini / "corpus" / "test.txt", tmp_path / "elsewhere.txt")
+    output, counts = run(test_metadata_path=str(tmp_path / "elsewhere.txt"))
+    assert list(counts["splits"]) == ["test"]
+    assert datasets.load_dataset(str(output), split="test")["id"][:] == ["d105_0", "d105_1", "d2001_0"]
+
+
+def test_nothing_in_the_folder_tells_paths(run, tmp_path):
+    output, _ = run()
+    for name, data in content(output).items():
+        assert str(tmp_path).encode() not in data, name
+        assert str(FIXTURES).encode() not in data, name
+
+
+def test_units_of_the_folder_are_those_of_the_reference(run, mini):
+    expected = json.loads((mini / "expected" / "units.json").read_text())
+    for split in ("train", "test"):
+        for row in datasets.load_dataset(str(run()[0]), split=split):
+            name = f"{row['turn']}_{row['user_speaker']}_{row['dialog_id']}"
+            assert row["user_units"] == expected[name]
+            assert abs(len(row["user_units"]) - row["user_seconds"] * 50) < 2  # the first frame sees 25 ms
+
+
+def test_convert_prepare_export_is_the_whole_way(tmp_path, mini):
+    """The three commands of the README, as functions."""
+    source = mini / "unit_model"
+    model = convert(
+        source / "checkpoint.pt", source / "kmeans.npy", tmp_path / "m", model_config=source / "config.json"
+    )
+    prepare(
+        str(mini / "corpus"),
+        str(tmp_path / "out"),
+        unit_model=str(model),
+        pretrained_model_name_or_path="mistral-common",
+        cache_dir=str(tmp_path / "cache"),
+    )
+    export_text(tmp_path / "out", tmp_path / "text")
+    with pytest.raises(FileNotFoundError, match=r"holds no counts\.json: name a folder that"):
+        export_text(tmp_path, tmp_path / "text")
+    assert len((tmp_path / "text" / "train.txt").read_text().split("\n")) == 10
+    assert isinstance(TemplateEncoder(load_tokenizer(tmp_path / "out" / "tokenizer")), TemplateEncoder)

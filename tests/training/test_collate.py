@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+import torch
+from transformers import MistralConfig, MistralForCausalLM
+
+from tests.helpers import loss_by_hand
+from usdm_sft.training.collate import PaddingCollator, PaddingFreeCollator
+
+ROW = {"id": "d1_0", "user_text": "dropped", "user_units": [1]}
+
+
+@pytest.fixture(scope="module")
+def rows(encoder):
+    texts = ["yes.", "what did you say?", "i said that it was raining all day."]
+    batch = {
+        "user_units": [[1, 2, 3], [4], list(range(50))],
+        "user_text": texts,
+        "agent_text": texts[::-1],
+        "agent_units": [[9] * 30, [8, 7], [5, 6]],
+    }
+    encoded = encoder(batch)
+    return [ROW | {name: encoded[name][i].tolist() for name in encoded} for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return MistralForCausalLM(MistralConfig(vocab_size=42_003, num_key_value_heads=2, **shape)).eval()
+
+
+def test_padding(tokenizer, rows):
+    batch = PaddingCollator(tokenizer, pad_to_multiple_of=64)(rows)
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    for i, row in enumerate(rows):
+        length = len(row["input_ids"])
+        assert batch["input_ids"][i].tolist() == row["input_ids"] + [42_002] * (batch["input_ids"].shape[1] - length)
+        assert batch["labels"][i, :length].tolist() == row["labels"]
+        assert set(batch["labels"][i, length:].tolist()) <= {-100}
+        assert batch["attention_mask"][i].sum() == length
+    assert batch["input_ids"].shape[1] % 64 == 0
+
+
+def test_padding_free(rows):
+    batch = PaddingFreeCollator(return_flash_attn_kwargs=True)(rows)
+    lengths = [len(row["input_ids"]) for row in rows]
+    for name in ("input_ids", "labels"):
+        assert batch[name].tolist() == [np.concatenate([row[name] for row in rows]).tolist()]
+    assert batch["position_ids"].tolist() == [np.concatenate([np.arange(length) for length in lengths]).tolist()]
+    assert batch["cu_seq_lens_q"].tolist() == [0, *np.cumsum(lengths).tolist()]
+    assert batch["max_length_q"] == max(lengths)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_loss_is_that_of_each_row_alone(tokenizer, rows, model, attention):
+    model.set_attn_implementation(attention)
+    expected = loss_by_hand(model, rows)
+    with torch.no_grad():
+        assert abs(model(**PaddingCollator(tokenizer)(rows)).loss.item() - expected) < 1e-4
+        assert abs(model(**PaddingFreeCollator()(rows)).loss.item() - expected) < 1e-4
+        leaky = PaddingFreeCollator()(rows) | {"use_cache": None}
+        assert abs(model(**leaky).loss.item() - expected) > 1e-4  # rows attend to each other: why use_cache is set
+
+
+@pytest.mark.parametrize("collate", [PaddingFreeCollator(), None])
+def test_rows_without_labels(tokenizer, rows, collate):
+    with pytest.raises(ValueError, match="rows hold no labels: map TemplateEncoder over the dataset first"):
+        (collate or PaddingCollator(tokenizer))([{"input_ids": [1, 2]}])
+
+
+def test_arrays_of_a_formatted_dataset(tokenizer, rows):
+    arrays = [{name: np.array(row[name], np.int32) for name in ("input_ids", "labels")} for row in rows]
+    for collate in (PaddingCollator(tokenizer), PaddingFreeCollator()):
+        assert torch.equal(collate(arrays)["labels"], collate(rows)["labels"])

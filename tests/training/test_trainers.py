@@ -1,0 +1,240 @@
+"""Every trainer takes the rows as they are, and its first loss is the one computed by hand."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("trl", reason="needs the extra 'train'")
+
+import datasets
+import torch
+from datasets.distributed import split_dataset_by_node
+from torch.utils.data import DataLoader
+from transformers import MistralConfig, MistralForCausalLM, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from tests.code_blocks import make_workplace, small_environment
+from tests.helpers import REPOSITORY, loss_by_hand
+from tests.mini_hub import serve
+from usdm_sft.template.encoder import TemplateEncoder
+from usdm_sft.template.tokenizer import load_tokenizer
+from usdm_sft.training.collate import PaddingCollator, PaddingFreeCollator
+from usdm_sft.training.generation import STEPS, StepLogitsProcessor, next_prompt
+
+
+@pytest.fixture(scope="module")
+def folder(dataset_folder):
+    return dataset_folder
+
+
+def tiny_model(hidden_size=32):
+    torch.manual_seed(0)
+    shape = {"hidden_size": hidden_size, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return MistralForCausalLM(MistralConfig(vocab_size=42_003, num_key_value_heads=2, pad_token_id=42_002, **shape))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return load_tokenizer(folder / "tokenizer")
+
+
+def load(folder, streaming):
+    return datasets.load_dataset(str(folder), split="test", streaming=streaming)
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    return loss_by_hand(tiny_model().eval(), list(load(folder, streaming=False)))
+
+
+def arguments(kind, tmp_path, **changes):
+    options = {
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 1,
+        "per_device_train_batch_size": 3,
+        "learning_rate": 0.0,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return kind(**(options | changes))
+
+
+def first_loss(trainer):
+    trainer.train()
+    return trainer.state.log_history[0]["loss"]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "streaming"])
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_trainer(folder, tokenizer, expected, tmp_path, streaming, padding_free):
+    trainer = Trainer(
+        model=tiny_model(),
+        args=arguments(TrainingArguments, tmp_path),
+        train_dataset=load(folder, streaming),
+        data_collator=PaddingFreeCollator() if padding_free else PaddingCollator(tokenizer),
+        processing_class=tokenizer,
+    )
+    assert abs(first_loss(trainer) - expected) < 1e-4
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "streaming"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"packing": True}, {"padding_free": True, "max_length": None}],
+    ids=["padding", "packing", "padding-free"],
+)
+def test_sft_trainer(folder, tokenizer, expected, tmp_path, streaming, options):
+    changes = {"max_length": 8192, "packing_strategy": "bfd", "gradient_checkpointing": False, **options}
+    if options.get("packing"):
+        changes["per_device_train_batch_size"] = 1  # all three rows in one
+    trainer = SFTTrainer(
+        model=tiny_model(),
+        args=arguments(SFTConfig, tmp_path, **changes),
+        train_dataset=load(folder, streaming),
+        processing_class=tokenizer,
+    )
+    assert abs(first_loss(trainer) - expected) < 1e-4
+
+
+def test_default_max_length_of_trl_cuts_and_ours_does_not(folder, tokenizer, tmp_path):
+    longest = max(map(len, load(folder, streaming=False)["input_ids"]))
+    lengths = {}
+    for max_length in (longest - 10, 8192):
+        args = arguments(SFTConfig, tmp_path, max_length=max_length)
+        trainer = SFTTrainer(
+            model=tiny_model(), args=args, train_dataset=load(folder, streaming=False), processing_class=tokenizer
+        )
+        lengths[max_length] = max(batch["input_ids"].shape[1] for batch in trainer.get_train_dataloader())
+    assert lengths == {longest - 10: longest - 10, 8192: longest}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "streaming"])
+def test_plain_pytorch(folder, tokenizer, expected, streaming):
+    [batch] = DataLoader(load(folder, streaming), batch_size=3, collate_fn=PaddingCollator(tokenizer))
+    with torch.no_grad():
+        assert abs(tiny_model()(**batch).loss.item() - expected) < 1e-4
+
+
+def test_a_trained_model_gives_its_training_example_back(folder, tokenizer):
+    """The labels and the stop tokens are right: a model that fits them answers in three steps, speech included."""
+    rows = list(load(folder, streaming=False))
+    batch, model = PaddingCollator(tokenizer)(rows), tiny_model(hidden_size=96)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    losses = []
+    while not losses or (losses[-1] > 0.01 and len(losses) < 300):
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.01 < 5 < losses[0]
+
+    model.eval()
+    encoder, row = TemplateEncoder(tokenizer), rows[0]
+    texts = (), (row["user_text"],), (row["user_text"], row["agent_text"])
+    prompt = torch.tensor(encoder.prompt(row["user_units"]))[None].long()
+    for step, given in zip(STEPS, texts, strict=True):
+        assert prompt[0].tolist() == encoder.prompt(row["user_units"], *given).tolist()
+        generated = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=400,
+            eos_token_id=step.stop_id,
+            logits_processor=[StepLogitsProcessor(step)],
+        )[0, prompt.shape[1] :]
+        assert generated[-1] == step.stop_id
+        prompt = next_prompt(step, prompt, generated)
+    assert [token_id - 32_002 for token_id in generated[:-1].tolist()] == row["agent_units"]
+    assert prompt[0].tolist() == row["input_ids"][:-2]  # all but the last newline and </s>
+
+
+def ids(rows):
+    return [row["id"] for row in rows]
+
+
+def test_streaming_splits_over_ranks_and_workers(folder):
+    whole = ids(datasets.load_dataset(str(folder), split="train"))
+    stream = datasets.load_dataset(str(folder), split="train", streaming=True)
+    parts = [ids(split_dataset_by_node(stream, rank, 2)) for rank in range(2)]
+    assert sorted(sum(parts, [])) == sorted(whole) and all(len(part) == 5 for part in parts)  # noqa: RUF017
+    loader = DataLoader(stream.select_columns(["id"]), batch_size=None, num_workers=2)
+    assert sorted(ids(loader)) == sorted(whole)
+
+
+def test_streaming_resumes_in_the_middle_of_an_epoch(folder):
+    def stream():
+        shuffled = datasets.load_dataset(str(folder), split="train", streaming=True).shuffle(seed=3, buffer_size=1)
+        return shuffled.select_columns(["id"])
+
+    whole = ids(stream())
+    first, started = stream(), []
+    for row in first:
+        started.append(row["id"])
+        if len(started) == 4:
+            state = json.loads(json.dumps(first.state_dict()))
+            break
+    rest = stream()
+    rest.load_state_dict(state)
+    assert started + ids(rest) == whole
+    assert whole != ids(datasets.load_dataset(str(folder), split="train"))
+
+
+@pytest.fixture(scope="module")
+def workplace(folder, unit_model, tmp_path_factory):
+    return make_workplace(tmp_path_factory.mktemp("workplace"), folder, unit_model, tiny_model())
+
+
+def test_trl_command(workplace):
+    command = [
+        *[sys.executable, "-c", "from trl.cli import main; main()", "sft", "--config", "configs/trl_sft.yaml"],
+        *["--model_name_or_path", "naver-ai/USTM", "--dataset_name", "dailytalk-usdm-data", "--output_dir", "trl-out"],
+        *["--max_steps", "2", "--use_cpu", "true", "--bf16", "false", "--logging_steps", "1", "--dtype", "float32"],
+    ]
+    done = subprocess.run(command, cwd=workplace, env=small_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(re.findall(r"'loss': ", done.stdout)) == 2
+    saved = load_tokenizer(workplace / "trl-out")
+    assert saved("<|correspond|> yes").input_ids == [1, 32_001, 28_705, 5_081]
+
+
+def test_accelerate_config_is_valid():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(REPOSITORY / "configs" / "accelerate_zero3.yaml"))
+    assert config.distributed_type == "DEEPSPEED"
+    assert config.deepspeed_config["zero_stage"] == 3
+
+
+def test_from_the_hub(folder, tmp_path):
+    """Uploaded to a stand-in of the Hub and loaded by name, plain and streaming: the rows that the folder gives."""
+    server, _, url = serve()
+    script = f"""
+import datasets, huggingface_hub, json
+api = huggingface_hub.HfApi()
+api.create_repo("tester/dailytalk", repo_type="dataset")
+api.upload_folder(folder_path={str(folder)!r}, repo_id="tester/dailytalk", repo_type="dataset")
+plain = datasets.load_dataset("tester/dailytalk", split="test")
+streamed = datasets.load_dataset("tester/dailytalk", split="test", streaming=True)
+print(json.dumps([list(plain), list(streamed)]))
+"""
+    hub = {
+        "HF_ENDPOINT": url,
+        "HF_TOKEN": "hf_test",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(tmp_path),
+    }
+    done = subprocess.run([sys.executable, "-c", script], env=small_environment() | hub, capture_output=True, text=True)
+    server.shutdown()
+    assert done.returncode == 0, done.stderr[-3000:]
+    plain, streamed = json.loads(done.stdout.splitlines()[-1])
+    assert plain == streamed == list(load(folder, streaming=False))

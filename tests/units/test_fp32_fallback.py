@@ -1,0 +1,120 @@
+"""Utterances that overflow in fp16: their units are those of fp32, and they are listed wherever the run is described."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from usdm_sft.audio.reading import read_waveform
+from usdm_sft.prepare import prepare
+from usdm_sft.units.batches import normalize, num_frames
+from usdm_sft.units.model import UnitModel
+from usdm_sft.units.tokenizer import UnitTokenizer
+from usdm_sft.utils.download import sha256_file
+
+LAYER = "encoder.layers.1.feed_forward."
+LARGEST_FP16 = 65_504
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+    path = folder / "unit_model.json"
+    description = json.loads(path.read_text())
+    description["files"]["model.safetensors"] = sha256_file(folder / "model.safetensors")
+    path.write_text(json.dumps(description))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loud(unit_model, mini, tmp_path_factory):
+    """A unit model in which one utterance of the mini corpus overflows in fp16 -> (folder, path of the utterance).
+
+    The first matrix of a feed-forward block is scaled until only the utterance with the largest product exceeds fp16, and the
+    second scaled back.
+    """
+    model = UnitModel.from_pretrained(unit_model)
+    largest, products = {}, []
+    layer = model.layers[1].feed_forward.intermediate_dense
+    layer.register_forward_hook(lambda module, args, output: products.append(output.abs().max().item()))
+    for path in sorted(mini.glob("corpus/data/*/*.wav")):
+        waveform = torch.from_numpy(read_waveform(path))
+        model(normalize(waveform)[None], torch.tensor([num_frames(len(waveform))]))
+        largest[str(path)] = products.pop()
+    first, second = sorted(largest, key=largest.get, reverse=True)[:2]
+    assert largest[first] > 1.1 * largest[second]  # far more than fp16 rounds by
+    scale = LARGEST_FP16 / (largest[first] * largest[second]) ** 0.5
+
+    def change(weights):
+        for part in ("weight", "bias"):
+            weights[f"{LAYER}intermediate_dense.{part}"] *= scale
+        weights[f"{LAYER}output_dense.weight"] /= scale
+
+    folder = shutil.copytree(unit_model, tmp_path_factory.mktemp("loud") / "model")
+    return change_weights(folder, change), first
+
+
+def test_an_utterance_that_overflows_gets_the_units_of_fp32(loud, mini, caplog):
+    folder, path = loud
+    others = sorted(str(other) for other in mini.glob("corpus/data/3/*.wav"))[:2]
+    tokenizer = UnitTokenizer.from_pretrained(folder, device="cpu", precision="fp16")
+    found, _ = tokenizer.tokenize_files([others[0], path, others[1], path])
+    assert tokenizer.fp32_fallback == {path}
+    warning = f"audio file {path}: the features are not finite in fp16: its units are computed in fp32"
+    assert [record.getMessage() for record in caplog.records] == [warning, warning]
+    [expected], _ = UnitTokenizer.from_pretrained(folder, device="cpu").tokenize_files([path])
+    assert found[1].tolist() == found[3].tolist() == expected.tolist()
+    beside, _ = tokenizer.tokenize_files(others)
+    assert [found[0].tolist(), found[2].tolist()] == [units.tolist() for units in beside]
+    assert tokenizer.fp32_fallback == set()
+    tokenizer.release()
+    assert tokenizer._in_fp32 is None
+
+
+def test_features_that_are_not_finite_in_fp32_either_name_the_utterance(unit_model, tmp_path):
+    folder = shutil.copytree(unit_model, tmp_path / "model")
+    change_weights(folder, lambda weights: weights[f"{LAYER}intermediate_dense.weight"].fill_(3e38))
+    waveforms = [np.random.default_rng(0).standard_normal(1000).astype(np.float32)]
+    for precision in ("fp32", "fp16"):
+        tokenizer = UnitTokenizer.from_pretrained(folder, device="cpu", precision=precision)
+        with pytest.raises(
+            ValueError, match=r"waveform 0: the features are not finite in fp32: leave out the utterance, or check"
+        ):
+            tokenizer.tokenize_waveforms(waveforms)
+
+
+def test_utterances_that_overflow_are_in_counts_and_card_also_when_the_cache_has_their_units(
+    loud, mini, tmp_path, monkeypatch
+):
+    folder, _ = loud
+
+    def run(output, **options):
+        return prepare(
+            str(mini / "corpus"),
+            str(tmp_path / output),
+            unit_model=str(folder),
+            pretrained_model_name_or_path="mistral-common",
+            cache_dir=str(tmp_path / "cache"),
+            shard_dialogs=1,
+            **options,
+        )
+
+    assert [split["fp32_fallback"] for split in run("fp32")["splits"].values()] == [[], []]
+    assert "not finite" not in (tmp_path / "fp32" / "README.md").read_text()
+    first = run("first", precision="fp16")
+    assert {split: counts["fp32_fallback"] for split, counts in first["splits"].items()} == {
+        "train": ["0_1_d20"],
+        "test": [],
+    }
+    card = (tmp_path / "first" / "README.md").read_text()
+    assert (
+        "\nUtterances of train whose features are not finite in fp16, so that their units were computed in fp32: 1.\n\n"
+        "- 0_1_d20\n"
+    ) in card
+    monkeypatch.setattr(UnitModel, "forward", None)
+    assert run("second", precision="fp16") == first
+    assert (tmp_path / "second" / "README.md").read_text() == card

@@ -1,0 +1,186 @@
+"""Unit model folders of strangers are checked though their digests fit; units depend on the folder and the audio only."""
+
+import json
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.helpers import FIXTURES
+from usdm_sft.convert.convert import convert
+from usdm_sft.units import tokenizer as units
+from usdm_sft.units.tokenizer import UnitTokenizer
+from usdm_sft.utils.download import sha256_file
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    source, folder = FIXTURES / "units", tmp_path_factory.mktemp("unit_models") / "model"
+    checkpoint = [source / "model_fairseq.pt", source / "kmeans.npy", folder]
+    return convert(*checkpoint, model_config=source / "config.json", layer=5)
+
+
+@pytest.fixture
+def folder(converted, tmp_path):
+    return shutil.copytree(converted, tmp_path / "model")
+
+
+def change_file(folder, name, change):
+    """Change a file of a unit model folder and record its new digest, as a stranger would who knows how."""
+    change(folder / name)
+    description = json.loads((folder / "unit_model.json").read_text())
+    description["files"][name] = sha256_file(folder / name)
+    (folder / "unit_model.json").write_text(json.dumps(description))
+
+
+def set_keys(**keys):
+    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+def set_weights(change):
+    return lambda path: save_file({name: change(tensor) for name, tensor in load_file(path).items()}, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("config.json", set_keys(num_hidden_layers=200), "config.json is not of a model of 5 layers"),
+        ("config.json", set_keys(num_attention_heads=0), "the config is not that of a Wav2Vec2 or HuBERT model"),
+        ("config.json", lambda path: path.write_text("[]"), "config.json is not of a model of 5 layers"),
+        ("config.json", lambda path: path.write_text("{"), "Expecting property name"),
+        ("model.safetensors", lambda path: path.write_bytes(b"x" * 100), "header too large"),
+        ("model.safetensors", set_weights(torch.Tensor.half), "model.safetensors is not float32"),
+        ("model.safetensors", set_weights(lambda tensor: tensor[:1].clone()), "size mismatch"),
+        ("model.safetensors", lambda path: save_file({str(i): torch.ones(1) for i in range(9)}, path), "Missing key"),
+        ("kmeans.npy", lambda path: np.save(path, np.zeros((200, 3), np.float32)), r"kmeans.npy is float32 of shape \(200, 3\)"),
+        ("kmeans.npy", lambda path: np.save(path, np.zeros((200, 64))), "kmeans.npy is float64"),
+        ("kmeans.npy", lambda path: np.save(path, np.zeros((9, 64), np.float32)), "not 200 float32 centroids"),
+        ("kmeans.npy", lambda path: np.save(path, np.full((200, 64), np.nan, np.float32)), "holds NaN"),
+        # The pickle that a stranger would send; only reading it must be refused.
+        ("kmeans.npy", lambda path: np.save(path, np.array([print]), allow_pickle=True), "allow_pickle=False"),
+    ],
+)  # fmt: skip
+def test_folder_of_a_stranger_with_fitting_digests(folder, name, change, message):
+    change_file(folder, name, change)
+    with pytest.raises(
+        ValueError, match=f"model is not what convert wrote .*{message}.* convert the unit model again$"
+    ) as raised:
+        UnitTokenizer.from_pretrained(folder, device="cpu").tokenize_waveforms([np.zeros(400, np.float32)])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"files": None}, {"files": []}, {"files": {}}, {"files": {"/etc/passwd": "0"}}, {"files": {"config.json": "0"}},
+        {"layer": "5"}, {"num_units": None}, {"sources": []},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_description_of_a_stranger(folder, keys):
+    """A file that it does not name would be opened unchecked, and would not be in the key of the cache."""
+    set_keys(**keys)(folder / "unit_model.json")
+    with pytest.raises(ValueError, match=r"unit_model\.json is not what convert wrote: remove the folder"):
+        UnitTokenizer.from_pretrained(folder, device="cpu")
+
+
+def test_more_layers_than_there_are_weights(folder):
+    """They would be built first, however many."""
+    set_keys(layer=200)(folder / "unit_model.json")
+    change_file(folder, "config.json", set_keys(num_hidden_layers=200))
+    with pytest.raises(ValueError, match=r"config\.json is not of a model of 200 layers"):
+        UnitTokenizer.from_pretrained(folder, device="cpu").tokenize_waveforms([np.zeros(400, np.float32)])
+
+
+def test_code_beside_a_unit_model_is_not_run(folder, tmp_path):
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'code-ran')!r}, 'w')")
+    change_file(folder, "config.json", set_keys(auto_map={"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}))
+    UnitTokenizer.from_pretrained(folder, device="cpu").tokenize_waveforms([np.zeros(400, np.float32)])
+    assert not (tmp_path / "code-ran").exists()
+
+
+@pytest.fixture
+def waveforms():
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(n).astype(np.float32) for n in (16_000, 20_079, 24_000, 50_079)]
+
+
+@contextmanager
+def setting(set_value, value, default):
+    set_value(value)
+    try:
+        yield
+    finally:
+        set_value(default)
+
+
+def of_onednn(part):
+    return lambda value: setattr(part, "fp32_precision", value)
+
+
+CALLERS_SETTINGS = {
+    "autocast bfloat16": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "autocast float16": lambda: torch.autocast("cpu", dtype=torch.float16),
+    "default dtype": lambda: setting(torch.set_default_dtype, torch.float64, torch.float32),
+    "default device": lambda: setting(torch.set_default_device, "meta", None),
+    "deterministic algorithms": lambda: setting(torch.use_deterministic_algorithms, True, False),
+    "matmul precision high": lambda: setting(torch.set_float32_matmul_precision, "high", "highest"),
+    "matmul precision medium": lambda: setting(torch.set_float32_matmul_precision, "medium", "highest"),
+    "oneDNN": lambda: setting(of_onednn(torch.backends.mkldnn), "bf16", "none"),
+    "oneDNN matmul": lambda: setting(of_onednn(torch.backends.mkldnn.matmul), "bf16", "none"),
+    "oneDNN conv": lambda: setting(of_onednn(torch.backends.mkldnn.conv), "bf16", "none"),
+}
+
+
+@pytest.mark.parametrize("name", CALLERS_SETTINGS)
+def test_units_do_not_depend_on_the_callers_settings_of_torch(converted, waveforms, name):
+    used = UnitTokenizer.from_pretrained(converted, device="cpu")
+    expected = [units.tolist() for units in used.tokenize_waveforms(waveforms)]
+    with CALLERS_SETTINGS[name]():
+        opened = UnitTokenizer.from_pretrained(converted, device="cpu")
+        for tokenizer in (used, opened):
+            assert [units.tolist() for units in tokenizer.tokenize_waveforms(waveforms)] == expected
+
+
+def test_resampler_on_the_device_runs_without_the_callers_autocast(converted, monkeypatch, tmp_path):
+    enabled = []
+
+    def resample_on(device, samples, rate):
+        enabled.append(torch.is_autocast_enabled("cpu"))
+        return torch.from_numpy(samples)
+
+    monkeypatch.setattr(units, "resample_on", resample_on)
+    soundfile.write(tmp_path / "a.wav", np.zeros(400), 16_000)
+    tokenizer = UnitTokenizer.from_pretrained(converted, device="cpu", resampler="torchaudio")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tokenizer.tokenize_files([tmp_path / "a.wav"])
+    assert enabled == [False]
+
+
+def test_the_mask_of_a_long_utterance_takes_no_memory(tmp_path):
+    """160 s whose appended sample completes a frame, which is masked, and 160 s without one."""
+    code = """
+import resource, sys
+import numpy as np
+from usdm_sft.units.tokenizer import UnitTokenizer
+
+tokenizer = UnitTokenizer.from_pretrained(sys.argv[1], device="cpu")
+waveform = np.random.default_rng(0).standard_normal(int(sys.argv[2])).astype(np.float32)
+tokenizer.tokenize_waveforms([waveform])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    source, folder = FIXTURES / "units", tmp_path / "one_layer"
+    checkpoint = [source / "model_fairseq.pt", source / "kmeans.npy", folder]
+    convert(*checkpoint, model_config=source / "config.json", layer=1)
+    assert (2_560_079 % 320, 2_560_080 % 320) == (79, 80)
+    masked, plain = (
+        int(subprocess.run([sys.executable, "-c", code, folder, n], capture_output=True, check=True).stdout)
+        for n in ("2560079", "2560080")
+    )
+    assert masked < 1.05 * plain

@@ -1,0 +1,591 @@
+"""Checkpoint folders of transformers as unit models: the units against transformers itself, one utterance at a time."""
+
+import json
+import pickle
+import random
+import shutil
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    HubertConfig,
+    HubertModel,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
+    Wav2Vec2Model,
+)
+
+from tests.helpers import FIXTURES
+from usdm_sft.cli import main
+from usdm_sft.convert.convert import convert, unit_model_digest
+from usdm_sft.prepare import prepare
+from usdm_sft.template.tokenizer import CORRESPOND, UNIT_0, build_tokenizer
+from usdm_sft.units import model as unit_model_module
+from usdm_sft.units.batches import num_frames
+from usdm_sft.units.model import UnitModel
+from usdm_sft.units.tokenizer import UnitTokenizer
+
+WIDTH, NUM_LAYERS, NUM_UNITS = 32, 4, 60
+FLOAT_ROUNDING = 5e-6  # of a squared distance, as a share of the squares that it is the sum of
+TINY = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "conv_dim": [16] * 7,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+    "vocab_size": 8,
+}
+PRE = {"do_stable_layer_norm": True, "feat_extract_norm": "layer", "conv_bias": True}
+POST = {"do_stable_layer_norm": False, "feat_extract_norm": "group", "conv_bias": False}
+MODELS = {
+    "wav2vec2 pre-norm": (Wav2Vec2Config, PRE, True),
+    "wav2vec2 post-norm": (Wav2Vec2Config, POST, True),
+    "hubert pre-norm": (HubertConfig, PRE, True),
+    "hubert post-norm": (HubertConfig, POST, False),
+    "hubert post-norm, layer": (HubertConfig, POST | {"feat_extract_norm": "layer"}, True),
+    "hubert pre-norm, group": (HubertConfig, PRE | {"feat_extract_norm": "group"}, True),
+    "hubert with batch norm": (HubertConfig, POST | {"conv_pos_batch_norm": True}, True),
+    "hubert without projection norm": (HubertConfig, POST | {"feat_proj_layer_norm": False}, False),
+    "wav2vec2 with adapters in the layers": (Wav2Vec2Config, PRE | {"adapter_attn_dim": 6}, True),
+    "wav2vec2 with an adapter behind the layers": (Wav2Vec2Config, PRE | {"add_adapter": True}, True),
+}
+LENGTHS = (400, 401, 719, 720, 721, 1039, 1040, 16_079, 16_080, 9_999, 12_345)
+CLASSES = {Wav2Vec2Config: Wav2Vec2Model, HubertConfig: HubertModel}
+
+
+def make_model(config, seed=0):
+    """Random weights, spread so that layers, norms and neighbours in time really change what comes out."""
+    torch.manual_seed(seed)
+    model = CLASSES[type(config)](config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            elif "encoder.layers" in name and parameter.ndim == 2:
+                parameter.copy_(torch.randn_like(parameter) * parameter.shape[1] ** -0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_()
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 2)
+    return model
+
+
+def save(model, folder, do_normalize=True, **options):
+    model.save_pretrained(folder, **options)
+    Wav2Vec2FeatureExtractor(do_normalize=do_normalize).save_pretrained(folder)
+    return folder
+
+
+def make_waveforms(seed=0):
+    """Noise with an offset and swelling loudness, so that normalization and padding tell."""
+    rng = np.random.default_rng(seed)
+    return [(0.1 + np.linspace(0.2, 1, n) * 0.2 * rng.standard_normal(n)).astype(np.float32) for n in LENGTHS]
+
+
+def theirs(folder, model, waveform):
+    """-> (input values, what comes out of the model) of transformers for one utterance."""
+    extractor = Wav2Vec2FeatureExtractor.from_pretrained(folder)
+    values = extractor(waveform, sampling_rate=16_000, return_tensors="pt").input_values
+    with torch.inference_mode():
+        return values, model(values, output_hidden_states=True)
+
+
+@torch.inference_mode()
+def output_of_layer(folder, model, waveform, layer):
+    """`hidden_states[layer]`. That of the last layer was after the final norm of a pre-norm model until mid-2026."""
+    outputs = []
+    hook = model.encoder.layers[layer - 1].register_forward_hook(lambda module, args, output: outputs.append(output))
+    found = theirs(folder, model, waveform)[1].hidden_states[layer]
+    hook.remove()
+    output = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+    if layer == NUM_LAYERS and model.config.do_stable_layer_norm:
+        assert torch.equal(found, output) or torch.equal(found, model.encoder.layer_norm(output))
+    else:
+        assert torch.equal(found, output)
+    return output
+
+
+def nearest(features, centroids):
+    """-> the unit of each frame, and how much farther the second centroid is at least, as a share of the squares summed."""
+    distances = torch.cdist(features.double(), torch.from_numpy(centroids).double())
+    best, second = distances.topk(2, largest=False).values.square().unbind(-1)
+    return distances.argmin(-1)[0].tolist(), ((second - best) / features.double().square().sum(-1)).min().item()
+
+
+def fit_kmeans(path, features):
+    """Centroids where features lie: frames with noise of half their spread. -> the units of the features
+
+    The first seed is taken with which float rounding decides nothing.
+    """
+    frames = torch.cat([each[0] for each in features]).numpy()
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        picked = frames[rng.integers(len(frames), size=NUM_UNITS)]
+        centroids = (picked + 0.5 * frames.std(axis=0) * rng.standard_normal(picked.shape)).astype(np.float32)
+        found = [nearest(each, centroids) for each in features]
+        if min(margin for _, margin in found) > FLOAT_ROUNDING:
+            np.save(path, centroids)
+            return [units for units, _ in found]
+    raise AssertionError("every seed has ties")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A small HuBERT folder with centroids for its second layer -> (folder, kmeans)."""
+    folder = tmp_path_factory.mktemp("source")
+    model = make_model(HubertConfig(**TINY, **POST))
+    save(model, folder / "model")
+    features = [theirs(folder / "model", model, each)[1].hidden_states[2] for each in make_waveforms()]
+    fit_kmeans(folder / "kmeans.npy", features)
+    return folder / "model", folder / "kmeans.npy"
+
+
+@pytest.fixture
+def copy(source, tmp_path):
+    return shutil.copytree(source[0], tmp_path / "copy")
+
+
+@pytest.mark.parametrize("layer", [2, NUM_LAYERS])
+@pytest.mark.parametrize("name", MODELS)
+def test_units_are_those_of_transformers(tmp_path, name, layer):
+    kind, settings, do_normalize = MODELS[name]
+    model = make_model(kind(**TINY, **settings))
+    folder = save(model, tmp_path / "model", do_normalize)
+    waveforms = make_waveforms()
+    features = [output_of_layer(folder, model, waveform, layer) for waveform in waveforms]
+    assert [each.shape[1] for each in features] == [num_frames(n) for n in LENGTHS]
+    expected = fit_kmeans(tmp_path / "kmeans.npy", features)
+    assert len({unit for units in expected for unit in units}) > 20
+
+    made = convert(folder, tmp_path / "kmeans.npy", tmp_path / "unit_model", layer=layer)
+    assert len([key for key in load_file(made / "model.safetensors") if key.endswith("q_proj.weight")]) == layer
+    for batch_seconds in (0.1, 1, 100):  # alone, in some batches, in one batch a length
+        tokenizer = UnitTokenizer.from_pretrained(made, device="cpu", batch_seconds=batch_seconds)
+        order = list(range(len(waveforms)))
+        random.Random(batch_seconds).shuffle(order)
+        found = tokenizer.tokenize_waveforms([waveforms[i] for i in order])
+        assert [units.tolist() for units in found] == [expected[i] for i in order]
+
+
+@pytest.mark.parametrize("name", ["wav2vec2 pre-norm", "hubert post-norm", "hubert with batch norm"])
+def test_a_row_beside_much_longer_ones_gets_the_features_that_it_gets_alone(tmp_path, source, name):
+    kind, settings, _ = MODELS[name]
+    folder = save(make_model(kind(**TINY, **settings)), tmp_path / "model")
+    model = UnitModel.from_pretrained(convert(folder, source[1], tmp_path / "m", layer=3))
+    rows = [torch.from_numpy(waveform) for waveform in make_waveforms()]
+    frames = torch.tensor([num_frames(len(row)) for row in rows])
+    batch = rows if model.rows_alone else torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    with torch.inference_mode():
+        together = model.features(batch, frames)
+        for row, count, features in zip(rows, frames.tolist(), together, strict=True):
+            alone = model.features(row[None], torch.tensor([count]))[0]
+            assert (alone - features[:count]).abs().max() < 1e-5 * alone.abs().max()
+
+
+def test_final_norm(tmp_path):
+    """`last_hidden_state` of a pre-norm model; its `hidden_states[-1]` was that, too, until mid-2026."""
+    model = make_model(Wav2Vec2Config(**TINY, **PRE))
+    folder = save(model, tmp_path / "model")
+    waveforms = make_waveforms()
+    features = [theirs(folder, model, waveform)[1].last_hidden_state for waveform in waveforms]
+    expected = fit_kmeans(tmp_path / "kmeans.npy", features)
+    made = {
+        final_norm: convert(
+            folder, tmp_path / "kmeans.npy", tmp_path / str(final_norm), layer=NUM_LAYERS, final_norm=final_norm
+        )
+        for final_norm in (True, False)
+    }
+    found = {
+        final_norm: [
+            units.tolist() for units in UnitTokenizer.from_pretrained(each, device="cpu").tokenize_waveforms(waveforms)
+        ]
+        for final_norm, each in made.items()
+    }
+    assert found[True] == expected != found[False]
+    assert unit_model_digest(made[True]) != unit_model_digest(made[False])
+    with pytest.raises(FileExistsError, match="was not made from these files and settings"):
+        convert(folder, tmp_path / "kmeans.npy", made[True], layer=NUM_LAYERS)
+
+
+def test_final_norm_of_a_pt_file(tmp_path):
+    files = FIXTURES / "units"
+    options = {"model_config": files / "config.json", "layer": 6}
+    sources = files / "model_fairseq.pt", files / "kmeans.npy"
+    waveform = torch.from_numpy(make_waveforms()[-1])[None]
+    frames = torch.tensor([num_frames(waveform.shape[1])])
+    normed, plain = (
+        UnitModel.from_pretrained(convert(*sources, tmp_path / str(final_norm), **options, final_norm=final_norm))
+        for final_norm in (True, False)
+    )
+    weights = torch.load(sources[0], weights_only=True)["model"]
+    norm = [weights[f"encoder.layer_norm.{part}"].float() for part in ("weight", "bias")]
+    with torch.inference_mode():
+        expected = torch.nn.functional.layer_norm(plain.features(waveform, frames), norm[0].shape, *norm)
+        assert torch.equal(normed.features(waveform, frames), expected)
+
+
+def test_final_norm_where_there_is_none(tmp_path, source):
+    with pytest.raises(ValueError, match=r"final_norm is of the last layer \(4\) of a model with pre-norm layers"):
+        convert(*source, tmp_path / "m", layer=4, final_norm=True)
+    folder = save(make_model(HubertConfig(**TINY, **PRE)), tmp_path / "model")
+    with pytest.raises(ValueError, match="not of layer 3 of this one: leave it out"):
+        convert(folder, source[1], tmp_path / "m", layer=3, final_norm=True)
+
+
+@pytest.mark.parametrize(("do_normalize", "normalization"), [(True, "transformers"), (False, "none")])
+def test_waveforms_are_prepared_as_by_the_feature_extractor(tmp_path, source, do_normalize, normalization):
+    model = make_model(HubertConfig(**TINY, **POST))
+    folder = save(model, tmp_path / "model", do_normalize)
+    made = convert(folder, source[1], tmp_path / "m", layer=2)
+    assert json.loads((made / "unit_model.json").read_text())["normalization"] == normalization
+    tokenizer = UnitTokenizer.from_pretrained(made, device="cpu")
+    waveforms = [*make_waveforms(), np.zeros(401, np.float32)]
+    prepared = tokenizer._prepare(map(torch.from_numpy, waveforms), [""] * len(waveforms))
+    for ours, waveform in zip(prepared, waveforms, strict=True):
+        assert torch.equal(ours.samples[None], theirs(folder, model, waveform)[0])
+        assert ours.samples.dtype == torch.float32 and ours.num_samples == len(waveform)
+
+
+def test_normalization_is_in_the_digest(tmp_path, source):
+    model = make_model(HubertConfig(**TINY, **POST))
+    made = [
+        convert(save(model, tmp_path / str(value), value), source[1], tmp_path / f"m{value}", layer=2)
+        for value in (True, False)
+    ]
+    assert (made[0] / "config.json").read_bytes() == (made[1] / "config.json").read_bytes()
+    assert unit_model_digest(made[0]) != unit_model_digest(made[1])
+
+
+def test_folders_of_pt_files_keep_their_digest(unit_model):
+    """It is part of every key of the cache."""
+    import hashlib
+
+    description = json.loads((unit_model / "unit_model.json").read_text())
+    assert "normalization" not in description
+    identity = json.dumps([description["layer"], description["files"]], sort_keys=True)
+    assert unit_model_digest(unit_model) == hashlib.sha256(identity.encode()).hexdigest()
+
+
+def test_unknown_normalization(tmp_path, source):
+    made = convert(*source, tmp_path / "m", layer=2)
+    path = made / "unit_model.json"
+    path.write_text(path.read_text().replace('"transformers"', '"peak"'))
+    with pytest.raises(ValueError, match=r"unit_model\.json is not what convert wrote"):
+        UnitTokenizer.from_pretrained(made)
+
+
+def test_other_ways_to_save_the_same_model(tmp_path, source):
+    """Shards, a .bin file with the older names of the weight norm, float16, a model with a head."""
+    config = Wav2Vec2Config(**TINY, **PRE)
+    model = make_model(config)
+    with_head = Wav2Vec2ForCTC(config)
+    with_head.wav2vec2.load_state_dict(model.state_dict())
+    older = {
+        f"wav2vec2.{key}".replace("parametrizations.weight.original0", "weight_g").replace(
+            "parametrizations.weight.original1", "weight_v"
+        ): tensor
+        for key, tensor in model.state_dict().items()
+    }
+    assert "wav2vec2.encoder.pos_conv_embed.conv.weight_g" in older
+    save(model, tmp_path / "whole")
+    save(model, tmp_path / "shards", max_shard_size="40KB")
+    save(with_head, tmp_path / "head")
+    shutil.copytree(tmp_path / "whole", tmp_path / "bin")
+    (tmp_path / "bin" / "model.safetensors").unlink()
+    torch.save(older, tmp_path / "bin" / "pytorch_model.bin")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    made = {
+        name: convert(tmp_path / name, source[1], tmp_path / f"m-{name}", layer=3)
+        for name in ("whole", "shards", "head", "bin")
+    }
+    whole = load_file(made["whole"] / "model.safetensors")
+    assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in whole.items())
+    for folder in made.values():
+        assert (folder / "model.safetensors").read_bytes() == (made["whole"] / "model.safetensors").read_bytes()
+    sources = json.loads((made["shards"] / "unit_model.json").read_text())["sources"]
+    assert set(sources) == {"kmeans", *(path.name for path in (tmp_path / "shards").glob("*.safetensors"))}
+
+    for dtype in (torch.float16, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        save(make_model(config).to(dtype), tmp_path / name)
+        weights = load_file(convert(tmp_path / name, source[1], tmp_path / f"m-{name}", layer=3) / "model.safetensors")
+        assert all(torch.equal(tensor, model.state_dict()[key].to(dtype).float()) for key, tensor in weights.items())
+
+
+def test_nothing_is_printed(tmp_path, source, capfd):
+    convert(*source, tmp_path / "m", layer=2)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_transformers_opens_the_folder(tmp_path, source):
+    made = convert(*source, tmp_path / "m", layer=2)
+    model, report = HubertModel.from_pretrained(made, output_loading_info=True)
+    assert len(model.encoder.layers) == 2
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+
+
+def test_converting_again_leaves_the_folder(tmp_path, copy, source):
+    made = convert(copy, source[1], tmp_path / "m", layer=2)
+    before = (made / "unit_model.json").stat().st_mtime_ns
+    assert convert(copy, source[1], made, layer=2) == made
+    assert (made / "unit_model.json").stat().st_mtime_ns == before
+    Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(copy)
+    with pytest.raises(FileExistsError, match="was not made from these files and settings"):
+        convert(copy, source[1], made, layer=2)
+
+
+def test_nothing_of_a_config_names_code_or_a_path(tmp_path, copy, source):
+    change(copy, _name_or_path="/home/me/model", auto_map={"AutoModel": "evil.Model"}, torch_dtype="float16")
+    (copy / "evil.py").write_text("print('code ran')\nclass Model: pass\n")
+    config = json.loads((convert(copy, source[1], tmp_path / "m", layer=2) / "config.json").read_text())
+    assert not {"_name_or_path", "auto_map", "torch_dtype"} & config.keys()
+    assert (config["model_type"], config["num_hidden_layers"], config["dtype"]) == ("hubert", 2, "float32")
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+def change(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def evil_bin(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({"encoder.layer_norm.weight": Evil()}, folder / "pytorch_model.bin")
+
+
+def preprocessor(folder, **values):
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+ERRORS = {
+    "layer": (None, {"layer": 5}, r"layer 5 does not exist: the model has 4 layers, counted from 1; give --layer"),
+    "default layer": (None, {}, r"layer 35 does not exist: the model has 4 layers"),
+    "model_config": (None, {"model_config": "c.json"}, r"model_config c\.json is for a \.pt file: leave it out"),
+    "no config": (lambda f: (f / "config.json").unlink(), {"layer": 2}, r"holds no config\.json: name a folder"),
+    "kind": (
+        lambda f: change(f, model_type="wavlm"),
+        {"layer": 2},
+        r"model_type is 'wavlm': name a model of wav2vec2 or",
+    ),
+    "quantized": (lambda f: change(f, quantization_config={}), {"layer": 2}, "the weights are quantized"),
+    "frames": (
+        lambda f: change(f, conv_stride=[5, 2, 2, 2, 2, 2, 1]),
+        {"layer": 2},
+        r"conv_kernel and conv_stride make frames of 400 samples every 160; only models with 400 every 320",
+    ),
+    "no preprocessor": (
+        lambda f: (f / "preprocessor_config.json").unlink(),
+        {"layer": 2},
+        r"holds no preprocessor_config\.json that can be read, .* copy it from the model that the k-means was fit on",
+    ),
+    "rate": (lambda f: preprocessor(f, sampling_rate=8000), {"layer": 2}, "sampling_rate is 8000, not 16000"),
+    "extractor": (
+        lambda f: preprocessor(f, feature_extractor_type="WhisperFeatureExtractor"),
+        {"layer": 2},
+        "is a WhisperFeatureExtractor, not a Wav2Vec2FeatureExtractor",
+    ),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), {"layer": 2}, r"holds none of model\.safetensors, "),
+    "missing key": (
+        lambda f: change_weights(f, lambda w: w.pop("encoder.layers.1.attention.q_proj.bias")),
+        {"layer": 2},
+        r"lacks encoder\.layers\.1\.attention\.q_proj\.bias: name a complete checkpoint",
+    ),
+    "missing keys": (
+        lambda f: change_weights(f, lambda w: [w.pop(f"encoder.layer_norm.{part}") for part in ("bias", "weight")]),
+        {"layer": 2},
+        r"lacks encoder\.layer_norm\.bias and 1 more: name",
+    ),
+    "shape": (
+        lambda f: change_weights(f, lambda w: w.update({"encoder.layer_norm.bias": torch.zeros(3)})),
+        {"layer": 2},
+        r"encoder\.layer_norm\.bias has shape \(3,\), config\.json says \(32,\)",
+    ),
+    "NaN": (
+        lambda f: change_weights(f, lambda w: w["encoder.layer_norm.bias"].fill_(float("nan"))),
+        {"layer": 2},
+        r"encoder\.layer_norm\.bias holds NaN or infinite values: download",
+    ),
+    "damaged": (
+        lambda f: (f / "model.safetensors").write_bytes(b"hello"),
+        {"layer": 2},
+        "cannot be opened as a model of plain tensors .* save it as safetensors",
+    ),
+    "pickle": (evil_bin, {"layer": 2}, "cannot be opened as a model of plain tensors .* save it as safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_bad_folder(tmp_path, copy, source, capfd, name):
+    damage, options, message = ERRORS[name]
+    if damage:
+        damage(copy)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        convert(copy, source[1], tmp_path / "m", **options)
+    assert not (tmp_path / "m").exists()
+    assert "code ran" not in capfd.readouterr().out
+
+
+def test_missing_shard(tmp_path, source):
+    folder = save(make_model(HubertConfig(**TINY, **POST)), tmp_path / "model", max_shard_size="40KB")
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(
+        FileNotFoundError, match=rf"{shard.name} is missing, though model\.safetensors\.index\.json names it"
+    ):
+        convert(folder, source[1], tmp_path / "m", layer=2)
+
+
+def test_layers_that_are_not_needed_may_be_missing(tmp_path, copy, source):
+    change_weights(copy, lambda w: w.pop("encoder.layers.3.attention.q_proj.bias"))
+    assert convert(copy, source[1], tmp_path / "m", layer=3).is_dir()
+    with pytest.raises(ValueError, match=r"lacks encoder\.layers\.3\.attention"):
+        convert(copy, source[1], tmp_path / "m4", layer=4)
+
+
+def test_neither_file_nor_folder(tmp_path, source):
+    with pytest.raises(FileNotFoundError, match="none is not a file or a folder"):
+        convert(tmp_path / "none", source[1], tmp_path / "m", layer=2)
+    with pytest.raises(FileNotFoundError, match=r"none\.npy is not a file"):
+        convert(source[0], tmp_path / "none.npy", tmp_path / "m", layer=2)
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_pickled_kmeans_is_refused_and_not_run(tmp_path, source, capfd, protocol):
+    (tmp_path / "km.bin").write_bytes(pickle.dumps(Evil(), protocol))
+    with pytest.raises(
+        ValueError, match=r'not a plain \.npy array .*np\.save\("kmeans\.npy", kmeans\.cluster_centers_'
+    ):
+        convert(source[0], tmp_path / "km.bin", tmp_path / "m", layer=2)
+    # The pickle that a stranger would send; only reading it must be refused.
+    np.save(tmp_path / "objects.npy", np.array([[Evil()] * WIDTH], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"objects\.npy is not a plain \.npy array"):
+        convert(source[0], tmp_path / "objects.npy", tmp_path / "m", layer=2)
+    assert "code ran" not in capfd.readouterr().out
+
+
+def test_other_kmeans_files_are_refused(tmp_path, source):
+    np.savez(tmp_path / "k.npz", np.zeros((10, WIDTH), np.float32))
+    (tmp_path / "empty.npy").touch()
+    for name in ("k.npz", "empty.npy"):
+        with pytest.raises(ValueError, match=r"is not a plain \.npy array"):
+            convert(source[0], tmp_path / name, tmp_path / "m", layer=2)
+    np.save(tmp_path / "none.npy", np.zeros((0, WIDTH), np.float32))
+    with pytest.raises(ValueError, match=r"has shape \(0, 32\), not \(number of units, 32\)"):
+        convert(source[0], tmp_path / "none.npy", tmp_path / "m", layer=2)
+
+
+@pytest.mark.parametrize("name", ["wav2vec2 pre-norm", "hubert post-norm"])
+def test_faster_precision_keeps_most_units(tmp_path, name):
+    kind, settings, do_normalize = MODELS[name]
+    model = make_model(kind(**TINY, **settings))
+    folder = save(model, tmp_path / "model", do_normalize)
+    waveforms = make_waveforms()
+    features = [theirs(folder, model, waveform)[1].hidden_states[3] for waveform in waveforms]
+    expected = np.concatenate(fit_kmeans(tmp_path / "kmeans.npy", features))
+    made = convert(folder, tmp_path / "kmeans.npy", tmp_path / "m", layer=3)
+    for precision, share in (("fp16", 0.97), ("bf16", 0.9)):
+        tokenizer = UnitTokenizer.from_pretrained(made, device="cpu", precision=precision)
+        layer = tokenizer.model.layers[0]
+        assert layer.attention.q_proj.weight.dtype != layer.layer_norm.weight.dtype == torch.float32
+        assert np.mean(np.concatenate(tokenizer.tokenize_waveforms(waveforms)) == expected) > share
+
+
+def test_distances_that_are_held_at_once_are_bounded(monkeypatch, tmp_path, source):
+    """Rows times centroids, whatever their number; the units do not depend on it."""
+    model = UnitModel.from_pretrained(convert(*source, tmp_path / "m", layer=2))
+    features = torch.randn(1000, WIDTH, generator=torch.Generator().manual_seed(0))
+    expected = model.nearest(features)
+    held = []
+    argmin = torch.Tensor.argmin
+    monkeypatch.setattr(torch.Tensor, "argmin", lambda self, dim: held.append(tuple(self.shape)) or argmin(self, dim))
+    monkeypatch.setattr(unit_model_module, "KMEANS_DISTANCES", 300 * NUM_UNITS + 5)
+    assert torch.equal(model.nearest(features), expected)
+    assert held == [(300, NUM_UNITS)] * 3 + [(100, NUM_UNITS)]
+    monkeypatch.setattr(unit_model_module, "KMEANS_DISTANCES", 1)
+    assert torch.equal(model.nearest(features[:2]), expected[:2])
+
+
+@pytest.fixture
+def run(mini, tmp_path):
+    """prepare() of the mini corpus."""
+
+    def run(unit_model, num_units):
+        build_tokenizer(num_units=num_units).save_pretrained(tmp_path / "tokenizer")
+        prepare(
+            str(mini / "corpus"),
+            str(tmp_path / "out"),
+            unit_model=str(unit_model),
+            pretrained_model_name_or_path=str(tmp_path / "tokenizer"),
+            cache_dir=str(tmp_path / "cache"),
+        )
+        return datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "datasets"))
+
+    return run
+
+
+def units_of_transformers(source, audio, kmeans):
+    from usdm_sft.audio.reading import read_waveform
+
+    model = HubertModel.from_pretrained(source).eval()
+    units, margin = nearest(theirs(source, model, read_waveform(audio))[1].hidden_states[2], np.load(kmeans))
+    assert margin > FLOAT_ROUNDING
+    return units
+
+
+def test_the_whole_way_with_hubert(run, mini, source, tmp_path, capsys):
+    main(["convert", *map(str, source), str(tmp_path / "m"), "--layer", "2"])
+    assert capsys.readouterr().out == f"{tmp_path / 'm'} is a unit model folder\n"
+    rows = run(tmp_path / "m", NUM_UNITS)
+    assert len(rows) == 10
+    for row in rows:
+        audio = mini / "corpus" / "data" / row["dialog_id"][1:]
+        names = (f"{row['turn']}_{row['user_speaker']}", f"{row['turn'] + 1}_{row['agent_speaker']}")
+        user, agent = (
+            units_of_transformers(source[0], str(audio / f"{name}_{row['dialog_id']}.wav"), source[1]) for name in names
+        )
+        assert (row["user_units"], row["agent_units"]) == (user, agent)
+        ids = row["input_ids"]
+        first, second = (i for i, token_id in enumerate(ids) if token_id == CORRESPOND)
+        assert ids[first - len(user) : first] == [UNIT_0 + unit for unit in user]
+        assert ids[second + 1 : -3] == [UNIT_0 + unit for unit in agent]
+
+
+def test_more_units_than_the_tokenizer_has_is_an_error_before_any_forward_pass(run, source, tmp_path, monkeypatch):
+    made = convert(*source, tmp_path / "m", layer=2)
+    monkeypatch.setattr(UnitModel, "forward", None)
+    with pytest.raises(ValueError, match="the unit model has 60 units, the tokenizer only 59: use the two that belong"):
+        run(made, NUM_UNITS - 1)
+
+
+def test_65536_units(run, mini, source, tmp_path):
+    """The last one really comes out, and gets its token."""
+    centroids = np.zeros((65_536, WIDTH), np.float32)
+    centroids[:, 0] = 1e6  # far from all features
+    centroids[-1] = 0
+    np.save(tmp_path / "k.npy", centroids)
+    made = convert(source[0], tmp_path / "k.npy", tmp_path / "m", layer=2)
+    rows = run(made, 65_536)
+    assert rows.features["user_units"].feature.dtype == "uint16"
+    for row in rows:
+        units = row["user_units"] + row["agent_units"]
+        assert set(units) == {65_535}
+        assert row["input_ids"].count(UNIT_0 + 65_535) == len(units)
+        assert max(row["input_ids"]) == 97_537

@@ -1,0 +1,383 @@
+import json
+import multiprocessing.reduction
+import operator
+import os
+import pickle
+import random
+import sys
+from pathlib import Path
+
+import multiprocess.reduction
+import numpy as np
+import pytest
+import soundfile
+import torch
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from soxr import resample
+
+from tests.helpers import FIXTURES, SHARED
+from usdm_sft.audio.reading import AudioError
+from usdm_sft.convert.convert import convert
+from usdm_sft.units import reading
+from usdm_sft.units import tokenizer as module
+from usdm_sft.units.batches import normalize, num_frames, padding_share, plan_batches
+from usdm_sft.units.model import UnitModel, fp32_precision
+from usdm_sft.units.tokenizer import UnitTokenizer
+
+sys.path.insert(0, str(FIXTURES / "units"))
+from load import load
+
+
+def folder_of(tmp_path_factory, layout):
+    source = FIXTURES / "units"
+    folder = tmp_path_factory.mktemp("unit_models") / layout
+    return convert(
+        source / f"model_{layout}.pt", source / "kmeans.npy", folder, model_config=source / "config.json", layer=5
+    )
+
+
+@pytest.fixture(scope="module")
+def fairseq(tmp_path_factory):
+    return folder_of(tmp_path_factory, "fairseq")
+
+
+@pytest.fixture(scope="module")
+def fairseq2(tmp_path_factory):
+    return folder_of(tmp_path_factory, "fairseq2")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(fairseq):
+    return UnitTokenizer.from_pretrained(fairseq, device="cpu")
+
+
+@pytest.fixture(
+    scope="module", params=[FIXTURES / "units", pytest.param(SHARED / "oracle" / "units", marks=pytest.mark.oracle)]
+)
+def golden(request):
+    """What the real UnitExtractor gave -> (cases, waveforms, padded batches)."""
+    expected, waveforms = load(request.param)
+    cases = {name: case for name, case in expected["cases"].items() if case["kind"] != "too_short"}
+    return cases, waveforms, expected["padded_batches"]
+
+
+def assert_units(found, case, name):
+    """Equal, but where two centroids are nearest to within float rounding."""
+    assert len(found) == len(case["units"]), name
+    for frame, (unit, expected) in enumerate(zip(found.tolist(), case["units"], strict=True)):
+        assert unit == expected or unit in case["close"].get(str(frame), ()), (name, frame)
+
+
+@pytest.mark.parametrize("layout", ["fairseq", "fairseq2"])
+def test_every_case_of_the_reference_alone(request, golden, layout):
+    tokenizer = UnitTokenizer.from_pretrained(request.getfixturevalue(layout), device="cpu")
+    cases, waveforms, _ = golden
+    assert len(cases) >= 38
+    for name, case in cases.items():
+        [found] = tokenizer.tokenize_waveforms([waveforms[name]])
+        assert found.dtype == np.uint16
+        assert_units(found, case, name)
+
+
+def test_every_padded_batch_of_the_reference(tokenizer, golden):
+    cases, waveforms, batches = golden
+    for names in batches:
+        for name, found in zip(names, tokenizer.tokenize_waveforms([waveforms[name] for name in names]), strict=True):
+            assert_units(found, cases[name], name)
+
+
+@pytest.mark.parametrize("batch_seconds", [0.5, 4, 1000])
+def test_units_do_not_depend_on_batch_and_order(fairseq, golden, batch_seconds):
+    tokenizer = UnitTokenizer.from_pretrained(fairseq, device="cpu", batch_seconds=batch_seconds)
+    cases, waveforms, _ = golden
+    names = list(cases)
+    random.Random(batch_seconds).shuffle(names)
+    for name, found in zip(names, tokenizer.tokenize_waveforms([waveforms[name] for name in names]), strict=True):
+        assert_units(found, cases[name], name)
+
+
+def test_features_of_the_reference(fairseq):
+    model = UnitModel.from_pretrained(fairseq)
+    _, waveforms = load(FIXTURES / "units")
+    expected = np.load(FIXTURES / "units" / "features.npz")
+    for name in ("len_719", "len_16079", "mix_0_16000"):
+        waveform = normalize(torch.from_numpy(waveforms[name]))
+        assert np.abs(waveform[:64].numpy() - expected[f"{name}/normalised_head"]).max() < 1e-6
+        with torch.inference_mode():
+            features = model.features(waveform[None], torch.tensor([num_frames(len(waveforms[name]))]))
+        assert np.abs(features[0].numpy() - expected[f"{name}/features"]).max() < 1e-4
+
+
+def test_an_odd_number_of_samples_gets_a_sample_of_value_one():
+    odd = torch.full((401,), 0.5)
+    even = torch.cat([odd, torch.ones(1)])
+    assert torch.equal(normalize(odd), normalize(even))
+    assert len(normalize(odd)) == 402
+
+
+def test_the_frame_that_the_appended_sample_completes_is_output(tokenizer):
+    assert [len(tokenizer.tokenize_waveforms([np.ones(n, np.float32)])[0]) for n in (718, 719, 720)] == [1, 2, 2]
+
+
+@pytest.mark.parametrize("num_samples", [0, 1, 398, 399])
+def test_too_short(tokenizer, num_samples):
+    with pytest.raises(AudioError, match=rf"waveform 1 has {num_samples} samples at 16 kHz, fewer than the 400"):
+        tokenizer.tokenize_waveforms([np.zeros(400, np.float32), np.zeros(num_samples, np.float32)])
+
+
+def test_whole_mini_corpus(unit_model, mini):
+    expected = json.loads((mini / "expected" / "units.json").read_text())
+    paths = sorted(mini.glob("corpus/data/*/*.wav"))
+    found, seconds = UnitTokenizer.from_pretrained(unit_model, device="cpu").tokenize_files(paths)
+    units = {path.stem: its_units.tolist() for path, its_units in zip(paths, found, strict=True)}
+    assert {name: units[name] for name in expected} == expected
+    assert seconds.dtype == np.float32
+    info = soundfile.info(paths[0])
+    assert seconds[0] == np.float32(np.ceil(info.frames * 16_000 / info.samplerate) / 16_000)
+
+
+@pytest.mark.oracle
+def test_clip_of_dailytalk(tokenizer, shared):
+    expected = json.loads((shared / "oracle" / "units" / "golden.json").read_text())["files"]
+    for name, case in expected.items():
+        [found], _ = tokenizer.tokenize_files([shared / "oracle" / "units" / "files" / name])
+        assert_units(found, case, name)
+
+
+@pytest.fixture
+def rows(mini):
+    audio = sorted(str(path) for path in mini.glob("corpus/data/3/*.wav"))
+    return {"user_audio": [audio[0], audio[1], audio[2]], "agent_audio": [audio[1], audio[2], audio[3]]}
+
+
+def test_each_audio_of_a_batch_is_tokenized_once(tokenizer, rows, monkeypatch):
+    read = []
+    real = reading.read_waveform
+    monkeypatch.setattr(reading, "read_waveform", lambda source: read.append(source) or real(source))
+    out = tokenizer(
+        {"user_audio": rows["user_audio"], "agent_audio": [{"bytes": None, "path": p} for p in rows["agent_audio"]]}
+    )
+    assert len(read) == 4
+    assert np.array_equal(out["agent_units"][0], out["user_units"][1])
+
+
+def test_bytes_and_lists_of_exchanges(tokenizer, rows):
+    plain = tokenizer(rows)
+    content = {role: [Path(path).read_bytes() for path in paths] for role, paths in rows.items()}
+    lists = tokenizer({role: [[{"bytes": each, "path": None}] for each in audio] for role, audio in content.items()})
+    for role in ("user", "agent"):
+        for one, many in zip(plain[f"{role}_units"], lists[f"{role}_units"], strict=True):
+            assert np.array_equal(one, many[0]) and len(many) == 1
+        assert list(plain[f"{role}_seconds"]) == [seconds for [seconds] in lists[f"{role}_seconds"]]
+
+
+def test_every_audio_column_gives_units_and_seconds_of_its_prefix(tokenizer, rows):
+    first, second = rows["user_audio"][:2]
+    out = tokenizer({"id": ["a"], "audio": [first], "other_audio": [second], "audio_name": ["b"]})
+    assert list(out) == ["units", "seconds", "other_units", "other_seconds"]
+    expected, seconds = tokenizer.tokenize_files([first, second])
+    assert [out["units"][0].tolist(), out["other_units"][0].tolist()] == [units.tolist() for units in expected]
+    assert [out["seconds"][0], out["other_seconds"][0]] == seconds.tolist()
+
+
+@pytest.mark.parametrize(("batch", "among"), [({"id": ["a"], "user_text": ["b"]}, "id, user_text"), ({}, "no columns")])
+def test_rows_without_audio(tokenizer, batch, among):
+    with pytest.raises(ValueError, match=f"there is no audio column among {among}: name it audio, or let it end in"):
+        tokenizer(batch)
+
+
+def test_the_same_file_twice(tokenizer, rows):
+    (first, second), seconds = tokenizer.tokenize_files([rows["user_audio"][0]] * 2)
+    assert np.array_equal(first, second) and seconds[0] == seconds[1]
+
+
+def test_what_was_read_ahead_is_used_or_forgotten(tokenizer, rows):
+    tokenizer.read_ahead_rows(rows)
+    assert len(tokenizer._reader) == 4
+    tokenizer.forget_rows(rows)
+    assert len(tokenizer._reader) == 0
+    tokenizer.read_ahead_rows(rows)
+    tokenizer(rows)
+    assert len(tokenizer._reader) == 0
+
+
+def test_map_in_processes_after_a_call_in_this_one(tokenizer, rows):
+    """Forked processes inherit torch without its threads."""
+    dataset = Dataset.from_dict(rows)
+    expected = dataset.map(tokenizer, batched=True, load_from_cache_file=False)
+    found = dataset.map(tokenizer, batched=True, load_from_cache_file=False, num_proc=2)
+    assert found["user_units"][:] == expected["user_units"][:]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_map(tokenizer, rows, streaming):
+    dataset = Dataset.from_dict(rows)
+    mapped = (dataset.to_iterable_dataset() if streaming else dataset).map(tokenizer, batched=True)
+    expected = tokenizer(rows)
+    assert [list(row["agent_units"]) for row in mapped] == [list(units) for units in expected["agent_units"]]
+    if not streaming:
+        assert mapped.features["user_units"].feature.dtype == "uint16"
+        assert mapped.features["user_seconds"].dtype == "float32"
+
+
+def test_fingerprint_is_of_digest_and_settings(tokenizer, fairseq, fairseq2, tmp_path):
+    assert str(fairseq).encode() not in pickle.dumps(tokenizer)
+    assert len(pickle.dumps(tokenizer)) < 1000
+    (tmp_path / "elsewhere").symlink_to(fairseq)
+    before = Hasher.hash(tokenizer)
+    assert Hasher.hash(UnitTokenizer.from_pretrained(tmp_path / "elsewhere", device="cpu")) == before
+    tokenizer.tokenize_waveforms([np.zeros(400, np.float32)])
+    assert Hasher.hash(tokenizer) == before
+    assert Hasher.hash(UnitTokenizer.from_pretrained(fairseq, device="cpu", precision="bf16")) != before
+    assert Hasher.hash(UnitTokenizer.from_pretrained(fairseq, device="cpu", batch_seconds=1)) != before
+
+
+def test_pickled_copy_finds_the_folder_through_the_environment(tokenizer, fairseq, monkeypatch):
+    pickled = pickle.dumps(tokenizer)
+    assert pickle.loads(pickled).folder == fairseq.resolve()
+    for name in [name for name in os.environ if name.startswith("USDM_UNIT_MODEL_")]:
+        monkeypatch.delenv(name)
+    with pytest.raises(
+        ValueError,
+        match=r"does not know where the unit model .* lies: call UnitTokenizer\.from_pretrained\(folder\) in it first",
+    ):
+        pickle.loads(pickled)
+
+
+def test_bad_settings_and_folders(fairseq, tmp_path):
+    with pytest.raises(ValueError, match="precision 'fp8' is unknown: choose one of fp32"):
+        UnitTokenizer.from_pretrained(fairseq, precision="fp8")
+    with pytest.raises(ValueError, match="resampler 'sinc' is unknown: choose one of soxr, torchaudio"):
+        UnitTokenizer.from_pretrained(fairseq, resampler="sinc")
+    with pytest.raises(ValueError, match="tf32 exists on CUDA only: use fp32 or bf16"):
+        UnitTokenizer.from_pretrained(fairseq, device="cpu", precision="tf32")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device is cuda:1, but torch finds no CUDA device"):
+            UnitTokenizer.from_pretrained(fairseq, device="cuda:1")
+    with pytest.raises(ValueError, match="batch_seconds is 0: give a positive"):
+        UnitTokenizer.from_pretrained(fairseq, batch_seconds=0)
+    with pytest.raises(FileNotFoundError, match=r"it holds no unit_model\.json"):
+        UnitTokenizer.from_pretrained(tmp_path)
+
+
+def test_changed_folder_is_noticed(tmp_path_factory, tmp_path):
+    folder = folder_of(tmp_path_factory, "fairseq")
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors is not the file that was converted"):
+        UnitTokenizer.from_pretrained(folder, cache_dir=tmp_path)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing"):
+        UnitTokenizer.from_pretrained(folder, cache_dir=tmp_path)
+
+
+def test_out_of_memory_says_what_to_set(fairseq, monkeypatch):
+    tokenizer = UnitTokenizer.from_pretrained(fairseq, device="cpu", batch_seconds=10)
+
+    def fail(self, waveforms, frames):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(UnitModel, "forward", fail)
+    waveforms = [np.zeros(16_000 * seconds, np.float32) for seconds in (3, 4)]
+    message = r"out of memory on cpu with a batch of 2 utterances and 8 s of audio: set --batch_seconds \(now 10\) to 4 or less"
+    with pytest.raises(MemoryError, match=message):
+        tokenizer.tokenize_waveforms(waveforms)
+    with pytest.raises(MemoryError, match="leave out waveform 0, or use a device with more memory"):
+        tokenizer.tokenize_waveforms(waveforms[:1])
+
+
+def test_a_minute_of_audio(tokenizer):
+    waveform = np.random.default_rng(0).standard_normal(60 * 16_000).astype(np.float32)
+    [alone], [beside, _] = (
+        tokenizer.tokenize_waveforms([waveform]),
+        tokenizer.tokenize_waveforms([waveform, waveform[:400]]),
+    )
+    assert len(alone) == 2999
+    assert np.mean(alone == beside) > 0.999  # ties
+
+
+def test_faster_precision_keeps_most_units(fairseq, golden):
+    cases, waveforms, _ = golden
+    tokenizer = UnitTokenizer.from_pretrained(fairseq, device="cpu", precision="bf16")
+    assert tokenizer.model.layers[0].attention.q_proj.weight.dtype == torch.bfloat16
+    assert tokenizer.model.layers[0].layer_norm.weight.dtype == torch.float32
+    found = tokenizer.tokenize_waveforms([waveforms[name] for name in cases])
+    equal = sum(np.sum(units == case["units"]) for units, case in zip(found, cases.values(), strict=True))
+    assert 0.97 < equal / sum(len(case["units"]) for case in cases.values()) < 1
+
+
+def test_resampler_on_the_device(rows, fairseq, monkeypatch):
+    """That waveforms go through it, with a stand-in that resamples as soxr does."""
+    monkeypatch.setattr(
+        module, "resample_on", lambda device, samples, rate: torch.from_numpy(resample(samples, rate, 16_000))
+    )
+    plain = UnitTokenizer.from_pretrained(fairseq, device="cpu")(rows)
+    tokenizer = UnitTokenizer.from_pretrained(fairseq, device="cpu", resampler="torchaudio")
+    assert [len(units) for units in tokenizer(rows)["user_units"]] == [len(units) for units in plain["user_units"]]
+    assert tokenizer.key != UnitTokenizer.from_pretrained(fairseq, device="cpu").key
+
+
+def test_number_of_the_gpu_is_told_to_processes_and_is_not_in_the_fingerprint(fairseq, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    first, second = (UnitTokenizer.from_pretrained(fairseq, device=f"cuda:{index}") for index in (0, 1))
+    assert Hasher.hash(first) == Hasher.hash(second)
+    assert pickle.dumps(first) == pickle.dumps(second)
+    for each in (multiprocessing, multiprocess):
+        assert pickle.loads(each.reduction.ForkingPickler.dumps(second)).device == "cuda:1"
+        with each.get_context("spawn").Pool(1) as pool:
+            assert pool.apply(operator.attrgetter("device"), (second,)) == "cuda:1"
+
+
+def test_rank_chooses_the_gpu(fairseq, rows, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    tokenizer = UnitTokenizer.from_pretrained(fairseq, device="cuda")
+    monkeypatch.setattr(
+        tokenizer, "tokenize_files", lambda sources: ([np.zeros(1)] * len(sources), np.zeros(len(sources)))
+    )
+    before = Hasher.hash(tokenizer)
+    tokenizer(rows, 6)
+    assert tokenizer.device == "cuda:2"
+    assert Hasher.hash(tokenizer) == before
+
+
+def test_plan_is_by_length_and_fills_batches():
+    seconds = 16_000
+    lengths = [1 * seconds, 5 * seconds, 2 * seconds, 2 * seconds, 30 * seconds, 1 * seconds]
+    assert plan_batches(lengths, 10) == [[4], [1], [2, 3], [0, 5]]
+    assert plan_batches([7, 10, 9, 6, 10], 100) == [[1, 4, 2, 0], [3]]  # 6 is less than 0.7 of 10
+    assert plan_batches([16_000] * 5, 2) == [[0, 1], [2, 3], [4]]
+    assert plan_batches([], 10) == []
+    assert padding_share([[10, 9, 7]], 10) == 1 - 26 / 30
+    assert padding_share([[1], [1, 1]], 10) == padding_share([], 10) == 0
+
+
+def test_fp32_precision_restores_the_callers_settings():
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [setting.fp32_precision for setting in settings]
+    with pytest.raises(KeyError), fp32_precision("ieee"):
+        assert [setting.fp32_precision for setting in settings] == ["ieee", "ieee"]
+        raise KeyError
+    assert [setting.fp32_precision for setting in settings] == before
+
+
+# Printed for LJSpeech's LJ003-0001.wav in facebookresearch/seamless_communication pull requests 17 and 61.
+KNOWN_ANSWER = """5884 2411 5280 1803 5932 3421 3992 1867 1867 4783 772 2781 2103 1839 6327 5579 9121 3375 7563 5932 3421 9014
+4783 925 8528 3254 6466 3254 6394 6394 1838 3380 3407 4085 5682 2386 5510 4678 7990 5957 5116 111 114 7400 4216 9320 4671 2231 2231
+469 469 3796 3382 5687 319 7804 1829 3549 1030 337 337 1600 8975 8834 3214 3397 9403 6297 5956 7350 7350 9917 6800 8316 296 3661 296
+7296 7296 3254 2213 856 3294 1677 6507 2258 1232 2231 9448 9936 6176"""
+
+
+@pytest.mark.skipif(
+    not (os.environ.get("USDM_UNIT_MODEL") and os.environ.get("USDM_LJ003_0001")),
+    reason="needs the published unit model (USDM_UNIT_MODEL, a converted folder) and LJ003-0001.wav (USDM_LJ003_0001)",
+)
+def test_public_known_answer():
+    """A few frames may differ: the printed run was in TF32, and how the file was resampled is not said."""
+    expected = np.array(KNOWN_ANSWER.split(), dtype=np.uint16)
+    [found], _ = UnitTokenizer.from_pretrained(os.environ["USDM_UNIT_MODEL"]).tokenize_files(
+        [os.environ["USDM_LJ003_0001"]]
+    )
+    assert np.mean(found[: len(expected)] == expected) > 0.95

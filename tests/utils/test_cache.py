@@ -1,0 +1,81 @@
+import threading
+
+import pytest
+
+from usdm_sft.utils.cache import ShardCache, cache_key
+
+
+def writer(content, calls=None):
+    def write(path):
+        if calls is not None:
+            calls.append(content)
+        with open(path, "wb") as file:
+            file.write(content)
+
+    return write
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name != "locks")
+
+
+def test_a_file_is_made_once(tmp_path):
+    level, calls = ShardCache(tmp_path / "level"), []
+    assert level.find("key") is None
+    made = level.make("key", writer(b"one", calls))
+    assert made.read_bytes() == b"one"
+    assert level.make("key", writer(b"two", calls)) == level.find("key") == made
+    assert calls == [b"one"]
+
+
+def test_what_failed_leaves_no_finished_file_and_is_cleared_away(tmp_path):
+    level = ShardCache(tmp_path)
+
+    def fail(path):
+        writer(b"half")(path)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        level.make("key", fail)
+    assert level.find("key") is None
+    assert files(tmp_path) == ["key.unfinished"]
+    level.make("key", writer(b"whole"))
+    assert len(files(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda content: content[:-1], lambda content: bytes([content[0] ^ 1]) + content[1:]]
+)
+def test_a_damaged_file_is_noticed_and_made_anew(tmp_path, caplog, damage):
+    level = ShardCache(tmp_path)
+    path = level.make("key", writer(b"content"))
+    path.write_bytes(damage(path.read_bytes()))
+    assert level.make("key", writer(b"content")).read_bytes() == b"content"
+    assert "was damaged after it was written" in caplog.text
+
+
+def test_two_at_once_take_turns(tmp_path):
+    level, calls = ShardCache(tmp_path), []
+    threads = [threading.Thread(target=level.make, args=("key", writer(b"x", calls))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert calls == [b"x"]
+
+
+def test_shards_whose_keys_begin_alike_do_not_wait_for_each_other(tmp_path):
+    level, made = ShardCache(tmp_path), []
+    other = threading.Thread(target=lambda: made.append(level.make("ab2", writer(b"y"))), daemon=True)
+
+    def write(path):
+        other.start()
+        other.join(30)
+        assert made  # while the first is being made
+        writer(b"x")(path)
+
+    level.make("ab1", write)
+
+
+def test_keys():
+    assert cache_key("a", {"x": 1, "y": 2}) == cache_key("a", {"y": 2, "x": 1}) != cache_key("a", {"x": 1})

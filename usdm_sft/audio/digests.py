@@ -1,0 +1,195 @@
+"""sha256 of files, remembered in the cache: 6 GB of audio are read once, later runs only look at size and times of change.
+
+The digest is the file's identity; path, size and times merely say whether a remembered digest still stands. Of audio only
+good files are remembered: a bad one gets another chance at each run, with other permissions or a newer soundfile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+from usdm_sft.audio.addresses import disk_files, file_problem, open_file, parse_address
+from usdm_sft.audio.check import AudioCheck, check_audio
+from usdm_sft.audio.reading import AudioError, resampled_length
+from usdm_sft.utils.download import cache_root
+from usdm_sft.utils.once import once_per_key
+from usdm_sft.utils.progress import progress_bar
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 512
+_TABLE = "files_4"  # another name with what is remembered, and with how audio is judged
+_SETTLED_NS = 2_000_000_000  # a file changed less than this long ago could change again under the same time stamp
+
+
+class AudioDigest(NamedTuple):
+    """What the first pass over the audio finds out about a file."""
+
+    sha256: str
+    num_samples: int  # at 16 kHz
+    seconds: float
+    problem: str | None = None  # why it is bad, where it is; then the rest is empty
+
+
+class _Row(NamedTuple):
+    path: str
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    sha256: str
+    frames: int  # 0 where the file was not looked at as audio
+    rate: int
+    problem: str | None = None  # not remembered
+
+
+def file_digest(path: str | Path, cache_dir: str | Path | None = None) -> str:
+    """sha256 of a file of any kind, in hex; remembered."""
+    return _digest([os.path.realpath(path)], cache_dir, audio=False)[0].sha256
+
+
+def audio_digests(
+    paths: Iterable[str], cache_dir: str | Path | None = None, *, num_threads: int | None = None
+) -> dict[str, AudioDigest]:
+    """The first pass over the audio: digest and check of each file, in threads, with a progress bar where it is long.
+
+    Of DailyTalk's WAV files a core reads about a thousand a second, and finds 30,000 a second unchanged later on. A bad file
+    raises nothing here: its `problem` says what is wrong.
+    """
+    paths = list(dict.fromkeys(paths))
+    rows = _digest(paths, cache_dir, audio=True, num_threads=num_threads)
+
+    def found(path: str, row: _Row) -> AudioDigest:
+        if row.problem is not None:
+            return AudioDigest("", 0, 0.0, row.problem)
+        return AudioDigest(row.sha256, resampled_length(row.frames, row.rate), row.frames / row.rate)
+
+    return {path: found(path, row) for path, row in zip(paths, rows, strict=True)}
+
+
+def check_unchanged(audio: Mapping[str, str]) -> None:
+    """Hold audio files against the digests of the first pass, lest units of other audio be kept under their key.
+
+    Args:
+        audio: Path of each file and its sha256.
+
+    Raises:
+        AudioError: A file was changed or removed meanwhile.
+    """
+    files = once_per_key(_digest_file)
+    for path, sha256 in audio.items():
+        if any(file_problem(stretch.file) for stretch in parse_address(path)) or _address_digest(path, files) != sha256:
+            raise AudioError(f"audio file {path} was changed during the run: let nothing write to it, and run again")
+
+
+def _digest(
+    paths: list[str], cache_dir: str | Path | None, *, audio: bool, num_threads: int | None = None
+) -> list[_Row]:
+    with closing(_Memo(cache_root(cache_dir) / "digests.sqlite")) as memo:
+        remembered = memo.read(paths)
+        found = {path: row for path in paths if (row := remembered.get(path)) and _stands(row, audio)}
+        missing = [path for path in paths if path not in found]
+        bar = progress_bar(len(missing), "reading audio digests", "file", disable=len(missing) < _BATCH)
+        files = once_per_key(_digest_file)  # a telephone call of a hundred turns is hashed once
+        with bar, ThreadPoolExecutor(num_threads) as threads:
+            for start in range(0, len(missing), _BATCH):
+                settled = time.time_ns() - _SETTLED_NS
+                rows = list(threads.map(lambda path: _read(path, audio, files), missing[start : start + _BATCH]))
+                lasting = [row for row in rows if row.problem is None and max(row.mtime_ns, row.ctime_ns) < settled]
+                memo.write(lasting)
+                found |= {row.path: row for row in rows}
+                bar.update(len(rows))
+    return [found[path] for path in paths]
+
+
+class _Memo:
+    """The remembered rows. It only saves time: what is wrong with it is said, and the run goes on without it."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._database: sqlite3.Connection | None = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(path, timeout=60)
+            self._database.execute(
+                f"CREATE TABLE IF NOT EXISTS {_TABLE} (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER,"
+                " ctime_ns INTEGER, sha256 TEXT, frames INTEGER, rate INTEGER)"
+            )
+        except (sqlite3.Error, OSError) as error:
+            self._give_up(error)
+
+    def read(self, paths: list[str]) -> dict[str, _Row]:
+        rows: dict[str, _Row] = {}
+        try:
+            for start in range(0, len(paths) if self._database else 0, _BATCH):
+                some = paths[start : start + _BATCH]
+                query = f"SELECT * FROM {_TABLE} WHERE path IN ({','.join('?' * len(some))})"
+                rows |= {row[0]: _Row(*row) for row in self._database.execute(query, some)}
+        except sqlite3.Error as error:
+            self._give_up(error)
+        return rows
+
+    def write(self, rows: list[_Row]) -> None:
+        try:
+            if self._database:
+                with self._database:
+                    self._database.executemany(
+                        f"INSERT OR REPLACE INTO {_TABLE} VALUES (?, ?, ?, ?, ?, ?, ?)", [row[:7] for row in rows]
+                    )
+        except sqlite3.Error as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        logger.warning("digests are not remembered this time: %s (%s)", self._path, error)
+        self.close()
+        self._database = None
+        if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
+            self._path.unlink(missing_ok=True)  # damaged: the next run starts it anew
+
+    def close(self) -> None:
+        if self._database:
+            self._database.close()
+
+
+def _stamp(address: str) -> tuple[int, int, int]:
+    """Size and times of change of the files that an address leads to; any later change raises the last one."""
+    stats = [os.stat(file) for file in disk_files(address)]
+    return sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats), max(s.st_ctime_ns for s in stats)
+
+
+def _stands(row: _Row, audio: bool) -> bool:
+    try:
+        unchanged = (row.size, row.mtime_ns, row.ctime_ns) == _stamp(row.path)
+    except OSError:
+        return False  # told by whoever reads the file
+    return unchanged and bool(row.frames or not audio)
+
+
+def _read(address: str, audio: bool, files: Callable[[str], str]) -> _Row:
+    check = check_audio(address) if audio else AudioCheck()
+    if check.problem is not None:
+        return _Row(address, 0, 0, 0, "", *check)
+    return _Row(address, *_stamp(address), _address_digest(address, files), *check)
+
+
+def _address_digest(address: str, files: Callable[[str], str]) -> str:
+    """sha256 of a file's content; of anything else, over the files that it leads to and what is meant of them."""
+    stretches = parse_address(address)
+    if len(stretches) == 1 and stretches[0].is_whole:
+        return files(stretches[0].file)
+    identity = [[files(stretch.file), *stretch[1:]] for stretch in stretches]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+def _digest_file(file: str) -> str:
+    with open_file(file) as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -1,0 +1,68 @@
+"""The unit model that USDM was trained with: found in the model cache, or downloaded and converted once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from filelock import FileLock
+
+from usdm_sft.convert.convert import convert, read_description
+from usdm_sft.utils.download import cache_root, download, sha256_file
+
+logger = logging.getLogger(__name__)
+
+PUBLISHED = "xlsr2_1b_v2"
+PUBLISHED_URL = "https://dl.fbaipublicfiles.com/seamlessM4T/models/unit_extraction"
+PUBLISHED_FILES = ("xlsr2_1b_v2.pt", "kmeans_10k.npy")
+KNOWN_DIGESTS: dict[str, str] = {}  # file name -> sha256; a name that stands here is checked before the file is opened
+
+
+def find_unit_model(name_or_path: str | Path, model_cache_dir: str | Path | None = None) -> Path:
+    """The unit model folder that `name_or_path` means.
+
+    Args:
+        name_or_path: A unit model folder, or "xlsr2_1b_v2": the folder in the model cache, made from the two published
+            files (about 4 GB) where it is not there yet.
+        model_cache_dir: The model cache; `unit_models` in this package's cache by default.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: A download is not the file that is known or was recorded.
+    """
+    folder = Path(name_or_path).expanduser()
+    if str(name_or_path) == PUBLISHED and not folder.is_dir():
+        cache = cache_root() / "unit_models" if model_cache_dir is None else Path(model_cache_dir).expanduser()
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f"{PUBLISHED}.lock"):
+            return _download_and_convert(cache / PUBLISHED, cache)
+    read_description(folder)
+    return folder
+
+
+def _download_and_convert(folder: Path, cache: Path) -> Path:
+    """Digests of what is downloaded are recorded beside the folder; a later download must match them."""
+    downloads = cache / f"{PUBLISHED}.sources"
+    if (folder / "unit_model.json").is_file():
+        shutil.rmtree(downloads, ignore_errors=True)  # left by a kill right after the conversion
+        return folder
+    record = cache / f"{PUBLISHED}.sha256.json"
+    recorded = json.loads(record.read_text()) if record.is_file() else {}
+    sources = []
+    for name in PUBLISHED_FILES:
+        path = downloads / name
+        expected = KNOWN_DIGESTS.get(name) or recorded.get(name)
+        if not path.is_file() or (expected is not None and sha256_file(path) != expected):
+            download(f"{PUBLISHED_URL}/{name}", path, sha256=expected)
+        recorded[name] = sha256_file(path)
+        unfinished = record.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(recorded, indent=2) + "\n")
+        os.replace(unfinished, record)
+        logger.warning("%s: sha256 %s", name, recorded[name])
+        sources.append(path)
+    convert(*sources, folder)
+    shutil.rmtree(downloads)
+    return folder

@@ -1,0 +1,144 @@
+"""A wav2vec 2.0 or HuBERT checkpoint folder, as transformers saves it -> what a unit model folder keeps of it.
+
+Opened by transformers itself, so that sharded files, older parameter names and models with a head all work; what it would
+fill with random values is an error here. Code of the folder is never run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from usdm_sft.audio.reading import SAMPLE_RATE
+from usdm_sft.convert.model_config import MODEL_TYPES, cut_config, read_json
+
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# Keys of a config.json that say nothing of the unit model; `auto_map` names code.
+_OF_THE_CHECKPOINT = ("_name_or_path", "auto_map", "torch_dtype", "transformers_version")
+
+
+def read_folder_config(folder: Path, layer: int, *, final_norm: bool) -> dict[str, Any]:
+    """The config of the folder's model, cut to `layer` layers.
+
+    Raises:
+        FileNotFoundError: There is no config.json.
+        ValueError: The model is of another kind, or has no such layer.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json: name a folder that transformers saved, or a .pt file")
+    config = read_json(path)
+    if (model_type := config.get("model_type")) not in MODEL_TYPES:
+        raise ValueError(f"{path}: model_type is {model_type!r}: name a model of {' or '.join(MODEL_TYPES)}")
+    if "quantization_config" in config:
+        raise ValueError(f"{path}: the weights are quantized: name the checkpoint they were made from")
+    config = {key: value for key, value in config.items() if key not in _OF_THE_CHECKPOINT}
+    # An adapter (of `add_adapter`) follows the last layer.
+    config |= {"architectures": [MODEL_TYPES[model_type]], "dtype": "float32", "add_adapter": False}
+    return cut_config(config, path, layer, final_norm=final_norm)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights, those that transformers would open.
+
+    Raises:
+        FileNotFoundError: There are none, or a shard is missing.
+    """
+    path = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{folder} holds none of {', '.join(_WEIGHTS)}: name a folder that transformers saved")
+    if path.suffix != ".json":
+        return [path]
+    files = [folder / name for name in sorted(set(read_json(path).get("weight_map", {}).values()))]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing, though {path.name} names it: download the checkpoint again")
+    return files
+
+
+def read_normalization(folder: Path) -> str:
+    """How the folder's feature extractor prepares a waveform: "transformers" (mean 0, variance 1) or "none".
+
+    Raises:
+        FileNotFoundError: There is no preprocessor_config.json (nor a processor_config.json, which newer processors save).
+        ValueError: It is of another kind, or not for 16 kHz.
+    """
+    from transformers import Wav2Vec2FeatureExtractor
+
+    try:
+        values, _ = Wav2Vec2FeatureExtractor.get_feature_extractor_dict(folder, local_files_only=True)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{folder} holds no preprocessor_config.json that can be read, which says how waveforms are normalized: copy it "
+            "from the model that the k-means was fit on, or save one with Wav2Vec2FeatureExtractor(do_normalize=...)"
+        ) from error
+    kind = values.get("feature_extractor_type", "Wav2Vec2FeatureExtractor")
+    if kind != "Wav2Vec2FeatureExtractor":
+        raise ValueError(
+            f"{folder}: the feature extractor is a {kind}, not a Wav2Vec2FeatureExtractor: name another model"
+        )
+    if (rate := values.get("sampling_rate", SAMPLE_RATE)) != SAMPLE_RATE:
+        raise ValueError(f"{folder}: sampling_rate is {rate}, not {SAMPLE_RATE}: name a model for 16 kHz")
+    return "transformers" if values.get("do_normalize", True) else "none"
+
+
+def read_folder_weights(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The tensors of the model that `config` describes, float32, under transformers' names.
+
+    Raises:
+        ValueError: They cannot be read, are not all there, are not those of the config, or are not finite.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        with _quiet():
+            model, report = AutoModel.from_pretrained(
+                folder,
+                config=AutoConfig.for_model(**config),
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                weights_only=True,
+                ignore_mismatched_sizes=True,  # they are reported, and refused below
+                output_loading_info=True,
+            )
+    except Exception as error:  # whatever the readers of the formats trip over
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{folder} cannot be opened as a model of plain tensors that transformers saved ({reason}): "
+            "download it again, or save it as safetensors"
+        ) from error
+    for key, found, expected in sorted(report["mismatched_keys"]):
+        raise ValueError(
+            f"{folder}: {key} has shape {tuple(found)}, config.json says {tuple(expected)}: "
+            "name the config.json that belongs to the weights"
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{folder} lacks {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "") + ": "
+            "name a complete checkpoint of the model that config.json describes"
+        )
+    weights = model.state_dict()
+    for key, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{folder}: {key} holds NaN or infinite values: download the checkpoint again")
+    return {key: tensor.contiguous() for key, tensor in weights.items()}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bar and its report of weights that are not needed."""
+    from transformers.utils import logging
+
+    verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,169 @@
+"""The dataset card: YAML that `load_dataset` and the Hub read, and what a person should know, filled from the counts."""
+
+from __future__ import annotations
+
+import html
+import importlib.resources
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
+
+from usdm_sft.convert.sources import DAILYTALK
+from usdm_sft.corpus.examples import MULTI_TURN, has_lists
+from usdm_sft.dataset_folder.pictures import CAPTIONS
+from usdm_sft.template.config import REFERENCE
+from usdm_sft.template.tokenizer import NUM_UNITS, OFFLINE
+from usdm_sft.template.view import format_example
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+    from tokenizers import Tokenizer
+
+SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
+LARGEST = "10M<n<100M"
+TASKS = {  # that a labelled part trains
+    "agent_text": "text-generation",
+    "user_text": "automatic-speech-recognition",
+    "agent_units": "text-to-speech",
+}
+TAGS = ["spoken-dialog", "speech-units", "usdm"]
+SHOWN_REASONS = 20  # left-out dialogs, pairs and rows; counts.json has them all
+
+# DailyTalk allows more than DailyDialog, from which its texts come, so its licence alone would promise too much.
+DAILYTALK_METADATA = {
+    "language": "en",
+    "license": "other",
+    "license_name": "cc-by-sa-4.0-with-texts-from-cc-by-nc-sa-4.0",
+    "license_link": "https://github.com/keonlee9420/DailyTalk",
+    "pretty_name": "DailyTalk for USDM",
+}
+OTHER_METADATA = {"license": "unknown", "pretty_name": "Spoken dialogs for USDM"}
+
+MEANINGS = {
+    "id": "dialog and turn, such as d23_0",
+    "dialog_id": "the dialog",
+    "turn": "number of the user's turn in its dialog",
+    "speaker": "the speaker",
+    "text": "transcript as in the corpus; only the template lower-cases it",
+    "emotion": "emotion as in the corpus",
+    "units": "the speech as discrete units, 50 per second",
+    "seconds": "length of the audio in seconds",
+    "input_ids": "the row in the template, BOS and EOS included",
+    "labels": "the id of each labelled token, -100 for all others; not shifted",
+}
+
+
+def make_card(
+    config_name: str,
+    splits: Mapping[str, Dataset],
+    num_bytes: Mapping[str, int],
+    counts: Mapping[str, Any],
+    files: Mapping[str, Sequence[Path]],
+    tokenizer: Tokenizer,
+) -> str:
+    """README.md of a dataset folder.
+
+    Args:
+        config_name: Such as "single_turn".
+        splits: The rows.
+        num_bytes: Of each split in memory.
+        counts: As in counts.json, with the statistics.
+        files: The Parquet files of each split.
+        tokenizer: Spells the ids of the example that is shown.
+    """
+    from datasets import DatasetInfo, SplitDict, SplitInfo
+    from huggingface_hub import DatasetCard, DatasetCardData
+
+    features = next(iter(splits.values())).features
+    split_infos = SplitDict()
+    for split, rows in splits.items():
+        split_infos.add(SplitInfo(split, num_bytes[split], len(rows)))
+    info = DatasetInfo(
+        features=features,
+        splits=split_infos,
+        download_size=sum(path.stat().st_size for paths in files.values() for path in paths),
+        dataset_size=sum(num_bytes.values()),
+    )
+    num_rows = sum(len(rows) for rows in splits.values())
+    is_dailytalk = counts["corpus"] == DAILYTALK
+    loss = counts["settings"]["template"]["loss"]
+    data = DatasetCardData(
+        **(DAILYTALK_METADATA if is_dailytalk else OTHER_METADATA),  # the publisher knows those of another corpus
+        task_categories=[task for part, task in TASKS.items() if part in loss],
+        tags=TAGS,
+        size_categories=next((name for limit, name in SIZES.items() if num_rows < limit), LARGEST),
+        configs=data_configs(config_name, splits),
+        dataset_info={"config_name": config_name, **info._to_yaml_dict()},
+    )
+    [first, *_] = files.values()
+    template = importlib.resources.files("usdm_sft.dataset_card") / "template.md"
+    card = DatasetCard.from_template(
+        data,
+        template_str=template.read_text(encoding="utf-8"),
+        config_name=config_name,
+        columns=_columns(features, config_name, counts["settings"]["history"]),
+        counts=counts,
+        settings=counts["settings"],
+        is_dailytalk=is_dailytalk,
+        lists={"manifest": "manifests", "manifest and split list": "lists"}.get(counts["corpus"], "split lists"),
+        has_reference_words=_words(counts["settings"]["template"]) == _words(vars(REFERENCE)),
+        fits_ustm=counts["unit_model"]["name"] is not None and counts["tokenizer"]["num_units"] == NUM_UNITS,
+        is_offline_tokenizer=counts["tokenizer"]["name"] == OFFLINE,
+        vocabulary=tokenizer.get_vocab_size(),
+        has_emotions=any(emotion for its in counts["statistics"].values() for emotion in its["emotions"]),
+        shown_reasons=SHOWN_REASONS,
+        number=_number,
+        plural=_plural,
+        plain=_plain,
+        example=format_example(pq.ParquetFile(first[0]).read_row_group(0)[:1].to_pylist()[0], tokenizer, color=False),
+        pictures=CAPTIONS,
+    )
+    return f"{card}\n"
+
+
+def data_configs(config_name: str, splits: Iterable[str]) -> list[dict[str, Any]]:
+    """What the YAML says of the data files: the ones beside it, and no others."""
+    data_files = [{"split": split, "path": f"{config_name}/{split}-*.parquet"} for split in splits]
+    return [{"config_name": config_name, "data_files": data_files, "default": True}]
+
+
+def _columns(features: Features, config_name: str, history: int) -> list[tuple[str, str, str]]:
+    """Name, type and meaning of every column."""
+    lists = has_lists(config_name, history)
+    which = "first user turn of the row" if config_name == MULTI_TURN else "last user turn of the row"
+    meanings = MEANINGS | ({"turn": f"number of the {which} in its dialog"} if lists else {})
+
+    def describe(feature: Any) -> str:
+        if isinstance(feature, list):
+            return f"list of {describe(feature[0])}"
+        return f"list of {describe(feature.feature)}" if hasattr(feature, "feature") else feature.dtype
+
+    def meaning(name: str) -> str:
+        if name in meanings:
+            return meanings[name]
+        return meanings[name.split("_")[-1]] + ("; one entry per exchange" if lists else "")
+
+    return [(name, describe(feature), meaning(name)) for name, feature in features.items()]
+
+
+def _words(template: Mapping[str, Any]) -> dict[str, Any]:
+    """What a template says, apart from where its loss falls."""
+    return {name: value for name, value in template.items() if name != "loss"}
+
+
+def _number(value: float) -> str:
+    """With thousands separators and at most two decimals."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}".rstrip("0").rstrip(".")
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _plain(text: Any) -> str:
+    """Text from outside as Markdown that shows it unchanged, on one line: no markup, no end of a table cell."""
+    text = html.escape(" ".join(str(text).split()), quote=False)
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", text)

@@ -1,0 +1,136 @@
+"""The dataset folder: Parquet files and a README that `load_dataset` and the Hub read, the tokenizer, and counts.json.
+
+    README.md                                    dataset card; its YAML names the files and the features
+    counts.json                                  what it holds, what was left out and why, every digest and version
+    single_turn/train-00000-of-00064.parquet     ...
+    tokenizer/                                   for `AutoTokenizer.from_pretrained` and the trainers
+    pictures/                                    the statistics, as the card shows them
+
+counts.json is written last: a folder that has it is complete. Nothing in the folder depends on the clock or on paths.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from usdm_sft.template.tokenizer import MAX_UNITS
+from usdm_sft.utils.download import sha256_file
+
+COUNTS = "counts.json"
+UNFINISHED = ".unfinished"
+PICTURES = "pictures"
+OVERWRITE = "pass --overwrite (Python: overwrite=True)"
+PREPARE_AGAIN = f"run prepare again and {OVERWRITE}"
+
+_TYPES = {
+    "key": str, "config": str, "num_units": int,
+    "settings": dict, "digests": dict, "splits": dict, "statistics": dict, "files": dict,
+}  # fmt: skip
+
+
+def read_counts(folder: str | Path) -> dict[str, Any]:
+    """What `prepare` counted.
+
+    Raises:
+        FileNotFoundError: The folder is not a dataset folder, or was not finished.
+        ValueError: Its counts.json is not what `prepare` wrote.
+    """
+    path = Path(folder) / COUNTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no {COUNTS}: name a folder that 'dailytalk-usdm prepare' finished")
+    try:
+        counts = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): {PREPARE_AGAIN}") from error
+    if not _is_counts(counts):
+        raise ValueError(f"{path} is not the counts of a dataset folder: {PREPARE_AGAIN}")
+    # They become paths, and may come from strangers.
+    plain = (counts["config"], *counts["splits"])
+    for name in (*plain, *counts["files"]):
+        if not _is_inside(name) or (name in plain and "/" in name):
+            raise ValueError(f"{path}: {name!r} is no name in a dataset folder: {PREPARE_AGAIN}")
+    return counts
+
+
+def _is_counts(counts: Any) -> bool:
+    """Whether everything that other modules look up in counts.json is there and of its type."""
+    return (
+        isinstance(counts, dict)
+        and all(isinstance(counts.get(name), kind) for name, kind in _TYPES.items())
+        and 0 < counts["num_units"] <= MAX_UNITS
+        and bool(counts["splits"])
+        and all(isinstance(split, dict) for split in counts["splits"].values())
+        and isinstance(counts["settings"].get("template"), dict)
+        and all(isinstance(counts["settings"].get(name), int) for name in ("history", "max_length"))
+    )
+
+
+def _is_inside(name: str) -> bool:
+    """Whether `name`, with "/" between its parts, is that of something inside a folder."""
+    parts = name.split("/")
+    return name.isprintable() and "\\" not in name and not {"", ".", ".."} & {*parts}
+
+
+def data_files(folder: str | Path, counts: Mapping[str, Any]) -> dict[str, list[Path]]:
+    """The Parquet files of each split, in the order of the rows.
+
+    Raises:
+        FileNotFoundError: One of them is missing.
+    """
+    files = {}
+    for split in counts["splits"]:
+        prefix = f"{counts['config']}/{split}-"
+        files[split] = [Path(folder) / name for name in sorted(counts["files"]) if name.startswith(prefix)]
+        for path in files[split]:
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing: run prepare again")
+    return files
+
+
+def is_up_to_date(folder: Path, key: str) -> bool:
+    """Whether `folder` is the finished result of the run that `key` describes, with every file as it was written."""
+    try:
+        counts = read_counts(folder)
+    except (FileNotFoundError, ValueError):
+        return False
+    return counts["key"] == key and all(
+        (folder / name).is_file() and sha256_file(folder / name) == digest for name, digest in counts["files"].items()
+    )
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what a killed run left in a folder."""
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+
+
+def check_output(folder: Path, *, overwrite: bool, finished_too: bool) -> None:
+    """Refuse to write into a folder with other content, before any work is done.
+
+    Args:
+        folder: The output folder.
+        overwrite: Allow it.
+        finished_too: Whether a finished dataset folder counts as other content; not before it is known what it holds.
+
+    Raises:
+        FileExistsError: The folder holds something, it is no interrupted run, and `overwrite` is false.
+        OSError: Nothing can be written there.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    if not existing.is_dir():
+        raise FileExistsError(f"{existing} is not a folder: name another output_path")
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written ({error.strerror}): name another output_path") from error
+    if overwrite or not folder.is_dir() or not any(folder.iterdir()):
+        return
+    finished = (folder / COUNTS).exists()
+    if finished_too if finished else not (folder / UNFINISHED).exists():
+        raise FileExistsError(
+            f"{folder} holds something else (or the result of other settings): name another output_path, or {OVERWRITE}"
+        )

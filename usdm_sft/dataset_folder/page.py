@@ -1,0 +1,151 @@
+"""Examples of a dataset folder on one self-contained HTML page, with both audios where the corpus is at hand."""
+
+from __future__ import annotations
+
+import base64
+import importlib.resources
+import io
+import mimetypes
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from usdm_sft.audio.addresses import file_problem, open_file, parse_address
+from usdm_sft.audio.reading import read_audio
+from usdm_sft.corpus.hub import fetch_corpus, is_hub_corpus
+from usdm_sft.corpus.manifest import find_manifests, is_manifest
+from usdm_sft.corpus.read import Rules, read_corpus
+from usdm_sft.corpus.split_list import find_split_lists
+from usdm_sft.dataset_folder.layout import data_files, read_counts
+from usdm_sft.dataset_folder.rows import iter_rows, open_rows
+from usdm_sft.template.tokenizer import load_tokenizer
+from usdm_sft.template.view import split_parts, title
+from usdm_sft.utils.download import fetch_split_lists
+
+
+def read_rows(dataset_dir: str | Path, split: str, index: int, num_examples: int) -> list[dict[str, Any]]:
+    """Rows `index` to `index + num_examples` of a split, fewer at its end.
+
+    Raises:
+        FileNotFoundError: `dataset_dir` is not a finished dataset folder, or lacks a file.
+        IndexError: There is no such row.
+        ValueError: There is no such split, or a file is damaged.
+    """
+    import pyarrow as pa
+
+    counts = read_counts(dataset_dir)
+    if split not in counts["splits"]:
+        raise ValueError(f"{dataset_dir} has no split {split!r}: name one of {', '.join(counts['splits'])}")
+    rows: list[dict[str, Any]] = []
+    start = 0
+    for path in data_files(dataset_dir, counts)[split]:
+        stop = start + open_rows(path).metadata.num_rows
+        if start < index + num_examples and index < stop:
+            first = max(index - start, 0)
+            table = pa.Table.from_batches(iter_rows(path))
+            rows += table.slice(first, index + num_examples - start - first).to_pylist()
+        start = stop
+    if index < 0 or not rows:
+        raise IndexError(
+            f"split {split} of {dataset_dir} has {start} rows, and no row {index}: name one from 0 to {start - 1}"
+        )
+    return rows
+
+
+def write_page(
+    dataset_dir: str | Path,
+    html: str | Path,
+    *,
+    split: str = "train",
+    index: int = 0,
+    num_examples: int = 20,
+    data_dir: str | Path | None = None,
+) -> int:
+    """Write one self-contained HTML page of examples.
+
+    Args:
+        dataset_dir: A folder that `prepare` made.
+        html: The page to write; replaced where it exists.
+        split: Split of the rows.
+        index: First row.
+        num_examples: How many rows.
+        data_dir: The corpus that the folder was made from, as `prepare` takes it, or its manifest; with it, both sides can be heard.
+
+    Returns:
+        The number of rows on the page.
+
+    Raises:
+        FileNotFoundError: The folder, or an audio file below `data_dir`, is missing.
+        IndexError: There is no such row.
+        ValueError: There is no such split.
+    """
+    import jinja2
+
+    tokenizer = load_tokenizer(str(Path(dataset_dir) / "tokenizer")).backend_tokenizer
+    rows = read_rows(dataset_dir, split, index, num_examples)
+    settings = read_counts(dataset_dir)["settings"]
+    recordings = None if data_dir is None else _Recordings(data_dir, split, settings)
+    examples = [
+        {
+            "title": title(row),
+            "parts": split_parts(row["input_ids"], row["labels"], tokenizer),
+            "audio": [] if recordings is None else list(recordings.of_row(row)),
+        }
+        for row in rows
+    ]
+    template = importlib.resources.files("usdm_sft.dataset_card") / "examples.html"
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    page = environment.from_string(template.read_text(encoding="utf-8")).render(split=split, examples=examples)
+    Path(html).expanduser().write_text(page, encoding="utf-8")
+    return len(rows)
+
+
+class _Recordings:
+    """The corpus that a dataset folder was made from; rows are only ever looked up in it, since they may come from strangers."""
+
+    def __init__(self, data_dir: str | Path, split: str, settings: Mapping[str, Any]):
+        rules = Rules(settings.get("agent"), settings.get("merge_speaker_turns", False))
+        self._name, self._history = data_dir, settings["history"]  # a row with history is named after its last pair
+        if is_manifest(data_dir):
+            corpus = read_corpus({split: data_dir}, rules)
+        else:
+            if is_hub_corpus(data_dir):
+                data_dir, lists = None, fetch_corpus(str(data_dir))
+            else:
+                folder = Path(data_dir).expanduser()
+                lists = find_manifests(folder) or find_split_lists(folder) or fetch_split_lists()
+            if split not in lists:
+                raise FileNotFoundError(
+                    f"{self._name} has no list of {split}: name the corpus that the folder was made from"
+                )
+            corpus = read_corpus({split: lists[split]}, rules, data_dir=data_dir)
+        self._dialogs = {dialog.id: dialog.utterances for dialog in corpus[split].dialogs}
+
+    def of_row(self, row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """Name and data URI of every recording of a row, in the order of the turns."""
+        num_exchanges = len(row["user_text"]) if isinstance(row["user_text"], list) else 1
+        utterances = self._dialogs.get(row["dialog_id"], ())
+        last = next((place for place, utterance in enumerate(utterances) if utterance.turn == row["turn"]), None)
+        if last is None:
+            raise FileNotFoundError(
+                f"{self._name} has no turn {row['id']}: name the corpus that the folder was made from"
+            )
+        first = last - 2 * (num_exchanges - 1) if self._history else last
+        for number, utterance in enumerate(utterances[first : first + 2 * num_exchanges]):
+            yield f"{('user', 'agent')[number % 2]}, turn {utterance.turn}", _data_uri(utterance.audio)
+
+
+def _data_uri(address: str) -> str:
+    [stretch, *more] = parse_address(address)
+    if stretch.is_whole and not more and not file_problem(stretch.file):
+        with open_file(stretch.file) as file:
+            member = stretch.file.removeprefix("zip://").partition("::")[0]  # its kind, and not that of the archive
+            content, kind = file.read(), mimetypes.guess_type(member)[0] or "audio/wav"
+    else:
+        import soundfile
+
+        samples, rate = read_audio(address)
+        buffer = io.BytesIO()
+        soundfile.write(buffer, samples, rate, format="WAV", subtype="PCM_16")
+        content, kind = buffer.getvalue(), "audio/wav"
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,78 @@
+"""The Parquet files of a dataset folder, read as what they may be: a stranger's. Columns, types and gaps are seen to first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from usdm_sft.dataset_folder.layout import PREPARE_AGAIN
+
+# Name or its end -> type of the innermost values, and how many lists are around them in a row of one exchange.
+_TYPES = {
+    "id": (pa.string(), 0), "dialog_id": (pa.string(), 0), "turn": (pa.int32(), 0),
+    "speaker": (pa.string(), 0), "text": (pa.string(), 0), "emotion": (pa.string(), 0),
+    "units": (pa.uint16(), 1), "seconds": (pa.float32(), 0),
+    "input_ids": (pa.int32(), 1), "labels": (pa.int32(), 1),
+}  # fmt: skip
+_ROLES = ("user_", "agent_")
+
+
+def open_rows(path: Path) -> pq.ParquetFile:
+    """A Parquet file with every column that `prepare` writes.
+
+    Raises:
+        ValueError: It is no Parquet file, or a column is missing or of another type.
+    """
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is no Parquet file ({_first_line(error)}): {PREPARE_AGAIN}") from error
+    schema = file.schema_arrow
+    nested = int("user_text" in schema.names and pa.types.is_list(schema.field("user_text").type))
+    for ending, (innermost, depth) in _TYPES.items():
+        per_role = ending in ("speaker", "text", "emotion", "units", "seconds")
+        for name in [role + ending for role in _ROLES] if per_role else [ending]:
+            if name not in schema.names:
+                raise ValueError(f"{path} has no column {name}: {PREPARE_AGAIN}")
+            found = schema.field(name).type
+            if _unwrap(found) != (innermost, depth + nested * per_role):
+                raise ValueError(f"{path}: column {name} is of type {found}: {PREPARE_AGAIN}")
+    return file
+
+
+def iter_rows(path: Path, *, batch_size: int = 256, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """Its rows, a batch at a time; all columns by default.
+
+    Raises:
+        ValueError: As `open_rows`, or the file is damaged, or a value is missing.
+    """
+    file = open_rows(path)
+    try:
+        for batch in file.iter_batches(batch_size=batch_size, columns=columns):
+            for name in batch.schema.names:
+                if _has_nulls(batch[name]):
+                    raise ValueError(f"{path}: a value of column {name} is missing: {PREPARE_AGAIN}")
+            yield batch
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged ({_first_line(error)}): {PREPARE_AGAIN}") from error
+
+
+def _unwrap(kind: pa.DataType) -> tuple[pa.DataType, int]:
+    depth = 0
+    while pa.types.is_list(kind):
+        kind, depth = kind.value_type, depth + 1
+    return kind, depth
+
+
+def _has_nulls(column: pa.Array) -> bool:
+    while not column.null_count and pa.types.is_list(column.type):
+        column = pc.list_flatten(column)
+    return bool(column.null_count)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,131 @@
+"""What the Parquet files of a dataset folder hold, in numbers: counted from the files alone, whatever the run said of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from usdm_sft.dataset_folder.rows import iter_rows
+from usdm_sft.template.encoder import IGNORE_INDEX
+from usdm_sft.template.tokenizer import MAX_UNITS, UNIT_0
+from usdm_sft.template.view import printable
+
+ROLES = ("user", "agent")
+QUANTILES = {"min": 0.0, "median": 0.5, "95 %": 0.95, "max": 1.0}
+_BATCH = 512
+
+
+@dataclass
+class SplitStatistics:
+    """Counts of one split; `add` takes its rows batch by batch. An audio counts wherever a row holds it."""
+
+    tokens: list[np.ndarray] = field(default_factory=list)  # of each row
+    labelled: list[np.ndarray] = field(default_factory=list)  # labelled tokens of each row
+    labelled_units: int = 0
+    seconds: dict[str, list[np.ndarray]] = field(default_factory=lambda: {role: [] for role in ROLES})  # of each audio
+    unit_counts: np.ndarray = field(default_factory=lambda: np.zeros(MAX_UNITS, np.int64))
+    pairs: Counter[str] = field(default_factory=Counter)  # dialog -> exchanges in its rows
+    emotions: Counter[str] = field(default_factory=Counter)  # of each user and agent turn of a row
+
+    def add(self, rows: pa.RecordBatch) -> None:
+        labels = rows["labels"]
+        self.tokens.append(np.asarray(pc.list_value_length(rows["input_ids"])))
+        rows_of = np.asarray(pc.list_parent_indices(labels))
+        values = np.asarray(pc.list_flatten(labels))
+        self.labelled.append(np.bincount(rows_of[values != IGNORE_INDEX], minlength=len(rows)))
+        self.labelled_units += int((values >= UNIT_0).sum())
+        for role in ROLES:
+            self.seconds[role].append(_values(rows[f"{role}_seconds"]))
+            self.unit_counts += np.bincount(_values(rows[f"{role}_units"]), minlength=MAX_UNITS)
+            self.emotions.update(_values(rows[f"{role}_emotion"]).tolist())
+        texts = rows["user_text"]
+        exchanges = pc.list_value_length(texts).to_pylist() if pa.types.is_list(texts.type) else [1] * len(rows)
+        for dialog, count in zip(rows["dialog_id"].to_pylist(), exchanges, strict=True):
+            self.pairs[dialog] += count
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What the pictures show: one value a row (tokens, labelled share), an audio (seconds) or a dialog (pairs)."""
+        tokens, labelled = np.concatenate(self.tokens), np.concatenate(self.labelled)
+        return {
+            "tokens": tokens,
+            "labelled share": labelled / tokens,
+            **{f"{role} seconds": np.concatenate(self.seconds[role]) for role in ROLES},
+            "pairs a dialog": np.array(list(self.pairs.values())),
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """JSON values; `distributions` has mean and quantiles of every array."""
+        labelled = int(np.concatenate(self.labelled).sum())
+        arrays = self.arrays()
+        return {
+            "rows": len(arrays["tokens"]),
+            "dialogs": len(self.pairs),
+            "tokens": int(arrays["tokens"].sum()),
+            "labelled_tokens": labelled,
+            "labelled_units": self.labelled_units,
+            "units": int(self.unit_counts.sum()),
+            "distinct_units": int((self.unit_counts > 0).sum()),
+            "distributions": {name: _distribution(values) for name, values in arrays.items()},
+            "emotions": dict(sorted(self.emotions.items(), key=lambda item: (-item[1], item[0]))),
+        }
+
+
+def compute_statistics(files: Mapping[str, Sequence[Path]]) -> dict[str, SplitStatistics]:
+    """Parquet files of each split -> its counts; a batch of rows is in memory at a time."""
+    statistics = {}
+    for split, paths in files.items():
+        statistics[split] = SplitStatistics()
+        for path in paths:
+            for rows in iter_rows(path, batch_size=_BATCH):
+                statistics[split].add(rows)
+    return statistics
+
+
+def format_table(summaries: Mapping[str, Mapping[str, Any]], num_units: int) -> str:
+    """Summaries of the splits -> a table for the terminal."""
+    rows: list[tuple[str, ...]] = [("", *summaries)]
+
+    def add(name: str, value: Any) -> None:
+        rows.append((name, *(value(summary) for summary in summaries.values())))
+
+    for name in ("rows", "dialogs", "tokens"):
+        add(name, lambda summary, name=name: f"{summary[name]:,}")
+    add("labelled tokens", lambda s: f"{s['labelled_tokens']:,} ({s['labelled_tokens'] / s['tokens']:.1%})")
+    add("labelled tokens that are units", lambda s: f"{s['labelled_units']:,}")
+    add("units", lambda s: f"{s['units']:,}")
+    add(f"distinct units of {num_units:,}", lambda s: f"{s['distinct_units']:,}")
+    first = next(iter(summaries.values()))
+    for name in first["distributions"]:
+        for quantile in first["distributions"][name]:
+            add(f"{name}, {quantile}", lambda s, name=name, key=quantile: f"{s['distributions'][name][key]:g}")
+    for emotion in sorted({emotion for summary in summaries.values() for emotion in summary["emotions"]}):
+        add(
+            f"emotion {printable(emotion) or '(none)'}", lambda s, emotion=emotion: f"{s['emotions'].get(emotion, 0):,}"
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    )
+
+
+def _distribution(values: np.ndarray) -> dict[str, float]:
+    found = {"mean": values.mean(dtype=np.float64)}
+    found |= {name: np.quantile(values.astype(np.float64), quantile) for name, quantile in QUANTILES.items()}
+    return {name: round(float(value), 4) for name, value in found.items()}
+
+
+def _values(column: pa.Array) -> np.ndarray:
+    """The innermost values of a column, whether a row holds one exchange or a list of them."""
+    while pa.types.is_list(column.type):
+        column = pc.list_flatten(column)
+    return column.to_numpy(zero_copy_only=False)

@@ -1,0 +1,186 @@
+"""Is a dataset folder what it says? Files, schema, counts, labels and every row against the template, told all at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from usdm_sft.corpus.read import MAX_PROBLEMS_SHOWN
+from usdm_sft.dataset_folder.card import data_configs
+from usdm_sft.dataset_folder.compare import compare_with_text, describe_difference, first_difference
+from usdm_sft.dataset_folder.layout import COUNTS, PICTURES, PREPARE_AGAIN, data_files, read_counts
+from usdm_sft.dataset_folder.rows import iter_rows, open_rows
+from usdm_sft.dataset_folder.statistics import SplitStatistics
+from usdm_sft.template.config import Template
+from usdm_sft.template.encoder import COLUMNS, IGNORE_INDEX, TemplateEncoder
+from usdm_sft.template.tokenizer import load_tokenizer
+from usdm_sft.utils.download import sha256_file
+
+if TYPE_CHECKING:
+    from datasets import DatasetInfo
+
+COUNTED = ("rows", "tokens", "labelled_tokens", "units")
+_BATCH = 256
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class VerificationError(ValueError):
+    """A dataset folder is not what it says. One line a problem, each with its place."""
+
+    def __init__(self, problems: Sequence[str], more: bool):
+        super().__init__("\n".join([*problems, "... and more problems"] if more else problems))
+        self.problems = list(problems)
+
+
+def verify(dataset_dir: str | Path, against: str | Path | None = None) -> dict[str, int]:
+    """Check a dataset folder: every file's digest, the schema, the counts, each label, and each row against its columns.
+
+    Args:
+        dataset_dir: A folder that `prepare` made, or a copy of it.
+        against: A folder with the reference's train.txt and test.txt; their lines must be the rows, in any order.
+
+    Returns:
+        The number of rows of each split.
+
+    Raises:
+        FileNotFoundError: `dataset_dir` is not a finished dataset folder, or `against` lacks a file.
+        VerificationError: Something is wrong; the message names up to 20 places.
+    """
+    folder = Path(dataset_dir)
+    counts = read_counts(folder)
+    _raise_any(_check_files(folder, counts))  # what is damaged is not read
+    statistics: dict[str, SplitStatistics] = {}
+    _raise_any(_check_rows(folder, counts, statistics))
+    _raise_any(_check_counts(folder, counts, statistics))
+    if against is not None:
+        _raise_any(compare_with_text(data_files(folder, counts), Path(against), folder / "tokenizer"))
+    return {split: its.summary()["rows"] for split, its in statistics.items()}
+
+
+def _raise_any(problems: Iterator[str]) -> None:
+    found = [problem for _, problem in zip(range(MAX_PROBLEMS_SHOWN), problems, strict=False)]
+    if found:
+        raise VerificationError(found, more=next(problems, None) is not None)
+
+
+def _check_files(folder: Path, counts: Mapping[str, Any]) -> Iterator[str]:
+    for name, digest in counts["files"].items():
+        if not _DIGEST.fullmatch(str(digest)):
+            yield f"{folder / COUNTS}: {name!r} has no digest, but {digest!r}"
+        elif not (folder / name).is_file():
+            yield f"{folder / name} is missing"
+        elif (found := sha256_file(folder / name)) != digest:
+            yield f"{folder / name} was changed: its sha256 is {found}, not {digest}"
+    for part in (counts["config"], "tokenizer", PICTURES):
+        for path in sorted((folder / part).rglob("*")):
+            if path.is_file() and path.relative_to(folder).as_posix() not in counts["files"]:
+                yield f"{path} does not belong to the folder: remove it"
+    for split in counts["splits"]:
+        if not any(name.startswith(f"{counts['config']}/{split}-") for name in counts["files"]):
+            yield f"{folder / COUNTS} names no file of split {split}"
+
+
+def _check_rows(folder: Path, counts: Mapping[str, Any], statistics: dict[str, SplitStatistics]) -> Iterator[str]:
+    history = counts["settings"]["history"]
+    try:
+        template = Template(**counts["settings"]["template"])
+    except TypeError as error:  # a field that there is not
+        raise ValueError(f"{folder / COUNTS}: settings.template is no template ({error}): prepare it again") from error
+    encoder = TemplateEncoder(load_tokenizer(str(folder / "tokenizer")), template, last_exchange_only=history > 0)
+    if encoder.tokenizer_digest != counts["digests"].get("tokenizer"):
+        yield f"{folder / 'tokenizer'} is not the tokenizer that {COUNTS} names"
+    schema = _read_card(folder, counts).features.arrow_schema.remove_metadata()
+    seen: dict[str, str] = {}
+    for split, paths in data_files(folder, counts).items():
+        statistics[split] = SplitStatistics()
+        for path in paths:
+            found = open_rows(path).schema_arrow.remove_metadata()
+            if not found.equals(schema):
+                different = sorted({*found.names} ^ {*schema.names}) or [
+                    f"{field.name} is {field.type}" for field in found if not field.equals(schema.field(field.name))
+                ]
+                what = ", ".join(different) or f"their order is {', '.join(found.names)}"
+                yield f"{path} has other columns than the README.md beside it says: {what}"
+                continue
+            number = 0
+            for batch in iter_rows(path, batch_size=_BATCH):
+                for position, row in enumerate(batch.to_pylist(), start=number):
+                    place = f"{path}: row {position} ({row['id']})"
+                    if row["id"] in seen:
+                        yield f"{place}: the same id is at {seen[row['id']]}"
+                    seen[row["id"]] = place
+                    yield from (f"{place}: {problem}" for problem in _check_row(row, encoder, counts["settings"]))
+                number += len(batch)
+                statistics[split].add(batch)
+
+
+def _check_row(row: Mapping[str, Any], encoder: TemplateEncoder, settings: Mapping[str, Any]) -> Iterator[str]:
+    ids, labels = np.array(row["input_ids"]), np.array(row["labels"])
+    if len(ids) != len(labels):
+        yield f"{len(ids)} input_ids, but {len(labels)} labels"
+        return
+    if len(ids) > settings["max_length"]:
+        yield f"{len(ids)} tokens, more than max_length {settings['max_length']}"
+    if (wrong := np.flatnonzero((labels != ids) & (labels != IGNORE_INDEX))).size:
+        yield f"label {labels[wrong[0]]} of token {wrong[0]} is neither {IGNORE_INDEX} nor its id {ids[wrong[0]]}"
+        return
+    try:
+        encoded = encoder({column: [value] for column, value in row.items()})
+    except ValueError as error:
+        yield str(error)
+        return
+    for name, found in (("input_ids", ids), ("labels", labels)):
+        [expected] = encoded[name]
+        if (at := first_difference(found, expected)) is not None:
+            yield f"{name} are not what its columns encode to: {describe_difference(found, expected, at)}"
+            return
+    if encoder.decode(ids) != (text := _render(row, encoder.template)):
+        yield f"its ids do not decode to the template: {encoder.decode(ids)!r}, not {text!r}"
+
+
+def _render(row: Mapping[str, Any], template: Template) -> str:
+    """The text of the template for one row; a "▁" as the space that the tokenizer takes it for."""
+    columns = [row[name] for name in COLUMNS]
+    exchanges = zip(*columns, strict=True) if isinstance(row["user_text"], list) else [columns]
+    blocks = []
+    for user_units, user_text, agent_text, agent_units in exchanges:
+        user, agent = ("".join(f"<|unit{unit}|>" for unit in units) for units in (user_units, agent_units))
+        texts = f"{user_text.lower()}\n{template.agent_heading}{agent_text.lower()}"
+        blocks.append(f"{template.user_heading}{user}<|correspond|>{texts}<|correspond|>{agent}\n")
+    return f"{template.instruction}{''.join(blocks)}</s>".replace("▁", " ")
+
+
+def _check_counts(folder: Path, counts: Mapping[str, Any], statistics: Mapping[str, SplitStatistics]) -> Iterator[str]:
+    info = _read_card(folder, counts)
+    for split, its in statistics.items():
+        summary = its.summary()
+        for name in COUNTED:
+            if counts["splits"][split].get(name) != summary[name]:
+                yield f"{folder / COUNTS}: {split} has {summary[name]} {name}, not {counts['splits'][split].get(name)}"
+        if counts["statistics"].get(split) != summary:
+            yield f"{folder / COUNTS}: the statistics of {split} are not those of its rows"
+        if split not in info.splits or info.splits[split].num_examples != summary["rows"]:
+            yield f"{folder / 'README.md'}: its YAML does not say that {split} has {summary['rows']} rows"
+
+
+def _read_card(folder: Path, counts: Mapping[str, Any]) -> DatasetInfo:
+    """What `load_dataset` takes from the card: features and splits; its YAML must name the files beside it and no others."""
+    import datasets
+    from huggingface_hub.repocard import metadata_load
+    from yaml import YAMLError
+
+    path = folder / "README.md"
+    try:
+        if (metadata_load(path) or {}).get("configs") != data_configs(counts["config"], counts["splits"]):
+            raise ValueError("its configs are not the data files of counts.json")
+        info = datasets.load_dataset_builder(str(folder), counts["config"]).info
+        if info.features is None or info.splits is None:
+            raise ValueError("its dataset_info names no features or splits")
+    except (YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} has not the YAML of a dataset card ({reason}): {PREPARE_AGAIN}") from error
+    return info

@@ -1,0 +1,73 @@
+"""The forward passes over prepared waveforms, in the batches of `plan_batches`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from usdm_sft.audio.reading import SAMPLE_RATE
+from usdm_sft.units.batches import Waveform, num_frames, plan_batches
+from usdm_sft.units.model import UnitModel
+
+_OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def compute_units(
+    model: UnitModel, waveforms: Sequence[Waveform], names: Sequence[str], batch_seconds: float
+) -> tuple[list[np.ndarray], list[int]]:
+    """Run waveforms through the unit model.
+
+    Args:
+        model: On the device that computes.
+        waveforms: Any number, in any order.
+        names: What error messages call them.
+        batch_seconds: Seconds of audio, padding included, in one forward pass.
+
+    Returns:
+        Units, one (num_frames,) uint16 array a waveform, and the indices of the waveforms whose features are not finite.
+
+    Raises:
+        MemoryError: The device has too little memory; the message says what to set.
+    """
+    batches = plan_batches([waveform.num_samples for waveform in waveforms], batch_seconds)
+    # Nothing waits for the device until all batches are on their way to it.
+    results = [
+        _forward(model, [waveforms[row] for row in rows], [names[row] for row in rows], batch_seconds)
+        for rows in batches
+    ]
+    found: list[np.ndarray] = [np.zeros(0, np.uint16)] * len(waveforms)
+    not_finite = []
+    for rows, (units, finite) in zip(batches, results, strict=True):
+        for row, row_units, row_finite in zip(rows, units.cpu().numpy(), finite.cpu().numpy(), strict=True):
+            found[row] = row_units[: num_frames(len(waveforms[row].samples))]
+            if not row_finite:
+                not_finite.append(row)
+    return found, sorted(not_finite)
+
+
+def _forward(
+    model: UnitModel, batch: Sequence[Waveform], names: Sequence[str], batch_seconds: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    device = model.centroids.device
+    padded = torch.nn.utils.rnn.pad_sequence([waveform.samples for waveform in batch], batch_first=True)
+    frames = torch.tensor([num_frames(waveform.num_samples) for waveform in batch], device="cpu")
+    try:
+        if device.type == "cuda" and padded.device.type == "cpu":
+            padded = padded.pin_memory()
+        padded = padded.to(device, non_blocking=True)
+        if not model.rows_alone:
+            return model(padded, frames)
+        return model([row[: len(each.samples)] for row, each in zip(padded, batch, strict=True)], frames)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in _OUT_OF_MEMORY):
+            raise
+        seconds = padded.numel() / SAMPLE_RATE
+        if len(batch) > 1:
+            remedy = f"set --batch_seconds (now {batch_seconds:g}) to {seconds / 2:.0f} or less"
+        else:
+            remedy = f"leave out {names[0]}, or use a device with more memory"
+        raise MemoryError(
+            f"out of memory on {device} with a batch of {len(batch)} utterances and {seconds:.0f} s of audio: {remedy}"
+        ) from error

@@ -1,0 +1,128 @@
+"""Audio that is read before it is needed: by threads, and so many seconds of it ahead."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from usdm_sft.audio.addresses import AddressError, file_problem, open_file, parse_address
+from usdm_sft.audio.reading import describe, find_frames, read_waveform
+from usdm_sft.units.batches import Waveform, prepare_waveform
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from usdm_sft.units.tokenizer import UnitTokenizer
+
+
+class AudioReader:
+    """Threads that read audio ahead. They belong to one process: a forked one needs a reader of its own.
+
+    Args:
+        read: Called in a thread with each source.
+    """
+
+    def __init__(self, read: Callable[[str | Path | bytes], Any]):
+        self._read = read
+        self._threads = ThreadPoolExecutor(thread_name_prefix="read-audio")
+        self._waiting: dict[str | Path | bytes, Future] = {}
+
+    def __len__(self) -> int:
+        """Number of sources that were read ahead and not taken yet."""
+        return len(self._waiting)
+
+    def start(self, sources: Iterable[str | Path | bytes]) -> None:
+        """Start to read what is not being read already."""
+        for source in sources:
+            if source not in self._waiting:
+                self._waiting[source] = self._threads.submit(self._read, source)
+
+    def take(self, sources: Sequence[str | Path | bytes]) -> Iterator[Any]:
+        """Yield what was read, in order. After an error the sources that no thread has begun are not read."""
+        self.start(sources)
+        futures = {source: self._waiting.pop(source) for source in dict.fromkeys(sources)}
+        try:
+            for source in sources:
+                yield futures[source].result()
+        finally:
+            for future in futures.values():
+                future.cancel()
+
+    def forget(self, sources: Iterable[str | Path | bytes]) -> None:
+        """Give up sources that were read ahead."""
+        for source in sources:
+            if (future := self._waiting.pop(source, None)) is not None:
+                future.cancel()
+
+
+def read_and_prepare(source: str | Path | bytes, normalization: str) -> Waveform:
+    """Address or bytes of audio -> what goes into a batch; resampled by soxr."""
+    import torch
+
+    return prepare_waveform(torch.from_numpy(read_waveform(source)), describe(source), normalization)
+
+
+def stream_units(unit_tokenizer: UnitTokenizer, sources: Iterable[str]) -> Iterator[np.ndarray]:
+    """Yield the units of one address of audio after another, in order.
+
+    Neighbours of up to `batch_seconds` together are computed at once, while the next ones are read: so many seconds of
+    audio, twice, are in memory, or one longer file in their place.
+
+    Yields:
+        (num_frames,) uint16 units.
+
+    Raises:
+        FileNotFoundError: An audio file does not exist; the units of all before it were yielded.
+        ValueError: Audio cannot become units; the units of all before it were yielded.
+    """
+    groups = group_by_seconds(sources, unit_tokenizer.settings["batch_seconds"])
+    group, following = next(groups, []), []
+    try:
+        unit_tokenizer.read_ahead(group)
+        while group:
+            following = next(groups, [])
+            unit_tokenizer.read_ahead(following)
+            try:
+                units, _ = unit_tokenizer.tokenize_files(group)
+            except (FileNotFoundError, ValueError):
+                # One by one, so that the units of the files before the bad one are not lost.
+                units = (unit_tokenizer.tokenize_files([source])[0][0] for source in group)
+            yield from units
+            group = following
+    finally:
+        unit_tokenizer.forget(following)
+
+
+def group_by_seconds(sources: Iterable[str], seconds: float) -> Iterator[list[str]]:
+    """Yield neighbouring sources of up to `seconds` of audio together; a longer one, or one without a length, alone."""
+    group: list[str] = []
+    total = 0.0
+    for source in sources:
+        length = audio_seconds(source)
+        if group and total + length > seconds:
+            yield group
+            group, total = [], 0.0
+        group.append(source)
+        total += length
+    if group:
+        yield group
+
+
+def audio_seconds(source: str) -> float:
+    """Length of audio by its header; infinite where there is none to read, which whoever reads the audio reports."""
+    import soundfile
+
+    total = 0.0
+    try:
+        for stretch in parse_address(source):
+            if file_problem(stretch.file):
+                return math.inf
+            with open_file(stretch.file) as file, soundfile.SoundFile(file) as sound:
+                first, stop = find_frames(stretch, sound.samplerate, sound.frames)
+                total += (stop - first) / sound.samplerate
+    except (OSError, AddressError, soundfile.LibsndfileError):
+        return math.inf
+    return total
