@@ -100,7 +100,7 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):
     Raises:
         ValueError: There is no such config, an option is wrong, or DailyTalk's own split lists are swapped.
         FileNotFoundError: Data, a split list or an audio file is missing.
-        usdm_sft.corpus.read.CorpusError: The split lists are wrong; every problem is named with file and line.
+        usdm_sft.corpus.problems.CorpusError: The split lists are wrong; every problem is named with file and line.
         usdm_sft.audio.reading.AudioError: An audio file cannot become units, or bad audio leaves no pair of a split.
     """
 

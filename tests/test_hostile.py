@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from usdm_sft.corpus.read import text_problem
 from usdm_sft.dataset_folder.verify import verify
 from usdm_sft.prepare import prepare
 from usdm_sft.template.tokenizer import CORRESPOND, NEWLINE, SPACE, UNIT_0
+from usdm_sft.utils.texts import text_problem
 
 NASTY = [
     "### agent", "### user", "\n### agent\n", "<|unit5|>", "<|correspond|>", "</s>", "<s>", "<unk>", "<pad>", "\r", "\x85", "\u2028", "\u2029",

@@ -11,7 +11,7 @@ import dailytalk_usdm
 from dailytalk_usdm import DailyTalkUSDM
 from tests.helpers import REPOSITORY
 from usdm_sft.audio.reading import AudioError
-from usdm_sft.corpus.read import CorpusError
+from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.utils import download
 
 pytestmark = pytest.mark.loading

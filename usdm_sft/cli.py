@@ -32,7 +32,7 @@ def units(unit_model_dir: str, file: list[str], device: str | None = None, preci
         device: Where to compute; CUDA where there is one, else the CPU.
         precision: fp32 (the reference's), tf32, fp16 or bf16.
     """
-    from usdm_sft.units.reading import stream_units
+    from usdm_sft.units.stream import stream_units
     from usdm_sft.units.tokenizer import UnitTokenizer
 
     tokenizer = UnitTokenizer.from_pretrained(unit_model_dir, device=device, precision=precision)
@@ -60,7 +60,8 @@ def show(
         data_dir: The corpus that the folder was made from: with it both sides can be heard on the page.
         ids: Print the ids as well (the page always has them).
     """
-    from usdm_sft.dataset_folder.page import read_rows, write_page
+    from usdm_sft.dataset_folder.page import write_page
+    from usdm_sft.dataset_folder.rows import read_rows
 
     if html is not None:
         shown = write_page(
@@ -287,7 +288,7 @@ def main(args: list[str] | None = None) -> None:
     except (OSError, ValueError, IndexError, ImportError, MemoryError, RuntimeError) as error:
         if (full := _find_full_disk(error)) is not None:
             error = f"{full}: make room and start it again, finished work is kept"
-        from usdm_sft.template.view import printable  # names and values of strangers may be in it
+        from usdm_sft.utils.texts import printable
 
         print(printable(f"dailytalk-usdm {command}: {error}"), file=sys.stderr)
         sys.exit(1)

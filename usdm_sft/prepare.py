@@ -143,21 +143,20 @@ def prepare(
     elif tasks != 1 or slurm is not None:
         raise ValueError("tasks and slurm are options of an executor: name one with --executor")
     from dailytalk_usdm import DailyTalkUSDM
-    from usdm_sft.convert.published import find_unit_model
-    from usdm_sft.convert.sources import describe_corpus, describe_tokenizer, describe_unit_model, list_kind
+    from usdm_sft.convert.published import describe_unit_model, find_unit_model
+    from usdm_sft.corpus.published_lists import describe_corpus, list_kind
     from usdm_sft.dataset_folder import layout as folder
     from usdm_sft.dataset_folder.writer import write_folder
     from usdm_sft.shards import make as shards
     from usdm_sft.shards.counts import count_rows
     from usdm_sft.shards.overflow import choose_overflow, fit_rows
-    from usdm_sft.shards.workers import quiet
     from usdm_sft.template.encoder import TemplateEncoder
-    from usdm_sft.template.tokenizer import load_tokenizer
+    from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer
     from usdm_sft.units.agreement import measure_agreement, pick_sample
     from usdm_sft.units.batches import padding_share
     from usdm_sft.units.tokenizer import UnitTokenizer
-    from usdm_sft.utils.cache import cache_key, path_lock
-    from usdm_sft.utils.download import cache_root
+    from usdm_sft.utils.cache import cache_key, cache_root, path_lock
+    from usdm_sft.utils.progress import quiet
 
     overflow = choose_overflow(overflow, config_name, history)
     elsewhere = executor in ("slurm", "ray")

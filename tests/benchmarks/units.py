@@ -14,10 +14,12 @@ import torch
 from transformers import AutoModel, Wav2Vec2Config
 
 from tests.benchmarks.common import alternate, lengths, machine, speechlike, table, timed
+from usdm_sft.audio.frames import num_frames
 from usdm_sft.convert.convert import XLSR_1B, XLSR_LAYER
 from usdm_sft.units import model as unit_model
-from usdm_sft.units.batches import num_frames, padding_share, prepare_waveform
-from usdm_sft.units.model import Precision, UnitModel
+from usdm_sft.units.batches import padding_share, prepare_waveform
+from usdm_sft.units.model import UnitModel
+from usdm_sft.units.precision import Precision
 from usdm_sft.units.tokenizer import UnitTokenizer
 
 NUM_UNITS = 10_000

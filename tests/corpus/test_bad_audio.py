@@ -22,7 +22,7 @@ from usdm_sft.audio.digests import audio_digests
 from usdm_sft.audio.reading import AudioError, read_waveform
 from usdm_sft.cli import main
 from usdm_sft.corpus.bad_audio import ALL_BAD, leave_out
-from usdm_sft.corpus.read import Dialog, Split, Utterance
+from usdm_sft.corpus.dialogs import Dialog, Split, Utterance
 from usdm_sft.prepare import prepare
 from usdm_sft.units.batches import BATCH_SECONDS, plan_batches
 from usdm_sft.units.model import UnitModel

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from dailytalk_usdm import DailyTalkUSDM
 from usdm_sft.corpus import read as corpus
 from usdm_sft.corpus import split_list
-from usdm_sft.corpus.read import SAME_SPEAKER, SINGLE_TURN, CorpusError, read_corpus, text_problem
+from usdm_sft.corpus.problems import CorpusError
+from usdm_sft.corpus.read import SAME_SPEAKER, SINGLE_TURN, read_corpus
 from usdm_sft.utils import download
+from usdm_sft.utils.texts import text_problem
 
 GOOD = "0_0_d1|0|{P}|hello.|none\n1_1_d1|1|{P}|yes.|none\n"
 

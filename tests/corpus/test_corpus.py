@@ -9,8 +9,10 @@ from dailytalk_usdm import DailyTalkUSDM
 from tests.helpers import FIXTURES
 from usdm_sft.corpus import read as corpus
 from usdm_sft.corpus import split_list
-from usdm_sft.corpus.read import CorpusError, read_corpus, text_problem
+from usdm_sft.corpus.problems import CorpusError
+from usdm_sft.corpus.read import read_corpus
 from usdm_sft.utils import download
+from usdm_sft.utils.texts import text_problem
 
 
 def write(path, *lines, end="\n", newline=""):

@@ -1,7 +1,7 @@
 import pytest
 
+from usdm_sft.corpus.dialogs import Dialog, Utterance
 from usdm_sft.corpus.examples import CONFIGS, check_config, has_lists, make_examples
-from usdm_sft.corpus.read import Dialog, Utterance
 
 
 def dialog(num_turns):

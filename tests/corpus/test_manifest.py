@@ -19,7 +19,8 @@ from dailytalk_usdm import DailyTalkUSDM
 from tests.code_blocks import find_code
 from tests.helpers import REPOSITORY
 from tests.mini_hub import serve
-from usdm_sft.corpus.read import NO_ANSWER, SAME_SPEAKER, CorpusError, Rules, read_corpus
+from usdm_sft.corpus.problems import CorpusError
+from usdm_sft.corpus.read import NO_ANSWER, SAME_SPEAKER, Rules, read_corpus
 from usdm_sft.dataset_folder.export import export_text
 from usdm_sft.dataset_folder.page import write_page
 from usdm_sft.dataset_folder.verify import verify

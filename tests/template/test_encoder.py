@@ -9,7 +9,8 @@ from datasets.fingerprint import Hasher
 from tokenizers import AddedToken, Tokenizer
 
 from tests.helpers import FIXTURES
-from usdm_sft.corpus.read import CorpusError, read_corpus
+from usdm_sft.corpus.problems import CorpusError
+from usdm_sft.corpus.read import read_corpus
 from usdm_sft.template.encoder import COLUMNS, TemplateEncoder
 
 ROW = {"user_units": [6129, 1666, 3785], "user_text": "What? You want to leave early?", "agent_text": "yes. can I?",

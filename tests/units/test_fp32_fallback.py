@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from usdm_sft.audio.frames import num_frames
 from usdm_sft.audio.reading import read_waveform
 from usdm_sft.prepare import prepare
-from usdm_sft.units.batches import normalize, num_frames
+from usdm_sft.units.batches import normalize
 from usdm_sft.units.model import UnitModel
 from usdm_sft.units.tokenizer import UnitTokenizer
-from usdm_sft.utils.download import sha256_file
+from usdm_sft.utils.cache import sha256_file
 
 LAYER = "encoder.layers.1.feed_forward."
 LARGEST_FP16 = 65_504

@@ -16,7 +16,7 @@ from tests.helpers import FIXTURES
 from usdm_sft.convert.convert import convert
 from usdm_sft.units import tokenizer as units
 from usdm_sft.units.tokenizer import UnitTokenizer
-from usdm_sft.utils.download import sha256_file
+from usdm_sft.utils.cache import sha256_file
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 import numpy as np
 
 from usdm_sft.audio.addresses import AddressError, Stretch, file_problem, open_file, parse_address
-from usdm_sft.audio.reading import AudioError, find_frames, resampled_length
+from usdm_sft.audio.frames import MIN_SAMPLES, find_frames, resampled_length
+from usdm_sft.audio.reading import AudioError
 from usdm_sft.audio.sound import BLOCK_SAMPLES, read_frames, skip_tags, tags_end
-from usdm_sft.units.batches import MIN_SAMPLES
 
 if TYPE_CHECKING:
     import soundfile

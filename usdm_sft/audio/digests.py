@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 from usdm_sft.audio.addresses import disk_files, file_problem, open_file, parse_address
 from usdm_sft.audio.check import AudioCheck, check_audio
-from usdm_sft.audio.reading import AudioError, resampled_length
-from usdm_sft.utils.download import cache_root
+from usdm_sft.audio.frames import resampled_length
+from usdm_sft.audio.reading import AudioError
+from usdm_sft.utils.cache import cache_root
 from usdm_sft.utils.once import once_per_key
 from usdm_sft.utils.progress import progress_bar
 

@@ -7,72 +7,22 @@ to ceil(n * 16000 / rate): soxr alone is one sample short in half the cases at 2
 from __future__ import annotations
 
 import io
-import math
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from usdm_sft.audio.addresses import MISSING, AddressError, Stretch, file_problem, open_file, parse_address
+from usdm_sft.audio.frames import SAMPLE_RATE, find_frames, resampled_length
 from usdm_sft.audio.sound import read_frames, skip_tags
 
 if TYPE_CHECKING:
-    import torch
-
-SAMPLE_RATE = 16_000
-
-# soxr's "HQ" response in torchaudio's terms: passband to 0.913 of the band, so the middle of the transition is at 0.9565; width
-# and beta are the best of a grid. torchaudio's default filter changes 14 to 30 % of a toy model's units, this one 0.1 to 0.8 %.
-SOXR_HQ = {
-    "lowpass_filter_width": 90,
-    "rolloff": 0.9565,
-    "resampling_method": "sinc_interp_kaiser",
-    "beta": 12.0,
-}
+    pass
 
 
 class AudioError(ValueError):
     """Audio that cannot become units: names file, reason and remedy."""
-
-
-def audio_source(value: Any) -> str | bytes:
-    """What an audio column holds -> path or file content.
-
-    Args:
-        value: A path, the bytes of a file, or a `{"bytes", "path"}` dict as `Audio(decode=False)` gives.
-
-    Raises:
-        TypeError: Anything else, such as decoded audio.
-    """
-    if isinstance(value, Mapping) and ("bytes" in value or "path" in value):
-        value = value["path"] if value.get("bytes") is None else value["bytes"]
-    if isinstance(value, str | os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, bytes | bytearray | memoryview):
-        return bytes(value)
-    raise TypeError(
-        f"audio is a {type(value).__name__}, not a path or bytes: load or cast the column with Audio(decode=False)"
-    )
-
-
-def distinct_audio(batch: Mapping[str, Sequence]) -> tuple[list[str | bytes], dict[str, list]]:
-    """-> the distinct audio of a batch, and for each audio column which of them every row has (or list of exchanges)."""
-    names = [name for name in batch if name == "audio" or name.endswith("_audio")]
-    if not names:
-        raise ValueError(
-            f"there is no audio column among {', '.join(batch) or 'no columns'}: name it audio, or let it end in _audio"
-        )
-    order: dict[str | bytes, int] = {}
-
-    def number(value: Any) -> int | list[int]:
-        if isinstance(value, list | tuple):
-            return [number(each) for each in value]
-        return order.setdefault(audio_source(value), len(order))
-
-    columns = {name: [number(value) for value in batch[name]] for name in names}
-    return list(order), columns
 
 
 def read_audio(source: str | Path | bytes) -> tuple[np.ndarray, int]:
@@ -112,13 +62,6 @@ def _read_stretch(source: str | Path | bytes, stretch: Stretch) -> tuple[np.ndar
     return samples, rate
 
 
-def find_frames(stretch: Stretch, rate: int, num_frames: int) -> tuple[int, int]:
-    """First frame of a stretch in a recording of `num_frames` at `rate` Hz, and the frame after its last."""
-    if stretch.start is None or stretch.end is None:
-        return 0, num_frames
-    return round(stretch.start * rate), min(round(stretch.end * rate), num_frames)
-
-
 def read_waveform(source: str | Path | bytes) -> np.ndarray:
     """Address or bytes of audio -> (num_samples,) float32 mono at 16 kHz.
 
@@ -134,36 +77,6 @@ def read_waveform(source: str | Path | bytes) -> np.ndarray:
     resampled = soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ")
     length = resampled_length(len(samples), rate)
     return np.pad(resampled[:length], (0, max(0, length - len(resampled))))
-
-
-def resample_on(device: str, samples: np.ndarray, rate: int) -> torch.Tensor:
-    """(num_samples,) float32 mono at `rate` Hz -> (num_samples,) float32 tensor at 16 kHz, resampled on `device`.
-
-    The filter is set to soxr's HQ response (4e-4 from it on speech), but is not soxr's, so a few units differ; `prepare`
-    measures how many.
-
-    Raises:
-        ImportError: torchaudio is not installed, or does not match torch.
-    """
-    import torch
-
-    try:
-        from torchaudio.functional import resample
-    except (ImportError, OSError) as error:
-        raise ImportError(
-            f"resampler torchaudio needs torchaudio built for the same device as torch ({error}): "
-            "pip install 'dailytalk-usdm[torchaudio]', or use resampler soxr"
-        ) from error
-    waveform = torch.from_numpy(np.ascontiguousarray(samples)).to(device, non_blocking=True)
-    length = resampled_length(len(samples), rate)
-    if rate != SAMPLE_RATE:
-        waveform = resample(waveform, rate, SAMPLE_RATE, **SOXR_HQ)
-    return torch.nn.functional.pad(waveform[:length], (0, max(0, length - len(waveform))))
-
-
-def resampled_length(num_samples: int, rate: int) -> int:
-    """Samples at 16 kHz of `num_samples` samples at `rate` Hz."""
-    return math.ceil(num_samples * (SAMPLE_RATE / rate))
 
 
 def describe(source: str | Path | bytes) -> str:

@@ -19,7 +19,7 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # jsonargparse tries something out
             super().error(message, ex)
-        from usdm_sft.template.view import printable  # names and values of a YAML file may be in it
+        from usdm_sft.utils.texts import printable
 
         parser = getattr(ex, "subcommand_parser", None) or self
         program = parser.prog.replace(" [options]", "")

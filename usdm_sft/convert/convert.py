@@ -7,7 +7,6 @@ every file and of its sources). Of XLS-R 1B's 48 layers 35 are needed: 2.8 GB in
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,10 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from usdm_sft.audio.digests import file_digest
-from usdm_sft.audio.reading import SAMPLE_RATE
+from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.convert.keys import to_transformers
-from usdm_sft.convert.model_config import cut_config, read_json
+from usdm_sft.convert.model_config import cut_config
 from usdm_sft.convert.transformers_folder import (
     read_folder_config,
     read_folder_weights,
@@ -28,11 +26,10 @@ from usdm_sft.convert.transformers_folder import (
     weight_files,
 )
 from usdm_sft.template.tokenizer import MAX_UNITS
-from usdm_sft.units.batches import NORMALIZATIONS
-from usdm_sft.utils.cache import path_lock
-from usdm_sft.utils.download import cache_root, sha256_file
+from usdm_sft.units.folder import FILES, read_description
+from usdm_sft.utils.cache import cache_root, path_lock, sha256_file
+from usdm_sft.utils.json_files import read_json
 
-FILES = ("config.json", "model.safetensors", "kmeans.npy")
 XLSR_LAYER = 35
 
 XLSR_1B = {
@@ -117,52 +114,6 @@ def convert(
                 "remove it or name another folder"
             )
         return _write(folder, description, config, _read_kmeans(kmeans, config), read_weights(checkpoint, config))
-
-
-def read_description(folder: Path) -> dict[str, Any]:
-    """unit_model.json of a unit model folder.
-
-    Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is not what `convert` wrote.
-    """
-    path = folder / "unit_model.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} is not a unit model folder (it holds no unit_model.json): make one with 'dailytalk-usdm convert'"
-        )
-    description = read_json(path)
-    if (
-        not all(isinstance(description.get(name), int) for name in ("layer", "num_units"))
-        or not all(isinstance(description.get(name), dict) for name in ("files", "sources"))
-        or set(description["files"]) != set(FILES)  # one that is not named would not be checked
-        or description.get("normalization", "fairseq") not in NORMALIZATIONS
-    ):
-        raise ValueError(f"{path} is not what convert wrote: remove the folder and convert the unit model again")
-    return description
-
-
-def unit_model_digest(folder: str | Path, cache_dir: str | Path | None = None) -> str:
-    """sha256 over a unit model folder's settings and the digests of its files, after checking the files against them.
-
-    Raises:
-        FileNotFoundError: The folder is not a unit model folder.
-        ValueError: A file is not the one that `convert` wrote.
-    """
-    folder = Path(folder)
-    description = read_description(folder)
-    for name, digest in description["files"].items():
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing: remove the folder and convert the unit model again")
-        if file_digest(folder / name, cache_dir) != digest:
-            raise ValueError(
-                f"{folder / name} is not the file that was converted: remove the folder and convert the unit model again"
-            )
-    identity = [description["layer"], description["files"]]
-    # Not of a .pt file, so that its folders keep their digest.
-    settings = {name: description[name] for name in ("normalization", "final_norm") if name in description}
-    identity += [settings] if settings else []
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def _write(

@@ -7,11 +7,15 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
-from usdm_sft.convert.convert import convert, read_description
-from usdm_sft.utils.download import cache_root, download, sha256_file
+from usdm_sft.convert.convert import XLSR_LAYER, convert
+from usdm_sft.units.folder import read_description
+from usdm_sft.utils.cache import cache_root, sha256_file
+from usdm_sft.utils.download import download
+from usdm_sft.utils.json_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -66,3 +70,36 @@ def _download_and_convert(folder: Path, cache: Path) -> Path:
     convert(*sources, folder)
     shutil.rmtree(downloads)
     return folder
+
+
+def describe_unit_model(folder: Path) -> dict[str, Any]:
+    """How a unit model folder was made.
+
+    Args:
+        folder: What `find_unit_model` returned.
+
+    Returns:
+        JSON values: `name`, "xlsr2_1b_v2" if the folder was made from the published files and None otherwise; `layer`,
+        counted from 1; `normalization` and `final_norm`, if set; and the sha256 of the `sources`.
+    """
+    description = read_description(folder)
+    settings = {key: description[key] for key in ("normalization", "final_norm") if key in description}
+    is_published = (
+        not settings
+        and description["layer"] == XLSR_LAYER
+        and any(description["sources"] == known for known in _published_sources(folder))
+    )
+    name = PUBLISHED if is_published else None
+    return {"name": name, "layer": description["layer"], **settings, "sources": description["sources"]}
+
+
+def _published_sources(folder: Path) -> list[dict[str, str]]:
+    """sha256 of the published checkpoint and k-means: the known ones, and those that a download recorded beside the folder."""
+    record = folder.with_name(f"{PUBLISHED}.sha256.json")
+    found = [KNOWN_DIGESTS, read_json(record) if record.is_file() else {}]
+    checkpoint, kmeans = PUBLISHED_FILES
+    return [
+        {"checkpoint": digests[checkpoint], "kmeans": digests[kmeans]}
+        for digests in found
+        if checkpoint in digests and kmeans in digests
+    ]

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from usdm_sft.audio.reading import SAMPLE_RATE
-from usdm_sft.convert.model_config import MODEL_TYPES, cut_config, read_json
+from usdm_sft.audio.frames import SAMPLE_RATE
+from usdm_sft.convert.model_config import MODEL_TYPES, cut_config
+from usdm_sft.utils.json_files import read_json
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # Keys of a config.json that say nothing of the unit model; `auto_map` names code.

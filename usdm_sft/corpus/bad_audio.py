@@ -12,7 +12,8 @@ from pathlib import Path
 from usdm_sft.audio.addresses import MISSING
 from usdm_sft.audio.digests import AudioDigest, audio_digests
 from usdm_sft.audio.reading import AudioError
-from usdm_sft.corpus.read import Dialog, Split, tell_problems
+from usdm_sft.corpus.dialogs import Dialog, Split
+from usdm_sft.corpus.problems import tell_problems
 
 ALL_BAD = "each of its pairs has bad audio"
 ON_BAD_AUDIO = ("error", "skip")

@@ -11,7 +11,7 @@ from collections.abc import Container, Iterator
 from itertools import takewhile
 from typing import NamedTuple
 
-from usdm_sft.corpus.read import Dialog, Utterance
+from usdm_sft.corpus.dialogs import Dialog, Utterance
 
 SINGLE_TURN = "single_turn"
 MULTI_TURN = "multi_turn"

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usdm_sft.corpus.manifest import OPTIONAL, REQUIRED
-from usdm_sft.utils.cache import path_lock
-from usdm_sft.utils.download import cache_root
+from usdm_sft.utils.cache import cache_root, path_lock
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from usdm_sft.audio.addresses import absolute_file, format_address
-from usdm_sft.corpus.read import CONTROL, Utterance, note, quote, text_problem
+from usdm_sft.corpus.dialogs import Utterance
+from usdm_sft.corpus.problems import note
+from usdm_sft.utils.texts import CONTROL, quote, text_problem
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 SPLITS = ("train", "test", "validation")

@@ -5,106 +5,19 @@ and told all at once with file and line. Standard library only: the loading scri
 module.
 """
 
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 from usdm_sft.audio.addresses import join_addresses
+from usdm_sft.corpus.dialogs import Dialog, Split, Utterance
+from usdm_sft.corpus.problems import CorpusError, note
+from usdm_sft.utils.texts import quote
 
 SAME_SPEAKER = "one speaker speaks twice in a row"
 SINGLE_TURN = "a single turn makes no pair"
 NO_ANSWER = "the agent answers nobody in it"
-
-MAX_PROBLEMS_SHOWN = 20
-MAX_PROBLEMS = 1000  # of what is no split list not every line is told
-
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # Unicode category Cc, and unpaired surrogates
-_MARKERS = ("<|", "|>", "<s>", "</s>", "<unk>", "<pad>")
-
-
-class CorpusError(ValueError):
-    """Bad split lists. One line a problem, each with file, line, the offending value and the remedy."""
-
-    def __init__(self, problems: list[str]):
-        stopped = ", where reading stopped" if len(problems) >= MAX_PROBLEMS else ""
-        super().__init__(tell_problems(problems) + stopped)
-        self.problems = problems
-
-
-def tell_problems(problems: list[str]) -> str:
-    """One line a problem, the first 20 of them."""
-    shown = problems[:MAX_PROBLEMS_SHOWN]
-    if len(problems) > len(shown):
-        shown.append(f"... and {len(problems) - len(shown)} more problems")
-    return "\n".join(shown)
-
-
-@dataclass(frozen=True, slots=True)
-class Utterance:
-    """One line of a split list or manifest; `audio` is the address of the recording (`usdm_sft.audio.addresses`)."""
-
-    id: str
-    dialog_id: str
-    turn: int
-    speaker: str
-    text: str
-    emotion: str
-    audio: str = field(default="", compare=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Dialog:
-    """The utterances of one dialog by turn; two neighbours never have the same speaker.
-
-    Where an agent is named, only what this speaker answers makes a pair.
-    """
-
-    id: str
-    utterances: tuple[Utterance, ...]
-    agent: str | None = None
-
-    def pairs(self) -> Iterator[tuple[Utterance, Utterance]]:
-        """Every two neighbouring turns, the earlier as the user and the later as the agent."""
-        for user, agent in pairwise(self.utterances):
-            if self.agent in (None, agent.speaker):
-                yield user, agent
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """One split: the dialogs in order, and why each of the others was left out.
-
-    Where audio is bad (`usdm_sft.corpus.bad_audio`), `dialogs` holds the parts of a dialog before and after it under the same id;
-    `dialog_ids` holds each of the dialogs that were there before, once.
-    """
-
-    name: str
-    dialogs: tuple[Dialog, ...]
-    left_out: Mapping[str, str]
-    dialog_ids: tuple[str, ...]
-    pairs_left_out: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def num_pairs(self) -> int:
-        return sum(1 for dialog in self.dialogs for _ in dialog.pairs())
-
-
-def text_problem(text: str) -> str | None:
-    """What keeps `text` out of the template, or None. The text is judged lower-cased, as the template sees it.
-
-    A control character would end a line of the template, and a special-token string would become the token.
-    """
-    text = text.lower()
-    if not text.strip():
-        return "is empty or white space only"
-    if control := CONTROL.search(text):
-        return f"holds the control character {control.group()!r}"
-    for marker in _MARKERS:
-        if marker in text:
-            return f"holds {marker!r}, which is part of a special token"
-    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,13 +85,6 @@ def read_corpus(
     return splits
 
 
-def note(problems: list[str], problem: str) -> None:
-    """Add a problem; of what is no list at all, reading stops at the thousandth."""
-    problems.append(problem)
-    if len(problems) >= MAX_PROBLEMS:
-        raise CorpusError(problems)
-
-
 def _make_split(
     name: str, dialogs: dict[str, dict[Utterance, str]], problems: list[str], rules: Rules, *, is_dailytalk: bool
 ) -> Split:
@@ -234,8 +140,3 @@ def _merge(utterances: list[Utterance]) -> list[Utterance]:
             utterance = replace(before, text=f"{before.text} {utterance.text}", audio=audio)
         merged.append(utterance)
     return [replace(utterance, turn=turn) for turn, utterance in enumerate(merged, start=utterances[0].turn)]
-
-
-def quote(value: str, limit: int = 80) -> str:
-    """A value for an error message."""
-    return repr(value if len(value) <= limit else value[:limit] + "...")

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from usdm_sft.audio.addresses import AddressError, list_members, zip_address
-from usdm_sft.corpus.read import Utterance, note, quote, text_problem
+from usdm_sft.corpus.dialogs import Utterance
+from usdm_sft.corpus.problems import note
+from usdm_sft.utils.texts import quote, text_problem
 
 # Names under which the two lists lie beside the data: renamed as the reference asks, or as DailyTalk ships them.
 LIST_NAMES = ({"train": "train.txt", "test": "test.txt"}, {"train": "train_phone.txt", "test": "val_phone.txt"})

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
-from usdm_sft.convert.sources import DAILYTALK
 from usdm_sft.corpus.examples import MULTI_TURN, has_lists
+from usdm_sft.corpus.published_lists import DAILYTALK
 from usdm_sft.dataset_folder.pictures import CAPTIONS
 from usdm_sft.template.config import REFERENCE
 from usdm_sft.template.tokenizer import NUM_UNITS, OFFLINE

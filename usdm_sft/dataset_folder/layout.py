@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from usdm_sft.template.tokenizer import MAX_UNITS
-from usdm_sft.utils.download import sha256_file
+from usdm_sft.utils.cache import sha256_file
 
 COUNTS = "counts.json"
 UNFINISHED = ".unfinished"

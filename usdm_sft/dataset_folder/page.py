@@ -14,42 +14,13 @@ from usdm_sft.audio.addresses import file_problem, open_file, parse_address
 from usdm_sft.audio.reading import read_audio
 from usdm_sft.corpus.hub import fetch_corpus, is_hub_corpus
 from usdm_sft.corpus.manifest import find_manifests, is_manifest
+from usdm_sft.corpus.published_lists import fetch_split_lists
 from usdm_sft.corpus.read import Rules, read_corpus
 from usdm_sft.corpus.split_list import find_split_lists
-from usdm_sft.dataset_folder.layout import data_files, read_counts
-from usdm_sft.dataset_folder.rows import iter_rows, open_rows
+from usdm_sft.dataset_folder.layout import read_counts
+from usdm_sft.dataset_folder.rows import read_rows
 from usdm_sft.template.tokenizer import load_tokenizer
 from usdm_sft.template.view import split_parts, title
-from usdm_sft.utils.download import fetch_split_lists
-
-
-def read_rows(dataset_dir: str | Path, split: str, index: int, num_examples: int) -> list[dict[str, Any]]:
-    """Rows `index` to `index + num_examples` of a split, fewer at its end.
-
-    Raises:
-        FileNotFoundError: `dataset_dir` is not a finished dataset folder, or lacks a file.
-        IndexError: There is no such row.
-        ValueError: There is no such split, or a file is damaged.
-    """
-    import pyarrow as pa
-
-    counts = read_counts(dataset_dir)
-    if split not in counts["splits"]:
-        raise ValueError(f"{dataset_dir} has no split {split!r}: name one of {', '.join(counts['splits'])}")
-    rows: list[dict[str, Any]] = []
-    start = 0
-    for path in data_files(dataset_dir, counts)[split]:
-        stop = start + open_rows(path).metadata.num_rows
-        if start < index + num_examples and index < stop:
-            first = max(index - start, 0)
-            table = pa.Table.from_batches(iter_rows(path))
-            rows += table.slice(first, index + num_examples - start - first).to_pylist()
-        start = stop
-    if index < 0 or not rows:
-        raise IndexError(
-            f"split {split} of {dataset_dir} has {start} rows, and no row {index}: name one from 0 to {start - 1}"
-        )
-    return rows
 
 
 def write_page(

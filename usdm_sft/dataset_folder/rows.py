@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from usdm_sft.dataset_folder.layout import PREPARE_AGAIN
+from usdm_sft.dataset_folder.layout import PREPARE_AGAIN, data_files, read_counts
+from usdm_sft.utils.texts import first_line
 
 # Name or its end -> type of the innermost values, and how many lists are around them in a row of one exchange.
 _TYPES = {
@@ -30,7 +32,7 @@ def open_rows(path: Path) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is no Parquet file ({_first_line(error)}): {PREPARE_AGAIN}") from error
+        raise ValueError(f"{path} is no Parquet file ({first_line(error)}): {PREPARE_AGAIN}") from error
     schema = file.schema_arrow
     nested = int("user_text" in schema.names and pa.types.is_list(schema.field("user_text").type))
     for ending, (innermost, depth) in _TYPES.items():
@@ -58,7 +60,7 @@ def iter_rows(path: Path, *, batch_size: int = 256, columns: Sequence[str] | Non
                     raise ValueError(f"{path}: a value of column {name} is missing: {PREPARE_AGAIN}")
             yield batch
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is damaged ({_first_line(error)}): {PREPARE_AGAIN}") from error
+        raise ValueError(f"{path} is damaged ({first_line(error)}): {PREPARE_AGAIN}") from error
 
 
 def _unwrap(kind: pa.DataType) -> tuple[pa.DataType, int]:
@@ -74,5 +76,30 @@ def _has_nulls(column: pa.Array) -> bool:
     return bool(column.null_count)
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def read_rows(dataset_dir: str | Path, split: str, index: int, num_examples: int) -> list[dict[str, Any]]:
+    """Rows `index` to `index + num_examples` of a split, fewer at its end.
+
+    Raises:
+        FileNotFoundError: `dataset_dir` is not a finished dataset folder, or lacks a file.
+        IndexError: There is no such row.
+        ValueError: There is no such split, or a file is damaged.
+    """
+    import pyarrow as pa
+
+    counts = read_counts(dataset_dir)
+    if split not in counts["splits"]:
+        raise ValueError(f"{dataset_dir} has no split {split!r}: name one of {', '.join(counts['splits'])}")
+    rows: list[dict[str, Any]] = []
+    start = 0
+    for path in data_files(dataset_dir, counts)[split]:
+        stop = start + open_rows(path).metadata.num_rows
+        if start < index + num_examples and index < stop:
+            first = max(index - start, 0)
+            table = pa.Table.from_batches(iter_rows(path))
+            rows += table.slice(first, index + num_examples - start - first).to_pylist()
+        start = stop
+    if index < 0 or not rows:
+        raise IndexError(
+            f"split {split} of {dataset_dir} has {start} rows, and no row {index}: name one from 0 to {start - 1}"
+        )
+    return rows

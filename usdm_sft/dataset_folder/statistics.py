@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from usdm_sft.dataset_folder.rows import iter_rows
 from usdm_sft.template.encoder import IGNORE_INDEX
 from usdm_sft.template.tokenizer import MAX_UNITS, UNIT_0
-from usdm_sft.template.view import printable
+from usdm_sft.utils.texts import printable
 
 ROLES = ("user", "agent")
 QUANTILES = {"min": 0.0, "median": 0.5, "95 %": 0.95, "max": 1.0}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from usdm_sft.corpus.read import MAX_PROBLEMS_SHOWN
+from usdm_sft.corpus.problems import MAX_PROBLEMS_SHOWN
 from usdm_sft.dataset_folder.card import data_configs
 from usdm_sft.dataset_folder.compare import compare_with_text, describe_difference, first_difference
 from usdm_sft.dataset_folder.layout import COUNTS, PICTURES, PREPARE_AGAIN, data_files, read_counts
@@ -18,7 +18,7 @@ from usdm_sft.dataset_folder.statistics import SplitStatistics
 from usdm_sft.template.config import Template
 from usdm_sft.template.encoder import COLUMNS, IGNORE_INDEX, TemplateEncoder
 from usdm_sft.template.tokenizer import load_tokenizer
-from usdm_sft.utils.download import sha256_file
+from usdm_sft.utils.cache import sha256_file
 
 if TYPE_CHECKING:
     from datasets import DatasetInfo

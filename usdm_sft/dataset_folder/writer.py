@@ -13,7 +13,7 @@ from usdm_sft.dataset_folder.card import make_card
 from usdm_sft.dataset_folder.layout import COUNTS, PICTURES, UNFINISHED, clear_unfinished, data_files, read_counts
 from usdm_sft.dataset_folder.pictures import draw_pictures
 from usdm_sft.dataset_folder.statistics import compute_statistics
-from usdm_sft.utils.download import sha256_file
+from usdm_sft.utils.cache import sha256_file
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -26,7 +26,7 @@ from usdm_sft.utils.cache import ShardCache, cache_key
 
 if TYPE_CHECKING:
     from usdm_sft.audio.digests import AudioDigest
-    from usdm_sft.shards.make import Shard
+    from usdm_sft.shards.plan import Shard
     from usdm_sft.units.tokenizer import UnitTokenizer
 
 _OURS = {"pipeline", "tasks", "logging_dir", "skip_completed", "depends"}  # of datatrove's options

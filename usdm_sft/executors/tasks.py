@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usdm_sft.audio.digests import AudioDigest
-from usdm_sft.shards.make import Shard, make_units
+from usdm_sft.shards.make import make_units
+from usdm_sft.shards.plan import Shard
 from usdm_sft.units.agreement import measure_agreement
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ import pickle
 import queue
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from usdm_sft.audio.digests import check_unchanged
+from usdm_sft.shards.mapping import map_shard
 from usdm_sft.utils.processes import start_process
 
 if TYPE_CHECKING:
@@ -125,39 +125,6 @@ def _make(task: Task, unit_tokenizer: UnitTokenizer, path: str) -> None:
 
     map_shard(task.rows, tokenize, path, task.key)
     check_unchanged(task.audio)  # before the file gets the name that says what audio it is of
-
-
-def map_shard(
-    batch: Dataset, function: Any, path: str, fingerprint: str, *, remove_columns: Sequence[str] | None = None
-) -> Dataset:
-    """Map a work shard as one batch into an Arrow file; it holds the new columns, and of the old what is not removed.
-
-    All old columns are removed where `remove_columns` is None.
-    """
-    with quiet():
-        return batch.map(
-            function,
-            batched=True,
-            batch_size=None,
-            remove_columns=batch.column_names if remove_columns is None else list(remove_columns),
-            load_from_cache_file=False,  # only our own cache decides
-            cache_file_name=path,
-            new_fingerprint=fingerprint[:16],
-        )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the progress bars of datasets: ours count the whole run."""
-    import datasets
-
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
 
 
 def _process(

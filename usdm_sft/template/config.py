@@ -5,7 +5,7 @@ Standard library only, so that the command line can show its options at once.
 
 from dataclasses import dataclass
 
-from usdm_sft.corpus.read import text_problem
+from usdm_sft.utils.texts import text_problem
 
 # naver-ai/usdm, preprocess/fine-tuning/dailytalk_single_turn.py
 INSTRUCTION = (

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from usdm_sft.corpus.read import text_problem
 from usdm_sft.template.config import REFERENCE, Template
 from usdm_sft.template.tokenizer import BOS, CORRESPOND, EOS, NEWLINE, SPACE, UNIT_0, check_tokenizer, plain_copy
+from usdm_sft.utils.texts import text_problem
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

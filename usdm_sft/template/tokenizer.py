@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+
+from typing import Any
+
 USTM = "naver-ai/USTM"
 OFFLINE = "mistral-common"  # as a name: the tokenizer that `build_tokenizer` makes
 
@@ -206,3 +209,17 @@ def _legacy_tokenizer(processor, num_units: int) -> Tokenizer:
     added = ["<unk>", "<s>", "</s>", "<|continue|>", "<|correspond|>", *units, "<pad>"]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in added])  # in one call
     return tokenizer
+
+
+def describe_tokenizer(name_or_path: str, num_units: int) -> dict[str, Any]:
+    """Where the tokenizer came from.
+
+    Args:
+        name_or_path: As given to `load_tokenizer`.
+        num_units: Units in its vocabulary.
+
+    Returns:
+        JSON values: `name`, None for a folder, since paths stay private; and `num_units`.
+    """
+    is_folder = str(name_or_path) != OFFLINE and Path(name_or_path).is_dir()
+    return {"name": None if is_folder else str(name_or_path), "num_units": num_units}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from usdm_sft.template.encoder import IGNORE_INDEX
 from usdm_sft.template.tokenizer import SPACE, UNIT_0
+from usdm_sft.utils.texts import printable
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -62,11 +63,6 @@ def format_example(row: Mapping[str, Any], tokenizer: Tokenizer, *, color: bool,
         if ids:
             lines += textwrap.wrap(" ".join(map(str, part.ids)), 112, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return "\n".join(lines)
-
-
-def printable(text: str) -> str:
-    """The text with what a terminal would obey or hide escaped, newlines apart."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def title(row: Mapping[str, Any]) -> str:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from usdm_sft.audio.reading import SAMPLE_RATE, AudioError
+from usdm_sft.audio.frames import MIN_SAMPLES, SAMPLE_RATE
+from usdm_sft.audio.reading import AudioError
 
 if TYPE_CHECKING:
     import torch
 
 BATCH_SECONDS = 160.0
 MIN_FILL = 0.7
-MIN_SAMPLES = 400  # 25 ms, what a frame sees
-FRAME_SAMPLES = 320  # 20 ms, from frame to frame
 LAYER_NORM_EPS = (
     1e-5  # of the waveform's norm; transformers' feature extractor has 1e-7, which changes 7 % of the units
 )
@@ -52,11 +51,6 @@ def padding_share(shards: Iterable[Sequence[int]], batch_seconds: float) -> floa
         used += sum(lengths)
         padded += sum(len(rows) * lengths[rows[0]] for rows in plan_batches(lengths, batch_seconds))
     return 1 - used / padded if padded else 0.0
-
-
-def num_frames(num_samples: int) -> int:
-    """Frames, and so units, of `num_samples` samples at 16 kHz."""
-    return (num_samples - MIN_SAMPLES) // FRAME_SAMPLES + 1
 
 
 def normalize(samples: torch.Tensor) -> torch.Tensor:

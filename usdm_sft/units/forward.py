@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from usdm_sft.audio.reading import SAMPLE_RATE
-from usdm_sft.units.batches import Waveform, num_frames, plan_batches
+from usdm_sft.audio.frames import SAMPLE_RATE, num_frames
+from usdm_sft.units.batches import Waveform, plan_batches
 from usdm_sft.units.model import UnitModel
 
 _OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")

@@ -8,10 +8,9 @@ of the feature extractor sees the whole waveform, rows go through that one by on
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,24 +20,10 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from usdm_sft.convert.convert import read_description
+from usdm_sft.units.folder import read_description
+from usdm_sft.units.precision import PRECISIONS, fp32_precision
 
 KMEANS_DISTANCES = 4096 * 10_000  # held at once, 160 MB: of 4,096 frames to 10,000 centroids, of 625 to 65,536
-
-
-class Precision(NamedTuple):
-    """How a precision computes: the layers' matrix products and attention, and everything else ("ieee" or "tf32")."""
-
-    layers: torch.dtype
-    front: str
-
-
-PRECISIONS = {
-    "fp32": Precision(torch.float32, "ieee"),
-    "tf32": Precision(torch.float32, "tf32"),
-    "fp16": Precision(torch.float16, "ieee"),
-    "bf16": Precision(torch.bfloat16, "ieee"),
-}
 
 
 class UnitModel(nn.Module):
@@ -214,24 +199,3 @@ def _check_parts(
         )
     if not len(centroids) or not np.isfinite(centroids).all():
         raise ValueError("kmeans.npy is empty, or holds NaN or infinite values")
-
-
-@contextmanager
-def fp32_precision(value: str) -> Iterator[None]:
-    """Run float32 matrix products and convolutions as "ieee" float32 or as "tf32"; the caller's settings come back.
-
-    TF32 is CUDA's; on the CPU float32 is always "ieee", also where the caller lets oneDNN use bf16. Only PyTorch's `fp32_precision`
-    settings are touched: once these have been used, the older `allow_tf32` flags raise. What comes back is the value that
-    was in force, set on the operation itself, though the caller may have set it for all of them at once.
-    """
-    backends = torch.backends
-    settings = {backends.cuda.matmul: value, backends.cudnn.conv: value}
-    settings |= {backends.mkldnn.matmul: "ieee", backends.mkldnn.conv: "ieee"}
-    before = {setting: setting.fp32_precision for setting in settings}
-    try:
-        for setting, wanted in settings.items():
-            setting.fp32_precision = wanted
-        yield
-    finally:
-        for setting, was in before.items():
-            setting.fp32_precision = was

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 import multiprocess.reduction  # what `.map(num_proc=...)` pickles with
 import numpy as np
 
-from usdm_sft.audio.reading import SAMPLE_RATE, describe, distinct_audio, read_audio, resample_on
-from usdm_sft.convert.convert import read_description, unit_model_digest
+from usdm_sft.audio.frames import SAMPLE_RATE
+from usdm_sft.audio.reading import describe, read_audio
 from usdm_sft.units.batches import BATCH_SECONDS, Waveform, prepare_waveform
+from usdm_sft.units.columns import distinct_audio
+from usdm_sft.units.folder import read_description, unit_model_digest
 from usdm_sft.units.reading import AudioReader, read_and_prepare
+from usdm_sft.units.resample import resample_on
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +93,7 @@ class UnitTokenizer:
         """
         import torch
 
-        from usdm_sft.units.model import PRECISIONS
+        from usdm_sft.units.precision import PRECISIONS
 
         folder = Path(folder).expanduser().resolve()
         if precision not in PRECISIONS:

@@ -17,8 +17,6 @@ from typing import Any
 
 from filelock import FileLock
 
-from usdm_sft.utils.download import sha256_file
-
 logger = logging.getLogger(__name__)
 
 
@@ -75,3 +73,17 @@ class ShardCache:
             os.replace(path, finished)
             shutil.rmtree(unfinished)
             return finished
+
+
+def cache_root(cache_dir: str | Path | None = None) -> Path:
+    """`cache_dir`, or the folder `dailytalk_usdm` in huggingface_hub's HF_HOME."""
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser()
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME) / "dailytalk_usdm"
+
+
+def sha256_file(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

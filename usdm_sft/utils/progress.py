@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    pass
 
 
 def progress_bar(total: int | None, description: str, unit: str, *, disable: bool = False, **options: Any) -> tqdm:
@@ -37,3 +42,17 @@ def disable_progress_bars() -> None:
     datasets.disable_progress_bars()
     disable_progress_bars()
     logging.disable_progress_bar()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars of datasets: ours count the whole run."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

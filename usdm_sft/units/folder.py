@@ -1,0 +1,60 @@
+"""The unit model folder: its files, its description and its digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from usdm_sft.audio.digests import file_digest
+from usdm_sft.units.batches import NORMALIZATIONS
+from usdm_sft.utils.json_files import read_json
+
+FILES = ("config.json", "model.safetensors", "kmeans.npy")
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """unit_model.json of a unit model folder.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is not what `convert` wrote.
+    """
+    path = folder / "unit_model.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} is not a unit model folder (it holds no unit_model.json): make one with 'dailytalk-usdm convert'"
+        )
+    description = read_json(path)
+    if (
+        not all(isinstance(description.get(name), int) for name in ("layer", "num_units"))
+        or not all(isinstance(description.get(name), dict) for name in ("files", "sources"))
+        or set(description["files"]) != set(FILES)  # one that is not named would not be checked
+        or description.get("normalization", "fairseq") not in NORMALIZATIONS
+    ):
+        raise ValueError(f"{path} is not what convert wrote: remove the folder and convert the unit model again")
+    return description
+
+
+def unit_model_digest(folder: str | Path, cache_dir: str | Path | None = None) -> str:
+    """sha256 over a unit model folder's settings and the digests of its files, after checking the files against them.
+
+    Raises:
+        FileNotFoundError: The folder is not a unit model folder.
+        ValueError: A file is not the one that `convert` wrote.
+    """
+    folder = Path(folder)
+    description = read_description(folder)
+    for name, digest in description["files"].items():
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing: remove the folder and convert the unit model again")
+        if file_digest(folder / name, cache_dir) != digest:
+            raise ValueError(
+                f"{folder / name} is not the file that was converted: remove the folder and convert the unit model again"
+            )
+    identity = [description["layer"], description["files"]]
+    # Not of a .pt file, so that its folders keep their digest.
+    settings = {name: description[name] for name in ("normalization", "final_norm") if name in description}
+    identity += [settings] if settings else []
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
