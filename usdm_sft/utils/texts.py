@@ -1,11 +1,6 @@
 """Texts: what the template cannot hold, and values in error messages."""
 
 import re
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # Unicode category Cc, and unpaired surrogates
 _MARKERS = ("<|", "|>", "<s>", "</s>", "<unk>", "<pad>")
@@ -37,5 +32,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def count_noun(number: int, noun: str) -> str:
+    """A number with thousands separators and its noun, such as "1 row" or "2,048 rows"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
