@@ -1,0 +1,153 @@
+"""A dataset of the Hub is untrusted: it must not make a run read any other file of the user."""
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import zipfile
+
+import datasets
+import numpy as np
+import pytest
+import soundfile
+from huggingface_hub import constants
+
+from tests.helpers import REPOSITORY
+from tests.mini_hub import serve
+from usdm_sft.corpus.hub import fetch_corpus
+from usdm_sft.corpus.problems import CorpusError
+from usdm_sft.corpus.read import read_corpus
+
+ROW = {"dialog": "d", "turn": 0, "speaker": "A", "text": "hello"}
+
+
+def wav(seed):
+    content = io.BytesIO()
+    soundfile.write(content, np.random.default_rng(seed).uniform(-0.5, 0.5, 8000), 16_000, format="WAV")
+    return content.getvalue()
+
+
+@pytest.fixture
+def snapshot(tmp_path, monkeypatch):
+    """The folder of the downloaded dataset user/calls, beside one of another dataset; both hold a.wav."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for number, name in enumerate(("calls", "private")):
+        folder = tmp_path / "hub" / f"datasets--user--{name}" / "snapshots" / "1"
+        (folder.parents[1] / "blobs").mkdir(parents=True)
+        folder.mkdir(parents=True)
+        (folder.parents[1] / "blobs" / "2").write_bytes(wav(number))
+        (folder / "a.wav").symlink_to("../../blobs/2")
+        with zipfile.ZipFile(folder / "a.zip", "w") as file:
+            file.writestr("a.wav", wav(number))
+    (tmp_path / "secret.wav").write_bytes(wav(2))
+    with zipfile.ZipFile(tmp_path / "secret.zip", "w") as file:
+        file.writestr("a.wav", wav(2))
+    (tmp_path / "hub/datasets--user--calls/snapshots/1/link.wav").symlink_to(tmp_path / "secret.wav")
+    return tmp_path / "hub" / "datasets--user--calls" / "snapshots" / "1"
+
+
+def fetch(audio, tmp_path, monkeypatch, **columns):
+    """`fetch_corpus` of a dataset with two rows, the first with its audio in it."""
+    first = {"bytes": wav(3), "path": None} if isinstance(audio, dict) else None
+    rows = [ROW | {"audio": first} | columns, ROW | {"turn": 1, "speaker": "B", "audio": audio} | columns]
+    loaded = datasets.DatasetDict(train=datasets.Dataset.from_list(rows))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, revision: loaded)
+    return fetch_corpus("hub:user/calls", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("kind", ["text", "audio"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "{home}/secret.wav",
+        "{home}/nothing.wav",
+        "{snapshot}/../../../../secret.wav",
+        "../../../secret.wav",
+        "secret.wav",
+        "file://{home}/secret.wav",
+        "{home}/secret.wav#t=0,0.25",
+        "{home}/secret.wav#channel=0",
+        "zip://a.wav::{home}/secret.zip",
+        "zip://a.wav::../../../secret.zip",
+        "zip://a.wav::{snapshot}/../../../../secret.zip#t=0,0.25",
+        "{snapshot}/a.wav\n{home}/secret.wav",
+        "{snapshot}/a.wav#t=0,0.1\nzip://a.wav::{home}/secret.zip",
+        "{home}/hub/datasets--user--private/snapshots/1/a.wav",
+        "zip://a.wav::{home}/hub/datasets--user--private/snapshots/1/a.zip",
+        "{snapshot}/link.wav",
+        "{home}/secret.wav\0",
+    ],
+)
+def test_a_row_that_names_a_file_outside_the_dataset_is_refused(snapshot, tmp_path, monkeypatch, kind, path):
+    path = path.format(home=tmp_path, snapshot=snapshot)
+    audio = path if kind == "text" else {"bytes": None, "path": path}
+    for _ in range(2):  # an unfinished manifest is not used
+        with pytest.raises(
+            CorpusError, match=r"^user/calls, split train, row 1: audio .* is not a file of the dataset: put"
+        ):
+            fetch(audio, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("address", ["{}/a.wav", "zip://a.wav::{}/a.zip"])
+def test_a_row_may_name_a_file_of_the_dataset_itself(snapshot, tmp_path, monkeypatch, address):
+    address = address.format(snapshot)
+    lists = fetch({"bytes": None, "path": address}, tmp_path, monkeypatch, start=0.0, end=0.25)
+    [dialog] = read_corpus(lists)["train"].dialogs
+    assert dialog.utterances[1].audio == f"{address}#t=0,0.25"
+
+
+def test_a_name_beside_audio_in_the_row_is_not_looked_at(snapshot, tmp_path, monkeypatch):
+    """`push_to_hub` keeps the name that a recording had."""
+    lists = fetch({"bytes": wav(4), "path": f"{tmp_path}/secret.wav"}, tmp_path, monkeypatch)
+    [dialog] = read_corpus(lists)["train"].dialogs
+    for utterance, seed in zip(dialog.utterances, (3, 4), strict=True):
+        with open(utterance.audio, "rb") as file:
+            assert file.read() == wav(seed)
+
+
+def test_every_row_concerned_is_named_up_to_twenty(snapshot, tmp_path, monkeypatch):
+    rows = [ROW | {"turn": turn, "speaker": "AB"[turn % 2], "audio": f"/{turn}.wav"} for turn in range(30)]
+    loaded = datasets.DatasetDict(test=datasets.Dataset.from_list(rows))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, revision: loaded)
+    with pytest.raises(CorpusError, match=r"row 19: audio '/19\.wav' .*\n\.\.\. and 10 more problems$"):
+        fetch_corpus("hub:user/calls", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_an_audio_folder_on_the_hub(tmp_path, zipped):
+    """`datasets` names the downloaded files, or the members of the downloaded archive."""
+    files = {f"{turn}.wav": wav(turn) for turn in range(2)}
+    rows = [ROW | {"turn": turn, "speaker": "AB"[turn], "file_name": f"{turn}.wav"} for turn in range(2)]
+    files["metadata.jsonl"] = "\n".join(map(json.dumps, rows)).encode()
+    if zipped:
+        with zipfile.ZipFile(tmp_path / "train.zip", "w") as file:
+            for name, content in files.items():
+                file.writestr(name, content)
+        files = {"train.zip": (tmp_path / "train.zip").read_bytes()}
+    (
+        tmp_path / "torchcodec"
+    ).mkdir()  # datasets 5 imports it before it looks at an audio file, but does not use it here
+    (tmp_path / "torchcodec" / "__init__.py").touch()
+    for name in ("encoders", "decoders"):
+        (tmp_path / "torchcodec" / f"{name}.py").write_text(f"class Audio{name[:2].title()}coder: pass\n")
+    server, hub, url = serve()
+    repo = hub.create("datasets", "tester/calls", False)
+    hub.commit(repo, "main", {f"train/{name}": ("reg", content) for name, content in files.items()}, [], "data", None)
+    environment = os.environ | {
+        "HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0",
+        "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{tmp_path}",
+    }  # fmt: skip
+    code = (
+        "from usdm_sft.addresses import open_file; from usdm_sft.corpus import read_corpus\n"
+        "from usdm_sft.corpus.hub import fetch_corpus\n"
+        "import hashlib\n"
+        "[dialog] = read_corpus(fetch_corpus('hub:tester/calls'))['train'].dialogs\n"
+        "print([hashlib.sha256(open_file(u.audio).read()).hexdigest()[:8] for u in dialog.utterances])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    server.shutdown()
+    assert done.stdout.strip() == str([hashlib.sha256(wav(turn)).hexdigest()[:8] for turn in range(2)]), done.stderr[
+        -2000:
+    ]
