@@ -120,6 +120,7 @@ def test_cuda_tokenizer_in_a_forked_process(unit_model, monkeypatch):
     process = context.Process(target=work)
     process.start()
     process.join(60)
+    assert process.exitcode == 0
     message = "CUDA does not survive a fork: call multiprocess.set_start_method('spawn') before .map with num_proc"
     assert [queue.get(), queue.get()] == [message, message]
 
