@@ -265,12 +265,14 @@ def test_starting_a_process_leaves_main_in_place():
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
-# When the Ctrl-C comes: as soon as the second process is started, or when the first unit shard is finished.
+# When the Ctrl-C comes: while the second process starts, or when the first unit shard is finished.
 AT_THE_START = """
+import time
 start = processes.SpawnProcess.start
 def start_and_tell(process):
     start(process)
     if process.name == "units on cpu:0":
+        time.sleep(0.5)  # it imports by then
         open({started!r}, "w").close()
 processes.SpawnProcess.start = start_and_tell
 """
