@@ -269,7 +269,10 @@ def test_telephone_calls_give_the_lines_of_the_reference(calls, mini, unit_model
     assert counts["corpus"] == "manifest"
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license: unknown" in card and "DailyTalk" not in card and "keonlee9420" not in card
-    assert "| sha256 of train manifest | `" in card and "The manifests name no emotions." in card
+    assert (
+        "| sha256 of train manifest | `" in card
+        and "The emotions come from the manifests and were not checked." in card
+    )
     for config, rows in (("multi_turn", 7), ("single_turn", 10)):
         its = run(calls, tmp_path / config, unit_model, tmp_path, config_name=config, history=config == "single_turn")
         assert its["splits"]["train"]["rows"] == rows

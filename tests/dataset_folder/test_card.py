@@ -228,6 +228,7 @@ def test_names_from_outside_are_text(mini, unit_model, tmp_path):
     _, card = make(mini, folder, tmp_path, data_dir=str(tmp_path))
     assert "\n- \\[x\\](http://evil) &lt;b&gt;: a single turn makes no pair\n" in card.text
     assert "| sha256 of the unit model's source &lt;img src=x&gt;\\|a | \\`b\\` # c |\n" in card.text
+    assert "- The manifests name no emotions.\n" in card.text and "emotions, and units" not in card.text
 
 
 def test_agreement_of_a_faster_precision_is_in_the_card(mini, unit_model, tmp_path):
