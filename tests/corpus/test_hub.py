@@ -126,12 +126,11 @@ def test_an_audio_folder_on_the_hub(tmp_path, zipped):
             for name, content in files.items():
                 file.writestr(name, content)
         files = {"train.zip": (tmp_path / "train.zip").read_bytes()}
-    (
-        tmp_path / "torchcodec"
-    ).mkdir()  # datasets 5 imports it before it looks at an audio file, but does not use it here
+    # datasets 5 imports torchcodec before it looks at an audio file, but uses nothing of it here.
+    (tmp_path / "torchcodec").mkdir()
     (tmp_path / "torchcodec" / "__init__.py").touch()
-    for name in ("encoders", "decoders"):
-        (tmp_path / "torchcodec" / f"{name}.py").write_text(f"class Audio{name[:2].title()}coder: pass\n")
+    (tmp_path / "torchcodec" / "encoders.py").write_text("class AudioEncoder: pass\n")
+    (tmp_path / "torchcodec" / "decoders.py").write_text("class AudioDecoder: pass\nclass VideoDecoder: pass\n")
     server, hub, url = serve()
     repo = hub.create("datasets", "tester/calls", False)
     hub.commit(repo, "main", {f"train/{name}": ("reg", content) for name, content in files.items()}, [], "data", None)
