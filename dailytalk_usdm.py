@@ -101,7 +101,7 @@ def _code_digest() -> str:
 
 
 @dataclasses.dataclass
-class DailyTalkUSDMConfig(datasets.BuilderConfig):
+class DailyTalkUSDMConfig(datasets.BuilderConfig):  # type: ignore[misc]  # datasets has no types
     """Configuration of the builder.
 
     Attributes:
@@ -121,7 +121,7 @@ class DailyTalkUSDMConfig(datasets.BuilderConfig):
     corpus_digest: str | None = None
 
 
-class DailyTalkUSDM(datasets.GeneratorBasedBuilder):
+class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
     """DailyTalk as pairs: two neighbouring turns of a dialog, the earlier as the user and the later as the agent.
 
     A row of single_turn is one pair. A row of multi_turn is a conversation; its user and agent columns are lists, one entry per
@@ -167,7 +167,7 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):
         data_dir: find.FilePath | None = None,
         data_files: find.DataFiles | None = None,
         base_path: str | None = None,
-        digest_cache_dir: find.FilePath | None = None,
+        digest_cache_dir: str | Path | None = None,
         on_bad_audio: str = "error",
         **kwargs: Any,
     ) -> None:

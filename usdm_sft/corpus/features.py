@@ -7,7 +7,7 @@ import datasets
 ROLES = ("user", "agent")
 
 
-class StoredAudio(datasets.Audio):
+class StoredAudio(datasets.Audio):  # type: ignore[misc]  # datasets has no types
     """`Audio(decode=False)` that is also written without decoding.
 
     datasets 4 and later import torchcodec (and with it FFmpeg) merely to store an audio file, and drop the bytes if `path`

@@ -25,7 +25,7 @@ def find_lists(
     data_dir: FilePath | None,
     data_files: DataFiles | None = None,
     *,
-    cache_dir: FilePath | None = None,
+    cache_dir: str | Path | None = None,
     resolved: bool = False,
 ) -> dict[str, Path]:
     """Find the split list or manifest of each split.
@@ -163,7 +163,7 @@ def find_recordings(data_dir: FilePath) -> Callable[[str], str]:
     try:
         match = next(filter(None, map(_MEMBER.fullmatch, list_members(archive))), None)
     except AddressError as error:
-        raise FileNotFoundError(f"{archive} is not a folder and {error}: give DailyTalk's folder or its zip") from error
+        raise FileNotFoundError(f"{archive} {error}: give DailyTalk's folder or its zip archive") from error
     if match is None:
         raise FileNotFoundError(
             f"{archive} holds no recordings such as data/23/0_1_d23.wav: give the archive that DailyTalk is downloaded as"

@@ -4,6 +4,7 @@ All problems of split lists (`usdm_sft.corpus.split_list`) and manifests (`usdm_
 opened, and are reported together with file and line.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -40,7 +41,7 @@ DAILYTALK = Rules()
 
 
 def read_corpus(
-    lists: Mapping[str, str | Path], rules: Rules = DAILYTALK, *, data_dir: str | Path | None = None
+    lists: Mapping[str, str | Path], rules: Rules = DAILYTALK, *, data_dir: str | os.PathLike[str] | None = None
 ) -> dict[str, Split]:
     """Read and validate split lists and manifests.
 
