@@ -74,7 +74,7 @@ def test_symlink_that_leads_nowhere_but_to_itself(path):
 
 def test_folder_in_the_place_of_a_file(path):
     path.mkdir()
-    assert problem(path) == "cannot be read (it is no regular file)"
+    assert problem(path) == "cannot be read (it is not a regular file)"
 
 
 def test_file_in_the_place_of_a_folder(tmp_path):
@@ -88,7 +88,7 @@ def test_fifo_does_not_hang(path, call):
     module = "audio_check" if call == "check_audio" else "audio"
     code = f"from usdm_sft.{module} import {call}; print({call}({str(path)!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert "cannot be read (it is no regular file)" in done.stdout + done.stderr
+    assert "cannot be read (it is not a regular file)" in done.stdout + done.stderr
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dailytalk_usdm import DailyTalkUSDM
-from usdm_sft.corpus import published_lists, split_list
+from usdm_sft.corpus import published_lists
 from usdm_sft.corpus.problems import MAX_PROBLEMS, CorpusError
 from usdm_sft.corpus.read import SAME_SPEAKER, SINGLE_TURN, read_corpus
 from usdm_sft.utils import download
-from usdm_sft.utils.texts import text_problem
+from usdm_sft.utils.texts import MAX_LINE, text_problem
 
 GOOD = "0_0_d1|0|{P}|hello.|none\n1_1_d1|1|{P}|yes.|none\n"
 
@@ -62,14 +62,14 @@ def test_blank_lines_anywhere(path):
 def test_latin_1(path):
     content = GOOD.replace("yes", "café").encode("latin-1")
     assert problems(path, b"bad\n" + content) == [
-        "3: not UTF-8 (byte 0xE9 in '1_1_d1|1|{P}|caf\\udce9.|none'): save the list as UTF-8"
+        "3: not UTF-8 (byte 0xE9 in '1_1_d1|1|{P}|caf\\udce9.|none'): save the file as UTF-8"
     ]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 def test_utf_16(path, encoding):
     [problem] = problems(path, GOOD.encode(encoding))
-    assert re.fullmatch(r"1: (not UTF-8 \(byte 0xF[EF] in .*\)|a NUL in .*): save the list as UTF-8", problem)
+    assert re.fullmatch(r"1: (not UTF-8 \(byte 0xF[EF] in .*\)|a NUL in .*): save the file as UTF-8", problem)
 
 
 def test_surrogate_written_as_if_it_were_utf_8(path):
@@ -79,7 +79,7 @@ def test_surrogate_written_as_if_it_were_utf_8(path):
 
 def test_nul(path):
     assert problems(path, GOOD.replace("yes", "y\0s")) == [
-        "2: a NUL in '1_1_d1|1|{P}|y\\x00s.|none': save the list as UTF-8"
+        "2: a NUL in '1_1_d1|1|{P}|y\\x00s.|none': save the file as UTF-8"
     ]
 
 
@@ -141,7 +141,7 @@ def test_thousands_of_dialogs_without_a_beginning(path):
 
 
 def test_longest_line(path):
-    text = "a" * (split_list.MAX_LINE - len("1_1_d1|1|{P}||none"))
+    text = "a" * (MAX_LINE - len("1_1_d1|1|{P}||none"))
     assert read(path, GOOD.replace("yes.", text)).dialogs[0].utterances[1].text == text
     assert problems(path, GOOD.replace("yes.", text + "a"))[0].startswith("2: line of more than 1,000,000 characters")
 

@@ -7,10 +7,9 @@ import pytest
 
 from dailytalk_usdm import DailyTalkUSDM
 from tests.helpers import FIXTURES
-from usdm_sft.corpus import published_lists, split_list
-from usdm_sft.corpus import read as corpus
+from usdm_sft.corpus import find, published_lists
 from usdm_sft.corpus.problems import CorpusError
-from usdm_sft.corpus.read import read_corpus
+from usdm_sft.corpus.read import SAME_SPEAKER, SINGLE_TURN, read_corpus
 from usdm_sft.utils import download
 from usdm_sft.utils.texts import text_problem
 
@@ -39,13 +38,13 @@ def test_real_split_lists(shared):
     assert (len(train.dialogs), train.num_pairs) == (2400, 20_042)
     assert (len(test.dialogs), test.num_pairs) == (127, 1_058)
     assert sorted(train.left_out) == ["d1118", "d1187", "d2300", "d604"]
-    assert dict(test.left_out) == {"d1023": corpus.SAME_SPEAKER}
+    assert dict(test.left_out) == {"d1023": SAME_SPEAKER}
 
 
 def test_mini_dialogs_in_order_of_number(mini):
     splits = read_corpus({split: mini / "corpus" / f"{split}.txt" for split in ("train", "test")})
     assert [dialog.id for dialog in splits["train"].dialogs] == ["d3", "d8", "d20", "d77"]
-    assert dict(splits["train"].left_out) == {"d11": corpus.SAME_SPEAKER, "d42": corpus.SINGLE_TURN}
+    assert dict(splits["train"].left_out) == {"d11": SAME_SPEAKER, "d42": SINGLE_TURN}
     assert pairs(splits["test"]) == [
         ("0_1_d105", "1_0_d105"),
         ("1_0_d105", "2_1_d105"),
@@ -127,7 +126,7 @@ def test_dialog_in_both_splits(tmp_path):
 def test_wrong_encoding(tmp_path):
     content = "".join(f"{line(f'0_0_d{number}')}\n" for number in range(5000)) + "1_1_d1|1|{P}|café|none\n"
     (tmp_path / "l.txt").write_bytes(content.encode("latin-1"))
-    with pytest.raises(CorpusError, match=r"l\.txt:5001: not UTF-8 .*save the list as UTF-8"):
+    with pytest.raises(CorpusError, match=r"l\.txt:5001: not UTF-8 .*save the file as UTF-8"):
         read_corpus({"train": tmp_path / "l.txt"})
 
 
@@ -136,15 +135,15 @@ def test_missing_list(tmp_path):
         read_corpus({"train": tmp_path / "nowhere.txt"})
 
 
-@pytest.mark.parametrize("names", split_list.LIST_NAMES)
+@pytest.mark.parametrize("names", find.LIST_NAMES)
 @pytest.mark.parametrize("given", [".", "data"])
 def test_split_lists_beside_the_data(tmp_path, names, given):
     (tmp_path / "data" / "1").mkdir(parents=True)
     for name in names.values():
         write(tmp_path / name, *GOOD)
-    found = split_list.find_split_lists(tmp_path / given)
+    found = find.find_split_lists(tmp_path / given)
     assert {split: path.name for split, path in found.items()} == names
-    assert split_list.find_data_folder(tmp_path / given).resolve() == tmp_path / "data"
+    assert find.find_data_folder(tmp_path / given).resolve() == tmp_path / "data"
 
 
 def test_split_lists_beside_a_linked_data_folder(tmp_path):
@@ -156,27 +155,23 @@ def test_split_lists_beside_a_linked_data_folder(tmp_path):
     (tmp_path / "disk" / "data" / "1").mkdir(parents=True)
     (tmp_path / "here" / "data").symlink_to(tmp_path / "disk" / "data")
     expected = {split: tmp_path / "here" / f"{split}.txt" for split in ("train", "test")}
-    assert (
-        split_list.find_split_lists(tmp_path / "here")
-        == split_list.find_split_lists(tmp_path / "here" / "data")
-        == expected
-    )
+    assert find.find_split_lists(tmp_path / "here") == find.find_split_lists(tmp_path / "here" / "data") == expected
 
 
 def test_no_split_lists_and_no_data(tmp_path):
     (tmp_path / "data").mkdir()
-    assert split_list.find_split_lists(tmp_path) is None
+    assert find.find_split_lists(tmp_path) is None
     write(tmp_path / "train_phone.txt", *GOOD)
     with pytest.raises(FileNotFoundError, match=r"train_phone\.txt has no val_phone\.txt beside it: add it"):
-        split_list.find_split_lists(tmp_path)
+        find.find_split_lists(tmp_path)
     with pytest.raises(FileNotFoundError, match="holds neither a folder 'data' nor numbered dialog folders"):
-        split_list.find_data_folder(tmp_path / "data")
+        find.find_data_folder(tmp_path / "data")
 
 
-@pytest.mark.parametrize("find", ["find_data_folder", "find_recordings", "find_split_lists"])
-def test_data_dir_that_does_not_exist(tmp_path, find):
+@pytest.mark.parametrize("name", ["find_data_folder", "find_recordings", "find_split_lists"])
+def test_data_dir_that_does_not_exist(tmp_path, name):
     with pytest.raises(FileNotFoundError, match=r"^data_dir .*/nowhere does not exist: give the folder of the corpus"):
-        getattr(split_list, find)(tmp_path / "nowhere")
+        getattr(find, name)(tmp_path / "nowhere")
 
 
 def test_missing_data_dir_is_told_before_split_lists_named_from_it(tmp_path):

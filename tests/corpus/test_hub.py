@@ -139,7 +139,7 @@ def test_an_audio_folder_on_the_hub(tmp_path, zipped):
         "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{tmp_path}",
     }  # fmt: skip
     code = (
-        "from usdm_sft.addresses import open_file; from usdm_sft.corpus import read_corpus\n"
+        "from usdm_sft.audio.addresses import open_file\nfrom usdm_sft.corpus.read import read_corpus\n"
         "from usdm_sft.corpus.hub import fetch_corpus\n"
         "import hashlib\n"
         "[dialog] = read_corpus(fetch_corpus('hub:tester/calls'))['train'].dialogs\n"

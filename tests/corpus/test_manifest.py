@@ -95,28 +95,28 @@ def test_where_recordings_are_named_from(tmp_path):
     [
         ({"text": None}, r"m\.jsonl:1: text missing: complete the row"),
         ({"dialog": "", "audio": None}, r":1: dialog, audio missing"),
-        ({"turn": 1.5}, r":1: turn '1\.5' is no whole number from 0 on"),
-        ({"turn": -1}, r":1: turn '-1' is no whole number"),
-        ({"turn": "x"}, r":1: turn 'x' is no whole number"),
-        ({"turn": 2**40}, r":1: turn '1099511627776' is no whole number"),
-        ({"turn": True}, r":1: turn 'True' is no whole number"),
+        ({"turn": 1.5}, r":1: turn '1\.5' is not a whole number from 0 to 2,147,483,647"),
+        ({"turn": -1}, r":1: turn '-1' is not a whole number"),
+        ({"turn": "x"}, r":1: turn 'x' is not a whole number"),
+        ({"turn": 2**40}, r":1: turn '1099511627776' is not a whole number"),
+        ({"turn": True}, r":1: turn 'True' is not a whole number"),
         ({"turn": 1}, r":2: turn 1 of 'call-1' stands already at .*m\.jsonl:1: delete one of the two"),
         ({"turn": 7}, r"m\.jsonl:1: dialog call-1 has no turn 4: add the line"),
-        ({"dialog": "a\nb"}, r":1: dialog 'a\\nb' is no name"),
-        ({"dialog": ["a"]}, r":1: dialog .* is no name"),
+        ({"dialog": "a\nb"}, r":1: dialog 'a\\nb' is not a name"),
+        ({"dialog": ["a"]}, r":1: dialog .* is not a name"),
         ({"speaker": "x" * 300}, r":1: speaker 'x+\.\.\.' has 300 characters: give 200 or fewer"),
         ({"text": "<|unit5|>"}, r":1: text '<\|unit5\|>' holds '<\|', which is part of a special token"),
         ({"text": "a\rb"}, r":1: text 'a\\rb' holds the control character"),
-        ({"text": 5}, r":1: text '5' is no text"),
-        ({"audio": "a\nb.wav"}, r":1: audio 'a\\nb\.wav' is no path"),
-        ({"audio": "a\0.wav"}, r":1: audio .* is no path"),
+        ({"text": 5}, r":1: text '5' is not a text"),
+        ({"audio": "a\nb.wav"}, r":1: audio 'a\\nb\.wav' is not a path"),
+        ({"audio": "a\0.wav"}, r":1: audio .* is not a path"),
         ({"start": 1}, r":1: start and end go together"),
-        ({"start": 2, "end": 1}, r":1: start 2 and end 1 are no stretch"),
-        ({"start": -1, "end": 1}, r":1: start -1 and end 1 are no stretch"),
-        ({"start": 0, "end": float("nan")}, r":1: start 0 and end nan are no stretch"),
-        ({"start": "x", "end": "y"}, r":1: start 'x' and end 'y' are no stretch"),
-        ({"channel": -1}, r":1: channel -1 is no channel"),
-        ({"channel": "left"}, r":1: channel 'left' is no channel"),
+        ({"start": 2, "end": 1}, r":1: start 2 and end 1 are not a stretch"),
+        ({"start": -1, "end": 1}, r":1: start -1 and end 1 are not a stretch"),
+        ({"start": 0, "end": float("nan")}, r":1: start 0 and end nan are not a stretch"),
+        ({"start": "x", "end": "y"}, r":1: start 'x' and end 'y' are not a stretch"),
+        ({"channel": -1}, r":1: channel -1 is not a channel"),
+        ({"channel": "left"}, r":1: channel 'left' is not a channel"),
         ({"speaker": "C"}, r":1: dialog call-1 has 3 speakers \('A, B, C'\): say with --agent which of them is the agent"),
     ],
 )  # fmt: skip
@@ -130,15 +130,19 @@ def test_bad_row(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("m.jsonl", b'{"dialog": 1', r"m\.jsonl:1: '\{\"dialog\": 1' is no JSON: write one object a line"),
-        ("m.jsonl", b"[1]", r":1: '\[1\]' is no JSON object"),
-        ("m.jsonl", b"[" * 100_000, r":1: .* is no JSON"),
+        ("m.jsonl", b'{"dialog": 1', r"m\.jsonl:1: '\{\"dialog\": 1' is not JSON: write one object per line"),
+        ("m.jsonl", b"[1]", r":1: '\[1\]' is not a JSON object"),
+        ("m.jsonl", b"[" * 100_000, r":1: .* is not JSON"),
         ("m.jsonl", b"\n", r":1: blank line: delete it"),
-        ("m.jsonl", b"\xff\xfe{}", r":1: not UTF-8"),
-        ("m.jsonl", b"x" * 1_000_001, r":1: line of more than 1,000,000 characters"),
+        ("m.jsonl", b"\xff\xfe{}", r":1: not UTF-8 \(byte 0xFF in .*\): save the file as UTF-8"),
+        (
+            "m.jsonl",
+            b"x" * 1_000_001,
+            r":1: line of more than 1,000,000 characters, 'x+\.\.\.': name a split list or manifest",
+        ),
         ("m.csv", b"dialog,turn\n1,2\n", r":1: no column speaker, text, audio"),
-        ("m.csv", b'dialog,turn,speaker,text,audio\n1,0,A,"x"y,a.wav\n', r":2: no CSV"),
-        ("m.parquet", b"PAR1", r"m\.parquet: no Parquet file"),
+        ("m.csv", b'dialog,turn,speaker,text,audio\n1,0,A,"x"y,a.wav\n', r":2: not CSV"),
+        ("m.parquet", b"PAR1", r"m\.parquet: not a Parquet file"),
         (
             "m.csv",
             b"dialog,turn,speaker,text,audio\n1,0,A,hi,a.wav\n1,1,B,yes, and no,a.wav\n",
@@ -358,7 +362,9 @@ def test_an_archive_of_something_else(tmp_path, unit_model):
     with pytest.raises(FileNotFoundError, match=r"other\.zip holds no recordings such as data/23/0_1_d23\.wav"):
         run(tmp_path / "other.zip", tmp_path / "out", unit_model, tmp_path)
     (tmp_path / "other.zip").write_bytes(b"no zip")
-    with pytest.raises(FileNotFoundError, match=r"other\.zip is no folder and lies in what is no zip archive"):
+    with pytest.raises(
+        FileNotFoundError, match=r"other\.zip is not a zip file \(.*\): give DailyTalk's folder or its zip archive$"
+    ):
         run(tmp_path / "other.zip", tmp_path / "out", unit_model, tmp_path)
 
 
