@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usdm_sft.audio.addresses import absolute_file, disk_files
 from usdm_sft.corpus.manifest import OPTIONAL, REQUIRED
 from usdm_sft.corpus.problems import CorpusError, note
+from usdm_sft.utils.atomic import write_then_replace
 from usdm_sft.utils.cache import cache_root, path_lock
-from usdm_sft.utils.texts import quote
+from usdm_sft.utils.texts import first_line, quote
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,9 +53,8 @@ def fetch_corpus(name: str, cache_dir: str | Path | None = None) -> dict[str, Pa
     try:
         splits = datasets.load_dataset(repository, revision=revision or None)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(
-            f"dataset {repository} cannot be loaded from the Hub ({reason}): see to its name and the network"
+            f"dataset {repository} cannot be loaded from the Hub ({first_line(error)}): see to its name and the network"
         ) from error
     cache = cache_root(cache_dir)
     files = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="dataset")).resolve()
@@ -76,18 +75,15 @@ def _lay_down(rows: Dataset, name: str, files: Path, cache: Path) -> Path:
         rows = rows.select_columns([column for column in (*REQUIRED, *OPTIONAL) if column in rows.column_names])
         if isinstance(rows.features["audio"], datasets.Audio):
             rows = rows.cast_column("audio", datasets.Audio(decode=False))
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / "manifest.unfinished"
         problems: list[str] = []
-        with open(unfinished, "w", encoding="utf-8") as file:
+        with write_then_replace(manifest) as file:
             for number, row in enumerate(rows):
                 row["audio"], problem = _write_audio(row["audio"], folder, files)
                 if problem is not None:
                     note(problems, f"{name}, row {number}: {problem}")
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        if problems:
-            raise CorpusError(problems)
-        os.replace(unfinished, manifest)
+            if problems:
+                raise CorpusError(problems)
     return manifest
 
 
@@ -104,9 +100,8 @@ def _write_audio(audio: Any, folder: Path, files: Path) -> tuple[Any, str | None
 def _write_bytes(content: bytes, folder: Path) -> str:
     path = folder / hashlib.sha256(content).hexdigest()
     if not path.is_file():
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
+        with write_then_replace(path, "wb") as file:
+            file.write(content)
     return path.name
 
 
