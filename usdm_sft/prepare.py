@@ -147,9 +147,12 @@ def prepare(
     from usdm_sft.corpus.published_lists import describe_corpus, list_kind
     from usdm_sft.dataset_folder import layout as folder
     from usdm_sft.dataset_folder.writer import write_folder
-    from usdm_sft.shards import make as shards
     from usdm_sft.shards.counts import count_rows
     from usdm_sft.shards.overflow import choose_overflow, fit_rows
+    from usdm_sft.shards.plan import plan_shards
+    from usdm_sft.shards.rows import load_rows
+    from usdm_sft.shards.tokens import join_shards, make_tokens
+    from usdm_sft.shards.units import find_fp32_fallback, make_units
     from usdm_sft.template.encoder import TemplateEncoder
     from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer
     from usdm_sft.units.agreement import measure_agreement, pick_sample
@@ -193,7 +196,7 @@ def prepare(
             f"the unit model has {unit_tokenizer.num_units} units, the tokenizer only {encoder.num_units}: "
             "use the two that belong together"
         )
-    plan = shards.plan_shards(builder, unit_tokenizer, encoder, shard_dialogs)
+    plan = plan_shards(builder, unit_tokenizer, encoder, shard_dialogs)
     counts = {
         "format_version": 1,
         "config": builder.config.name,
@@ -226,7 +229,7 @@ def prepare(
     if (finished := _finished(output, counts["key"], cache, overwrite)) is not None:
         return finished
 
-    rows = shards.load_rows(builder)
+    rows = load_rows(builder)
     if executor is not None:
         sample = pick_sample(builder.audio_digests, agreement_utterances)
         its_devices = devices if devices[0] != "cpu" else ["cpu"] * tasks
@@ -241,17 +244,17 @@ def prepare(
             "%s, %s: %.2f %% of the units are those of fp32 and soxr (%d utterances)",
             precision, resampler, 100 * agreement["share"], agreement["utterances"],
         )  # fmt: skip
-    units = shards.make_units(plan, unit_tokenizer, devices, cache)
-    tokens = shards.make_tokens(rows, plan, encoder, units, cache)
+    units = make_units(plan, unit_tokenizer, devices, cache)
+    tokens = make_tokens(rows, plan, encoder, units, cache)
     counts["padding_share"] = round(padding_share((shard.lengths for shard in plan), batch_seconds), 4)
     counts["agreement"] = agreement
     splits, counts["splits"] = {}, {}
     for split in rows:
         its = [shard for shard in plan if shard.split == split]
-        joined = shards.join_shards(rows[split], [tokens[shard.tokens_key] for shard in its])
+        joined = join_shards(rows[split], [tokens[shard.tokens_key] for shard in its])
         fitted = fit_rows(joined, encoder, max_length, overflow)
         splits[split], counts["splits"][split] = fitted.rows, count_rows(joined, fitted, builder, split, max_length)
-        counts["splits"][split]["fp32_fallback"] = shards.find_fp32_fallback(its, units, builder.corpus[split])
+        counts["splits"][split]["fp32_fallback"] = find_fp32_fallback(its, units, builder.corpus[split])
         if shuffle_seed is not None:
             splits[split] = fitted.rows.shuffle(seed=shuffle_seed)
     if (finished := _finished(output, counts["key"], cache, overwrite)) is not None:  # by another run, meanwhile

@@ -117,7 +117,9 @@ def test_broken_connections_are_resumed_in_one_run(server, path, waits):
 
 def test_next_run_resumes_the_part_on_disk(server, path, waits):
     server.breaks = [4000, *["503"] * (download.TRIES - 1)]
-    with pytest.raises(OSError, match=r"HTTP Error 503.*try again \(the 4,000 bytes that have arrived are kept\), or put"):
+    with pytest.raises(
+        OSError, match=r"HTTP Error 503.*try again \(the 4,000 bytes that have arrived are kept\), or put"
+    ):
         download.download(server.url, path, sha256=SHA256)
     assert names(path) == ["model.pt.unfinished", "model.pt.unfinished.etag"]
     server.asked.clear()

@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+
 def progress_bar(total: int | None, description: str, unit: str, *, disable: bool = False, **options: Any) -> tqdm:
     """Make a tqdm bar.
 
