@@ -133,7 +133,7 @@ def test_agreement_is_measured_once_and_is_in_counts_and_log(mini, unit_model, t
     assert agreement["utterances"] == 19
     assert 0.9 < agreement["share"] == round(agreement["equal_units"] / agreement["units"], 6) < 1
     assert (
-        f"bf16, soxr: {100 * agreement['share']:.2f} % of the units are those of fp32 and soxr (19 utterances)"
+        f"bf16, soxr: {100 * agreement['share']:.2f} % of the units equal those of fp32 and soxr (19 utterances)"
         in caplog.text
     )
     monkeypatch.setattr(UnitModel, "forward", None)
