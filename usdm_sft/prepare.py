@@ -28,10 +28,11 @@ from usdm_sft.corpus.published_lists import describe_corpus, list_kind
 from usdm_sft.dataset_folder.layout import check_output, clear_unfinished, is_up_to_date, read_counts
 from usdm_sft.dataset_folder.writer import write_folder
 from usdm_sft.shards.counts import count_rows
-from usdm_sft.shards.make import find_fp32_fallback, load_rows, make_units
 from usdm_sft.shards.overflow import choose_overflow, fit_rows
 from usdm_sft.shards.plan import Shard, plan_shards
+from usdm_sft.shards.rows import load_rows
 from usdm_sft.shards.tokens import join_shards, make_tokens
+from usdm_sft.shards.units import find_fp32_fallback, make_units
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer
 from usdm_sft.units.agreement import measure_agreement, pick_sample

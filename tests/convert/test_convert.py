@@ -191,7 +191,7 @@ def test_bad_config(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[1]", "holds no JSON object"),
+        ("[1]", "is not a JSON object but a list: correct the file"),
         ("{", "is not JSON"),
         ('{"do_stable_layer_norm": true}', "hidden_size is None: complete"),
     ],
@@ -252,7 +252,7 @@ class TestPublished:
             path.write_bytes(files[path.name].read_bytes())
             digest = download.sha256_file(path)
             if sha256 not in (None, digest):
-                raise ValueError("it is not the file that is known; not kept")
+                raise ValueError("it is not the known file and was deleted")
             return digest
 
         monkeypatch.setattr(published, "download", fetch)
@@ -281,12 +281,12 @@ class TestPublished:
     def test_a_download_must_match_the_known_digest_before_it_is_opened(self, tmp_path, monkeypatch):
         monkeypatch.setitem(published.KNOWN_DIGESTS, "kmeans_10k.npy", "0" * 64)
         monkeypatch.setattr(published, "convert", None)
-        with pytest.raises(ValueError, match="it is not the file that is known"):
+        with pytest.raises(ValueError, match="it is not the known file"):
             find_unit_model("xlsr2_1b_v2", tmp_path)
 
     def test_a_later_download_must_match_the_record(self, tmp_path):
         (tmp_path / "xlsr2_1b_v2.sha256.json").write_text(json.dumps({"kmeans_10k.npy": "0" * 64}))
-        with pytest.raises(ValueError, match="it is not the file that is known"):
+        with pytest.raises(ValueError, match="it is not the known file"):
             find_unit_model("xlsr2_1b_v2", tmp_path)
 
 

@@ -206,7 +206,7 @@ def test_download_is_kept_only_with_its_digest(server, tmp_path):
     sha256 = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
     assert download.download(f"{url}/list.txt", tmp_path / "kept", sha256=sha256) == sha256
     assert (tmp_path / "kept").read_bytes() == b"hello"
-    with pytest.raises(ValueError, match="it is not the file that is known; not kept"):
+    with pytest.raises(ValueError, match="it is not the known file and was deleted"):
         download.download(f"{url}/list.txt", tmp_path / "refused", sha256="0" * 64)
     with pytest.raises(OSError, match=r"could not fetch .*404.*put the file at .*refused by hand"):
         download.download(f"{url}/nothing.txt", tmp_path / "refused")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from filelock import FileLock
 
 from usdm_sft.convert.convert import XLSR_LAYER, convert
 from usdm_sft.units.folder import read_description
+from usdm_sft.utils.atomic import replace_text
 from usdm_sft.utils.cache import cache_root, sha256_file
 from usdm_sft.utils.download import download
 from usdm_sft.utils.json_files import read_json
@@ -62,9 +62,7 @@ def _download_and_convert(folder: Path, cache: Path) -> Path:
         if not path.is_file() or (expected is not None and sha256_file(path) != expected):
             download(f"{PUBLISHED_URL}/{name}", path, sha256=expected)
         recorded[name] = sha256_file(path)
-        unfinished = record.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(recorded, indent=2) + "\n")
-        os.replace(unfinished, record)
+        replace_text(record, json.dumps(recorded, indent=2) + "\n")
         logger.warning("%s: sha256 %s", name, recorded[name])
         sources.append(path)
     convert(*sources, folder)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from usdm_sft.dataset_folder.layout import data_files, read_counts
+from usdm_sft.utils.atomic import write_then_replace
 
 
 def export_text(dataset_dir: str | Path, text_dir: str | Path) -> dict[str, int]:
@@ -26,17 +26,14 @@ def export_text(dataset_dir: str | Path, text_dir: str | Path) -> dict[str, int]
 
     dataset_dir, text_dir = Path(dataset_dir), Path(text_dir)
     counts = read_counts(dataset_dir)
-    text_dir.mkdir(parents=True, exist_ok=True)
     num_lines = {}
     for split, files in data_files(dataset_dir, counts).items():
         num_lines[split] = 0
-        unfinished = text_dir / f"{split}.txt.unfinished"
-        with open(unfinished, "w", encoding="ascii", newline="") as text:
+        with write_then_replace(text_dir / f"{split}.txt", encoding="ascii", newline="") as text:
             for path in files:
                 for batch in iter_rows(path, columns=["input_ids", "labels"]):
                     for row in batch.to_pylist():
                         line = " ".join(map(str, row["input_ids"])) + "|" + " ".join(map(str, row["labels"]))
                         text.write("\n" + line if num_lines[split] else line)
                         num_lines[split] += 1
-        os.replace(unfinished, text_dir / f"{split}.txt")
     return num_lines

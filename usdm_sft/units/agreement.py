@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from usdm_sft.utils.atomic import replace_text
 from usdm_sft.utils.cache import cache_key, path_lock
 
 if TYPE_CHECKING:
@@ -69,10 +69,7 @@ def measure_agreement(
         equal = sum(int((a == b).sum()) for a, b in zip(expected, found, strict=True))
         share = round(equal / num_units, 6)
         result = {"utterances": len(sample), "units": num_units, "equal_units": equal, "share": share}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps([result, cache_key(result)]))
-        os.replace(unfinished, file)
+        replace_text(file, json.dumps([result, cache_key(result)]))
         return result
 
 

@@ -13,9 +13,10 @@ _MARKERS = ("<|", "|>", "<s>", "</s>", "<unk>", "<pad>")
 
 
 def text_problem(text: str) -> str | None:
-    """What keeps `text` out of the template, or None. The text is judged lower-cased, as the template sees it.
+    """Return why `text` cannot stand in the template, or None where it can.
 
-    A control character would end a line of the template, and a special-token string would become the token.
+    A control character would end a line of the template, and the string of a special token would become that token. The
+    check lower-cases the text first, as the template does.
     """
     text = text.lower()
     if not text.strip():
@@ -29,22 +30,22 @@ def text_problem(text: str) -> str | None:
 
 
 def quote(value: str, limit: int = 80) -> str:
-    """A value for an error message."""
+    """Quote a value for an error message; one longer than `limit` characters is cut."""
     return repr(value if len(value) <= limit else value[:limit] + "...")
 
 
 def printable(text: str) -> str:
-    """The text with what a terminal would obey or hide escaped, newlines apart."""
+    """Escape every character of `text` that a terminal would obey or hide, except newlines."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the name of its class where it has none."""
+    """Return the first line of an error's message, or the name of its class where the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def count_noun(number: int, noun: str) -> str:
-    """A number with thousands separators and its noun, such as "1 row" or "2,048 rows"."""
+    """Format a count with its noun, such as "1 row" or "2,048 rows"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
