@@ -9,12 +9,12 @@ The builder and the plan of work shards both use this module, so they agree on e
 
 from collections.abc import Container, Iterator
 from itertools import takewhile
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from usdm_sft.corpus.dialogs import Dialog, Utterance
 
-SINGLE_TURN = "single_turn"
-MULTI_TURN = "multi_turn"
+SINGLE_TURN: Final = "single_turn"
+MULTI_TURN: Final = "multi_turn"
 CONFIGS = (SINGLE_TURN, MULTI_TURN)
 
 
