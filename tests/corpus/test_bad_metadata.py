@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dailytalk_usdm import DailyTalkUSDM
-from usdm_sft.corpus import problems, published_lists, split_list
-from usdm_sft.corpus.problems import CorpusError
+from usdm_sft.corpus import published_lists, split_list
+from usdm_sft.corpus.problems import MAX_PROBLEMS, CorpusError
 from usdm_sft.corpus.read import SAME_SPEAKER, SINGLE_TURN, read_corpus
 from usdm_sft.utils import download
 from usdm_sft.utils.texts import text_problem
@@ -130,14 +130,14 @@ def test_very_many_bad_lines(path, line):
         return caught.value
 
     error = within(5, call)
-    assert len(error.problems) == problems.MAX_PROBLEMS
+    assert len(error.problems) == MAX_PROBLEMS
     assert str(error).endswith("... and 980 more problems, where reading stopped")
     assert len(str(error)) < 10_000
 
 
 def test_thousands_of_dialogs_without_a_beginning(path):
     content = "".join(f"1_0_d{number}|0|{{P}}|hello.|none\n" for number in range(5000))
-    assert len(problems(path, content)) == problems.MAX_PROBLEMS
+    assert len(problems(path, content)) == MAX_PROBLEMS
 
 
 def test_longest_line(path):

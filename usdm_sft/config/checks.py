@@ -79,4 +79,4 @@ def _is_instance(value: Any, kind: Any) -> bool:
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
     if kind is str:
         return isinstance(value, (str, os.PathLike))
-    return get_origin(kind) is not Literal and isinstance(value, kind)
+    return get_origin(kind) is not Literal and isinstance(value, get_origin(kind) or kind)
