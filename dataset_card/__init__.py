@@ -1,1 +1,1 @@
-"""What `usdm_sft.dataset_folder.card` and `usdm_sft.template.view` fill: the dataset card, and the page of examples."""
+"""Templates of the dataset card (`usdm_sft.dataset_folder.card`) and of the page of examples (`usdm_sft.dataset_folder.page`)."""

@@ -138,7 +138,7 @@ def test_bad_template_is_one_line_on_stderr(capsys):
     with pytest.raises(SystemExit, match="1"):
         main(["prepare", "--data_dir", "d", "--output_path", "o", "--template.loss", "[asr]"])
     assert capsys.readouterr().err == (
-        "dailytalk-usdm prepare: template.loss holds 'asr', which is no part that can bear loss: "
+        "dailytalk-usdm prepare: template.loss contains 'asr', which cannot be labelled: "
         "name one or more of user_text, agent_text, agent_units\n"
     )
 
@@ -208,7 +208,7 @@ def test_bad_input_is_one_line_on_stderr(tmp_path):
     done = command("export", str(tmp_path), str(tmp_path / "text"))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        f"dailytalk-usdm export: {tmp_path} holds no counts.json: name a folder that 'dailytalk-usdm prepare' finished\n"
+        f"dailytalk-usdm export: {tmp_path} has no counts.json: name a folder that 'dailytalk-usdm prepare' finished\n"
     )
 
 

@@ -93,7 +93,7 @@ def test_fields_of_strangers_are_data_wherever_they_are_shown(mini, unit_model, 
         pretrained_model_name_or_path="mistral-common",
     )  # fmt: skip
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "49" not in re.findall(r"\b\d+\b", card.partition("## Columns")[0].partition("## What it holds")[2])
+    assert "49" not in re.findall(r"\b\d+\b", card.partition("## Columns")[0].partition("## Contents")[2])
     assert "<script>" not in card
     assert verify(tmp_path / "out")["train"] == 10
     rows = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "datasets"))

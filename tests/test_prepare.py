@@ -424,7 +424,7 @@ def test_convert_prepare_export_is_the_whole_way(tmp_path, mini):
         cache_dir=str(tmp_path / "cache"),
     )
     export_text(tmp_path / "out", tmp_path / "text")
-    with pytest.raises(FileNotFoundError, match=r"holds no counts\.json: name a folder that"):
+    with pytest.raises(FileNotFoundError, match=r"has no counts\.json: name a folder that"):
         export_text(tmp_path, tmp_path / "text")
     assert len((tmp_path / "text" / "train.txt").read_text().split("\n")) == 10
     assert isinstance(TemplateEncoder(load_tokenizer(tmp_path / "out" / "tokenizer")), TemplateEncoder)

@@ -405,7 +405,7 @@ def test_skip_leaves_out_exactly_the_pairs_concerned(run, corpus, mini):
     card = (output / "README.md").read_text()
     assert (
         "Left out of train: 3 dialogs and 5 pairs. Of the pairs, 5 had bad audio and 0 did not fit into `max_length` tokens.\n"
-        "`counts.json` holds the whole list." in card
+        "`counts.json` has the whole list." in card
     )
     assert "- d8_1: audio of 2_1_d8: does not exist\n" in card
 

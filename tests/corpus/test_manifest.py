@@ -468,7 +468,7 @@ def test_named_agent_and_merged_turns_end_to_end(calls, unit_model, tmp_path):
     verify(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Neighbouring turns of the same speaker were merged into one." in card
-    assert "make a pair if the later one is by speaker 1, who is always the agent:" in card
+    assert "form a pair if the later one is by speaker 1, who is always the agent:" in card
     assert "twice in a row were left out" not in card and "Turns repeat" not in card
     data = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "datasets"))
     assert {speaker for row in data["agent_speaker"] for speaker in row} == {"1"}

@@ -11,7 +11,7 @@ from usdm_sft.corpus import published_lists
 from usdm_sft.dataset_folder.verify import verify
 from usdm_sft.prepare import prepare
 from usdm_sft.template.config import Template
-from usdm_sft.utils import download
+from usdm_sft.utils.cache import sha256_file
 
 
 @pytest.fixture(scope="module")
@@ -20,12 +20,12 @@ def card(dataset_folder):
 
 
 def tables(text):
-    """Cells of every row of every Markdown table."""
+    """The cells of each row of all Markdown tables."""
     lines = [line for line in text.splitlines() if line.startswith("|") and not set(line) <= set("|- ")]
     return [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines]
 
 
-def test_metadata(card):
+def test_metadata_describes_the_splits(card):
     data = card.data.to_dict()
     assert (data.get("language"), data["license"], data["size_categories"]) == (None, "unknown", "n<1K")
     assert "text-generation" in data["task_categories"]
@@ -36,26 +36,26 @@ def test_metadata(card):
     }
 
 
-def test_numbers_equal_the_data(card, dataset_folder, tmp_path):
+def test_numbers_equal_those_of_the_rows(card, dataset_folder, tmp_path):
     rows = datasets.load_dataset(str(dataset_folder), cache_dir=str(tmp_path))
     counts = json.loads((dataset_folder / "counts.json").read_text())
     cells = tables(card.text)
-    for split, its in rows.items():
-        tokens = [len(ids) for ids in its["input_ids"]]
-        labelled = sum(label != -100 for labels in its["labels"] for label in labels)
-        units = {unit for role in ("user", "agent") for units in its[f"{role}_units"] for unit in units}
+    for split, split_rows in rows.items():
+        tokens = [len(ids) for ids in split_rows["input_ids"]]
+        labelled = sum(label != -100 for labels in split_rows["labels"] for label in labels)
+        units = {unit for role in ("user", "agent") for units in split_rows[f"{role}_units"] for unit in units}
         seconds = {
             (row["dialog_id"], row["turn"] + after): row[f"{role}_seconds"]
-            for row in its
+            for row in split_rows
             for after, role in enumerate(("user", "agent"))
         }
         hours = f"{sum(seconds.values()) / 3600:.2f}"
-        dialogs = str(len(set(its["dialog_id"])))
+        dialogs = str(len(set(split_rows["dialog_id"])))
         expected = (
             split,
             dialogs,
-            str(len(its)),
-            str(len(its)),
+            str(len(split_rows)),
+            str(len(split_rows)),
             hours,
             f"{sum(tokens):,}",
             f"{labelled:,}",
@@ -74,24 +74,24 @@ def test_numbers_equal_the_data(card, dataset_folder, tmp_path):
     assert set(rows["train"].column_names) <= schema
 
 
-def test_left_out_and_the_loss_are_shown(card):
+def test_left_out_dialogs_and_labelled_tokens_are_shown(card):
     assert "Left out of train: 2 dialogs and 0 pairs." in card.text
     assert "- d11: one speaker speaks twice in a row" in card.text
     assert "Nothing was left out of test." in card.text
     assert "loss   did you water the plants on the balcony?⏎" in card.text
 
 
-def test_nothing_is_left_of_the_template_and_tables_are_whole(card):
+def test_card_has_no_placeholders_and_complete_tables(card):
     assert not re.search(r"\{\{|\}\}|\{%|%\}|None\.", card.text)
     lines = card.text.splitlines()
     for number, line in enumerate(lines):
-        if re.fullmatch(r"\|(-+\|)+", line):  # a header before it, rows after it, all of one width
+        if re.fullmatch(r"\|(-+\|)+", line):
             width = line.count("|")
             assert lines[number - 1].count("|") == width == lines[number + 1].count("|"), lines[number - 1]
 
 
 def test_sources_that_are_not_recognized_are_left_to_the_publisher(card):
-    """The demo corpus has DailyTalk's layout, and the toy unit model is not SeamlessM4T's."""
+    """The mini corpus has DailyTalk's layout only, and the toy unit model is not SeamlessM4T's."""
     assert "# Spoken dialogs for USDM\n" in card.text
     assert "split lists have DailyTalk's layout but differ from the ones that DailyTalk publishes" in card.text
     for name in ("keonlee9420", "DailyDialog", "d1383", "SeamlessM4T", "XLS-R", "USTM", "CC BY"):
@@ -105,7 +105,7 @@ def test_sources_that_are_not_recognized_are_left_to_the_publisher(card):
 
 
 def make(mini, unit_model, folder, **options):
-    """Prepare the mini corpus with the options -> (counts, card)."""
+    """Prepare the mini corpus; returns counts and card."""
     options = {"data_dir": str(mini / "corpus"), "pretrained_model_name_or_path": "mistral-common"} | options
     counts = prepare(
         output_path=str(folder / "out"), unit_model=str(unit_model), cache_dir=str(folder / "cache"), **options
@@ -116,14 +116,14 @@ def make(mini, unit_model, folder, **options):
 
 @pytest.fixture
 def known_lists(mini, monkeypatch):
-    """The lists of the mini corpus stand for the published ones."""
-    lists = {split: ("", download.sha256_file(mini / "corpus" / f"{split}.txt")) for split in ("train", "test")}
+    """Treat the lists of the mini corpus as the published ones."""
+    lists = {split: ("", sha256_file(mini / "corpus" / f"{split}.txt")) for split in ("train", "test")}
     monkeypatch.setattr(published_lists, "SPLIT_LISTS", lists)
 
 
 @pytest.fixture
 def known_unit_model(unit_model, monkeypatch):
-    """The toy unit model's sources stand for the published ones."""
+    """Treat the sources of the toy unit model as the published ones."""
     sources = json.loads((unit_model / "unit_model.json").read_text())["sources"]
     monkeypatch.setitem(published.KNOWN_DIGESTS, "xlsr2_1b_v2.pt", sources["checkpoint"])
     monkeypatch.setitem(published.KNOWN_DIGESTS, "kmeans_10k.npy", sources["kmeans"])
@@ -162,10 +162,10 @@ def test_edited_split_lists_are_not_named_dailytalk(mini, unit_model, tmp_path, 
     assert "lee2022dailytalk" not in card.text and "d1383" not in card.text
 
 
-def test_tokenizer_is_named_as_it_was_loaded(mini, unit_model, dataset_folder, tmp_path):
+def test_tokenizer_from_a_folder_is_not_named(mini, unit_model, dataset_folder, tmp_path):
     counts, card = make(mini, unit_model, tmp_path, pretrained_model_name_or_path=str(dataset_folder / "tokenizer"))
     assert counts["tokenizer"] == {"name": None, "num_units": 10_000}
-    assert "the tokenizer, loaded from a folder: 42,003 tokens, of which 10,000 are units" in card.text
+    assert "the tokenizer, loaded from a folder: 42,003 tokens, including 10,000 units" in card.text
     assert str(dataset_folder) not in card.text and "USTM" not in card.text
 
 
@@ -188,7 +188,7 @@ def test_card_follows_the_options(mini, unit_model, tmp_path):
     assert meanings["user_seconds"] == "length of the audio in seconds; one entry per exchange"
 
 
-def test_conversations(mini, unit_model, tmp_path):
+def test_card_of_conversations(mini, unit_model, tmp_path):
     _, card = make(mini, unit_model, tmp_path, config_name="multi_turn", max_length=400, overflow="split")
     assert "Conversations as training data" in card.text
     assert "3 rows of train did not fit into `max_length` tokens and were split between two exchanges:" in card.text
@@ -196,7 +196,7 @@ def test_conversations(mini, unit_model, tmp_path):
     assert "- Turns repeat" in card.text and "Rows have no history" not in card.text
 
 
-def test_settings_without_a_value_are_left_out(card):
+def test_settings_without_a_value_are_not_listed(card):
     names = {row[0] for row in tables(card.text)}
     assert "history" in names and not names & {"agent", "shuffle_seed", "num_output_shards"}
     assert "The rows are in the order of their dialogs and turns." in card.text
@@ -216,8 +216,8 @@ def test_long_lists_are_cut(mini, unit_model, tmp_path, monkeypatch):
     assert f"\n- {second}: " in card.text and f"\n- {third}: " not in card.text
 
 
-def test_names_from_outside_are_text(mini, unit_model, tmp_path):
-    """A dialog's name and a source of a stranger's unit model folder make no markup and end no cell."""
+def test_untrusted_names_become_plain_text(mini, unit_model, tmp_path):
+    """A dialog name and a source of an untrusted unit model folder are escaped."""
     folder = shutil.copytree(unit_model, tmp_path / "unit_model")
     description = json.loads((folder / "unit_model.json").read_text())
     description["sources"] = {"<img src=x>|a": "`b`\n# c"}
@@ -229,10 +229,10 @@ def test_names_from_outside_are_text(mini, unit_model, tmp_path):
     _, card = make(mini, folder, tmp_path, data_dir=str(tmp_path))
     assert "\n- \\[x\\](http://evil) &lt;b&gt;: a single turn makes no pair\n" in card.text
     assert "| sha256 of the unit model's source &lt;img src=x&gt;\\|a | \\`b\\` # c |\n" in card.text
-    assert "- The manifests name no emotions.\n" in card.text and "emotions, and units" not in card.text
+    assert "- The manifests have no emotions.\n" in card.text and "emotions, and units" not in card.text
 
 
-def test_agreement_of_a_faster_precision_is_in_the_card(mini, unit_model, tmp_path):
+def test_card_shows_the_agreement_of_a_faster_precision(mini, unit_model, tmp_path):
     counts = prepare(
         data_dir=str(mini / "corpus"), output_path=str(tmp_path / "out"), unit_model=str(unit_model), precision="bf16",
         pretrained_model_name_or_path="mistral-common", cache_dir=str(tmp_path / "cache"),

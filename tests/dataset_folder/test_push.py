@@ -1,4 +1,4 @@
-"""Pushes to a stand-in of the Hub, each in a process of its own: huggingface_hub reads its address when it is imported."""
+"""Pushes to a local stand-in for the Hub, each in its own process: huggingface_hub reads the address when it is imported."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 
+import datasets
 import pytest
 
 from tests.mini_hub import serve
@@ -79,8 +80,6 @@ def test_push_load_stream_and_push_again(hub, dataset_folder, folder_copy, mini,
     titles = [commit["title"] for commit in commits(hub).values()]
     assert titles == ["initial commit", f"Upload single_turn: {key[:16]}"]  # the first is the Hub's own
 
-    import datasets
-
     expected = list(datasets.load_dataset(str(dataset_folder), split="train", cache_dir=str(tmp_path / "datasets")))
     assert load(hub, tmp_path) == [expected, expected]
 
@@ -105,7 +104,7 @@ def test_private_and_revision(hub, dataset_folder, tmp_path):
 
 
 @pytest.mark.parametrize(("options", "expected"), [([], True), (["--public"], False)])
-def test_visibility_is_the_owners_default_unless_it_is_chosen(hub, dataset_folder, tmp_path, options, expected):
+def test_visibility_follows_the_option_or_else_the_owners_default(hub, dataset_folder, tmp_path, options, expected):
     hub.private_by_default = True
     assert run_push(hub, tmp_path, dataset_folder, *options).returncode == 0
     assert hub.repos["datasets", "tester/pairs"]["private"] is expected
@@ -117,23 +116,23 @@ def test_private_and_public_exclude_each_other(capsys):
     assert "--public: not allowed with argument --private" in capsys.readouterr().err
 
 
-def test_token_is_no_option_of_the_command_line(capsys):
+def test_command_line_has_no_token_option(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.make_parser().parse_args(["push", "folder", "tester/pairs", "--token", "x"])
     assert "--token" in capsys.readouterr().err
 
 
-def test_message_of_the_commit(hub, dataset_folder, tmp_path):
+def test_commit_message_is_used(hub, dataset_folder, tmp_path):
     assert run_push(hub, tmp_path, dataset_folder, "--commit_message", "Second take: 12").returncode == 0
     assert [commit["title"] for commit in commits(hub).values()] == ["initial commit", "Second take: 12"]
 
 
-def test_empty_message_is_refused(dataset_folder):
+def test_empty_commit_message_is_refused(dataset_folder):
     with pytest.raises(ValueError, match="commit_message ' ' is empty: give a text, or leave it out"):
         push(dataset_folder, "tester/pairs", commit_message=" ")
 
 
-def test_pull_request_leaves_the_branch_as_it_is(hub, dataset_folder, tmp_path):
+def test_pull_request_leaves_the_branch_unchanged(hub, dataset_folder, tmp_path):
     done = run_push(hub, tmp_path, dataset_folder, "--create_pr")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"{hub.url}/datasets/tester/pairs/discussions/1"]
@@ -158,13 +157,13 @@ push(sys.argv[1], "tester/pairs", token=sys.stdin.read())
 """
 
 
-def test_token_given_to_the_function(hub, dataset_folder, tmp_path):
+def test_token_of_the_function_is_used(hub, dataset_folder, tmp_path):
     done = run(hub, tmp_path, "-c", PUSH_WITH_TOKEN, str(dataset_folder), token="hf_other", given=TOKEN)
     assert done.returncode == 0, done.stderr
     assert files_on(hub) == files_in(dataset_folder)
 
 
-def test_public_repository_is_not_taken_for_a_private_one(hub, dataset_folder, tmp_path):
+def test_private_push_to_a_public_repository_is_refused(hub, dataset_folder, tmp_path):
     hub.create("datasets", "tester/pairs", False)
     done = run_push(hub, tmp_path, dataset_folder, "--private")
     assert done.returncode == 1 and "exists and is public: make it private" in done.stderr
@@ -176,15 +175,13 @@ def test_repository_with_other_data_is_refused(hub, dataset_folder, tmp_path):
     hub.commit(repo, "main", {"README.md": ("reg", b"# mine"), "data.csv": ("reg", b"1,2")}, [], "mine", None)
     done = run_push(hub, tmp_path, dataset_folder)
     assert done.returncode == 1
-    assert (
-        "tester/pairs holds data.csv, which no push of a dataset folder wrote: name another repository" in done.stderr
-    )
+    assert "tester/pairs has data.csv, which no push of a dataset folder wrote: name another repository" in done.stderr
     assert set(files_on(hub)) == {"README.md", "data.csv"}
 
 
 @contextmanager
 def broken(hub, after):
-    """Every upload after the first few fails."""
+    """Let every upload after the first `after` fail."""
     put = hub.handler.do_PUT
     left = iter(range(after))
 
@@ -199,12 +196,12 @@ def broken(hub, after):
     hub.handler.do_PUT = put
 
 
-def test_upload_that_breaks_half_way_is_invisible_and_goes_on(hub, dataset_folder, tmp_path):
+def test_failed_upload_is_invisible_and_the_next_push_resumes_it(hub, dataset_folder, tmp_path):
     with broken(hub, after=4):
         done = run_push(hub, tmp_path, dataset_folder)
     assert done.returncode == 1
     [line] = [line for line in done.stderr.splitlines() if line.startswith("dailytalk-usdm push:")]
-    assert line.endswith("the upload to tester/pairs broke (status 400): push again, nothing is sent twice")
+    assert line.endswith("the upload to tester/pairs failed (status 400): push again, nothing is sent twice")
     assert "Traceback" not in done.stderr
     assert files_on(hub) == {} and len(hub.lfs) == 4
 
@@ -225,22 +222,22 @@ def test_wrong_token_gives_one_line(hub, dataset_folder, tmp_path):
     assert "hf_wrongToken" not in done.stderr
 
 
-def test_missing_network_is_told_in_one_line(hub, dataset_folder, tmp_path):
+def test_missing_network_gives_one_line(hub, dataset_folder, tmp_path):
     done = run_push(hub, tmp_path, dataset_folder, HF_ENDPOINT="http://127.0.0.1:9")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines() == [
         "dailytalk-usdm push: the Hub cannot be reached ([Errno 111] Connection refused): "
-        "see that there is a network, and push again, nothing is sent twice"
+        "check the network and push again, nothing is sent twice"
     ]
 
 
-def test_missing_network_raises_one_error_and_no_chain(hub, dataset_folder, tmp_path):
+def test_missing_network_raises_one_error_without_a_chain(hub, dataset_folder, tmp_path):
     done = run(hub, tmp_path, "-c", PUSH_WITH_TOKEN, str(dataset_folder), given=TOKEN, HF_ENDPOINT="http://127.0.0.1:9")
     assert done.stderr.count("Traceback") == 1
     assert done.stderr.splitlines()[-1].startswith("OSError: the Hub cannot be reached (")
 
 
-def test_network_that_goes_while_an_earlier_push_is_looked_up(hub, dataset_folder, tmp_path):
+def test_network_failure_during_the_lookup_of_an_earlier_push_gives_one_line(hub, dataset_folder, tmp_path):
     assert run_push(hub, tmp_path, dataset_folder).returncode == 0
     answer = hub.handler.do_HEAD
 
@@ -259,18 +256,18 @@ def test_offline_mode_pushes_nothing(hub, dataset_folder, tmp_path):
     assert (done.returncode, done.stderr.splitlines()) == (
         1,
         [
-            "dailytalk-usdm push: offline mode (HF_HUB_OFFLINE) forbids a push to tester/pairs: unset it, and push again",
+            "dailytalk-usdm push: offline mode (HF_HUB_OFFLINE) forbids a push to tester/pairs: unset it and push again",
         ],
     )
     assert hub.log == []
 
 
-def test_what_does_not_verify_is_not_pushed(folder_copy):
+def test_folder_that_does_not_verify_is_not_pushed(folder_copy):
     (folder_copy / "README.md").write_text("other")
     with pytest.raises(VerificationError, match=r"README\.md was changed"):
         push(folder_copy, "tester/pairs")
 
 
-def test_name_of_the_repository(hub, dataset_folder, tmp_path):
+def test_invalid_name_of_a_repository_is_refused(hub, dataset_folder, tmp_path):
     done = run(hub, tmp_path, "-m", "usdm_sft.cli", "push", str(dataset_folder), "a/b/c")
-    assert done.returncode == 1 and "'a/b/c' is no name of a repository" in done.stderr
+    assert done.returncode == 1 and "'a/b/c' is not the name of a repository" in done.stderr

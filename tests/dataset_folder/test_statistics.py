@@ -2,11 +2,13 @@ import json
 from collections import Counter
 
 import datasets
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
 
 from usdm_sft.cli import main
+from usdm_sft.dataset_folder import pictures
 from usdm_sft.dataset_folder.pictures import CAPTIONS
 from usdm_sft.dataset_folder.verify import verify
 
@@ -14,37 +16,40 @@ from usdm_sft.dataset_folder.verify import verify
 @pytest.fixture(scope="module")
 def rows(dataset_folder, tmp_path_factory):
     cache = str(tmp_path_factory.mktemp("datasets"))
-    return {split: list(its) for split, its in datasets.load_dataset(str(dataset_folder), cache_dir=cache).items()}
+    return {
+        split: list(split_rows)
+        for split, split_rows in datasets.load_dataset(str(dataset_folder), cache_dir=cache).items()
+    }
 
 
-def test_statistics_are_those_of_the_rows(dataset_folder, rows):
+def test_statistics_equal_those_of_the_rows(dataset_folder, rows):
     counts = json.loads((dataset_folder / "counts.json").read_text())
     assert counts["num_units"] == 100
-    for split, its in rows.items():
+    for split, split_rows in rows.items():
         found = counts["statistics"][split]
-        labelled = [[label for label in row["labels"] if label != -100] for row in its]
-        units = Counter(unit for row in its for unit in [*row["user_units"], *row["agent_units"]])
-        assert (found["rows"], found["dialogs"]) == (len(its), len({row["dialog_id"] for row in its}))
-        assert found["tokens"] == sum(len(row["input_ids"]) for row in its)
+        labelled = [[label for label in row["labels"] if label != -100] for row in split_rows]
+        units = Counter(unit for row in split_rows for unit in [*row["user_units"], *row["agent_units"]])
+        assert (found["rows"], found["dialogs"]) == (len(split_rows), len({row["dialog_id"] for row in split_rows}))
+        assert found["tokens"] == sum(len(row["input_ids"]) for row in split_rows)
         assert found["labelled_tokens"] == sum(map(len, labelled))
-        assert found["labelled_units"] == sum(len(row["agent_units"]) for row in its)
+        assert found["labelled_units"] == sum(len(row["agent_units"]) for row in split_rows)
         assert (found["units"], found["distinct_units"]) == (units.total(), len(units))
-        assert found["emotions"] == Counter(row[f"{role}_emotion"] for row in its for role in ("user", "agent"))
-        seconds = [row["agent_seconds"] for row in its]
+        assert found["emotions"] == Counter(row[f"{role}_emotion"] for row in split_rows for role in ("user", "agent"))
+        seconds = [row["agent_seconds"] for row in split_rows]
         expected = {
             "mean": np.mean(seconds), "min": min(seconds), "median": np.median(seconds),
             "95 %": np.quantile(seconds, 0.95), "max": max(seconds),
         }  # fmt: skip
         assert found["distributions"]["agent seconds"] == pytest.approx(expected, abs=1e-3)
-        pairs = Counter(row["dialog_id"] for row in its)
-        assert found["distributions"]["pairs a dialog"]["mean"] == pytest.approx(
+        pairs = Counter(row["dialog_id"] for row in split_rows)
+        assert found["distributions"]["pairs per dialog"]["mean"] == pytest.approx(
             np.mean(list(pairs.values())), abs=1e-4
         )
-        shares = [len(labels) / len(row["labels"]) for labels, row in zip(labelled, its, strict=True)]
+        shares = [len(labels) / len(row["labels"]) for labels, row in zip(labelled, split_rows, strict=True)]
         assert found["distributions"]["labelled share"]["max"] == pytest.approx(max(shares), abs=1e-4)
 
 
-def test_stats_prints_and_draws_what_the_card_shows(folder_copy, rows, capsys):
+def test_stats_prints_the_numbers_and_draws_the_pictures_of_the_card(folder_copy, rows, capsys):
     card = (folder_copy / "README.md").read_text()
     before = {name: (folder_copy / "pictures" / name).read_bytes() for name in CAPTIONS}
     counts = (folder_copy / "counts.json").read_text()
@@ -60,9 +65,7 @@ def test_stats_prints_and_draws_what_the_card_shows(folder_copy, rows, capsys):
     assert (folder_copy / "counts.json").read_text() == counts
 
 
-def test_pictures_are_not_blank_and_do_not_follow_the_users_settings(folder_copy):
-    import matplotlib
-
+def test_pictures_are_not_blank_and_ignore_the_users_settings(folder_copy):
     before = {name: (folder_copy / "pictures" / name).read_bytes() for name in CAPTIONS}
     with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 30}):
         main(["stats", str(folder_copy)])
@@ -71,9 +74,7 @@ def test_pictures_are_not_blank_and_do_not_follow_the_users_settings(folder_copy
         assert np.asarray(Image.open(folder_copy / "pictures" / name)).std() > 10
 
 
-def test_pictures_of_another_matplotlib_are_recorded(folder_copy, monkeypatch):
-    from usdm_sft.dataset_folder import pictures
-
+def test_digests_of_pictures_from_another_matplotlib_are_recorded(folder_copy, monkeypatch):
     monkeypatch.setattr(pictures, "_DPI", 50)
     main(["stats", str(folder_copy)])
     assert verify(folder_copy) == {"train": 10, "test": 3}

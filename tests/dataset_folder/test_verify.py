@@ -19,7 +19,7 @@ def edit_counts(folder, change):
 
 
 def rewrite(folder, name, change):
-    """Change the rows of a file and record its new digest, as someone does who knows how."""
+    """Change the rows of a file and record its new digest, as a careful forger does."""
     path = folder / "single_turn" / name
     table = pq.read_table(path)
     rows = table.to_pylist()
@@ -36,13 +36,13 @@ def relabel(row, position, label):
     row["labels"][position] = label
 
 
-def test_folder_passes(dataset_folder, capsys):
+def test_untouched_folder_passes(dataset_folder, capsys):
     assert verify(dataset_folder) == {"train": 10, "test": 3}
     main(["verify", str(dataset_folder)])
     assert "train: 10 rows are correct\n" in capsys.readouterr().out
 
 
-def test_flipped_byte(folder_copy, capsys):
+def test_flipped_byte_is_found(folder_copy, capsys):
     path = folder_copy / "single_turn" / FILE
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -55,14 +55,14 @@ def test_flipped_byte(folder_copy, capsys):
 @pytest.mark.parametrize(
     "name", ["README.md", "single_turn/test-00000-of-00003.parquet", "tokenizer/tokenizer.json", "pictures/units.png"]
 )
-def test_missing_file(folder_copy, name):
+def test_missing_file_is_found(folder_copy, name):
     (folder_copy / name).unlink()
     with pytest.raises(VerificationError, match=f"{name} is missing"):
         verify(folder_copy)
 
 
 @pytest.mark.parametrize("name", ["single_turn/train-00099-of-00100.parquet", "tokenizer/special.json"])
-def test_file_too_many(folder_copy, name):
+def test_extra_file_is_found(folder_copy, name):
     (folder_copy / name).write_bytes(b"")
     with pytest.raises(VerificationError, match=f"{name} does not belong to the folder: remove it"):
         verify(folder_copy)
@@ -72,22 +72,22 @@ def test_file_too_many(folder_copy, name):
     ("change", "message"),
     [
         (lambda rows: relabel(rows[0], -3, 7), r"label 7 of token \d+ is neither -100 nor its id"),
-        (lambda rows: relabel(rows[0], 0, 1), "labels are not what its columns encode to: token 0 is 1, not -100"),
-        (lambda rows: relabel(rows[0], -3, -100), r"labels are not what its columns encode to: token \d+ is -100, not 28705"),
+        (lambda rows: relabel(rows[0], 0, 1), "labels differ from the encoded columns: token 0 is 1, not -100"),
+        (lambda rows: relabel(rows[0], -3, -100), r"labels differ from the encoded columns: token \d+ is -100, not 28705"),
         (lambda rows: rows[0]["labels"].pop(), r"\d+ input_ids, but \d+ labels"),
-        (lambda rows: rows[0].update(agent_text="other"), "input_ids are not what its columns encode to"),
-        (lambda rows: rows[0].update(user_units=[60_000]), "user_units holds unit 60000"),
+        (lambda rows: rows[0].update(agent_text="other"), "input_ids differ from the encoded columns: token"),
+        (lambda rows: rows[0].update(user_units=[60_000]), "user_units contains unit 60000"),
         (lambda rows: rows[0].update(user_text="<|correspond|>"), "part of a special token"),
         (lambda rows: rows[0].update(id="d3_0"), r"the same id is at .*train-00000-of-00010.parquet: row 0 \(d3_0\)"),
     ],
 )  # fmt: skip
-def test_changed_row_with_a_fitting_digest(folder_copy, change, message):
+def test_changed_row_with_a_new_digest_is_found(folder_copy, change, message):
     rewrite(folder_copy, FILE, change)
     with pytest.raises(VerificationError, match=f"{FILE}: row 0 .*{message}"):
         verify(folder_copy)
 
 
-def test_lost_row_with_a_fitting_digest(folder_copy):
+def test_lost_row_with_a_new_digest_is_found(folder_copy):
     rewrite(folder_copy, FILE, lambda rows: rows.clear())
     with pytest.raises(VerificationError, match=r"counts\.json: train has 9 rows, not 10") as raised:
         verify(folder_copy)
@@ -95,7 +95,7 @@ def test_lost_row_with_a_fitting_digest(folder_copy):
 
 
 def replace_file(folder, name, content):
-    """Content for a file of the folder, and its new digest."""
+    """Replace a file of the folder and record its new digest."""
     (folder / name).write_bytes(content)
     digest = sha256_file(folder / name)
     edit_counts(folder, lambda counts: counts["files"].update({name: digest}))
@@ -115,7 +115,7 @@ def replace_table(folder, change):
         (lambda table: table.select(table.column_names[::-1]), "their order is labels, input_ids, "),
     ],
 )
-def test_other_columns(folder_copy, change, what):
+def test_other_columns_are_found(folder_copy, change, what):
     replace_table(folder_copy, change)
     message = f"{FILE} has other columns than the README.md beside it says: {what}"
     with pytest.raises(VerificationError, match=message):
@@ -145,7 +145,7 @@ INT32S = pa.list_(pa.int32())
         (set_column("user_units", [[None]], pa.list_(pa.uint16())), "a value of column user_units is missing"),
     ],
 )  # fmt: skip
-def test_rows_of_other_types_are_one_line_whatever_reads_them(folder_copy, capsys, change, message):
+def test_rows_of_other_types_give_one_line_in_every_command(folder_copy, capsys, change, message):
     replace_table(folder_copy, change)
     for args in (["verify"], ["stats"], ["show", "--index", "3"]):
         with pytest.raises(SystemExit, match="1"):
@@ -155,7 +155,7 @@ def test_rows_of_other_types_are_one_line_whatever_reads_them(folder_copy, capsy
         assert error.endswith("run prepare again and pass --overwrite (Python: overwrite=True)\n")
 
 
-def test_export_of_rows_of_other_types(folder_copy, tmp_path):
+def test_export_refuses_rows_of_other_types(folder_copy, tmp_path):
     replace_table(folder_copy, set_column("labels", [None], INT32S))
     with pytest.raises(ValueError, match=f"{FILE}: a value of column labels is missing: run"):
         export_text(folder_copy, tmp_path / "text")
@@ -165,13 +165,13 @@ def test_export_of_rows_of_other_types(folder_copy, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda content: b"", "is no Parquet file"),
-        (lambda content: b"PAR1" + b"x" * 5000 + b"PAR1", "is no Parquet file"),
-        (lambda content: content[:-50], "is no Parquet file"),
+        (lambda content: b"", "is not a Parquet file"),
+        (lambda content: b"PAR1" + b"x" * 5000 + b"PAR1", "is not a Parquet file"),
+        (lambda content: content[:-50], "is not a Parquet file"),
         (lambda content: content[:200] + bytes(300) + content[500:], "is damaged"),
     ],
 )
-def test_damaged_rows_are_one_line(folder_copy, tmp_path, capsys, damage, message):
+def test_damaged_rows_give_one_line(folder_copy, tmp_path, capsys, damage, message):
     name = f"single_turn/{FILE}"
     replace_file(folder_copy, name, damage((folder_copy / name).read_bytes()))
     for args in (["verify"], ["stats"], ["show", "--index", "3"]):
@@ -185,15 +185,15 @@ def test_damaged_rows_are_one_line(folder_copy, tmp_path, capsys, damage, messag
     ("change", "message"),
     [
         (lambda counts: counts["splits"]["train"].update(labelled_tokens=5), "train has 1301 labelled_tokens, not 5"),
-        (lambda counts: counts["statistics"]["test"].update(distinct_units=5), "statistics of test are not those of its rows"),
+        (lambda counts: counts["statistics"]["test"].update(distinct_units=5), "statistics of test differ from those of its rows"),
         (lambda counts: counts["settings"].update(max_length=300), r"\d+ tokens, more than max_length 300"),
         (lambda counts: counts["digests"].update(tokenizer="0" * 64), r"tokenizer is not the tokenizer that counts\.json names"),
-        (lambda counts: counts["files"].update({"README.md": 5}), r"'README\.md' has no digest, but 5"),
+        (lambda counts: counts["files"].update({"README.md": 5}), r"'README\.md' has 5 instead of a sha256"),
         (lambda counts: counts["digests"].clear(), r"tokenizer is not the tokenizer that counts\.json names"),
         (lambda counts: counts["splits"].update(dev={}), "names no file of split dev"),
     ],
 )  # fmt: skip
-def test_counts_that_are_not_those_of_the_rows(folder_copy, change, message):
+def test_counts_that_differ_from_the_rows_are_found(folder_copy, change, message):
     edit_counts(folder_copy, change)
     with pytest.raises(VerificationError, match=message):
         verify(folder_copy)
@@ -216,21 +216,21 @@ def as_config(counts, name):
     ids=["config", "splits", "files"],
 )
 @pytest.mark.parametrize("name", NAMES)
-def test_names_that_would_lead_out_of_the_folder(folder_copy, tmp_path, capsys, place, name):
+def test_names_outside_the_folder_are_refused(folder_copy, tmp_path, capsys, place, name):
     edit_counts(folder_copy, lambda counts: place(counts, name))
     for args in (["verify"], ["stats"], ["show"], ["export", str(tmp_path / "text")], ["push", "user/name"]):
         with pytest.raises(SystemExit, match="1"):
             main([args[0], str(folder_copy), *args[1:]])
         error = capsys.readouterr().err
-        assert f"counts.json: {name!r} is no name in a dataset folder: run prepare again" in error
+        assert f"counts.json: {name!r} is not a name in a dataset folder: run prepare again" in error
         assert error.count("\n") == 1
     assert not (tmp_path / "text").exists()
 
 
 @pytest.mark.parametrize("part", ["config", "splits"])
-def test_config_and_splits_are_one_part_of_a_path(folder_copy, part):
+def test_names_of_config_and_splits_have_no_slash(folder_copy, part):
     edit_counts(folder_copy, lambda counts: counts.update({part: "a/b" if part == "config" else {"a/b": {}}}))
-    with pytest.raises(ValueError, match="'a/b' is no name in a dataset folder"):
+    with pytest.raises(ValueError, match="'a/b' is not a name in a dataset folder"):
         verify(folder_copy)
 
 
@@ -247,7 +247,7 @@ def test_config_and_splits_are_one_part_of_a_path(folder_copy, part):
     ],
     ids=str,
 )  # fmt: skip
-def test_counts_of_other_types_are_one_line_whatever_reads_them(folder_copy, tmp_path, capsys, change):
+def test_counts_of_other_types_give_one_line_in_every_command(folder_copy, tmp_path, capsys, change):
     edit_counts(folder_copy, lambda counts: counts.update(change))
     for args in (["verify"], ["stats"], ["show"], ["export", str(tmp_path / "text")], ["push", "user/name"]):
         with pytest.raises(SystemExit, match="1"):
@@ -258,7 +258,7 @@ def test_counts_of_other_types_are_one_line_whatever_reads_them(folder_copy, tmp
         )
 
 
-def test_counts_nested_too_deep(folder_copy):
+def test_deeply_nested_counts_are_refused(folder_copy):
     (folder_copy / "counts.json").write_text("[" * 200_000)
     with pytest.raises(ValueError, match=r"counts\.json is not JSON .*: run prepare again and pass --overwrite"):
         verify(folder_copy)
@@ -267,13 +267,13 @@ def test_counts_nested_too_deep(folder_copy):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"evil": 1}, r"settings\.template is no template \(.*evil"),
+        ({"evil": 1}, r"settings\.template is not a template \(.*evil.*\): run prepare again"),
         ({"instruction": 5}, r"template\.instruction is 5: give a text"),
         ({"user_role": None}, r"template\.user_role is None: give a text"),
         ({"loss": 5}, r"template\.loss is 5: name one or more of"),
     ],
 )
-def test_template_of_a_stranger(folder_copy, change, message):
+def test_malformed_template_is_refused(folder_copy, change, message):
     edit_counts(folder_copy, lambda counts: counts["settings"]["template"].update(change))
     with pytest.raises(ValueError, match=message):
         verify(folder_copy)
@@ -294,32 +294,34 @@ def test_template_of_a_stranger(folder_copy, change, message):
         b"---\nconfigs:\n- config_name: single_turn\n  data_files: http://127.0.0.1:9/x.parquet\n---\n",
     ],
 )
-def test_card_of_a_stranger(folder_copy, tmp_path, monkeypatch, capsys, text):
+def test_malformed_card_is_refused(folder_copy, tmp_path, monkeypatch, capsys, text):
     monkeypatch.chdir(tmp_path)
     replace_file(folder_copy, "README.md", text)
     with pytest.raises(SystemExit, match="1"):
         main(["verify", str(folder_copy)])
     error = capsys.readouterr().err
-    assert "README.md has not the YAML of a dataset card (" in error and error.count("\n") == 1
+    assert "README.md does not have the YAML of this folder (" in error and error.count("\n") == 1
     assert not (tmp_path / "pwned").exists()
 
 
-def test_card_that_names_other_data_files(folder_copy):
-    """Who loads the folder would read files that nobody verified."""
+def test_card_that_names_other_data_files_is_refused(folder_copy):
+    """`load_dataset` would read files that were not verified."""
     card = (folder_copy / "README.md").read_text()
     replace_file(folder_copy, "README.md", card.replace("path: single_turn/test-*", "path: other/test-*").encode())
-    with pytest.raises(ValueError, match=r"README\.md has .*its configs are not the data files of counts\.json"):
+    with pytest.raises(
+        ValueError, match=r"README\.md does not have .*its configs are not the data files of counts\.json"
+    ):
         verify(folder_copy)
 
 
-def test_card_without_features(folder_copy):
+def test_card_without_features_is_refused(folder_copy):
     head, _, _ = (folder_copy / "README.md").read_text().partition("dataset_info:")
     replace_file(folder_copy, "README.md", f"{head}---\n".encode())
-    with pytest.raises(ValueError, match=r"README\.md has .*its dataset_info names no features or splits"):
+    with pytest.raises(ValueError, match=r"README\.md does not have .*its dataset_info names no features or splits"):
         verify(folder_copy)
 
 
-def test_what_a_terminal_would_obey_is_escaped(folder_copy, capsys):
+def test_control_sequences_are_escaped(folder_copy, capsys):
     rewrite(folder_copy, FILE, lambda rows: rows[0].update(id="\x1b]0;x\x07", user_text="", user_emotion="\x1b[2J"))
     for args in (["verify"], ["show", "--index", "3"], ["stats"]):
         try:
@@ -332,7 +334,7 @@ def test_what_a_terminal_would_obey_is_escaped(folder_copy, capsys):
         assert "\\x1b" in shown
 
 
-def test_many_problems_are_told_up_to_a_limit(folder_copy):
+def test_number_of_reported_problems_is_limited(folder_copy):
     for path in (folder_copy / "single_turn").iterdir():
         path.unlink()
     for path in (folder_copy / "tokenizer").iterdir():
@@ -344,16 +346,16 @@ def test_many_problems_are_told_up_to_a_limit(folder_copy):
     assert len(raised.value.problems) == 20
 
 
-def test_no_dataset_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no counts\.json"):
+def test_other_folder_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no counts\.json"):
         verify(tmp_path)
 
 
-def test_against_the_reference(dataset_folder, mini):
+def test_rows_equal_the_reference(dataset_folder, mini):
     assert verify(dataset_folder, mini / "expected") == {"train": 10, "test": 3}
 
 
-def test_command_line_says_that_the_reference_was_compared(dataset_folder, mini, capsys):
+def test_command_line_mentions_the_comparison_with_the_reference(dataset_folder, mini, capsys):
     main(["verify", str(dataset_folder), "--against", str(mini / "expected")])
     assert capsys.readouterr().out == (
         f"train: 10 rows are correct and identical to {mini / 'expected' / 'train.txt'} (any order)\n"
@@ -373,7 +375,7 @@ def change_line(path, number, change):
     path.write_text("\n".join(lines))
 
 
-def test_first_difference_in_words(dataset_folder, text, capsys):
+def test_first_difference_is_described(dataset_folder, text, capsys):
     line = (text / "test.txt").read_text().split("\n")[1]
     ids = line.split("|")[0].split()
     at = len(ids) - 3
@@ -382,12 +384,12 @@ def test_first_difference_in_words(dataset_folder, text, capsys):
     with pytest.raises(SystemExit, match="1"):
         main(["verify", str(dataset_folder), "--against", str(text)])
     error = capsys.readouterr().err
-    assert f"{text / 'test.txt'}:2 is no row of test: the nearest is d" in error
+    assert f"{text / 'test.txt'}:2 is not a row of test: the nearest row is d" in error
     assert f"token {at} is 13 ('<0x0A>'), not 28705 ('▁')" in error
     assert "train" not in error
 
 
-def test_difference_in_a_label(dataset_folder, text):
+def test_difference_in_a_label_is_described(dataset_folder, text):
     change_line(text / "train.txt", 1, lambda line: line.rsplit(" ", 1)[0] + " 2")
     with pytest.raises(VerificationError, match=r"train.txt:1 .* of the labels, token \d+ is 2 \('</s>'\), not -100"):
         verify(dataset_folder, text)
@@ -396,13 +398,14 @@ def test_difference_in_a_label(dataset_folder, text):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda lines: lines[1:], r"row \d+ \(d\w+\) is no line of .*test\.txt"),
-        (lambda lines: [*lines, lines[0]], r"test\.txt:4 is no row of test$"),
-        (lambda lines: [*lines, ""], r"test\.txt:4 is no row of test: it is not ids, '\|' and labels"),
-        (lambda lines: [*lines, "1 2|x"], "it is not ids"),
+        (lambda lines: lines[1:], r"row \d+ \(d\w+\) is not a line of .*test\.txt"),
+        (lambda lines: [*lines, lines[0]], r"test\.txt:4 is not a row of test$"),
+        (lambda lines: [*lines, ""], r"test\.txt:4 is not a row of test: it is not input_ids, '\|' and labels"),
+        (lambda lines: [*lines, "1 2|x"], "it is not input_ids"),
+        (lambda lines: [*lines, f"{10**20}|1"], "it is not input_ids"),
     ],
 )
-def test_lines_too_many_and_too_few(dataset_folder, text, edit, message):
+def test_extra_missing_and_malformed_lines_are_found(dataset_folder, text, edit, message):
     lines = (text / "test.txt").read_text().split("\n")
     (text / "test.txt").write_text("\n".join(edit(lines)))
     if lines and edit(lines)[-1] == "":
@@ -411,7 +414,7 @@ def test_lines_too_many_and_too_few(dataset_folder, text, edit, message):
         verify(dataset_folder, text)
 
 
-def test_missing_text_file(dataset_folder, text):
+def test_missing_text_file_is_refused(dataset_folder, text):
     (text / "test.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"test\.txt is not a file: name the folder with the reference's"):
         verify(dataset_folder, text)

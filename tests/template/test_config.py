@@ -19,7 +19,7 @@ NEWLINE, CORRESPOND = 13, 32001
 
 
 def parts_of(ids, header):
-    """Which part each of the tokens after the header belongs to, found by walking newlines and <|correspond|>."""
+    """The part of each token after the header, found from the newlines and <|correspond|> alone."""
     found, position = [None] * header, header
     while len(found) < len(ids):
         for end, part in [
@@ -42,8 +42,8 @@ def parts_of(ids, header):
     return found
 
 
-def restricted(ids, header, loss, exchanges=None):
-    """Labels where only `loss` bears loss; of the exchanges only the last so many, where it is given."""
+def labels_of(ids, header, loss, exchanges=None):
+    """Labels in the parts of `loss` only, and in the last `exchanges` exchanges only if that is given."""
     parts = parts_of(ids, header)
     if exchanges is not None:
         starts = [k for k in range(len(ids)) if parts[k] == "user_text" and parts[k - 1] is None]
@@ -64,12 +64,12 @@ def test_each_variant_has_the_labels_of_the_reference_in_its_parts(tokenizer, he
     encoded = TemplateEncoder(tokenizer, Template(loss=loss))(BATCH)
     for ids, labels, example in zip(encoded["input_ids"], encoded["labels"], EXAMPLES, strict=True):
         assert ids.tolist() == example["input_ids"]
-        assert restricted(example["input_ids"], header, PARTS) == example["labels"]
-        assert labels.tolist() == restricted(example["input_ids"], header, loss)
+        assert labels_of(example["input_ids"], header, PARTS) == example["labels"]
+        assert labels.tolist() == labels_of(example["input_ids"], header, loss)
         assert {*labels.tolist()} > {-100}
 
 
-def test_stop_tokens_go_with_their_parts(tokenizer):
+def test_stop_tokens_are_labelled_with_their_parts(tokenizer):
     batch = {"user_units": [[1]], "user_text": ["no"], "agent_text": ["yes"], "agent_units": [[2, 3]]}
     labels = {
         part: TemplateEncoder(tokenizer, Template(loss=[part]))(batch)["labels"][0].tolist()[-13:] for part in PARTS
@@ -82,11 +82,11 @@ def test_stop_tokens_go_with_their_parts(tokenizer):
     }
 
 
-def test_loss_in_the_last_exchange_only(tokenizer, header):
+def test_labels_in_the_last_exchange_only(tokenizer, header):
     encoded = TemplateEncoder(tokenizer, last_exchange_only=True)(BATCH)
     for ids, labels, example in zip(encoded["input_ids"], encoded["labels"], EXAMPLES, strict=True):
         assert ids.tolist() == example["input_ids"]
-        assert labels.tolist() == restricted(example["input_ids"], header, PARTS, exchanges=1)
+        assert labels.tolist() == labels_of(example["input_ids"], header, PARTS, exchanges=1)
         assert (labels.tolist() == example["labels"]) == (len(example["exchanges"]) == 1)
 
 
@@ -102,7 +102,7 @@ TEXTS = ["what?", " a  leading space", "é", "🤖 robot", "### agent", "user", 
 
 
 def as_string(template, exchanges):
-    """The whole example as the reference writes it, before it is tokenized."""
+    """The string of a row that the reference tokenizes."""
     text = template.instruction
     for user_units, user_text, agent_text, agent_units in exchanges:
         user, agent = ("".join(f"<|unit{unit}|>" for unit in units) for units in (user_units, agent_units))
@@ -112,7 +112,7 @@ def as_string(template, exchanges):
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_other_words_tokenize_as_the_whole_string_does(tokenizer, template):
+def test_ids_equal_those_of_the_whole_string(tokenizer, template):
     encoder = TemplateEncoder(tokenizer, template)
     header = len(encoder.prompt([])) - 1
     for user_text in TEXTS:
@@ -123,7 +123,7 @@ def test_other_words_tokenize_as_the_whole_string_does(tokenizer, template):
             )
             ids, labels = encoded["input_ids"][0].tolist(), encoded["labels"][0].tolist()
             assert ids == tokenizer(as_string(template, row)).input_ids
-            assert labels == restricted(ids, header, PARTS)
+            assert labels == labels_of(ids, header, PARTS)
             assert encoder.decode(ids) == as_string(template, row)
 
 
@@ -145,38 +145,40 @@ def test_prompts_follow_the_template(tokenizer, template):
     assert after[0].tolist() == encoder.prompt(*row[:2]).tolist()
 
 
-def test_heading_of_the_reference(encoder):
+def test_agent_heading_ids_equal_those_of_the_reference(encoder):
     assert encoder.agent_heading_ids == AGENT_IDS
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"instruction": "Say <|unit3|>\n"}, r"template\.instruction holds '<\|', which is part of a special token: take it"),
-        ({"instruction": "a\n\tb\n"}, r"template\.instruction holds the control character '\\t': take it out"),
+        ({"instruction": "Say <|unit3|>\n"}, r"template\.instruction holds '<\|', which is part of a special token: remove it"),
+        ({"instruction": "a\n\tb\n"}, r"template\.instruction holds the control character '\\t': remove it"),
         ({"user_role": ""}, r"template\.user_role '' is empty or white space only: give one line of plain text"),
         ({"agent_role": "A\nB"}, r"template\.agent_role 'A\\nB' holds the control character '\\n': give one line"),
         ({"agent_role": "</s>"}, r"template\.agent_role '</s>' holds '</s>'"),
         ({"loss": []}, r"template\.loss is \[\]: give a list of one or more of user_text, agent_text, agent_units, "),
         ({"loss": "user_text"}, r"template\.loss is 'user_text': give a list of .*, such as \[user_text, agent_text\]"),
-        ({"loss": ["user_text", "user_units"]}, r"template\.loss holds 'user_units', .*: name one or more of user_text, ag"),
+        ({"loss": ["user_text", "user_units"]}, r"template\.loss contains 'user_units', which cannot be labelled: name one or more of user_text, ag"),
     ],
 )  # fmt: skip
-def test_templates_that_are_refused(change, message):
+def test_invalid_templates_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         Template(**change)
 
 
 @pytest.mark.parametrize("name", ["instruction", "user_role", "agent_role"])
-def test_token_of_the_tokenizer_in_the_template(tokenizer, name):
+def test_added_tokens_in_the_template_are_refused(tokenizer, name):
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.add_special_tokens([AddedToken("[Bot]", normalized=False)])
     TemplateEncoder(backend, Template(**{name: "Bot"}))
-    with pytest.raises(ValueError, match=rf"template\.{name} holds '\[Bot\]', a token of the tokenizer's added vocab"):
+    with pytest.raises(
+        ValueError, match=rf"template\.{name} contains '\[Bot\]', an added token of the tokenizer: remove it"
+    ):
         TemplateEncoder(backend, Template(**{name: "a [Bot]"}))
 
 
-def test_template_is_in_fingerprint_and_key_and_survives_pickling(encoder, tokenizer):
+def test_fingerprint_and_key_depend_on_the_template_and_survive_pickling(encoder, tokenizer):
     others = [
         TemplateEncoder(tokenizer, template)
         for template in (Template(loss=["user_text"]), Template(user_role="U"), Template(instruction=""))
@@ -192,7 +194,7 @@ def test_template_is_in_fingerprint_and_key_and_survives_pickling(encoder, token
     assert spelled == REFERENCE and Hasher.hash(TemplateEncoder(tokenizer, spelled)) == Hasher.hash(encoder)
 
 
-def test_the_reference_is_what_single_turn_yaml_says():
+def test_single_turn_yaml_has_the_template_of_the_reference():
     written = yaml.safe_load((REPOSITORY / "configs" / "single_turn.yaml").read_text())["template"]
     assert written | {"loss": tuple(written["loss"])} == {
         "instruction": REFERENCE.instruction,

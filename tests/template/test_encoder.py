@@ -32,7 +32,7 @@ def pair_columns(pairs, units):
 
 
 def lines(encoded, max_length=8192):
-    """As the reference's train.txt has them."""
+    """The rows in the format of the reference's train.txt."""
     return [
         " ".join(map(str, ids)) + "|" + " ".join(map(str, labels))
         for ids, labels in zip(encoded["input_ids"], encoded["labels"], strict=True)
@@ -42,7 +42,7 @@ def lines(encoded, max_length=8192):
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_every_line_of_the_reference(encoder, shared, split):
+def test_every_line_equals_the_reference(encoder, shared, split):
     folder = shared / "oracle" / "tokens"
     units = json.loads((folder / "utterances.json").read_text())
     corpus = read_corpus({name: folder / "raw" / f"{name}.txt" for name in ("train", "test")})
@@ -52,7 +52,7 @@ def test_every_line_of_the_reference(encoder, shared, split):
     assert len(expected) == {"train": 292, "test": 58}[split]
 
 
-def test_edge_dialogs_of_the_reference(encoder, tmp_path):
+def test_edge_dialogs_equal_the_reference(encoder, tmp_path):
     folder = FIXTURES / "tokens-edge"
     units = json.loads((folder / "utterances.json").read_text())
     expected, dialogs = {}, {}
@@ -64,8 +64,8 @@ def test_edge_dialogs_of_the_reference(encoder, tmp_path):
                 dialogs.setdefault(dialog, {}).setdefault(split, []).append(line)
     refused, equal = set(), 0
     for dialog, splits in dialogs.items():
-        for split, its_lines in splits.items():
-            (tmp_path / split).write_text("".join(its_lines), encoding="utf-8", newline="")
+        for split, dialog_lines in splits.items():
+            (tmp_path / split).write_text("".join(dialog_lines), encoding="utf-8", newline="")
         try:
             corpus = read_corpus({split: tmp_path / split for split in splits})
         except CorpusError:
@@ -80,7 +80,7 @@ def test_edge_dialogs_of_the_reference(encoder, tmp_path):
     assert equal == 32  # of 45; the others come from refused dialogs
 
 
-def test_conversations_of_the_reference(encoder):
+def test_conversations_equal_the_reference(encoder):
     examples = [json.loads(line) for line in (FIXTURES / "multi-turn" / "examples.jsonl").read_text().splitlines()]
     rows = [{name: [exchange[name] for exchange in e["exchanges"]] for name in COLUMNS} for e in examples]
     encoded = encoder(columns(*rows))
@@ -89,7 +89,7 @@ def test_conversations_of_the_reference(encoder):
     assert {len(example["exchanges"]) for example in examples} == {1, 2}
 
 
-def test_loss_falls_on_texts_speech_and_stop_tokens(encoder, tokenizer):
+def test_texts_agent_units_and_stop_tokens_are_labelled(encoder, tokenizer):
     encoded = encoder(columns(ROW))
     ids, labels = encoded["input_ids"][0], encoded["labels"][0]
     assert ids.dtype == labels.dtype == np.int32
@@ -122,16 +122,16 @@ def test_decode_gives_the_text_that_tokenizes_to_the_ids(encoder, tokenizer):
         ({"user_text": ""}, r"row 0 of the batch: user_text '' is empty or white space only: correct the text"),
         ({"agent_text": "a\tb"}, r"row 0 of the batch: agent_text 'a\\tb' holds the control character"),
         ({"id": "d1_0", "agent_text": "go <|unit5|>"}, r"row d1_0: agent_text .*holds '<\|', which is part of a special"),
-        ({"user_units": [3, 10_000]}, r"user_units holds unit 10000, but the tokenizer has units 0 to 9999"),
-        ({"agent_units": [-1]}, "agent_units holds unit -1"),
+        ({"user_units": [3, 10_000]}, r"user_units contains unit 10000, but the tokenizer has units 0 to 9999"),
+        ({"agent_units": [-1]}, "agent_units contains unit -1"),
         ({"agent_units": [0.5]}, "agent_units is not a flat list of integers"),
         ({"id": "d1_0", "user_text": None}, "row d1_0: user_text is missing"),
-        ({"user_text": [], "agent_text": [], "user_units": [], "agent_units": []}, "there is no exchange in it"),
+        ({"user_text": [], "agent_text": [], "user_units": [], "agent_units": []}, "row 0 of the batch: it has no exchange"),
         ({"user_text": ["a", "b"], "agent_text": ["c"], "user_units": [[1]], "agent_units": [[1]]},
-         r"different numbers of exchanges \(user_units 1, user_text 2, agent_text 1, agent_units 1\)"),
+         r"the columns have different numbers of exchanges \(user_units 1, user_text 2, agent_text 1, agent_units 1\)"),
     ],
 )  # fmt: skip
-def test_what_the_template_refuses(encoder, change, message):
+def test_invalid_rows_are_refused(encoder, change, message):
     with pytest.raises(ValueError, match=message):
         encoder(columns(ROW | change))
 
@@ -141,7 +141,7 @@ def test_other_added_tokens_are_refused_and_quoted(tokenizer):
     backend.add_special_tokens([AddedToken("[laughs]", normalized=False)])
     encoder = TemplateEncoder(backend)
     with pytest.raises(
-        ValueError, match=r"user_text 'ha \[laughs\]' holds '\[laughs\]', a token of the tokenizer's added"
+        ValueError, match=r"user_text 'ha \[laughs\]' contains '\[laughs\]', an added token of the tokenizer: correct"
     ):
         encoder(columns(ROW | {"user_text": "ha [LAUGHS]"}))
 
@@ -156,7 +156,7 @@ def test_long_rows_are_encoded_whole(encoder):
     assert len(encoded["input_ids"][0]) == len(encoder(columns(ROW))["input_ids"][0]) - 3 + 20_000
 
 
-def test_callers_truncation_does_not_reach_the_template(tokenizer):
+def test_truncation_and_padding_of_the_caller_are_ignored(tokenizer):
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.enable_truncation(4)
     backend.enable_padding(length=64)
@@ -171,7 +171,7 @@ def test_fingerprint_is_stable_and_survives_pickling(encoder, tokenizer):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_map(encoder, streaming):
+def test_map_gives_the_same_rows(encoder, streaming):
     dataset = Dataset.from_dict(columns(ROW, ROW | {"user_text": "hm."}))
     if streaming:
         dataset = dataset.to_iterable_dataset()

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from usdm_sft.template import tokenizer as module
 from usdm_sft.template.tokenizer import build_tokenizer, check_tokenizer, load_tokenizer
 
-# Stretches whose ids differ between the legacy form and any other.
+# Texts whose ids in the legacy form differ from those in any other form.
 HOSTILE = [
     " yes",
     "     x",
@@ -19,21 +19,21 @@ HOSTILE = [
 
 
 @pytest.mark.oracle
-def test_built_tokenizer_is_the_one_that_transformers_4_saves(tokenizer, shared):
-    theirs = json.loads((shared / "oracle" / "ustm-tokenizer" / "tokenizer.json").read_text())
-    theirs["model"]["merges"] = [merge.split(" ") for merge in theirs["model"]["merges"]]
-    assert json.loads(tokenizer.backend_tokenizer.to_str()) == theirs
+def test_built_tokenizer_equals_the_one_that_transformers_4_saves(tokenizer, shared):
+    reference = json.loads((shared / "oracle" / "ustm-tokenizer" / "tokenizer.json").read_text())
+    reference["model"]["merges"] = [merge.split(" ") for merge in reference["model"]["merges"]]
+    assert json.loads(tokenizer.backend_tokenizer.to_str()) == reference
 
 
 @pytest.mark.oracle
-def test_loaded_from_a_folder(tokenizer, shared):
+def test_folder_of_the_reference_gives_the_same_ids(tokenizer, shared):
     loaded = load_tokenizer(shared / "oracle" / "ustm-tokenizer")
     assert isinstance(loaded, PreTrainedTokenizerFast)
     assert [loaded(text).input_ids for text in HOSTILE] == [tokenizer(text).input_ids for text in HOSTILE]
 
 
 @pytest.mark.parametrize("model_config", [None, {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}])
-def test_saved_folder_is_id_exact_for_auto_tokenizer(tokenizer, tmp_path, model_config):
+def test_auto_tokenizer_gives_the_same_ids_from_a_saved_folder(tokenizer, tmp_path, model_config):
     tokenizer.save_pretrained(tmp_path)
     if model_config:  # as in a training checkpoint
         (tmp_path / "config.json").write_text(json.dumps(model_config))
@@ -43,12 +43,12 @@ def test_saved_folder_is_id_exact_for_auto_tokenizer(tokenizer, tmp_path, model_
     assert load_tokenizer(tmp_path).backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
 
 
-def test_load_by_the_name_of_the_offline_tokenizer(tokenizer):
+def test_offline_tokenizer_is_loaded_by_its_name(tokenizer):
     assert load_tokenizer("mistral-common").backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
 
 
 def llama_folder(tokenizer, folder, **config):
-    """A folder that makes AutoTokenizer rebuild the tokenizer, as naver-ai/USTM's does."""
+    """A folder that makes AutoTokenizer rebuild the tokenizer, like the folder of naver-ai/USTM."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "LlamaTokenizer"} | config))
@@ -84,12 +84,12 @@ def test_other_vocabulary_is_refused(tokenizer, tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_nothing_to_load(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no tokenizer\.json: name a folder with a fast tokenizer"):
+def test_missing_tokenizer_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no tokenizer\.json: name a folder with a fast tokenizer"):
         load_tokenizer(tmp_path)
-    for name in ("naver-ai/USTM", "/no/such/folder"):  # offline mode; no name of a repository
+    for name in ("naver-ai/USTM", "/no/such/folder"):  # offline mode; not the name of a repository
         with pytest.raises(
-            OSError, match=rf"^tokenizer {name} is no folder and cannot be fetched from the Hub .*built offline$"
+            OSError, match=rf"^tokenizer {name} is not a folder and cannot be fetched from the Hub .*built offline$"
         ):
             load_tokenizer(name, cache_dir=tmp_path)
 
@@ -104,10 +104,10 @@ def test_nothing_to_load(tmp_path):
         ("tokenizer_config.json", '{"bos_token": 5}'),
     ],
 )
-def test_tokenizer_that_cannot_be_opened(tokenizer, tmp_path, name, content):
+def test_malformed_tokenizer_is_refused(tokenizer, tmp_path, name, content):
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=r"holds a tokenizer that cannot be opened \(.*\): fetch it again, or use"):
+    with pytest.raises(ValueError, match=r"has a tokenizer that cannot be opened \(.+\): download it again, or use"):
         load_tokenizer(tmp_path)
 
 
@@ -121,7 +121,7 @@ def test_code_beside_a_tokenizer_is_not_run(tokenizer, tmp_path):
     assert not (tmp_path / "code-ran").exists()
 
 
-def test_tokenizer_that_blows_texts_up_is_told_in_short(tokenizer, tmp_path):
+def test_error_for_a_tokenizer_with_huge_output_is_short(tokenizer, tmp_path):
     serialized = json.loads(tokenizer.backend_tokenizer.to_str())
     serialized["normalizer"] = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10_000}
     (tmp_path / "tokenizer.json").write_text(json.dumps(serialized))
@@ -130,7 +130,7 @@ def test_tokenizer_that_blows_texts_up_is_told_in_short(tokenizer, tmp_path):
     assert len(str(raised.value)) < 1000
 
 
-def test_number_of_units():
+def test_check_returns_the_number_of_units():
     assert check_tokenizer(build_tokenizer(num_units=100).backend_tokenizer) == 100
 
 

@@ -1,3 +1,4 @@
+import base64
 import json
 import re
 import shutil
@@ -41,7 +42,7 @@ def test_parts_follow_the_labels(encoder, tokenizer):
     assert [token_id for part in parts for token_id in part.ids] == row["input_ids"]
 
 
-def test_terminal(encoder, tokenizer):
+def test_lines_for_the_terminal(encoder, tokenizer):
     row = encode(encoder)
     lines = format_example(row, tokenizer.backend_tokenizer, color=False).splitlines()
     assert lines[0] == f"d1_0: {len(row['input_ids'])} tokens, 7 labelled"
@@ -55,7 +56,7 @@ def test_terminal(encoder, tokenizer):
     assert "        12014 13" in ids.splitlines()  # " hi" and the newline
 
 
-def test_what_a_terminal_would_obey_is_escaped(encoder, tokenizer):
+def test_invisible_characters_are_escaped(encoder, tokenizer):
     row = encode(encoder, user_text="a\u202eb\u200bc 🙂")
     shown = format_example(row, tokenizer.backend_tokenizer, color=False)
     assert "loss   a\\u202eb\\u200bc 🙂⏎" in shown.splitlines()
@@ -67,7 +68,7 @@ def test_show_on_the_command_line(dataset_folder, capsys):
     assert re.findall(r"^(d\w+): ", out, re.MULTILINE) == ["d105_1", "d2001_0"]
     for args, message in (
         (["--split", "dev"], "has no split 'dev': name one of train, test"),
-        (["--index", "10"], "has 10 rows, and no row 10: name one from 0 to 9"),
+        (["--index", "10"], "has 10 rows and no row 10: name one from 0 to 9"),
         (["--index", "-1"], "and no row -1"),
         (["--data_dir", "."], "name the page with --html"),
     ):
@@ -76,7 +77,7 @@ def test_show_on_the_command_line(dataset_folder, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_rows_across_files(dataset_folder):
+def test_rows_are_read_across_files(dataset_folder):
     everything = [row["id"] for row in read_rows(dataset_folder, "train", 0, 100)]
     assert [row["id"] for row in read_rows(dataset_folder, "train", 3, 4)] == everything[3:7]
     assert len(everything) == len(list((dataset_folder / "single_turn").glob("train-*.parquet"))) == 10
@@ -92,9 +93,7 @@ def test_page_is_self_contained_and_escaped(dataset_folder, folder_copy, tmp_pat
     assert "http" not in page and "<audio" not in page
 
 
-def test_page_with_sound_holds_the_recordings(dataset_folder, mini, tmp_path):
-    import base64
-
+def test_page_contains_the_recordings(dataset_folder, mini, tmp_path):
     write_page(dataset_folder, tmp_path / "page.html", num_examples=1, data_dir=mini / "corpus")
     sounds = re.findall(r'src="data:audio/x?-?wav;base64,([^"]+)"', (tmp_path / "page.html").read_text())
     data = mini / "corpus" / "data" / "3"
@@ -103,8 +102,8 @@ def test_page_with_sound_holds_the_recordings(dataset_folder, mini, tmp_path):
     ]
 
 
-def test_page_takes_no_sound_from_elsewhere(folder_copy, mini, tmp_path):
-    """Rows are looked up in the corpus: what they say of dialog and speaker never becomes a path."""
+def test_rows_cannot_name_audio_outside_the_corpus(folder_copy, mini, tmp_path):
+    """The dialog and speaker of a row are looked up in the corpus and never become a path."""
     path = folder_copy / "single_turn" / "train-00000-of-00010.parquet"
     table = pq.read_table(path)
     (tmp_path / "0_0_d1.wav").write_bytes(b"secret")
@@ -116,7 +115,7 @@ def test_page_takes_no_sound_from_elsewhere(folder_copy, mini, tmp_path):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (Debian: apt-get install chromium)")
-def test_page_in_a_browser(dataset_folder, mini, tmp_path):
+def test_browser_shows_and_plays_the_page(dataset_folder, mini, tmp_path):
     page, picture = tmp_path / "page.html", tmp_path / "page.png"
     write_page(dataset_folder, page, data_dir=mini / "corpus")
     browser = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
@@ -148,7 +147,7 @@ def test_page_in_a_browser(dataset_folder, mini, tmp_path):
     assert pixels.std() > 10 and blue.sum() > 500
 
 
-def test_view_of_a_row_longer_than_a_batch(encoder, tokenizer):
+def test_long_runs_of_units_are_abbreviated(encoder, tokenizer):
     row = encode(encoder, agent_units=list(range(5000)))
     assert "<|unit0|><|unit1|> … 4996 units … <|unit4998|><|unit4999|>▁" in format_example(
         row, tokenizer.backend_tokenizer, color=False

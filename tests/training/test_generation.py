@@ -46,9 +46,9 @@ def test_answer_to_an_empty_transcript(encoder, tokenizer):
 
 
 def test_bad_prompts(encoder):
-    with pytest.raises(ValueError, match="agent_text goes with the user_text before it"):
+    with pytest.raises(ValueError, match="agent_text comes without user_text: give the transcript as well"):
         encoder.prompt([1], agent_text="yes.")
-    with pytest.raises(ValueError, match="user_units holds unit 10000"):
+    with pytest.raises(ValueError, match="user_units contains unit 10000"):
         encoder.prompt([10_000])
     with pytest.raises(ValueError, match="user_text 'a\\\\tb' holds the control character"):
         encoder.prompt([1], "a\tb")

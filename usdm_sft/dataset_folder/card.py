@@ -1,4 +1,4 @@
-"""The dataset card: YAML that `load_dataset` and the Hub read, and what a person should know, filled from the counts."""
+"""The dataset card: YAML for `load_dataset` and the Hub, and a description for people, filled in from the counts."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ import importlib.resources
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow.parquet as pq
+from datasets import Dataset, DatasetInfo, Features, SplitDict, SplitInfo
+from huggingface_hub import DatasetCard, DatasetCardData
+from tokenizers import Tokenizer
 
 from usdm_sft.corpus.examples import MULTI_TURN, has_lists
 from usdm_sft.corpus.published_lists import DAILYTALK
 from usdm_sft.dataset_folder.pictures import CAPTIONS
-from usdm_sft.template.config import REFERENCE
-from usdm_sft.template.tokenizer import NUM_UNITS, OFFLINE
+from usdm_sft.template.config import OFFLINE, REFERENCE
+from usdm_sft.template.tokenizer import NUM_UNITS
 from usdm_sft.template.view import format_example
-
-if TYPE_CHECKING:
-    from datasets import Dataset, Features
-    from tokenizers import Tokenizer
+from usdm_sft.utils.texts import count_noun
 
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
 LARGEST = "10M<n<100M"
-TASKS = {  # that a labelled part trains
+TASKS = {  # labelled part -> the Hub's name of the task that it trains
     "agent_text": "text-generation",
     "user_text": "automatic-speech-recognition",
     "agent_units": "text-to-speech",
 }
 TAGS = ["spoken-dialog", "speech-units", "usdm"]
-SHOWN_REASONS = 20  # left-out dialogs, pairs and rows; counts.json has them all
+SHOWN_REASONS = 20  # left-out dialogs, pairs and rows; counts.json has all of them
 
-# DailyTalk allows more than DailyDialog, from which its texts come, so its licence alone would promise too much.
+# The texts come from DailyDialog, whose licence is more restrictive than DailyTalk's own.
 DAILYTALK_METADATA = {
     "language": "en",
     "license": "other",
@@ -67,37 +67,15 @@ def make_card(
     """README.md of a dataset folder.
 
     Args:
-        config_name: Such as "single_turn".
+        config_name: Name of the config, such as "single_turn".
         splits: The rows.
-        num_bytes: Of each split in memory.
-        counts: As in counts.json, with the statistics.
+        num_bytes: Size of each split in memory.
+        counts: The content of counts.json, with the statistics.
         files: The Parquet files of each split.
-        tokenizer: Spells the ids of the example that is shown.
+        tokenizer: Spells the ids of the example.
     """
-    from datasets import DatasetInfo, SplitDict, SplitInfo
-    from huggingface_hub import DatasetCard, DatasetCardData
-
+    data = _make_metadata(config_name, splits, num_bytes, counts, files)
     features = next(iter(splits.values())).features
-    split_infos = SplitDict()
-    for split, rows in splits.items():
-        split_infos.add(SplitInfo(split, num_bytes[split], len(rows)))
-    info = DatasetInfo(
-        features=features,
-        splits=split_infos,
-        download_size=sum(path.stat().st_size for paths in files.values() for path in paths),
-        dataset_size=sum(num_bytes.values()),
-    )
-    num_rows = sum(len(rows) for rows in splits.values())
-    is_dailytalk = counts["corpus"] == DAILYTALK
-    loss = counts["settings"]["template"]["loss"]
-    data = DatasetCardData(
-        **(DAILYTALK_METADATA if is_dailytalk else OTHER_METADATA),  # the publisher knows those of another corpus
-        task_categories=[task for part, task in TASKS.items() if part in loss],
-        tags=TAGS,
-        size_categories=next((name for limit, name in SIZES.items() if num_rows < limit), LARGEST),
-        configs=data_configs(config_name, splits),
-        dataset_info={"config_name": config_name, **info._to_yaml_dict()},
-    )
     [first, *_] = files.values()
     template = importlib.resources.files("usdm_sft.dataset_card") / "template.md"
     card = DatasetCard.from_template(
@@ -107,16 +85,16 @@ def make_card(
         columns=_columns(features, config_name, counts["settings"]["history"]),
         counts=counts,
         settings=counts["settings"],
-        is_dailytalk=is_dailytalk,
+        is_dailytalk=counts["corpus"] == DAILYTALK,
         lists={"manifest": "manifests", "manifest and split list": "lists"}.get(counts["corpus"], "split lists"),
         has_reference_words=_words(counts["settings"]["template"]) == _words(vars(REFERENCE)),
         fits_ustm=counts["unit_model"]["name"] is not None and counts["tokenizer"]["num_units"] == NUM_UNITS,
         is_offline_tokenizer=counts["tokenizer"]["name"] == OFFLINE,
         vocabulary=tokenizer.get_vocab_size(),
-        has_emotions=any(emotion for its in counts["statistics"].values() for emotion in its["emotions"]),
+        has_emotions=any(emotion for summary in counts["statistics"].values() for emotion in summary["emotions"]),
         shown_reasons=SHOWN_REASONS,
         number=_number,
-        plural=_plural,
+        plural=count_noun,
         plain=_plain,
         example=format_example(pq.ParquetFile(first[0]).read_row_group(0)[:1].to_pylist()[0], tokenizer, color=False),
         pictures=CAPTIONS,
@@ -124,8 +102,38 @@ def make_card(
     return f"{card}\n"
 
 
+def _make_metadata(
+    config_name: str,
+    splits: Mapping[str, Dataset],
+    num_bytes: Mapping[str, int],
+    counts: Mapping[str, Any],
+    files: Mapping[str, Sequence[Path]],
+) -> DatasetCardData:
+    """The YAML of the card."""
+    split_infos = SplitDict()
+    for split, rows in splits.items():
+        split_infos.add(SplitInfo(split, num_bytes[split], len(rows)))
+    info = DatasetInfo(
+        features=next(iter(splits.values())).features,
+        splits=split_infos,
+        download_size=sum(path.stat().st_size for paths in files.values() for path in paths),
+        dataset_size=sum(num_bytes.values()),
+    )
+    num_rows = sum(len(rows) for rows in splits.values())
+    loss = counts["settings"]["template"]["loss"]
+    metadata: dict[str, Any] = {
+        **(DAILYTALK_METADATA if counts["corpus"] == DAILYTALK else OTHER_METADATA),
+        "task_categories": [task for part, task in TASKS.items() if part in loss],
+        "tags": TAGS,
+        "size_categories": next((name for limit, name in SIZES.items() if num_rows < limit), LARGEST),
+        "configs": data_configs(config_name, splits),
+        "dataset_info": {"config_name": config_name, **info._to_yaml_dict()},
+    }
+    return DatasetCardData(**metadata)
+
+
 def data_configs(config_name: str, splits: Iterable[str]) -> list[dict[str, Any]]:
-    """What the YAML says of the data files: the ones beside it, and no others."""
+    """The `configs` of the YAML: the data files of this folder and no others."""
     data_files = [{"split": split, "path": f"{config_name}/{split}-*.parquet"} for split in splits]
     return [{"config_name": config_name, "data_files": data_files, "default": True}]
 
@@ -150,20 +158,16 @@ def _columns(features: Features, config_name: str, history: int) -> list[tuple[s
 
 
 def _words(template: Mapping[str, Any]) -> dict[str, Any]:
-    """What a template says, apart from where its loss falls."""
+    """The words of a template without the labelled parts."""
     return {name: value for name, value in template.items() if name != "loss"}
 
 
 def _number(value: float) -> str:
-    """With thousands separators and at most two decimals."""
+    """A number with thousands separators and at most two decimals."""
     return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}".rstrip("0").rstrip(".")
 
 
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 def _plain(text: Any) -> str:
-    """Text from outside as Markdown that shows it unchanged, on one line: no markup, no end of a table cell."""
+    """Untrusted text as Markdown that shows it unchanged on one line, also in a table cell."""
     text = html.escape(" ".join(str(text).split()), quote=False)
     return re.sub(r"([\\`*\[\]|])", r"\\\1", text)

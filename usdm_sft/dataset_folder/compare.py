@@ -1,4 +1,4 @@
-"""The rows of a dataset folder against the reference's train.txt and test.txt, as sets of lines: the first difference in words."""
+"""Compare a dataset folder with the reference's train.txt and test.txt, as multisets of lines."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from usdm_sft.dataset_folder.rows import iter_rows
+from usdm_sft.dataset_folder.text_lines import format_line, parse_line
 
 
 class _Place(NamedTuple):
@@ -20,21 +22,23 @@ class _Place(NamedTuple):
     id: str
 
 
-def first_difference(found: Sequence[int], expected: Sequence[int]) -> int | None:
-    """Where two sequences of ids first differ, or None."""
+def first_difference(found: npt.ArrayLike, expected: npt.ArrayLike) -> int | None:
+    """The first position at which two sequences of ids differ, or None if they are equal."""
+    found, expected = np.asarray(found), np.asarray(expected)
     length = min(len(found), len(expected))
-    different = np.flatnonzero(np.asarray(found[:length]) != np.asarray(expected[:length]))
+    different = np.flatnonzero(found[:length] != expected[:length])
     if different.size:
         return int(different[0])
     return None if len(found) == len(expected) else length
 
 
 def describe_difference(
-    found: Sequence[int], expected: Sequence[int], at: int, tokenizer: Tokenizer | None = None
+    found: npt.ArrayLike, expected: npt.ArrayLike, at: int, tokenizer: Tokenizer | None = None
 ) -> str:
-    """Such as "token 57 is 5081 ('▁yes'), not 708 ('▁no')"."""
+    """Describe a difference, such as "token 57 is 5081 ('▁yes'), not 708 ('▁no')"."""
 
-    def name(ids: Sequence[int]) -> str:
+    def name(ids: npt.ArrayLike) -> str:
+        ids = np.asarray(ids)
         if at >= len(ids):
             return "missing"
         token = tokenizer.id_to_token(int(ids[at])) if tokenizer is not None and ids[at] >= 0 else None
@@ -44,12 +48,12 @@ def describe_difference(
 
 
 def compare_with_text(files: Mapping[str, Sequence[Path]], text_dir: Path, tokenizer_dir: Path) -> Iterator[str]:
-    """Compare each split with `<split>.txt`; yields the first difference of each split.
+    """Compare each split with `<split>.txt` and yield the first difference of each split.
 
     Args:
         files: The Parquet files of each split.
-        text_dir: Where the text files lie, one example a line: ids, `|`, labels.
-        tokenizer_dir: Of the tokenizer that names the tokens that differ.
+        text_dir: Folder of the text files, in the format of `text_lines`.
+        tokenizer_dir: Folder of the tokenizer that names the tokens that differ.
 
     Raises:
         FileNotFoundError: A text file is missing.
@@ -61,14 +65,14 @@ def compare_with_text(files: Mapping[str, Sequence[Path]], text_dir: Path, token
             raise FileNotFoundError(
                 f"{path} is not a file: name the folder with the reference's train.txt and test.txt"
             )
-        ours: dict[bytes, list[_Place]] = {}
+        places: dict[bytes, list[_Place]] = {}
         for place, line in _lines(paths):
-            ours.setdefault(_digest(line), []).append(place)
-        yield from _first_difference_of_split(split, path, ours, paths, tokenizer)
+            places.setdefault(_digest(line), []).append(place)
+        yield from _first_difference_of_split(split, path, places, paths, tokenizer)
 
 
 def _first_difference_of_split(
-    split: str, path: Path, ours: dict[bytes, list[_Place]], paths: Sequence[Path], tokenizer: Tokenizer
+    split: str, path: Path, places: dict[bytes, list[_Place]], paths: Sequence[Path], tokenizer: Tokenizer
 ) -> Iterator[str]:
     extra: tuple[int, str] | None = None
     seen: Counter[bytes] = Counter()
@@ -77,36 +81,34 @@ def _first_difference_of_split(
             line = line.removesuffix("\n")
             digest = _digest(line)
             seen[digest] += 1
-            if extra is None and seen[digest] > len(ours.get(digest, ())):
+            if extra is None and seen[digest] > len(places.get(digest, ())):
                 extra = number, line
-    missing = [places[seen[digest]] for digest, places in ours.items() if seen[digest] < len(places)]
+    missing = [found[seen[digest]] for digest, found in places.items() if seen[digest] < len(found)]
     if extra is not None:
         number, line = extra
-        nearest = _nearest(line, paths, {(place.path, place.row) for place in missing}, tokenizer)
-        yield f"{path}:{number} is no row of {split}{nearest}"
+        nearest = _describe_nearest(line, paths, {(place.path, place.row) for place in missing}, tokenizer)
+        yield f"{path}:{number} is not a row of {split}{nearest}"
     elif missing:
-        yield f"{missing[0].path}: row {missing[0].row} ({missing[0].id}) is no line of {path}"
+        yield f"{missing[0].path}: row {missing[0].row} ({missing[0].id}) is not a line of {path}"
 
 
-def _nearest(line: str, paths: Sequence[Path], rows: set[tuple[Path, int]], tokenizer: Tokenizer) -> str:
-    """The row that goes along with the line for longest, among those that are no line of the file."""
+def _describe_nearest(line: str, paths: Sequence[Path], rows: set[tuple[Path, int]], tokenizer: Tokenizer) -> str:
+    """Describe the first difference from the row of `rows` that shares the longest beginning with the line."""
     try:
-        theirs = [np.array(list(map(int, half.split())), dtype=np.int64) for half in line.split("|")]
-    except ValueError:
-        theirs = []
-    if len(theirs) != 2:
-        return ": it is not ids, '|' and labels"
+        halves = parse_line(line)
+    except (ValueError, OverflowError):
+        return ": it is not input_ids, '|' and labels"
     best: tuple[int, str] = (-1, "")
-    for place, ours in _lines(paths):
+    for place, row_line in _lines(paths):
         if (place.path, place.row) not in rows:
             continue
-        halves = [np.array(half.split(), dtype=np.int64) for half in ours.split("|")]
-        for what, found, expected in zip(("", "of the labels, "), theirs, halves, strict=True):
+        for prefix, found, expected in zip(("", "of the labels, "), halves, parse_line(row_line), strict=True):
             at = first_difference(found, expected)
             if at is None:
                 continue
             if at > best[0]:
-                best = at, f": the nearest is {place.id}; {what}{describe_difference(found, expected, at, tokenizer)}"
+                difference = describe_difference(found, expected, at, tokenizer)
+                best = at, f": the nearest row is {place.id}; {prefix}{difference}"
             break
     return best[1]
 
@@ -116,8 +118,7 @@ def _lines(paths: Sequence[Path]) -> Iterator[tuple[_Place, str]]:
         number = 0
         for batch in iter_rows(path, columns=["id", "input_ids", "labels"]):
             for row in batch.to_pylist():
-                ids, labels = (" ".join(map(str, row[name])) for name in ("input_ids", "labels"))
-                yield _Place(path, number, row["id"]), f"{ids}|{labels}"
+                yield _Place(path, number, row["id"]), format_line(row["input_ids"], row["labels"])
                 number += 1
 
 

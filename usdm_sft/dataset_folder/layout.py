@@ -1,12 +1,12 @@
 """The dataset folder: Parquet files and a README that `load_dataset` and the Hub read, the tokenizer, and counts.json.
 
     README.md                                    dataset card; its YAML names the files and the features
-    counts.json                                  what it holds, what was left out and why, every digest and version
+    counts.json                                  counts, statistics, what was left out and why, digests, versions
     single_turn/train-00000-of-00064.parquet     ...
     tokenizer/                                   for `AutoTokenizer.from_pretrained` and the trainers
-    pictures/                                    the statistics, as the card shows them
+    pictures/                                    plots of the statistics, which the card shows
 
-counts.json is written last: a folder that has it is complete. Nothing in the folder depends on the clock or on paths.
+counts.json is written last: a folder that has it is complete. No file depends on the time or on paths.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ _TYPES = {
 
 
 def read_counts(folder: str | Path) -> dict[str, Any]:
-    """What `prepare` counted.
+    """Read counts.json of a dataset folder.
 
     Raises:
-        FileNotFoundError: The folder is not a dataset folder, or was not finished.
-        ValueError: Its counts.json is not what `prepare` wrote.
+        FileNotFoundError: The folder is not a finished dataset folder.
+        ValueError: counts.json is not one that `prepare` wrote.
     """
     path = Path(folder) / COUNTS
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no {COUNTS}: name a folder that 'dailytalk-usdm prepare' finished")
+        raise FileNotFoundError(f"{folder} has no {COUNTS}: name a folder that 'dailytalk-usdm prepare' finished")
     try:
-        counts = json.loads(path.read_text(encoding="utf-8"))
+        counts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): {PREPARE_AGAIN}") from error
     if not _is_counts(counts):
         raise ValueError(f"{path} is not the counts of a dataset folder: {PREPARE_AGAIN}")
-    # They become paths, and may come from strangers.
+    # These names become paths, and the folder may come from an untrusted source.
     plain = (counts["config"], *counts["splits"])
     for name in (*plain, *counts["files"]):
         if not _is_inside(name) or (name in plain and "/" in name):
-            raise ValueError(f"{path}: {name!r} is no name in a dataset folder: {PREPARE_AGAIN}")
+            raise ValueError(f"{path}: {name!r} is not a name in a dataset folder: {PREPARE_AGAIN}")
     return counts
 
 
 def _is_counts(counts: Any) -> bool:
-    """Whether everything that other modules look up in counts.json is there and of its type."""
+    """True if every value that other modules read from counts.json exists and has its type."""
     return (
         isinstance(counts, dict)
         and all(isinstance(counts.get(name), kind) for name, kind in _TYPES.items())
@@ -71,7 +71,7 @@ def _is_counts(counts: Any) -> bool:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether `name`, with "/" between its parts, is that of something inside a folder."""
+    """True if `name`, with "/" between its parts, is a path inside a folder."""
     parts = name.split("/")
     return name.isprintable() and "\\" not in name and not {"", ".", ".."} & {*parts}
 
@@ -80,7 +80,7 @@ def data_files(folder: str | Path, counts: Mapping[str, Any]) -> dict[str, list[
     """The Parquet files of each split, in the order of the rows.
 
     Raises:
-        FileNotFoundError: One of them is missing.
+        FileNotFoundError: A file is missing.
     """
     files = {}
     for split in counts["splits"]:
@@ -93,7 +93,7 @@ def data_files(folder: str | Path, counts: Mapping[str, Any]) -> dict[str, list[
 
 
 def is_up_to_date(folder: Path, key: str) -> bool:
-    """Whether `folder` is the finished result of the run that `key` describes, with every file as it was written."""
+    """True if `folder` is the finished result of the run with this key, and every file is unchanged."""
     try:
         counts = read_counts(folder)
     except (FileNotFoundError, ValueError):
@@ -104,7 +104,7 @@ def is_up_to_date(folder: Path, key: str) -> bool:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove what a killed run left in a folder."""
+    """Remove the unfinished files of a killed run."""
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
 
 
@@ -113,12 +113,12 @@ def check_output(folder: Path, *, overwrite: bool, finished_too: bool) -> None:
 
     Args:
         folder: The output folder.
-        overwrite: Allow it.
-        finished_too: Whether a finished dataset folder counts as other content; not before it is known what it holds.
+        overwrite: Allow other content.
+        finished_too: Refuse a finished dataset folder too. False while its key has not been compared yet.
 
     Raises:
-        FileExistsError: The folder holds something, it is no interrupted run, and `overwrite` is false.
-        OSError: Nothing can be written there.
+        FileExistsError: The folder has other content than an interrupted run, and `overwrite` is false.
+        OSError: The folder cannot be written.
     """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
     if not existing.is_dir():

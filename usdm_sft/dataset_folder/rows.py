@@ -1,4 +1,4 @@
-"""The Parquet files of a dataset folder, read as what they may be: a stranger's. Columns, types and gaps are seen to first."""
+"""Read the Parquet files of a dataset folder. They may be untrusted: columns, types and missing values are checked first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from usdm_sft.dataset_folder.layout import PREPARE_AGAIN, data_files, read_counts
 from usdm_sft.utils.texts import first_line
 
-# Name or its end -> type of the innermost values, and how many lists are around them in a row of one exchange.
+# Column, or its name without the role -> type of the innermost values, and number of lists around them in a row of one
+# exchange.
 _TYPES = {
     "id": (pa.string(), 0), "dialog_id": (pa.string(), 0), "turn": (pa.int32(), 0),
     "speaker": (pa.string(), 0), "text": (pa.string(), 0), "emotion": (pa.string(), 0),
@@ -24,15 +25,15 @@ _ROLES = ("user_", "agent_")
 
 
 def open_rows(path: Path) -> pq.ParquetFile:
-    """A Parquet file with every column that `prepare` writes.
+    """Open a Parquet file that has every column of a dataset folder.
 
     Raises:
-        ValueError: It is no Parquet file, or a column is missing or of another type.
+        ValueError: The file is not a Parquet file, or a column is missing or has another type.
     """
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is no Parquet file ({first_line(error)}): {PREPARE_AGAIN}") from error
+        raise ValueError(f"{path} is not a Parquet file ({first_line(error)}): {PREPARE_AGAIN}") from error
     schema = file.schema_arrow
     nested = int("user_text" in schema.names and pa.types.is_list(schema.field("user_text").type))
     for ending, (innermost, depth) in _TYPES.items():
@@ -47,10 +48,15 @@ def open_rows(path: Path) -> pq.ParquetFile:
 
 
 def iter_rows(path: Path, *, batch_size: int = 256, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """Its rows, a batch at a time; all columns by default.
+    """Yield the rows of a Parquet file in batches.
+
+    Args:
+        path: The file.
+        batch_size: Largest number of rows in a batch.
+        columns: Columns to read; all by default.
 
     Raises:
-        ValueError: As `open_rows`, or the file is damaged, or a value is missing.
+        ValueError: The error of `open_rows`, or the file is damaged, or a value is missing.
     """
     file = open_rows(path)
     try:
@@ -64,6 +70,7 @@ def iter_rows(path: Path, *, batch_size: int = 256, columns: Sequence[str] | Non
 
 
 def _unwrap(kind: pa.DataType) -> tuple[pa.DataType, int]:
+    """The innermost type, and the number of lists around it."""
     depth = 0
     while pa.types.is_list(kind):
         kind, depth = kind.value_type, depth + 1
@@ -80,12 +87,10 @@ def read_rows(dataset_dir: str | Path, split: str, index: int, num_examples: int
     """Rows `index` to `index + num_examples` of a split, fewer at its end.
 
     Raises:
-        FileNotFoundError: `dataset_dir` is not a finished dataset folder, or lacks a file.
-        IndexError: There is no such row.
-        ValueError: There is no such split, or a file is damaged.
+        FileNotFoundError: `dataset_dir` is not a finished dataset folder, or one of its files is missing.
+        IndexError: The split has no row `index`.
+        ValueError: The folder has no such split, or a file is damaged.
     """
-    import pyarrow as pa
-
     counts = read_counts(dataset_dir)
     if split not in counts["splits"]:
         raise ValueError(f"{dataset_dir} has no split {split!r}: name one of {', '.join(counts['splits'])}")
@@ -100,6 +105,6 @@ def read_rows(dataset_dir: str | Path, split: str, index: int, num_examples: int
         start = stop
     if index < 0 or not rows:
         raise IndexError(
-            f"split {split} of {dataset_dir} has {start} rows, and no row {index}: name one from 0 to {start - 1}"
+            f"split {split} of {dataset_dir} has {start} rows and no row {index}: name one from 0 to {start - 1}"
         )
     return rows

@@ -1,4 +1,4 @@
-"""What the Parquet files of a dataset folder hold, in numbers: counted from the files alone, whatever the run said of them."""
+"""Statistics of a dataset folder, computed from its Parquet files alone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -24,17 +25,18 @@ _BATCH = 512
 
 @dataclass
 class SplitStatistics:
-    """Counts of one split; `add` takes its rows batch by batch. An audio counts wherever a row holds it."""
+    """Counts of one split, added up batch by batch. A recording in several rows counts several times."""
 
-    tokens: list[np.ndarray] = field(default_factory=list)  # of each row
-    labelled: list[np.ndarray] = field(default_factory=list)  # labelled tokens of each row
+    tokens: list[npt.NDArray[np.integer[Any]]] = field(default_factory=list)  # number per row
+    labelled: list[npt.NDArray[np.integer[Any]]] = field(default_factory=list)  # labelled tokens per row
     labelled_units: int = 0
-    seconds: dict[str, list[np.ndarray]] = field(default_factory=lambda: {role: [] for role in ROLES})  # of each audio
-    unit_counts: np.ndarray = field(default_factory=lambda: np.zeros(MAX_UNITS, np.int64))
+    seconds: dict[str, list[npt.NDArray[np.float32]]] = field(default_factory=lambda: {role: [] for role in ROLES})
+    unit_counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(MAX_UNITS, np.int64))
     pairs: Counter[str] = field(default_factory=Counter)  # dialog -> exchanges in its rows
-    emotions: Counter[str] = field(default_factory=Counter)  # of each user and agent turn of a row
+    emotions: Counter[str] = field(default_factory=Counter)  # of the user's and agent's turns
 
     def add(self, rows: pa.RecordBatch) -> None:
+        """Count a batch of rows with all columns of a dataset folder."""
         labels = rows["labels"]
         self.tokens.append(np.asarray(pc.list_value_length(rows["input_ids"])))
         rows_of = np.asarray(pc.list_parent_indices(labels))
@@ -50,18 +52,18 @@ class SplitStatistics:
         for dialog, count in zip(rows["dialog_id"].to_pylist(), exchanges, strict=True):
             self.pairs[dialog] += count
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """What the pictures show: one value a row (tokens, labelled share), an audio (seconds) or a dialog (pairs)."""
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """1-D arrays by name: one value per row (tokens, labelled share), recording (seconds) or dialog (pairs)."""
         tokens, labelled = np.concatenate(self.tokens), np.concatenate(self.labelled)
         return {
             "tokens": tokens,
             "labelled share": labelled / tokens,
             **{f"{role} seconds": np.concatenate(self.seconds[role]) for role in ROLES},
-            "pairs a dialog": np.array(list(self.pairs.values())),
+            "pairs per dialog": np.array(list(self.pairs.values())),
         }
 
     def summary(self) -> dict[str, Any]:
-        """JSON values; `distributions` has mean and quantiles of every array."""
+        """The statistics as JSON values; `distributions` has mean and quantiles of every array."""
         labelled = int(np.concatenate(self.labelled).sum())
         arrays = self.arrays()
         return {
@@ -78,7 +80,7 @@ class SplitStatistics:
 
 
 def compute_statistics(files: Mapping[str, Sequence[Path]]) -> dict[str, SplitStatistics]:
-    """Parquet files of each split -> its counts; a batch of rows is in memory at a time."""
+    """The statistics of each split, from its Parquet files, with one batch of rows in memory at a time."""
     statistics = {}
     for split, paths in files.items():
         statistics[split] = SplitStatistics()
@@ -89,7 +91,7 @@ def compute_statistics(files: Mapping[str, Sequence[Path]]) -> dict[str, SplitSt
 
 
 def format_table(summaries: Mapping[str, Mapping[str, Any]], num_units: int) -> str:
-    """Summaries of the splits -> a table for the terminal."""
+    """The summaries of the splits as a table for the terminal."""
     rows: list[tuple[str, ...]] = [("", *summaries)]
 
     def add(name: str, value: Any) -> None:
@@ -118,14 +120,15 @@ def format_table(summaries: Mapping[str, Mapping[str, Any]], num_units: int) -> 
     )
 
 
-def _distribution(values: np.ndarray) -> dict[str, float]:
+def _distribution(values: npt.NDArray[Any]) -> dict[str, float]:
     found = {"mean": values.mean(dtype=np.float64)}
     found |= {name: np.quantile(values.astype(np.float64), quantile) for name, quantile in QUANTILES.items()}
     return {name: round(float(value), 4) for name, value in found.items()}
 
 
-def _values(column: pa.Array) -> np.ndarray:
-    """The innermost values of a column, whether a row holds one exchange or a list of them."""
+def _values(column: pa.Array) -> npt.NDArray[Any]:
+    """The innermost values of a column, whose rows have one exchange or a list of exchanges."""
     while pa.types.is_list(column.type):
         column = pc.list_flatten(column)
-    return column.to_numpy(zero_copy_only=False)
+    values: npt.NDArray[Any] = column.to_numpy(zero_copy_only=False)
+    return values

@@ -9,7 +9,7 @@ from usdm_sft.utils.texts import count_noun
 
 
 def summarize_split(split: Mapping[str, Any]) -> str:
-    """One line on a split of counts.json: what it holds, and what was left out."""
+    """One line on a split of counts.json: its counts, and the number of rows and dialogs that were left out."""
     bad_audio, dialogs = split["pairs_with_bad_audio"], split["dialogs_left_out"]
     left_out = [f"{count_noun(len(split['pairs_left_out']) - bad_audio, 'row')} too long"]
     if bad_audio:

@@ -1,13 +1,17 @@
-"""Is a dataset folder what it says? Files, schema, counts, labels and every row against the template, told all at once."""
+"""Verify a dataset folder: files, schema, counts, labels, and every row against the template. Reports all problems at once."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow as pa
+from huggingface_hub.repocard import metadata_load
+from yaml import YAMLError
 
 from usdm_sft.corpus.problems import MAX_PROBLEMS_SHOWN
 from usdm_sft.dataset_folder.card import data_configs
@@ -19,9 +23,7 @@ from usdm_sft.template.config import Template
 from usdm_sft.template.encoder import COLUMNS, IGNORE_INDEX, TemplateEncoder
 from usdm_sft.template.tokenizer import load_tokenizer
 from usdm_sft.utils.cache import sha256_file
-
-if TYPE_CHECKING:
-    from datasets import DatasetInfo
+from usdm_sft.utils.texts import first_line
 
 COUNTED = ("rows", "tokens", "labelled_tokens", "units")
 _BATCH = 256
@@ -29,7 +31,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class VerificationError(ValueError):
-    """A dataset folder is not what it says. One line a problem, each with its place."""
+    """A dataset folder did not pass verification. The message has one line per problem, with its place."""
 
     def __init__(self, problems: Sequence[str], more: bool):
         super().__init__("\n".join([*problems, "... and more problems"] if more else problems))
@@ -37,28 +39,29 @@ class VerificationError(ValueError):
 
 
 def verify(dataset_dir: str | Path, against: str | Path | None = None) -> dict[str, int]:
-    """Check a dataset folder: every file's digest, the schema, the counts, each label, and each row against its columns.
+    """Check a dataset folder: the digest of each file, the schema, the counts, each label, and each row against its columns.
 
     Args:
         dataset_dir: A folder that `prepare` made, or a copy of it.
-        against: A folder with the reference's train.txt and test.txt; their lines must be the rows, in any order.
+        against: A folder with the reference's train.txt and test.txt; their lines must equal the rows, in any order.
 
     Returns:
         The number of rows of each split.
 
     Raises:
-        FileNotFoundError: `dataset_dir` is not a finished dataset folder, or `against` lacks a file.
-        VerificationError: Something is wrong; the message names up to 20 places.
+        FileNotFoundError: `dataset_dir` is not a finished dataset folder, or a file of `against` is missing.
+        VerificationError: A check failed; the message names up to 20 places.
+        ValueError: counts.json, a Parquet file or the card cannot be read.
     """
     folder = Path(dataset_dir)
     counts = read_counts(folder)
-    _raise_any(_check_files(folder, counts))  # what is damaged is not read
+    _raise_any(_check_files(folder, counts))  # raises before a damaged file is read
     statistics: dict[str, SplitStatistics] = {}
     _raise_any(_check_rows(folder, counts, statistics))
     _raise_any(_check_counts(folder, counts, statistics))
     if against is not None:
         _raise_any(compare_with_text(data_files(folder, counts), Path(against), folder / "tokenizer"))
-    return {split: its.summary()["rows"] for split, its in statistics.items()}
+    return {split: values.summary()["rows"] for split, values in statistics.items()}
 
 
 def _raise_any(problems: Iterator[str]) -> None:
@@ -70,7 +73,7 @@ def _raise_any(problems: Iterator[str]) -> None:
 def _check_files(folder: Path, counts: Mapping[str, Any]) -> Iterator[str]:
     for name, digest in counts["files"].items():
         if not _DIGEST.fullmatch(str(digest)):
-            yield f"{folder / COUNTS}: {name!r} has no digest, but {digest!r}"
+            yield f"{folder / COUNTS}: {name!r} has {digest!r} instead of a sha256"
         elif not (folder / name).is_file():
             yield f"{folder / name} is missing"
         elif (found := sha256_file(folder / name)) != digest:
@@ -85,12 +88,8 @@ def _check_files(folder: Path, counts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _check_rows(folder: Path, counts: Mapping[str, Any], statistics: dict[str, SplitStatistics]) -> Iterator[str]:
-    history = counts["settings"]["history"]
-    try:
-        template = Template(**counts["settings"]["template"])
-    except TypeError as error:  # a field that there is not
-        raise ValueError(f"{folder / COUNTS}: settings.template is no template ({error}): prepare it again") from error
-    encoder = TemplateEncoder(load_tokenizer(str(folder / "tokenizer")), template, last_exchange_only=history > 0)
+    """Check the columns of every file and every row; fills `statistics` on the way."""
+    encoder = _make_encoder(folder, counts)
     if encoder.tokenizer_digest != counts["digests"].get("tokenizer"):
         yield f"{folder / 'tokenizer'} is not the tokenizer that {COUNTS} names"
     schema = _read_card(folder, counts).features.arrow_schema.remove_metadata()
@@ -100,11 +99,8 @@ def _check_rows(folder: Path, counts: Mapping[str, Any], statistics: dict[str, S
         for path in paths:
             found = open_rows(path).schema_arrow.remove_metadata()
             if not found.equals(schema):
-                different = sorted({*found.names} ^ {*schema.names}) or [
-                    f"{field.name} is {field.type}" for field in found if not field.equals(schema.field(field.name))
-                ]
-                what = ", ".join(different) or f"their order is {', '.join(found.names)}"
-                yield f"{path} has other columns than the README.md beside it says: {what}"
+                difference = _describe_columns(found, schema)
+                yield f"{path} has other columns than the README.md beside it says: {difference}"
                 continue
             number = 0
             for batch in iter_rows(path, batch_size=_BATCH):
@@ -118,7 +114,29 @@ def _check_rows(folder: Path, counts: Mapping[str, Any], statistics: dict[str, S
                 statistics[split].add(batch)
 
 
+def _make_encoder(folder: Path, counts: Mapping[str, Any]) -> TemplateEncoder:
+    """The encoder with the tokenizer of the folder and the settings of counts.json."""
+    settings = counts["settings"]
+    try:
+        template = Template(**settings["template"])
+    except TypeError as error:  # an unknown field
+        raise ValueError(
+            f"{folder / COUNTS}: settings.template is not a template ({error}): {PREPARE_AGAIN}"
+        ) from error
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    return TemplateEncoder(tokenizer, template, last_exchange_only=settings["history"] > 0)
+
+
+def _describe_columns(found: pa.Schema, expected: pa.Schema) -> str:
+    """The differences of two schemas."""
+    if different := sorted({*found.names} ^ {*expected.names}):
+        return ", ".join(different)
+    types = [f"{field.name} is {field.type}" for field in found if not field.equals(expected.field(field.name))]
+    return ", ".join(types) or f"their order is {', '.join(found.names)}"
+
+
 def _check_row(row: Mapping[str, Any], encoder: TemplateEncoder, settings: Mapping[str, Any]) -> Iterator[str]:
+    """Check ids and labels of one row, and compare them with those of its other columns."""
     ids, labels = np.array(row["input_ids"]), np.array(row["labels"])
     if len(ids) != len(labels):
         yield f"{len(ids)} input_ids, but {len(labels)} labels"
@@ -126,7 +144,7 @@ def _check_row(row: Mapping[str, Any], encoder: TemplateEncoder, settings: Mappi
     if len(ids) > settings["max_length"]:
         yield f"{len(ids)} tokens, more than max_length {settings['max_length']}"
     if (wrong := np.flatnonzero((labels != ids) & (labels != IGNORE_INDEX))).size:
-        yield f"label {labels[wrong[0]]} of token {wrong[0]} is neither {IGNORE_INDEX} nor its id {ids[wrong[0]]}"
+        yield f"label {labels[wrong[0]]} of token {wrong[0]} is neither {IGNORE_INDEX} nor the token's id {ids[wrong[0]]}"
         return
     try:
         encoded = encoder({column: [value] for column, value in row.items()})
@@ -136,14 +154,14 @@ def _check_row(row: Mapping[str, Any], encoder: TemplateEncoder, settings: Mappi
     for name, found in (("input_ids", ids), ("labels", labels)):
         [expected] = encoded[name]
         if (at := first_difference(found, expected)) is not None:
-            yield f"{name} are not what its columns encode to: {describe_difference(found, expected, at)}"
+            yield f"{name} differ from the encoded columns: {describe_difference(found, expected, at)}"
             return
     if encoder.decode(ids) != (text := _render(row, encoder.template)):
-        yield f"its ids do not decode to the template: {encoder.decode(ids)!r}, not {text!r}"
+        yield f"input_ids do not decode to the template: {encoder.decode(ids)!r}, not {text!r}"
 
 
 def _render(row: Mapping[str, Any], template: Template) -> str:
-    """The text of the template for one row; a "▁" as the space that the tokenizer takes it for."""
+    """The text of the template for one row, written independently of the encoder. A "▁" becomes a space, as in `decode`."""
     columns = [row[name] for name in COLUMNS]
     exchanges = zip(*columns, strict=True) if isinstance(row["user_text"], list) else [columns]
     blocks = []
@@ -155,24 +173,25 @@ def _render(row: Mapping[str, Any], template: Template) -> str:
 
 
 def _check_counts(folder: Path, counts: Mapping[str, Any], statistics: Mapping[str, SplitStatistics]) -> Iterator[str]:
+    """Compare counts.json and the card with the rows."""
     info = _read_card(folder, counts)
-    for split, its in statistics.items():
-        summary = its.summary()
+    for split, split_statistics in statistics.items():
+        summary = split_statistics.summary()
         for name in COUNTED:
             if counts["splits"][split].get(name) != summary[name]:
                 yield f"{folder / COUNTS}: {split} has {summary[name]} {name}, not {counts['splits'][split].get(name)}"
         if counts["statistics"].get(split) != summary:
-            yield f"{folder / COUNTS}: the statistics of {split} are not those of its rows"
+            yield f"{folder / COUNTS}: the statistics of {split} differ from those of its rows"
         if split not in info.splits or info.splits[split].num_examples != summary["rows"]:
             yield f"{folder / 'README.md'}: its YAML does not say that {split} has {summary['rows']} rows"
 
 
-def _read_card(folder: Path, counts: Mapping[str, Any]) -> DatasetInfo:
-    """What `load_dataset` takes from the card: features and splits; its YAML must name the files beside it and no others."""
-    import datasets
-    from huggingface_hub.repocard import metadata_load
-    from yaml import YAMLError
+def _read_card(folder: Path, counts: Mapping[str, Any]) -> datasets.DatasetInfo:
+    """The features and splits that `load_dataset` reads from the card.
 
+    Raises:
+        ValueError: The YAML is malformed, names other data files than counts.json, or has no features or splits.
+    """
     path = folder / "README.md"
     try:
         if (metadata_load(path) or {}).get("configs") != data_configs(counts["config"], counts["splits"]):
@@ -181,6 +200,6 @@ def _read_card(folder: Path, counts: Mapping[str, Any]) -> DatasetInfo:
         if info.features is None or info.splits is None:
             raise ValueError("its dataset_info names no features or splits")
     except (YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} has not the YAML of a dataset card ({reason}): {PREPARE_AGAIN}") from error
+        reason = first_line(error)
+        raise ValueError(f"{path} does not have the YAML of this folder ({reason}): {PREPARE_AGAIN}") from error
     return info

@@ -1,4 +1,4 @@
-"""Writes a dataset folder, so that it is whole as soon as it has its counts.json."""
+"""Write a dataset folder. It is complete as soon as it has counts.json."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from usdm_sft.dataset_folder.card import make_card
 from usdm_sft.dataset_folder.layout import COUNTS, PICTURES, UNFINISHED, clear_unfinished, data_files, read_counts
 from usdm_sft.dataset_folder.pictures import draw_pictures
 from usdm_sft.dataset_folder.statistics import compute_statistics
+from usdm_sft.utils.atomic import replace_text
 from usdm_sft.utils.cache import sha256_file
 
 if TYPE_CHECKING:
@@ -31,15 +32,15 @@ def write_folder(
     *,
     num_output_shards: int | None = None,
 ) -> dict[str, Any]:
-    """Write everything beside its place and then move it there, counts.json last.
+    """Write all files into a hidden folder inside the output folder, then move them into place, counts.json last.
 
     Args:
-        folder: The output folder. What has the name of ours in it is replaced, other files at its top stay.
-        config_name: Such as "single_turn"; the folder of the Parquet files.
+        folder: The output folder. Entries with the name of a new file or folder are replaced, others stay.
+        config_name: Name of the config, such as "single_turn", and of the folder of the Parquet files.
         splits: The finished rows.
-        tokenizer: Saved into `tokenizer/`.
-        counts: Completed with the digests of the files.
-        num_output_shards: Parquet files a split; 64 for train and 8 for test where None. Never more than rows.
+        tokenizer: The tokenizer to save in `tokenizer/`.
+        counts: The counts so far; statistics and digests of the files are added.
+        num_output_shards: Parquet files per split, never more than rows. By default 64 for train and 8 for others.
 
     Returns:
         The counts as written.
@@ -47,26 +48,18 @@ def write_folder(
     clear_unfinished(folder)
     unfinished = folder / UNFINISHED
     unfinished.mkdir(parents=True)
-    num_bytes, files = {}, {}
-    for split, rows in splits.items():
-        num_shards = max(1, min(num_output_shards or NUM_OUTPUT_SHARDS.get(split, 8), len(rows)))
-        num_bytes[split], files[split] = 0, []
-        (unfinished / config_name).mkdir(exist_ok=True)
-        for index in range(num_shards):
-            path = unfinished / config_name / f"{split}-{index:05d}-of-{num_shards:05d}.parquet"
-            num_bytes[split] += rows.shard(num_shards, index, contiguous=True).to_parquet(str(path))
-            files[split].append(path)
+    num_bytes, files = _write_parquet(unfinished / config_name, splits, num_output_shards)
     tokenizer.save_pretrained(unfinished / "tokenizer")
     statistics = compute_statistics(files)
     draw_pictures(statistics, counts["num_units"], unfinished / PICTURES)
-    counts = counts | {"statistics": {split: its.summary() for split, its in statistics.items()}}
+    counts = counts | {"statistics": {split: values.summary() for split, values in statistics.items()}}
     card = make_card(config_name, splits, num_bytes, counts, files, tokenizer.backend_tokenizer)
     (unfinished / "README.md").write_text(card, encoding="utf-8")
-    files = sorted(path.relative_to(unfinished).as_posix() for path in unfinished.rglob("*") if path.is_file())
-    counts = counts | {"files": {name: sha256_file(unfinished / name) for name in files}}
-    (unfinished / COUNTS).write_text(_to_json(counts), encoding="utf-8")
+    names = sorted(path.relative_to(unfinished).as_posix() for path in unfinished.rglob("*") if path.is_file())
+    counts = counts | {"files": {name: sha256_file(unfinished / name) for name in names}}
+    replace_text(unfinished / COUNTS, _to_json(counts))
 
-    (folder / COUNTS).unlink(missing_ok=True)  # what is not finished has none
+    (folder / COUNTS).unlink(missing_ok=True)  # a folder without counts.json is unfinished
     for entry in sorted(unfinished.iterdir(), key=lambda path: path.name == COUNTS):
         target = folder / entry.name
         if target.is_dir() and not target.is_symlink():
@@ -76,22 +69,37 @@ def write_folder(
     return counts
 
 
+def _write_parquet(
+    folder: Path, splits: Mapping[str, Dataset], num_output_shards: int | None
+) -> tuple[dict[str, int], dict[str, list[Path]]]:
+    """Write the rows; returns the bytes in memory and the files of each split."""
+    folder.mkdir()
+    num_bytes: dict[str, int] = {}
+    files: dict[str, list[Path]] = {}
+    for split, rows in splits.items():
+        num_files = max(1, min(num_output_shards or NUM_OUTPUT_SHARDS.get(split, 8), len(rows)))
+        files[split] = [folder / f"{split}-{index:05d}-of-{num_files:05d}.parquet" for index in range(num_files)]
+        num_bytes[split] = sum(
+            rows.shard(num_files, index, contiguous=True).to_parquet(str(path))
+            for index, path in enumerate(files[split])
+        )
+    return num_bytes, files
+
+
 def replace_pictures(folder: str | Path) -> dict[str, Any]:
-    """Draw the pictures of a finished folder anew, from its files.
+    """Draw the pictures of a finished folder again.
 
     Returns:
-        The summary of the statistics by split.
+        The summary of the statistics of each split.
     """
     folder = Path(folder)
     counts = read_counts(folder)
     statistics = compute_statistics(data_files(folder, counts))
     draw_pictures(statistics, counts["num_units"], folder / PICTURES)
     files = {f"{PICTURES}/{path.name}": sha256_file(path) for path in sorted((folder / PICTURES).iterdir())}
-    if not files.items() <= counts["files"].items():  # another matplotlib draws other bytes
-        unfinished = folder / f"{COUNTS}.unfinished"
-        unfinished.write_text(_to_json(counts | {"files": counts["files"] | files}), encoding="utf-8")
-        os.replace(unfinished, folder / COUNTS)
-    return {split: its.summary() for split, its in statistics.items()}
+    if not files.items() <= counts["files"].items():  # another version of matplotlib draws other bytes
+        replace_text(folder / COUNTS, _to_json(counts | {"files": counts["files"] | files}))
+    return {split: values.summary() for split, values in statistics.items()}
 
 
 def _to_json(counts: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
-"""What the template says and where loss falls, as data: a variant of the template is a config and no fork.
+"""The words of the template and its labelled parts, as data: a variant of the template needs no new code.
 
-Standard library only, so that the command line can show its options at once.
+Standard library only, so that the command line shows its options at once.
 """
 
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from usdm_sft.utils.texts import text_problem
 
 USTM = "naver-ai/USTM"
-OFFLINE = "mistral-common"  # as a name: the tokenizer that `build_tokenizer` makes
+OFFLINE = "mistral-common"  # the name of the tokenizer that `build_tokenizer` makes
 MAX_LENGTH = 8192
 
 # naver-ai/usdm, preprocess/fine-tuning/dailytalk_single_turn.py
@@ -22,18 +22,18 @@ EXPECTED_LOSS = f"a list of one or more of {', '.join(PARTS)}, such as [user_tex
 
 @dataclass(frozen=True)
 class Template:
-    """The words of the template, and which parts of an exchange bear loss.
+    """The words of the template, and the parts of an exchange that are labelled.
 
     Args:
-        instruction: What stands before the first exchange, newline and all; not lower-cased.
+        instruction: Text before the first exchange, with its newline; not lower-cased.
         user_role: Name in the heading of the user's turn.
         agent_role: Name in the heading of the agent's turn.
-        loss: Parts that bear loss, each with the token at which inference stops after it: user_text (and the newline after
-            it), agent_text (and the <|correspond|> after it), agent_units (and the "▁" after them). All three is the
-            reference; user_text alone trains recognition, agent_units alone synthesis.
+        loss: Labelled parts, each with the stop token that follows it: user_text (with the newline), agent_text (with
+            <|correspond|>), agent_units (with "▁"). The reference labels all three; user_text alone trains recognition,
+            agent_units alone synthesis.
 
     Raises:
-        ValueError: A text holds what would be a special token or end its line, or `loss` names no part or an unknown one.
+        ValueError: A text contains a special token or a control character, or `loss` is empty or names an unknown part.
     """
 
     instruction: str = INSTRUCTION
@@ -47,7 +47,7 @@ class Template:
                 raise ValueError(f"template.{name} is {getattr(self, name)!r}: give a text")
         for line in self.instruction.split("\n"):
             if line.strip() and (problem := text_problem(line)):
-                raise ValueError(f"template.instruction {problem}: take it out")
+                raise ValueError(f"template.instruction {problem}: remove it")
         for name in ("user_role", "agent_role"):
             if problem := text_problem(getattr(self, name)):
                 raise ValueError(f"template.{name} {getattr(self, name)!r} {problem}: give one line of plain text")
@@ -56,12 +56,10 @@ class Template:
         for part in self.loss:
             if part not in PARTS:
                 raise ValueError(
-                    f"template.loss holds {part!r}, which is no part that can bear loss: "
-                    f"name one or more of {', '.join(PARTS)}"
+                    f"template.loss contains {part!r}, which cannot be labelled: name one or more of {', '.join(PARTS)}"
                 )
-        object.__setattr__(
-            self, "loss", tuple(part for part in PARTS if part in self.loss)
-        )  # one spelling, one cache key
+        # Equal settings give equal cache keys.
+        object.__setattr__(self, "loss", tuple(part for part in PARTS if part in self.loss))
 
     @property
     def user_heading(self) -> str:
@@ -72,4 +70,4 @@ class Template:
         return f"### {self.agent_role}\n"
 
 
-REFERENCE = Template()  # what the released model was trained on
+REFERENCE = Template()  # the template of the released model

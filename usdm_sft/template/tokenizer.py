@@ -1,8 +1,10 @@
 """The USTM tokenizer: Mistral-7B-v0.1's vocabulary in its legacy form, then 10,003 tokens for units and turns.
 
-Legacy means that every stretch between special tokens gets a leading "▁" and keeps its spaces. transformers 5 rebuilds the
-tokenizer in `AutoTokenizer` and loses that, silently; `PreTrainedTokenizerFast` keeps the pipeline of tokenizer.json. So
-whatever is loaded here is probed before it is used.
+Legacy means that every run of text between special tokens gets a leading "▁" and keeps its spaces. `AutoTokenizer` of
+transformers 5 rebuilds the tokenizer and loses that silently; `PreTrainedTokenizerFast` keeps the pipeline of
+tokenizer.json. `check_tokenizer` therefore checks every loaded tokenizer.
+
+transformers is imported inside the functions that need it: readers of a dataset folder use only the constants.
 """
 
 from __future__ import annotations
@@ -10,27 +12,29 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from usdm_sft.template.config import MAX_LENGTH, OFFLINE, USTM
+from usdm_sft.utils.texts import first_line
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from sentencepiece import SentencePieceProcessor
     from transformers import PreTrainedTokenizerFast
 
-
-from typing import Any
-
 UNK, BOS, EOS = 0, 1, 2
-NEWLINE = 13  # <0x0A>, how a newline is spelled in every place
-SPACE = 28705  # a "▁" that stands alone
+NEWLINE = 13  # <0x0A>, the token of every newline
+SPACE = 28705  # a single "▁"
 CONTINUE, CORRESPOND, UNIT_0 = 32000, 32001, 32002
 NUM_UNITS = 10_000
 MAX_UNITS = 65_536  # units are stored as uint16
 
 MODEL_SHA256 = "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055"
 
-# What transformers 4.40.2 makes of these strings with naver-ai/USTM, and what it means when a tokenizer does not.
+# Strings, their ids with naver-ai/USTM in transformers 4.40.2, and the meaning of other ids.
 _NOT_MISTRAL = "its vocabulary is not that of Mistral-7B-v0.1"
 _NOT_LEGACY = (
     "it is not in the legacy form: after a special token the leading '▁' is missing "
@@ -49,58 +53,64 @@ _PROBES = (
 )  # fmt: skip
 
 
-def load_tokenizer(name_or_path: str = USTM, cache_dir: str | None = None) -> PreTrainedTokenizerFast:
-    """Load the USTM tokenizer so that every id is the reference's.
+def load_tokenizer(
+    name_or_path: str | Path = USTM,
+    cache_dir: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+) -> PreTrainedTokenizerFast:
+    """Load the USTM tokenizer and check that it gives the reference's ids.
 
     Args:
         name_or_path: A repository of the Hub, a folder, or "mistral-common" for `build_tokenizer()`.
-        cache_dir: Where downloads are kept; the Hub's own cache by default.
+        cache_dir: Folder for downloads; the Hub's own cache by default.
+        revision: Branch, tag or commit of the repository; its main branch by default.
+        token: Token of the Hub, for a private repository; by default HF_TOKEN, or the one that `hf auth login` saved.
 
     Raises:
-        OSError: The tokenizer cannot be found or fetched.
-        ValueError: What was found cannot be opened, or gives other ids; the message says why.
+        OSError: The tokenizer cannot be found or downloaded.
+        ValueError: The tokenizer cannot be opened, or gives other ids; the message says why.
     """
     if str(name_or_path) == OFFLINE:
         return build_tokenizer()
-    _require_tokenizer_json(str(name_or_path), cache_dir)
+    _require_tokenizer_json(str(name_or_path), cache_dir, revision, token)
     from transformers import PreTrainedTokenizerFast
 
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path, cache_dir=cache_dir)
+        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
+            name_or_path, cache_dir=cache_dir, revision=revision or "main", token=token
+        )
     except OSError:
         raise
-    except Exception as error:  # whatever transformers and tokenizers trip over
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+    except Exception as error:  # transformers and tokenizers raise many types for a malformed file
         raise ValueError(
-            f"{name_or_path} holds a tokenizer that cannot be opened ({reason}): fetch it again, or use {OFFLINE!r}"
+            f"{name_or_path} has a tokenizer that cannot be opened ({first_line(error)}): download it again, "
+            f"or use {OFFLINE!r}"
         ) from error
     check_tokenizer(tokenizer.backend_tokenizer, str(name_or_path))
     return tokenizer
 
 
-def _require_tokenizer_json(name_or_path: str, cache_dir: str | None) -> None:
-    """Without it transformers would try to convert other files, to other ids."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError
-
+def _require_tokenizer_json(
+    name_or_path: str, cache_dir: str | Path | None, revision: str | None, token: str | None
+) -> None:
+    """Refuse a source without tokenizer.json, for which transformers would convert other files, to other ids."""
     if Path(name_or_path).is_dir():
         if not (Path(name_or_path) / "tokenizer.json").is_file():
-            raise FileNotFoundError(f"{name_or_path} holds no tokenizer.json: name a folder with a fast tokenizer")
+            raise FileNotFoundError(f"{name_or_path} has no tokenizer.json: name a folder with a fast tokenizer")
         return
     try:
-        hf_hub_download(name_or_path, "tokenizer.json", cache_dir=cache_dir)
+        hf_hub_download(name_or_path, "tokenizer.json", cache_dir=cache_dir, revision=revision, token=token)
     except (OSError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise OSError(
-            f"tokenizer {name_or_path} is no folder and cannot be fetched from the Hub ({reason}): see to the name and the "
-            f"network, or use {OFFLINE!r}, which is built offline"
+            f"tokenizer {name_or_path} is not a folder and cannot be fetched from the Hub ({first_line(error)}): check the "
+            f"name and the network, or use {OFFLINE!r}, which is built offline"
         ) from error
 
 
 def plain_copy(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy without padding and truncation, which are the business of whoever set them."""
-    from tokenizers import Tokenizer
-
+    """A copy without padding and truncation."""
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -108,13 +118,17 @@ def plain_copy(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def check_tokenizer(tokenizer: Tokenizer, name: str = "this tokenizer") -> int:
-    """Probe a `tokenizers.Tokenizer`; a few milliseconds.
+    """Check that a tokenizer gives the reference's ids for a few strings.
+
+    Args:
+        tokenizer: The tokenizer; its padding and truncation do not matter.
+        name: Its name in error messages.
 
     Returns:
         The number of units in the vocabulary.
 
     Raises:
-        ValueError: It does not give the ids that the reference does.
+        ValueError: An id differs.
     """
     tokenizer = plain_copy(tokenizer)
     remedy = (
@@ -128,27 +142,30 @@ def check_tokenizer(tokenizer: Tokenizer, name: str = "this tokenizer") -> int:
     for token, token_id in expected.items():
         if (found := tokenizer.token_to_id(token)) != token_id:
             raise ValueError(f"{name} is not USTM's tokenizer: {token} has id {found} instead of {token_id}; {remedy}")
-    for text, ids, meaning in _PROBES:
-        if (found := tokenizer.encode(text, add_special_tokens=False).ids) != ids:
-            raise ValueError(f"{name} gives {found[:20]} for {text!r} instead of {ids}: {meaning}; {remedy}")
+    for text, expected_ids, meaning in _PROBES:
+        found_ids = tokenizer.encode(text, add_special_tokens=False).ids
+        if found_ids != expected_ids:
+            raise ValueError(
+                f"{name} gives {found_ids[:20]} for {text!r} instead of {expected_ids}: {meaning}; {remedy}"
+            )
     return num_units
 
 
 def build_tokenizer(num_units: int = NUM_UNITS) -> PreTrainedTokenizerFast:
-    """Make the tokenizer without a network, from the Mistral-7B-v0.1 model that the package mistral-common ships.
+    """Build the tokenizer offline from the Mistral-7B-v0.1 model in the package mistral-common.
 
-    Equal to naver-ai/USTM as transformers 4.40.2 saves it, merges and all (the order of merges matters: transformers 5
-    converts the same model to 29,609 merges at other ranks).
+    It equals naver-ai/USTM as transformers 4.40.2 saves it, including the order of merges (transformers 5 converts the
+    same model to 29,609 merges at other ranks).
 
     Args:
-        num_units: How many `<|unitN|>` tokens to add after `<|correspond|>`.
+        num_units: Number of `<|unitN|>` tokens to add after `<|correspond|>`.
 
     Raises:
         ImportError: mistral-common or sentencepiece is not installed.
-        ValueError: The shipped model is not Mistral-7B-v0.1's.
+        ValueError: The model in mistral-common is not Mistral-7B-v0.1's.
     """
     try:
-        import sentencepiece
+        import sentencepiece  # an optional dependency, like mistral-common
 
         model = (importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1").read_bytes()
     except (ImportError, FileNotFoundError) as error:
@@ -163,7 +180,7 @@ def build_tokenizer(num_units: int = NUM_UNITS) -> PreTrainedTokenizerFast:
 
     backend = _legacy_tokenizer(sentencepiece.SentencePieceProcessor(model_proto=model), num_units)
     check_tokenizer(backend, "the tokenizer built from mistral-common")
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
         tokenizer_object=backend,
         bos_token="<s>",
         eos_token="</s>",
@@ -174,9 +191,7 @@ def build_tokenizer(num_units: int = NUM_UNITS) -> PreTrainedTokenizerFast:
     )
 
 
-def _legacy_tokenizer(processor, num_units: int) -> Tokenizer:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
-
+def _legacy_tokenizer(processor: SentencePieceProcessor, num_units: int) -> Tokenizer:
     pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
     ids = {piece: i for i, piece in enumerate(pieces)}
     merges = []
@@ -185,7 +200,7 @@ def _legacy_tokenizer(processor, num_units: int) -> Tokenizer:
         halves = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
         splits = [(ids[left], ids[right]) for left, right in halves if left in ids and right in ids]
         merges += [(score, left, right) for left, right in sorted(splits)]
-    merges.sort(key=lambda merge: -merge[0])  # stable, and by score alone
+    merges.sort(key=lambda merge: -merge[0])  # stable: merges of equal score keep their order
 
     tokenizer = Tokenizer(
         models.BPE(
@@ -205,19 +220,19 @@ def _legacy_tokenizer(processor, num_units: int) -> Tokenizer:
     )
     units = [f"<|unit{unit}|>" for unit in range(num_units)]
     added = ["<unk>", "<s>", "</s>", "<|continue|>", "<|correspond|>", *units, "<pad>"]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in added])  # in one call
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in added])
     return tokenizer
 
 
-def describe_tokenizer(name_or_path: str, num_units: int) -> dict[str, Any]:
-    """Where the tokenizer came from.
+def describe_tokenizer(name_or_path: str | Path, num_units: int) -> dict[str, Any]:
+    """Describe the source of a tokenizer.
 
     Args:
-        name_or_path: As given to `load_tokenizer`.
-        num_units: Units in its vocabulary.
+        name_or_path: The argument of `load_tokenizer`.
+        num_units: Number of units in the vocabulary.
 
     Returns:
-        JSON values: `name`, None for a folder, since paths stay private; and `num_units`.
+        JSON values: `name` (None for a folder, because paths stay private) and `num_units`.
     """
     is_folder = str(name_or_path) != OFFLINE and Path(name_or_path).is_dir()
     return {"name": None if is_folder else str(name_or_path), "num_units": num_units}

@@ -1,6 +1,6 @@
-"""An example for people: the template as it is trained on, with what bears loss set apart.
+"""Show an example to people: the text of the template with the labelled tokens marked.
 
-What is shown follows the labels and nothing else, so the stop tokens are marked as well.
+The marks follow the labels and nothing else, so the stop tokens are marked as well.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from usdm_sft.utils.texts import printable
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-SHOWN_UNITS = 2  # at either end of a run of units
+SHOWN_UNITS = 2  # at each end of a run of units
 BLUE, PLAIN = "\x1b[1;34m", "\x1b[0m"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Part(NamedTuple):
-    """A stretch of an example in which either every token bears loss or none does."""
+    """A run of tokens that are all labelled or all unlabelled."""
 
     labelled: bool
     ids: list[int]
-    text: str  # units abbreviated, what cannot be printed escaped
+    text: str  # runs of units abbreviated, unprintable characters escaped
 
 
 def split_parts(input_ids: Sequence[int], labels: Sequence[int], tokenizer: Tokenizer) -> list[Part]:
-    """Cut an example where its labels begin and end.
+    """Split a row into labelled and unlabelled parts.
 
     Args:
-        input_ids: Of one row.
-        labels: As many, -100 where no loss falls.
-        tokenizer: The one that the ids belong to.
+        input_ids: The ids of the row.
+        labels: One per id; unlabelled tokens have -100.
+        tokenizer: The tokenizer of the ids.
 
     Raises:
-        ValueError: There are not as many.
+        ValueError: The numbers of ids and labels differ.
     """
     if len(input_ids) != len(labels):
         raise ValueError(f"a row has {len(input_ids)} input_ids, but {len(labels)} labels: verify its folder")
@@ -53,7 +53,14 @@ def split_parts(input_ids: Sequence[int], labels: Sequence[int], tokenizer: Toke
 
 
 def format_example(row: Mapping[str, Any], tokenizer: Tokenizer, *, color: bool, ids: bool = False) -> str:
-    """One row -> lines for a terminal; "loss" stands before what is labelled, which is blue as well where `color` is set."""
+    """Lines for a terminal. Labelled lines begin with "loss".
+
+    Args:
+        row: Columns `id`, `input_ids` and `labels`.
+        tokenizer: The tokenizer of the ids.
+        color: Print labelled lines in blue.
+        ids: Print the ids below each part.
+    """
     parts = split_parts(row["input_ids"], row["labels"], tokenizer)
     lines = [title(row)]
     for part in parts:
@@ -72,11 +79,11 @@ def title(row: Mapping[str, Any]) -> str:
 
 
 def _text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """Every token as it is spelled, so that nothing is hidden: newlines as ⏎, the "▁" that ends the speech as itself."""
+    """The text of the tokens with nothing hidden: newlines as ⏎, the "▁" after the agent's units as itself."""
     pieces: list[str] = []
     for is_unit, run in groupby(ids, key=lambda token_id: _is_unit(token_id, tokenizer)):
         if is_unit:
-            units = [tokenizer.id_to_token(token_id) for token_id in run]
+            units = [tokenizer.id_to_token(token_id) or "" for token_id in run]
             if len(units) > 2 * SHOWN_UNITS + 1:
                 left_out = f" … {len(units) - 2 * SHOWN_UNITS} units … "
                 units = [*units[:SHOWN_UNITS], left_out, *units[-SHOWN_UNITS:]]
@@ -91,6 +98,7 @@ def _is_unit(token_id: int, tokenizer: Tokenizer) -> bool:
 
 
 def _spell(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """The text of tokens that are not units; an id outside the vocabulary becomes "<no token N>"."""
     spelled = b""
     for position, token_id in enumerate(ids):
         token = tokenizer.id_to_token(token_id) if token_id >= 0 else None
