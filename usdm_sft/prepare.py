@@ -21,7 +21,7 @@ from usdm_sft.corpus.examples import SINGLE_TURN, check_config
 from usdm_sft.template.config import REFERENCE, Template
 from usdm_sft.template.tokenizer import MAX_LENGTH, USTM
 from usdm_sft.units.agreement import NUM_UTTERANCES
-from usdm_sft.units.batches import BATCH_SECONDS
+from usdm_sft.units.settings import BATCH_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ def prepare(
     from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer
     from usdm_sft.units.agreement import measure_agreement, pick_sample
     from usdm_sft.units.batches import padding_share
-    from usdm_sft.units.tokenizer import UnitTokenizer
+    from usdm_sft.units.tokenizer import open_for
     from usdm_sft.utils.cache import cache_key, cache_root, path_lock
     from usdm_sft.utils.progress import quiet
 
@@ -179,14 +179,13 @@ def prepare(
         digest_cache_dir=cache,
         on_bad_audio=on_bad_audio,
     )
-    unit_tokenizer = UnitTokenizer.from_pretrained(
+    unit_tokenizer = open_for(
+        devices[0],
         find_unit_model(unit_model, model_cache_dir),
-        device=devices[0],
         precision=precision,
         batch_seconds=batch_seconds,
         resampler=resampler,
         cache_dir=cache,
-        elsewhere=elsewhere,
     )
     if unit_tokenizer.num_units > encoder.num_units:
         raise ValueError(
