@@ -16,11 +16,11 @@ import datasets.data_files
 import datasets.packaged_modules
 
 from usdm_sft.audio import addresses
-from usdm_sft.corpus import bad_audio, examples, manifest, split_list
+from usdm_sft.corpus import bad_audio, dialogs, examples, manifest, problems, published_lists, split_list
 from usdm_sft.corpus import features as usdm_features
 from usdm_sft.corpus import hub as hub_corpus
 from usdm_sft.corpus import read as corpus
-from usdm_sft.utils import download
+from usdm_sft.utils import cache, texts
 
 _PUBLIC = {
     "PaddingCollator": "usdm_sft.training.collate",
@@ -52,7 +52,18 @@ _DAILYTALK = {
 def _code_digest() -> str:
     """Of what decides the rows: a change of it makes cached rows anew."""
     code = hashlib.sha256(datasets.__version__.split(".")[0].encode())
-    for module in (addresses, bad_audio, corpus, examples, manifest, split_list, usdm_features):
+    for module in (
+        addresses,
+        bad_audio,
+        corpus,
+        dialogs,
+        examples,
+        manifest,
+        problems,
+        split_list,
+        texts,
+        usdm_features,
+    ):
         code.update(Path(module.__file__).read_bytes())
     code.update(Path(__file__).read_bytes())
     return code.hexdigest()
@@ -147,8 +158,8 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):
                 raise corpus.CorpusError(
                     [f"{self.split_lists[split.name]}: not one pair: {reasons}: name another split list"]
                 )
-        self.list_digests = {split: download.sha256_file(path) for split, path in self.split_lists.items()}
-        download.check_not_swapped(self.split_lists, self.list_digests)
+        self.list_digests = {split: cache.sha256_file(path) for split, path in self.split_lists.items()}
+        published_lists.check_not_swapped(self.split_lists, self.list_digests)
         self.corpus, self.audio_digests = bad_audio.screen_audio(self.corpus, on_bad_audio, digest_cache_dir)
         audio = [found.sha256 for found in self.audio_digests.values()]
         left_out = [dict(split.pairs_left_out) for split in self.corpus.values() if split.pairs_left_out]
@@ -165,7 +176,7 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):
         return datasets.DatasetInfo(
             description=__doc__,
             features=usdm_features.example_features(lists=examples.has_lists(self.config.name, self.config.history)),
-            **(_DAILYTALK if download.are_published_lists(self.list_digests) else {}),
+            **(_DAILYTALK if published_lists.are_published_lists(self.list_digests) else {}),
         )
 
     def _load_info(self, *args, **kwargs):
@@ -247,7 +258,7 @@ def _find_split_lists(data_dir, data_files, cache_dir) -> dict[str, Path]:
             return {split: files[0] for split, files in lists.items()}
     if found := manifest.find_manifests(data_dir):
         return found
-    return split_list.find_split_lists(data_dir) or download.fetch_split_lists(cache_dir)
+    return split_list.find_split_lists(data_dir) or published_lists.fetch_split_lists(cache_dir)
 
 
 def __getattr__(name):

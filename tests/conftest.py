@@ -72,8 +72,8 @@ def dataset_folder(mini, unit_model, tmp_path_factory) -> Path:
 
     root = tmp_path_factory.mktemp("dataset_folder")
     prepare(
-        str(mini / "corpus"),
-        str(root / "dataset"),
+        data_dir=str(mini / "corpus"),
+        output_path=str(root / "dataset"),
         unit_model=str(unit_model),
         pretrained_model_name_or_path="mistral-common",
         cache_dir=str(root / "cache"),

@@ -70,7 +70,7 @@ def test_a_hundred_thousand_characters_are_encoded_and_left_out_by_length(mini, 
     lines[number] = "|".join([*lines[number].split("|")[:3], "word " * 20_000, "none"])
     (corpus / "train.txt").write_text("\n".join(lines))
     counts = prepare(
-        str(corpus), str(tmp_path / "out"), unit_model=str(unit_model), cache_dir=str(tmp_path / "cache"),
+        data_dir=str(corpus), output_path=str(tmp_path / "out"), unit_model=str(unit_model), cache_dir=str(tmp_path / "cache"),
         pretrained_model_name_or_path="mistral-common",
     )  # fmt: skip
     [(name, reason)] = counts["splits"]["train"]["pairs_left_out"].items()
@@ -89,7 +89,7 @@ def test_fields_of_strangers_are_data_wherever_they_are_shown(mini, unit_model, 
     lines = [line.rpartition("|")[0] + "|" + hostile[i % len(hostile)] for i, line in enumerate(lines)]
     (corpus / "train.txt").write_text("\n".join(lines))
     prepare(
-        str(corpus), str(tmp_path / "out"), unit_model=str(unit_model), cache_dir=str(tmp_path / "cache"),
+        data_dir=str(corpus), output_path=str(tmp_path / "out"), unit_model=str(unit_model), cache_dir=str(tmp_path / "cache"),
         pretrained_model_name_or_path="mistral-common",
     )  # fmt: skip
     card = (tmp_path / "out" / "README.md").read_text()

@@ -11,6 +11,7 @@ import dailytalk_usdm
 from dailytalk_usdm import DailyTalkUSDM
 from tests.helpers import REPOSITORY
 from usdm_sft.audio.reading import AudioError
+from usdm_sft.corpus import published_lists
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.utils import download
 
@@ -314,7 +315,7 @@ def test_builder_names_dailytalk_for_its_published_lists_only(mini, tmp_path, mo
     other = DailyTalkUSDM(data_dir=mini / "corpus", cache_dir=str(tmp_path / "other")).info
     assert (other.homepage, other.license, other.citation) == ("", "", "")
     lists = {split: ("", download.sha256_file(mini / "corpus" / f"{split}.txt")) for split in ("train", "test")}
-    monkeypatch.setattr(download, "SPLIT_LISTS", lists)
+    monkeypatch.setattr(published_lists, "SPLIT_LISTS", lists)
     published = DailyTalkUSDM(data_dir=mini / "corpus", cache_dir=str(tmp_path / "published")).info
     assert published.homepage == "https://github.com/keonlee9420/DailyTalk"
     assert "CC BY-SA 4.0" in published.license and "CC BY-NC-SA 4.0" in published.license

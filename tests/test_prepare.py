@@ -13,7 +13,7 @@ from usdm_sft.prepare import prepare
 from usdm_sft.template.config import Template
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import build_tokenizer, load_tokenizer
-from usdm_sft.units import tokenizer as units
+from usdm_sft.units import reading
 from usdm_sft.units.model import UnitModel
 
 COLUMNS = [
@@ -219,8 +219,8 @@ def test_damaged_cache_file_is_made_anew(run, tmp_path, damage, forward_passes):
 
 def test_each_audio_is_read_once_in_a_run(run, monkeypatch):
     read = []
-    real = units.read_waveform
-    monkeypatch.setattr(units, "read_waveform", lambda source: read.append(source) or real(source))
+    real = reading.read_waveform
+    monkeypatch.setattr(reading, "read_waveform", lambda source: read.append(source) or real(source))
     run()
     assert len(read) == len(set(read)) == 19
 
@@ -461,8 +461,8 @@ def test_convert_prepare_export_is_the_whole_way(tmp_path, mini):
         source / "checkpoint.pt", source / "kmeans.npy", tmp_path / "m", model_config=source / "config.json"
     )
     prepare(
-        str(mini / "corpus"),
-        str(tmp_path / "out"),
+        data_dir=str(mini / "corpus"),
+        output_path=str(tmp_path / "out"),
         unit_model=str(model),
         pretrained_model_name_or_path="mistral-common",
         cache_dir=str(tmp_path / "cache"),

@@ -1,31 +1,48 @@
-"""prepare(): from the corpus folder to a dataset folder, in work shards that a crash cannot take back.
+"""prepare(): from a corpus to a dataset folder, in work shards that a crash cannot take back.
 
-    split lists ─ dialogs ─ examples with audio ─ units ─ input_ids, labels ─ dataset folder
-                  corpus    builder (Arrow)       .map    .map                Parquet + card
+    split lists -> dialogs -> examples -> units -> input_ids, labels -> dataset folder
+                   corpus     builder     .map     .map                 Parquet, card
 
-A work shard is a fixed number of whole dialogs in order, and `.map` sees it as one batch. Its units and its tokens are two
-files of the cache, so that another tokenizer or length limit needs no forward pass.
+A work shard is a fixed number of whole dialogs in order. Its units and its tokens are two files of the cache, so that another
+tokenizer or length limit needs no forward pass.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import logging
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any
 
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from dailytalk_usdm import DailyTalkUSDM
 from usdm_sft import __version__
-from usdm_sft.config.checks import check_settings
-from usdm_sft.corpus.examples import SINGLE_TURN, check_config
-from usdm_sft.template.config import REFERENCE, Template
-from usdm_sft.template.tokenizer import MAX_LENGTH, USTM
-from usdm_sft.units.agreement import NUM_UTTERANCES
-from usdm_sft.units.settings import BATCH_SECONDS
+from usdm_sft.config.prepare_config import PrepareConfig
+from usdm_sft.convert.published import describe_unit_model, find_unit_model
+from usdm_sft.corpus.published_lists import describe_corpus, list_kind
+from usdm_sft.dataset_folder.layout import check_output, clear_unfinished, is_up_to_date, read_counts
+from usdm_sft.dataset_folder.writer import write_folder
+from usdm_sft.shards.counts import count_rows
+from usdm_sft.shards.make import find_fp32_fallback, load_rows, make_units
+from usdm_sft.shards.overflow import choose_overflow, fit_rows
+from usdm_sft.shards.plan import Shard, plan_shards
+from usdm_sft.shards.tokens import join_shards, make_tokens
+from usdm_sft.template.encoder import TemplateEncoder
+from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer
+from usdm_sft.units.agreement import measure_agreement, pick_sample
+from usdm_sft.units.batches import padding_share
+from usdm_sft.units.tokenizer import UnitTokenizer, open_for
+from usdm_sft.utils.cache import cache_key, cache_root, path_lock
+from usdm_sft.utils.progress import quiet
 
 logger = logging.getLogger(__name__)
 
-SHARD_DIALOGS = 64
+# counts.json names the versions of the packages that decide the content of the folder.
 _VERSIONED = (
     "datasets",
     "matplotlib",
@@ -40,243 +57,226 @@ _VERSIONED = (
 
 
 class Submitted(Exception):
-    """The units are being made elsewhere: prepare goes on when it is called again."""
+    """Slurm makes the units; prepare continues when it is called again after the job."""
 
 
-def prepare(
-    data_dir: str,
-    output_path: str,
-    *,
-    config_name: str = SINGLE_TURN,
-    history: int = 0,
-    agent: str | None = None,
-    merge_speaker_turns: bool = False,
-    train_metadata_path: str | None = None,
-    test_metadata_path: str | None = None,
-    pretrained_model_name_or_path: str = USTM,
-    model_cache_dir: str | None = None,
-    cache_dir: str | None = None,
-    unit_model: str = "xlsr2_1b_v2",
-    template: Template = REFERENCE,
-    max_length: int = MAX_LENGTH,
-    overflow: str | None = None,
-    precision: str = "fp32",
-    batch_seconds: float = BATCH_SECONDS,
-    shard_dialogs: int = SHARD_DIALOGS,
-    num_gpus: int | None = None,
-    resampler: str = "soxr",
-    agreement_utterances: int = NUM_UTTERANCES,
-    num_output_shards: int | None = None,
-    shuffle_seed: int | None = None,
-    on_bad_audio: Literal["error", "skip"] = "error",
-    overwrite: bool = False,
-    executor: Literal["local", "slurm", "ray"] | None = None,
-    tasks: int = 1,
-    slurm: dict | None = None,
-) -> dict[str, Any]:
-    """Make a dataset folder of examples with units, input_ids and labels.
+@dataclass(frozen=True)
+class _Run:
+    """Everything that the steps of one run share."""
 
-    Several GPUs, and tasks of the local executor, are worked by spawned processes. They do not import the calling script, so it
-    needs no `if __name__ == "__main__":`. A progress bar is shown where stderr is a terminal, unless
-    `datasets.disable_progress_bars()` was called.
+    config: PrepareConfig
+    overflow: str
+    output: Path
+    cache: Path
+    devices: list[str]  # such as ["cuda:0", "cuda:1"]
+    builder: DailyTalkUSDM
+    tokenizer: PreTrainedTokenizerFast
+    encoder: TemplateEncoder
+    unit_tokenizer: UnitTokenizer
+    plan: list[Shard]
+
+
+def prepare(config: PrepareConfig | None = None, /, **fields: Any) -> dict[str, Any]:
+    """Make a dataset folder of examples with units, `input_ids` and `labels`.
+
+    A script may call this without `if __name__ == "__main__":`, on several devices as well.
 
     Args:
-        data_dir: DailyTalk's folder (with data/), its data folder, or its zip archive; or the folder of another corpus, with
-            manifests; or hub:USER/NAME.
-        output_path: The dataset folder to make.
-        config_name: single_turn (the reference's: one exchange an example) or multi_turn (a conversation an example).
-        history: Earlier exchanges that an example of single_turn brings along; loss falls in its last exchange only.
-        agent: The speaker who is the agent in every pair; by default both sides are in turn, as in the reference.
-        merge_speaker_turns: Make one turn of neighbouring ones of a speaker; by default such dialogs are left out whole, as
-            in the reference.
-        train_metadata_path: Split list or manifest of the train split. Where neither is named, those beside the data, or else
-            DailyTalk's own, fetched once.
-        test_metadata_path: Split list or manifest of the test split.
-        pretrained_model_name_or_path: The speech-text tokenizer: a repository of the Hub, a folder, or "mistral-common" for
-            the one that is built offline.
-        model_cache_dir: Where the tokenizer and the unit model are kept when they are downloaded.
-        cache_dir: Where finished work is kept; the folder dailytalk_usdm in HF_HOME by default.
-        unit_model: A unit model folder, or "xlsr2_1b_v2" to download and convert the published one.
-        template: What the template says and which parts bear loss.
-        max_length: Tokens that an example may have, BOS and EOS counted.
-        overflow: What happens to longer ones: drop leaves them out; truncate keeps the leading exchanges that fit (with
-            history: drops the oldest); split makes further examples of the rest (multi_turn). By default drop where an
-            example is one exchange, else truncate.
-        precision: fp32 (the reference's), tf32, fp16 or bf16.
-        batch_seconds: Seconds of audio, padding included, in one forward pass.
-        shard_dialogs: Dialogs in a work shard, which is what a crash can lose.
-        num_gpus: GPUs to use, a process each; all of them by default. 0 means the CPU. With ray and slurm each task has one
-            GPU, unless this is 0; a Ray cluster that is started for the run uses the CPU where this machine has no GPU.
-        resampler: soxr (the reference's) or torchaudio (on the device; needs the extra).
-        agreement_utterances: Utterances on which the agreement of other precisions and resamplers with fp32 and soxr is
-            measured.
-        num_output_shards: Parquet files a split; 64 for train and 8 for test by default, never more than rows.
-        shuffle_seed: Shuffle the rows of each split; in order of dialog and turn by default.
-        on_bad_audio: Audio that cannot become units: "error" stops before any work and names every file; "skip" leaves out
-            the pairs concerned, and lists them in counts.json and in the card.
-        overwrite: Write into an output folder that holds something else; its README.md, counts.json, pictures,
-            tokenizer and the folder of the config are replaced.
-        executor: Make the units in tasks of datatrove (extra executors): local, in a process each on this machine; ray, on the
-            cluster of RAY_ADDRESS or a new one; slurm, as an array job, after which the same command is given again. All
-            machines must see data, unit model, cache and environment under the same paths. By default this process, or
-            one for each GPU.
-        tasks: Into how many tasks the work shards are cut. As many as GPUs may be had at once will do: a lost task loses
-            one work shard. Local tasks on the CPU all run at once.
-        slurm: Options of datatrove's SlurmPipelineExecutor: partition and time, and as wanted cpus_per_task (4),
-            mem_per_cpu_gb (4), gpus_per_task (1), qos, sbatch_args, env_command, ...
+        config: The options.
+        fields: The fields of a `PrepareConfig`, in place of `config`.
 
     Returns:
         The counts, as in counts.json.
 
     Raises:
-        Submitted: The units are made by Slurm; nothing else is wrong.
+        Submitted: Slurm makes the units. This is not an error: call prepare again when the job has ended.
         FileNotFoundError: Data, a split list, an audio file or a model is missing.
-        FileExistsError: The output folder holds something else and `overwrite` is false.
-        ValueError: Split lists, audio, unit model, tokenizer or a setting are wrong; the message says what to do.
+        FileExistsError: The output folder holds something else, and `overwrite` is false.
+        TypeError: Both `config` and fields are given, or a field is unknown.
+        ValueError: Split lists, audio, unit model, tokenizer or an option are wrong. The message names the remedy.
     """
-    check_settings(get_type_hints(prepare), locals())  # the arguments: no other name is bound yet
-    check_config(config_name, history)
-    if executor is not None:
-        from usdm_sft.executors import run as executors
+    if config is None:
+        config = PrepareConfig(**fields)
+    elif fields:
+        raise TypeError(f"prepare() takes a config or fields, not both: put {', '.join(fields)} into the config")
+    run = _open_run(config)
+    counts = _describe_run(run)
+    if (finished := _find_finished(run, counts["key"])) is not None:
+        return finished
+    rows = load_rows(run.builder)
+    agreement, units = _tokenize_audio(run)
+    tokens = make_tokens(rows, run.plan, run.encoder, units, run.cache)
+    splits, split_counts = _fit_splits(run, rows, units, tokens)
+    counts |= {
+        "padding_share": round(padding_share((shard.lengths for shard in run.plan), config.batch_seconds), 4),
+        "agreement": agreement,
+        "splits": split_counts,
+    }
+    if (finished := _find_finished(run, counts["key"])) is not None:  # another run was faster
+        return finished
+    with path_lock(run.output, run.cache), quiet():
+        return write_folder(
+            run.output, config.config_name, splits, run.tokenizer, counts, num_output_shards=config.num_output_shards
+        )
 
-        executors.check_options(executor, num_gpus, slurm)
-    elif tasks != 1 or slurm is not None:
-        raise ValueError("tasks and slurm are options of an executor: name one with --executor")
-    from dailytalk_usdm import DailyTalkUSDM
-    from usdm_sft.convert.published import describe_unit_model, find_unit_model
-    from usdm_sft.corpus.published_lists import describe_corpus, list_kind
-    from usdm_sft.dataset_folder import layout as folder
-    from usdm_sft.dataset_folder.writer import write_folder
-    from usdm_sft.shards import make as shards
-    from usdm_sft.shards.counts import count_rows
-    from usdm_sft.shards.overflow import choose_overflow, fit_rows
-    from usdm_sft.template.encoder import TemplateEncoder
-    from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer
-    from usdm_sft.units.agreement import measure_agreement, pick_sample
-    from usdm_sft.units.batches import padding_share
-    from usdm_sft.units.tokenizer import open_for
-    from usdm_sft.utils.cache import cache_key, cache_root, path_lock
-    from usdm_sft.utils.progress import quiet
 
-    overflow = choose_overflow(overflow, config_name, history)
-    elsewhere = executor in ("slurm", "ray")
-    devices = [executors.find_device(executor, num_gpus)] if elsewhere else _find_devices(num_gpus)
-    output = Path(output_path).expanduser()
-    folder.check_output(output, overwrite=overwrite, finished_too=False)
-    cache = cache_root(cache_dir)
-    tokenizer = load_tokenizer(pretrained_model_name_or_path, model_cache_dir)
-    encoder = TemplateEncoder(tokenizer, template, last_exchange_only=history > 0)
-    lists = {"train": train_metadata_path, "test": test_metadata_path}
-    named = {split: str(Path(path).expanduser().resolve()) for split, path in lists.items() if path is not None}
-    builder = DailyTalkUSDM(
-        config_name=config_name,
-        history=history,
-        agent=agent,
-        merge_speaker_turns=merge_speaker_turns,
-        data_dir=data_dir,
-        data_files=named or None,
-        cache_dir=str(cache / "builder"),
-        digest_cache_dir=cache,
-        on_bad_audio=on_bad_audio,
-    )
+def _open_run(config: PrepareConfig) -> _Run:
+    """Open corpus, tokenizer and unit model, and plan the work shards; everything that can be refused is refused here."""
+    overflow = choose_overflow(config.overflow, config.config_name, config.history)
+    devices = _choose_devices(config)
+    output = Path(config.output_path).expanduser()
+    check_output(output, overwrite=config.overwrite, finished_too=False)
+    cache = cache_root(config.cache_dir)
+    tokenizer = load_tokenizer(config.pretrained_model_name_or_path, config.model_cache_dir)
+    encoder = TemplateEncoder(tokenizer, config.template, last_exchange_only=config.history > 0)
+    builder = _open_corpus(config, cache)
     unit_tokenizer = open_for(
         devices[0],
-        find_unit_model(unit_model, model_cache_dir),
-        precision=precision,
-        batch_seconds=batch_seconds,
-        resampler=resampler,
+        find_unit_model(config.unit_model, config.model_cache_dir),
+        precision=config.precision,
+        batch_seconds=config.batch_seconds,
+        resampler=config.resampler,
         cache_dir=cache,
     )
     if unit_tokenizer.num_units > encoder.num_units:
         raise ValueError(
             f"the unit model has {unit_tokenizer.num_units} units, the tokenizer only {encoder.num_units}: "
-            "use the two that belong together"
+            "use the unit model and the tokenizer that belong together"
         )
-    plan = shards.plan_shards(builder, unit_tokenizer, encoder, shard_dialogs)
-    counts = {
-        "format_version": 1,
-        "config": builder.config.name,
-        "corpus": describe_corpus(builder.split_lists, builder.list_digests),
-        "unit_model": describe_unit_model(unit_tokenizer.folder),
-        "tokenizer": describe_tokenizer(pretrained_model_name_or_path, encoder.num_units),
-        "num_units": unit_tokenizer.num_units,
-        "settings": {
-            "history": history,
-            "agent": agent,
-            "merge_speaker_turns": merge_speaker_turns,
-            "template": asdict(template) | {"loss": list(template.loss)},
-            "max_length": max_length,
-            "overflow": overflow,
-            "shuffle_seed": shuffle_seed,
-            "num_output_shards": num_output_shards,
-            "shard_dialogs": shard_dialogs,
-            **unit_tokenizer.settings,
-            **({} if (precision, resampler) == ("fp32", "soxr") else {"agreement_utterances": agreement_utterances}),
-        },
-        "digests": {
-            **{f"{split} {list_kind(builder.split_lists[split])}": sha for split, sha in builder.list_digests.items()},
-            "lists and audio": builder.config.corpus_digest,
-            "unit model": unit_tokenizer.digest,
-            "tokenizer": encoder.tokenizer_digest,
-        },
-        "versions": {"dailytalk-usdm": __version__} | {name: importlib.metadata.version(name) for name in _VERSIONED},
-    }
-    counts["key"] = cache_key(counts, [shard.tokens_key for shard in plan])
-    if (finished := _finished(output, counts["key"], cache, overwrite)) is not None:
-        return finished
-
-    rows = shards.load_rows(builder)
-    if executor is not None:
-        sample = pick_sample(builder.audio_digests, agreement_utterances)
-        its_devices = devices if devices[0] != "cpu" else ["cpu"] * tasks
-        submitted = executors.run_tasks(
-            executor, plan, unit_tokenizer, its_devices, cache, tasks=tasks, sample=sample, slurm=slurm
-        )
-        if submitted:
-            raise Submitted(f"{submitted}: run the same command again when it has ended")
-    agreement = measure_agreement(unit_tokenizer, builder.audio_digests, cache, agreement_utterances)
-    if agreement is not None:
-        logger.warning(
-            "%s, %s: %.2f %% of the units are those of fp32 and soxr (%d utterances)",
-            precision, resampler, 100 * agreement["share"], agreement["utterances"],
-        )  # fmt: skip
-    units = shards.make_units(plan, unit_tokenizer, devices, cache)
-    tokens = shards.make_tokens(rows, plan, encoder, units, cache)
-    counts["padding_share"] = round(padding_share((shard.lengths for shard in plan), batch_seconds), 4)
-    counts["agreement"] = agreement
-    splits, counts["splits"] = {}, {}
-    for split in rows:
-        its = [shard for shard in plan if shard.split == split]
-        joined = shards.join_shards(rows[split], [tokens[shard.tokens_key] for shard in its])
-        fitted = fit_rows(joined, encoder, max_length, overflow)
-        splits[split], counts["splits"][split] = fitted.rows, count_rows(joined, fitted, builder, split, max_length)
-        counts["splits"][split]["fp32_fallback"] = shards.find_fp32_fallback(its, units, builder.corpus[split])
-        if shuffle_seed is not None:
-            splits[split] = fitted.rows.shuffle(seed=shuffle_seed)
-    if (finished := _finished(output, counts["key"], cache, overwrite)) is not None:  # by another run, meanwhile
-        return finished
-    with path_lock(output, cache), quiet():
-        return write_folder(output, builder.config.name, splits, tokenizer, counts, num_output_shards=num_output_shards)
+    plan = plan_shards(builder, unit_tokenizer, encoder, config.shard_dialogs)
+    return _Run(config, overflow, output, cache, devices, builder, tokenizer, encoder, unit_tokenizer, plan)
 
 
-def _finished(output: Path, key: str, cache: Path, overwrite: bool) -> dict[str, Any] | None:
-    """The counts of a finished folder of the same run; refuses what must not be overwritten."""
-    from usdm_sft.dataset_folder import layout as folder
-    from usdm_sft.utils.cache import path_lock
+def _open_corpus(config: PrepareConfig, cache: Path) -> DailyTalkUSDM:
+    """Read the split lists or manifests, and check all audio."""
+    lists = {"train": config.train_metadata_path, "test": config.test_metadata_path}
+    data_files = {split: str(Path(path).expanduser().resolve()) for split, path in lists.items() if path is not None}
+    return DailyTalkUSDM(
+        config_name=config.config_name,
+        history=config.history,
+        agent=config.agent,
+        merge_speaker_turns=config.merge_speaker_turns,
+        data_dir=config.data_dir,
+        data_files=data_files or None,
+        cache_dir=str(cache / "builder"),
+        digest_cache_dir=cache,
+        on_bad_audio=config.on_bad_audio,
+    )
 
-    with path_lock(output, cache):
-        if folder.is_up_to_date(output, key):
-            folder.clear_unfinished(output)
-            logger.info("%s is finished already, with the same settings and data: nothing was done", output)
-            return folder.read_counts(output)
-        folder.check_output(output, overwrite=overwrite, finished_too=True)
-        return None
+
+def _runs_elsewhere(config: PrepareConfig) -> bool:
+    """Whether other machines compute the units."""
+    return config.executor in ("slurm", "ray")
+
+
+def _choose_devices(config: PrepareConfig) -> list[str]:
+    if config.executor is not None:
+        from usdm_sft.executors import run as executors  # datatrove is an optional dependency
+
+        executors.check_options(config.executor, config.num_gpus, config.slurm)
+        if _runs_elsewhere(config):
+            return [executors.find_device(config.executor, config.num_gpus)]
+    return _find_devices(config.num_gpus)
 
 
 def _find_devices(num_gpus: int | None) -> list[str]:
-    import torch
-
+    """The GPUs of this machine, or its CPU."""
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if num_gpus is not None and not 0 <= num_gpus <= available:
+    if num_gpus is not None and num_gpus > available:
         raise ValueError(f"num_gpus is {num_gpus}: this machine has {available}")
     return [f"cuda:{index}" for index in range(available if num_gpus is None else num_gpus)] or ["cpu"]
+
+
+def _describe_run(run: _Run) -> dict[str, Any]:
+    """The part of counts.json that is known before any work, with the key of the run."""
+    config, builder = run.config, run.builder
+    is_reference = (config.precision, config.resampler) == ("fp32", "soxr")
+    lists = {f"{split} {list_kind(builder.split_lists[split])}": sha for split, sha in builder.list_digests.items()}
+    counts: dict[str, Any] = {
+        "format_version": 1,
+        "config": config.config_name,
+        "corpus": describe_corpus(builder.split_lists, builder.list_digests),
+        "unit_model": describe_unit_model(run.unit_tokenizer.folder),
+        "tokenizer": describe_tokenizer(str(config.pretrained_model_name_or_path), run.encoder.num_units),
+        "num_units": run.unit_tokenizer.num_units,
+        "settings": {
+            "history": config.history,
+            "agent": config.agent,
+            "merge_speaker_turns": config.merge_speaker_turns,
+            "template": asdict(config.template) | {"loss": list(config.template.loss)},
+            "max_length": config.max_length,
+            "overflow": run.overflow,
+            "shuffle_seed": config.shuffle_seed,
+            "num_output_shards": config.num_output_shards,
+            "shard_dialogs": config.shard_dialogs,
+            **run.unit_tokenizer.settings,
+            **({} if is_reference else {"agreement_utterances": config.agreement_utterances}),
+        },
+        "digests": {
+            **lists,
+            "lists and audio": builder.config.corpus_digest,
+            "unit model": run.unit_tokenizer.digest,
+            "tokenizer": run.encoder.tokenizer_digest,
+        },
+        "versions": {"dailytalk-usdm": __version__} | {name: importlib.metadata.version(name) for name in _VERSIONED},
+    }
+    return counts | {"key": cache_key(counts, [shard.tokens_key for shard in run.plan])}
+
+
+def _find_finished(run: _Run, key: str) -> dict[str, Any] | None:
+    """The counts of an output folder that the same run finished; other content is refused."""
+    with path_lock(run.output, run.cache):
+        if is_up_to_date(run.output, key):
+            clear_unfinished(run.output)
+            logger.info("%s is finished already, with the same settings and data: nothing was done", run.output)
+            return read_counts(run.output)
+        check_output(run.output, overwrite=run.config.overwrite, finished_too=True)
+        return None
+
+
+def _tokenize_audio(run: _Run) -> tuple[dict[str, Any] | None, dict[str, Path]]:
+    """Make the unit shards that the cache lacks.
+
+    Returns:
+        The agreement with fp32 and soxr, or None where these are in use, and the file of each unit shard by its key.
+    """
+    config = run.config
+    if config.executor is not None:
+        from usdm_sft.executors import run as executors  # datatrove is an optional dependency
+
+        submitted = executors.run_tasks(
+            config.executor,
+            run.plan,
+            run.unit_tokenizer,
+            run.devices if run.devices[0] != "cpu" else ["cpu"] * config.tasks,
+            run.cache,
+            tasks=config.tasks,
+            sample=pick_sample(run.builder.audio_digests, config.agreement_utterances),
+            slurm=config.slurm,
+        )
+        if submitted:
+            raise Submitted(f"{submitted}: run the same command again when it has ended")
+    agreement = measure_agreement(run.unit_tokenizer, run.builder.audio_digests, run.cache, config.agreement_utterances)
+    if agreement is not None:
+        logger.warning(
+            "%s, %s: %.2f %% of the units equal those of fp32 and soxr (%d utterances)",
+            config.precision, config.resampler, 100 * agreement["share"], agreement["utterances"],
+        )  # fmt: skip
+    return agreement, make_units(run.plan, run.unit_tokenizer, run.devices, run.cache)
+
+
+def _fit_splits(
+    run: _Run, rows: Mapping[str, Dataset], units: dict[str, Path], tokens: Mapping[str, Path]
+) -> tuple[dict[str, Dataset], dict[str, Any]]:
+    """Join the token shards of each split, apply `max_length`, and count the rows."""
+    config = run.config
+    splits, counts = {}, {}
+    for split, split_rows in rows.items():
+        shards: Sequence[Shard] = [shard for shard in run.plan if shard.split == split]
+        joined = join_shards(split_rows, [tokens[shard.tokens_key] for shard in shards])
+        fitted = fit_rows(joined, run.encoder, config.max_length, run.overflow)
+        counts[split] = count_rows(joined, fitted, run.builder, split, config.max_length)
+        counts[split]["fp32_fallback"] = find_fp32_fallback(shards, units, run.builder.corpus[split])
+        shuffle = config.shuffle_seed is not None
+        splits[split] = fitted.rows.shuffle(seed=config.shuffle_seed) if shuffle else fitted.rows
+    return splits, counts

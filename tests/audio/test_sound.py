@@ -168,7 +168,7 @@ def test_corpus_with_a_codec_that_cannot_seek(mini, unit_model, tmp_path, on_bad
                 samples = sound.read(sound.frames, dtype="float32")
             soundfile.write(path, samples, rate, subtype="FLOAT")
         prepare(
-            str(corpus), str(tmp_path / f"{name}-out"), unit_model=str(unit_model), cache_dir=str(tmp_path / "cache"),
+            data_dir=str(corpus), output_path=str(tmp_path / f"{name}-out"), unit_model=str(unit_model), cache_dir=str(tmp_path / "cache"),
             pretrained_model_name_or_path="mistral-common", on_bad_audio=on_bad_audio,
         )  # fmt: skip
         rows[name] = datasets.load_dataset(str(tmp_path / f"{name}-out"), cache_dir=str(tmp_path / "datasets"))

@@ -78,8 +78,8 @@ def main() -> None:
             spent.clear()
             start = time.perf_counter()
             prepare(
-                str(root / "corpus"),
-                str(root / run),
+                data_dir=str(root / "corpus"),
+                output_path=str(root / run),
                 unit_model=str(unit_model),
                 pretrained_model_name_or_path="mistral-common",
                 cache_dir=str(root / "cache"),

@@ -4,11 +4,11 @@ from pathlib import Path
 import pytest
 
 from usdm_sft.convert.published import describe_unit_model
+from usdm_sft.corpus import published_lists
 from usdm_sft.corpus.published_lists import describe_corpus
 from usdm_sft.template.tokenizer import describe_tokenizer
-from usdm_sft.utils import download
 
-TRAIN, TEST = (sha256 for _, sha256 in download.SPLIT_LISTS.values())
+TRAIN, TEST = (sha256 for _, sha256 in published_lists.SPLIT_LISTS.values())
 OTHER = "0" * 64
 
 

@@ -355,7 +355,9 @@ def run(unit_model, tmp_path):
             "cache_dir": str(tmp_path / "cache"),
             "shard_dialogs": 1,
         }
-        return tmp_path / output, prepare(str(corpus), str(tmp_path / output), **(defaults | options))
+        return tmp_path / output, prepare(
+            data_dir=str(corpus), output_path=str(tmp_path / output), **(defaults | options)
+        )
 
     return run
 
@@ -410,11 +412,11 @@ def test_skip_leaves_out_exactly_the_pairs_concerned(run, corpus, mini):
 
 
 def test_skip_reads_no_bad_audio_and_makes_no_empty_units(run, corpus, monkeypatch):
-    from usdm_sft.units import tokenizer as units
+    from usdm_sft.units import reading
 
     read = []
-    real = units.read_waveform
-    monkeypatch.setattr(units, "read_waveform", lambda source: read.append(os.path.basename(source)) or real(source))
+    real = reading.read_waveform
+    monkeypatch.setattr(reading, "read_waveform", lambda source: read.append(os.path.basename(source)) or real(source))
     output, _ = run(corpus, on_bad_audio="skip")
     # 0_1_d20 is good, but no pair is left that it is in.
     assert not {"2_1_d8.wav", "0_0_d3.wav", "3_1_d3.wav", "1_0_d20.wav", "0_1_d20.wav"} & set(read)

@@ -11,8 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dailytalk_usdm import DailyTalkUSDM
-from usdm_sft.corpus import read as corpus
-from usdm_sft.corpus import split_list
+from usdm_sft.corpus import problems, published_lists, split_list
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.corpus.read import SAME_SPEAKER, SINGLE_TURN, read_corpus
 from usdm_sft.utils import download
@@ -131,14 +130,14 @@ def test_very_many_bad_lines(path, line):
         return caught.value
 
     error = within(5, call)
-    assert len(error.problems) == corpus.MAX_PROBLEMS
+    assert len(error.problems) == problems.MAX_PROBLEMS
     assert str(error).endswith("... and 980 more problems, where reading stopped")
     assert len(str(error)) < 10_000
 
 
 def test_thousands_of_dialogs_without_a_beginning(path):
     content = "".join(f"1_0_d{number}|0|{{P}}|hello.|none\n" for number in range(5000))
-    assert len(problems(path, content)) == corpus.MAX_PROBLEMS
+    assert len(problems(path, content)) == problems.MAX_PROBLEMS
 
 
 def test_longest_line(path):
@@ -201,7 +200,7 @@ def mini_corpus(tmp_path, mini):
 def known(mini, monkeypatch):
     """The lists of the mini corpus in the place of DailyTalk's."""
     lists = {split: ("", download.sha256_file(mini / "corpus" / f"{split}.txt")) for split in ("train", "test")}
-    monkeypatch.setattr(download, "SPLIT_LISTS", lists)
+    monkeypatch.setattr(published_lists, "SPLIT_LISTS", lists)
 
 
 def test_dailytalks_own_lists_swapped(mini_corpus, known):

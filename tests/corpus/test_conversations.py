@@ -115,7 +115,7 @@ def test_counts_of_conversations(multi, single):
 
 def test_other_rows_need_no_forward_pass(single, run, monkeypatch):
     monkeypatch.setattr(UnitModel, "forward", None)
-    monkeypatch.setattr("usdm_sft.units.tokenizer.read_waveform", None)
+    monkeypatch.setattr("usdm_sft.units.reading.read_waveform", None)
     for number, options in enumerate(
         [
             {"config_name": "multi_turn"},

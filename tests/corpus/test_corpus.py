@@ -7,8 +7,8 @@ import pytest
 
 from dailytalk_usdm import DailyTalkUSDM
 from tests.helpers import FIXTURES
+from usdm_sft.corpus import published_lists, split_list
 from usdm_sft.corpus import read as corpus
-from usdm_sft.corpus import split_list
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.corpus.read import read_corpus
 from usdm_sft.utils import download
@@ -221,14 +221,14 @@ def test_download_is_kept_only_with_its_digest(server, tmp_path):
 def test_offline_mode_fetches_nothing(server, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match="offline mode"):
-        download.fetch_split_lists(tmp_path, url=server[1])
+        published_lists.fetch_split_lists(tmp_path, url=server[1])
 
 
 def test_a_wrong_split_list_is_refused(server, tmp_path):
     folder, url = server
     (folder / "train_phone.txt").write_text("not DailyTalk's")
     with pytest.raises(ValueError, match=r"train_phone\.txt has sha256 .* not defdf666"):
-        download.fetch_split_lists(tmp_path, url=url)
+        published_lists.fetch_split_lists(tmp_path, url=url)
 
 
 @pytest.mark.parametrize(
@@ -255,11 +255,11 @@ def test_a_server_that_does_not_keep_its_word(tmp_path, monkeypatch, answer):
 @pytest.mark.oracle
 def test_split_lists_are_fetched_once(server, tmp_path, shared):
     folder, url = server
-    for split, (name, _) in download.SPLIT_LISTS.items():
+    for split, (name, _) in published_lists.SPLIT_LISTS.items():
         (folder / name).write_bytes((shared / "dailytalk" / f"{split}.txt").read_bytes())
-    lists = download.fetch_split_lists(tmp_path, url=url)
+    lists = published_lists.fetch_split_lists(tmp_path, url=url)
     assert read_corpus(lists)["train"].num_pairs == 20_042
-    assert download.fetch_split_lists(tmp_path, url="http://127.0.0.1:9/never-asked") == lists
+    assert published_lists.fetch_split_lists(tmp_path, url="http://127.0.0.1:9/never-asked") == lists
 
 
 def test_edge_lists_are_refused_whole():

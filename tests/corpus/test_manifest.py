@@ -245,7 +245,7 @@ def calls(mini, tmp_path):
 
 def run(data_dir, output, unit_model, tmp_path, **options):
     return prepare(
-        str(data_dir), str(output), unit_model=str(unit_model), cache_dir=str(tmp_path / "cache"),
+        data_dir=str(data_dir), output_path=str(output), unit_model=str(unit_model), cache_dir=str(tmp_path / "cache"),
         pretrained_model_name_or_path="mistral-common", **options,
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ import pytest
 from huggingface_hub import DatasetCard
 
 from usdm_sft.convert import published
+from usdm_sft.corpus import published_lists
 from usdm_sft.dataset_folder.verify import verify
 from usdm_sft.prepare import prepare
 from usdm_sft.template.config import Template
@@ -117,7 +118,7 @@ def make(mini, unit_model, folder, **options):
 def known_lists(mini, monkeypatch):
     """The lists of the mini corpus stand for the published ones."""
     lists = {split: ("", download.sha256_file(mini / "corpus" / f"{split}.txt")) for split in ("train", "test")}
-    monkeypatch.setattr(download, "SPLIT_LISTS", lists)
+    monkeypatch.setattr(published_lists, "SPLIT_LISTS", lists)
 
 
 @pytest.fixture
@@ -233,7 +234,7 @@ def test_names_from_outside_are_text(mini, unit_model, tmp_path):
 
 def test_agreement_of_a_faster_precision_is_in_the_card(mini, unit_model, tmp_path):
     counts = prepare(
-        str(mini / "corpus"), str(tmp_path / "out"), unit_model=str(unit_model), precision="bf16",
+        data_dir=str(mini / "corpus"), output_path=str(tmp_path / "out"), unit_model=str(unit_model), precision="bf16",
         pretrained_model_name_or_path="mistral-common", cache_dir=str(tmp_path / "cache"),
     )  # fmt: skip
     share = f"{100 * counts['agreement']['share']:.2f} % of the units"

@@ -88,7 +88,7 @@ def test_push_load_stream_and_push_again(hub, dataset_folder, folder_copy, mini,
     assert len(commits(hub)) == 2
 
     prepare(
-        str(mini / "corpus"), str(tmp_path / "fewer"), unit_model=str(unit_model), max_length=300, num_output_shards=2,
+        data_dir=str(mini / "corpus"), output_path=str(tmp_path / "fewer"), unit_model=str(unit_model), max_length=300, num_output_shards=2,
         pretrained_model_name_or_path="mistral-common", cache_dir=str(tmp_path / "cache"),
     )  # fmt: skip
     assert run_push(hub, tmp_path, tmp_path / "fewer").returncode == 0

@@ -230,7 +230,7 @@ NO_GPU = r"the Ray cluster has no GPU: compute on its CPUs with --num_gpus 0 \(P
 @needs_ray
 def test_users_ray_cluster_without_a_gpu_is_told_before_any_work(ray_cluster, tmp_path):
     with pytest.raises(ValueError, match=NO_GPU):
-        prepare("no data", "no output", executor="ray", tasks=2)
+        prepare(data_dir="no data", output_path="no output", executor="ray", tasks=2)
     with pytest.raises(ValueError, match=NO_GPU):  # nor does anything wait where the cluster lost its GPUs
         launchers.run_on_ray(tmp_path, 1, [0], "cuda")
 
@@ -397,13 +397,13 @@ BAD_OPTIONS = [
 @pytest.mark.parametrize(("changes", "message"), BAD_OPTIONS)
 def test_bad_options(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        prepare("no data", "no output", **changes)
+        prepare(data_dir="no data", output_path="no output", **changes)
 
 
 def test_no_sbatch(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="sbatch is not found: start --executor slurm where"):
-        prepare("no data", "no output", executor="slurm", slurm=SLURM)
+        prepare(data_dir="no data", output_path="no output", executor="slurm", slurm=SLURM)
 
 
 @pytest.mark.parametrize(
@@ -427,7 +427,7 @@ def test_without_datatrove(monkeypatch, module):
         monkeypatch.delitem(sys.modules, f"usdm_sft.{name}", raising=False)
         monkeypatch.delattr(usdm_sft, name, raising=False)
     with pytest.raises(ImportError, match=r"--executor needs datatrove .*pip install 'dailytalk-usdm\[executors\]'"):
-        prepare("no data", "no output", executor="local")
+        prepare(data_dir="no data", output_path="no output", executor="local")
 
 
 def test_without_ray(monkeypatch, tmp_path):

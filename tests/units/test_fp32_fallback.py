@@ -95,8 +95,8 @@ def test_utterances_that_overflow_are_in_counts_and_card_also_when_the_cache_has
 
     def run(output, **options):
         return prepare(
-            str(mini / "corpus"),
-            str(tmp_path / output),
+            data_dir=str(mini / "corpus"),
+            output_path=str(tmp_path / output),
             unit_model=str(folder),
             pretrained_model_name_or_path="mistral-common",
             cache_dir=str(tmp_path / "cache"),

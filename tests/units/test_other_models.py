@@ -531,8 +531,8 @@ def run(mini, tmp_path):
     def run(unit_model, num_units):
         build_tokenizer(num_units=num_units).save_pretrained(tmp_path / "tokenizer")
         prepare(
-            str(mini / "corpus"),
-            str(tmp_path / "out"),
+            data_dir=str(mini / "corpus"),
+            output_path=str(tmp_path / "out"),
             unit_model=str(unit_model),
             pretrained_model_name_or_path=str(tmp_path / "tokenizer"),
             cache_dir=str(tmp_path / "cache"),

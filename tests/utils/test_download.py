@@ -10,8 +10,9 @@ import sys
 import threading
 
 import pytest
+from tqdm import tqdm
 
-from usdm_sft.utils import download
+from usdm_sft.utils import download, progress
 
 CONTENT = bytes(range(256)) * 40  # 10,240 bytes
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -240,11 +241,11 @@ def test_record_that_was_cut_short_is_no_harm(server, path, waits):
 
 
 def test_full_disk_is_not_tried_again(server, path, waits, monkeypatch):
-    class FullBar(download.tqdm):
+    class FullBar(tqdm):
         def update(self, num=1):  # in the place of the write beside it
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(download, "tqdm", FullBar)
+    monkeypatch.setattr(progress, "tqdm", FullBar)
     with pytest.raises(OSError, match=r"No space left on device.*the 10,240 bytes that are here are kept"):
         download.download(server.url, path)
     assert (len(server.asked), waits) == (1, [])
@@ -280,7 +281,8 @@ def test_part_survives_a_kill(server, path, waits):
 
 TWO_AT_ONCE = """
 import sys
-from usdm_sft.utils import download
+from tqdm import tqdm
+from usdm_sft.utils import download, progress
 url, folder, sha256 = sys.argv[1:]
 download.SPLIT_LISTS = {"train": ("train_phone.txt", sha256)}
 print("ready", flush=True)

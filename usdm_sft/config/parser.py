@@ -1,16 +1,24 @@
-"""The parser of the command line: what is wrong with the arguments comes in one line, in words."""
+"""The parser of the command line: options from dataclasses and functions, and wrong usage reported in two lines."""
 
 from __future__ import annotations
 
 import difflib
+import importlib.resources
+import inspect
 import re
-from typing import NoReturn
+from collections.abc import Callable, Collection
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn, get_origin, get_type_hints
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+from docstring_parser import parse_from_object
+from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from usdm_sft.config.checks import describe_type
+from usdm_sft.utils.texts import printable
 
-set_parsing_settings(import_path_denylist=["*"])  # a YAML file names values, and no code to import
+# A YAML file names values, not code to import; the docstrings of fields are their help.
+set_parsing_settings(import_path_denylist=["*"], docstring_parse_attribute_docstrings=True)
 
 
 class Parser(ArgumentParser):
@@ -19,8 +27,6 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # jsonargparse tries something out
             super().error(message, ex)
-        from usdm_sft.utils.texts import printable
-
         parser = getattr(ex, "subcommand_parser", None) or self
         program = parser.prog.replace(" [options]", "")
         if missing := re.match(r"the following arguments are required: (\w+)\.", message):
@@ -48,3 +54,55 @@ class Parser(ArgumentParser):
         return [
             parser for action in self._actions if isinstance(action.choices, dict) for parser in action.choices.values()
         ]
+
+
+class ConfigAction(ActionConfigFile):
+    """The option `--config`: a YAML file, or the name of one that the package ships, such as single_turn."""
+
+    def __call__(self, parser: ArgumentParser, cfg: Any, values: str, option_string: str | None = None) -> None:
+        shipped = importlib.resources.files("usdm_sft.configs") / f"{values}.yaml"
+        if re.fullmatch(r"\w+", str(values)) and not Path(values).exists() and shipped.is_file():
+            values = str(shipped)
+        super().__call__(parser, cfg, values, option_string)
+
+
+def add_config_arguments(parser: ArgumentParser, config: type) -> None:
+    """Add an option for each field of a config dataclass, in one group for each of its base classes.
+
+    The docstring of a base class is the title of its group, and the docstring of a field is its help. A field of type bool is
+    a flag.
+    """
+    for group in config.__bases__:
+        hints = get_type_hints(group)
+        flags = [field.name for field in fields(group) if hints[field.name] is bool]
+        parser.add_class_arguments(group, skip=set(flags))
+        title = inspect.getdoc(group)
+        [container] = [each for each in parser._action_groups if each.title == title]
+        helps = _help_texts(group)
+        for name in flags:
+            container.add_argument(f"--{name}", action="store_true", help=helps[name])
+
+
+def add_function_arguments(parser: ArgumentParser, function: Callable[..., Any], *, skip: Collection[str] = ()) -> None:
+    """Add the parameters of a function: positional ones where they have no default, flags for bool, options for the rest.
+
+    The docstring of the function is the help.
+    """
+    hints, helps = get_type_hints(function), _help_texts(function)
+    done = set(skip)
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in done:
+            continue
+        if parameter.default is parameter.empty:
+            several = {"nargs": "+", "type": str} if get_origin(hints[name]) is list else {"type": hints[name]}
+            parser.add_argument(name, help=helps[name], **several)
+        elif hints[name] is bool:
+            parser.add_argument(f"--{name}", action="store_true", help=helps[name])
+        else:
+            continue
+        done.add(name)
+    parser.add_function_arguments(function, skip=done)
+
+
+def _help_texts(documented: Any) -> dict[str, str]:
+    return {each.arg_name: " ".join((each.description or "").split()) for each in parse_from_object(documented).params}

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 from usdm_sft.utils.texts import text_problem
 
+USTM = "naver-ai/USTM"
+OFFLINE = "mistral-common"  # as a name: the tokenizer that `build_tokenizer` makes
+MAX_LENGTH = 8192
+
 # naver-ai/usdm, preprocess/fine-tuning/dailytalk_single_turn.py
 INSTRUCTION = (
     "Below is a conversation between the user and the agent. Each turn includes the user's speech and its corresponding "

@@ -12,6 +12,8 @@ import importlib.resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from usdm_sft.template.config import MAX_LENGTH, OFFLINE, USTM
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -19,16 +21,12 @@ if TYPE_CHECKING:
 
 from typing import Any
 
-USTM = "naver-ai/USTM"
-OFFLINE = "mistral-common"  # as a name: the tokenizer that `build_tokenizer` makes
-
 UNK, BOS, EOS = 0, 1, 2
 NEWLINE = 13  # <0x0A>, how a newline is spelled in every place
 SPACE = 28705  # a "▁" that stands alone
 CONTINUE, CORRESPOND, UNIT_0 = 32000, 32001, 32002
 NUM_UNITS = 10_000
 MAX_UNITS = 65_536  # units are stored as uint16
-MAX_LENGTH = 8192
 
 MODEL_SHA256 = "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055"
 

@@ -1,0 +1,156 @@
+"""Every option of `prepare`: the one definition that the Python API, the command line, YAML files and `--help` share.
+
+The base classes are the groups that `--help` and the documentation show. This module imports nothing heavy, so that `--help`
+answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from os import PathLike
+from typing import Any, Literal, get_type_hints
+
+from usdm_sft.config.checks import check_settings
+from usdm_sft.corpus.examples import SINGLE_TURN, check_config
+from usdm_sft.template.config import MAX_LENGTH, REFERENCE, USTM, Template
+from usdm_sft.units.settings import BATCH_SECONDS, PrecisionName, ResamplerName
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusOptions:
+    """Corpus"""
+
+    data_dir: str | PathLike[str]
+    """DailyTalk's folder (with data/), its data folder, or its zip archive; or the folder of another corpus, with
+    manifests; or hub:USER/NAME."""
+
+    config_name: Literal["single_turn", "multi_turn"] = SINGLE_TURN
+    """single_turn (as the reference: one exchange per row) or multi_turn (one conversation per row)."""
+
+    history: int = 0
+    """single_turn only: number of earlier exchanges that each row brings along as context, without loss."""
+
+    agent: str | None = None
+    """The speaker who is the agent in every pair. By default each side is the agent in turn, as in the reference."""
+
+    merge_speaker_turns: bool = False
+    """Join neighbouring turns of one speaker. By default a dialog with such turns is left out, as in the reference."""
+
+    train_metadata_path: str | PathLike[str] | None = None
+    """Split list or manifest of the train split. By default the lists beside the data, or else DailyTalk's own, which are
+    downloaded once."""
+
+    test_metadata_path: str | PathLike[str] | None = None
+    """Split list or manifest of the test split."""
+
+    on_bad_audio: Literal["error", "skip"] = "error"
+    """What to do with audio that cannot become units: error stops before any work and names every file; skip leaves out
+    the pairs that use it and lists them in counts.json and in the card."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerOptions:
+    """Tokenizer and template"""
+
+    pretrained_model_name_or_path: str | PathLike[str] = USTM
+    """The speech-text tokenizer: a Hub repository, a folder, or mistral-common for the one that is built offline."""
+
+    template: Template = REFERENCE
+    """The words of the template, and the parts that are labelled."""
+
+    max_length: int = MAX_LENGTH
+    """Largest number of tokens in a row, BOS and EOS included."""
+
+    overflow: Literal["drop", "truncate", "split"] | None = None
+    """What to do with longer rows: drop leaves them out; truncate keeps the leading exchanges that fit (with history: the
+    latest); split puts the rest into further rows (multi_turn). By default drop where a row is one exchange, else truncate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitModelOptions:
+    """Unit model"""
+
+    unit_model: str | PathLike[str] = "xlsr2_1b_v2"
+    """A unit model folder, or xlsr2_1b_v2 to download and convert the published one."""
+
+    precision: PrecisionName = "fp32"
+    """fp32 (as the reference), tf32, fp16 or bf16."""
+
+    resampler: ResamplerName = "soxr"
+    """soxr (as the reference) or torchaudio (on the device; needs the extra torchaudio)."""
+
+    batch_seconds: float = BATCH_SECONDS
+    """Seconds of audio, padding included, in one forward pass."""
+
+    agreement_utterances: int = 64
+    """Number of utterances on which the share of units equal to those of fp32 and soxr is measured, where precision or
+    resampler differ from these."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions:
+    """Compute and cache"""
+
+    num_gpus: int | None = None
+    """GPUs to use, one process each; all of them by default. 0 means the CPU. With the executors ray and slurm each task
+    has one GPU, unless this is 0."""
+
+    shard_dialogs: int = 64
+    """Dialogs in a work shard, which is what a crash can lose."""
+
+    cache_dir: str | PathLike[str] | None = None
+    """Where finished work is kept. By default the folder dailytalk_usdm in HF_HOME."""
+
+    model_cache_dir: str | PathLike[str] | None = None
+    """Where the downloaded tokenizer and unit model are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """Output"""
+
+    output_path: str | PathLike[str]
+    """The dataset folder to make."""
+
+    num_output_shards: int | None = None
+    """Parquet files per split, never more than rows. By default 64 for train and 8 for other splits."""
+
+    shuffle_seed: int | None = None
+    """Shuffle the rows of each split with this seed. By default rows are in order of dialog and turn."""
+
+    overwrite: bool = False
+    """Write into an output folder that holds something else. Its README.md, counts.json, pictures, tokenizer and the folder
+    of the config are replaced."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutorOptions:
+    """Executor"""
+
+    executor: Literal["local", "slurm", "ray"] | None = None
+    """Make the units in datatrove tasks (extra executors): local, in one process each on this machine; ray, on the cluster
+    of RAY_ADDRESS or a new one; slurm, as an array job, after which the same command is given again. All machines must see
+    data, unit model, cache and environment under the same paths. By default this process, or one per GPU."""
+
+    tasks: int = 1
+    """Number of tasks that the work shards are divided into; as many as GPUs are available at once. A lost task loses one
+    work shard. Local tasks on the CPU all run at once."""
+
+    slurm: dict[str, Any] | None = None
+    """Options of datatrove's SlurmPipelineExecutor: partition and time, and optionally cpus_per_task (4),
+    mem_per_cpu_gb (4), gpus_per_task (1), qos, sbatch_args, env_command, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig(CorpusOptions, TokenizerOptions, UnitModelOptions, ComputeOptions, OutputOptions, ExecutorOptions):
+    """Options of `prepare`, validated when the config is made.
+
+    Raises:
+        ValueError: A value is of another type or out of range, or two options contradict each other.
+    """
+
+    def __post_init__(self) -> None:
+        check_settings(get_type_hints(type(self)), {field.name: getattr(self, field.name) for field in fields(self)})
+        check_config(self.config_name, self.history)
+        if self.executor is None and (self.tasks != 1 or self.slurm is not None):
+            raise ValueError("tasks and slurm are options of an executor: name one with --executor")
