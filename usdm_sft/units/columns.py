@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 Index = int | list[int]  # position of a row's recording among the distinct ones; a list has one for each exchange
 
 
@@ -56,7 +58,7 @@ def distinct_audio(batch: Mapping[str, Sequence[Any]]) -> tuple[list[str | bytes
 
 
 def unit_columns(
-    columns: Mapping[str, Sequence[Index]], units: Sequence[Any], seconds: Sequence[Any]
+    columns: Mapping[str, Sequence[Index]], units: Sequence[Any], seconds: Sequence[Any] | np.ndarray
 ) -> dict[str, list[Any]]:
     """Return `*units` and `*seconds` for each audio column of `distinct_audio`.
 
@@ -66,7 +68,7 @@ def unit_columns(
         seconds: Length of each distinct recording.
     """
 
-    def pick(values: Sequence[Any], index: Index) -> Any:
+    def pick(values: Sequence[Any] | np.ndarray, index: Index) -> Any:
         return [values[i] for i in index] if isinstance(index, list) else values[index]
 
     out: dict[str, list[Any]] = {}
