@@ -37,7 +37,7 @@ from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer
 from usdm_sft.units.agreement import measure_agreement, pick_sample
 from usdm_sft.units.batches import padding_share
-from usdm_sft.units.tokenizer import UnitTokenizer
+from usdm_sft.units.tokenizer import UnitTokenizer, open_for
 from usdm_sft.utils.cache import cache_key, cache_root, path_lock
 from usdm_sft.utils.progress import quiet
 
@@ -131,14 +131,13 @@ def _open_run(config: PrepareConfig) -> _Run:
     tokenizer = load_tokenizer(config.pretrained_model_name_or_path, config.model_cache_dir)
     encoder = TemplateEncoder(tokenizer, config.template, last_exchange_only=config.history > 0)
     builder = _open_corpus(config, cache)
-    unit_tokenizer = UnitTokenizer.from_pretrained(
+    unit_tokenizer = open_for(
+        devices[0],
         find_unit_model(config.unit_model, config.model_cache_dir),
-        device=devices[0],
         precision=config.precision,
         batch_seconds=config.batch_seconds,
         resampler=config.resampler,
         cache_dir=cache,
-        elsewhere=_runs_elsewhere(config),
     )
     if unit_tokenizer.num_units > encoder.num_units:
         raise ValueError(

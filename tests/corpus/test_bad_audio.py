@@ -24,8 +24,9 @@ from usdm_sft.cli import main
 from usdm_sft.corpus.bad_audio import ALL_BAD, leave_out
 from usdm_sft.corpus.dialogs import Dialog, Split, Utterance
 from usdm_sft.prepare import prepare
-from usdm_sft.units.batches import BATCH_SECONDS, plan_batches
+from usdm_sft.units.batches import plan_batches
 from usdm_sft.units.model import UnitModel
+from usdm_sft.units.settings import BATCH_SECONDS
 from usdm_sft.units.tokenizer import UnitTokenizer
 
 NOT_AUDIO = "is not audio that soundfile can read (Format not recognised)"

@@ -16,7 +16,7 @@ import torch
 from usdm_sft.audio.addresses import format_address
 from usdm_sft.audio.reading import AudioError
 from usdm_sft.cli import main
-from usdm_sft.units import reading
+from usdm_sft.units import process, reading
 from usdm_sft.units.reading import AudioReader
 from usdm_sft.units.stream import audio_seconds, group_by_seconds, stream_units
 from usdm_sft.units.tokenizer import UnitTokenizer
@@ -128,7 +128,7 @@ def test_cuda_tokenizer_in_a_forked_process(unit_model, monkeypatch):
 def test_cuda_tokenizer_that_is_pickled_into_a_forked_process(unit_model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     tokenizer = UnitTokenizer.from_pretrained(unit_model, device="cuda")
-    monkeypatch.setattr("usdm_sft.units.tokenizer._IMPORTED_IN", os.getpid() + 1)
+    monkeypatch.setattr(process, "IMPORTED_IN", os.getpid() + 1)
     with pytest.raises(RuntimeError, match=r"CUDA does not survive a fork: call multiprocess\.set_start_method"):
         UnitTokenizer.__new__(UnitTokenizer).__setstate__(tokenizer.__getstate__())
 

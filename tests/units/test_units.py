@@ -1,3 +1,4 @@
+import copy
 import json
 import multiprocessing.reduction
 import operator
@@ -20,7 +21,7 @@ from tests.helpers import FIXTURES, SHARED
 from usdm_sft.audio.frames import num_frames
 from usdm_sft.audio.reading import AudioError
 from usdm_sft.convert.convert import convert
-from usdm_sft.units import reading
+from usdm_sft.units import process, reading
 from usdm_sft.units import tokenizer as module
 from usdm_sft.units.batches import normalize, padding_share, plan_batches
 from usdm_sft.units.model import UnitModel
@@ -235,14 +236,20 @@ def test_fingerprint_is_of_digest_and_settings(tokenizer, fairseq, fairseq2, tmp
     assert Hasher.hash(UnitTokenizer.from_pretrained(fairseq, device="cpu", batch_seconds=1)) != before
 
 
-def test_pickled_copy_finds_the_folder_through_the_environment(tokenizer, fairseq, monkeypatch):
+@pytest.mark.parametrize("package", [multiprocessing, multiprocess], ids=lambda package: package.__name__)
+def test_process_finds_the_folder_in_the_pickle_that_starts_it(tokenizer, fairseq, package):
+    assert not [name for name in os.environ if name.startswith("USDM_UNIT_MODEL_")]
+    with package.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(operator.attrgetter("folder"), (tokenizer,)) == fairseq.resolve()
+
+
+def test_other_pickles_open_in_a_process_that_has_opened_the_unit_model(tokenizer, fairseq, monkeypatch):
     pickled = pickle.dumps(tokenizer)
-    assert pickle.loads(pickled).folder == fairseq.resolve()
-    for name in [name for name in os.environ if name.startswith("USDM_UNIT_MODEL_")]:
-        monkeypatch.delenv(name)
+    assert pickle.loads(pickled).folder == copy.deepcopy(tokenizer).folder == fairseq.resolve()
+    monkeypatch.setattr(process, "_folders", {})
     with pytest.raises(
         ValueError,
-        match=r"does not know where the unit model .* lies: call UnitTokenizer\.from_pretrained\(folder\) in it first",
+        match=rf"has not opened the unit model of digest {tokenizer.digest}, .* call UnitTokenizer\.from_pretrained",
     ):
         pickle.loads(pickled)
 
