@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from usdm_sft.dataset_folder.export import export_text as export
     from usdm_sft.dataset_folder.push import push as push
     from usdm_sft.dataset_folder.verify import verify as verify
+    from usdm_sft.prepare import Submitted as Submitted
     from usdm_sft.prepare import prepare as prepare
     from usdm_sft.template.config import Template as Template
     from usdm_sft.template.encoder import TemplateEncoder as TemplateEncoder
@@ -52,6 +53,7 @@ __all__ = [
     "PaddingFreeCollator",
     "PrepareConfig",
     "StepLogitsProcessor",
+    "Submitted",
     "Template",
     "TemplateEncoder",
     "UnitTokenizer",
@@ -76,6 +78,7 @@ _LAZY = {
     "export": "usdm_sft.dataset_folder.export:export_text",
     "push": "usdm_sft.dataset_folder.push",
     "verify": "usdm_sft.dataset_folder.verify",
+    "Submitted": "usdm_sft.prepare",
     "prepare": "usdm_sft.prepare",
     "Template": "usdm_sft.template.config",
     "TemplateEncoder": "usdm_sft.template.encoder",
@@ -291,7 +294,7 @@ if not TYPE_CHECKING:  # a type checker takes a module with `__getattr__` to hav
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)
 
 
 # Let `datasets.load_dataset` find the builder by name. This private dict is the only one that is touched; if it ever goes, the
