@@ -1,13 +1,17 @@
-"""The three ways into the builder. Run against datasets 3.6 as well as the newest."""
+"""The three ways into the builder, and the public names. These tests also run on datasets 3.6."""
 
+import ast
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import pytest
 from packaging.version import Version
 
 import dailytalk_usdm
+import usdm_sft
 from dailytalk_usdm import DailyTalkUSDM
 from tests.helpers import REPOSITORY
 from usdm_sft.audio.reading import AudioError
@@ -305,10 +309,47 @@ def test_registration_leaves_the_rest_of_datasets_alone():
 
 
 def test_public_names():
-    for name in ("TemplateEncoder", "UnitTokenizer", "load_tokenizer", "build_tokenizer", "prepare"):
-        assert getattr(dailytalk_usdm, name).__name__ == name
+    assert set(dailytalk_usdm.__all__) <= set(dir(dailytalk_usdm))
+    for name in dailytalk_usdm.__all__:
+        value = getattr(dailytalk_usdm, name)
+        assert getattr(value, "__name__", name) in (name, "export_text")
+    assert dailytalk_usdm.__version__ == usdm_sft.__version__
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         dailytalk_usdm.nothing  # noqa: B018
+
+
+def test_names_for_type_checkers_are_the_lazy_names():
+    """What an editor sees under TYPE_CHECKING is what `__getattr__` finds."""
+    module = ast.parse((REPOSITORY / "dailytalk_usdm.py").read_text())
+    [block] = [node for node in module.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    typed = {}
+    for imported in block.body:
+        [alias] = imported.names
+        original = "" if alias.name == alias.asname else f":{alias.name}"
+        typed[alias.asname] = imported.module + original
+    assert typed == dailytalk_usdm._LAZY
+    defined_here = {"DailyTalkUSDM", "DailyTalkUSDMConfig", "__version__", "load_dataset"}
+    assert set(dailytalk_usdm.__all__) == {*typed, *defined_here}
+
+
+def test_code_digest_covers_the_modules_that_the_builder_imports():
+    """Modules that cannot change a row are the exceptions."""
+    code = "import sys, dailytalk_usdm; print(*(m for m in sys.modules if m.startswith('usdm_sft.')))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    covered = {"usdm_sft.audio", "usdm_sft.corpus", "usdm_sft.utils.texts"}
+    others = {name for name in done.stdout.split() if name not in covered and name.rpartition(".")[0] not in covered}
+    assert others <= {
+        "usdm_sft.utils",
+        *(f"usdm_sft.utils.{n}" for n in ("atomic", "cache", "download", "once", "progress")),
+    }
+
+
+@pytest.mark.parametrize("module", ["corpus/read.py", "audio/check.py", "utils/texts.py"])
+def test_code_digest_follows_the_code(monkeypatch, module):
+    before = dailytalk_usdm._code_digest()
+    real = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: real(path) + b"#" * path.as_posix().endswith(module))
+    assert dailytalk_usdm._code_digest() != before
 
 
 def test_builder_names_dailytalk_for_its_published_lists_only(mini, tmp_path, monkeypatch):
