@@ -138,7 +138,7 @@ def test_pairs_with_earlier_exchanges(way, corpus, tmp_path):
     assert [len(row["user_text"]) for row in loaded["train"]] == [1, 1, 2, 1, 1, 2, 2, 1, 1, 1]
 
 
-def test_configs_have_caches_of_their_own(corpus):
+def test_each_config_has_its_own_cache(corpus):
     caches = [
         cache_of(corpus, **options) for options in ({}, {"config_name": "multi_turn"}, {"history": 1}, {"history": 2})
     ]
@@ -178,14 +178,14 @@ def test_data_folder_instead_of_its_parent(way, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("way", WAYS[1:])
-def test_names_of_dailytalk_itself(way, corpus, tmp_path):
+def test_original_list_names_of_dailytalk_are_found(way, corpus, tmp_path):
     (corpus / "train.txt").rename(corpus / "train_phone.txt")
     (corpus / "test.txt").rename(corpus / "val_phone.txt")
     loaded = way(corpus, cache_dir=str(tmp_path / "cache"))
     assert {split: loaded[split]["id"][:] for split in loaded} == IDS
 
 
-def test_newer_datasets_refuse_the_script(corpus):
+def test_datasets_4_and_later_refuse_the_script(corpus):
     if SCRIPTS:
         pytest.skip("datasets 3 takes it")
     with pytest.raises((RuntimeError, ValueError, TypeError)):
@@ -198,7 +198,7 @@ def test_one_split_alone(corpus, tmp_path):
     assert {split: rows["id"][:] for split, rows in builder.as_dataset().items()} == {"test": IDS["test"]}
 
 
-def test_lists_are_taken_as_they_are_named(corpus, tmp_path):
+def test_lists_are_used_under_the_names_that_the_user_gives(corpus, tmp_path):
     swapped = {"train": "test.txt", "validation": "train.txt"}
     options = {"data_dir": str(corpus), "data_files": swapped, "cache_dir": str(tmp_path / "cache")}
     builder = DailyTalkUSDM(**options)
@@ -214,7 +214,7 @@ def test_lists_are_taken_as_they_are_named(corpus, tmp_path):
         DailyTalkUSDM(data_dir=corpus, data_files=["train.txt", "test.txt"])
 
 
-def test_home_folder_is_understood(corpus, monkeypatch):
+def test_home_folder_is_expanded(corpus, monkeypatch):
     monkeypatch.setenv("HOME", str(corpus.parent))
     assert cache_of("~/corpus", data_files={"test": "~/corpus/test.txt"}) == cache_of(
         corpus, data_files={"test": "test.txt"}
@@ -231,7 +231,7 @@ def test_one_builder_prepares_twice_and_then_streams(corpus, tmp_path):
     assert "torchcodec" not in sys.modules
 
 
-def test_bytes_are_stored_as_they_are(corpus, tmp_path):
+def test_audio_bytes_are_stored_unchanged(corpus, tmp_path):
     loaded = by_helper(corpus, cache_dir=str(tmp_path / "cache"))["test"]
     path = loaded[0]["user_audio"]["path"]
     with open(path, "rb") as file:

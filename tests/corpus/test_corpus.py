@@ -108,7 +108,7 @@ def test_text_that_the_template_can_hold(text):
     assert text_problem(text) is None
 
 
-def test_all_problems_are_told_at_once(tmp_path):
+def test_all_problems_are_reported_at_once(tmp_path):
     path = write(tmp_path / "l.txt", *[f"bad{i}" for i in range(30)])
     with pytest.raises(CorpusError, match=r"l\.txt:1: 1 fields") as caught:
         read_corpus({"train": path})
@@ -183,7 +183,7 @@ def test_a_wrong_split_list_is_refused(server, tmp_path):
 @pytest.mark.parametrize(
     "answer", [b"hello\r\n", b"HTTP/1.0 200 OK\r\nContent-Length: 100\r\n\r\nhalf"], ids=["no HTTP", "breaks off"]
 )
-def test_a_server_that_does_not_keep_its_word(tmp_path, monkeypatch, answer):
+def test_broken_answers_of_a_server_are_an_error(tmp_path, monkeypatch, answer):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(download, "FIRST_WAIT", 0)
     with socket.create_server(("127.0.0.1", 0)) as listening:

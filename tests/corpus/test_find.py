@@ -82,12 +82,12 @@ def test_guess_of_datasets_is_ignored(tmp_path, guess):
     assert find.find_lists(tmp_path, guess, resolved=True) == expected
 
 
-def test_lists_that_the_user_names_are_no_guess(tmp_path):
+def test_lists_that_the_user_names_are_used(tmp_path):
     named = {"train": "train_phone.txt", "validation": "val_phone.txt"}
     assert find.find_lists(tmp_path, named) == {split: tmp_path / name for split, name in named.items()}
 
 
-def test_manifests_go_before_split_lists(tmp_path):
+def test_manifests_take_precedence_over_split_lists(tmp_path):
     (tmp_path / "data").mkdir()
     for name in ("train.txt", "test.txt", "train.jsonl"):
         (tmp_path / name).touch()
