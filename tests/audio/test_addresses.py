@@ -43,7 +43,7 @@ def test_addresses_are_read_as_they_are_written(tmp_path):
 
 @pytest.mark.parametrize(("start", "end"), [(0.5, 1.25), (0, 2), (1.0001, 1.9)])
 @pytest.mark.parametrize("channel", [0, 1, None])
-def test_a_stretch_is_the_samples_between(call, start, end, channel):
+def test_stretch_has_the_samples_between_start_and_end(call, start, end, channel):
     samples, rate = read_audio(format_address(call, start, end, channel))
     sign = {0: 1, 1: -1, None: 0}[channel]
     assert rate == 8000
@@ -51,7 +51,7 @@ def test_a_stretch_is_the_samples_between(call, start, end, channel):
     assert check_audio(format_address(call, start, end, channel))[:2] == (len(samples), 8000)
 
 
-def test_a_stretch_has_the_waveform_of_a_file_that_was_cut_so(call, tmp_path):
+def test_stretch_has_the_waveform_of_a_file_cut_at_the_same_place(call, tmp_path):
     samples, rate = soundfile.read(call, dtype="int16")
     soundfile.write(tmp_path / "cut.wav", samples[4000:12_000, 1], rate, subtype="PCM_16")
     assert np.array_equal(read_waveform(format_address(call, 0.5, 1.5, 1)), read_waveform(tmp_path / "cut.wav"))
@@ -84,16 +84,16 @@ def test_neighbouring_stretches_join_with_the_pause_between():
         ("#t=1,1.01", "has 160 samples at 16 kHz, fewer than the 400"),
     ],
 )
-def test_what_cannot_be_cut_is_told_by_the_first_pass(call, fragment, problem):
+def test_stretch_outside_its_recording_is_reported(call, fragment, problem):
     assert check_audio(call + fragment).problem.startswith(problem)
 
 
-def test_a_time_stamp_may_be_rounded_over_the_end(call):
+def test_stretch_may_end_slightly_after_its_recording(call):
     assert check_audio(f"{call}#t=1,2.04")[:2] == (8000, 8000)
     assert len(read_audio(f"{call}#t=1,2.04")[0]) == 8000
 
 
-def test_nan_counts_where_it_is_cut(tmp_path):
+def test_nan_outside_the_stretch_is_ignored(tmp_path):
     samples = np.zeros(16_000, np.float32)
     samples[100] = np.nan
     path = tmp_path / "nan.wav"
@@ -163,7 +163,7 @@ def test_threads_read_the_directory_of_an_archive_once(call, tmp_path, monkeypat
     assert opened == [str(path)]
 
 
-def test_failed_call_is_made_again():
+def test_failed_call_is_repeated():
     calls = []
 
     def fail_once(key):
@@ -200,7 +200,7 @@ def test_a_member_of_an_archive_is_the_file(archive, call, tmp_path):
     assert found[member] == found[call]
 
 
-def test_hostile_archives_write_nothing_and_are_told(archive, tmp_path, monkeypatch):
+def test_hostile_archives_write_nothing_and_are_reported(archive, tmp_path, monkeypatch):
     before = sorted(os.listdir(tmp_path))
     assert check_audio(zip_address(archive, "../../escape.wav")).problem is None  # read in memory: a name leads nowhere
     assert check_audio(zip_address(archive, "link.wav")).problem == "is a link in the archive, not a file"
@@ -211,7 +211,7 @@ def test_hostile_archives_write_nothing_and_are_told(archive, tmp_path, monkeypa
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_a_bomb_that_lies_about_its_size_unpacks_no_further(archive):
+def test_member_with_a_false_size_is_not_unpacked_further(archive):
     content = bytearray(archive.read_bytes())
     local, central = content.find(b"zeros.wav"), content.rfind(b"zeros.wav")
     for place in (local - 30 + 22, central - 46 + 24):  # where the two headers have the unpacked size

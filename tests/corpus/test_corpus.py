@@ -5,9 +5,8 @@ import threading
 
 import pytest
 
-from dailytalk_usdm import DailyTalkUSDM
 from tests.helpers import FIXTURES
-from usdm_sft.corpus import find, published_lists
+from usdm_sft.corpus import published_lists
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.corpus.read import SAME_SPEAKER, SINGLE_TURN, read_corpus
 from usdm_sft.utils import download
@@ -109,7 +108,7 @@ def test_text_that_the_template_can_hold(text):
     assert text_problem(text) is None
 
 
-def test_all_problems_are_told_at_once(tmp_path):
+def test_all_problems_are_reported_at_once(tmp_path):
     path = write(tmp_path / "l.txt", *[f"bad{i}" for i in range(30)])
     with pytest.raises(CorpusError, match=r"l\.txt:1: 1 fields") as caught:
         read_corpus({"train": path})
@@ -133,51 +132,6 @@ def test_wrong_encoding(tmp_path):
 def test_missing_list(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"the train split list .*nowhere\.txt is not a file"):
         read_corpus({"train": tmp_path / "nowhere.txt"})
-
-
-@pytest.mark.parametrize("names", find.LIST_NAMES)
-@pytest.mark.parametrize("given", [".", "data"])
-def test_split_lists_beside_the_data(tmp_path, names, given):
-    (tmp_path / "data" / "1").mkdir(parents=True)
-    for name in names.values():
-        write(tmp_path / name, *GOOD)
-    found = find.find_split_lists(tmp_path / given)
-    assert {split: path.name for split, path in found.items()} == names
-    assert find.find_data_folder(tmp_path / given).resolve() == tmp_path / "data"
-
-
-def test_split_lists_beside_a_linked_data_folder(tmp_path):
-    """The audio may lie on another disk, with other lists beside it."""
-    for place in ("disk", "here"):
-        (tmp_path / place).mkdir()
-        for name in ("train.txt", "test.txt"):
-            (tmp_path / place / name).touch()
-    (tmp_path / "disk" / "data" / "1").mkdir(parents=True)
-    (tmp_path / "here" / "data").symlink_to(tmp_path / "disk" / "data")
-    expected = {split: tmp_path / "here" / f"{split}.txt" for split in ("train", "test")}
-    assert find.find_split_lists(tmp_path / "here") == find.find_split_lists(tmp_path / "here" / "data") == expected
-
-
-def test_no_split_lists_and_no_data(tmp_path):
-    (tmp_path / "data").mkdir()
-    assert find.find_split_lists(tmp_path) is None
-    write(tmp_path / "train_phone.txt", *GOOD)
-    with pytest.raises(FileNotFoundError, match=r"train_phone\.txt has no val_phone\.txt beside it: add it"):
-        find.find_split_lists(tmp_path)
-    with pytest.raises(FileNotFoundError, match="holds neither a folder 'data' nor numbered dialog folders"):
-        find.find_data_folder(tmp_path / "data")
-
-
-@pytest.mark.parametrize("name", ["find_data_folder", "find_recordings", "find_split_lists"])
-def test_data_dir_that_does_not_exist(tmp_path, name):
-    with pytest.raises(FileNotFoundError, match=r"^data_dir .*/nowhere does not exist: give the folder of the corpus"):
-        getattr(find, name)(tmp_path / "nowhere")
-
-
-def test_missing_data_dir_is_told_before_split_lists_named_from_it(tmp_path):
-    for data_files in (None, {"train": "train.txt"}, {"train": "train.jsonl"}):
-        with pytest.raises(FileNotFoundError, match=r"^data_dir .*/nowhere does not exist"):
-            DailyTalkUSDM(data_dir=tmp_path / "nowhere", data_files=data_files)
 
 
 @pytest.fixture
@@ -229,7 +183,7 @@ def test_a_wrong_split_list_is_refused(server, tmp_path):
 @pytest.mark.parametrize(
     "answer", [b"hello\r\n", b"HTTP/1.0 200 OK\r\nContent-Length: 100\r\n\r\nhalf"], ids=["no HTTP", "breaks off"]
 )
-def test_a_server_that_does_not_keep_its_word(tmp_path, monkeypatch, answer):
+def test_broken_answers_of_a_server_are_an_error(tmp_path, monkeypatch, answer):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(download, "FIRST_WAIT", 0)
     with socket.create_server(("127.0.0.1", 0)) as listening:

@@ -59,7 +59,7 @@ WRITERS = {"jsonl": write_jsonl, "csv": write_csv, "parquet": write_parquet}
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_every_kind_of_table_says_the_same(tmp_path, kind):
+def test_every_table_format_gives_the_same_dialogs(tmp_path, kind):
     rows = rows_of(start=0.5, end=1.25, channel=1, emotion="none", note="passed over")
     [split] = read_corpus({"train": WRITERS[kind](tmp_path / f"m.{kind}", rows)}).values()
     assert [dialog.id for dialog in split.dialogs] == ["call-1", "call/2 ü"]
@@ -69,7 +69,7 @@ def test_every_kind_of_table_says_the_same(tmp_path, kind):
     assert {u.emotion for u in utterances} == {"none"}
 
 
-def test_whole_numbers_that_a_table_spells_with_a_point(tmp_path):
+def test_whole_numbers_may_have_a_decimal_point(tmp_path):
     """A column of whole numbers with gaps is a column of floats to many who write CSV."""
     rows = [row | {"turn": f"{row['turn']}.0", "channel": "1.0"} for row in rows_of()]
     [split] = read_corpus({"train": write_csv(tmp_path / "m.csv", rows)}).values()
@@ -80,7 +80,7 @@ def test_whole_numbers_that_a_table_spells_with_a_point(tmp_path):
     ]
 
 
-def test_where_recordings_are_named_from(tmp_path):
+def test_relative_paths_start_at_the_manifest_or_data_dir(tmp_path):
     rows = rows_of()
     rows[0]["audio"], rows[1]["audio"] = "/elsewhere/x.wav", "zip://x.wav::../x.zip"
     path = write_jsonl(tmp_path / "m.jsonl", rows)
@@ -186,14 +186,14 @@ def test_csv_columns_that_are_not_read_may_share_a_name(tmp_path):
     assert [(u.turn, u.text) for u in dialog.utterances] == [(0, "yes, please"), (1, "fine")]
 
 
-def test_all_problems_are_told_at_once(tmp_path):
+def test_all_problems_are_reported_at_once(tmp_path):
     rows = [row | {"turn": "x", "channel": "y"} for row in rows_of()]
     with pytest.raises(CorpusError) as raised:
         read_corpus({"train": write_jsonl(tmp_path / "m.jsonl", rows)})
     assert len(raised.value.problems) == 12
 
 
-def test_named_agent_answers_and_never_asks(tmp_path):
+def test_named_agent_is_never_the_user(tmp_path):
     turns = [("d", i, speaker, f"text {i}") for i, speaker in enumerate("ABCABC")]
     turns += [("e", i, speaker, "text") for i, speaker in enumerate("AB")] + [("f", 0, "C", "x"), ("f", 1, "A", "y")]
     split = read_corpus({"train": write_jsonl(tmp_path / "m.jsonl", rows_of(turns))}, Rules(agent="C"))["train"]
@@ -202,7 +202,7 @@ def test_named_agent_answers_and_never_asks(tmp_path):
     assert dict(split.left_out) == {"e": NO_ANSWER, "f": NO_ANSWER}
 
 
-def test_turns_of_a_speaker_are_merged_where_asked(tmp_path):
+def test_neighbouring_turns_of_a_speaker_are_merged_on_request(tmp_path):
     turns = [("d", i, speaker, f"t{i}") for i, speaker in enumerate("AABBA")]
     rows = rows_of(turns)
     for i, row in enumerate(rows):
@@ -320,7 +320,7 @@ def test_manifests_through_load_dataset(calls, tmp_path):
     assert builder.info.license == "" and [row["id"] for row in builder.as_streaming_dataset("test")] == rows["id"][:]
 
 
-def test_two_manifests_of_a_split(calls, unit_model, tmp_path):
+def test_two_manifests_of_a_split_are_refused(calls, unit_model, tmp_path):
     (calls / "train.csv").touch()
     with pytest.raises(ValueError, match=r"train\.csv stands beside train\.jsonl: keep one"):
         run(calls, tmp_path / "out", unit_model, tmp_path)
@@ -352,7 +352,7 @@ def test_the_zip_of_dailytalk_is_read_without_unpacking(archive, mini, unit_mode
     assert pages[0].read_bytes() == pages[1].read_bytes()  # the kind of sound too, which is not that of the archive
 
 
-def test_an_archive_of_something_else(tmp_path, unit_model):
+def test_archive_without_recordings_is_refused(tmp_path, unit_model):
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as file:
         file.writestr("readme.txt", "hello")
     for name in ("train", "test"):
@@ -368,7 +368,7 @@ def test_an_archive_of_something_else(tmp_path, unit_model):
         run(tmp_path / "other.zip", tmp_path / "out", unit_model, tmp_path)
 
 
-def test_a_corpus_on_the_hub(calls, mini, unit_model, tmp_path):
+def test_corpus_on_the_hub_gives_the_lines_of_the_reference(calls, mini, unit_model, tmp_path):
     """Rows with audio in them, pushed to the stand-in, come back as the lines of the reference."""
     server, hub, url = serve()
     repo = hub.create("datasets", "tester/calls", False)
