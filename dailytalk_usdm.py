@@ -2,8 +2,6 @@
 
 After `import dailytalk_usdm`, `load_dataset("dailytalk_usdm", "single_turn", data_dir=..., data_files=...)` works on every
 version of datasets. datasets 3 also takes the path of this file, and `DailyTalkUSDM` can be used directly.
-
-The other public names are imported at their first use, so that importing this module does not import torch.
 """
 
 import dataclasses
@@ -71,7 +69,7 @@ __all__ = [
 
 _VERSION = datasets.Version("1.0.0")
 
-# Public name -> module, or module:name if the names differ; the same names as under TYPE_CHECKING above.
+# Public name -> module (or module:name), imported at the first use: torch is slow. The same names as under TYPE_CHECKING above.
 _LAZY = {
     "PrepareConfig": "usdm_sft.config.prepare_config",
     "convert": "usdm_sft.convert.convert",
