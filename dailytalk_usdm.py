@@ -68,7 +68,6 @@ __all__ = [
 ]
 
 _VERSION = datasets.Version("1.0.0")
-
 # Public name -> module (or module:name), imported at the first use: torch is slow. The same names as under TYPE_CHECKING above.
 _LAZY = {
     "PrepareConfig": "usdm_sft.config.prepare_config",
