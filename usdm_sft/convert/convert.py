@@ -91,24 +91,10 @@ def convert(
     """
     checkpoint, kmeans = Path(checkpoint).expanduser(), Path(kmeans).expanduser()
     folder = Path(unit_model_dir).expanduser().resolve()
-    description: dict[str, Any] = {"format_version": 1, "layer": layer, "sample_rate": SAMPLE_RATE}
     if not kmeans.is_file():
         raise FileNotFoundError(f"{kmeans} is not a file: name the downloaded file")
-    if checkpoint.is_dir():
-        if model_config is not None:
-            raise ValueError(
-                f"model_config {model_config} is for a .pt file: leave it out, {checkpoint} has a config.json"
-            )
-        config = read_folder_config(checkpoint, layer, final_norm=final_norm)
-        description["normalization"] = read_normalization(checkpoint)
-        sources = {path.name: path for path in weight_files(checkpoint)}
-    elif checkpoint.is_file():
-        config = _read_config(model_config, layer, final_norm=final_norm)
-        sources = {"checkpoint": checkpoint}
-    else:
-        raise FileNotFoundError(f"{checkpoint} is not a file or a folder: name the downloaded one")
-    if final_norm:
-        description["final_norm"] = True
+    config, settings, sources = _read_settings(checkpoint, model_config, layer, final_norm=final_norm)
+    description: dict[str, Any] = {"format_version": 1, "layer": layer, "sample_rate": SAMPLE_RATE, **settings}
     description["sources"] = {name: sha256_file(path) for name, path in (sources | {"kmeans": kmeans}).items()}
     with path_lock(folder, cache_root()):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -121,6 +107,29 @@ def convert(
         centroids = _read_kmeans(kmeans, config)
         read_weights = read_folder_weights if checkpoint.is_dir() else _read_weights
         return _write(folder, description, config, centroids, read_weights(checkpoint, config))
+
+
+def _read_settings(
+    checkpoint: Path, model_config: str | Path | None, layer: int, *, final_norm: bool
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Path]]:
+    """Return the config of the unit model, the settings that unit_model.json records, and the files of the weights."""
+    settings: dict[str, Any] = {}
+    if checkpoint.is_dir():
+        if model_config is not None:
+            raise ValueError(
+                f"model_config {model_config} is for a .pt file: leave it out, {checkpoint} has a config.json"
+            )
+        config = read_folder_config(checkpoint, layer, final_norm=final_norm)
+        settings["normalization"] = read_normalization(checkpoint)
+        sources = {path.name: path for path in weight_files(checkpoint)}
+    elif checkpoint.is_file():
+        config = _read_config(model_config, layer, final_norm=final_norm)
+        sources = {"checkpoint": checkpoint}
+    else:
+        raise FileNotFoundError(f"{checkpoint} is not a file or a folder: name the downloaded one")
+    if final_norm:
+        settings["final_norm"] = True
+    return config, settings, sources
 
 
 def _write(
