@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import save_file
 
 from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.convert.keys import to_transformers
@@ -27,12 +29,10 @@ from usdm_sft.convert.transformers_folder import (
 )
 from usdm_sft.template.tokenizer import MAX_UNITS
 from usdm_sft.units.folder import DESCRIPTION, FILES, read_description
+from usdm_sft.units.model import empty_model
 from usdm_sft.utils.cache import cache_root, path_lock, sha256_file
 from usdm_sft.utils.json_files import read_json
 from usdm_sft.utils.texts import first_line
-
-# torch, safetensors and transformers are imported inside functions: the command line imports this module before it parses
-# its arguments.
 
 # The layer that the reference's k-means was fit on; its 34 counts from 0.
 XLSR_LAYER = 35
@@ -135,8 +135,6 @@ def _read_settings(
 def _write(
     folder: Path, description: dict[str, Any], config: dict[str, Any], centroids: np.ndarray, weights: dict[str, Any]
 ) -> Path:
-    from safetensors.torch import save_file
-
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -205,10 +203,6 @@ def _read_kmeans(path: Path, config: dict[str, Any]) -> np.ndarray:
 
 def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Return the tensors of a .pt file that the config needs, float32, under transformers' names."""
-    import torch
-
-    from usdm_sft.units.model import empty_model
-
     renamed = _load_checkpoint(path)
     weights = {}
     for key, parameter in empty_model(config).state_dict().items():
@@ -228,8 +222,6 @@ def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 def _load_checkpoint(path: Path) -> dict[str, Any]:
     """Return all tensors of a .pt file that are of use, under transformers' names."""
-    import torch
-
     try:
         # A checkpoint in torch's format from before 1.6 is not a zip file and cannot be memory-mapped.
         if is_zip := zipfile.is_zipfile(path):
