@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.helpers import FIXTURES
 from usdm_sft.convert.convert import convert
 from usdm_sft.units import tokenizer as units
+from usdm_sft.units.model import UnitModel
 from usdm_sft.units.tokenizer import UnitTokenizer
 from usdm_sft.utils.cache import sha256_file
 
@@ -95,6 +96,36 @@ def test_more_layers_than_weights_are_refused_before_the_model_is_built(folder):
     change_file(folder, "config.json", set_keys(num_hidden_layers=200))
     with pytest.raises(ValueError, match=r"config\.json is not of a model of 200 layers"):
         UnitTokenizer.from_pretrained(folder, device="cpu").tokenize_waveforms([np.zeros(400, np.float32)])
+
+
+def test_model_without_layers_is_refused(folder):
+    set_keys(layer=0)(folder / "unit_model.json")
+    change_file(folder, "config.json", set_keys(num_hidden_layers=0))
+    with pytest.raises(ValueError, match=r"config\.json is not of a model of 0 layers"):
+        UnitModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("place", "finite"),
+    [((0, 0, 3), [False, True]), ((0, 2, 0), [False, True]), ((1, 1, 0), [True, False]), ((1, 2, 5), [True, True])],
+    ids=["first frame", "last frame", "last frame before the padding", "padding"],
+)
+def test_one_feature_that_is_not_finite_marks_its_row_except_in_the_padding(converted, monkeypatch, place, finite):
+    model = UnitModel.from_pretrained(converted)
+    features = torch.zeros(2, 3, model.centroids.shape[1])
+    features[place] = torch.inf
+    monkeypatch.setattr(model, "features", lambda waveforms, frames: features)
+    _, found = model(torch.zeros(2, 1040), torch.tensor([3, 2]))
+    assert found.tolist() == finite
+
+
+def test_first_of_equally_near_centroids_is_the_unit(converted):
+    model = UnitModel.from_pretrained(converted)
+    expected = model.nearest(model.centroids[[7, 3]])
+    assert expected.tolist() == [7, 3]
+    model.centroids.zero_()
+    model.centroid_norms.zero_()
+    assert model.nearest(torch.ones(2, model.centroids.shape[1])).tolist() == [0, 0]
 
 
 def test_code_beside_a_unit_model_is_not_run(folder, tmp_path):
