@@ -7,6 +7,8 @@ import pytest
 from huggingface_hub import constants
 
 from tests.mini_hub import serve
+from usdm_sft.convert.published import find_unit_model
+from usdm_sft.units.folder import read_description
 from usdm_sft.units.tokenizer import UnitTokenizer
 
 REPOSITORY = "tester/unit-model"
@@ -48,6 +50,11 @@ def test_unit_model_of_the_hub_is_the_folder_that_was_uploaded(hub, unit_model, 
     hub.log.clear()
     assert UnitTokenizer.from_pretrained(REPOSITORY, device="cpu").folder == tokenizer.folder
     assert hub.log == []
+
+
+def test_prepare_finds_a_unit_model_of_the_hub(hub, unit_model):
+    found = find_unit_model(REPOSITORY)
+    assert read_description(found) == read_description(unit_model)
 
 
 def test_offline_mode_forbids_the_download(hub, monkeypatch):

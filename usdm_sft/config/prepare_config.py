@@ -71,7 +71,8 @@ class UnitModelOptions:
     """Unit model"""
 
     unit_model: str | Path = "xlsr2_1b_v2"
-    """A unit model folder, or xlsr2_1b_v2 to download and convert the published one."""
+    """A unit model folder, a model repository of the Hub that holds one, or xlsr2_1b_v2 to download and convert the published
+    one."""
 
     precision: PrecisionName = "fp32"
     """fp32 (as the reference), tf32, fp16 or bf16."""

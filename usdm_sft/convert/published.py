@@ -12,6 +12,7 @@ from filelock import FileLock
 
 from usdm_sft.convert.convert import XLSR_LAYER, convert
 from usdm_sft.units.folder import DESCRIPTION, read_description
+from usdm_sft.units.hub import find_folder
 from usdm_sft.utils.atomic import replace_text
 from usdm_sft.utils.cache import cache_root, sha256_file
 from usdm_sft.utils.download import download
@@ -29,12 +30,13 @@ def find_unit_model(name_or_path: str | Path, model_cache_dir: str | Path | None
     """Return the unit model folder that `name_or_path` names.
 
     Args:
-        name_or_path: A unit model folder, or "xlsr2_1b_v2" for the published unit model, which is made in the model cache
-            from two published files (about 4 GB) if the cache lacks it.
+        name_or_path: A unit model folder, a model repository of the Hub that holds one, or "xlsr2_1b_v2" for the published
+            unit model, which is made in the model cache from two published files (about 4 GB) if the cache lacks it.
         model_cache_dir: The model cache; by default `unit_models` in this package's cache.
 
     Raises:
         FileNotFoundError: The folder is not a unit model folder.
+        OSError: The repository cannot be downloaded.
         ValueError: A download has another digest than the one that is known or recorded.
     """
     folder = Path(name_or_path).expanduser()
@@ -43,6 +45,7 @@ def find_unit_model(name_or_path: str | Path, model_cache_dir: str | Path | None
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{PUBLISHED}.lock"):
             return _download_and_convert(cache / PUBLISHED, cache)
+    folder = find_folder(name_or_path)
     read_description(folder)
     return folder
 
