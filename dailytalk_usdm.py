@@ -1,86 +1,116 @@
-"""DailyTalk as user/agent pairs and conversations: the loading script and builder, and the public names of the package.
+"""DailyTalk as user/agent pairs and conversations: the dataset builder, and the public names of the package.
 
 After `import dailytalk_usdm`, `load_dataset("dailytalk_usdm", "single_turn", data_dir=..., data_files=...)` works on every
-version of datasets; datasets 3 also takes the path of this file, and `DailyTalkUSDM` can be used directly.
+version of datasets. datasets 3 also takes the path of this file, and `DailyTalkUSDM` can be used directly.
 """
 
 import dataclasses
 import hashlib
 import importlib
 import json
-import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import datasets.data_files
 import datasets.packaged_modules
 
-from usdm_sft.audio import addresses
-from usdm_sft.corpus import bad_audio, dialogs, examples, manifest, problems, published_lists, split_list
-from usdm_sft.corpus import features as usdm_features
-from usdm_sft.corpus import hub as hub_corpus
-from usdm_sft.corpus import read as corpus
-from usdm_sft.utils import cache, texts
+from usdm_sft import __version__ as __version__
+from usdm_sft.corpus import bad_audio, examples, features, find, hub, published_lists, read
+from usdm_sft.corpus.dialogs import Dialog
+from usdm_sft.corpus.manifest import is_manifest
+from usdm_sft.corpus.problems import CorpusError
+from usdm_sft.utils import texts
+from usdm_sft.utils.cache import sha256_file
 
-_PUBLIC = {
+if TYPE_CHECKING:
+    from usdm_sft.config.prepare_config import PrepareConfig as PrepareConfig
+    from usdm_sft.convert.convert import convert as convert
+    from usdm_sft.dataset_folder.export import export_text as export
+    from usdm_sft.dataset_folder.push import push as push
+    from usdm_sft.dataset_folder.verify import verify as verify
+    from usdm_sft.prepare import Submitted as Submitted
+    from usdm_sft.prepare import prepare as prepare
+    from usdm_sft.template.config import Template as Template
+    from usdm_sft.template.encoder import TemplateEncoder as TemplateEncoder
+    from usdm_sft.template.tokenizer import build_tokenizer as build_tokenizer
+    from usdm_sft.template.tokenizer import load_tokenizer as load_tokenizer
+    from usdm_sft.training.collate import PaddingCollator as PaddingCollator
+    from usdm_sft.training.collate import PaddingFreeCollator as PaddingFreeCollator
+    from usdm_sft.training.generation import STEPS as STEPS
+    from usdm_sft.training.generation import StepLogitsProcessor as StepLogitsProcessor
+    from usdm_sft.training.generation import next_prompt as next_prompt
+    from usdm_sft.units.tokenizer import UnitTokenizer as UnitTokenizer
+
+__all__ = [
+    "STEPS",
+    "DailyTalkUSDM",
+    "DailyTalkUSDMConfig",
+    "PaddingCollator",
+    "PaddingFreeCollator",
+    "PrepareConfig",
+    "StepLogitsProcessor",
+    "Submitted",
+    "Template",
+    "TemplateEncoder",
+    "UnitTokenizer",
+    "__version__",
+    "build_tokenizer",
+    "convert",
+    "export",
+    "load_dataset",
+    "load_tokenizer",
+    "next_prompt",
+    "prepare",
+    "push",
+    "verify",
+]
+
+_VERSION = datasets.Version("1.0.0")
+# Public name -> module (or module:name), imported at the first use: torch is slow. The same names as under TYPE_CHECKING above.
+_LAZY = {
+    "PrepareConfig": "usdm_sft.config.prepare_config",
+    "convert": "usdm_sft.convert.convert",
+    "export": "usdm_sft.dataset_folder.export:export_text",
+    "push": "usdm_sft.dataset_folder.push",
+    "verify": "usdm_sft.dataset_folder.verify",
+    "Submitted": "usdm_sft.prepare",
+    "prepare": "usdm_sft.prepare",
+    "Template": "usdm_sft.template.config",
+    "TemplateEncoder": "usdm_sft.template.encoder",
+    "build_tokenizer": "usdm_sft.template.tokenizer",
+    "load_tokenizer": "usdm_sft.template.tokenizer",
     "PaddingCollator": "usdm_sft.training.collate",
     "PaddingFreeCollator": "usdm_sft.training.collate",
     "STEPS": "usdm_sft.training.generation",
-    "next_prompt": "usdm_sft.training.generation",
     "StepLogitsProcessor": "usdm_sft.training.generation",
-    "Template": "usdm_sft.template.config",
-    "TemplateEncoder": "usdm_sft.template.encoder",
+    "next_prompt": "usdm_sft.training.generation",
     "UnitTokenizer": "usdm_sft.units.tokenizer",
-    "build_tokenizer": "usdm_sft.template.tokenizer",
-    "load_tokenizer": "usdm_sft.template.tokenizer",
-    "prepare": "usdm_sft.prepare",
-    "push": "usdm_sft.dataset_folder.push",
-    "verify": "usdm_sft.dataset_folder.verify",
-}
-
-_GUESSED = {"train": ["train_phone.txt"], "validation": ["val_phone.txt"]}
-
-# Only of the published split lists, which are recognized by their sha256.
-_DAILYTALK = {
-    "homepage": "https://github.com/keonlee9420/DailyTalk",
-    "license": "CC BY-SA 4.0, offered for academic use; the texts come from DailyDialog, CC BY-NC-SA 4.0 (not confirmed)",
-    "citation": "Keon Lee, Kyumin Park, Daeyoung Kim: DailyTalk: Spoken Dialogue Dataset for Conversational Text-to-Speech. "
-    "2022, arXiv:2207.01063",
 }
 
 
 def _code_digest() -> str:
-    """Of what decides the rows: a change of it makes cached rows anew."""
+    """Return the sha256 of the code that decides the rows, so that a change to it invalidates cached rows."""
+    package = Path(texts.__file__).parents[1]
+    modules = [path for name in ("audio", "corpus") for path in sorted((package / name).glob("*.py"))]
     code = hashlib.sha256(datasets.__version__.split(".")[0].encode())
-    for module in (
-        addresses,
-        bad_audio,
-        corpus,
-        dialogs,
-        examples,
-        manifest,
-        problems,
-        split_list,
-        texts,
-        usdm_features,
-    ):
-        code.update(Path(module.__file__).read_bytes())
-    code.update(Path(__file__).read_bytes())
+    for path in (*modules, Path(texts.__file__), Path(__file__)):
+        code.update(path.read_bytes())
     return code.hexdigest()
 
 
 @dataclasses.dataclass
-class DailyTalkUSDMConfig(datasets.BuilderConfig):
+class DailyTalkUSDMConfig(datasets.BuilderConfig):  # type: ignore[misc]  # datasets has no types
     """Configuration of the builder.
 
     Attributes:
-        history: Earlier exchanges that a pair of single_turn brings along as context, where there are so many; the user and
-            agent columns are then lists, one entry an exchange, the pair last.
-        agent: The speaker who is the agent in every pair; by default both sides are in turn, as in the reference.
-        merge_speaker_turns: Make one turn of neighbouring ones of a speaker; by default such dialogs are left out whole, as
-            in the reference.
-        on_bad_audio: "error" stops where audio is bad, "skip" leaves out the pairs concerned.
-        corpus_digest: sha256 over the split lists, the audio and what was left out for bad audio; the builder fills it in, and
+        history: Number of earlier exchanges that a pair of single_turn brings along as context; fewer at the start of a dialog.
+            The user and agent columns are then lists, one entry per exchange, the pair last.
+        agent: The speaker who is the agent in every pair. By default each side is the agent in turn, as in the reference.
+        merge_speaker_turns: Join neighbouring turns of one speaker. By default such dialogs are left out, as in the reference.
+        on_bad_audio: "error" stops at bad audio, "skip" leaves out the pairs that use it.
+        corpus_digest: sha256 over the split lists, the audio and the pairs left out for bad audio. The builder fills it in, and
             the cache follows it.
     """
 
@@ -91,184 +121,180 @@ class DailyTalkUSDMConfig(datasets.BuilderConfig):
     corpus_digest: str | None = None
 
 
-class DailyTalkUSDM(datasets.GeneratorBasedBuilder):
-    """Every two neighbouring turns of a dialog, the earlier as the user and the later as the agent: an exchange.
+class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
+    """DailyTalk as pairs: two neighbouring turns of a dialog, the earlier as the user and the later as the agent.
 
-    A row of single_turn is one exchange; a row of multi_turn is a conversation, with lists of its exchanges in the user and
-    agent columns. Rows are in order of dialog number and turn. Audio is the path of the recording, never its bytes; symlinks
-    are followed. DailyTalk's metadata.json is not read: the split lists say everything.
+    A row of single_turn is one pair. A row of multi_turn is a conversation; its user and agent columns are lists, one entry per
+    exchange. Rows are in order of dialog number and turn. Audio is the path of the recording, never its bytes; symlinks are
+    followed. DailyTalk's metadata.json is not read, because the split lists hold everything.
 
     Args:
-        data_dir: DailyTalk's folder (with `data/`), its `data` folder, or its zip archive. Of another corpus, the folder that holds
-            its manifests (`usdm_sft.corpus.manifest`) and that its recordings are named from, or "hub:USER/NAME".
-        data_files: The split lists, such as `{"train": "train.txt", "test": "test.txt"}`, or manifests; where none are named,
-            those in or beside the folder, or else DailyTalk's own lists, fetched once.
-        on_bad_audio: Where audio cannot become units, "error" stops and names every file; "skip" leaves out the pairs concerned,
-            which `corpus[split].pairs_left_out` lists.
+        data_dir: DailyTalk's folder (with `data/`), its `data` folder, or its zip archive. For another corpus, the folder with its
+            manifests (`usdm_sft.corpus.manifest`), where relative paths of its recordings start, or "hub:USER/NAME".
+        data_files: The split lists, such as `{"train": "train.txt", "test": "test.txt"}`, or manifests. By default those in or
+            beside the folder, or else DailyTalk's own lists, which are downloaded once.
+        base_path: As in `datasets.DatasetBuilder`.
         digest_cache_dir: Where digests of audio files are remembered; this package's cache by default.
-        kwargs: Fields of `DailyTalkUSDMConfig`, and whatever `datasets.DatasetBuilder` takes.
+        on_bad_audio: If audio cannot become units, "error" stops and names every file; "skip" leaves out the pairs that use it,
+            which `corpus[split].pairs_left_out` lists.
+        args: Positional arguments of `datasets.DatasetBuilder`.
+        kwargs: Fields of `DailyTalkUSDMConfig`, and keyword arguments of `datasets.DatasetBuilder`.
+
+    Attributes:
+        corpus: The `usdm_sft.corpus.dialogs.Split` of each split.
+        split_lists: The path of each split's list.
+        list_digests: The sha256 of each split's list.
+        audio_digests: The `usdm_sft.audio.digests.AudioDigest` of each recording that a pair uses.
+        is_dailytalk: True if the lists are DailyTalk's split lists, False for manifests.
 
     Raises:
-        ValueError: There is no such config, an option is wrong, or DailyTalk's own split lists are swapped.
+        ValueError: The config does not exist, an option is wrong, or DailyTalk's own split lists are swapped.
         FileNotFoundError: Data, a split list or an audio file is missing.
-        usdm_sft.corpus.problems.CorpusError: The split lists are wrong; every problem is named with file and line.
-        usdm_sft.audio.reading.AudioError: An audio file cannot become units, or bad audio leaves no pair of a split.
+        usdm_sft.corpus.problems.CorpusError: The split lists are wrong; the message names each problem with file and line.
+        usdm_sft.audio.reading.AudioError: An audio file cannot become units, or a split has no pair left.
     """
 
     BUILDER_CONFIG_CLASS = DailyTalkUSDMConfig
     BUILDER_CONFIGS = [  # noqa: RUF012
-        DailyTalkUSDMConfig(
-            name=examples.SINGLE_TURN,
-            version=datasets.Version("1.0.0"),
-            description="one exchange an example, as USDM is trained",
-        ),
-        DailyTalkUSDMConfig(
-            name=examples.MULTI_TURN,
-            version=datasets.Version("1.0.0"),
-            description="a conversation an example, from the even start and from the odd one",
-        ),
+        DailyTalkUSDMConfig(examples.SINGLE_TURN, _VERSION, description="one pair per row, as USDM is trained"),
+        DailyTalkUSDMConfig(examples.MULTI_TURN, _VERSION, description="one conversation per row"),
     ]
     DEFAULT_CONFIG_NAME = examples.SINGLE_TURN
 
     def __init__(
         self,
-        *args,
-        data_dir=None,
-        data_files=None,
-        base_path=None,
-        digest_cache_dir=None,
-        on_bad_audio="error",
-        **kwargs,
-    ):
+        *args: Any,
+        data_dir: find.FilePath | None = None,
+        data_files: find.DataFiles | None = None,
+        base_path: str | None = None,
+        digest_cache_dir: str | Path | None = None,
+        on_bad_audio: str = "error",
+        **kwargs: Any,
+    ) -> None:
         examples.check_config(kwargs.get("config_name") or self.DEFAULT_CONFIG_NAME, kwargs.get("history") or 0)
-        if hub_corpus.is_hub_corpus(data_dir):
-            data_dir, data_files = None, hub_corpus.fetch_corpus(data_dir, digest_cache_dir)
+        if hub.is_hub_corpus(data_dir):
+            data_dir, data_files = None, hub.fetch_corpus(str(data_dir), digest_cache_dir)
+        self.split_lists: dict[str, Path] = {}
         if data_dir is not None or data_files is not None:
-            self.split_lists = _find_split_lists(data_dir, data_files, digest_cache_dir)
-            self.is_dailytalk = not all(map(manifest.is_manifest, self.split_lists.values()))
-        if data_dir is None and (data_files is None or self.is_dailytalk):
+            resolved = isinstance(data_files, datasets.data_files.DataFilesDict)
+            self.split_lists = find.find_lists(data_dir, data_files, cache_dir=digest_cache_dir, resolved=resolved)
+        self.is_dailytalk = not (self.split_lists and all(map(is_manifest, self.split_lists.values())))
+        if data_dir is None and self.is_dailytalk:
             raise ValueError(
                 "data_dir is missing: name the folder that DailyTalk was unpacked into, or its zip archive"
             )
-        rules = corpus.Rules(kwargs.get("agent"), kwargs.get("merge_speaker_turns") or False)
-        self.corpus = corpus.read_corpus(self.split_lists, rules, data_dir=data_dir)
+        rules = read.Rules(kwargs.get("agent"), kwargs.get("merge_speaker_turns") or False)
+        self.corpus = read.read_corpus(self.split_lists, rules, data_dir=data_dir)
         for split in self.corpus.values():
             if not split.dialogs:
                 reasons = "; ".join(f"{dialog}: {reason}" for dialog, reason in split.left_out.items()) or "it is empty"
-                raise corpus.CorpusError(
-                    [f"{self.split_lists[split.name]}: not one pair: {reasons}: name another split list"]
-                )
-        self.list_digests = {split: cache.sha256_file(path) for split, path in self.split_lists.items()}
+                raise CorpusError([f"{self.split_lists[split.name]}: not one pair: {reasons}: name another split list"])
+        self.list_digests = {split: sha256_file(path) for split, path in self.split_lists.items()}
         published_lists.check_not_swapped(self.split_lists, self.list_digests)
         self.corpus, self.audio_digests = bad_audio.screen_audio(self.corpus, on_bad_audio, digest_cache_dir)
-        audio = [found.sha256 for found in self.audio_digests.values()]
-        left_out = [dict(split.pairs_left_out) for split in self.corpus.values() if split.pairs_left_out]
-        parts = [self.list_digests, audio, *left_out]
-        corpus_digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        kwargs |= {"hash": _code_digest(), "on_bad_audio": on_bad_audio, "corpus_digest": corpus_digest}
+        kwargs |= {"hash": _code_digest(), "on_bad_audio": on_bad_audio, "corpus_digest": self._corpus_digest()}
         folder = next(iter(self.split_lists.values())).parent if data_dir is None else Path(data_dir).expanduser()
         if self.is_dailytalk and folder.is_dir():
-            folder = split_list.find_data_folder(folder)  # one cache, however it was named
+            folder = find.find_data_folder(folder)  # one cache for both spellings of data_dir
         super().__init__(*args, data_dir=str(folder.resolve()), base_path=base_path, **kwargs)
-        self.info.features = self._info().features  # an existing cache has put plain Audio in their place
+        self.info.features = self._info().features  # an existing cache restores plain Audio, which needs torchcodec
 
-    def _info(self):
+    def _corpus_digest(self) -> str:
+        audio = [digest.sha256 for digest in self.audio_digests.values()]
+        left_out = [dict(split.pairs_left_out) for split in self.corpus.values() if split.pairs_left_out]
+        return hashlib.sha256(json.dumps([self.list_digests, audio, *left_out]).encode()).hexdigest()
+
+    def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(
             description=__doc__,
-            features=usdm_features.example_features(lists=examples.has_lists(self.config.name, self.config.history)),
-            **(_DAILYTALK if published_lists.are_published_lists(self.list_digests) else {}),
+            features=features.example_features(lists=examples.has_lists(self.config.name, self.config.history)),
+            **(published_lists.INFO if published_lists.are_published_lists(self.list_digests) else {}),
         )
 
-    def _load_info(self, *args, **kwargs):
+    def _load_info(self, *args: Any, **kwargs: Any) -> datasets.DatasetInfo:
         info = super()._load_info(*args, **kwargs)
         info.features = self._info().features
         return info
 
-    def _split_generators(self, dl_manager):
-        # A list is what datasets splits over processes and streaming workers: a dialog is a shard.
+    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
+        # datasets divides the lists in gen_kwargs over processes and streaming workers.
         return [
             datasets.SplitGenerator(name=split.name, gen_kwargs={"dialogs": list(split.dialogs)})
             for split in self.corpus.values()
         ]
 
-    def _generate_examples(self, dialogs):
+    def _generate_examples(self, dialogs: list[Dialog]) -> Iterator[tuple[str, dict[str, Any]]]:
         name, history = self.config.name, self.config.history
         lists = examples.has_lists(name, history)
         for dialog in dialogs:
             for example in examples.make_examples(dialog, name, history):
-                row = {"id": example.id, "dialog_id": dialog.id, "turn": example.turn}
-                for role, utterances in zip(("user", "agent"), zip(*example.exchanges, strict=True), strict=True):
-                    columns = {
+                row: dict[str, Any] = {"id": example.id, "dialog_id": dialog.id, "turn": example.turn}
+                for role, utterances in zip(features.ROLES, zip(*example.exchanges, strict=True), strict=True):
+                    columns: dict[str, list[Any]] = {
                         "speaker": [utterance.speaker for utterance in utterances],
                         "text": [utterance.text for utterance in utterances],
                         "emotion": [utterance.emotion for utterance in utterances],
                         "audio": [{"bytes": None, "path": utterance.audio} for utterance in utterances],
                     }
-                    row |= {f"{role}_{column}": its if lists else its[0] for column, its in columns.items()}
+                    row |= {f"{role}_{column}": values if lists else values[0] for column, values in columns.items()}
                 yield example.id, row
 
 
-def load_dataset(data_dir, name="single_turn", *, data_files=None, **kwargs):
-    """`datasets.load_dataset` of this builder, with the split lists named for you.
+def load_dataset(
+    data_dir: find.FilePath,
+    name: str = examples.SINGLE_TURN,
+    *,
+    data_files: find.DataFiles | None = None,
+    **kwargs: Any,
+) -> datasets.DatasetDict | datasets.Dataset | datasets.IterableDatasetDict | datasets.IterableDataset:
+    """Load the pairs or conversations with `datasets.load_dataset`, and name the split lists for it.
 
-    Unnamed, datasets lists and hashes every file under `data_dir` at each call (26 s for the 23,676 of DailyTalk).
+    Without named lists, datasets lists and hashes every file in `data_dir` at each call (26 s for DailyTalk's 23,676 files).
 
     Args:
         data_dir: DailyTalk's folder (with `data/`), its `data` folder, or its zip archive; see `DailyTalkUSDM`.
         name: The config, "single_turn" or "multi_turn".
         data_files: Split lists other than those beside the data.
-        kwargs: `split`, `streaming`, `num_proc`, `cache_dir`, ... of `datasets.load_dataset`; `history` of the config.
+        kwargs: Further arguments of `datasets.load_dataset`, such as `split`, `streaming`, `num_proc` and `cache_dir`, and fields
+            of `DailyTalkUSDMConfig`, such as `history`.
 
     Returns:
-        What `datasets.load_dataset` returns.
+        The result of `datasets.load_dataset`: a `Dataset` if `split` is given, otherwise a `DatasetDict`; with `streaming`, their
+        iterable counterparts.
+
+    Raises:
+        ValueError, OSError: As `DailyTalkUSDM`.
     """
-    if hub_corpus.is_hub_corpus(data_dir):
-        found = hub_corpus.fetch_corpus(data_dir, kwargs.get("digest_cache_dir"))
-        data_dir, data_files = None, {split: str(path) for split, path in found.items()}
+    cache_dir = kwargs.get("digest_cache_dir")
+    if on_hub := hub.is_hub_corpus(data_dir):
+        lists = hub.fetch_corpus(str(data_dir), cache_dir)
     elif data_files is None:
-        found = _find_split_lists(data_dir, None, kwargs.get("digest_cache_dir"))
-        data_files = {split: str(path.resolve()) for split, path in found.items()}
+        lists = find.find_lists(data_dir, cache_dir=cache_dir)
+    if on_hub or data_files is None:
+        data_files = {split: str(path.resolve()) for split, path in lists.items()}
+    options = {"data_dir": None if on_hub else data_dir, "data_files": data_files}
     counting = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else datasets tells Hugging Face of the call, over the network
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # otherwise datasets reports the call to Hugging Face
     try:
-        return datasets.load_dataset("dailytalk_usdm", name, data_dir=data_dir, data_files=data_files, **kwargs)
+        return datasets.load_dataset("dailytalk_usdm", name, **options, **kwargs)
     finally:
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counting
 
 
-def _find_split_lists(data_dir, data_files, cache_dir) -> dict[str, Path]:
-    """-> the path of each split's list: named (relative to data_dir), or beside the data, or else DailyTalk's own."""
-    data_dir = split_list.check_data_dir(data_dir or "")
-    if data_files is not None:
-        if isinstance(data_files, str | os.PathLike | list | tuple):
-            data_files = {"train": data_files}
-        lists = {}
-        for split, files in data_files.items():
-            files = [files] if isinstance(files, str | os.PathLike) else files
-            lists[str(split)] = [Path(data_dir, Path(file).expanduser()) for file in files]
-        # Where the user names none, datasets puts there what it finds under data_dir: audio, or lists under other names.
-        guessed = isinstance(data_files, datasets.data_files.DataFilesDict) and (
-            any(file.suffix == ".wav" for files in lists.values() for file in files)
-            or {split: [file.name for file in files] for split, files in lists.items()} == _GUESSED
-        )
-        if not guessed:
-            for split, files in lists.items():
-                if len(files) != 1:
-                    raise ValueError(f"data_files names {len(files)} split lists for {split}: name one")
-            return {split: files[0] for split, files in lists.items()}
-    if found := manifest.find_manifests(data_dir):
-        return found
-    return split_list.find_split_lists(data_dir) or published_lists.fetch_split_lists(cache_dir)
+if not TYPE_CHECKING:  # a type checker takes a module with `__getattr__` to have every name
+
+    def __getattr__(name):
+        if name in _LAZY:
+            module, _, attribute = _LAZY[name].partition(":")
+            return getattr(importlib.import_module(module), attribute or name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __getattr__(name):
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted(__all__)
 
 
-# Lets load_dataset find the builder by name. A private dict of datasets, and the only thing of it that is touched; should
-# it ever go, the builder class and `datasets` 3's way by path still work. A copy of this file under another name (datasets 3
-# makes one) stays out of it.
+# Let `datasets.load_dataset` find the builder by name. This private dict is the only one that is touched; if it ever goes, the
+# builder class still works. The copy of this file that datasets 3 makes has another name and stays out of it.
 if __name__ == "dailytalk_usdm" and hasattr(datasets.packaged_modules, "_PACKAGED_DATASETS_MODULES"):
     datasets.packaged_modules._PACKAGED_DATASETS_MODULES["dailytalk_usdm"] = (__name__, _code_digest())

@@ -18,7 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
-from tests.helpers import FIXTURES, SHARED  # noqa: E402 - torch reads the environment when it is imported
+from tests.helpers import FIXTURES, SHARED, content, options  # noqa: E402 - torch reads the environment when it is imported
 
 
 def pytest_collection_modifyitems(items):
@@ -79,6 +79,16 @@ def dataset_folder(mini, unit_model, tmp_path_factory) -> Path:
         cache_dir=str(root / "cache"),
     )
     return root / "dataset"
+
+
+@pytest.fixture(scope="session")
+def undisturbed(mini, unit_model, tmp_path_factory) -> dict[str, bytes]:
+    """The files of a dataset folder that one process made without a fault, with `options`: the bytes by relative path."""
+    from usdm_sft.prepare import prepare
+
+    root = tmp_path_factory.mktemp("undisturbed")
+    prepare(**options(mini, unit_model, root))
+    return content(root / "out")
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """Paths and functions that several test modules share."""
 
+import contextlib
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -16,6 +18,30 @@ def content(folder):
     return {
         path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
     }
+
+
+def inodes(folder, pattern):
+    """The inode of every matching file; a file that is written again gets another one."""
+    return {path: path.stat().st_ino for path in folder.glob(pattern)}
+
+
+def wait_for(happened, run, seconds=60):
+    """Wait until `happened()` is true while the process `run` is alive."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert run.poll() is None, "the process ended too early"
+        assert time.monotonic() < deadline, "nothing happened in time"
+        time.sleep(0.0005)
+
+
+def wait_for_end_of_group(group, seconds=30):
+    """Wait until no process of a process group is left."""
+    deadline = time.monotonic() + seconds
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.killpg(group, 0)
+            assert time.monotonic() < deadline, "a process outlives its parent"
+            time.sleep(0.05)
 
 
 def options(mini, unit_model, folder, **changes):

@@ -9,8 +9,8 @@ import termios
 
 import pytest
 
-from usdm_sft import cli
 from usdm_sft.cli import main
+from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.dataset_folder.summary import summarize_split
 from usdm_sft.template.config import Template
 
@@ -57,7 +57,8 @@ def test_the_whole_way(tmp_path, mini, capsys):
     assert f"train: {kept} rows from 4 dialogs" in out
     assert f"left out: {10 - kept} rows too long, 2 dialogs (d11: one speaker speaks twice in a row" in out
     assert (
-        f"{tmp_path / 'out' / 'counts.json'} lists what was left out or cut, and holds all numbers and digests\n" in out
+        f"{tmp_path / 'out' / 'counts.json'} lists every row that was left out or shortened, with numbers and digests\n"
+        in out
     )
     assert f"train.txt: {kept} lines" in out
     assert json.loads((tmp_path / "out" / "counts.json").read_text())["settings"]["max_length"] == 300
@@ -66,7 +67,7 @@ def test_the_whole_way(tmp_path, mini, capsys):
 @pytest.mark.parametrize(
     ("number", "expected"),
     [
-        (1, "1 row from 1 dialog (0.50 h), 1 token, 1 labelled; left out: 1 row too long, 1 dialog (d1: a reason); cut: 1 row"),
+        (1, "1 row from 1 dialog (0.50 h), 1 token, 1 labelled; left out: 1 row too long, 1 dialog (d1: a reason); shortened: 1 row"),
         (2000, "2,000 rows from 2,000 dialogs (0.50 h), 2,000 tokens, 2,000 labelled; left out: 2,000 rows too long, "),
         (0, "0 rows from 0 dialogs (0.50 h), 0 tokens, 0 labelled; left out: 0 rows too long, 0 dialogs"),
     ],
@@ -121,17 +122,16 @@ def test_quiet_shows_no_progress_bars_in_a_terminal(mini, unit_model, tmp_path):
 
 
 def test_template_of_a_yaml_file_and_of_the_command_line(tmp_path, monkeypatch):
-    given, parser = {}, cli.make_parser()
-    monkeypatch.setattr(cli, "make_parser", lambda: parser)
-    monkeypatch.setattr(cli, "prepare", lambda **options: given.update(options) or {"splits": {}})
+    given = []
+    monkeypatch.setattr("usdm_sft.prepare.prepare", lambda config: given.append(config) or {"splits": {}})
     (tmp_path / "run.yaml").write_text("data_dir: d\ntemplate:\n  agent_role: Robot\n  loss: [user_text, agent_text]\n")
     arguments = ["prepare", "--config", str(tmp_path / "run.yaml"), "--output_path", "o"]
     main(arguments)
-    assert given["template"] == Template(agent_role="Robot", loss=("user_text", "agent_text"))
+    assert given[-1].template == Template(agent_role="Robot", loss=("user_text", "agent_text"))
     main([*arguments, "--template.loss", "[user_text]", "--template.user_role", "Caller"])
-    assert given["template"] == Template(user_role="Caller", agent_role="Robot", loss=("user_text",))
+    assert given[-1].template == Template(user_role="Caller", agent_role="Robot", loss=("user_text",))
     main(["prepare", "--data_dir", "d", "--output_path", "o"])
-    assert given["template"] == Template()
+    assert given[-1].template == Template()
 
 
 def test_bad_template_is_one_line_on_stderr(capsys):
@@ -144,13 +144,11 @@ def test_bad_template_is_one_line_on_stderr(capsys):
 
 
 def test_null_in_a_yaml_file_is_the_default(tmp_path, monkeypatch):
-    given, parser = {}, cli.make_parser()
-    monkeypatch.setattr(cli, "make_parser", lambda: parser)
-    monkeypatch.setattr(cli, "prepare", lambda **options: given.update(options) or {"splits": {}})
+    given = []
+    monkeypatch.setattr("usdm_sft.prepare.prepare", lambda config: given.append(config) or {"splits": {}})
     (tmp_path / "run.yaml").write_text("data_dir: d\nmax_length: null\nprecision: null\n")
     main(["prepare", "--config", str(tmp_path / "run.yaml"), "--output_path", "o"])
-    assert "max_length" not in given and "precision" not in given
-    assert given["template"] == Template()
+    assert given == [PrepareConfig(data_dir="d", output_path="o")]
 
 
 @pytest.mark.parametrize("spelling", ["{{class_path: {0}}}", "{{class_path: {0}, init_args: {{}}}}", "{0}"])

@@ -1,4 +1,7 @@
-"""Runs that are killed, interrupted, out of disk or of rights: what is finished stands, and a rerun gives the same bytes."""
+"""Runs that are killed or interrupted, or that lack disk space, memory or permission.
+
+Finished work is kept, and a rerun gives the same bytes.
+"""
 
 import glob
 import os
@@ -9,57 +12,51 @@ import time
 from contextlib import contextmanager
 
 import pytest
+import torch
 
-from tests.helpers import command, content, options
-from usdm_sft.dataset_folder import layout as folder
+from tests.helpers import command, content, inodes, options
+from usdm_sft.dataset_folder import layout
 from usdm_sft.prepare import prepare
 from usdm_sft.units.model import UnitModel
 
-NUM_KILLS = int(os.environ.get("USDM_KILLS", "5"))  # 50 and more by hand: it takes seconds each
+NUM_KILLS = int(os.environ.get("USDM_KILLS", "5"))  # set it to 50 or more by hand; each takes seconds
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(mini, unit_model, tmp_path_factory):
-    root = tmp_path_factory.mktemp("undisturbed")
-    prepare(**options(mini, unit_model, root))
-    return content(root / "out")
+def finished_shards(root):
+    return inodes(root, "cache/units/*.arrow") | inodes(root, "cache/tokens/*.arrow")
 
 
-def finished_files(root):
-    """Of the cache and of the unfinished output, with what shows that a file was written again."""
-    return {path: path.stat().st_ino for level in ("units", "tokens") for path in root.glob(f"cache/{level}/*.arrow")}
-
-
-def num_written(root):
-    """Beside a run that moves and removes folders, which Path.glob would trip over."""
+def count_files(root):
+    """Count shards and unfinished output files. glob.glob tolerates that the run removes folders; Path.glob does not."""
     return sum(len(glob.glob(f"{root}/{part}")) for part in ("cache/*/*.arrow", "out/.unfinished/*/*"))
 
 
-def test_killed_again_and_again(mini, unit_model, tmp_path, undisturbed):
-    chance = random.Random(NUM_KILLS)
-    kills, lives = 0, 0
-    while kills < NUM_KILLS:
-        root = tmp_path / f"life{lives}"
+@pytest.mark.slow
+def test_run_killed_at_random_points_is_resumed(mini, unit_model, tmp_path, undisturbed):
+    rng = random.Random(NUM_KILLS)
+    num_kills, num_finished = 0, 0
+    while num_kills < NUM_KILLS:
+        root = tmp_path / f"run{num_finished}"
         root.mkdir(exist_ok=True)
-        before, written = finished_files(root), num_written(root)
-        target = written + chance.randint(1, 8)
-        number = chance.choice(SIGNALS)
+        before, written = finished_shards(root), count_files(root)
+        target = written + rng.randint(1, 8)
+        signal_number = rng.choice(SIGNALS)
         run = subprocess.Popen(command(mini, unit_model, root), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        while run.poll() is None and num_written(root) < target:
+        while run.poll() is None and count_files(root) < target:
             time.sleep(0.0005)
         if run.poll() is None:
-            run.send_signal(number)
+            run.send_signal(signal_number)
         _, error = run.communicate()
-        after = finished_files(root)
+        after = finished_shards(root)
         assert sum(after.get(path) != inode for path, inode in before.items()) <= 1
-        if run.returncode == 0:  # it was faster
+        if run.returncode == 0:  # the run was faster than the signal
             assert content(root / "out") == undisturbed
-            lives += 1
+            num_finished += 1
             continue
-        kills += 1
-        assert run.returncode == (130 if number == signal.SIGINT else -number), error.decode()[-2000:]
-        assert b"Traceback" not in error or number != signal.SIGINT
+        num_kills += 1
+        assert run.returncode == (130 if signal_number == signal.SIGINT else -signal_number), error.decode()[-2000:]
+        assert b"Traceback" not in error or signal_number != signal.SIGINT
         assert not (root / "out" / "counts.json").exists()
     subprocess.run(command(mini, unit_model, root), check=True, capture_output=True)
     assert content(root / "out") == undisturbed
@@ -68,6 +65,7 @@ def test_killed_again_and_again(mini, unit_model, tmp_path, undisturbed):
 
 @contextmanager
 def small_disk(path, size):
+    """Mount a file system of `size` bytes at `path`."""
     path.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], capture_output=True)
     if mounted.returncode:
@@ -79,7 +77,8 @@ def small_disk(path, size):
 
 
 @pytest.mark.parametrize(("part", "size"), [("cache_dir", "80k"), ("output_path", "80k")])
-def test_disk_full(mini, unit_model, tmp_path, undisturbed, part, size):
+@pytest.mark.slow
+def test_full_disk_stops_the_run_and_a_rerun_completes_it(mini, unit_model, tmp_path, undisturbed, part, size):
     with small_disk(tmp_path / "disk", size) as disk:
         changes = [f"--{part}", str(disk / "here")]
         done = subprocess.run(command(mini, unit_model, tmp_path, *changes), capture_output=True, text=True)
@@ -94,7 +93,7 @@ def test_disk_full(mini, unit_model, tmp_path, undisturbed, part, size):
         assert content(output) == undisturbed
 
 
-def test_output_that_cannot_be_written_is_told_before_the_work(mini, unit_model, tmp_path, monkeypatch):
+def test_read_only_output_is_refused_before_any_work(mini, unit_model, tmp_path, monkeypatch):
     monkeypatch.setattr(UnitModel, "forward", None)
     with small_disk(tmp_path / "disk", "1m") as disk:
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
@@ -102,18 +101,16 @@ def test_output_that_cannot_be_written_is_told_before_the_work(mini, unit_model,
             prepare(**options(mini, unit_model, tmp_path, output_path=str(disk / "out")))
 
 
-def test_output_without_the_right_to_write(tmp_path, monkeypatch):
+def test_output_without_write_permission_is_refused(tmp_path, monkeypatch):
     def refuse(dir):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(folder.tempfile, "TemporaryFile", refuse)  # root may write everywhere
+    monkeypatch.setattr(layout.tempfile, "TemporaryFile", refuse)  # tests may run as root, who may write anywhere
     with pytest.raises(OSError, match=r"out cannot be written \(Permission denied\): name another output_path"):
-        folder.check_output(tmp_path / "out", overwrite=False, finished_too=False)
+        layout.check_output(tmp_path / "out", overwrite=False, finished_too=False)
 
 
-def test_out_of_memory_keeps_what_is_finished(mini, unit_model, tmp_path, undisturbed, monkeypatch):
-    import torch
-
+def test_out_of_memory_keeps_finished_work(mini, unit_model, tmp_path, undisturbed, monkeypatch):
     forward, calls = UnitModel.forward, []
 
     def run_out(self, *args):
@@ -126,8 +123,8 @@ def test_out_of_memory_keeps_what_is_finished(mini, unit_model, tmp_path, undist
         patch.setattr(UnitModel, "forward", run_out)
         with pytest.raises(MemoryError, match=r"out of memory on cpu with a batch of .*(batch_seconds|leave out)"):
             prepare(**options(mini, unit_model, tmp_path))
-    before = finished_files(tmp_path)
+    before = finished_shards(tmp_path)
     assert before
     prepare(**options(mini, unit_model, tmp_path))
-    assert {path: path.stat().st_ino for path in before} == before
+    assert finished_shards(tmp_path).items() >= before.items()
     assert content(tmp_path / "out") == undisturbed

@@ -22,7 +22,7 @@ UNITS = st.lists(st.integers(0, 9_999), max_size=12)
 
 @given(user_text=TEXTS, agent_text=TEXTS, user_units=UNITS, agent_units=UNITS)
 @settings(max_examples=300, deadline=None)
-def test_what_is_accepted_comes_back(encoder, tokenizer, user_text, agent_text, user_units, agent_units):
+def test_accepted_text_and_units_come_back(encoder, tokenizer, user_text, agent_text, user_units, agent_units):
     row = {"user_units": user_units, "user_text": user_text, "agent_text": agent_text, "agent_units": agent_units}
     batch = {name: [value] for name, value in row.items()}
     if text_problem(user_text) or text_problem(agent_text):
@@ -77,7 +77,7 @@ def test_a_hundred_thousand_characters_are_encoded_and_left_out_by_length(mini, 
     assert name == "d3_0" and re.fullmatch(r"\d{5,6} tokens, more than max_length 8192", reason)
 
 
-def test_fields_of_strangers_are_data_wherever_they_are_shown(mini, unit_model, tmp_path):
+def test_markup_in_emotions_is_shown_as_text(mini, unit_model, tmp_path):
     """Emotions reach the card, the pictures and the table: no template, no mathematics, no markup is made of them."""
     corpus = tmp_path / "corpus"
     corpus.mkdir()

@@ -1,13 +1,17 @@
-"""The three ways into the builder. Run against datasets 3.6 as well as the newest."""
+"""The three ways into the builder, and the public names. These tests also run on datasets 3.6."""
 
+import ast
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import pytest
 from packaging.version import Version
 
 import dailytalk_usdm
+import usdm_sft
 from dailytalk_usdm import DailyTalkUSDM
 from tests.helpers import REPOSITORY
 from usdm_sft.audio.reading import AudioError
@@ -134,7 +138,7 @@ def test_pairs_with_earlier_exchanges(way, corpus, tmp_path):
     assert [len(row["user_text"]) for row in loaded["train"]] == [1, 1, 2, 1, 1, 2, 2, 1, 1, 1]
 
 
-def test_configs_have_caches_of_their_own(corpus):
+def test_each_config_has_its_own_cache(corpus):
     caches = [
         cache_of(corpus, **options) for options in ({}, {"config_name": "multi_turn"}, {"history": 1}, {"history": 2})
     ]
@@ -174,14 +178,14 @@ def test_data_folder_instead_of_its_parent(way, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("way", WAYS[1:])
-def test_names_of_dailytalk_itself(way, corpus, tmp_path):
+def test_original_list_names_of_dailytalk_are_found(way, corpus, tmp_path):
     (corpus / "train.txt").rename(corpus / "train_phone.txt")
     (corpus / "test.txt").rename(corpus / "val_phone.txt")
     loaded = way(corpus, cache_dir=str(tmp_path / "cache"))
     assert {split: loaded[split]["id"][:] for split in loaded} == IDS
 
 
-def test_newer_datasets_refuse_the_script(corpus):
+def test_datasets_4_and_later_refuse_the_script(corpus):
     if SCRIPTS:
         pytest.skip("datasets 3 takes it")
     with pytest.raises((RuntimeError, ValueError, TypeError)):
@@ -194,7 +198,7 @@ def test_one_split_alone(corpus, tmp_path):
     assert {split: rows["id"][:] for split, rows in builder.as_dataset().items()} == {"test": IDS["test"]}
 
 
-def test_lists_are_taken_as_they_are_named(corpus, tmp_path):
+def test_lists_are_used_under_the_names_that_the_user_gives(corpus, tmp_path):
     swapped = {"train": "test.txt", "validation": "train.txt"}
     options = {"data_dir": str(corpus), "data_files": swapped, "cache_dir": str(tmp_path / "cache")}
     builder = DailyTalkUSDM(**options)
@@ -210,7 +214,7 @@ def test_lists_are_taken_as_they_are_named(corpus, tmp_path):
         DailyTalkUSDM(data_dir=corpus, data_files=["train.txt", "test.txt"])
 
 
-def test_home_folder_is_understood(corpus, monkeypatch):
+def test_home_folder_is_expanded(corpus, monkeypatch):
     monkeypatch.setenv("HOME", str(corpus.parent))
     assert cache_of("~/corpus", data_files={"test": "~/corpus/test.txt"}) == cache_of(
         corpus, data_files={"test": "test.txt"}
@@ -227,7 +231,7 @@ def test_one_builder_prepares_twice_and_then_streams(corpus, tmp_path):
     assert "torchcodec" not in sys.modules
 
 
-def test_bytes_are_stored_as_they_are(corpus, tmp_path):
+def test_audio_bytes_are_stored_unchanged(corpus, tmp_path):
     loaded = by_helper(corpus, cache_dir=str(tmp_path / "cache"))["test"]
     path = loaded[0]["user_audio"]["path"]
     with open(path, "rb") as file:
@@ -305,10 +309,47 @@ def test_registration_leaves_the_rest_of_datasets_alone():
 
 
 def test_public_names():
-    for name in ("TemplateEncoder", "UnitTokenizer", "load_tokenizer", "build_tokenizer", "prepare"):
-        assert getattr(dailytalk_usdm, name).__name__ == name
+    assert set(dailytalk_usdm.__all__) <= set(dir(dailytalk_usdm))
+    for name in dailytalk_usdm.__all__:
+        value = getattr(dailytalk_usdm, name)
+        assert getattr(value, "__name__", name) in (name, "export_text")
+    assert dailytalk_usdm.__version__ == usdm_sft.__version__
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         dailytalk_usdm.nothing  # noqa: B018
+
+
+def test_names_for_type_checkers_are_the_lazy_names():
+    """What an editor sees under TYPE_CHECKING is what `__getattr__` finds."""
+    module = ast.parse((REPOSITORY / "dailytalk_usdm.py").read_text())
+    [block] = [node for node in module.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    typed = {}
+    for imported in block.body:
+        [alias] = imported.names
+        original = "" if alias.name == alias.asname else f":{alias.name}"
+        typed[alias.asname] = imported.module + original
+    assert typed == dailytalk_usdm._LAZY
+    defined_here = {"DailyTalkUSDM", "DailyTalkUSDMConfig", "__version__", "load_dataset"}
+    assert set(dailytalk_usdm.__all__) == {*typed, *defined_here}
+
+
+def test_code_digest_covers_the_modules_that_the_builder_imports():
+    """Modules that cannot change a row are the exceptions."""
+    code = "import sys, dailytalk_usdm; print(*(m for m in sys.modules if m.startswith('usdm_sft.')))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    covered = {"usdm_sft.audio", "usdm_sft.corpus", "usdm_sft.utils.texts"}
+    others = {name for name in done.stdout.split() if name not in covered and name.rpartition(".")[0] not in covered}
+    assert others <= {
+        "usdm_sft.utils",
+        *(f"usdm_sft.utils.{n}" for n in ("atomic", "cache", "download", "once", "progress")),
+    }
+
+
+@pytest.mark.parametrize("module", ["corpus/read.py", "audio/check.py", "utils/texts.py"])
+def test_code_digest_follows_the_code(monkeypatch, module):
+    before = dailytalk_usdm._code_digest()
+    real = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: real(path) + b"#" * path.as_posix().endswith(module))
+    assert dailytalk_usdm._code_digest() != before
 
 
 def test_builder_names_dailytalk_for_its_published_lists_only(mini, tmp_path, monkeypatch):

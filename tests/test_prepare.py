@@ -1,5 +1,4 @@
 import json
-import re
 import shutil
 
 import datasets
@@ -360,7 +359,7 @@ def test_damaged_cache_of_the_builder_is_made_anew(run, tmp_path, caplog):
     path.write_bytes(path.read_bytes()[:-700])
     second, _ = run("second")
     assert content(first) == content(second)
-    assert "it is made anew" in caplog.text
+    assert "making it again" in caplog.text
 
 
 def test_flipped_byte_in_a_text_of_the_builder_is_noticed(run, tmp_path, caplog):
@@ -372,50 +371,7 @@ def test_flipped_byte_in_a_text_of_the_builder_is_noticed(run, tmp_path, caplog)
     path.write_bytes(damaged)
     second, _ = run("second")
     assert content(first) == content(second)
-    assert "was damaged (column user_text of train is not that of the corpus): it is made anew" in caplog.text
-
-
-@pytest.mark.parametrize(
-    "setting",
-    ["max_length", "shard_dialogs", "num_output_shards", "agreement_utterances", "tasks", "batch_seconds"],
-)
-def test_settings_are_positive(run, setting):
-    with pytest.raises(ValueError, match=f"{setting} is 0: give a positive number"):
-        run(**{setting: 0})
-
-
-@pytest.mark.parametrize("setting", ["shuffle_seed", "num_gpus"])
-def test_settings_are_not_negative(run, setting):
-    with pytest.raises(ValueError, match=f"{setting} is -1: give 0 or more"):
-        run(**{setting: -1})
-
-
-WRONG_TYPES = [
-    ({"max_length": "8192"}, "max_length is '8192', a value of type str: give a whole number"),
-    ({"max_length": True}, "max_length is True, a value of type bool: give a whole number"),
-    ({"max_length": None}, "max_length is None: give a whole number"),
-    ({"num_gpus": 1.0}, "num_gpus is 1.0, a value of type float: give a whole number"),
-    ({"batch_seconds": "160"}, "batch_seconds is '160', a value of type str: give a number"),
-    ({"batch_seconds": float("inf")}, "batch_seconds is inf: give a positive number"),
-    ({"batch_seconds": float("nan")}, "batch_seconds is nan: give a positive number"),
-    ({"overwrite": "yes"}, "overwrite is 'yes', a value of type str: give True or False"),
-    ({"agent": 3}, "agent is 3, a value of type int: give a text"),
-    ({"data_dir": None}, "data_dir is None: give a text"),
-    ({"on_bad_audio": "ignore"}, "on_bad_audio 'ignore' is unknown: choose one of error, skip"),
-    ({"executor": 3}, "executor is 3, a value of type int: give one of local, slurm, ray"),
-    ({"executor": "slurm", "slurm": "gpu"}, "slurm is 'gpu', a value of type str: give names and values, such as {"),
-    (
-        {"template": {"agent_role": "Robot"}},
-        "template is {'agent_role': 'Robot'}, a value of type dict: "
-        "give a dailytalk_usdm.Template, such as Template(loss=('user_text',))",
-    ),
-]
-
-
-@pytest.mark.parametrize(("changes", "message"), WRONG_TYPES)
-def test_settings_of_the_wrong_type(changes, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        prepare(**{"data_dir": "no data", "output_path": "no output"} | changes)
+    assert "was damaged (column user_text of train differs from the corpus): making it again" in caplog.text
 
 
 def test_folders_may_be_paths(mini, unit_model, tmp_path):

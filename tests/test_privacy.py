@@ -1,4 +1,4 @@
-"""No secret and no path leaves the machine, nothing is asked of the network that the user did not ask for."""
+"""No secret and no path leaves the machine, and no command opens a connection that the user did not ask for."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 from tests.helpers import REPOSITORY, command
 
 SECRET = "hf_aVerySecretToken"
-# In every process: a connection is written down and refused.
+# Runs in every process: log each connection and refuse it.
 NO_NETWORK = """
 import socket
 def refuse(self, address, *args):
@@ -20,7 +20,6 @@ def refuse(self, address, *args):
     return connect(self, address, *args)
 connect = socket.socket.connect
 socket.socket.connect = socket.socket.connect_ex = refuse
-real = socket.getaddrinfo
 def lookup(host, *args, **kwargs):
     with open({log!r}, "a") as log:
         log.write(repr(host) + chr(10))
@@ -31,7 +30,7 @@ socket.getaddrinfo = lookup
 
 @pytest.fixture
 def offline(tmp_path):
-    """Environment of a process that notes and refuses every connection; HF_HUB_OFFLINE is not set."""
+    """The environment of a process that logs and refuses every connection; HF_HUB_OFFLINE is not set."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(NO_NETWORK.format(log=str(tmp_path / "connections")))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
@@ -43,7 +42,7 @@ def offline(tmp_path):
     }
 
 
-def test_the_guard_sees_connections(offline, tmp_path):
+def test_guard_logs_a_connection(offline, tmp_path):
     code = (
         "import urllib.request\ntry: urllib.request.urlopen('http://huggingface.co', timeout=5)\nexcept OSError: pass"
     )
@@ -51,17 +50,17 @@ def test_the_guard_sees_connections(offline, tmp_path):
     assert "huggingface.co" in (tmp_path / "connections").read_text()
 
 
-def test_the_whole_way_asks_nothing_of_the_network_and_tells_nothing(offline, mini, unit_model, tmp_path):
+def test_no_command_connects_or_reveals_secrets_and_paths(offline, mini, unit_model, tmp_path):
     folder = tmp_path / "someones-private-folder"
     folder.mkdir()
-    tell_tale = [SECRET, "aVeryPrivateValue"]
+    secrets = [SECRET, "aVeryPrivateValue"]
     runs = [command(mini, unit_model, folder, "--precision", "bf16")]
     for verb in (["stats"], ["verify"], ["show"]):
         runs.append([sys.executable, "-m", "usdm_sft.cli", *verb, str(folder / "out")])
     source, recording = mini / "unit_model", next(mini.glob("corpus/data/3/*.wav"))
     model = [str(source / name) for name in ("checkpoint.pt", "kmeans.npy")]
     model += [str(folder / "model"), "--model_config", str(source / "config.json")]
-    others = (
+    other_commands = (
         "from usdm_sft.cli import main\n"
         f"main(['convert', *{model!r}])\n"
         f"main(['units', {model[2]!r}, {str(recording)!r}])\n"
@@ -70,17 +69,17 @@ def test_the_whole_way_asks_nothing_of_the_network_and_tells_nothing(offline, mi
         "import dailytalk_usdm\n"
         f"print(dailytalk_usdm.load_dataset({str(mini / 'corpus')!r}, split='train')[0]['id'])\n"
     )
-    runs.append([sys.executable, "-c", others])
+    runs.append([sys.executable, "-c", other_commands])
     for run in runs:
         done = subprocess.run(run, env=offline, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert not any(secret in done.stdout + done.stderr for secret in tell_tale)
+        assert not any(secret in done.stdout + done.stderr for secret in secrets)
     assert not (tmp_path / "connections").exists()
     files = [path for path in (folder / "out").rglob("*") if path.is_file()]
     assert len(files) > 15
     for path in files:
         content = path.read_bytes()
-        for secret in [*tell_tale, str(tmp_path), str(mini), os.path.expanduser("~") + "/"]:
+        for secret in [*secrets, str(tmp_path), str(mini), os.path.expanduser("~") + "/"]:
             assert secret.encode() not in content, (path, secret)
 
 
@@ -91,7 +90,7 @@ def test_the_whole_way_asks_nothing_of_the_network_and_tells_nothing(offline, mi
         (["--unit_model", "xlsr2_1b_v2"], "offline mode (HF_HUB_OFFLINE) forbids fetching"),
     ],
 )
-def test_offline_mode_is_honoured(offline, mini, unit_model, tmp_path, change, message):
+def test_offline_mode_forbids_downloads(offline, mini, unit_model, tmp_path, change, message):
     done = subprocess.run(
         command(mini, unit_model, tmp_path, *change),
         env=offline | {"HF_HUB_OFFLINE": "1"},
@@ -104,14 +103,12 @@ def test_offline_mode_is_honoured(offline, mini, unit_model, tmp_path, change, m
 
 
 def test_nothing_is_written_outside_output_and_cache(offline, mini, unit_model, tmp_path):
-    home, there = tmp_path / "home", tmp_path / "there"
-    home.mkdir()
-    there.mkdir()
-    work = tmp_path / "work"
-    work.mkdir()
-    environment = offline | {"HOME": str(home), "TMPDIR": str(there), "PYTHONDONTWRITEBYTECODE": "1"}
+    home, temporary, work = (tmp_path / name for name in ("home", "temporary", "work"))
+    for folder in (home, temporary, work):
+        folder.mkdir()
+    environment = offline | {"HOME": str(home), "TMPDIR": str(temporary), "PYTHONDONTWRITEBYTECODE": "1"}
     subprocess.run(command(mini, unit_model, work), env=environment, cwd=work, check=True, capture_output=True)
     assert sorted(path.name for path in work.iterdir()) == ["cache", "out"]
     written = {path.relative_to(home).parts[:2] for path in home.rglob("*") if path.is_file()}
     assert written <= {(".cache", "matplotlib"), (".config", "matplotlib")}, written  # its list of fonts
-    assert not [path for path in there.rglob("*") if path.is_file()]
+    assert not [path for path in temporary.rglob("*") if path.is_file()]

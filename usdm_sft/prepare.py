@@ -28,15 +28,16 @@ from usdm_sft.corpus.published_lists import describe_corpus, list_kind
 from usdm_sft.dataset_folder.layout import check_output, clear_unfinished, is_up_to_date, read_counts
 from usdm_sft.dataset_folder.writer import write_folder
 from usdm_sft.shards.counts import count_rows
-from usdm_sft.shards.make import find_fp32_fallback, load_rows, make_units
 from usdm_sft.shards.overflow import choose_overflow, fit_rows
 from usdm_sft.shards.plan import Shard, plan_shards
+from usdm_sft.shards.rows import load_rows
 from usdm_sft.shards.tokens import join_shards, make_tokens
+from usdm_sft.shards.units import find_fp32_fallback, make_units
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer
 from usdm_sft.units.agreement import measure_agreement, pick_sample
 from usdm_sft.units.batches import padding_share
-from usdm_sft.units.tokenizer import UnitTokenizer
+from usdm_sft.units.tokenizer import UnitTokenizer, open_for
 from usdm_sft.utils.cache import cache_key, cache_root, path_lock
 from usdm_sft.utils.progress import quiet
 
@@ -130,14 +131,13 @@ def _open_run(config: PrepareConfig) -> _Run:
     tokenizer = load_tokenizer(config.pretrained_model_name_or_path, config.model_cache_dir)
     encoder = TemplateEncoder(tokenizer, config.template, last_exchange_only=config.history > 0)
     builder = _open_corpus(config, cache)
-    unit_tokenizer = UnitTokenizer.from_pretrained(
+    unit_tokenizer = open_for(
+        devices[0],
         find_unit_model(config.unit_model, config.model_cache_dir),
-        device=devices[0],
         precision=config.precision,
         batch_seconds=config.batch_seconds,
         resampler=config.resampler,
         cache_dir=cache,
-        elsewhere=_runs_elsewhere(config),
     )
     if unit_tokenizer.num_units > encoder.num_units:
         raise ValueError(

@@ -59,7 +59,7 @@ def test_a_file_that_has_just_changed_is_not_remembered(tmp_path, reads):
     assert reads == ["a.wav"] * 2
 
 
-def test_a_digest_of_any_file_does_not_pass_for_an_audio_header(tmp_path, reads, settled):
+def test_file_digest_does_not_replace_the_check_of_audio(tmp_path, reads, settled):
     path = write_wav(tmp_path / "a.wav")
     file_digest(path, tmp_path / "cache")
     assert audio_digests([path], tmp_path / "cache")[path].num_samples == 3200
@@ -86,7 +86,7 @@ def test_bad_audio_is_not_remembered(tmp_path, settled, monkeypatch):
     assert audio_digests([path], tmp_path / "cache")[path].problem is None
 
 
-def test_a_memo_of_headers_alone_is_not_trusted(tmp_path, settled):
+def test_digests_of_an_older_version_are_not_used(tmp_path, settled):
     """What was remembered before audio was checked."""
     soundfile.write(tmp_path / "nan.wav", np.full(4410, np.nan), 22_050, subtype="FLOAT")
     path = str(tmp_path / "nan.wav")
@@ -114,7 +114,7 @@ def test_a_file_that_changes_after_the_first_pass(tmp_path):
 
 
 @pytest.mark.parametrize("kept", [0, 5000])
-def test_a_damaged_memo_is_made_anew(tmp_path, reads, settled, caplog, kept):
+def test_damaged_digest_file_is_made_again(tmp_path, reads, settled, caplog, kept):
     path = write_wav(tmp_path / "a.wav")
     memo = tmp_path / "cache" / "digests.sqlite"
     first = audio_digests([path], tmp_path / "cache")
@@ -125,7 +125,7 @@ def test_a_damaged_memo_is_made_anew(tmp_path, reads, settled, caplog, kept):
     assert len(reads) == 3  # first, damaged, anew
 
 
-def test_without_a_memo_the_run_goes_on(tmp_path, caplog):
+def test_run_goes_on_without_a_digest_file(tmp_path, caplog):
     (tmp_path / "cache" / "digests.sqlite").mkdir(parents=True)
     path = write_wav(tmp_path / "a.wav")
     assert audio_digests([path], tmp_path / "cache")[path].num_samples == 3200

@@ -36,7 +36,7 @@ def speechlike(num_samples, channels, seed=0):
 
 @pytest.mark.parametrize(("suffix", "subtype", "rate", "channels"), FORMATS)
 @pytest.mark.parametrize("num_samples", [20_001, 33_333])
-def test_bit_for_bit_what_librosa_gives(tmp_path, suffix, subtype, rate, channels, num_samples):
+def test_samples_equal_those_of_librosa(tmp_path, suffix, subtype, rate, channels, num_samples):
     path = tmp_path / f"a.{suffix}"
     soundfile.write(path, speechlike(num_samples, channels), rate, subtype=subtype)
     expected, _ = librosa.load(path, sr=16_000)
@@ -57,7 +57,7 @@ def test_clip_of_dailytalk(shared):
         assert hashlib.sha256(waveform.astype("<f4").tobytes()).hexdigest() == expected["sha256_16k_float32le"]
 
 
-def test_what_an_audio_column_may_hold(tmp_path):
+def test_values_of_an_audio_column(tmp_path):
     assert audio_source({"bytes": None, "path": "a.wav"}) == audio_source("a.wav") == "a.wav"
     assert audio_source({"bytes": b"RIFF", "path": "a.wav"}) == audio_source(b"RIFF") == b"RIFF"
     assert audio_source(tmp_path) == str(tmp_path)

@@ -73,7 +73,7 @@ def test_id3_tag_before_the_header_changes_no_unit(tmp_path, unit_model):
 
 
 @pytest.mark.parametrize("way", ["path", "zip"])
-def test_cut_in_the_samples_behind_an_id3_tag(tmp_path, way):
+def test_cut_in_the_samples_after_an_id3_tag(tmp_path, way):
     soundfile.write(tmp_path / "plain.wav", speechlike(8000), 16_000)
     content = id3_tag(1000) + (tmp_path / "plain.wav").read_bytes()
     assert check_audio(ways_to(content, tmp_path)[way]) == AudioCheck(8000, 16_000)
@@ -81,7 +81,7 @@ def test_cut_in_the_samples_behind_an_id3_tag(tmp_path, way):
     assert check_audio(ways_to(content[:-2], tmp_path)[way]).problem == said
 
 
-def test_mp3_that_is_cut_behind_an_id3_tag(tmp_path):
+def test_mp3_that_is_cut_after_an_id3_tag(tmp_path):
     """The note of its length lies behind the tag, which is as large as a cover picture makes it."""
     soundfile.write(tmp_path / "plain.mp3", speechlike(60_000), 24_000)
     content = id3_tag(100_000) + (tmp_path / "plain.mp3").read_bytes()
@@ -97,7 +97,7 @@ def test_mp3_that_is_cut_behind_an_id3_tag(tmp_path):
     [id3_tag(1000), id3_tag(1000)[:500], id3_tag(1000) + b"not audio", b"ID3\4"],
     ids=["tag", "half a tag", "text", "mark"],
 )
-def test_id3_tag_without_audio_behind_it(tmp_path, content):
+def test_id3_tag_without_audio_after_it(tmp_path, content):
     for source in ways_to(content, tmp_path).values():
         with pytest.raises(AudioError, match="is not audio that soundfile can read"):
             read_audio(source)
@@ -135,7 +135,7 @@ def test_codec_that_cannot_seek(tmp_path, kind, subtype):
         assert np.array_equal(read_audio(stretch)[0], frames[round(start * 8000) : round(end * 8000)])
 
 
-def test_blocks_that_are_passed_over_change_no_later_sample(tmp_path, monkeypatch):
+def test_skipped_blocks_change_no_later_sample(tmp_path, monkeypatch):
     monkeypatch.setattr("usdm_sft.audio.sound.BLOCK_SAMPLES", 777)
     path = tmp_path / "a.wav"
     soundfile.write(path, speechlike(14_600), 8000, subtype="GSM610")

@@ -18,7 +18,7 @@ from tests.benchmarks.common import TURNS, lengths, machine, speechlike, table
 from usdm_sft.convert.convert import convert
 from usdm_sft.dataset_folder import writer
 from usdm_sft.prepare import prepare
-from usdm_sft.shards import make as shards
+from usdm_sft.shards import rows, tokens, units
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -61,9 +61,9 @@ def main() -> None:
         setattr(owner, name, timed)
 
     watch(dailytalk_usdm.DailyTalkUSDM, "__init__", "split lists, digests and headers of the audio")
-    watch(shards, "load_rows", "builder (Arrow)")
-    watch(shards, "make_units", "units")
-    watch(shards, "make_tokens", "template")
+    watch(rows, "load_rows", "builder (Arrow)")
+    watch(units, "make_units", "units")
+    watch(tokens, "make_tokens", "template")
     watch(writer, "write_folder", "dataset folder")
 
     with tempfile.TemporaryDirectory() as work:

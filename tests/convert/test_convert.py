@@ -1,3 +1,5 @@
+"""Conversion of .pt checkpoints, and the published unit model."""
+
 import json
 import pickle
 import tracemalloc
@@ -25,7 +27,7 @@ def convert_small(folder, checkpoint=UNITS / "model_fairseq.pt", kmeans=UNITS / 
 
 
 def changed(path, change):
-    """A copy of the small checkpoint whose model went through `change`."""
+    """Save the small checkpoint after `change` was applied to its model."""
     loaded = torch.load(UNITS / "model_fairseq.pt", weights_only=True)
     change(loaded["model"])
     torch.save(loaded, path)
@@ -58,13 +60,13 @@ def test_values_are_unchanged_and_later_layers_dropped(tmp_path):
     }
 
 
-def test_transformers_opens_the_folder(tmp_path):
+def test_transformers_opens_the_unit_model_folder(tmp_path):
     model, report = Wav2Vec2Model.from_pretrained(convert_small(tmp_path / "model"), output_loading_info=True)
     assert len(model.encoder.layers) == 5
     assert not report["missing_keys"] and not report["unexpected_keys"]
 
 
-def test_checkpoint_that_is_no_zip_file(tmp_path):
+def test_checkpoint_in_the_format_before_zip_files_is_read(tmp_path):
     loaded = torch.load(UNITS / "model_fairseq.pt", weights_only=True)
     torch.save(loaded, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     folders = convert_small(tmp_path / "old", tmp_path / "old.pt"), convert_small(tmp_path / "new")
@@ -87,7 +89,7 @@ def test_converting_again_leaves_the_folder(tmp_path):
     ):
         convert_small(folder, layer=4)
     config = json.loads((UNITS / "config.json").read_text())
-    (tmp_path / "heads.json").write_text(json.dumps(config | {"num_attention_heads": 2}))  # no shape tells these apart
+    (tmp_path / "heads.json").write_text(json.dumps(config | {"num_attention_heads": 2}))  # the shapes are the same
     with pytest.raises(FileExistsError):
         convert_small(folder, model_config=tmp_path / "heads.json")
     with open(folder / "model.safetensors", "ab") as file:
@@ -96,7 +98,7 @@ def test_converting_again_leaves_the_folder(tmp_path):
         convert_small(folder)
 
 
-def test_two_at_once_take_turns(tmp_path):
+def test_simultaneous_conversions_take_turns(tmp_path):
     with ThreadPoolExecutor(4) as threads:
         folders = list(threads.map(lambda _: convert_small(tmp_path / "model"), range(4)))
     assert folders == [tmp_path / "model"] * 4
@@ -116,21 +118,24 @@ class Evil:
             r"lacks encoder\.layers\.3\.feed_forward\.intermediate_dense\.bias",
         ),
         (lambda m: m.update({"layer_norm.weight": torch.ones(3)}), r"has shape \(3,\), the config says \(32,\)"),
-        (lambda m: m.update({"surprise.weight": torch.ones(3)}), r"surprise\.weight is no parameter of a wav2vec 2\.0"),
+        (
+            lambda m: m.update({"surprise.weight": torch.ones(3)}),
+            r"surprise\.weight is not a parameter of a wav2vec 2\.0",
+        ),
         (lambda m: m["layer_norm.weight"].fill_(float("nan")), "holds NaN or infinite values: download"),
         (lambda m: m.update({"layer_norm.weight": Evil()}), "is not a checkpoint of plain tensors"),
-        (lambda m: m.update({7: torch.ones(3)}), "7 is no name of a tensor"),
-        (lambda m: m.update({"layer_norm.weight": 1.5}), r"'layer_norm\.weight' is no name of a tensor"),
+        (lambda m: m.update({7: torch.ones(3)}), "7 is not the name of a tensor"),
+        (lambda m: m.update({"layer_norm.weight": 1.5}), r"'layer_norm\.weight' is not the name of a tensor"),
     ],
 )
-def test_bad_checkpoint(tmp_path, capfd, change, message):
+def test_bad_checkpoint_names_the_tensor(tmp_path, capfd, change, message):
     with pytest.raises(ValueError, match=message):
         convert_small(tmp_path / "model", changed(tmp_path / "bad.pt", change))
     assert not (tmp_path / "model").exists()
     assert "code ran" not in capfd.readouterr().out
 
 
-def test_checkpoint_that_unpacks_to_any_size(tmp_path):
+def test_compressed_checkpoint_is_refused_unread(tmp_path):
     with zipfile.ZipFile(UNITS / "model_fairseq.pt") as source, zipfile.ZipFile(tmp_path / "bomb.pt", "w") as bomb:
         for part in source.infolist():
             content = bytes(50_000_000) if part.filename.endswith("data.pkl") else source.read(part)
@@ -143,7 +148,7 @@ def test_checkpoint_that_unpacks_to_any_size(tmp_path):
     assert peak < 20e6
 
 
-def test_files_that_are_no_checkpoint(tmp_path):
+def test_files_that_are_not_checkpoints(tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     with pytest.raises(ValueError, match=r"text\.pt is not a checkpoint of plain tensors"):
         convert_small(tmp_path / "model", tmp_path / "text.pt")
@@ -163,7 +168,7 @@ def test_files_that_are_no_checkpoint(tmp_path):
         (np.full((10, 64), np.nan, np.float32), "holds NaN or infinite values"),
     ],
 )
-def test_bad_centroids(tmp_path, array, message):
+def test_bad_centroids_name_the_difference(tmp_path, array, message):
     np.save(tmp_path / "k.npy", array)
     with pytest.raises(ValueError, match=message):
         convert_small(tmp_path / "model", kmeans=tmp_path / "k.npy")
@@ -191,7 +196,7 @@ def test_bad_config(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[1]", "holds no JSON object"),
+        ("[1]", "is not a JSON object but a list: correct the file"),
         ("{", "is not JSON"),
         ('{"do_stable_layer_norm": true}', "hidden_size is None: complete"),
     ],
@@ -216,7 +221,7 @@ def test_unreadable_config(tmp_path, content, message):
     ],
     ids=str,
 )
-def test_config_that_transformers_trips_over(tmp_path, change):
+def test_config_that_transformers_cannot_use_is_one_line(tmp_path, change):
     config = json.loads((UNITS / "config.json").read_text())
     (tmp_path / "c.json").write_text(json.dumps(config | change))
     with pytest.raises(
@@ -234,7 +239,7 @@ def test_default_config_is_xls_r_1b():
 
 
 class TestPublished:
-    """`xlsr2_1b_v2`, against a stand-in for the server: two files of the published names, converted with a small config."""
+    """`xlsr2_1b_v2`, against a stand-in for the server that serves two small files under the published names."""
 
     @pytest.fixture(autouse=True)
     def server(self, monkeypatch):
@@ -252,14 +257,14 @@ class TestPublished:
             path.write_bytes(files[path.name].read_bytes())
             digest = download.sha256_file(path)
             if sha256 not in (None, digest):
-                raise ValueError("it is not the file that is known; not kept")
+                raise ValueError("it is not the known file and was deleted")
             return digest
 
         monkeypatch.setattr(published, "download", fetch)
         monkeypatch.setattr(module, "XLSR_1B", json.loads((UNITS / "config.json").read_text()))
         monkeypatch.setattr(module.convert, "__kwdefaults__", {"model_config": None, "layer": 5, "final_norm": False})
 
-    def test_fetched_and_converted_once(self, tmp_path, caplog):
+    def test_files_are_downloaded_and_converted_once(self, tmp_path, caplog):
         folder = find_unit_model("xlsr2_1b_v2", tmp_path)
         assert (folder / "unit_model.json").is_file()
         assert find_unit_model("xlsr2_1b_v2", tmp_path) == folder
@@ -269,7 +274,7 @@ class TestPublished:
         assert recorded["kmeans_10k.npy"] in caplog.text
         assert not (tmp_path / "xlsr2_1b_v2.sources").exists()
 
-    def test_every_file_is_recorded_after_a_broken_download(self, tmp_path):
+    def test_digest_is_recorded_even_if_a_later_download_fails(self, tmp_path):
         self.broken = ["kmeans_10k.npy"]
         with pytest.raises(OSError, match="the connection broke"):
             find_unit_model("xlsr2_1b_v2", tmp_path)
@@ -281,16 +286,16 @@ class TestPublished:
     def test_a_download_must_match_the_known_digest_before_it_is_opened(self, tmp_path, monkeypatch):
         monkeypatch.setitem(published.KNOWN_DIGESTS, "kmeans_10k.npy", "0" * 64)
         monkeypatch.setattr(published, "convert", None)
-        with pytest.raises(ValueError, match="it is not the file that is known"):
+        with pytest.raises(ValueError, match="it is not the known file"):
             find_unit_model("xlsr2_1b_v2", tmp_path)
 
     def test_a_later_download_must_match_the_record(self, tmp_path):
         (tmp_path / "xlsr2_1b_v2.sha256.json").write_text(json.dumps({"kmeans_10k.npy": "0" * 64}))
-        with pytest.raises(ValueError, match="it is not the file that is known"):
+        with pytest.raises(ValueError, match="it is not the known file"):
             find_unit_model("xlsr2_1b_v2", tmp_path)
 
 
-def test_no_unit_model_folder(tmp_path):
+def test_folder_without_a_unit_model_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"is not a unit model folder .* 'dailytalk-usdm convert'"):
         find_unit_model(tmp_path)
     (tmp_path / "unit_model.json").write_text("{}")

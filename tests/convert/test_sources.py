@@ -1,3 +1,5 @@
+"""Published corpora, unit models and tokenizers are named only if their digests match."""
+
 import json
 from pathlib import Path
 
@@ -60,14 +62,14 @@ def test_unit_model_made_in_another_way_is_not_the_published_one(tmp_path, diffe
     assert found == {"name": None, "layer": 35, "sources": SOURCES} | difference
 
 
-def test_name_of_a_unit_model_folder_proves_nothing(tmp_path):
+def test_unit_model_is_not_recognized_by_the_name_of_its_folder(tmp_path):
     folder = unit_model_folder(tmp_path)
     assert describe_unit_model(folder)["name"] is None
     record_download(tmp_path, checkpoint=OTHER)
     assert describe_unit_model(folder)["name"] is None
 
 
-def test_tokenizer_keeps_its_name_but_no_path(tmp_path, monkeypatch):
+def test_description_of_a_tokenizer_has_its_name_but_no_path(tmp_path, monkeypatch):
     (tmp_path / "mistral-common").mkdir()
     monkeypatch.chdir(tmp_path)
     assert describe_tokenizer("naver-ai/USTM", 10_000) == {"name": "naver-ai/USTM", "num_units": 10_000}

@@ -24,8 +24,9 @@ from usdm_sft.cli import main
 from usdm_sft.corpus.bad_audio import ALL_BAD, leave_out
 from usdm_sft.corpus.dialogs import Dialog, Split, Utterance
 from usdm_sft.prepare import prepare
-from usdm_sft.units.batches import BATCH_SECONDS, plan_batches
+from usdm_sft.units.batches import plan_batches
 from usdm_sft.units.model import UnitModel
+from usdm_sft.units.settings import BATCH_SECONDS
 from usdm_sft.units.tokenizer import UnitTokenizer
 
 NOT_AUDIO = "is not audio that soundfile can read (Format not recognised)"
@@ -67,17 +68,17 @@ def test_dangling_symlink(path, tmp_path):
         read_waveform(path)
 
 
-def test_symlink_that_leads_nowhere_but_to_itself(path):
+def test_symlink_loop(path):
     path.symlink_to(path)
     assert problem(path) == "cannot be read (Too many levels of symbolic links)"
 
 
-def test_folder_in_the_place_of_a_file(path):
+def test_folder_instead_of_a_file(path):
     path.mkdir()
-    assert problem(path) == "cannot be read (it is no regular file)"
+    assert problem(path) == "cannot be read (it is not a regular file)"
 
 
-def test_file_in_the_place_of_a_folder(tmp_path):
+def test_file_instead_of_a_folder(tmp_path):
     (tmp_path / "3").write_text("")
     assert problem(tmp_path / "3" / "0_0_d3.wav") == "cannot be read (Not a directory)"
 
@@ -88,7 +89,7 @@ def test_fifo_does_not_hang(path, call):
     module = "audio_check" if call == "check_audio" else "audio"
     code = f"from usdm_sft.{module} import {call}; print({call}({str(path)!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert "cannot be read (it is no regular file)" in done.stdout + done.stderr
+    assert "cannot be read (it is not a regular file)" in done.stdout + done.stderr
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -142,7 +143,7 @@ def test_cut_in_the_samples(path, size, there):
     assert problem(path) == f"is cut short (its header promises 16,000 bytes of samples, {there:,} are there)"
 
 
-def test_cut_in_the_samples_behind_another_chunk(path):
+def test_cut_in_the_samples_after_another_chunk(path):
     content = wav_bytes(path)
     between = content[:36] + b"LIST" + struct.pack("<I", 5) + b"hello\0" + content[36:]  # padded to an even size
     path.write_bytes(between)
@@ -152,7 +153,7 @@ def test_cut_in_the_samples_behind_another_chunk(path):
 
 
 @pytest.mark.parametrize("size", [0x7FFFF000, 0x80000000, 0xFFFFFFFF], ids=["sox", "arecord", "ffmpeg"])
-def test_size_that_was_unknown_when_the_header_was_written(path, size):
+def test_header_with_unknown_size_is_good(path, size):
     """By a program that wrote to a pipe; all samples are there."""
     content = bytearray(wav_bytes(path))
     expected = read_waveform(path)
@@ -162,7 +163,7 @@ def test_size_that_was_unknown_when_the_header_was_written(path, size):
     assert np.array_equal(read_waveform(path), expected)
 
 
-def test_bytes_behind_the_samples_do_no_harm(path):
+def test_bytes_after_the_samples_are_ignored(path):
     path.write_bytes(wav_bytes(path) + b"LIST" + struct.pack("<I", 4) + b"INFO")
     assert check_audio(path) == AudioCheck(8000, 16_000)
 
@@ -232,7 +233,7 @@ def test_every_usual_kind_is_good(path, rate, subtype, channels):
     assert len(read_waveform(path)) == -(-(rate // 10) * 16_000 // rate)
 
 
-def test_what_another_library_wrote(path):
+def test_odd_number_of_bytes_without_padding_is_good(path):
     with wave.open(str(path), "wb") as file:
         file.setparams((1, 1, 8000, 0, "NONE", ""))
         file.writeframes(bytes(801))  # an odd number of bytes, with none after them
@@ -263,7 +264,7 @@ def test_compressed_file_that_is_cut(path, kind, said):
     assert re.fullmatch(said, problem(path))
 
 
-def test_compressed_file_that_breaks_in_the_middle(path):
+def test_compressed_file_with_damage_in_the_middle(path):
     soundfile.write(path, noise(60_000), 24_000, format="FLAC")
     content = bytearray(path.read_bytes())
     content[len(content) // 2 : len(content) // 2 + 500] = bytes(500)
@@ -273,7 +274,7 @@ def test_compressed_file_that_breaks_in_the_middle(path):
         read_waveform(path)
 
 
-def test_mp3_without_a_note_of_its_length_is_good(path):
+def test_mp3_without_a_length_in_its_header_is_good(path):
     """Its length is an estimate, and not held against it."""
     soundfile.write(path, noise(441_000), 22_050, format="MP3", bitrate_mode="CONSTANT", compression_level=0.5)
     content = path.read_bytes()
@@ -288,7 +289,7 @@ def test_mp3_without_a_note_of_its_length_is_good(path):
 
 
 @pytest.mark.parametrize("kind", ["WAV", "sparse WAV", "FLAC"])
-def test_an_hour(path, tmp_path, kind):
+def test_hour_of_audio_needs_little_memory(path, tmp_path, kind):
     """Goes alone in a batch; looking at it takes no memory to speak of."""
     if kind == "FLAC":
         with soundfile.SoundFile(path, "w", 8000, 1, format="FLAC") as sound:
@@ -361,7 +362,7 @@ def run(unit_model, tmp_path):
     return run
 
 
-def test_error_tells_all_at_once_and_before_any_forward_pass(run, corpus, monkeypatch):
+def test_error_names_all_bad_files_before_any_forward_pass(run, corpus, monkeypatch):
     monkeypatch.setattr(UnitModel, "forward", None)
     with pytest.raises(AudioError) as caught:
         run(corpus)
@@ -373,7 +374,7 @@ def test_error_tells_all_at_once_and_before_any_forward_pass(run, corpus, monkey
     ) in lines
 
 
-def test_no_more_than_twenty_are_told(corpus, tmp_path):
+def test_error_names_twenty_files_at_most(corpus, tmp_path):
     for path in corpus.glob("data/*/*.wav"):
         path.unlink()
     with pytest.raises(FileNotFoundError) as caught:  # where nothing else is wrong
@@ -386,7 +387,7 @@ def test_no_more_than_twenty_are_told(corpus, tmp_path):
     assert str(caught.value).split("\n")[20:] == ["... and 9 more problems"]
 
 
-def test_skip_leaves_out_exactly_the_pairs_concerned(run, corpus, mini):
+def test_skip_leaves_out_exactly_the_pairs_with_bad_audio(run, corpus, mini):
     whole, _ = run(mini / "corpus", "whole")
     output, counts = run(corpus, on_bad_audio="skip")
     rows = datasets.load_dataset(str(output), split="train")
@@ -432,7 +433,7 @@ def test_skip_does_not_depend_on_the_size_of_work_shards(run, corpus, shard_dial
 
 
 @pytest.mark.parametrize("shard_dialogs", [1, 2])
-def test_a_repaired_file_redoes_its_own_work_shard_alone(run, corpus, mini, tmp_path, shard_dialogs):
+def test_repaired_file_redoes_only_its_own_work_shard(run, corpus, mini, tmp_path, shard_dialogs):
     output, before = run(corpus, on_bad_audio="skip", shard_dialogs=shard_dialogs)
     level = tmp_path / "cache" / "units"
     finished = set(level.glob("*.arrow"))
@@ -463,7 +464,7 @@ def test_too_long_and_bad_pairs_are_counted_apart(corpus, unit_model, tmp_path, 
     assert len(counts["pairs_left_out"]) == 5 + too_long
 
 
-def test_command_line_says_it_in_lines_without_traceback(corpus, unit_model, tmp_path, capsys):
+def test_command_line_prints_one_line_per_bad_file_without_traceback(corpus, unit_model, tmp_path, capsys):
     options = ["--data_dir", str(corpus), "--unit_model", str(unit_model)]
     options += ["--pretrained_model_name_or_path", "mistral-common", "--cache_dir", str(tmp_path / "cache")]
     with pytest.raises(SystemExit, match="1"):
@@ -476,7 +477,7 @@ def test_command_line_says_it_in_lines_without_traceback(corpus, unit_model, tmp
         main(["prepare", *options, "--output_path", str(tmp_path / "out"), "--on_bad_audio", "ignore"])
 
 
-def test_nothing_left_of_a_split(corpus, tmp_path):
+def test_split_without_a_pair_left_is_refused(corpus, tmp_path):
     for name in ("105/1_0_d105.wav", "2001/0_0_d2001.wav"):
         (corpus / "data" / name).write_bytes(b"")
     with pytest.raises(AudioError) as caught:
@@ -489,7 +490,7 @@ def test_nothing_left_of_a_split(corpus, tmp_path):
     ]
 
 
-def test_load_dataset_takes_the_option(corpus, tmp_path):
+def test_load_dataset_accepts_on_bad_audio(corpus, tmp_path):
     options = {"cache_dir": str(tmp_path / "cache")}
     rows = dailytalk_usdm.load_dataset(corpus, on_bad_audio="skip", split="train", **options)
     assert rows["id"][:] == KEPT
@@ -503,7 +504,7 @@ def test_load_dataset_takes_the_option(corpus, tmp_path):
         DailyTalkUSDM(data_dir=corpus, on_bad_audio="ignore")
 
 
-def test_digest_of_the_corpus_and_cache_follow_what_is_left_out(corpus, mini):
+def test_corpus_digest_and_cache_follow_the_pairs_left_out(corpus, mini):
     def state(**options):
         builder = DailyTalkUSDM(data_dir=corpus, on_bad_audio="skip", **options)
         assert builder.config.on_bad_audio == "skip"

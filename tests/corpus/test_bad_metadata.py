@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dailytalk_usdm import DailyTalkUSDM
-from usdm_sft.corpus import published_lists, split_list
+from usdm_sft.corpus import published_lists
 from usdm_sft.corpus.problems import MAX_PROBLEMS, CorpusError
 from usdm_sft.corpus.read import SAME_SPEAKER, SINGLE_TURN, read_corpus
 from usdm_sft.utils import download
-from usdm_sft.utils.texts import text_problem
+from usdm_sft.utils.texts import MAX_LINE, text_problem
 
 GOOD = "0_0_d1|0|{P}|hello.|none\n1_1_d1|1|{P}|yes.|none\n"
 
@@ -50,36 +50,36 @@ def problems(path, content):
     ],
     ids=["BOM", "CRLF", "CR", "mixed", "no last newline"],
 )
-def test_what_editors_make_of_a_list_is_read_alike(path, content):
+def test_every_line_end_and_a_byte_order_mark_are_read_alike(path, content):
     assert read(path, content).dialogs == read(path, GOOD).dialogs
     assert read(path, content).dialogs[0].utterances[1].emotion == "none"
 
 
-def test_blank_lines_anywhere(path):
+def test_blank_lines_are_reported(path):
     assert problems(path, "\n" + GOOD + "\n  \r\n\n") == [f"{n}: blank line: delete it" for n in (1, 4, 5, 6)]
 
 
-def test_latin_1(path):
+def test_latin_1_is_refused(path):
     content = GOOD.replace("yes", "café").encode("latin-1")
     assert problems(path, b"bad\n" + content) == [
-        "3: not UTF-8 (byte 0xE9 in '1_1_d1|1|{P}|caf\\udce9.|none'): save the list as UTF-8"
+        "3: not UTF-8 (byte 0xE9 in '1_1_d1|1|{P}|caf\\udce9.|none'): save the file as UTF-8"
     ]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
-def test_utf_16(path, encoding):
+def test_utf_16_and_utf_32_are_refused(path, encoding):
     [problem] = problems(path, GOOD.encode(encoding))
-    assert re.fullmatch(r"1: (not UTF-8 \(byte 0xF[EF] in .*\)|a NUL in .*): save the list as UTF-8", problem)
+    assert re.fullmatch(r"1: (not UTF-8 \(byte 0xF[EF] in .*\)|a NUL in .*): save the file as UTF-8", problem)
 
 
-def test_surrogate_written_as_if_it_were_utf_8(path):
+def test_surrogate_in_utf_8_is_refused(path):
     [problem] = problems(path, GOOD.encode() + b"0_0_d2|0|{P}|a\xed\xb2\x80|none\n")
     assert problem.startswith("3: not UTF-8 (byte 0xED in ")
 
 
-def test_nul(path):
+def test_nul_is_refused(path):
     assert problems(path, GOOD.replace("yes", "y\0s")) == [
-        "2: a NUL in '1_1_d1|1|{P}|y\\x00s.|none': save the list as UTF-8"
+        "2: a NUL in '1_1_d1|1|{P}|y\\x00s.|none': save the file as UTF-8"
     ]
 
 
@@ -97,7 +97,7 @@ def within(megabytes, call):
         assert peak < megabytes * 1e6
 
 
-def test_a_single_line_of_a_hundred_megabytes(path):
+def test_line_of_100_megabytes_is_refused_in_little_memory(path):
     path.write_bytes(b"x" * 100_000_000)
 
     def call():
@@ -109,7 +109,7 @@ def test_a_single_line_of_a_hundred_megabytes(path):
     within(5, call)
 
 
-def test_sparse_file(path):
+def test_sparse_file_is_refused_in_little_memory(path):
     path.touch()
     os.truncate(path, 50_000_000_000)
 
@@ -121,7 +121,7 @@ def test_sparse_file(path):
 
 
 @pytest.mark.parametrize("line", ["garbage\n", "\n", "0_0_d1|0|{P}|hello.|none\n"], ids=["garbage", "blank", "same"])
-def test_very_many_bad_lines(path, line):
+def test_reading_stops_at_the_thousandth_problem(path, line):
     path.write_text(line * 2_000_000)
 
     def call():
@@ -135,13 +135,13 @@ def test_very_many_bad_lines(path, line):
     assert len(str(error)) < 10_000
 
 
-def test_thousands_of_dialogs_without_a_beginning(path):
+def test_dialogs_without_a_first_turn_stop_at_the_thousandth_problem(path):
     content = "".join(f"1_0_d{number}|0|{{P}}|hello.|none\n" for number in range(5000))
     assert len(problems(path, content)) == MAX_PROBLEMS
 
 
 def test_longest_line(path):
-    text = "a" * (split_list.MAX_LINE - len("1_1_d1|1|{P}||none"))
+    text = "a" * (MAX_LINE - len("1_1_d1|1|{P}||none"))
     assert read(path, GOOD.replace("yes.", text)).dialogs[0].utterances[1].text == text
     assert problems(path, GOOD.replace("yes.", text + "a"))[0].startswith("2: line of more than 1,000,000 characters")
 
@@ -157,7 +157,7 @@ def test_longest_line(path):
         "0_0_d1\u2028", "0_0_d1\x0c", "0x0_0_d1", "1e3_0_d1", "_0_d1",
     ],
 )  # fmt: skip
-def test_id_that_is_none(path, utterance_id, monkeypatch):
+def test_malformed_id_is_refused_and_opens_no_file(path, utterance_id, monkeypatch):
     """Told with its line; nothing but the list is opened."""
     speaker = utterance_id.split("_")[1] if utterance_id.count("_") > 1 else "0"
     opened = []
@@ -179,7 +179,7 @@ def test_largest_numbers(path):
     assert split.dialogs[0].utterances[0].audio == "999999999/0_0_d999999999.wav"
 
 
-def test_numbers_with_leading_zeros_are_other_names(path):
+def test_numbers_with_leading_zeros_are_different_dialogs(path):
     """The names of the files have them as well."""
     split = read(path, GOOD + GOOD.replace("d1|", "d01|"))
     assert [dialog.utterances[0].audio for dialog in split.dialogs] == ["01/0_0_d01.wav", "1/0_0_d1.wav"]
@@ -203,7 +203,7 @@ def known(mini, monkeypatch):
     monkeypatch.setattr(published_lists, "SPLIT_LISTS", lists)
 
 
-def test_dailytalks_own_lists_swapped(mini_corpus, known):
+def test_swapped_lists_of_dailytalk_are_refused(mini_corpus, known):
     assert list(DailyTalkUSDM(data_dir=mini_corpus).corpus) == ["train", "test"]
     swapped = {"train": "test.txt", "test": "train.txt"}
     with pytest.raises(ValueError, match=r"test\.txt is DailyTalk's test list, but is named as train: swap the lists"):
@@ -242,7 +242,7 @@ def test_metadata_json_is_not_read(mini_corpus, content, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "fifo"])
-def test_list_that_is_no_file(path, kind):
+def test_list_that_is_not_a_file_is_refused(path, kind):
     path.mkdir() if kind == "folder" else os.mkfifo(path)
     with pytest.raises(FileNotFoundError, match=r"the train split list .*l\.txt is not a file"):
         read_corpus({"train": path})

@@ -127,7 +127,7 @@ def test_other_rows_need_no_forward_pass(single, run, monkeypatch):
         run(f"no-audio-{number}", **options)
 
 
-def test_command_tells_what_was_cut(work, mini, unit_model, capsys):
+def test_command_reports_rows_that_were_cut(work, mini, unit_model, capsys):
     options = {
         "data_dir": mini / "corpus", "output_path": work / "cut", "unit_model": unit_model, "max_length": 450,
         "pretrained_model_name_or_path": "mistral-common", "cache_dir": work / "cache", "config_name": "multi_turn",
@@ -177,7 +177,7 @@ def test_earlier_exchanges_are_context(run, single, multi):
     assert counts["splits"]["train"]["rows"] == counts["splits"]["train"]["pairs"] == 10
 
 
-def test_context_goes_before_the_pair_does(run, single):
+def test_context_is_cut_before_the_pair(run, single):
     limit = max(len(row["input_ids"]) for row in single.values())
     output, counts = run("short-history", history=1, max_length=limit)
     rows = rows_of(output)

@@ -5,12 +5,10 @@ import threading
 
 import pytest
 
-from dailytalk_usdm import DailyTalkUSDM
 from tests.helpers import FIXTURES
-from usdm_sft.corpus import published_lists, split_list
-from usdm_sft.corpus import read as corpus
+from usdm_sft.corpus import published_lists
 from usdm_sft.corpus.problems import CorpusError
-from usdm_sft.corpus.read import read_corpus
+from usdm_sft.corpus.read import SAME_SPEAKER, SINGLE_TURN, read_corpus
 from usdm_sft.utils import download
 from usdm_sft.utils.texts import text_problem
 
@@ -39,13 +37,13 @@ def test_real_split_lists(shared):
     assert (len(train.dialogs), train.num_pairs) == (2400, 20_042)
     assert (len(test.dialogs), test.num_pairs) == (127, 1_058)
     assert sorted(train.left_out) == ["d1118", "d1187", "d2300", "d604"]
-    assert dict(test.left_out) == {"d1023": corpus.SAME_SPEAKER}
+    assert dict(test.left_out) == {"d1023": SAME_SPEAKER}
 
 
 def test_mini_dialogs_in_order_of_number(mini):
     splits = read_corpus({split: mini / "corpus" / f"{split}.txt" for split in ("train", "test")})
     assert [dialog.id for dialog in splits["train"].dialogs] == ["d3", "d8", "d20", "d77"]
-    assert dict(splits["train"].left_out) == {"d11": corpus.SAME_SPEAKER, "d42": corpus.SINGLE_TURN}
+    assert dict(splits["train"].left_out) == {"d11": SAME_SPEAKER, "d42": SINGLE_TURN}
     assert pairs(splits["test"]) == [
         ("0_1_d105", "1_0_d105"),
         ("1_0_d105", "2_1_d105"),
@@ -110,7 +108,7 @@ def test_text_that_the_template_can_hold(text):
     assert text_problem(text) is None
 
 
-def test_all_problems_are_told_at_once(tmp_path):
+def test_all_problems_are_reported_at_once(tmp_path):
     path = write(tmp_path / "l.txt", *[f"bad{i}" for i in range(30)])
     with pytest.raises(CorpusError, match=r"l\.txt:1: 1 fields") as caught:
         read_corpus({"train": path})
@@ -127,62 +125,13 @@ def test_dialog_in_both_splits(tmp_path):
 def test_wrong_encoding(tmp_path):
     content = "".join(f"{line(f'0_0_d{number}')}\n" for number in range(5000)) + "1_1_d1|1|{P}|café|none\n"
     (tmp_path / "l.txt").write_bytes(content.encode("latin-1"))
-    with pytest.raises(CorpusError, match=r"l\.txt:5001: not UTF-8 .*save the list as UTF-8"):
+    with pytest.raises(CorpusError, match=r"l\.txt:5001: not UTF-8 .*save the file as UTF-8"):
         read_corpus({"train": tmp_path / "l.txt"})
 
 
 def test_missing_list(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"the train split list .*nowhere\.txt is not a file"):
         read_corpus({"train": tmp_path / "nowhere.txt"})
-
-
-@pytest.mark.parametrize("names", split_list.LIST_NAMES)
-@pytest.mark.parametrize("given", [".", "data"])
-def test_split_lists_beside_the_data(tmp_path, names, given):
-    (tmp_path / "data" / "1").mkdir(parents=True)
-    for name in names.values():
-        write(tmp_path / name, *GOOD)
-    found = split_list.find_split_lists(tmp_path / given)
-    assert {split: path.name for split, path in found.items()} == names
-    assert split_list.find_data_folder(tmp_path / given).resolve() == tmp_path / "data"
-
-
-def test_split_lists_beside_a_linked_data_folder(tmp_path):
-    """The audio may lie on another disk, with other lists beside it."""
-    for place in ("disk", "here"):
-        (tmp_path / place).mkdir()
-        for name in ("train.txt", "test.txt"):
-            (tmp_path / place / name).touch()
-    (tmp_path / "disk" / "data" / "1").mkdir(parents=True)
-    (tmp_path / "here" / "data").symlink_to(tmp_path / "disk" / "data")
-    expected = {split: tmp_path / "here" / f"{split}.txt" for split in ("train", "test")}
-    assert (
-        split_list.find_split_lists(tmp_path / "here")
-        == split_list.find_split_lists(tmp_path / "here" / "data")
-        == expected
-    )
-
-
-def test_no_split_lists_and_no_data(tmp_path):
-    (tmp_path / "data").mkdir()
-    assert split_list.find_split_lists(tmp_path) is None
-    write(tmp_path / "train_phone.txt", *GOOD)
-    with pytest.raises(FileNotFoundError, match=r"train_phone\.txt has no val_phone\.txt beside it: add it"):
-        split_list.find_split_lists(tmp_path)
-    with pytest.raises(FileNotFoundError, match="holds neither a folder 'data' nor numbered dialog folders"):
-        split_list.find_data_folder(tmp_path / "data")
-
-
-@pytest.mark.parametrize("find", ["find_data_folder", "find_recordings", "find_split_lists"])
-def test_data_dir_that_does_not_exist(tmp_path, find):
-    with pytest.raises(FileNotFoundError, match=r"^data_dir .*/nowhere does not exist: give the folder of the corpus"):
-        getattr(split_list, find)(tmp_path / "nowhere")
-
-
-def test_missing_data_dir_is_told_before_split_lists_named_from_it(tmp_path):
-    for data_files in (None, {"train": "train.txt"}, {"train": "train.jsonl"}):
-        with pytest.raises(FileNotFoundError, match=r"^data_dir .*/nowhere does not exist"):
-            DailyTalkUSDM(data_dir=tmp_path / "nowhere", data_files=data_files)
 
 
 @pytest.fixture
@@ -211,7 +160,7 @@ def test_download_is_kept_only_with_its_digest(server, tmp_path):
     sha256 = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
     assert download.download(f"{url}/list.txt", tmp_path / "kept", sha256=sha256) == sha256
     assert (tmp_path / "kept").read_bytes() == b"hello"
-    with pytest.raises(ValueError, match="it is not the file that is known; not kept"):
+    with pytest.raises(ValueError, match="it is not the known file and was deleted"):
         download.download(f"{url}/list.txt", tmp_path / "refused", sha256="0" * 64)
     with pytest.raises(OSError, match=r"could not fetch .*404.*put the file at .*refused by hand"):
         download.download(f"{url}/nothing.txt", tmp_path / "refused")
@@ -234,7 +183,7 @@ def test_a_wrong_split_list_is_refused(server, tmp_path):
 @pytest.mark.parametrize(
     "answer", [b"hello\r\n", b"HTTP/1.0 200 OK\r\nContent-Length: 100\r\n\r\nhalf"], ids=["no HTTP", "breaks off"]
 )
-def test_a_server_that_does_not_keep_its_word(tmp_path, monkeypatch, answer):
+def test_broken_answers_of_a_server_are_an_error(tmp_path, monkeypatch, answer):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(download, "FIRST_WAIT", 0)
     with socket.create_server(("127.0.0.1", 0)) as listening:

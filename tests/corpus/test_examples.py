@@ -49,12 +49,12 @@ def test_multi_turn_from_the_even_and_from_the_odd_start(num_turns, expected):
 
 
 @pytest.mark.parametrize("num_turns", range(2, 12))
-def test_every_pair_is_the_exchange_of_one_conversation(num_turns):
+def test_every_pair_is_in_exactly_one_conversation(num_turns):
     exchanges = [exchange for its in rows(num_turns, "multi_turn").values() for exchange in its]
     assert sorted(exchanges) == [(turn, turn + 1) for turn in range(num_turns - 1)]
 
 
-def test_which_configs_hold_lists():
+def test_configs_with_list_columns():
     assert [has_lists(name, 0) for name in CONFIGS] == [False, True]
     assert has_lists("single_turn", 1)
 
@@ -67,12 +67,12 @@ def test_which_configs_hold_lists():
         ("multi_turn", 2, "history is 2, but multi_turn holds whole conversations: set it with single_turn only"),
     ],
 )
-def test_what_is_refused(name, history, message):
+def test_unknown_config_and_wrong_history_are_refused(name, history, message):
     with pytest.raises(ValueError, match=message):
         check_config(name, history)
 
 
-def test_with_a_named_agent_conversations_go_on_over_its_answers():
+def test_named_agent_answers_every_exchange_of_a_conversation():
     speakers = "ABABCAB"  # B answers 1, 3 and 6; between 3 and 6 others talk
     utterances = tuple(Utterance(str(i), "d7", i + 3, speaker, "a", "none") for i, speaker in enumerate(speakers))
     named = Dialog("d7", utterances, agent="B")

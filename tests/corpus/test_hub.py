@@ -98,7 +98,7 @@ def test_a_row_may_name_a_file_of_the_dataset_itself(snapshot, tmp_path, monkeyp
     assert dialog.utterances[1].audio == f"{address}#t=0,0.25"
 
 
-def test_a_name_beside_audio_in_the_row_is_not_looked_at(snapshot, tmp_path, monkeypatch):
+def test_path_beside_audio_bytes_is_ignored(snapshot, tmp_path, monkeypatch):
     """`push_to_hub` keeps the name that a recording had."""
     lists = fetch({"bytes": wav(4), "path": f"{tmp_path}/secret.wav"}, tmp_path, monkeypatch)
     [dialog] = read_corpus(lists)["train"].dialogs
@@ -107,7 +107,7 @@ def test_a_name_beside_audio_in_the_row_is_not_looked_at(snapshot, tmp_path, mon
             assert file.read() == wav(seed)
 
 
-def test_every_row_concerned_is_named_up_to_twenty(snapshot, tmp_path, monkeypatch):
+def test_the_first_twenty_bad_rows_are_named(snapshot, tmp_path, monkeypatch):
     rows = [ROW | {"turn": turn, "speaker": "AB"[turn % 2], "audio": f"/{turn}.wav"} for turn in range(30)]
     loaded = datasets.DatasetDict(test=datasets.Dataset.from_list(rows))
     monkeypatch.setattr(datasets, "load_dataset", lambda name, revision: loaded)
@@ -116,7 +116,7 @@ def test_every_row_concerned_is_named_up_to_twenty(snapshot, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-def test_an_audio_folder_on_the_hub(tmp_path, zipped):
+def test_audio_folder_on_the_hub_is_read(tmp_path, zipped):
     """`datasets` names the downloaded files, or the members of the downloaded archive."""
     files = {f"{turn}.wav": wav(turn) for turn in range(2)}
     rows = [ROW | {"turn": turn, "speaker": "AB"[turn], "file_name": f"{turn}.wav"} for turn in range(2)]
@@ -139,7 +139,7 @@ def test_an_audio_folder_on_the_hub(tmp_path, zipped):
         "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{tmp_path}",
     }  # fmt: skip
     code = (
-        "from usdm_sft.addresses import open_file; from usdm_sft.corpus import read_corpus\n"
+        "from usdm_sft.audio.addresses import open_file\nfrom usdm_sft.corpus.read import read_corpus\n"
         "from usdm_sft.corpus.hub import fetch_corpus\n"
         "import hashlib\n"
         "[dialog] = read_corpus(fetch_corpus('hub:tester/calls'))['train'].dialogs\n"

@@ -59,7 +59,7 @@ WRITERS = {"jsonl": write_jsonl, "csv": write_csv, "parquet": write_parquet}
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_every_kind_of_table_says_the_same(tmp_path, kind):
+def test_every_table_format_gives_the_same_dialogs(tmp_path, kind):
     rows = rows_of(start=0.5, end=1.25, channel=1, emotion="none", note="passed over")
     [split] = read_corpus({"train": WRITERS[kind](tmp_path / f"m.{kind}", rows)}).values()
     assert [dialog.id for dialog in split.dialogs] == ["call-1", "call/2 ü"]
@@ -69,7 +69,7 @@ def test_every_kind_of_table_says_the_same(tmp_path, kind):
     assert {u.emotion for u in utterances} == {"none"}
 
 
-def test_whole_numbers_that_a_table_spells_with_a_point(tmp_path):
+def test_whole_numbers_may_have_a_decimal_point(tmp_path):
     """A column of whole numbers with gaps is a column of floats to many who write CSV."""
     rows = [row | {"turn": f"{row['turn']}.0", "channel": "1.0"} for row in rows_of()]
     [split] = read_corpus({"train": write_csv(tmp_path / "m.csv", rows)}).values()
@@ -80,7 +80,7 @@ def test_whole_numbers_that_a_table_spells_with_a_point(tmp_path):
     ]
 
 
-def test_where_recordings_are_named_from(tmp_path):
+def test_relative_paths_start_at_the_manifest_or_data_dir(tmp_path):
     rows = rows_of()
     rows[0]["audio"], rows[1]["audio"] = "/elsewhere/x.wav", "zip://x.wav::../x.zip"
     path = write_jsonl(tmp_path / "m.jsonl", rows)
@@ -95,28 +95,28 @@ def test_where_recordings_are_named_from(tmp_path):
     [
         ({"text": None}, r"m\.jsonl:1: text missing: complete the row"),
         ({"dialog": "", "audio": None}, r":1: dialog, audio missing"),
-        ({"turn": 1.5}, r":1: turn '1\.5' is no whole number from 0 on"),
-        ({"turn": -1}, r":1: turn '-1' is no whole number"),
-        ({"turn": "x"}, r":1: turn 'x' is no whole number"),
-        ({"turn": 2**40}, r":1: turn '1099511627776' is no whole number"),
-        ({"turn": True}, r":1: turn 'True' is no whole number"),
+        ({"turn": 1.5}, r":1: turn '1\.5' is not a whole number from 0 to 2,147,483,647"),
+        ({"turn": -1}, r":1: turn '-1' is not a whole number"),
+        ({"turn": "x"}, r":1: turn 'x' is not a whole number"),
+        ({"turn": 2**40}, r":1: turn '1099511627776' is not a whole number"),
+        ({"turn": True}, r":1: turn 'True' is not a whole number"),
         ({"turn": 1}, r":2: turn 1 of 'call-1' stands already at .*m\.jsonl:1: delete one of the two"),
         ({"turn": 7}, r"m\.jsonl:1: dialog call-1 has no turn 4: add the line"),
-        ({"dialog": "a\nb"}, r":1: dialog 'a\\nb' is no name"),
-        ({"dialog": ["a"]}, r":1: dialog .* is no name"),
+        ({"dialog": "a\nb"}, r":1: dialog 'a\\nb' is not a name"),
+        ({"dialog": ["a"]}, r":1: dialog .* is not a name"),
         ({"speaker": "x" * 300}, r":1: speaker 'x+\.\.\.' has 300 characters: give 200 or fewer"),
         ({"text": "<|unit5|>"}, r":1: text '<\|unit5\|>' holds '<\|', which is part of a special token"),
         ({"text": "a\rb"}, r":1: text 'a\\rb' holds the control character"),
-        ({"text": 5}, r":1: text '5' is no text"),
-        ({"audio": "a\nb.wav"}, r":1: audio 'a\\nb\.wav' is no path"),
-        ({"audio": "a\0.wav"}, r":1: audio .* is no path"),
+        ({"text": 5}, r":1: text '5' is not a text"),
+        ({"audio": "a\nb.wav"}, r":1: audio 'a\\nb\.wav' is not a path"),
+        ({"audio": "a\0.wav"}, r":1: audio .* is not a path"),
         ({"start": 1}, r":1: start and end go together"),
-        ({"start": 2, "end": 1}, r":1: start 2 and end 1 are no stretch"),
-        ({"start": -1, "end": 1}, r":1: start -1 and end 1 are no stretch"),
-        ({"start": 0, "end": float("nan")}, r":1: start 0 and end nan are no stretch"),
-        ({"start": "x", "end": "y"}, r":1: start 'x' and end 'y' are no stretch"),
-        ({"channel": -1}, r":1: channel -1 is no channel"),
-        ({"channel": "left"}, r":1: channel 'left' is no channel"),
+        ({"start": 2, "end": 1}, r":1: start 2 and end 1 are not a stretch"),
+        ({"start": -1, "end": 1}, r":1: start -1 and end 1 are not a stretch"),
+        ({"start": 0, "end": float("nan")}, r":1: start 0 and end nan are not a stretch"),
+        ({"start": "x", "end": "y"}, r":1: start 'x' and end 'y' are not a stretch"),
+        ({"channel": -1}, r":1: channel -1 is not a channel"),
+        ({"channel": "left"}, r":1: channel 'left' is not a channel"),
         ({"speaker": "C"}, r":1: dialog call-1 has 3 speakers \('A, B, C'\): say with --agent which of them is the agent"),
     ],
 )  # fmt: skip
@@ -130,15 +130,19 @@ def test_bad_row(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("m.jsonl", b'{"dialog": 1', r"m\.jsonl:1: '\{\"dialog\": 1' is no JSON: write one object a line"),
-        ("m.jsonl", b"[1]", r":1: '\[1\]' is no JSON object"),
-        ("m.jsonl", b"[" * 100_000, r":1: .* is no JSON"),
+        ("m.jsonl", b'{"dialog": 1', r"m\.jsonl:1: '\{\"dialog\": 1' is not JSON: write one object per line"),
+        ("m.jsonl", b"[1]", r":1: '\[1\]' is not a JSON object"),
+        ("m.jsonl", b"[" * 100_000, r":1: .* is not JSON"),
         ("m.jsonl", b"\n", r":1: blank line: delete it"),
-        ("m.jsonl", b"\xff\xfe{}", r":1: not UTF-8"),
-        ("m.jsonl", b"x" * 1_000_001, r":1: line of more than 1,000,000 characters"),
+        ("m.jsonl", b"\xff\xfe{}", r":1: not UTF-8 \(byte 0xFF in .*\): save the file as UTF-8"),
+        (
+            "m.jsonl",
+            b"x" * 1_000_001,
+            r":1: line of more than 1,000,000 characters, 'x+\.\.\.': name a split list or manifest",
+        ),
         ("m.csv", b"dialog,turn\n1,2\n", r":1: no column speaker, text, audio"),
-        ("m.csv", b'dialog,turn,speaker,text,audio\n1,0,A,"x"y,a.wav\n', r":2: no CSV"),
-        ("m.parquet", b"PAR1", r"m\.parquet: no Parquet file"),
+        ("m.csv", b'dialog,turn,speaker,text,audio\n1,0,A,"x"y,a.wav\n', r":2: not CSV"),
+        ("m.parquet", b"PAR1", r"m\.parquet: not a Parquet file"),
         (
             "m.csv",
             b"dialog,turn,speaker,text,audio\n1,0,A,hi,a.wav\n1,1,B,yes, and no,a.wav\n",
@@ -182,14 +186,14 @@ def test_csv_columns_that_are_not_read_may_share_a_name(tmp_path):
     assert [(u.turn, u.text) for u in dialog.utterances] == [(0, "yes, please"), (1, "fine")]
 
 
-def test_all_problems_are_told_at_once(tmp_path):
+def test_all_problems_are_reported_at_once(tmp_path):
     rows = [row | {"turn": "x", "channel": "y"} for row in rows_of()]
     with pytest.raises(CorpusError) as raised:
         read_corpus({"train": write_jsonl(tmp_path / "m.jsonl", rows)})
     assert len(raised.value.problems) == 12
 
 
-def test_named_agent_answers_and_never_asks(tmp_path):
+def test_named_agent_is_never_the_user(tmp_path):
     turns = [("d", i, speaker, f"text {i}") for i, speaker in enumerate("ABCABC")]
     turns += [("e", i, speaker, "text") for i, speaker in enumerate("AB")] + [("f", 0, "C", "x"), ("f", 1, "A", "y")]
     split = read_corpus({"train": write_jsonl(tmp_path / "m.jsonl", rows_of(turns))}, Rules(agent="C"))["train"]
@@ -198,7 +202,7 @@ def test_named_agent_answers_and_never_asks(tmp_path):
     assert dict(split.left_out) == {"e": NO_ANSWER, "f": NO_ANSWER}
 
 
-def test_turns_of_a_speaker_are_merged_where_asked(tmp_path):
+def test_neighbouring_turns_of_a_speaker_are_merged_on_request(tmp_path):
     turns = [("d", i, speaker, f"t{i}") for i, speaker in enumerate("AABBA")]
     rows = rows_of(turns)
     for i, row in enumerate(rows):
@@ -316,7 +320,7 @@ def test_manifests_through_load_dataset(calls, tmp_path):
     assert builder.info.license == "" and [row["id"] for row in builder.as_streaming_dataset("test")] == rows["id"][:]
 
 
-def test_two_manifests_of_a_split(calls, unit_model, tmp_path):
+def test_two_manifests_of_a_split_are_refused(calls, unit_model, tmp_path):
     (calls / "train.csv").touch()
     with pytest.raises(ValueError, match=r"train\.csv stands beside train\.jsonl: keep one"):
         run(calls, tmp_path / "out", unit_model, tmp_path)
@@ -348,7 +352,7 @@ def test_the_zip_of_dailytalk_is_read_without_unpacking(archive, mini, unit_mode
     assert pages[0].read_bytes() == pages[1].read_bytes()  # the kind of sound too, which is not that of the archive
 
 
-def test_an_archive_of_something_else(tmp_path, unit_model):
+def test_archive_without_recordings_is_refused(tmp_path, unit_model):
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as file:
         file.writestr("readme.txt", "hello")
     for name in ("train", "test"):
@@ -358,11 +362,13 @@ def test_an_archive_of_something_else(tmp_path, unit_model):
     with pytest.raises(FileNotFoundError, match=r"other\.zip holds no recordings such as data/23/0_1_d23\.wav"):
         run(tmp_path / "other.zip", tmp_path / "out", unit_model, tmp_path)
     (tmp_path / "other.zip").write_bytes(b"no zip")
-    with pytest.raises(FileNotFoundError, match=r"other\.zip is no folder and lies in what is no zip archive"):
+    with pytest.raises(
+        FileNotFoundError, match=r"other\.zip is not a zip file \(.*\): give DailyTalk's folder or its zip archive$"
+    ):
         run(tmp_path / "other.zip", tmp_path / "out", unit_model, tmp_path)
 
 
-def test_a_corpus_on_the_hub(calls, mini, unit_model, tmp_path):
+def test_corpus_on_the_hub_gives_the_lines_of_the_reference(calls, mini, unit_model, tmp_path):
     """Rows with audio in them, pushed to the stand-in, come back as the lines of the reference."""
     server, hub, url = serve()
     repo = hub.create("datasets", "tester/calls", False)

@@ -270,7 +270,7 @@ def test_deeply_nested_counts_are_refused(folder_copy):
         ({"evil": 1}, r"settings\.template is not a template \(.*evil.*\): run prepare again"),
         ({"instruction": 5}, r"template\.instruction is 5: give a text"),
         ({"user_role": None}, r"template\.user_role is None: give a text"),
-        ({"loss": 5}, r"template\.loss is 5: name one or more of"),
+        ({"loss": 5}, r"template\.loss is 5: give a list of one or more of"),
     ],
 )
 def test_malformed_template_is_refused(folder_copy, change, message):

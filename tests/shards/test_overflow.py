@@ -18,7 +18,7 @@ FEATURES = Features(
 
 
 def conversation(dialog, turn, user_units):
-    """A row whose exchanges have so many units of the user; the first of each tells which exchange it is."""
+    """Make a row of exchanges with the given numbers of user units; the units of exchange k are all k."""
     num = len(user_units)
     return {
         "id": f"{dialog}_{turn}",
@@ -33,23 +33,23 @@ def conversation(dialog, turn, user_units):
     }
 
 
-def encoded(rows, encoder):
+def encode(rows, encoder):
     out = encoder({name: [row[name] for row in rows] for name in COLUMNS})
     rows = [row | {name: out[name][i].tolist() for name in out} for i, row in enumerate(rows)]
     return Dataset.from_list(rows, features=FEATURES)
 
 
 def tokens(encoder, user_units):
-    return len(encoded([conversation("d1", 0, user_units)], encoder)[0]["input_ids"])
+    return len(encode([conversation("d1", 0, user_units)], encoder)[0]["input_ids"])
 
 
 @pytest.fixture(scope="module")
-def context_encoder(tokenizer):
+def history_encoder(tokenizer):
     return TemplateEncoder(tokenizer, last_exchange_only=True)
 
 
 def check(fitted, encoder, max_length):
-    """Columns and ids agree in every row, and the row fits."""
+    """Check that in every row ids and labels are those of its columns, and that the row fits."""
     for row in fitted.rows:
         expected = encoder({name: [row[name]] for name in COLUMNS})
         assert row["input_ids"] == expected["input_ids"][0].tolist()
@@ -60,23 +60,23 @@ def check(fitted, encoder, max_length):
         }
 
 
-def held(fitted):
-    """(id, turn, its exchanges by speaker) of each row."""
+def summarize(fitted):
+    """Return (id, turn, numbers of the exchanges) of each row."""
     return [(row["id"], row["turn"], [int(speaker[1:]) for speaker in row["user_speaker"]]) for row in fitted.rows]
 
 
 @pytest.fixture(scope="module")
 def rows(encoder):
     lengths = [("d1", 0, [9]), ("d2", 1, [20, 30, 40, 50]), ("d3", 0, [50, 50]), ("d4", 0, [999, 1]), ("d5", 0, [9])]
-    return encoded([conversation(*each) for each in lengths], encoder)
+    return encode([conversation(*each) for each in lengths], encoder)
 
 
 def test_truncate_keeps_the_longest_leading_run(encoder, rows):
-    limit = tokens(encoder, [20, 30, 40])  # exactly; one exchange more of d2 does not fit
+    limit = tokens(encoder, [20, 30, 40])  # three exchanges of d2 fit exactly
     whole, other = tokens(encoder, [20, 30, 40, 50]), tokens(encoder, [999, 1])
     fitted = fit_rows(rows, encoder, limit, "truncate")
     check(fitted, encoder, limit)
-    assert held(fitted) == [("d1_0", 0, [0]), ("d2_1", 1, [0, 1, 2]), ("d3_0", 0, [0, 1]), ("d5_0", 0, [0])]
+    assert summarize(fitted) == [("d1_0", 0, [0]), ("d2_1", 1, [0, 1, 2]), ("d3_0", 0, [0, 1]), ("d5_0", 0, [0])]
     assert fitted.cut == {"d2_1": f"kept 3 of 4 exchanges ({whole} tokens, more than max_length {limit})"}
     assert fitted.left_out == {
         "d2_7": f"row d2_1 has {whole} tokens, more than max_length {limit}",
@@ -86,23 +86,23 @@ def test_truncate_keeps_the_longest_leading_run(encoder, rows):
     assert fitted.rows.features == rows.features
 
 
-def test_one_token_less_is_one_exchange_less(encoder, rows):
+def test_one_token_less_costs_one_exchange(encoder, rows):
     fitted = fit_rows(rows, encoder, tokens(encoder, [20, 30, 40]) - 1, "truncate")
-    assert ("d2_1", 1, [0, 1]) in held(fitted)
+    assert ("d2_1", 1, [0, 1]) in summarize(fitted)
 
 
 def test_split_keeps_every_run(encoder, rows):
     limit = tokens(encoder, [20, 30])
     fitted = fit_rows(rows, encoder, limit, "split")
     check(fitted, encoder, limit)
-    assert held(fitted) == [
+    assert summarize(fitted) == [
         ("d1_0", 0, [0]),
         ("d2_1", 1, [0, 1]),
         ("d2_5", 5, [2]),
         ("d2_7", 7, [3]),
         ("d3_0", 0, [0]),
         ("d3_2", 2, [1]),
-        ("d4_2", 2, [1]),  # what comes before is too long by itself
+        ("d4_2", 2, [1]),  # the exchange before is too long by itself
         ("d5_0", 0, [0]),
     ]
     reasons = {
@@ -121,10 +121,10 @@ def test_split_keeps_every_run(encoder, rows):
     assert fitted.left_out == {"d4_0": f"{tokens(encoder, [999])} tokens, more than max_length {limit}"}
 
 
-def test_drop_leaves_conversations_out_whole(encoder, rows):
+def test_drop_leaves_out_whole_conversations(encoder, rows):
     limit = tokens(encoder, [50, 50])
     fitted = fit_rows(rows, encoder, limit, "drop")
-    assert held(fitted) == [("d1_0", 0, [0]), ("d3_0", 0, [0, 1]), ("d5_0", 0, [0])]
+    assert summarize(fitted) == [("d1_0", 0, [0]), ("d3_0", 0, [0, 1]), ("d5_0", 0, [0])]
     assert fitted.cut == {}
     reason = f"row d2_1 has {tokens(encoder, [20, 30, 40, 50])} tokens, more than max_length {limit}"
     assert {name: why for name, why in fitted.left_out.items() if name.startswith("d2")} == dict.fromkeys(
@@ -132,7 +132,7 @@ def test_drop_leaves_conversations_out_whole(encoder, rows):
     )
 
 
-def test_context_loses_its_oldest_exchanges(context_encoder):
+def test_history_loses_its_oldest_exchanges(history_encoder):
     lengths = [
         ("d1", 4, [20, 30, 40]),
         ("d2", 4, [1, 1, 999]),
@@ -140,21 +140,21 @@ def test_context_loses_its_oldest_exchanges(context_encoder):
         ("d4", 2, [30, 40]),
         ("d5", 2, [999, 1]),
     ]
-    rows = encoded([conversation(*each) for each in lengths], context_encoder)
-    limit = tokens(context_encoder, [30, 40])
-    fitted = fit_rows(rows, context_encoder, limit, "truncate")
-    check(fitted, context_encoder, limit)
-    assert held(fitted) == [("d1_4", 4, [1, 2]), ("d4_2", 2, [0, 1]), ("d5_2", 2, [1])]
-    whole, other = tokens(context_encoder, [20, 30, 40]), tokens(context_encoder, [999, 1])
+    rows = encode([conversation(*each) for each in lengths], history_encoder)
+    limit = tokens(history_encoder, [30, 40])
+    fitted = fit_rows(rows, history_encoder, limit, "truncate")
+    check(fitted, history_encoder, limit)
+    assert summarize(fitted) == [("d1_4", 4, [1, 2]), ("d4_2", 2, [0, 1]), ("d5_2", 2, [1])]
+    whole, other = tokens(history_encoder, [20, 30, 40]), tokens(history_encoder, [999, 1])
     assert fitted.cut == {
         "d1_4": f"kept 1 of 2 earlier exchanges ({whole} tokens, more than max_length {limit})",
         "d5_2": f"kept 0 of 1 earlier exchanges ({other} tokens, more than max_length {limit})",
     }
-    reason = f"{tokens(context_encoder, [999])} tokens, more than max_length {limit}"
+    reason = f"{tokens(history_encoder, [999])} tokens, more than max_length {limit}"
     assert fitted.left_out == {"d2_4": reason, "d3_0": reason}
 
 
-def test_nothing_is_touched_where_all_fits(encoder, rows):
+def test_rows_that_all_fit_are_unchanged(encoder, rows):
     for overflow in ("drop", "truncate", "split"):
         fitted = fit_rows(rows, encoder, 8192, overflow)
         assert fitted.rows[:] == rows[:]
@@ -181,7 +181,7 @@ def length_by_encoding(row, start, stop, encoder):
 
 
 def runs_by_encoding_every_length(row, encoder, max_length, overflow):
-    """The runs of exchanges to keep, found without addition: each candidate is encoded and measured."""
+    """Find the runs to keep without adding lengths: encode and measure each candidate."""
     num = len(row["user_text"])
     if length_by_encoding(row, 0, num, encoder) <= max_length:
         return [range(num)]
@@ -200,14 +200,13 @@ def runs_by_encoding_every_length(row, encoder, max_length, overflow):
     return runs
 
 
-SLOW_FIXTURES = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)  # the encoder is of the session
+MANY_EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEWER_EXAMPLES = settings(MANY_EXAMPLES, max_examples=20)  # each takes 0.3 s
 
 
-@SLOW_FIXTURES
+@MANY_EXAMPLES
 @given(exchanges=EXCHANGES, cuts=st.tuples(st.integers(0, 7), st.integers(0, 7)))
-def test_ids_of_a_conversation_are_prefix_blocks_and_suffix(encoder, exchanges, cuts):
+def test_ids_of_a_conversation_are_opening_exchanges_and_closing(encoder, exchanges, cuts):
     opening = encoder._open.tolist()
     closing, heading = encoder._close.tolist(), encoder._next.tolist()
     row = row_of(exchanges)
@@ -226,7 +225,7 @@ def test_ids_of_a_conversation_are_prefix_blocks_and_suffix(encoder, exchanges, 
     assert ids == opening + expected + closing
 
 
-@SLOW_FIXTURES
+@FEWER_EXAMPLES
 @given(
     conversations=st.lists(EXCHANGES, min_size=1, max_size=3),
     overflow=st.sampled_from(["drop", "truncate", "split"]),
@@ -234,35 +233,35 @@ def test_ids_of_a_conversation_are_prefix_blocks_and_suffix(encoder, exchanges, 
     long_words=st.booleans(),
     data=st.data(),
 )
-def test_runs_are_those_that_encoding_every_length_gives(
-    tokenizer, encoder, context_encoder, conversations, overflow, history, long_words, data
+def test_runs_equal_those_found_by_encoding_every_length(
+    tokenizer, encoder, history_encoder, conversations, overflow, history, long_words, data
 ):
-    its_encoder = context_encoder if history else encoder
-    if long_words:  # the heading between exchanges is then longer than what opens a row, and the lengths still add up
+    chosen_encoder = history_encoder if history else encoder
+    if long_words:  # the heading between exchanges is longer than the opening of a row; the lengths still add up
         words = Template(instruction="", user_role="The one who speaks first", agent_role="A")
-        its_encoder = TemplateEncoder(tokenizer, words, last_exchange_only=history)
+        chosen_encoder = TemplateEncoder(tokenizer, words, last_exchange_only=history)
     overflow = "truncate" if history and overflow == "split" else overflow
     raw = [row_of(exchanges, f"d{k}") for k, exchanges in enumerate(conversations)]
-    rows = encoded(raw, its_encoder)
+    rows = encode(raw, chosen_encoder)
     longest = max(len(row["input_ids"]) for row in rows)
-    # At a length of some run exactly, or one token beside it: where a wrong sum shows.
+    # The length of a run, or one token more or less: a wrong sum shows there.
     chosen = data.draw(st.sampled_from(raw))
     start = data.draw(st.integers(0, len(chosen["user_text"]) - 1))
     stop = data.draw(st.integers(start + 1, len(chosen["user_text"])))
-    max_length = length_by_encoding(chosen, start, stop, its_encoder) + data.draw(st.integers(-1, 1))
+    max_length = length_by_encoding(chosen, start, stop, chosen_encoder) + data.draw(st.integers(-1, 1))
     max_length = data.draw(st.sampled_from([max_length, longest, longest - 1, 1]))
 
-    fitted = fit_rows(rows, its_encoder, max_length, overflow)
-    check(fitted, its_encoder, max_length)
+    fitted = fit_rows(rows, chosen_encoder, max_length, overflow)
+    check(fitted, chosen_encoder, max_length)
     expected, left_out = [], {}
     for row in raw:
-        runs = runs_by_encoding_every_length(row, its_encoder, max_length, overflow)
+        runs = runs_by_encoding_every_length(row, chosen_encoder, max_length, overflow)
         expected += [(row["dialog_id"], list(run)) for run in runs]
-        whole = length_by_encoding(row, 0, len(row["user_text"]), its_encoder)
+        whole = length_by_encoding(row, 0, len(row["user_text"]), chosen_encoder)
         for k in range(len(row["user_text"])):
             if (history and k < len(row["user_text"]) - 1) or any(k in run for run in runs):
                 continue
-            alone = length_by_encoding(row, k, k + 1, its_encoder)
+            alone = length_by_encoding(row, k, k + 1, chosen_encoder)
             left_out[f"{row['dialog_id']}_{0 if history else 2 * k}"] = (
                 f"{alone} tokens, more than max_length {max_length}"
                 if alone > max_length
@@ -273,22 +272,22 @@ def test_runs_are_those_that_encoding_every_length_gives(
 
 
 @pytest.mark.parametrize("overflow", ["truncate", "split"])
-def test_each_exchange_is_encoded_once_to_be_measured_and_once_more_where_it_is_kept(encoder, overflow):
-    rows = encoded([conversation("d1", 0, [30] * 40)], encoder)
-    encoded_exchanges = []
+def test_each_exchange_is_encoded_once_and_again_only_if_kept(encoder, overflow):
+    rows = encode([conversation("d1", 0, [30] * 40)], encoder)
+    num_encoded = []
 
     class Counting:
         last_exchange_only = False
 
         def __call__(self, batch):
-            encoded_exchanges.append(sum(len(np.atleast_1d(text)) for text in batch["user_text"]))
+            num_encoded.append(sum(len(np.atleast_1d(text)) for text in batch["user_text"]))
             return encoder(batch)
 
     limit = tokens(encoder, [30] * 10)
     fitted = fit_rows(rows, Counting(), limit, overflow)
     kept = {"truncate": [10], "split": [10, 10, 10, 10]}[overflow]
     assert [len(row["user_text"]) for row in fitted.rows] == kept
-    assert encoded_exchanges == [40, *kept]
+    assert num_encoded == [40, *kept]
 
 
 @pytest.mark.parametrize(
@@ -302,7 +301,7 @@ def test_each_exchange_is_encoded_once_to_be_measured_and_once_more_where_it_is_
         ("split", "multi_turn", 0, "split"),
     ],
 )
-def test_what_is_chosen(overflow, config_name, history, expected):
+def test_default_and_explicit_overflow(overflow, config_name, history, expected):
     assert choose_overflow(overflow, config_name, history) == expected
 
 
@@ -310,11 +309,15 @@ def test_what_is_chosen(overflow, config_name, history, expected):
     ("overflow", "history", "message"),
     [
         ("cut", 0, "overflow 'cut' is unknown: choose one of drop, truncate, split"),
-        ("truncate", 0, "overflow is truncate, but a row of single_turn is one pair, which goes whole: use drop"),
+        ("truncate", 0, "overflow is truncate, but a row of single_turn is one pair and cannot be cut: use drop"),
         ("split", 0, "overflow is split, but a row of single_turn is one pair"),
-        ("split", 1, "overflow is split, but a row with history is about its last pair: use truncate or drop"),
+        (
+            "split",
+            1,
+            "overflow is split, but with history only the last pair of a row is labelled: use truncate or drop",
+        ),
     ],
 )
-def test_what_makes_no_sense(overflow, history, message):
+def test_overflow_that_the_config_does_not_allow(overflow, history, message):
     with pytest.raises(ValueError, match=message):
         choose_overflow(overflow, "single_turn", history)

@@ -65,7 +65,7 @@ def test_loss_is_that_of_each_row_alone(tokenizer, rows, model, attention):
 
 @pytest.mark.parametrize("collate", [PaddingFreeCollator(), None])
 def test_rows_without_labels(tokenizer, rows, collate):
-    with pytest.raises(ValueError, match="rows hold no labels: map TemplateEncoder over the dataset first"):
+    with pytest.raises(ValueError, match="the rows have no labels: map TemplateEncoder over the dataset first"):
         (collate or PaddingCollator(tokenizer))([{"input_ids": [1, 2]}])
 
 

@@ -19,8 +19,10 @@ def test_prompts_are_prefixes_of_the_training_ids(encoder):
     for prompt, step in zip(prompts, STEPS, strict=True):
         assert ids[: len(prompt)] == prompt.tolist()
         stop = ids.index(step.stop_id, len(prompt))
-        assert labels[len(prompt) : stop + 1] == ids[len(prompt) : stop + 1]  # what the step is to generate bears loss
-        assert labels[len(prompt) - 1] == -100 or step is STEPS[2]  # the answer's <|correspond|> ends the step before
+        assert labels[len(prompt) : stop + 1] == ids[len(prompt) : stop + 1]  # the step generates labelled ids
+        assert (
+            labels[len(prompt) - 1] == -100 or step is STEPS[2]
+        )  # <|correspond|> is labelled as the end of the answer
 
 
 def test_prompts_after_earlier_exchanges_are_prefixes_too(encoder):

@@ -1,4 +1,4 @@
-"""Every trainer takes the rows as they are, and its first loss is the one computed by hand."""
+"""Every trainer takes the rows as they are, and its first loss equals the one computed by hand."""
 
 import json
 import re
@@ -103,7 +103,7 @@ def test_sft_trainer(folder, tokenizer, expected, tmp_path, streaming, options):
     assert abs(first_loss(trainer) - expected) < 1e-4
 
 
-def test_default_max_length_of_trl_cuts_and_ours_does_not(folder, tokenizer, tmp_path):
+def test_max_length_of_the_trainer_decides_whether_rows_are_cut(folder, tokenizer, tmp_path):
     longest = max(map(len, load(folder, streaming=False)["input_ids"]))
     lengths = {}
     for max_length in (longest - 10, 8192):
@@ -122,8 +122,8 @@ def test_plain_pytorch(folder, tokenizer, expected, streaming):
         assert abs(tiny_model()(**batch).loss.item() - expected) < 1e-4
 
 
-def test_a_trained_model_gives_its_training_example_back(folder, tokenizer):
-    """The labels and the stop tokens are right: a model that fits them answers in three steps, speech included."""
+def test_a_trained_model_generates_its_training_example(folder, tokenizer):
+    """Labels and stop tokens are right: a model that fits them answers in three steps, speech included."""
     rows = list(load(folder, streaming=False))
     batch, model = PaddingCollator(tokenizer)(rows), tiny_model(hidden_size=96)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
@@ -214,8 +214,8 @@ def test_accelerate_config_is_valid():
     assert config.deepspeed_config["zero_stage"] == 3
 
 
-def test_from_the_hub(folder, tmp_path):
-    """Uploaded to a stand-in of the Hub and loaded by name, plain and streaming: the rows that the folder gives."""
+def test_rows_loaded_from_the_hub_equal_those_of_the_folder(folder, tmp_path):
+    """The folder is uploaded to a stand-in of the Hub and loaded by name, plain and streaming."""
     server, _, url = serve()
     script = f"""
 import datasets, huggingface_hub, json

@@ -1,4 +1,4 @@
-"""Checkpoint folders of transformers as unit models: the units against transformers itself, one utterance at a time."""
+"""Checkpoint folders of transformers as unit models, compared with transformers itself, one utterance at a time."""
 
 import json
 import pickle
@@ -61,7 +61,7 @@ CLASSES = {Wav2Vec2Config: Wav2Vec2Model, HubertConfig: HubertModel}
 
 
 def make_model(config, seed=0):
-    """Random weights, spread so that layers, norms and neighbours in time really change what comes out."""
+    """Make a model with random weights, spread so that layers, norms and neighbouring frames change the output."""
     torch.manual_seed(seed)
     model = CLASSES[type(config)](config).eval()
     with torch.no_grad():
@@ -85,13 +85,13 @@ def save(model, folder, do_normalize=True, **options):
 
 
 def make_waveforms(seed=0):
-    """Noise with an offset and swelling loudness, so that normalization and padding tell."""
+    """Make noise with an offset and rising loudness, so that normalization and padding change the units."""
     rng = np.random.default_rng(seed)
     return [(0.1 + np.linspace(0.2, 1, n) * 0.2 * rng.standard_normal(n)).astype(np.float32) for n in LENGTHS]
 
 
-def theirs(folder, model, waveform):
-    """-> (input values, what comes out of the model) of transformers for one utterance."""
+def run_transformers(folder, model, waveform):
+    """Return the input values and the outputs of transformers for one utterance."""
     extractor = Wav2Vec2FeatureExtractor.from_pretrained(folder)
     values = extractor(waveform, sampling_rate=16_000, return_tensors="pt").input_values
     with torch.inference_mode():
@@ -100,10 +100,10 @@ def theirs(folder, model, waveform):
 
 @torch.inference_mode()
 def output_of_layer(folder, model, waveform, layer):
-    """`hidden_states[layer]`. That of the last layer was after the final norm of a pre-norm model until mid-2026."""
+    """Return `hidden_states[layer]`, which in a pre-norm model included the final norm for the last layer until mid-2026."""
     outputs = []
     hook = model.encoder.layers[layer - 1].register_forward_hook(lambda module, args, output: outputs.append(output))
-    found = theirs(folder, model, waveform)[1].hidden_states[layer]
+    found = run_transformers(folder, model, waveform)[1].hidden_states[layer]
     hook.remove()
     output = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
     if layer == NUM_LAYERS and model.config.do_stable_layer_norm:
@@ -114,16 +114,16 @@ def output_of_layer(folder, model, waveform, layer):
 
 
 def nearest(features, centroids):
-    """-> the unit of each frame, and how much farther the second centroid is at least, as a share of the squares summed."""
+    """Return the unit of each frame, and the least margin to the second centroid, as a share of the summed squares."""
     distances = torch.cdist(features.double(), torch.from_numpy(centroids).double())
     best, second = distances.topk(2, largest=False).values.square().unbind(-1)
     return distances.argmin(-1)[0].tolist(), ((second - best) / features.double().square().sum(-1)).min().item()
 
 
 def fit_kmeans(path, features):
-    """Centroids where features lie: frames with noise of half their spread. -> the units of the features
+    """Save centroids among the features, frames with noise of half their spread, and return the units of the features.
 
-    The first seed is taken with which float rounding decides nothing.
+    The first seed is used for which float rounding decides no unit.
     """
     frames = torch.cat([each[0] for each in features]).numpy()
     for seed in range(100):
@@ -139,11 +139,11 @@ def fit_kmeans(path, features):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A small HuBERT folder with centroids for its second layer -> (folder, kmeans)."""
+    """A small HuBERT folder, and centroids for its second layer."""
     folder = tmp_path_factory.mktemp("source")
     model = make_model(HubertConfig(**TINY, **POST))
     save(model, folder / "model")
-    features = [theirs(folder / "model", model, each)[1].hidden_states[2] for each in make_waveforms()]
+    features = [run_transformers(folder / "model", model, each)[1].hidden_states[2] for each in make_waveforms()]
     fit_kmeans(folder / "kmeans.npy", features)
     return folder / "model", folder / "kmeans.npy"
 
@@ -155,7 +155,7 @@ def copy(source, tmp_path):
 
 @pytest.mark.parametrize("layer", [2, NUM_LAYERS])
 @pytest.mark.parametrize("name", MODELS)
-def test_units_are_those_of_transformers(tmp_path, name, layer):
+def test_units_equal_those_of_transformers(tmp_path, name, layer):
     kind, settings, do_normalize = MODELS[name]
     model = make_model(kind(**TINY, **settings))
     folder = save(model, tmp_path / "model", do_normalize)
@@ -176,7 +176,7 @@ def test_units_are_those_of_transformers(tmp_path, name, layer):
 
 
 @pytest.mark.parametrize("name", ["wav2vec2 pre-norm", "hubert post-norm", "hubert with batch norm"])
-def test_a_row_beside_much_longer_ones_gets_the_features_that_it_gets_alone(tmp_path, source, name):
+def test_features_of_a_short_row_in_a_batch_equal_its_features_alone(tmp_path, source, name):
     kind, settings, _ = MODELS[name]
     folder = save(make_model(kind(**TINY, **settings)), tmp_path / "model")
     model = UnitModel.from_pretrained(convert(folder, source[1], tmp_path / "m", layer=3))
@@ -190,12 +190,12 @@ def test_a_row_beside_much_longer_ones_gets_the_features_that_it_gets_alone(tmp_
             assert (alone - features[:count]).abs().max() < 1e-5 * alone.abs().max()
 
 
-def test_final_norm(tmp_path):
-    """`last_hidden_state` of a pre-norm model; its `hidden_states[-1]` was that, too, until mid-2026."""
+def test_final_norm_gives_the_units_of_last_hidden_state(tmp_path):
+    """The units are those of `last_hidden_state` of a pre-norm model."""
     model = make_model(Wav2Vec2Config(**TINY, **PRE))
     folder = save(model, tmp_path / "model")
     waveforms = make_waveforms()
-    features = [theirs(folder, model, waveform)[1].last_hidden_state for waveform in waveforms]
+    features = [run_transformers(folder, model, waveform)[1].last_hidden_state for waveform in waveforms]
     expected = fit_kmeans(tmp_path / "kmeans.npy", features)
     made = {
         final_norm: convert(
@@ -232,16 +232,16 @@ def test_final_norm_of_a_pt_file(tmp_path):
         assert torch.equal(normed.features(waveform, frames), expected)
 
 
-def test_final_norm_where_there_is_none(tmp_path, source):
-    with pytest.raises(ValueError, match=r"final_norm is of the last layer \(4\) of a model with pre-norm layers"):
+def test_final_norm_that_the_model_lacks_is_refused(tmp_path, source):
+    with pytest.raises(ValueError, match=r"final_norm needs the last layer \(4\) of a model with pre-norm layers"):
         convert(*source, tmp_path / "m", layer=4, final_norm=True)
     folder = save(make_model(HubertConfig(**TINY, **PRE)), tmp_path / "model")
-    with pytest.raises(ValueError, match="not of layer 3 of this one: leave it out"):
+    with pytest.raises(ValueError, match="and layer 3 of this model is not one: leave it out"):
         convert(folder, source[1], tmp_path / "m", layer=3, final_norm=True)
 
 
 @pytest.mark.parametrize(("do_normalize", "normalization"), [(True, "transformers"), (False, "none")])
-def test_waveforms_are_prepared_as_by_the_feature_extractor(tmp_path, source, do_normalize, normalization):
+def test_waveforms_are_normalized_as_by_the_feature_extractor(tmp_path, source, do_normalize, normalization):
     model = make_model(HubertConfig(**TINY, **POST))
     folder = save(model, tmp_path / "model", do_normalize)
     made = convert(folder, source[1], tmp_path / "m", layer=2)
@@ -250,7 +250,7 @@ def test_waveforms_are_prepared_as_by_the_feature_extractor(tmp_path, source, do
     waveforms = [*make_waveforms(), np.zeros(401, np.float32)]
     prepared = tokenizer._prepare(map(torch.from_numpy, waveforms), [""] * len(waveforms))
     for ours, waveform in zip(prepared, waveforms, strict=True):
-        assert torch.equal(ours.samples[None], theirs(folder, model, waveform)[0])
+        assert torch.equal(ours.samples[None], run_transformers(folder, model, waveform)[0])
         assert ours.samples.dtype == torch.float32 and ours.num_samples == len(waveform)
 
 
@@ -264,8 +264,8 @@ def test_normalization_is_in_the_digest(tmp_path, source):
     assert unit_model_digest(made[0]) != unit_model_digest(made[1])
 
 
-def test_folders_of_pt_files_keep_their_digest(unit_model):
-    """It is part of every key of the cache."""
+def test_digest_of_folders_made_from_pt_files_stays_the_same(unit_model):
+    """The digest is part of every cache key."""
     import hashlib
 
     description = json.loads((unit_model / "unit_model.json").read_text())
@@ -282,7 +282,7 @@ def test_unknown_normalization(tmp_path, source):
         UnitTokenizer.from_pretrained(made)
 
 
-def test_other_ways_to_save_the_same_model(tmp_path, source):
+def test_every_way_to_save_a_model_gives_the_same_unit_model(tmp_path, source):
     """Shards, a .bin file with the older names of the weight norm, float16, a model with a head."""
     config = Wav2Vec2Config(**TINY, **PRE)
     model = make_model(config)
@@ -320,7 +320,7 @@ def test_other_ways_to_save_the_same_model(tmp_path, source):
         assert all(torch.equal(tensor, model.state_dict()[key].to(dtype).float()) for key, tensor in weights.items())
 
 
-def test_nothing_is_printed(tmp_path, source, capfd):
+def test_conversion_prints_nothing(tmp_path, source, capfd):
     convert(*source, tmp_path / "m", layer=2)
     assert capfd.readouterr() == ("", "")
 
@@ -342,7 +342,7 @@ def test_converting_again_leaves_the_folder(tmp_path, copy, source):
         convert(copy, source[1], made, layer=2)
 
 
-def test_nothing_of_a_config_names_code_or_a_path(tmp_path, copy, source):
+def test_config_of_the_unit_model_names_no_code_and_no_path(tmp_path, copy, source):
     change(copy, _name_or_path="/home/me/model", auto_map={"AutoModel": "evil.Model"}, torch_dtype="float16")
     (copy / "evil.py").write_text("print('code ran')\nclass Model: pass\n")
     config = json.loads((convert(copy, source[1], tmp_path / "m", layer=2) / "config.json").read_text())
@@ -434,7 +434,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_bad_folder(tmp_path, copy, source, capfd, name):
+def test_bad_checkpoint_folder_is_refused(tmp_path, copy, source, capfd, name):
     damage, options, message = ERRORS[name]
     if damage:
         damage(copy)
@@ -444,7 +444,7 @@ def test_bad_folder(tmp_path, copy, source, capfd, name):
     assert "code ran" not in capfd.readouterr().out
 
 
-def test_missing_shard(tmp_path, source):
+def test_missing_weights_file_is_named(tmp_path, source):
     folder = save(make_model(HubertConfig(**TINY, **POST)), tmp_path / "model", max_shard_size="40KB")
     shard = sorted(folder.glob("*.safetensors"))[1]
     shard.unlink()
@@ -454,14 +454,14 @@ def test_missing_shard(tmp_path, source):
         convert(folder, source[1], tmp_path / "m", layer=2)
 
 
-def test_layers_that_are_not_needed_may_be_missing(tmp_path, copy, source):
+def test_layers_after_the_chosen_one_may_be_missing(tmp_path, copy, source):
     change_weights(copy, lambda w: w.pop("encoder.layers.3.attention.q_proj.bias"))
     assert convert(copy, source[1], tmp_path / "m", layer=3).is_dir()
     with pytest.raises(ValueError, match=r"lacks encoder\.layers\.3\.attention"):
         convert(copy, source[1], tmp_path / "m4", layer=4)
 
 
-def test_neither_file_nor_folder(tmp_path, source):
+def test_missing_sources_are_named(tmp_path, source):
     with pytest.raises(FileNotFoundError, match="none is not a file or a folder"):
         convert(tmp_path / "none", source[1], tmp_path / "m", layer=2)
     with pytest.raises(FileNotFoundError, match=r"none\.npy is not a file"):
@@ -475,7 +475,7 @@ def test_pickled_kmeans_is_refused_and_not_run(tmp_path, source, capfd, protocol
         ValueError, match=r'not a plain \.npy array .*np\.save\("kmeans\.npy", kmeans\.cluster_centers_'
     ):
         convert(source[0], tmp_path / "km.bin", tmp_path / "m", layer=2)
-    # The pickle that a stranger would send; only reading it must be refused.
+    # An attacker would send a pickle; writing it here is safe, and reading it is refused.
     np.save(tmp_path / "objects.npy", np.array([[Evil()] * WIDTH], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match=r"objects\.npy is not a plain \.npy array"):
         convert(source[0], tmp_path / "objects.npy", tmp_path / "m", layer=2)
@@ -494,23 +494,26 @@ def test_other_kmeans_files_are_refused(tmp_path, source):
 
 
 @pytest.mark.parametrize("name", ["wav2vec2 pre-norm", "hubert post-norm"])
-def test_faster_precision_keeps_most_units(tmp_path, name):
+def test_half_precision_keeps_most_units(tmp_path, name):
     kind, settings, do_normalize = MODELS[name]
     model = make_model(kind(**TINY, **settings))
     folder = save(model, tmp_path / "model", do_normalize)
     waveforms = make_waveforms()
-    features = [theirs(folder, model, waveform)[1].hidden_states[3] for waveform in waveforms]
+    features = [run_transformers(folder, model, waveform)[1].hidden_states[3] for waveform in waveforms]
     expected = np.concatenate(fit_kmeans(tmp_path / "kmeans.npy", features))
     made = convert(folder, tmp_path / "kmeans.npy", tmp_path / "m", layer=3)
     for precision, share in (("fp16", 0.97), ("bf16", 0.9)):
         tokenizer = UnitTokenizer.from_pretrained(made, device="cpu", precision=precision)
         layer = tokenizer.model.layers[0]
-        assert layer.attention.q_proj.weight.dtype != layer.layer_norm.weight.dtype == torch.float32
+        half = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+        assert {each.dtype for part in (layer.attention, layer.feed_forward) for each in part.parameters()} == {half}
+        norms = [*layer.layer_norm.parameters(), *layer.final_layer_norm.parameters()]
+        assert {each.dtype for each in norms} == {torch.float32}
         assert np.mean(np.concatenate(tokenizer.tokenize_waveforms(waveforms)) == expected) > share
 
 
-def test_distances_that_are_held_at_once_are_bounded(monkeypatch, tmp_path, source):
-    """Rows times centroids, whatever their number; the units do not depend on it."""
+def test_number_of_distances_in_memory_is_bounded(monkeypatch, tmp_path, source):
+    """The bound covers rows times centroids, and units do not depend on it."""
     model = UnitModel.from_pretrained(convert(*source, tmp_path / "m", layer=2))
     features = torch.randn(1000, WIDTH, generator=torch.Generator().manual_seed(0))
     expected = model.nearest(features)
@@ -546,12 +549,12 @@ def units_of_transformers(source, audio, kmeans):
     from usdm_sft.audio.reading import read_waveform
 
     model = HubertModel.from_pretrained(source).eval()
-    units, margin = nearest(theirs(source, model, read_waveform(audio))[1].hidden_states[2], np.load(kmeans))
+    units, margin = nearest(run_transformers(source, model, read_waveform(audio))[1].hidden_states[2], np.load(kmeans))
     assert margin > FLOAT_ROUNDING
     return units
 
 
-def test_the_whole_way_with_hubert(run, mini, source, tmp_path, capsys):
+def test_prepare_with_a_hubert_model_gives_the_units_of_transformers(run, mini, source, tmp_path, capsys):
     main(["convert", *map(str, source), str(tmp_path / "m"), "--layer", "2"])
     assert capsys.readouterr().out == f"{tmp_path / 'm'} is a unit model folder\n"
     rows = run(tmp_path / "m", NUM_UNITS)
@@ -577,7 +580,7 @@ def test_more_units_than_the_tokenizer_has_is_an_error_before_any_forward_pass(r
 
 
 def test_65536_units(run, mini, source, tmp_path):
-    """The last one really comes out, and gets its token."""
+    """The last unit occurs and gets its token."""
     centroids = np.zeros((65_536, WIDTH), np.float32)
     centroids[:, 0] = 1e6  # far from all features
     centroids[-1] = 0

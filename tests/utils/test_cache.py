@@ -19,7 +19,7 @@ def files(folder):
     return sorted(path.name for path in folder.iterdir() if path.name != "locks")
 
 
-def test_a_file_is_made_once(tmp_path):
+def test_file_is_made_once(tmp_path):
     level, calls = ShardCache(tmp_path / "level"), []
     assert level.find("key") is None
     made = level.make("key", writer(b"one", calls))
@@ -28,7 +28,13 @@ def test_a_file_is_made_once(tmp_path):
     assert calls == [b"one"]
 
 
-def test_what_failed_leaves_no_finished_file_and_is_cleared_away(tmp_path):
+def test_find_all_returns_the_keys_that_have_a_file(tmp_path):
+    level = ShardCache(tmp_path)
+    made = level.make("one", writer(b"one"))
+    assert level.find_all(["one", "two"]) == {"one": made}
+
+
+def test_failed_write_leaves_no_finished_file_and_is_removed_by_the_next(tmp_path):
     level = ShardCache(tmp_path)
 
     def fail(path):
@@ -46,15 +52,15 @@ def test_what_failed_leaves_no_finished_file_and_is_cleared_away(tmp_path):
 @pytest.mark.parametrize(
     "damage", [lambda content: content[:-1], lambda content: bytes([content[0] ^ 1]) + content[1:]]
 )
-def test_a_damaged_file_is_noticed_and_made_anew(tmp_path, caplog, damage):
+def test_damaged_file_is_found_and_made_again(tmp_path, caplog, damage):
     level = ShardCache(tmp_path)
     path = level.make("key", writer(b"content"))
     path.write_bytes(damage(path.read_bytes()))
     assert level.make("key", writer(b"content")).read_bytes() == b"content"
-    assert "was damaged after it was written" in caplog.text
+    assert f"{path} was damaged after it was written: making it again" in caplog.text
 
 
-def test_two_at_once_take_turns(tmp_path):
+def test_threads_that_make_one_key_take_turns(tmp_path):
     level, calls = ShardCache(tmp_path), []
     threads = [threading.Thread(target=level.make, args=("key", writer(b"x", calls))) for _ in range(8)]
     for thread in threads:
@@ -64,18 +70,18 @@ def test_two_at_once_take_turns(tmp_path):
     assert calls == [b"x"]
 
 
-def test_shards_whose_keys_begin_alike_do_not_wait_for_each_other(tmp_path):
+def test_keys_with_a_common_prefix_do_not_wait_for_each_other(tmp_path):
     level, made = ShardCache(tmp_path), []
     other = threading.Thread(target=lambda: made.append(level.make("ab2", writer(b"y"))), daemon=True)
 
     def write(path):
         other.start()
         other.join(30)
-        assert made  # while the first is being made
+        assert made  # while the first file is being made
         writer(b"x")(path)
 
     level.make("ab1", write)
 
 
-def test_keys():
+def test_key_depends_on_values_but_not_on_the_order_of_names():
     assert cache_key("a", {"x": 1, "y": 2}) == cache_key("a", {"y": 2, "x": 1}) != cache_key("a", {"x": 1})

@@ -1,4 +1,4 @@
-"""Downloads from a server on this machine that breaks connections, changes its file, or does not know what a range is."""
+"""Downloads from a local server that breaks connections, changes its file, or ignores ranges."""
 
 import errno
 import hashlib
@@ -10,9 +10,8 @@ import sys
 import threading
 
 import pytest
-from tqdm import tqdm
 
-from usdm_sft.utils import download, progress
+from usdm_sft.utils import download
 
 CONTENT = bytes(range(256)) * 40  # 10,240 bytes
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -20,13 +19,13 @@ ETAG = '"first"'
 
 
 class Server:
-    """What the server has, how its next answers go wrong, and what it was asked."""
+    """The file of the server, the faults of its next answers, and the requests it received."""
 
     def __init__(self):
         self.content, self.etag = CONTENT, ETAG
         self.knows_ranges = self.knows_if_range = True
-        self.shift = 0  # of the ranges that it sends
-        self.breaks = []  # of each answer: number of bytes before the connection breaks, or the status of a refusal
+        self.shift = 0  # bytes by which the sent range differs from the requested one
+        self.breaks = []  # for each answer: number of bytes before the connection breaks, or the status of a refusal
         self.asked = []  # (Range, If-Range) of each request
         self.pause = threading.Event()
         self.pause.set()
@@ -77,7 +76,7 @@ def server(monkeypatch):
 
 @pytest.fixture
 def waits(monkeypatch):
-    """Seconds that were waited between tries; nobody waits."""
+    """Seconds between tries, recorded instead of waited."""
     waits = []
     monkeypatch.setattr(download.time, "sleep", waits.append)
     return waits
@@ -93,7 +92,7 @@ def names(path):
 
 
 def break_off(server, path, at):
-    """A run that got `at` bytes, and then nothing any more."""
+    """Make a run that receives `at` bytes and then fails."""
     server.breaks = [at, *["503"] * download.TRIES]
     with pytest.raises(OSError, match="could not fetch"):
         download.download(server.url, path, sha256=SHA256)
@@ -105,20 +104,22 @@ def test_broken_connections_are_resumed_in_one_run(server, path, waits):
     server.breaks = [4000, 3000, 1000]
     assert download.download(server.url, path, sha256=SHA256) == SHA256
     assert path.read_bytes() == CONTENT
-    # The last byte that is here is asked for again.
+    # The last byte on disk is requested again.
     assert server.asked == [
         (None, None),
         ("bytes=3999-", ETAG),
         ("bytes=6998-", ETAG),
         ("bytes=7997-", ETAG),
     ]
-    assert waits == [1, 1, 1]  # each try brought something
+    assert waits == [1, 1, 1]  # each try brought new bytes
     assert names(path) == ["model.pt"]
 
 
-def test_next_run_resumes_what_is_here(server, path, waits):
+def test_next_run_resumes_the_part_on_disk(server, path, waits):
     server.breaks = [4000, *["503"] * (download.TRIES - 1)]
-    with pytest.raises(OSError, match=r"HTTP Error 503.*try again \(the 4,000 bytes that are here are kept\), or put"):
+    with pytest.raises(
+        OSError, match=r"HTTP Error 503.*try again \(the 4,000 bytes that have arrived are kept\), or put"
+    ):
         download.download(server.url, path, sha256=SHA256)
     assert names(path) == ["model.pt.unfinished", "model.pt.unfinished.etag"]
     server.asked.clear()
@@ -134,12 +135,12 @@ def test_number_of_tries_is_limited_and_the_waits_double(server, path, waits, ca
         download.download(server.url, path)
     assert (len(server.asked), waits) == (5, [1, 2, 4, 8])
     assert names(path) == []
-    assert len(caplog.records) == 4 and "going on from byte 0 in 8 s" in caplog.text
+    assert len(caplog.records) == 4 and "resuming from byte 0 in 8 s" in caplog.text
 
 
-def test_tries_without_anything_new_are_counted_from_the_last_new_byte(server, path, waits):
+def test_tries_are_counted_from_the_last_new_byte(server, path, waits):
     server.breaks = ["503", "503", 4000, "503", 1, "503", "503", "503"]
-    # The answer of one byte is the byte that is here already.
+    # The answer of one byte repeats the last byte on disk.
     with pytest.raises(OSError, match="could not fetch"):
         download.download(server.url, path)
     assert waits == [1, 2, 1, 2, 4, 8]
@@ -166,7 +167,7 @@ def test_server_that_ignores_ranges_and_breaks_is_given_up(server, path, waits):
     server.breaks = [4000] * 100
     with pytest.raises(OSError, match="the connection broke after 4,000 of 10,240 bytes"):
         download.download(server.url, path, sha256=SHA256)
-    assert len(server.asked) == 5  # the first brought something, the four after it nothing new
+    assert len(server.asked) == 5  # the first brought bytes, the four after it no new one
     assert waits == [1, 2, 4, 8]
 
 
@@ -179,7 +180,7 @@ def test_other_version_of_the_file_is_fetched_whole(server, path, waits, knows_i
     assert server.asked == [("bytes=3999-", ETAG), *([] if knows_if_range else [(None, None)])]
 
 
-def test_range_that_is_another_one_is_not_written(server, path, waits):
+def test_range_other_than_the_requested_one_is_not_written(server, path, waits):
     break_off(server, path, 4000)
     server.shift = 7
     assert download.download(server.url, path, sha256=SHA256) == SHA256
@@ -204,11 +205,11 @@ def test_part_of_another_address_is_not_resumed(server, path, waits):
     assert server.asked == [(None, None)]
 
 
-def test_part_that_turns_out_wrong_is_not_resumed_for_ever(server, path, waits):
+def test_part_with_a_wrong_digest_is_deleted(server, path, waits):
     break_off(server, path, 4000)
     unfinished = path.with_name("model.pt.unfinished")
     unfinished.write_bytes(b"x" + unfinished.read_bytes()[1:])
-    with pytest.raises(ValueError, match=f"not {SHA256}: it is not the file that is known; not kept"):
+    with pytest.raises(ValueError, match=f"not {SHA256}: it is not the known file and was deleted"):
         download.download(server.url, path, sha256=SHA256)
     assert names(path) == []
     server.asked.clear()
@@ -216,21 +217,21 @@ def test_part_that_turns_out_wrong_is_not_resumed_for_ever(server, path, waits):
     assert server.asked == [(None, None)]
 
 
-def test_part_that_is_whole_needs_one_byte_only(server, path, waits):
+def test_complete_part_requests_one_byte(server, path, waits):
     break_off(server, path, len(CONTENT) - 1)
-    path.with_name("model.pt.unfinished").write_bytes(CONTENT)  # a crash before it got its name
+    path.with_name("model.pt.unfinished").write_bytes(CONTENT)  # a crash before the rename
     assert download.download(server.url, path, sha256=SHA256) == SHA256
     assert server.asked == [("bytes=10239-", ETAG)]
 
 
-def test_part_that_is_longer_than_the_file_is_dropped(server, path, waits):
+def test_part_longer_than_the_file_is_discarded(server, path, waits):
     break_off(server, path, 4000)
     path.with_name("model.pt.unfinished").write_bytes(CONTENT + b"more")
     assert download.download(server.url, path, sha256=SHA256) == SHA256
     assert server.asked == [("bytes=10243-", ETAG), (None, None)]
 
 
-def test_record_that_was_cut_short_is_no_harm(server, path, waits):
+def test_record_that_was_cut_short_is_ignored(server, path, waits):
     for length in range(len(f"{server.url}\n{ETAG}")):
         break_off(server, path, 4000)
         record = path.with_name("model.pt.unfinished.etag")
@@ -241,12 +242,21 @@ def test_record_that_was_cut_short_is_no_harm(server, path, waits):
 
 
 def test_full_disk_is_not_tried_again(server, path, waits, monkeypatch):
-    class FullBar(tqdm):
-        def update(self, num=1):  # in the place of the write beside it
+    class FullBar:
+        def __init__(self, *args, **options):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            pass
+
+        def update(self, num):  # instead of the write right before it
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(progress, "tqdm", FullBar)
-    with pytest.raises(OSError, match=r"No space left on device.*the 10,240 bytes that are here are kept"):
+    monkeypatch.setattr(download, "progress_bar", FullBar)
+    with pytest.raises(OSError, match=r"No space left on device.*the 10,240 bytes that have arrived are kept"):
         download.download(server.url, path)
     assert (len(server.asked), waits) == (1, [])
 
@@ -260,16 +270,16 @@ download(sys.argv[1], sys.argv[2])
 
 
 def test_part_survives_a_kill(server, path, waits):
-    server.content = CONTENT * 1000  # 10 MB: more than what is kept in buffers
+    server.content = CONTENT * 1000  # 10 MB: more than the buffers hold
     server.breaks = [6_000_000, *["503"] * 100]
     sha256 = hashlib.sha256(server.content).hexdigest()
     running = subprocess.Popen(
         [sys.executable, "-c", DOWNLOAD, server.url, str(path)], env=ONLINE, stderr=subprocess.PIPE, text=True
     )
     line = ""
-    while "going on from byte" not in line:
+    while "resuming from byte" not in line:
         line = running.stderr.readline()
-        assert line, "it ended without a second try"
+        assert line, "the download ended without a second try"
     running.kill()
     running.wait()
     running.stderr.close()
@@ -281,16 +291,15 @@ def test_part_survives_a_kill(server, path, waits):
 
 TWO_AT_ONCE = """
 import sys
-from tqdm import tqdm
-from usdm_sft.utils import download, progress
+from usdm_sft.corpus import published_lists
 url, folder, sha256 = sys.argv[1:]
-download.SPLIT_LISTS = {"train": ("train_phone.txt", sha256)}
+published_lists.SPLIT_LISTS = {"train": ("train_phone.txt", sha256)}
 print("ready", flush=True)
-print(download.fetch_split_lists(folder, url=url)["train"].stat().st_size)
+print(published_lists.fetch_split_lists(folder, url=url)["train"].stat().st_size)
 """
 
 
-def test_two_processes_do_not_write_one_part(server, tmp_path):
+def test_two_processes_download_a_split_list_once(server, tmp_path):
     server.pause.clear()
     command = [sys.executable, "-c", TWO_AT_ONCE, server.url, str(tmp_path), SHA256]
     both = [subprocess.Popen(command, env=ONLINE, stdout=subprocess.PIPE, text=True) for _ in range(2)]

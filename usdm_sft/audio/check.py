@@ -1,51 +1,55 @@
-"""Whether an audio file can become units, found out before any forward pass.
+"""Find out before any forward pass whether an audio file can become units.
 
-The header tells it for PCM in WAV, which is what DailyTalk has: 0.1 ms a file. Everything else is decoded in blocks, 1 to 3 ms a
-file: floats may be NaN, and what is compressed may break off in the middle. Where no header promises a length (Ogg, some MP3),
-a file that was cut between two of its pages is a whole one to us, as it is to the reference.
+For PCM in WAV, as DailyTalk has it, the header is enough: 0.1 ms per file. Other formats are decoded in blocks, 1 to 3 ms per file:
+floats may be NaN, and a compressed file may end in the middle. Without a length in the header (Ogg, some MP3), a file that was cut
+between two pages passes as a whole one, as it does in the reference.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
+import soundfile
 
 from usdm_sft.audio.addresses import AddressError, Stretch, file_problem, open_file, parse_address
 from usdm_sft.audio.frames import MIN_SAMPLES, find_frames, resampled_length
 from usdm_sft.audio.reading import AudioError
 from usdm_sft.audio.sound import BLOCK_SAMPLES, read_frames, skip_tags, tags_end
 
-if TYPE_CHECKING:
-    import soundfile
+MIN_RATE = 1000  # Hz; a lower rate in a damaged header would give hours of audio at 16 kHz
+END_TOLERANCE = 0.05  # seconds; a stretch may end this much after its recording, because time stamps are rounded
 
-MIN_RATE = 1000  # Hz; a damaged header with less would make hours of silence at 16 kHz
-END_TOLERANCE = 0.05  # seconds that a stretch may end after its recording: time stamps are rounded
-
-# Written by what cannot seek back to the header: 0xFFFFFFFF by ffmpeg, 0x7FFFF000 by sox, 0x80000000 and more by arecord.
+# Programs that cannot seek back to the header write a size from here on: sox 0x7FFFF000, arecord 0x80000000, ffmpeg 0xFFFFFFFF.
 _UNKNOWN_SIZE = 0x7FFFF000
 _MP3_LENGTH_MARKS = (b"Xing", b"Info")  # without one the length of an MP3 file is an estimate
 
 
 class AudioCheck(NamedTuple):
-    """What an audio file holds, or why it is bad."""
+    """The length of an audio file, or why it is bad.
+
+    Attributes:
+        frames: Number of frames at the file's own rate.
+        rate: Sample rate in Hz.
+        problem: Such as "does not exist", without the path; None if the file is good.
+    """
 
     frames: int = 0
-    rate: int = 0  # in Hz
-    problem: str | None = None  # such as "does not exist"; names no path
+    rate: int = 0
+    problem: str | None = None
 
 
 def check_audio(address: str | Path) -> AudioCheck:
-    """Address of audio -> its number of frames and sample rate, or what is wrong with it. Raises nothing."""
-    import soundfile
-
+    """Return the number of frames and the sample rate at an address, or what is wrong with the audio. Raises nothing."""
     try:
         frames, rates = zip(*map(_check_stretch, parse_address(address)), strict=True)
         if len(set(rates)) > 1:
-            raise AudioError(f"is of several sample rates ({', '.join(map(str, sorted(set(rates))))} Hz)")
+            raise AudioError(f"has several sample rates ({', '.join(map(str, sorted(set(rates))))} Hz)")
         num_frames, rate = sum(frames), rates[0]
         if (num_samples := resampled_length(num_frames, rate)) < MIN_SAMPLES:
             raise AudioError(
@@ -62,9 +66,7 @@ def check_audio(address: str | Path) -> AudioCheck:
 
 
 def _check_stretch(stretch: Stretch) -> tuple[int, int]:
-    """-> (number of frames, sample rate) of a file, or of what is meant of it."""
-    import soundfile
-
+    """Return the number of frames and the sample rate of a stretch."""
     if problem := file_problem(stretch.file):
         raise AudioError(problem)
     with open_file(stretch.file) as file:
@@ -78,38 +80,40 @@ def _check_stretch(stretch: Stretch) -> tuple[int, int]:
             if rate < MIN_RATE:
                 raise AudioError(f"has a sample rate of {rate} Hz, less than {MIN_RATE}")
             if stretch.channel is not None and stretch.channel >= sound.channels:
-                raise AudioError(f"has {sound.channels} channels, and no channel {stretch.channel}")
+                raise AudioError(f"has no channel {stretch.channel} (its channels are 0 to {sound.channels - 1})")
             needs_decoding = not (sound.format in ("WAV", "WAVEX") and sound.subtype.startswith("PCM_"))
-            if stretch.end is None:
-                frames = _decode(sound, file) if needs_decoding else frames
-            else:
-                frames = _check_bounds(stretch, sound, needs_decoding)
+            if stretch.start is not None and stretch.end is not None:
+                _check_bounds(stretch.start, stretch.end, frames / rate)
+                frames = _count_frames(stretch, sound, needs_decoding)
+            elif needs_decoding:
+                frames = _decode(sound, file)
     if not frames:
         raise AudioError("holds no samples")
     return frames, rate
 
 
-def _check_bounds(stretch: Stretch, sound: soundfile.SoundFile, needs_decoding: bool) -> int:
-    """-> the number of frames of a stretch."""
-    seconds = sound.frames / sound.samplerate
-    if not stretch.start < stretch.end:
-        raise AudioError(f"is to be cut from {stretch.start:g} to {stretch.end:g} s, which is nothing")
-    if stretch.end > seconds + END_TOLERANCE:
-        raise AudioError(f"is to be cut up to {stretch.end:g} s, but has {seconds:g} s")
+def _check_bounds(start: float, end: float, seconds: float) -> None:
+    if not start < end:
+        raise AudioError(f"is to be cut from {start:g} to {end:g} s, which is nothing")
+    if end > seconds + END_TOLERANCE:
+        raise AudioError(f"is to be cut up to {end:g} s, but has {seconds:g} s")
+
+
+def _count_frames(stretch: Stretch, sound: soundfile.SoundFile, needs_decoding: bool) -> int:
     first, stop = find_frames(stretch, sound.samplerate, sound.frames)
     if needs_decoding and len(_finite(read_frames(sound, first, stop))) < stop - first:
         raise AudioError("is cut short")
     return stop - first
 
 
-def _finite(samples: np.ndarray) -> np.ndarray:
+def _finite(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     if not np.isfinite(samples).all():
         raise AudioError("holds NaN or infinite samples")
     return samples
 
 
-def _check_riff(file: BinaryIO) -> None:
-    """A WAV file that was cut short is read in silence by soundfile; its data chunk knows better."""
+def _check_riff(file: io.RawIOBase) -> None:
+    """Check a WAV file against the size in its data chunk, because soundfile reads a file that was cut without an error."""
     file_size = file.seek(0, os.SEEK_END)
     file.seek(0)
     head = file.read(12)
@@ -125,8 +129,8 @@ def _check_riff(file: BinaryIO) -> None:
         file.seek(size + size % 2, os.SEEK_CUR)
 
 
-def _decode(sound: soundfile.SoundFile, file: BinaryIO) -> int:
-    """-> the number of frames that are really there."""
+def _decode(sound: soundfile.SoundFile, file: io.BufferedIOBase) -> int:
+    """Decode the whole file and return its number of frames."""
     decoded = 0
     while len(samples := sound.read(max(1, BLOCK_SAMPLES // sound.channels), dtype="float32")):
         decoded += len(_finite(samples))

@@ -1,7 +1,7 @@
-"""sha256 of files, remembered in the cache: 6 GB of audio are read once, later runs only look at size and times of change.
+"""sha256 of files, remembered in the cache: a first run reads 6 GB of audio, later runs look only at size and times of change.
 
-The digest is the file's identity; path, size and times merely say whether a remembered digest still stands. Of audio only
-good files are remembered: a bad one gets another chance at each run, with other permissions or a newer soundfile.
+The digest identifies the file; path, size and times only tell whether a remembered digest is still valid. Only good audio files are
+remembered: a bad one is checked again at each run, with other permissions or a newer soundfile.
 """
 
 from __future__ import annotations
@@ -29,17 +29,24 @@ from usdm_sft.utils.progress import progress_bar
 logger = logging.getLogger(__name__)
 
 _BATCH = 512
-_TABLE = "files_4"  # another name with what is remembered, and with how audio is judged
-_SETTLED_NS = 2_000_000_000  # a file changed less than this long ago could change again under the same time stamp
+_TABLE = "files_4"  # gets another name when its columns or the checks of audio change
+_SETTLED_NS = 2_000_000_000  # a file that changed more recently could change again with the same time stamp
 
 
 class AudioDigest(NamedTuple):
-    """What the first pass over the audio finds out about a file."""
+    """Digest, length and check of an audio file.
+
+    Attributes:
+        sha256: Digest of the content, or of the content and the stretch; "" for a bad file.
+        num_samples: Number of samples at 16 kHz.
+        seconds: Duration.
+        problem: Why the file is bad, without the path; None if it is good.
+    """
 
     sha256: str
-    num_samples: int  # at 16 kHz
+    num_samples: int
     seconds: float
-    problem: str | None = None  # why it is bad, where it is; then the rest is empty
+    problem: str | None = None
 
 
 class _Row(NamedTuple):
@@ -48,23 +55,31 @@ class _Row(NamedTuple):
     mtime_ns: int
     ctime_ns: int
     sha256: str
-    frames: int  # 0 where the file was not looked at as audio
+    frames: int  # 0 if the file was not checked as audio
     rate: int
     problem: str | None = None  # not remembered
 
 
 def file_digest(path: str | Path, cache_dir: str | Path | None = None) -> str:
-    """sha256 of a file of any kind, in hex; remembered."""
+    """Return the sha256 of any file, in hex; it is remembered."""
     return _digest([os.path.realpath(path)], cache_dir, audio=False)[0].sha256
 
 
 def audio_digests(
     paths: Iterable[str], cache_dir: str | Path | None = None, *, num_threads: int | None = None
 ) -> dict[str, AudioDigest]:
-    """The first pass over the audio: digest and check of each file, in threads, with a progress bar where it is long.
+    """Digest and check each audio file, in threads, with a progress bar for many files.
 
-    Of DailyTalk's WAV files a core reads about a thousand a second, and finds 30,000 a second unchanged later on. A bad file
-    raises nothing here: its `problem` says what is wrong.
+    One core reads about 1,000 of DailyTalk's WAV files per second, and later finds 30,000 per second unchanged. A bad file raises
+    nothing: its `problem` says what is wrong.
+
+    Args:
+        paths: Addresses of audio; duplicates are read once.
+        cache_dir: Where digests are remembered; this package's cache by default.
+        num_threads: Number of threads; as in `ThreadPoolExecutor` by default.
+
+    Returns:
+        Address -> digest, in the order of `paths`.
     """
     paths = list(dict.fromkeys(paths))
     rows = _digest(paths, cache_dir, audio=True, num_threads=num_threads)
@@ -78,10 +93,10 @@ def audio_digests(
 
 
 def check_unchanged(audio: Mapping[str, str]) -> None:
-    """Hold audio files against the digests of the first pass, lest units of other audio be kept under their key.
+    """Check that audio files still have the digests of the first pass, so that the cache holds no units of other audio.
 
     Args:
-        audio: Path of each file and its sha256.
+        audio: Address -> sha256.
 
     Raises:
         AudioError: A file was changed or removed meanwhile.
@@ -97,10 +112,10 @@ def _digest(
 ) -> list[_Row]:
     with closing(_Memo(cache_root(cache_dir) / "digests.sqlite")) as memo:
         remembered = memo.read(paths)
-        found = {path: row for path in paths if (row := remembered.get(path)) and _stands(row, audio)}
+        found = {path: row for path in paths if (row := remembered.get(path)) and _is_valid(row, audio)}
         missing = [path for path in paths if path not in found]
         bar = progress_bar(len(missing), "reading audio digests", "file", disable=len(missing) < _BATCH)
-        files = once_per_key(_digest_file)  # a telephone call of a hundred turns is hashed once
+        files = once_per_key(_digest_file)  # a telephone call with a hundred turns is hashed once
         with bar, ThreadPoolExecutor(num_threads) as threads:
             for start in range(0, len(missing), _BATCH):
                 settled = time.time_ns() - _SETTLED_NS
@@ -113,9 +128,9 @@ def _digest(
 
 
 class _Memo:
-    """The remembered rows. It only saves time: what is wrong with it is said, and the run goes on without it."""
+    """The remembered rows. They only save time: after an error, which is logged, the run goes on without them."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self._path = path
         self._database: sqlite3.Connection | None = None
         try:
@@ -129,23 +144,26 @@ class _Memo:
             self._give_up(error)
 
     def read(self, paths: list[str]) -> dict[str, _Row]:
+        if self._database is None:
+            return {}
         rows: dict[str, _Row] = {}
         try:
-            for start in range(0, len(paths) if self._database else 0, _BATCH):
-                some = paths[start : start + _BATCH]
-                query = f"SELECT * FROM {_TABLE} WHERE path IN ({','.join('?' * len(some))})"
-                rows |= {row[0]: _Row(*row) for row in self._database.execute(query, some)}
+            for start in range(0, len(paths), _BATCH):
+                batch = paths[start : start + _BATCH]
+                query = f"SELECT * FROM {_TABLE} WHERE path IN ({','.join('?' * len(batch))})"
+                rows |= {row[0]: _Row(*row) for row in self._database.execute(query, batch)}
         except sqlite3.Error as error:
             self._give_up(error)
         return rows
 
     def write(self, rows: list[_Row]) -> None:
+        if self._database is None:
+            return
         try:
-            if self._database:
-                with self._database:
-                    self._database.executemany(
-                        f"INSERT OR REPLACE INTO {_TABLE} VALUES (?, ?, ?, ?, ?, ?, ?)", [row[:7] for row in rows]
-                    )
+            with self._database:
+                self._database.executemany(
+                    f"INSERT OR REPLACE INTO {_TABLE} VALUES (?, ?, ?, ?, ?, ?, ?)", [row[:7] for row in rows]
+                )
         except sqlite3.Error as error:
             self._give_up(error)
 
@@ -154,7 +172,7 @@ class _Memo:
         self.close()
         self._database = None
         if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
-            self._path.unlink(missing_ok=True)  # damaged: the next run starts it anew
+            self._path.unlink(missing_ok=True)  # damaged: the next run makes it again
 
     def close(self) -> None:
         if self._database:
@@ -162,16 +180,16 @@ class _Memo:
 
 
 def _stamp(address: str) -> tuple[int, int, int]:
-    """Size and times of change of the files that an address leads to; any later change raises the last one."""
+    """Return size and times of change of the files that an address names; any later change increases the last one."""
     stats = [os.stat(file) for file in disk_files(address)]
     return sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats), max(s.st_ctime_ns for s in stats)
 
 
-def _stands(row: _Row, audio: bool) -> bool:
+def _is_valid(row: _Row, audio: bool) -> bool:
     try:
         unchanged = (row.size, row.mtime_ns, row.ctime_ns) == _stamp(row.path)
     except OSError:
-        return False  # told by whoever reads the file
+        return False  # `_read` reports it
     return unchanged and bool(row.frames or not audio)
 
 
@@ -183,7 +201,7 @@ def _read(address: str, audio: bool, files: Callable[[str], str]) -> _Row:
 
 
 def _address_digest(address: str, files: Callable[[str], str]) -> str:
-    """sha256 of a file's content; of anything else, over the files that it leads to and what is meant of them."""
+    """Return the sha256 of a whole file, or for other addresses the sha256 over the digests of the files and the stretches."""
     stretches = parse_address(address)
     if len(stretches) == 1 and stretches[0].is_whole:
         return files(stretches[0].file)

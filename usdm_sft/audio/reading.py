@@ -1,7 +1,7 @@
-"""Audio of any address -> 16 kHz mono float32, bit for bit what `librosa.load(path, sr=16000)` gives the reference.
+"""Read audio as 16 kHz mono float32, bit for bit the samples that `librosa.load(path, sr=16000)` gives the reference.
 
 soundfile decodes, channels are averaged, soxr resamples in one shot at quality "HQ", and the result is zero-padded or cut
-to ceil(n * 16000 / rate): soxr alone is one sample short in half the cases at 22.05 and 44.1 kHz, which changes units.
+to ceil(n * 16000 / rate). soxr alone is one sample short in half the cases at 22.05 and 44.1 kHz, which changes units.
 """
 
 from __future__ import annotations
@@ -9,45 +9,45 @@ from __future__ import annotations
 import io
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
+import soundfile
+import soxr
 
 from usdm_sft.audio.addresses import MISSING, AddressError, Stretch, file_problem, open_file, parse_address
 from usdm_sft.audio.frames import SAMPLE_RATE, find_frames, resampled_length
 from usdm_sft.audio.sound import read_frames, skip_tags
 
-if TYPE_CHECKING:
-    pass
-
 
 class AudioError(ValueError):
-    """Audio that cannot become units: names file, reason and remedy."""
+    """Audio that cannot become units. The message names file, reason and remedy."""
 
 
-def read_audio(source: str | Path | bytes) -> tuple[np.ndarray, int]:
-    """Address or bytes of audio -> ((num_samples,) float32 mono, sample rate in Hz).
+def read_audio(source: str | Path | bytes) -> tuple[npt.NDArray[np.float32], int]:
+    """Read audio at its own sample rate.
 
     Args:
         source: A path or another address (`usdm_sft.audio.addresses`), or the bytes of an audio file.
 
+    Returns:
+        (num_samples,) float32 mono, and the sample rate in Hz.
+
     Raises:
-        FileNotFoundError: No such file.
-        AudioError: Not audio that soundfile can read, or a sample is NaN or infinite.
+        FileNotFoundError: The file does not exist.
+        AudioError: soundfile cannot read the file, or a sample is NaN or infinite.
     """
     stretches = [Stretch("")] if isinstance(source, bytes) else parse_address(source)
     read = [_read_stretch(source, stretch) for stretch in stretches]
     if len({rate for _, rate in read}) > 1:
-        raise AudioError(f"{describe(source)} is of several sample rates: bring the recordings to one")
+        raise AudioError(f"{describe(source)} has several sample rates: bring the recordings to one")
     samples = np.concatenate([samples for samples, _ in read]) if len(read) > 1 else read[0][0]
     if not np.isfinite(samples).all():
         raise AudioError(f"{describe(source)} holds NaN or infinite samples: repair or leave out the file")
     return samples, read[0][1]
 
 
-def _read_stretch(source: str | Path | bytes, stretch: Stretch) -> tuple[np.ndarray, int]:
-    import soundfile
-
+def _read_stretch(source: str | Path | bytes, stretch: Stretch) -> tuple[npt.NDArray[np.float32], int]:
     with _open(source, stretch.file) as file:
         try:
             with soundfile.SoundFile(skip_tags(file)) as sound:
@@ -62,41 +62,45 @@ def _read_stretch(source: str | Path | bytes, stretch: Stretch) -> tuple[np.ndar
     return samples, rate
 
 
-def read_waveform(source: str | Path | bytes) -> np.ndarray:
-    """Address or bytes of audio -> (num_samples,) float32 mono at 16 kHz.
+def read_waveform(source: str | Path | bytes) -> npt.NDArray[np.float32]:
+    """Read audio at 16 kHz.
+
+    Args:
+        source: A path or another address (`usdm_sft.audio.addresses`), or the bytes of an audio file.
+
+    Returns:
+        (num_samples,) float32 mono.
 
     Raises:
-        FileNotFoundError: No such file.
-        AudioError: Not audio that soundfile can read, or a sample is NaN or infinite.
+        FileNotFoundError: The file does not exist.
+        AudioError: soundfile cannot read the file, or a sample is NaN or infinite.
     """
     samples, rate = read_audio(source)
     if rate == SAMPLE_RATE:
         return samples
-    import soxr
-
     resampled = soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ")
     length = resampled_length(len(samples), rate)
     return np.pad(resampled[:length], (0, max(0, length - len(resampled))))
 
 
 def describe(source: str | Path | bytes) -> str:
-    """A name for error messages."""
+    """Return a name for error messages."""
     return f"audio bytes ({len(source):,} bytes)" if isinstance(source, bytes) else f"audio file {os.fspath(source)}"
 
 
-def _open(source: str | Path | bytes, file: str) -> BinaryIO:
-    """`source` for error messages, `file` of it to open."""
+def _open(source: str | Path | bytes, file: str) -> io.BufferedIOBase:
+    """Open `file` of `source`; error messages name `source`."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
     if problem := file_problem(file):
         if problem.startswith(MISSING):
             raise FileNotFoundError(f"audio file {source} {problem}: correct the path, or complete the corpus")
-        raise AudioError(f"audio file {source} {problem}: see to its permissions and kind")
+        raise AudioError(f"audio file {source} {problem}: check its permissions and kind")
     try:
         return open_file(file)
     except (OSError, AddressError) as error:
         reason = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
-        raise AudioError(f"audio file {source} {reason}: see to its permissions and kind") from error
+        raise AudioError(f"audio file {source} {reason}: check its permissions and kind") from error
 
 
 def _not_audio(source: str | Path | bytes, error: Exception) -> AudioError:

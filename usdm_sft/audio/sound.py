@@ -1,22 +1,24 @@
-"""Open audio with soundfile so that every way to it (a file, a member of an archive, bytes) gives the same samples.
+"""Open audio with soundfile, so that a file, a member of an archive and bytes with the same content give the same samples.
 
-libsndfile 1.2.2 mishandles an ID3v2 tag before WAV, AIFF and AU when it reads a file object: it counts the tag twice, so that WAV and
-AIFF lose samples at the end, and AU begins with the tag. By path it is right, but then takes whatever is named .au, .snd, .gsm
-or .vox for samples without a header. So it always gets a file object, which begins behind the tag.
+libsndfile 1.2.2 mishandles an ID3v2 tag before WAV, AIFF and AU in a file object: it counts the tag twice, so that WAV and AIFF
+lose samples at the end, and AU begins with the tag. By path it handles the tag, but then reads any file named .au, .snd, .gsm or
+.vox as samples without a header. soundfile therefore always gets a file object that begins after the tag.
 """
 
 from __future__ import annotations
 
 import io
 import os
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
+import soundfile
 
 if TYPE_CHECKING:
-    import soundfile
+    from _typeshed import WriteableBuffer
 
-BLOCK_SAMPLES = 1 << 20
+BLOCK_SAMPLES = 1 << 20  # decoded at a time, so that an hour of audio needs little memory
 
 _TAGS = (b"ID3\2", b"ID3\3", b"ID3\4")  # the versions that libsndfile skips
 _MISHANDLED = (
@@ -29,13 +31,13 @@ _MISHANDLED = (
 
 
 class _Content(io.RawIOBase):
-    """A file from `start` on. It has no name, from which soundfile would guess the format (.raw)."""
+    """A view of a file from `start` on. It has no name, from which soundfile would guess the format (.raw)."""
 
-    def __init__(self, file: BinaryIO, start: int):
+    def __init__(self, file: io.BufferedIOBase, start: int) -> None:
         self._file, self._start = file, start
         self.seek(0)
 
-    def readinto(self, buffer: bytearray | memoryview) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
         return self._file.readinto(buffer)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
@@ -45,15 +47,15 @@ class _Content(io.RawIOBase):
         return self._file.tell() - self._start
 
 
-def skip_tags(file: BinaryIO) -> BinaryIO:
+def skip_tags(file: io.BufferedIOBase) -> io.RawIOBase:
     """Return a view of `file` without the ID3v2 tags before a WAV, AIFF or AU header, at its beginning."""
     start = tags_end(file)
     file.seek(start)
     return _Content(file, start if file.read(4) in _MISHANDLED else 0)
 
 
-def tags_end(file: BinaryIO) -> int:
-    """Return how many bytes the ID3v2 tags at the beginning of a file take; 0 without one."""
+def tags_end(file: io.BufferedIOBase) -> int:
+    """Return the number of bytes of the ID3v2 tags at the beginning of a file; 0 without a tag."""
     end = 0
     while True:
         file.seek(end)
@@ -61,18 +63,18 @@ def tags_end(file: BinaryIO) -> int:
         if len(header) < 10 or header[:4] not in _TAGS:
             return end
         size = 0
-        for byte in header[6:]:  # seven bits a byte
+        for byte in header[6:]:  # seven bits per byte
             size = size << 7 | byte & 0x7F
         end += 10 + size
 
 
-def read_frames(sound: soundfile.SoundFile, first: int, stop: int) -> np.ndarray:
-    """Read the frames from `first` to before `stop` of a file that was just opened.
+def read_frames(sound: soundfile.SoundFile, first: int, stop: int) -> npt.NDArray[np.float32]:
+    """Read the frames `first` to `stop` (exclusive) of a file that was just opened.
 
-    A codec that cannot seek (GSM 6.10, G.721, NMS ADPCM) is decoded from its beginning, since libsndfile needs no seeking for that.
+    A codec that cannot seek (GSM 6.10, G.721, NMS ADPCM) is decoded from its beginning, for which libsndfile does not need to seek.
 
     Returns:
-        (num_frames,) or (num_frames, num_channels) float32; fewer frames where the file ends before.
+        (num_frames,) or (num_frames, num_channels) float32; fewer frames if the file ends before `stop`.
     """
     if sound.seekable():
         if first:
@@ -80,4 +82,5 @@ def read_frames(sound: soundfile.SoundFile, first: int, stop: int) -> np.ndarray
     else:
         for start in range(0, first, BLOCK_SAMPLES):
             sound.read(min(BLOCK_SAMPLES, first - start), dtype="float32")
-    return sound.read(stop - first, dtype="float32")
+    frames: npt.NDArray[np.float32] = sound.read(stop - first, dtype="float32")
+    return frames

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_origin, get_type_hints
 
 from docstring_parser import parse_from_object
-from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings  # type: ignore[attr-defined]  # a re-export
 
 from usdm_sft.config.checks import describe_type
 from usdm_sft.utils.texts import printable
@@ -59,11 +59,11 @@ class Parser(ArgumentParser):
 class ConfigAction(ActionConfigFile):
     """The option `--config`: a YAML file, or the name of one that the package ships, such as single_turn."""
 
-    def __call__(self, parser: ArgumentParser, cfg: Any, values: str, option_string: str | None = None) -> None:
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         shipped = importlib.resources.files("usdm_sft.configs") / f"{values}.yaml"
         if re.fullmatch(r"\w+", str(values)) and not Path(values).exists() and shipped.is_file():
             values = str(shipped)
-        super().__call__(parser, cfg, values, option_string)
+        super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]  # jsonargparse has no annotation
 
 
 def add_config_arguments(parser: ArgumentParser, config: type) -> None:
@@ -89,7 +89,7 @@ def add_function_arguments(parser: ArgumentParser, function: Callable[..., Any],
     The docstring of the function is the help.
     """
     hints, helps = get_type_hints(function), _help_texts(function)
-    done = set(skip)
+    done: set[str | int] = set(skip)
     for name, parameter in inspect.signature(function).parameters.items():
         if name in done:
             continue

@@ -7,7 +7,7 @@ answers at once.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from usdm_sft.config.checks import check_settings
@@ -20,7 +20,7 @@ from usdm_sft.units.settings import BATCH_SECONDS, PrecisionName, ResamplerName
 class CorpusOptions:
     """Corpus"""
 
-    data_dir: str | PathLike[str]
+    data_dir: str | Path
     """DailyTalk's folder (with data/), its data folder, or its zip archive; or the folder of another corpus, with
     manifests; or hub:USER/NAME."""
 
@@ -36,11 +36,11 @@ class CorpusOptions:
     merge_speaker_turns: bool = False
     """Join neighbouring turns of one speaker. By default a dialog with such turns is left out, as in the reference."""
 
-    train_metadata_path: str | PathLike[str] | None = None
+    train_metadata_path: str | Path | None = None
     """Split list or manifest of the train split. By default the lists beside the data, or else DailyTalk's own, which are
     downloaded once."""
 
-    test_metadata_path: str | PathLike[str] | None = None
+    test_metadata_path: str | Path | None = None
     """Split list or manifest of the test split."""
 
     on_bad_audio: Literal["error", "skip"] = "error"
@@ -52,7 +52,7 @@ class CorpusOptions:
 class TokenizerOptions:
     """Tokenizer and template"""
 
-    pretrained_model_name_or_path: str | PathLike[str] = USTM
+    pretrained_model_name_or_path: str | Path = USTM
     """The speech-text tokenizer: a Hub repository, a folder, or mistral-common for the one that is built offline."""
 
     template: Template = REFERENCE
@@ -70,7 +70,7 @@ class TokenizerOptions:
 class UnitModelOptions:
     """Unit model"""
 
-    unit_model: str | PathLike[str] = "xlsr2_1b_v2"
+    unit_model: str | Path = "xlsr2_1b_v2"
     """A unit model folder, or xlsr2_1b_v2 to download and convert the published one."""
 
     precision: PrecisionName = "fp32"
@@ -98,10 +98,10 @@ class ComputeOptions:
     shard_dialogs: int = 64
     """Dialogs in a work shard, which is what a crash can lose."""
 
-    cache_dir: str | PathLike[str] | None = None
+    cache_dir: str | Path | None = None
     """Where finished work is kept. By default the folder dailytalk_usdm in HF_HOME."""
 
-    model_cache_dir: str | PathLike[str] | None = None
+    model_cache_dir: str | Path | None = None
     """Where the downloaded tokenizer and unit model are kept."""
 
 
@@ -109,7 +109,7 @@ class ComputeOptions:
 class OutputOptions:
     """Output"""
 
-    output_path: str | PathLike[str]
+    output_path: str | Path
     """The dataset folder to make."""
 
     num_output_shards: int | None = None

@@ -1,8 +1,8 @@
-"""A speech encoder's checkpoint and k-means centroids -> a unit model folder, once.
+"""A speech encoder's checkpoint and k-means centroids -> a unit model folder.
 
-The folder holds `config.json` (a Wav2Vec2Config or HubertConfig with the layers that are needed), `model.safetensors`,
-`kmeans.npy` (float32, one centroid a row) and `unit_model.json` (layer, sample rate, how waveforms are normalized, sha256 of
-every file and of its sources). Of XLS-R 1B's 48 layers 35 are needed: 2.8 GB instead of 3.9. No value is changed.
+The folder consists of `config.json` (a Wav2Vec2Config or HubertConfig with the layers that are needed), `model.safetensors`,
+`kmeans.npy` (float32, one centroid per row) and `unit_model.json` (layer, sample rate, normalization of waveforms, sha256 of
+every file and every source). XLS-R 1B needs 35 of its 48 layers: 2.8 GB instead of 3.9 GB. Every value stays the same.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import save_file
 
 from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.convert.keys import to_transformers
@@ -26,12 +28,16 @@ from usdm_sft.convert.transformers_folder import (
     weight_files,
 )
 from usdm_sft.template.tokenizer import MAX_UNITS
-from usdm_sft.units.folder import FILES, read_description
+from usdm_sft.units.folder import DESCRIPTION, FILES, read_description
+from usdm_sft.units.model import empty_model
 from usdm_sft.utils.cache import cache_root, path_lock, sha256_file
 from usdm_sft.utils.json_files import read_json
+from usdm_sft.utils.texts import first_line
 
+# The layer that the reference's k-means was fit on; its 34 counts from 0.
 XLSR_LAYER = 35
 
+# transformers' config of XLS-R 1B (facebook/wav2vec2-xls-r-1b).
 XLSR_1B = {
     "hidden_size": 1280,
     "num_hidden_layers": 48,
@@ -64,46 +70,31 @@ def convert(
 
     Args:
         checkpoint: A folder with a wav2vec 2.0 or HuBERT model as transformers saves it, or a .pt file of a wav2vec 2.0 model
-            `{"model": {...}}` with the keys of the original fairseq or of fairseq2. Only tensors and plain values are
-            unpickled, and no code of the folder is run. A folder's preprocessor_config.json says how waveforms are
-            normalized.
-        kmeans: A .npy file of float32 centroids, one a row, at most 65,536.
-        unit_model_dir: The folder to make. One that was made from the same files is left as it is.
-        model_config: For a .pt file, a transformers Wav2Vec2Config in JSON that describes the whole checkpoint; XLS-R 1B by
-            default. A folder has its own.
-        layer: The layer, counted from 1, whose output becomes units: `hidden_states[layer]` of transformers. XLS-R's 35 by
-            default.
-        final_norm: Apply the norm that follows the last layer of a model with pre-norm layers. For a k-means that was fit on
-            `last_hidden_state`, or on `hidden_states[-1]` of transformers before mid-2026, which was the same; since then
-            `hidden_states[-1]` is without it, as in fairseq.
+            `{"model": {...}}` with the keys of fairseq or fairseq2. Only tensors and plain values are unpickled, and no code
+            in the folder runs. A folder's preprocessor_config.json says how waveforms are normalized.
+        kmeans: A .npy file of float32 centroids, one per row, at most 65,536.
+        unit_model_dir: The folder to make. A folder that was made from the same files and settings is left unchanged.
+        model_config: For a .pt file, a transformers Wav2Vec2Config in JSON that describes the whole checkpoint; by default
+            that of XLS-R 1B. A folder has its own.
+        layer: The layer, counted from 1, whose output becomes units: `hidden_states[layer]` of transformers.
+        final_norm: Apply the norm that follows the last layer of a model with pre-norm layers, for a k-means that was fit on
+            `last_hidden_state`, or on `hidden_states[-1]` of transformers before mid-2026 (the same then; since then
+            `hidden_states[-1]` is without the norm, as in fairseq).
+
+    Returns:
+        The folder.
 
     Raises:
         FileNotFoundError: A source does not exist.
-        FileExistsError: The folder holds something else.
-        ValueError: The sources are not what they should be; the message says what, where and what to do.
+        FileExistsError: The folder exists and has other content.
+        ValueError: A source is invalid; the message names the place and the remedy.
     """
     checkpoint, kmeans = Path(checkpoint).expanduser(), Path(kmeans).expanduser()
     folder = Path(unit_model_dir).expanduser().resolve()
-    description: dict[str, Any] = {"format_version": 1, "layer": layer, "sample_rate": SAMPLE_RATE}
     if not kmeans.is_file():
         raise FileNotFoundError(f"{kmeans} is not a file: name the downloaded file")
-    if checkpoint.is_dir():
-        if model_config is not None:
-            raise ValueError(
-                f"model_config {model_config} is for a .pt file: leave it out, {checkpoint} has a config.json"
-            )
-        config = read_folder_config(checkpoint, layer, final_norm=final_norm)
-        description["normalization"] = read_normalization(checkpoint)
-        sources = {path.name: path for path in weight_files(checkpoint)}
-        read_weights = read_folder_weights
-    elif checkpoint.is_file():
-        config = _read_config(model_config, layer, final_norm=final_norm)
-        sources = {"checkpoint": checkpoint}
-        read_weights = _read_weights
-    else:
-        raise FileNotFoundError(f"{checkpoint} is not a file or a folder: name the downloaded one")
-    if final_norm:
-        description["final_norm"] = True
+    config, settings, sources = _read_settings(checkpoint, model_config, layer, final_norm=final_norm)
+    description: dict[str, Any] = {"format_version": 1, "layer": layer, "sample_rate": SAMPLE_RATE, **settings}
     description["sources"] = {name: sha256_file(path) for name, path in (sources | {"kmeans": kmeans}).items()}
     with path_lock(folder, cache_root()):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -113,29 +104,50 @@ def convert(
                 f"{folder} exists and was not made from these files and settings, or was changed: "
                 "remove it or name another folder"
             )
-        return _write(folder, description, config, _read_kmeans(kmeans, config), read_weights(checkpoint, config))
+        centroids = _read_kmeans(kmeans, config)
+        read_weights = read_folder_weights if checkpoint.is_dir() else _read_weights
+        return _write(folder, description, config, centroids, read_weights(checkpoint, config))
+
+
+def _read_settings(
+    checkpoint: Path, model_config: str | Path | None, layer: int, *, final_norm: bool
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Path]]:
+    """Return the config of the unit model, the settings that unit_model.json records, and the files of the weights."""
+    settings: dict[str, Any] = {}
+    if checkpoint.is_dir():
+        if model_config is not None:
+            raise ValueError(
+                f"model_config {model_config} is for a .pt file: leave it out, {checkpoint} has a config.json"
+            )
+        config = read_folder_config(checkpoint, layer, final_norm=final_norm)
+        settings["normalization"] = read_normalization(checkpoint)
+        sources = {path.name: path for path in weight_files(checkpoint)}
+    elif checkpoint.is_file():
+        config = _read_config(model_config, layer, final_norm=final_norm)
+        sources = {"checkpoint": checkpoint}
+    else:
+        raise FileNotFoundError(f"{checkpoint} is not a file or a folder: name the downloaded one")
+    if final_norm:
+        settings["final_norm"] = True
+    return config, settings, sources
 
 
 def _write(
     folder: Path, description: dict[str, Any], config: dict[str, Any], centroids: np.ndarray, weights: dict[str, Any]
 ) -> Path:
-
-    from safetensors.torch import save_file
-
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
-    shutil.copymode(
-        unfinished / "config.json", unfinished / "model.safetensors"
-    )  # safetensors writes for the owner only
+    # safetensors makes the file readable for its owner only.
+    shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")
     np.save(unfinished / "kmeans.npy", centroids)
     description |= {
         "num_units": len(centroids),
         "files": {name: sha256_file(unfinished / name) for name in FILES},
     }
-    (unfinished / "unit_model.json").write_text(json.dumps(description, indent=2) + "\n")
+    (unfinished / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
     os.replace(unfinished, folder)
     return folder
 
@@ -153,7 +165,7 @@ def _made_from(folder: Path, description: dict[str, Any], config: dict[str, Any]
 
 
 def _read_config(path: str | Path | None, layer: int, *, final_norm: bool = False) -> dict[str, Any]:
-    """The config of a .pt file's model, cut to `layer` layers."""
+    """Return the config of a .pt file's model, cut to `layer` layers."""
     config = dict(XLSR_1B) if path is None else read_json(path)
     if config.setdefault("model_type", "wav2vec2") != "wav2vec2":
         raise ValueError(f"{path}: model_type is {config['model_type']!r}: name the config of a wav2vec2 model")
@@ -169,16 +181,16 @@ def _read_kmeans(path: Path, config: dict[str, Any]) -> np.ndarray:
     width = config["hidden_size"]
     try:
         with open(path, "rb") as file:
-            centroids = np.lib.format.read_array(file, allow_pickle=False)
+            centroids: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)  # type: ignore[no-untyped-call]  # NumPy
     except ValueError as error:
         raise ValueError(
-            f"{path} is not a plain .npy array ({error}): save the centroids as one; of scikit-learn's k-means, "
+            f"{path} is not a plain .npy array ({error}): save the centroids as one; for a k-means of scikit-learn, "
             'np.save("kmeans.npy", kmeans.cluster_centers_.astype("float32"))'
         ) from error
     if centroids.ndim != 2 or centroids.shape[1] != width or not len(centroids):
         raise ValueError(
             f"{path} has shape {centroids.shape}, not (number of units, {width}): "
-            "name the centroids that belong to this model, one a row"
+            "name the centroids that belong to this model, one per row"
         )
     if centroids.dtype != np.float32:
         raise ValueError(f"{path} is {centroids.dtype}, not float32: save it as float32")
@@ -190,37 +202,10 @@ def _read_kmeans(path: Path, config: dict[str, Any]) -> np.ndarray:
 
 
 def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The tensors of the layers that are needed of a .pt file, under transformers' names."""
-    import torch
-
-    from usdm_sft.units.model import empty_model
-
-    try:
-        # Old checkpoints are no zip files and cannot be memory-mapped.
-        if is_zip := zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
-                    raise ValueError("its parts are compressed, as torch never writes them")  # to any size
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as error:  # whatever the unpickler trips over
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} is not a checkpoint of plain tensors ({reason}): name the published file") from error
-    source = loaded.get("model") if isinstance(loaded, dict) else None
-    if not isinstance(source, dict):
-        raise ValueError(f"{path} holds no 'model': name a fairseq or fairseq2 checkpoint")
-    for key, tensor in source.items():
-        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{path}: {key!r} is no name of a tensor: name a fairseq or fairseq2 checkpoint")
-    try:
-        renamed = to_transformers(source)
-    except KeyError as error:
-        raise ValueError(
-            f"{path}: {error.args[0]} is no parameter of a wav2vec 2.0 model in fairseq's or fairseq2's naming"
-        ) from error
-
-    expected = empty_model(config).state_dict()
+    """Return the tensors of a .pt file that the config needs, float32, under transformers' names."""
+    renamed = _load_checkpoint(path)
     weights = {}
-    for key, parameter in expected.items():
+    for key, parameter in empty_model(config).state_dict().items():
         if key not in renamed:
             raise ValueError(f"{path} lacks {key}: name the checkpoint and the --model_config that belong together")
         tensor = renamed[key]
@@ -233,3 +218,32 @@ def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{path}: {key} holds NaN or infinite values: download the checkpoint again")
         weights[key] = tensor.float().contiguous()
     return weights
+
+
+def _load_checkpoint(path: Path) -> dict[str, Any]:
+    """Return all tensors of a .pt file that are of use, under transformers' names."""
+    try:
+        # A checkpoint in torch's format from before 1.6 is not a zip file and cannot be memory-mapped.
+        if is_zip := zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                    # torch never compresses them, and a compressed part may unpack to any size.
+                    raise ValueError("its parts are compressed")
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as error:  # the unpickler raises many kinds of errors
+        raise ValueError(
+            f"{path} is not a checkpoint of plain tensors ({first_line(error)}): name the published file"
+        ) from error
+    source = loaded.get("model") if isinstance(loaded, dict) else None
+    if not isinstance(source, dict):
+        raise ValueError(f"{path} holds no 'model': name a fairseq or fairseq2 checkpoint")
+    for key, tensor in source.items():
+        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{path}: {key!r} is not the name of a tensor: name a fairseq or fairseq2 checkpoint")
+    try:
+        return to_transformers(source)
+    except KeyError as error:
+        raise ValueError(
+            f"{path}: {error.args[0]} is not a parameter of a wav2vec 2.0 model in the naming of fairseq or fairseq2: "
+            "name a checkpoint of such a model"
+        ) from error

@@ -1,4 +1,4 @@
-"""Parameter names of wav2vec 2.0 checkpoints, in fairseq's and in fairseq2's layout -> transformers' `Wav2Vec2Model`."""
+"""Parameter names of wav2vec 2.0 checkpoints in the layouts of fairseq and fairseq2 -> those of transformers' `Wav2Vec2Model`."""
 
 import re
 from typing import Any
@@ -36,15 +36,15 @@ _FAIRSEQ2 = (
     (_LAYER + r"ffn_layer_norm\.", r"encoder.layers.\1.final_layer_norm."),
     (r"encoder\.layer_norm\.", "encoder.layer_norm."),
 )
-# Of the pre-training, of no use here.
+# Parameters that only pre-training needs.
 _UNUSED = re.compile(r"mask_emb|masker\.|quantizer\.|project_q\.|final_proj\.|final_target_proj\.")
 
 
 def to_transformers(parameters: dict[str, Any]) -> dict[str, Any]:
-    """The parameters under transformers' names, without those of the pre-training.
+    """Return the parameters under transformers' names, without those that only pre-training needs.
 
     Raises:
-        KeyError: A name is of neither layout.
+        KeyError: A name belongs to neither layout.
     """
     layout = _FAIRSEQ2 if any(key.startswith("encoder_frontend.") for key in parameters) else _FAIRSEQ
     return {_rename(key, layout): value for key, value in parameters.items() if not _UNUSED.match(key)}

@@ -1,10 +1,9 @@
-"""The unit model that USDM was trained with: found in the model cache, or downloaded and converted once."""
+"""The published unit model, which USDM was trained with: found in the model cache, or downloaded and converted once."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from typing import Any
 from filelock import FileLock
 
 from usdm_sft.convert.convert import XLSR_LAYER, convert
-from usdm_sft.units.folder import read_description
+from usdm_sft.units.folder import DESCRIPTION, read_description
+from usdm_sft.utils.atomic import replace_text
 from usdm_sft.utils.cache import cache_root, sha256_file
 from usdm_sft.utils.download import download
 from usdm_sft.utils.json_files import read_json
@@ -22,20 +22,20 @@ logger = logging.getLogger(__name__)
 PUBLISHED = "xlsr2_1b_v2"
 PUBLISHED_URL = "https://dl.fbaipublicfiles.com/seamlessM4T/models/unit_extraction"
 PUBLISHED_FILES = ("xlsr2_1b_v2.pt", "kmeans_10k.npy")
-KNOWN_DIGESTS: dict[str, str] = {}  # file name -> sha256; a name that stands here is checked before the file is opened
+KNOWN_DIGESTS: dict[str, str] = {}  # file name -> sha256, checked before the file is opened
 
 
 def find_unit_model(name_or_path: str | Path, model_cache_dir: str | Path | None = None) -> Path:
-    """The unit model folder that `name_or_path` means.
+    """Return the unit model folder that `name_or_path` names.
 
     Args:
-        name_or_path: A unit model folder, or "xlsr2_1b_v2": the folder in the model cache, made from the two published
-            files (about 4 GB) where it is not there yet.
-        model_cache_dir: The model cache; `unit_models` in this package's cache by default.
+        name_or_path: A unit model folder, or "xlsr2_1b_v2" for the published unit model, which is made in the model cache
+            from two published files (about 4 GB) if the cache lacks it.
+        model_cache_dir: The model cache; by default `unit_models` in this package's cache.
 
     Raises:
-        FileNotFoundError: There is no such folder.
-        ValueError: A download is not the file that is known or was recorded.
+        FileNotFoundError: The folder is not a unit model folder.
+        ValueError: A download has another digest than the one that is known or recorded.
     """
     folder = Path(name_or_path).expanduser()
     if str(name_or_path) == PUBLISHED and not folder.is_dir():
@@ -48,42 +48,39 @@ def find_unit_model(name_or_path: str | Path, model_cache_dir: str | Path | None
 
 
 def _download_and_convert(folder: Path, cache: Path) -> Path:
-    """Digests of what is downloaded are recorded beside the folder; a later download must match them."""
+    """Make the published unit model; the digests of its sources are recorded, and later downloads must match them."""
     downloads = cache / f"{PUBLISHED}.sources"
-    if (folder / "unit_model.json").is_file():
-        shutil.rmtree(downloads, ignore_errors=True)  # left by a kill right after the conversion
+    if (folder / DESCRIPTION).is_file():
+        shutil.rmtree(downloads, ignore_errors=True)  # left if a run was killed right after the conversion
         return folder
     record = cache / f"{PUBLISHED}.sha256.json"
     recorded = json.loads(record.read_text()) if record.is_file() else {}
-    sources = []
     for name in PUBLISHED_FILES:
         path = downloads / name
         expected = KNOWN_DIGESTS.get(name) or recorded.get(name)
         if not path.is_file() or (expected is not None and sha256_file(path) != expected):
             download(f"{PUBLISHED_URL}/{name}", path, sha256=expected)
         recorded[name] = sha256_file(path)
-        unfinished = record.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(recorded, indent=2) + "\n")
-        os.replace(unfinished, record)
+        replace_text(record, json.dumps(recorded, indent=2) + "\n")
         logger.warning("%s: sha256 %s", name, recorded[name])
-        sources.append(path)
-    convert(*sources, folder)
+    checkpoint, kmeans = PUBLISHED_FILES
+    convert(downloads / checkpoint, downloads / kmeans, folder)
     shutil.rmtree(downloads)
     return folder
 
 
 def describe_unit_model(folder: Path) -> dict[str, Any]:
-    """How a unit model folder was made.
+    """Describe how a unit model folder was made.
 
     Args:
-        folder: What `find_unit_model` returned.
+        folder: A unit model folder.
 
     Returns:
         JSON values: `name`, "xlsr2_1b_v2" if the folder was made from the published files and None otherwise; `layer`,
         counted from 1; `normalization` and `final_norm`, if set; and the sha256 of the `sources`.
     """
     description = read_description(folder)
-    settings = {key: description[key] for key in ("normalization", "final_norm") if key in description}
+    settings: dict[str, Any] = {key: description[key] for key in ("normalization", "final_norm") if key in description}
     is_published = (
         not settings
         and description["layer"] == XLSR_LAYER
@@ -94,7 +91,7 @@ def describe_unit_model(folder: Path) -> dict[str, Any]:
 
 
 def _published_sources(folder: Path) -> list[dict[str, str]]:
-    """sha256 of the published checkpoint and k-means: the known ones, and those that a download recorded beside the folder."""
+    """Return the sha256 of the published checkpoint and k-means, as known and as a download recorded them beside the folder."""
     record = folder.with_name(f"{PUBLISHED}.sha256.json")
     found = [KNOWN_DIGESTS, read_json(record) if record.is_file() else {}]
     checkpoint, kmeans = PUBLISHED_FILES

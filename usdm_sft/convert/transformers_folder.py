@@ -1,7 +1,7 @@
-"""A wav2vec 2.0 or HuBERT checkpoint folder, as transformers saves it -> what a unit model folder keeps of it.
+"""A wav2vec 2.0 or HuBERT checkpoint folder, as transformers saves it -> config and weights of a unit model.
 
-Opened by transformers itself, so that sharded files, older parameter names and models with a head all work; what it would
-fill with random values is an error here. Code of the folder is never run.
+transformers itself opens the folder, so that sharded files, older parameter names and models with a head all work. A missing
+weight, which transformers would fill with random values, is an error here. Code in the folder never runs.
 """
 
 from __future__ import annotations
@@ -11,21 +11,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoConfig, AutoModel, Wav2Vec2FeatureExtractor
+from transformers.utils import logging
+
 from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.convert.model_config import MODEL_TYPES, cut_config
 from usdm_sft.utils.json_files import read_json
+from usdm_sft.utils.texts import first_line
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-# Keys of a config.json that say nothing of the unit model; `auto_map` names code.
+# Keys of config.json that do not describe the model; `auto_map` names code.
 _OF_THE_CHECKPOINT = ("_name_or_path", "auto_map", "torch_dtype", "transformers_version")
 
 
 def read_folder_config(folder: Path, layer: int, *, final_norm: bool) -> dict[str, Any]:
-    """The config of the folder's model, cut to `layer` layers.
+    """Return the config of the folder's model, cut to `layer` layers.
 
     Raises:
         FileNotFoundError: There is no config.json.
-        ValueError: The model is of another kind, or has no such layer.
+        ValueError: The model is of another kind, or lacks the layer.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -36,16 +41,16 @@ def read_folder_config(folder: Path, layer: int, *, final_norm: bool) -> dict[st
     if "quantization_config" in config:
         raise ValueError(f"{path}: the weights are quantized: name the checkpoint they were made from")
     config = {key: value for key, value in config.items() if key not in _OF_THE_CHECKPOINT}
-    # An adapter (of `add_adapter`) follows the last layer.
+    # The adapter that `add_adapter` adds follows the last layer, so units do not depend on it.
     config |= {"architectures": [MODEL_TYPES[model_type]], "dtype": "float32", "add_adapter": False}
     return cut_config(config, path, layer, final_norm=final_norm)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights, those that transformers would open.
+    """Return the files of the weights that transformers would open.
 
     Raises:
-        FileNotFoundError: There are none, or a shard is missing.
+        FileNotFoundError: There are none, or one of several files is missing.
     """
     path = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if path is None:
@@ -60,14 +65,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_normalization(folder: Path) -> str:
-    """How the folder's feature extractor prepares a waveform: "transformers" (mean 0, variance 1) or "none".
+    """Return how the folder's feature extractor normalizes waveforms: "transformers" (mean 0, variance 1) or "none".
 
     Raises:
-        FileNotFoundError: There is no preprocessor_config.json (nor a processor_config.json, which newer processors save).
-        ValueError: It is of another kind, or not for 16 kHz.
+        FileNotFoundError: There is neither a preprocessor_config.json nor a processor_config.json, which newer processors save.
+        ValueError: The feature extractor is of another kind, or not for 16 kHz.
     """
-    from transformers import Wav2Vec2FeatureExtractor
-
     try:
         values, _ = Wav2Vec2FeatureExtractor.get_feature_extractor_dict(folder, local_files_only=True)
     except OSError as error:
@@ -86,14 +89,11 @@ def read_normalization(folder: Path) -> str:
 
 
 def read_folder_weights(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The tensors of the model that `config` describes, float32, under transformers' names.
+    """Return the tensors of the model that `config` describes, float32, under transformers' names.
 
     Raises:
-        ValueError: They cannot be read, are not all there, are not those of the config, or are not finite.
+        ValueError: A tensor cannot be read, is missing, has another shape than in the config, or is not finite.
     """
-    import torch
-    from transformers import AutoConfig, AutoModel
-
     try:
         with _quiet():
             model, report = AutoModel.from_pretrained(
@@ -103,13 +103,12 @@ def read_folder_weights(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
                 local_files_only=True,
                 trust_remote_code=False,
                 weights_only=True,
-                ignore_mismatched_sizes=True,  # they are reported, and refused below
+                ignore_mismatched_sizes=True,  # reported, and an error below
                 output_loading_info=True,
             )
-    except Exception as error:  # whatever the readers of the formats trip over
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # the readers of the formats raise many kinds of errors
         raise ValueError(
-            f"{folder} cannot be opened as a model of plain tensors that transformers saved ({reason}): "
+            f"{folder} cannot be opened as a model of plain tensors that transformers saved ({first_line(error)}): "
             "download it again, or save it as safetensors"
         ) from error
     for key, found, expected in sorted(report["mismatched_keys"]):
@@ -131,15 +130,13 @@ def read_folder_weights(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' bar and its report of weights that are not needed."""
-    from transformers.utils import logging
-
+    """Switch off transformers' progress bar and its report of unused weights."""
     verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # transformers
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
         if shown:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # transformers

@@ -1,7 +1,7 @@
-"""What becomes of bad audio: the run stops with all that is wrong, or the pairs concerned are left out and listed.
+"""Stop with a list of all bad audio, or leave out the pairs that use it.
 
-Nothing is ever put in the place of an utterance. A dialog with a bad one in the middle goes on as two, before and after it,
-under the same id, so that whoever walks dialogs meets good audio only.
+Nothing replaces a bad utterance. A dialog with a bad utterance in the middle is cut into the parts before and after it, under
+the same id.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from usdm_sft.audio.addresses import MISSING
 from usdm_sft.audio.digests import AudioDigest, audio_digests
 from usdm_sft.audio.reading import AudioError
 from usdm_sft.corpus.dialogs import Dialog, Split
-from usdm_sft.corpus.problems import tell_problems
+from usdm_sft.corpus.problems import join_problems
 
 ALL_BAD = "each of its pairs has bad audio"
 ON_BAD_AUDIO = ("error", "skip")
@@ -24,19 +24,19 @@ _REMEDY = "replace the file, or leave out its pairs with --on_bad_audio skip"
 def screen_audio(
     splits: Mapping[str, Split], on_bad_audio: str, cache_dir: str | Path | None
 ) -> tuple[dict[str, Split], dict[str, AudioDigest]]:
-    """The first pass over the audio, and what it leaves of the corpus.
+    """Check all audio of a corpus, and leave out the pairs with bad audio.
 
     Args:
         splits: The corpus.
         on_bad_audio: "error" or "skip".
-        cache_dir: Where digests are remembered.
+        cache_dir: Where digests are remembered; this package's cache by default.
 
     Returns:
         The splits, and path -> digest of every recording that they use, in order.
 
     Raises:
-        FileNotFoundError: All that is wrong is that files are missing.
-        AudioError: Audio is bad, and `on_bad_audio` is "error" or nothing is left of a split. The message has a line for each of
+        FileNotFoundError: Files are missing, and nothing else is wrong.
+        AudioError: Audio is bad, and `on_bad_audio` is "error" or a split has no pair left. The message has a line for each of
             the first 20 files.
         ValueError: `on_bad_audio` is neither.
     """
@@ -48,20 +48,20 @@ def screen_audio(
     bad = {name: problem for name, path in paths.items() if (problem := found[path].problem) is not None}
     if bad and on_bad_audio == "error":
         error = FileNotFoundError if all(map(_is_missing, bad.values())) else AudioError
-        raise error(tell_problems([f"{_name(name, paths)} {problem}: {_REMEDY}" for name, problem in bad.items()]))
+        raise error(join_problems([f"{_name(name, paths)} {problem}: {_REMEDY}" for name, problem in bad.items()]))
     left = {name: leave_out(split, bad) for name, split in splits.items()} if bad else dict(splits)
     for name, split in left.items():
         if not split.dialogs:
-            its = {u.id for dialog in splits[name].dialogs for u in dialog.utterances}
-            problems = [f"{_name(each, paths)} {problem}" for each, problem in bad.items() if each in its]
+            split_ids = {u.id for dialog in splits[name].dialogs for u in dialog.utterances}
+            problems = [f"{_name(each, paths)} {problem}" for each, problem in bad.items() if each in split_ids]
             head = f"bad audio leaves no pair of {name}: replace files, or name another split list"
-            raise AudioError(tell_problems([head, *problems]))
+            raise AudioError(join_problems([head, *problems]))
     used = [paths[u.id] for split in left.values() for dialog in split.dialogs for u in dialog.utterances]
     return left, {path: found[path] for path in used}
 
 
 def leave_out(split: Split, bad: Mapping[str, str]) -> Split:
-    """Leave out the pairs of which an utterance is bad.
+    """Leave out the pairs that have a bad utterance.
 
     Args:
         split: A split.

@@ -22,7 +22,7 @@ class Utterance:
 class Dialog:
     """The utterances of one dialog by turn; two neighbours never have the same speaker.
 
-    Where an agent is named, only what this speaker answers makes a pair.
+    If `agent` is set, only the turns of this speaker are the agent's half of a pair.
     """
 
     id: str
@@ -30,7 +30,7 @@ class Dialog:
     agent: str | None = None
 
     def pairs(self) -> Iterator[tuple[Utterance, Utterance]]:
-        """Every two neighbouring turns, the earlier as the user and the later as the agent."""
+        """Yield every two neighbouring turns, the earlier as the user and the later as the agent."""
         for user, agent in pairwise(self.utterances):
             if self.agent in (None, agent.speaker):
                 yield user, agent
@@ -38,10 +38,14 @@ class Dialog:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """One split: the dialogs in order, and why each of the others was left out.
+    """The dialogs of one split in order, and why the others were left out.
 
-    Where audio is bad (`usdm_sft.corpus.bad_audio`), `dialogs` holds the parts of a dialog before and after it under the same id;
-    `dialog_ids` holds each of the dialogs that were there before, once.
+    Attributes:
+        name: Such as "train".
+        dialogs: The dialogs that have a pair. Bad audio cuts a dialog into parts, which keep its id (`usdm_sft.corpus.bad_audio`).
+        left_out: Dialog id -> the reason.
+        dialog_ids: The id of each dialog before bad audio was left out, once.
+        pairs_left_out: Id of the pair ("d23_0") -> what is wrong with its audio.
     """
 
     name: str
@@ -52,4 +56,5 @@ class Split:
 
     @property
     def num_pairs(self) -> int:
+        """Number of pairs in all dialogs."""
         return sum(1 for dialog in self.dialogs for _ in dialog.pairs())

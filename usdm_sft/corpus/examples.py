@@ -1,25 +1,25 @@
-"""A dialog -> the examples that each config makes of it: which user/agent pairs a row holds, one after the other.
+"""The examples that each config makes from a dialog: the user/agent pairs of each row, in order.
 
     single_turn             (0 1) (1 2) (2 3) (3 4)           every two neighbouring turns, as USDM is trained
-    single_turn, history 1  (0 1) (1 2) (0 1 2 3) (1 2 3 4)   the pair, after as many earlier ones as there are, up to 1
+    single_turn, history 1  (0 1) (1 2) (0 1 2 3) (1 2 3 4)   the pair, after up to 1 earlier one
     multi_turn              (0 1 2 3) (1 2 3 4)               whole conversations, from the even start and from the odd one
 
-Standard library only. The builder and the plan of work shards both read this module, so they agree on every row.
+The builder and the plan of work shards both use this module, so they agree on every row.
 """
 
 from collections.abc import Container, Iterator
 from itertools import takewhile
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from usdm_sft.corpus.dialogs import Dialog, Utterance
 
-SINGLE_TURN = "single_turn"
-MULTI_TURN = "multi_turn"
+SINGLE_TURN: Final = "single_turn"
+MULTI_TURN: Final = "multi_turn"
 CONFIGS = (SINGLE_TURN, MULTI_TURN)
 
 
 class Example(NamedTuple):
-    """What a row is made of: its exchanges, each a user's and an agent's utterance, and the user turn that names it."""
+    """The content of one row: its exchanges (a user utterance and an agent utterance each) and the user turn in its id."""
 
     dialog_id: str
     turn: int
@@ -27,18 +27,20 @@ class Example(NamedTuple):
 
     @property
     def id(self) -> str:
-        """Such as "d23_0"; each id occurs once in a config."""
+        """The id of the row, such as "d23_0"; it is unique within a config."""
         return example_id(self.dialog_id, self.turn)
 
 
 def example_id(dialog_id: str, turn: int) -> str:
+    """Return the id of the row of a dialog and a user turn, such as "d23_0"."""
     return f"{dialog_id}_{turn}"
 
 
 def check_config(name: str, history: int) -> None:
-    """
+    """Check a config name and its history.
+
     Raises:
-        ValueError: There is no such config, or it takes no such history.
+        ValueError: The config does not exist, or it does not support this history.
     """
     if name not in CONFIGS:
         raise ValueError(f"config {name!r} is unknown: choose one of {', '.join(CONFIGS)}")
@@ -49,21 +51,21 @@ def check_config(name: str, history: int) -> None:
 
 
 def has_lists(name: str, history: int) -> bool:
-    """Whether the user and agent columns of the config hold lists, one entry an exchange."""
+    """Return True if the user and agent columns of the config are lists, one entry per exchange."""
     return name == MULTI_TURN or history > 0
 
 
 def make_examples(dialog: Dialog, name: str, history: int = 0) -> Iterator[Example]:
-    """The examples of a dialog, by turn.
+    """Yield the examples of a dialog, by turn.
 
     Args:
-        dialog: Of two turns or more.
+        dialog: A dialog of two turns or more.
         name: One of `CONFIGS`.
-        history: Earlier exchanges that a pair of single_turn brings along, oldest first, where there are so many.
+        history: Number of earlier exchanges before the pair in a single_turn row, oldest first; fewer at the start of a dialog.
     """
     pairs = {pair[0].turn: pair for pair in dialog.pairs()}
     if name == MULTI_TURN:
-        # Every other pair goes on where the one before ended; a last lone turn is left out.
+        # A conversation takes every second pair; a last turn without an answer is left out.
         runs = [_chain(pairs, start, +2, len(pairs)) for start in pairs if start - 2 not in pairs]
     else:
         runs = [_chain(pairs, last, -2, history + 1)[::-1] for last in pairs]
@@ -73,5 +75,5 @@ def make_examples(dialog: Dialog, name: str, history: int = 0) -> Iterator[Examp
 
 
 def _chain(turns: Container[int], first: int, step: int, limit: int) -> list[int]:
-    """`first` and the turns that follow it in steps, up to one that is not there."""
+    """Return `first` and the turns that follow it in steps, up to a missing one and at most `limit`."""
     return list(takewhile(turns.__contains__, range(first, first + step * limit, step)))

@@ -1,41 +1,79 @@
-"""Columns of the datasets, as `datasets.Features`."""
+"""The columns of the datasets, as `datasets.Features`: the one definition that the builder, shards, card and checks share."""
+
+from typing import Any
 
 import datasets
 
+ROLES = ("user", "agent")
 
-class StoredAudio(datasets.Audio):
+
+class StoredAudio(datasets.Audio):  # type: ignore[misc]  # datasets has no types
     """`Audio(decode=False)` that is also written without decoding.
 
-    datasets 4 and later import torchcodec (and with it FFmpeg) merely to store an audio file, and drop bytes whose path
-    exists. Here `{"bytes", "path"}` goes into Arrow as it is; on disk and on the Hub it is plain `Audio`.
+    datasets 4 and later import torchcodec (and with it FFmpeg) merely to store an audio file, and drop the bytes if `path`
+    exists. This class writes `{"bytes", "path"}` to Arrow unchanged; on disk and on the Hub the column is a plain `Audio`.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(decode=False)
 
-    def encode_example(self, value: dict) -> dict:
+    def encode_example(self, value: dict[str, Any]) -> dict[str, Any]:
+        """Return the `{"bytes", "path"}` dict unchanged."""
         return {"bytes": value["bytes"], "path": value["path"]}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, datasets.Audio) and not other.decode
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # datasets.Audio is a dataclass with __eq__, which has no hash either
 
 
 def example_features(*, lists: bool) -> datasets.Features:
-    """One example a row; `id` is the dialog and the user's turn, such as "d23_0".
+    """Return the columns of the builder, one example per row.
+
+    `id`, `dialog_id` and `turn` are described at `folder_features`, as are `user_` and `agent_` `speaker`, `text` and `emotion`.
+    `user_audio` and `agent_audio` hold the path or address of the recording (`usdm_sft.audio.addresses`), never its bytes.
 
     Args:
-        lists: The user and agent columns hold lists, one entry an exchange.
+        lists: True if the user and agent columns are lists, one entry per exchange.
     """
+    return _features({**_texts(), "audio": StoredAudio()}, lists=lists)
+
+
+def folder_features(*, lists: bool) -> datasets.Features:
+    """Return the columns of a dataset folder, in their order.
+
+    | column | type | meaning |
+    |---|---|---|
+    | `id` | string | dialog and first user turn of the row, such as "d23_0"; the pair's own user turn with `history` |
+    | `dialog_id` | string | the dialog, such as "d23" |
+    | `turn` | int32 | the user turn in `id`, from 0 |
+    | `*_speaker` | string | the speaker |
+    | `*_text` | string | the text as in the split list; only the template lower-cases it |
+    | `*_emotion` | string | the emotion as in the split list, "" if there is none |
+    | `*_units` | list of uint16 | one unit per 20 ms frame |
+    | `*_seconds` | float32 | duration of the recording |
+    | `input_ids` | list of int32 | token ids of the row |
+    | `labels` | list of int32 | the token id where it is labelled, otherwise -100 |
+
+    `*` is `user` or `agent`.
+
+    Args:
+        lists: True if the user and agent columns are lists, one entry per exchange (`usdm_sft.corpus.examples.has_lists`).
+    """
+    units = {"units": datasets.Sequence(datasets.Value("uint16")), "seconds": datasets.Value("float32")}
+    tokens = {name: datasets.Sequence(datasets.Value("int32")) for name in ("input_ids", "labels")}
+    return datasets.Features({**_features({**_texts(), **units}, lists=lists), **tokens})
+
+
+def _texts() -> dict[str, Any]:
+    return {name: datasets.Value("string") for name in ("speaker", "text", "emotion")}
+
+
+def _features(per_utterance: dict[str, Any], *, lists: bool) -> datasets.Features:
     columns = {"id": datasets.Value("string"), "dialog_id": datasets.Value("string"), "turn": datasets.Value("int32")}
-    for role in ("user", "agent"):
-        its_columns = {
-            f"{role}_speaker": datasets.Value("string"),
-            f"{role}_text": datasets.Value("string"),
-            f"{role}_emotion": datasets.Value("string"),
-            f"{role}_audio": StoredAudio(),
+    for role in ROLES:
+        # Sequence is the spelling that datasets 3 and 5 share; datasets 5 turns it into List.
+        columns |= {
+            f"{role}_{name}": datasets.Sequence(value) if lists else value for name, value in per_utterance.items()
         }
-        # Sequence is the spelling that datasets 3 and 5 share; 5 makes List of it.
-        columns |= {name: datasets.Sequence(value) if lists else value for name, value in its_columns.items()}
     return datasets.Features(columns)

@@ -1,40 +1,40 @@
-"""A corpus on the Hub -> manifests and recordings in the cache: any dataset with the columns of a manifest, `audio` among them.
+"""A corpus on the Hub as manifests and recordings in the cache.
 
-The audio is in the rows, or in files of the dataset repository. A row that names any other file is refused: a dataset could
-otherwise have files of the user read, and their sound passed on.
+The dataset has the columns of a manifest. Its audio is in the rows, or in files of the dataset repository. Other files are
+refused: an untrusted dataset could otherwise read files of the user and put their sound into the output.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usdm_sft.audio.addresses import absolute_file, disk_files
 from usdm_sft.corpus.manifest import OPTIONAL, REQUIRED
-from usdm_sft.corpus.problems import CorpusError, note
+from usdm_sft.corpus.problems import CorpusError, add_problem
+from usdm_sft.utils.atomic import write_then_replace
 from usdm_sft.utils.cache import cache_root, path_lock
-from usdm_sft.utils.texts import quote
+from usdm_sft.utils.texts import first_line, quote
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 PREFIX = "hub:"
-_VERSION = 2  # of the manifests laid down; those of version 1 may name any file
+_VERSION = 2  # version of the manifests in the cache; those of version 1 may name any file
 
 
 def is_hub_corpus(data_dir: Any) -> bool:
-    """Whether `data_dir` is spelled "hub:USER/NAME" or "hub:USER/NAME@REVISION"."""
+    """Return True if `data_dir` is "hub:USER/NAME" or "hub:USER/NAME@REVISION"."""
     return str(data_dir).startswith(PREFIX)
 
 
 def fetch_corpus(name: str, cache_dir: str | Path | None = None) -> dict[str, Path]:
-    """Load a dataset of the Hub and lay its recordings down as files, once.
+    """Load a dataset from the Hub and write its recordings to files in the cache, once.
 
     Args:
-        name: Such as "hub:user/calls", or "hub:user/calls@v1" at a revision.
+        name: Such as "hub:user/calls", or "hub:user/calls@v1" for a revision.
         cache_dir: Where manifests and recordings are kept; this package's cache by default.
 
     Returns:
@@ -42,10 +42,10 @@ def fetch_corpus(name: str, cache_dir: str | Path | None = None) -> dict[str, Pa
 
     Raises:
         OSError: The dataset cannot be loaded.
-        ValueError: It has not the columns of a manifest.
-        CorpusError: Its audio lies outside it; each row concerned is named.
+        ValueError: A column of a manifest is missing.
+        CorpusError: A row names audio outside the dataset; the message names each such row.
     """
-    import datasets
+    import datasets  # slow to import, and needed for a corpus on the Hub only
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -53,17 +53,25 @@ def fetch_corpus(name: str, cache_dir: str | Path | None = None) -> dict[str, Pa
     try:
         splits = datasets.load_dataset(repository, revision=revision or None)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(
-            f"dataset {repository} cannot be loaded from the Hub ({reason}): see to its name and the network"
+            f"dataset {repository} cannot be loaded from the Hub ({first_line(error)}): check its name and the network"
         ) from error
     cache = cache_root(cache_dir)
     files = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="dataset")).resolve()
-    return {split: _lay_down(rows, f"{repository}, split {split}", files, cache) for split, rows in splits.items()}
+    return {
+        split: _write_manifest(rows, f"{repository}, split {split}", files, cache) for split, rows in splits.items()
+    }
 
 
-def _lay_down(rows: Dataset, name: str, files: Path, cache: Path) -> Path:
-    """One split -> its manifest; a finished one is used again. `files` is the folder of the downloaded repository."""
+def _write_manifest(rows: Dataset, name: str, files: Path, cache: Path) -> Path:
+    """Write the manifest and recordings of one split, unless the cache has them.
+
+    Args:
+        rows: The split.
+        name: Repository and split, for error messages.
+        files: The folder of the downloaded repository.
+        cache: The cache folder.
+    """
     import datasets
 
     if missing := [column for column in REQUIRED if column not in rows.column_names]:
@@ -76,23 +84,20 @@ def _lay_down(rows: Dataset, name: str, files: Path, cache: Path) -> Path:
         rows = rows.select_columns([column for column in (*REQUIRED, *OPTIONAL) if column in rows.column_names])
         if isinstance(rows.features["audio"], datasets.Audio):
             rows = rows.cast_column("audio", datasets.Audio(decode=False))
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / "manifest.unfinished"
         problems: list[str] = []
-        with open(unfinished, "w", encoding="utf-8") as file:
+        with write_then_replace(manifest) as file:
             for number, row in enumerate(rows):
                 row["audio"], problem = _write_audio(row["audio"], folder, files)
                 if problem is not None:
-                    note(problems, f"{name}, row {number}: {problem}")
+                    add_problem(problems, f"{name}, row {number}: {problem}")
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        if problems:
-            raise CorpusError(problems)
-        os.replace(unfinished, manifest)
+            if problems:
+                raise CorpusError(problems)
     return manifest
 
 
 def _write_audio(audio: Any, folder: Path, files: Path) -> tuple[Any, str | None]:
-    """-> (path of the recording, what is wrong with it); bytes become a file that is named by their sha256."""
+    """Return the path of a recording and what is wrong with it; bytes become a file with their sha256 as its name."""
     content, path = (audio.get("bytes"), audio.get("path")) if isinstance(audio, dict) else (None, audio)
     if content is not None:
         return _write_bytes(content, folder), None
@@ -104,15 +109,14 @@ def _write_audio(audio: Any, folder: Path, files: Path) -> tuple[Any, str | None
 def _write_bytes(content: bytes, folder: Path) -> str:
     path = folder / hashlib.sha256(content).hexdigest()
     if not path.is_file():
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
+        with write_then_replace(path, "wb") as file:
+            file.write(content)
     return path.name
 
 
 def _is_inside(path: str, folder: Path, files: Path) -> bool:
-    """Whether `path`, named from `folder` as the manifest reader does it, leads to nothing outside `files`, symlinks followed."""
+    """Return True if every file of the address is in `files`, with symlinks followed; relative paths start at `folder`."""
     try:
         return all(Path(file).is_relative_to(files) for file in disk_files(absolute_file(path, folder)))
-    except ValueError:  # a NUL in it
+    except ValueError:  # a NUL in the path
         return False

@@ -1,4 +1,4 @@
-"""DailyTalk's published split lists: recognized by sha256, and downloaded where the data lacks them."""
+"""DailyTalk's published split lists: recognized by sha256, and downloaded if the data has no lists."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,6 @@ from usdm_sft.utils.download import download
 
 DAILYTALK = "DailyTalk"
 
-
 # The split lists in the DailyTalk repository (github.com/keonlee9420/DailyTalk).
 SPLIT_LISTS_URL = (
     "https://raw.githubusercontent.com/keonlee9420/DailyTalk/"
@@ -22,13 +21,28 @@ SPLIT_LISTS = {
     "test": ("val_phone.txt", "72337e7247a10818af5100f768edb0082b2407b21c99a910a8ad9401969ad9c7"),
 }
 
+# What `datasets.DatasetInfo` says of the published lists.
+INFO = {
+    "homepage": "https://github.com/keonlee9420/DailyTalk",
+    "license": "CC BY-SA 4.0, offered for academic use; the texts come from DailyDialog, CC BY-NC-SA 4.0 (not confirmed)",
+    "citation": "Keon Lee, Kyumin Park, Daeyoung Kim: DailyTalk: Spoken Dialogue Dataset for Conversational Text-to-Speech. "
+    "2022, arXiv:2207.01063",
+}
+
 
 def fetch_split_lists(cache_dir: str | Path | None = None, *, url: str | None = None) -> dict[str, Path]:
-    """DailyTalk's own split lists, from the cache or else from its repository at a fixed commit.
+    """Return DailyTalk's own split lists, from the cache or else from its repository at a fixed commit.
+
+    Args:
+        cache_dir: Where the lists are kept; this package's cache by default.
+        url: Another place to download from, for tests.
+
+    Returns:
+        The path of the list of each split.
 
     Raises:
-        OSError: No network, or offline mode.
-        ValueError: A file is not the one that is known.
+        OSError: There is no network, or offline mode is on.
+        ValueError: A downloaded file has another sha256.
     """
     folder = cache_root(cache_dir) / "split_lists"
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,16 +56,20 @@ def fetch_split_lists(cache_dir: str | Path | None = None, *, url: str | None = 
 
 
 def are_published_lists(digests: Mapping[str, str]) -> bool:
-    """Whether every list is one that DailyTalk publishes, under whatever name: the sha256 of each split's list."""
+    """Return True if every list is one that DailyTalk publishes, under any name.
+
+    Args:
+        digests: sha256 of each split's list.
+    """
     return set(digests.values()) <= {sha256 for _, sha256 in SPLIT_LISTS.values()}
 
 
 def check_not_swapped(lists: Mapping[str, str | Path], digests: Mapping[str, str]) -> None:
-    """DailyTalk's own lists are known, so that it shows where one stands in the other's place. Of other lists nobody can tell.
+    """Check that DailyTalk's own train and test lists are not swapped; other lists are not known.
 
     Args:
-        lists: Path of the list of each split. One alone may have any name: datasets calls it "train".
-        digests: Its sha256.
+        lists: Path of the list of each split. A single list may have any split name: datasets calls it "train".
+        digests: sha256 of each split's list.
 
     Raises:
         ValueError: The train list is named as test, or the test list as train.
@@ -62,14 +80,14 @@ def check_not_swapped(lists: Mapping[str, str | Path], digests: Mapping[str, str
 
 
 def describe_corpus(lists: Mapping[str, Path], digests: Mapping[str, str]) -> str:
-    """The kind of corpus that the lists describe.
+    """Return the kind of corpus that the lists describe.
 
     Args:
         lists: Split list or manifest of each split.
-        digests: Their sha256.
+        digests: sha256 of each split's list.
 
     Returns:
-        "DailyTalk" for the lists that DailyTalk publishes; otherwise "split list", "manifest", or "manifest and split list".
+        "DailyTalk" for the published lists; otherwise "split list", "manifest", or "manifest and split list".
     """
     if are_published_lists(digests):
         return DAILYTALK
@@ -77,5 +95,5 @@ def describe_corpus(lists: Mapping[str, Path], digests: Mapping[str, str]) -> st
 
 
 def list_kind(path: Path) -> str:
-    """ "manifest" or "split list"."""
+    """Return "manifest" or "split list"."""
     return "manifest" if is_manifest(path) else "split list"

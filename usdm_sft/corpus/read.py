@@ -1,10 +1,10 @@
-"""Utterances, dialogs and user/agent pairs, and the rules that make a corpus of them.
+"""Read a corpus: split lists or manifests as dialogs, and the rules that decide which dialogs are kept.
 
-Everything that is wrong with split lists (`usdm_sft.corpus.split_list`) or manifests (`usdm_sft.corpus.manifest`) is found before any audio is opened,
-and told all at once with file and line. Standard library only: the loading script, the command line and the template all read this
-module.
+All problems of split lists (`usdm_sft.corpus.split_list`) and manifests (`usdm_sft.corpus.manifest`) are found before any audio is
+opened, and are reported together with file and line.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -12,9 +12,13 @@ from pathlib import Path
 
 from usdm_sft.audio.addresses import join_addresses
 from usdm_sft.corpus.dialogs import Dialog, Split, Utterance
-from usdm_sft.corpus.problems import CorpusError, note
+from usdm_sft.corpus.find import find_recordings
+from usdm_sft.corpus.manifest import is_manifest, read_manifest
+from usdm_sft.corpus.problems import CorpusError, add_problem
+from usdm_sft.corpus.split_list import read_split_list
 from usdm_sft.utils.texts import quote
 
+# Why a dialog is left out; counts.json and the card show these texts.
 SAME_SPEAKER = "one speaker speaks twice in a row"
 SINGLE_TURN = "a single turn makes no pair"
 NO_ANSWER = "the agent answers nobody in it"
@@ -22,11 +26,11 @@ NO_ANSWER = "the agent answers nobody in it"
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What the user decides of a corpus.
+    """The user's choices that decide which pairs a corpus has.
 
     Attributes:
-        agent: The speaker who is the agent in every pair; where None, both sides are the agent in turn, as in the reference.
-        merge_speaker_turns: Make one turn of neighbouring ones of a speaker; the reference leaves out such dialogs whole.
+        agent: The speaker who is the agent in every pair. If None, each speaker is the agent in turn, as in the reference.
+        merge_speaker_turns: Join neighbouring turns of one speaker. The reference leaves out dialogs with such turns.
     """
 
     agent: str | None = None
@@ -37,31 +41,28 @@ DAILYTALK = Rules()
 
 
 def read_corpus(
-    lists: Mapping[str, str | Path], rules: Rules = DAILYTALK, *, data_dir: str | Path | None = None
+    lists: Mapping[str, str | Path], rules: Rules = DAILYTALK, *, data_dir: str | os.PathLike[str] | None = None
 ) -> dict[str, Split]:
     """Read and validate split lists and manifests.
 
     Args:
         lists: Path of the list or manifest (.jsonl, .csv or .parquet) of each split.
-        rules: What the user decides.
-        data_dir: DailyTalk's folder or zip archive; of a manifest the folder that its recordings are named from, which is
-            the manifest's own by default.
+        rules: The user's choices.
+        data_dir: DailyTalk's folder or zip archive. For a manifest: the folder where relative paths of its recordings start, by
+            default the manifest's own.
 
     Returns:
-        The splits by name. A dialog in which one speaker speaks twice in a row is left out whole, as in the reference
-        (preprocess/fine-tuning/dailytalk_single_turn.py of naver-ai/usdm), unless the turns are merged; and so is one without a
-        pair.
+        The splits by name. A dialog in which one speaker speaks twice in a row is left out, as in the reference
+        (preprocess/fine-tuning/dailytalk_single_turn.py of naver-ai/usdm), unless the turns are merged. A dialog without a pair
+        is left out as well.
 
     Raises:
-        FileNotFoundError: A list does not exist.
-        CorpusError: Anything is wrong in any of the lists; the message names each problem.
+        FileNotFoundError: A list or `data_dir` does not exist.
+        CorpusError: A list is wrong; the message names each problem.
     """
-    from usdm_sft.corpus.manifest import is_manifest, read_manifest
-    from usdm_sft.corpus.split_list import find_recordings, read_split_list
-
     problems: list[str] = []
     splits: dict[str, Split] = {}
-    origin: dict[str, str] = {}  # dialog -> where it stands first, in an earlier list
+    origin: dict[str, str] = {}  # dialog id -> its first place in any list
     for name, path in lists.items():
         path = Path(path)
         if not path.is_file():
@@ -73,7 +74,7 @@ def read_corpus(
         for dialog_id, lines in dialogs.items():
             place = next(iter(lines.values()))
             if dialog_id in origin:
-                note(
+                add_problem(
                     problems,
                     f"{place}: dialog {dialog_id} is in two splits, first at {origin[dialog_id]}: "
                     "delete its lines from one of the lists",
@@ -93,11 +94,11 @@ def _make_split(
     for dialog_id, lines in dialogs.items():
         utterances = sorted(lines, key=lambda utterance: utterance.turn)
         if problem := _turn_problem(utterances, lines, 0 if is_dailytalk else utterances[0].turn):
-            note(problems, problem)
+            add_problem(problems, problem)
             continue
         speakers = sorted({utterance.speaker for utterance in utterances})
-        if len(speakers) > 2 and rules.agent is None and not is_dailytalk:  # the reference pairs them all
-            note(
+        if len(speakers) > 2 and rules.agent is None and not is_dailytalk:  # the reference does not count speakers
+            add_problem(
                 problems,
                 f"{lines[utterances[0]]}: dialog {dialog_id} has {len(speakers)} speakers "
                 f"({quote(', '.join(speakers))}): say with --agent which of them is the agent",
@@ -118,7 +119,7 @@ def _make_split(
 
 
 def _turn_problem(utterances: list[Utterance], lines: dict[Utterance, str], first: int) -> str | None:
-    """What is wrong with the turns of a dialog, sorted: there is one for each number from `first` on."""
+    """Return what is wrong with the sorted turns of a dialog, or None if they count up from `first`."""
     for expected, (position, utterance) in enumerate(enumerate(utterances), start=first):
         if utterance.turn == expected:
             continue
@@ -131,7 +132,7 @@ def _turn_problem(utterances: list[Utterance], lines: dict[Utterance, str], firs
 
 
 def _merge(utterances: list[Utterance]) -> list[Utterance]:
-    """Neighbouring turns of a speaker become one, which keeps the first one's emotion; turns are numbered anew."""
+    """Join neighbouring turns of one speaker, keep the emotion of the first, and number the turns again."""
     merged: list[Utterance] = []
     for utterance in utterances:
         if merged and merged[-1].speaker == utterance.speaker:

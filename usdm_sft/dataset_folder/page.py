@@ -15,11 +15,11 @@ import soundfile
 
 from usdm_sft.audio.addresses import file_problem, open_file, parse_address
 from usdm_sft.audio.reading import read_audio
+from usdm_sft.corpus.find import find_manifests, find_split_lists
 from usdm_sft.corpus.hub import fetch_corpus, is_hub_corpus
-from usdm_sft.corpus.manifest import find_manifests, is_manifest
+from usdm_sft.corpus.manifest import is_manifest
 from usdm_sft.corpus.published_lists import fetch_split_lists
 from usdm_sft.corpus.read import Rules, read_corpus
-from usdm_sft.corpus.split_list import find_split_lists
 from usdm_sft.dataset_folder.layout import read_counts
 from usdm_sft.dataset_folder.rows import read_rows
 from usdm_sft.template.tokenizer import load_tokenizer

@@ -1,7 +1,7 @@
-"""The three ways to start tasks: processes here, Ray, Slurm. Which tasks are done is told by datatrove's marks, not here.
+"""The three ways to start tasks: processes on this machine, Ray, and Slurm. datatrove's marks record the finished tasks.
 
-Here and on Ray each task is a process that we start ourselves: the pools of datatrove's local and Ray executors wait for
-ever for a process that was killed (datatrove 0.10).
+On this machine and on Ray we start one process per task ourselves: the pools of datatrove's local and Ray executors never
+return when one of their processes is killed (datatrove 0.10).
 """
 
 from __future__ import annotations
@@ -18,22 +18,19 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
 from multiprocessing import connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 import yaml
+from loguru import logger as datatrove_logger
 
+from usdm_sft.executors.extras import LocalPipelineExecutor, SlurmPipelineExecutor, import_ray
 from usdm_sft.executors.tasks import run_task
 from usdm_sft.utils.processes import start_process
 from usdm_sft.utils.progress import progress_bar
-
-_INSTALL = "pip install 'dailytalk-usdm[executors]'"
-try:
-    from datatrove.executor.local import LocalPipelineExecutor
-    from datatrove.executor.slurm import SlurmPipelineExecutor
-except ImportError as error:
-    raise ImportError(f"--executor needs datatrove ({error}): {_INSTALL}") from error
 
 
 def _make_executor(folder: str, tasks: int, device: str | None = None) -> LocalPipelineExecutor:
@@ -41,20 +38,26 @@ def _make_executor(folder: str, tasks: int, device: str | None = None) -> LocalP
 
 
 def _run_rank(executor: LocalPipelineExecutor, rank: int) -> None:
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # the task's log has it all
+    with (
+        open(os.devnull, "w") as devnull,
+        contextlib.redirect_stderr(devnull),
+    ):  # the log of the task has the same lines
         executor._run_for_rank(rank)
 
 
 def _run_process(folder: str, tasks: int, rank: int, device: str) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a spawned process
+
     def end_with_parent() -> None:
-        multiprocessing.parent_process().join()
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     executor = _make_executor(folder, tasks, device)
     try:
         _run_rank(executor, rank)
-    except Exception:  # datatrove has written it into the task's log and raised it again
+    except Exception:  # datatrove writes it to the log of the task and raises it again
         sys.exit(1)
 
 
@@ -63,8 +66,16 @@ def _run_ray_task(folder: str, tasks: int, rank: int) -> None:
 
 
 def run_here(folder: Path, tasks: int, ranks: Sequence[int], devices: Sequence[str]) -> None:
-    """A spawned process a task, one at a time on each device."""
-    waiting, free, running = deque(ranks), deque(devices), {}
+    """Run tasks on this machine, each in a spawned process, one at a time on each device.
+
+    Args:
+        folder: Folder of the task files, marks and logs.
+        tasks: Number of all tasks.
+        ranks: The tasks to run.
+        devices: Such as ["cuda:0", "cuda:1"].
+    """
+    waiting, free = deque(ranks), deque(devices)
+    running: dict[Any, tuple[SpawnProcess, str]] = {}
     try:
         with progress_bar(len(ranks), "tasks", "task") as bar:
             while waiting or running:
@@ -83,32 +94,21 @@ def run_here(folder: Path, tasks: int, ranks: Sequence[int], devices: Sequence[s
             process.join()
 
 
-def _import_ray() -> ModuleType:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that we start tells nobody
-    try:
-        import ray
-    except ImportError as error:
-        raise ImportError(f"--executor ray needs Ray ({error}): {_INSTALL}") from error
-    return ray
-
-
 def find_ray_device() -> str:
     """Find the kind of device for tasks on Ray.
 
     Returns:
-        "cuda"; or "cpu" where there is no cluster yet, so that `run_on_ray` starts one on this machine, and torch finds no GPU.
+        "cuda"; or "cpu" if there is no cluster yet, so that `run_on_ray` starts one on this machine, and torch finds no GPU.
 
     Raises:
         ValueError: The user's cluster has no GPU.
         ConnectionError: There is no cluster at RAY_ADDRESS.
     """
-    import torch
-
-    ray = _import_ray()
+    ray = import_ray()
     connected, address = ray.is_initialized(), os.environ.get("RAY_ADDRESS") or "auto"
     if not connected:
         try:
-            if address == "local":  # for Ray: start a cluster
+            if address == "local":  # Ray starts a cluster then
                 raise ConnectionError
             ray.init("auto", log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError:
@@ -129,27 +129,33 @@ def _check_gpus(ray: ModuleType) -> None:
 
 
 def run_on_ray(folder: Path, tasks: int, ranks: Sequence[int], device: str) -> None:
-    """A Ray task a task, which has a GPU where the device is "cuda".
+    """Run tasks on Ray, each as one Ray task.
+
+    Args:
+        folder: Folder of the task files, marks and logs.
+        tasks: Number of all tasks.
+        ranks: The tasks to run.
+        device: "cuda" (each task has one GPU) or "cpu".
 
     Raises:
         ValueError: The device is "cuda", and the cluster has no GPU that the tasks could wait for.
     """
-    ray = _import_ray()
+    ray = import_ray()
     ours = not ray.is_initialized()
     if ours:
-        # The user's cluster (RAY_ADDRESS, or one that was started on this machine), or else one of our own.
+        # Connects to the user's cluster (RAY_ADDRESS, or one on this machine), or else starts one.
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     waiting = []
     try:
         num_gpus = int(device == "cuda")
         if num_gpus:
             _check_gpus(ray)
-        run = ray.remote(num_cpus=1, num_gpus=num_gpus)(_run_ray_task)  # again, up to 3 times, when its process dies
+        run = ray.remote(num_cpus=1, num_gpus=num_gpus)(_run_ray_task)  # Ray retries it 3 times if its process dies
         waiting = [run.remote(str(folder), tasks, rank) for rank in ranks]
         with progress_bar(len(ranks), "tasks", "task") as bar:
             while waiting:
                 (done,), waiting = ray.wait(waiting)
-                with contextlib.suppress(ray.exceptions.RayError):  # the task's mark is missing then
+                with contextlib.suppress(ray.exceptions.RayError):  # a failed task has no mark, which the caller checks
                     ray.get(done)
                 bar.update()
     finally:
@@ -159,39 +165,56 @@ def run_on_ray(folder: Path, tasks: int, ranks: Sequence[int], device: str) -> N
             ray.shutdown()
 
 
-class _Slurm(SlurmPipelineExecutor):
+class _Slurm(SlurmPipelineExecutor):  # type: ignore[misc]  # datatrove has no type hints
     def launch_merge_stats(self) -> None:
-        """No job that waits for a GPU to add up statistics: there are none."""
+        """Submit no job that merges statistics: the tasks have none, and the job would wait for a GPU."""
 
 
 def submit(folder: Path, tasks: int, ranks: Sequence[int], device: str, options: Mapping[str, Any]) -> str:
-    """One array job; says which. The job finds its tasks in what datatrove pickles into the folder."""
-    from loguru import logger as its_logger
+    """Submit the unfinished tasks to Slurm as one array job.
 
+    datatrove pickles the pipeline and the list of unfinished tasks into the folder; the job reads them there.
+
+    Args:
+        folder: Folder of the task files, marks and logs.
+        tasks: Number of all tasks.
+        ranks: The unfinished tasks.
+        device: "cuda" (each task has one GPU by default) or "cpu".
+        options: Options of datatrove's SlurmPipelineExecutor.
+
+    Returns:
+        A sentence on what was submitted.
+
+    Raises:
+        RuntimeError: sbatch failed.
+    """
     options = {
         "job_name": "dailytalk-usdm",
         "cpus_per_task": 4,
         "mem_per_cpu_gb": 4,
         "gpus_per_task": int(device == "cuda"),
-        **_typed(options),
+        **_convert_text(options),
     }
-    if not options.keys() & {"env_command", "condaenv", "venv_path"}:  # the environment of this process
+    if not options.keys() & {"env_command", "condaenv", "venv_path"}:  # by default the environment of this process
         options["env_command"] = f'export PATH="{Path(sys.executable).parent}:$PATH"'
     job = _Slurm([partial(run_task, folder=str(folder))], tasks=tasks, logging_dir=str(folder), **options)
-    its_logger.disable("datatrove")
+    datatrove_logger.disable("datatrove")
     try:
         job.launch_job()
     except subprocess.CalledProcessError as error:
         raise RuntimeError(
-            f"sbatch ended with exit status {error.returncode}: mind --slurm and what it says above"
+            f"sbatch ended with exit status {error.returncode}: read its message above and correct --slurm"
         ) from error
     finally:
-        its_logger.enable("datatrove")
+        datatrove_logger.enable("datatrove")
     return f"{len(ranks)} of {tasks} tasks were submitted to Slurm (job {job.job_id}; logs in {job.slurm_logs_folder})"
 
 
-def _typed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers and truth values as such: `--slurm.requeue false` gives text. What is text for datatrove (time) stays it."""
+def _convert_text(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert numbers and truth values that are given as text, as in `--slurm.requeue false`.
+
+    An option that is text for datatrove, such as `time`, stays text.
+    """
     parameters = inspect.signature(SlurmPipelineExecutor).parameters
     return {
         name: yaml.safe_load(value) if isinstance(value, str) and isinstance(parameters[name].default, int) else value

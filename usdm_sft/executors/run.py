@@ -1,7 +1,7 @@
-"""Unit shards on more than this machine: as tasks of datatrove, run here, on a Ray cluster, or by Slurm.
+"""Unit shards made in datatrove tasks: on this machine, on a Ray cluster, or by Slurm.
 
-A task is a contiguous range of all work shards, never of those that are missing, so that a completion mark means the same in
-every run.
+A task is a contiguous range of all work shards, not of the missing ones, so that a completion mark means the same in every
+run.
 """
 
 from __future__ import annotations
@@ -12,14 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from usdm_sft.executors.launchers import (
-    LocalPipelineExecutor,
-    SlurmPipelineExecutor,
-    find_ray_device,
-    run_here,
-    run_on_ray,
-    submit,
-)
+from usdm_sft.executors.extras import LocalPipelineExecutor, SlurmPipelineExecutor
+from usdm_sft.executors.launchers import find_ray_device, run_here, run_on_ray, submit
 from usdm_sft.executors.tasks import write_task
 from usdm_sft.units.agreement import agreement_file
 from usdm_sft.utils.cache import ShardCache, cache_key
@@ -29,22 +23,28 @@ if TYPE_CHECKING:
     from usdm_sft.shards.plan import Shard
     from usdm_sft.units.tokenizer import UnitTokenizer
 
-_OURS = {"pipeline", "tasks", "logging_dir", "skip_completed", "depends"}  # of datatrove's options
-_SHOWN = 10
+_OURS = {"pipeline", "tasks", "logging_dir", "skip_completed", "depends"}  # options of datatrove that we set
+_NUM_NAMED = 10  # failed tasks that an error lists
 
 
 def check_options(executor: str, num_gpus: int | None, slurm: Mapping[str, Any] | None) -> None:
-    """Refuse, before any work, what could not run."""
+    """Check the options of an executor against each other, against datatrove, and against this machine.
+
+    Raises:
+        ValueError: An option contradicts the executor, or datatrove does not know it.
+        FileNotFoundError: The executor is slurm, and this machine has no sbatch.
+    """
     if executor != "local" and num_gpus not in (None, 0):
         raise ValueError(
-            f"num_gpus is {num_gpus}: with --executor {executor} each task has one GPU; say with --tasks how many, "
-            "or give 0 for the CPU"
+            f"num_gpus is {num_gpus}, but with --executor {executor} each task has one GPU: set their number with "
+            "--tasks, or use --num_gpus 0 for the CPU"
         )
     if executor != "slurm":
         if slurm is not None:
             raise ValueError(f"slurm is given, but the executor is {executor}: leave it out, or use --executor slurm")
         return
-    if missing := [name for name in ("partition", "time") if name not in (slurm or {})]:
+    slurm = slurm or {}
+    if missing := [name for name in ("partition", "time") if name not in slurm]:
         raise ValueError(f"slurm lacks {' and '.join(missing)}: give --slurm '{{partition: NAME, time: \"04:00:00\"}}'")
     if not isinstance(slurm["time"], str):
         raise ValueError(f'slurm.time is {slurm["time"]!r}, a number: quote it, such as "24:00:00"')
@@ -52,7 +52,7 @@ def check_options(executor: str, num_gpus: int | None, slurm: Mapping[str, Any] 
     if unknown := sorted(slurm.keys() - possible):
         raise ValueError(f"slurm has {', '.join(unknown)}, but takes only {', '.join(sorted(possible))}")
     if shutil.which("sbatch") is None:
-        raise FileNotFoundError("sbatch is not found: start --executor slurm where Slurm jobs are submitted")
+        raise FileNotFoundError("sbatch is not found: use --executor slurm on a machine that submits Slurm jobs")
 
 
 def find_device(executor: str, num_gpus: int | None) -> str:
@@ -81,44 +81,63 @@ def run_tasks(
 
     Args:
         executor: local, ray or slurm.
-        shards: The whole plan.
-        unit_tokenizer: What makes the units; the tasks open its folder themselves.
-        devices: Where local tasks run, one at a time on each.
-        cache: Seen by all machines under this path.
-        tasks: Into how many ranges the plan is cut; no more than it has shards.
+        shards: All work shards of the plan.
+        unit_tokenizer: Its folder and settings; each task opens the folder itself.
+        devices: Devices of local tasks, one task at a time on each.
+        cache: Folder of the cache, which all machines see under this path.
+        tasks: Number of ranges that the plan is divided into, at most one per shard.
         sample: Audio on which the first task measures the agreement.
         slurm: Options of datatrove's SlurmPipelineExecutor.
 
     Returns:
-        None when all shards are there; else how many tasks were submitted to Slurm, in words.
+        None if all shards are finished; else a sentence on the tasks that were submitted to Slurm.
 
     Raises:
-        RuntimeError: Tasks failed, or sbatch did; what was finished stands.
+        RuntimeError: Tasks or sbatch failed. Finished shards are kept.
     """
     cache, tasks = cache.resolve(), min(tasks, len(shards))
     folder = cache / "executor" / cache_key([shard.units_key for shard in shards], tasks)
-    ranges = [shards[rank * len(shards) // tasks : (rank + 1) * len(shards) // tasks] for rank in range(tasks)]
-    level, agreement = ShardCache(cache / "units"), agreement_file(unit_tokenizer, sample, cache)
     marks = LocalPipelineExecutor([], tasks=tasks, logging_dir=str(folder))
-    for rank, its in enumerate(ranges):  # the cache decides; the marks follow it, whoever filled or emptied it
-        measured = rank > 0 or agreement is None or agreement.is_file()
-        if measured and all(level.find(shard.units_key) for shard in its):
-            marks.mark_rank_as_completed(rank)
-        else:
-            (folder / "completions" / f"{rank:05d}").unlink(missing_ok=True)
-            write_task(folder, rank, its, unit_tokenizer, cache, {} if rank or agreement is None else sample)
+    _plan_tasks(folder, marks, shards, unit_tokenizer, cache, tasks=tasks, sample=sample)
     if not (ranks := marks.get_incomplete_ranks()):
         return None
+    device = unit_tokenizer.settings["device"]
     if executor == "slurm":
-        return submit(folder, tasks, ranks, unit_tokenizer.settings["device"], slurm or {})
+        return submit(folder, tasks, ranks, device, slurm or {})
     if executor == "ray":
-        run_on_ray(folder, tasks, ranks, unit_tokenizer.settings["device"])
+        run_on_ray(folder, tasks, ranks, device)
     else:
         run_here(folder, tasks, ranks, devices)
     if failed := marks.get_incomplete_ranks():
-        which = ", ".join(map(str, failed[:_SHOWN])) + (", ..." if len(failed) > _SHOWN else "")
+        names = ", ".join(map(str, failed[:_NUM_NAMED])) + (", ..." if len(failed) > _NUM_NAMED else "")
         raise RuntimeError(
-            f"{len(failed)} of {tasks} tasks failed ({which}): see {folder / 'logs'}; start the run again, "
+            f"{len(failed)} of {tasks} tasks failed ({names}): see {folder / 'logs'}; start the run again, "
             "finished work shards are kept"
         )
     return None
+
+
+def _plan_tasks(
+    folder: Path,
+    marks: LocalPipelineExecutor,
+    shards: Sequence[Shard],
+    unit_tokenizer: UnitTokenizer,
+    cache: Path,
+    *,
+    tasks: int,
+    sample: Mapping[str, AudioDigest],
+) -> None:
+    """Mark the tasks whose shards are in the cache as completed; write a file for each of the others.
+
+    The marks follow the cache, because another run may have filled it or a user may have emptied it.
+    """
+    level, agreement = ShardCache(cache / "units"), agreement_file(unit_tokenizer, sample, cache)
+    for rank in range(tasks):
+        task_shards = shards[rank * len(shards) // tasks : (rank + 1) * len(shards) // tasks]
+        measured = rank > 0 or agreement is None or agreement.is_file()
+        if measured and all(level.find(shard.units_key) for shard in task_shards):
+            marks.mark_rank_as_completed(rank)
+        else:
+            (folder / "completions" / f"{rank:05d}").unlink(missing_ok=True)
+            task_sample = {} if rank > 0 or agreement is None else sample
+            write_task(folder, rank, task_shards, unit_tokenizer, cache, task_sample)

@@ -1,6 +1,6 @@
-"""A task: a range of work shards that one process makes, with a file that holds all it needs to know.
+"""A task: a range of work shards that one process makes. A JSON file describes it.
 
-Plain data in a file of its own, rather than a pickled plan: a task reads its own range, not a million hours.
+Each task has a file of its own, so that it reads only its own range of a plan that may cover a million hours.
 """
 
 from __future__ import annotations
@@ -9,21 +9,43 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from usdm_sft.audio.digests import AudioDigest
-from usdm_sft.shards.make import make_units
 from usdm_sft.shards.plan import Shard
+from usdm_sft.shards.units import make_units
 from usdm_sft.units.agreement import measure_agreement
+from usdm_sft.units.tokenizer import UnitTokenizer
+from usdm_sft.utils.atomic import replace_text
 
-if TYPE_CHECKING:
-    from usdm_sft.units.tokenizer import UnitTokenizer
+
+def task_file(folder: str | Path, rank: int) -> Path:
+    """Return the path of the file that describes task `rank`."""
+    return Path(folder, "tasks", f"{rank:05d}.json")
 
 
 def write_task(
-    folder: Path, rank: int, shards: Sequence[Shard], unit_tokenizer: UnitTokenizer, cache: Path, sample: Mapping
+    folder: Path,
+    rank: int,
+    shards: Sequence[Shard],
+    unit_tokenizer: UnitTokenizer,
+    cache: Path,
+    sample: Mapping[str, AudioDigest],
 ) -> None:
-    def absolute(path: str) -> str:  # the machines share paths, not the working folder
+    """Write the file of a task.
+
+    Args:
+        folder: Folder of the task files, marks and logs.
+        rank: Number of the task.
+        shards: Its work shards.
+        unit_tokenizer: The task opens its folder with the same settings.
+        cache: Folder of the cache.
+        sample: Audio on which the task measures the agreement first; empty if it measures none.
+    """
+
+    def absolute(path: str) -> str:  # the machines share paths, but not the working directory
         return os.path.abspath(path) if os.path.exists(path) else path
 
     work = {
@@ -34,28 +56,23 @@ def write_task(
         "shards": [shard._replace(audio=[absolute(path) for path in shard.audio], rows=[]) for shard in shards],
         "sample": {absolute(path): digest for path, digest in sample.items()},
     }
-    path = folder / "tasks" / f"{rank:05d}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(work))
-    os.replace(unfinished, path)
+    replace_text(task_file(folder, rank), json.dumps(work))
 
 
 def run_task(data: Any, rank: int, world_size: int, *, folder: str, device: str | None = None) -> None:
-    """The step of the pipeline: make the work shards of one task, in the process that datatrove calls it in.
+    """Make the work shards of one task; datatrove calls this as the only step of its pipeline.
 
     Args:
-        data: Of an earlier step; there is none.
+        data: Output of an earlier step; unused.
         rank: Number of the task.
-        world_size: How many there are.
-        folder: Where the files of the tasks lie.
-        device: By default the CPU or, of the GPUs that this process sees, the one numbered `rank` modulo their number.
+        world_size: Number of all tasks; unused.
+        folder: Folder of the task files, marks and logs.
+        device: By default the CPU, or GPU `rank` modulo the number of GPUs that this process sees.
+
+    Raises:
+        ValueError: The unit model or its code changed after the task file was written.
     """
-    import torch
-
-    from usdm_sft.units.tokenizer import UnitTokenizer
-
-    work = json.loads(Path(folder, "tasks", f"{rank:05d}.json").read_text())
+    work = json.loads(task_file(folder, rank).read_text(encoding="utf-8"))
     settings = work["settings"]
     if settings["device"] == "cuda" and torch.cuda.is_available():
         device = device or f"cuda:{rank % torch.cuda.device_count()}"

@@ -1,4 +1,4 @@
-"""What is counted of the rows of a split."""
+"""The counts of a split, as counts.json and the card report them."""
 
 from __future__ import annotations
 
@@ -6,29 +6,27 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from datasets import Dataset
 
-from usdm_sft.shards.overflow import list_lengths
+from usdm_sft.shards.overflow import Fitted, list_lengths
 from usdm_sft.template.encoder import IGNORE_INDEX
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from dailytalk_usdm import DailyTalkUSDM
-    from usdm_sft.shards.overflow import Fitted
 
 
 def count_rows(rows: Dataset, fitted: Fitted, builder: DailyTalkUSDM, split: str, max_length: int) -> dict[str, Any]:
-    """Numbers of a split, and what is not in it as it was.
+    """Count the rows of a split, and list the dialogs, pairs and rows that were left out or cut.
 
     Args:
-        rows: Before `max_length` was seen to.
-        fitted: What it left.
-        builder: What made the rows.
+        rows: All rows, before `max_length` was applied.
+        fitted: The rows that fit.
+        builder: Made the rows.
         split: Such as "train".
-        max_length: The number of tokens that a row may have.
+        max_length: Largest number of tokens in a row.
 
     Raises:
-        ValueError: Nothing is left.
+        ValueError: No row is left.
     """
     kept = fitted.rows
     if not len(kept):
@@ -37,12 +35,12 @@ def count_rows(rows: Dataset, fitted: Fitted, builder: DailyTalkUSDM, split: str
             f"{list_lengths(rows, 'input_ids').min()} tokens: raise it"
         )
     corpus = builder.corpus[split]
-    with_rows = set(kept["dialog_id"][:])  # of some dialogs every row may be too long
-    dialogs = [dialog for dialog in corpus.dialogs if dialog.id in with_rows]
+    dialog_ids = set(kept["dialog_id"][:])  # a dialog may have lost all its rows to max_length
+    dialogs = [dialog for dialog in corpus.dialogs if dialog.id in dialog_ids]
     utterances = [utterance for dialog in dialogs for utterance in dialog.utterances]
     seconds = sum(builder.audio_digests[utterance.audio].seconds for utterance in utterances)
     return {
-        "dialogs": len(with_rows),
+        "dialogs": len(dialog_ids),
         "utterances": len(utterances),
         "hours": round(seconds / 3600, 6),
         "pairs": corpus.num_pairs + len(corpus.pairs_left_out),
@@ -58,7 +56,7 @@ def count_rows(rows: Dataset, fitted: Fitted, builder: DailyTalkUSDM, split: str
 
 
 def count_values(rows: Dataset, column: str) -> int:
-    """Number of values in a column of lists, or of lists of lists."""
+    """Count the values in a column of lists, or of lists of lists."""
     num_values = 0
     for batch in rows.select_columns([column]).with_format("arrow").iter(batch_size=1000):
         values = batch[column]
@@ -69,5 +67,6 @@ def count_values(rows: Dataset, column: str) -> int:
 
 
 def count_labels(rows: Dataset) -> int:
+    """Count the labelled tokens."""
     batches = rows.select_columns(["labels"]).with_format("arrow").iter(batch_size=1000)
-    return sum(pc.sum(pc.not_equal(pc.list_flatten(b["labels"]), IGNORE_INDEX)).as_py() or 0 for b in batches)
+    return sum(pc.sum(pc.not_equal(pc.list_flatten(batch["labels"]), IGNORE_INDEX)).as_py() or 0 for batch in batches)

@@ -1,22 +1,26 @@
-"""One work shard through a `.map` callable into an Arrow file."""
+"""A work shard that goes through a `.map` callable into an Arrow file."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from datasets import Dataset
 
 from usdm_sft.utils.progress import quiet
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 def map_shard(
     batch: Dataset, function: Any, path: str, fingerprint: str, *, remove_columns: Sequence[str] | None = None
 ) -> Dataset:
-    """Map a work shard as one batch into an Arrow file; it holds the new columns, and of the old what is not removed.
+    """Map a work shard, as one batch, into an Arrow file.
 
-    All old columns are removed where `remove_columns` is None.
+    Args:
+        batch: The rows of the shard.
+        function: Takes and returns a dict of columns.
+        path: The Arrow file to write: the columns that `function` returns, and the old ones that are not removed.
+        fingerprint: Key of the shard, which becomes the fingerprint of the dataset.
+        remove_columns: Old columns to remove; by default all of them.
     """
     with quiet():
         return batch.map(
@@ -24,7 +28,7 @@ def map_shard(
             batched=True,
             batch_size=None,
             remove_columns=batch.column_names if remove_columns is None else list(remove_columns),
-            load_from_cache_file=False,  # only our own cache decides
+            load_from_cache_file=False,  # `ShardCache` decides what is made
             cache_file_name=path,
             new_fingerprint=fingerprint[:16],
         )

@@ -1,7 +1,8 @@
-"""The plan of work shards: whole dialogs in order, each with the keys of its two cache files."""
+"""The plan of work shards: whole dialogs in order, each shard with the keys of its two cache files."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -10,21 +11,22 @@ from usdm_sft.utils.cache import cache_key
 
 if TYPE_CHECKING:
     from dailytalk_usdm import DailyTalkUSDM
+    from usdm_sft.corpus.dialogs import Dialog, Split
     from usdm_sft.template.encoder import TemplateEncoder
     from usdm_sft.units.tokenizer import UnitTokenizer
 
 
 class Shard(NamedTuple):
-    """A work shard: rows `start` to `stop` of a split, the utterances in them, and the keys of its two files."""
+    """A work shard: rows `start` to `stop` of a split, their utterances, and the keys of its two cache files."""
 
     split: str
     start: int
     stop: int
-    audio: list[str]  # path of each utterance's recording, in order
+    audio: list[str]  # path of the recording of each utterance, in order
     lengths: list[int]  # samples at 16 kHz of each utterance
     digests: list[str]  # sha256 of each recording
-    rows: list[list[tuple[int, int]]]  # of each row its exchanges: the user's and the agent's utterance
-    lists: bool  # the user and agent columns hold lists, one entry an exchange
+    rows: list[list[tuple[int, int]]]  # for each row its exchanges: indices of the user's and the agent's utterance
+    lists: bool  # the user and agent columns are lists with one entry per exchange
     units_key: str
     tokens_key: str
 
@@ -32,31 +34,45 @@ class Shard(NamedTuple):
 def plan_shards(
     builder: DailyTalkUSDM, unit_tokenizer: UnitTokenizer, encoder: TemplateEncoder, shard_dialogs: int
 ) -> list[Shard]:
-    """Whole dialogs in order, `shard_dialogs` at a time; those left out for bad audio are counted, lest all shards shift."""
-    name, history = builder.config.name, builder.config.history
-    lists = has_lists(name, history)
+    """Divide each split into work shards of `shard_dialogs` whole dialogs, in order."""
     shards = []
     for split in builder.corpus.values():
         start = 0
-        numbers = {dialog_id: number for number, dialog_id in enumerate(split.dialog_ids)}
-        for _, group in groupby(split.dialogs, key=lambda dialog, numbers=numbers: numbers[dialog.id] // shard_dialogs):
-            dialogs = list(group)
-            utterances = [utterance for dialog in dialogs for utterance in dialog.utterances]
-            audio = [utterance.audio for utterance in utterances]
-            digests = [builder.audio_digests[address].sha256 for address in audio]
-            lengths = [builder.audio_digests[address].num_samples for address in audio]
-            ids = [utterance.id for utterance in utterances]
-            units_key = cache_key("utterances", *unit_tokenizer.key, ids, digests)
-            places = {utterance: place for place, utterance in enumerate(ids)}
-            examples = [example for dialog in dialogs for example in make_examples(dialog, name, history)]
-            its_rows = [
-                [(places[user.id], places[agent.id]) for user, agent in example.exchanges] for example in examples
-            ]
-            texts = [utterance.text for utterance in utterances]
-            tokens_key = cache_key("rows", *encoder.key, units_key, texts, its_rows, lists)
-            stop = start + len(its_rows)
-            shards.append(
-                Shard(split.name, start, stop, audio, lengths, digests, its_rows, lists, units_key, tokens_key)
-            )
-            start = stop
+        for dialogs in _group_dialogs(split, shard_dialogs):
+            shards.append(_plan_shard(split.name, start, dialogs, builder, unit_tokenizer, encoder))
+            start = shards[-1].stop
     return shards
+
+
+def _group_dialogs(split: Split, shard_dialogs: int) -> Iterator[list[Dialog]]:
+    """Group the dialogs of a split. Dialogs left out for bad audio are counted, so that later shards keep their keys."""
+    positions = {dialog_id: position for position, dialog_id in enumerate(split.dialog_ids)}
+    for _, group in groupby(split.dialogs, key=lambda dialog: positions[dialog.id] // shard_dialogs):
+        yield list(group)
+
+
+def _plan_shard(
+    split: str,
+    start: int,
+    dialogs: Sequence[Dialog],
+    builder: DailyTalkUSDM,
+    unit_tokenizer: UnitTokenizer,
+    encoder: TemplateEncoder,
+) -> Shard:
+    name, history = builder.config.name, builder.config.history
+    lists = has_lists(name, history)
+    utterances = [utterance for dialog in dialogs for utterance in dialog.utterances]
+    ids = [utterance.id for utterance in utterances]
+    texts = [utterance.text for utterance in utterances]
+    audio = [utterance.audio for utterance in utterances]
+    digests = [builder.audio_digests[address].sha256 for address in audio]
+    lengths = [builder.audio_digests[address].num_samples for address in audio]
+    positions = {utterance_id: position for position, utterance_id in enumerate(ids)}
+    rows = [
+        [(positions[user.id], positions[agent.id]) for user, agent in example.exchanges]
+        for dialog in dialogs
+        for example in make_examples(dialog, name, history)
+    ]
+    units_key = cache_key("utterances", *unit_tokenizer.key, ids, digests)
+    tokens_key = cache_key("rows", *encoder.key, units_key, texts, rows, lists)
+    return Shard(split, start, start + len(rows), audio, lengths, digests, rows, lists, units_key, tokens_key)

@@ -1,11 +1,19 @@
-"""Token shards: units and texts of a work shard as `input_ids` and `labels`, and the splits joined from them."""
+"""Token shards: the second level of the cache, one row per example with units, `input_ids` and `labels`.
+
+The key of a token shard covers the key of its unit shard, the texts, the utterances of each row, the tokenizer, the template
+and the version of the code that encodes them. `max_length` does not enter it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import pyarrow as pa
+from datasets import Dataset, concatenate_datasets
 
 from usdm_sft.shards.mapping import map_shard
 from usdm_sft.shards.plan import Shard
@@ -13,11 +21,9 @@ from usdm_sft.utils.cache import ShardCache
 from usdm_sft.utils.progress import progress_bar
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from usdm_sft.template.encoder import TemplateEncoder
 
-
+_TEXT_COLUMNS = ["id", "user_text", "agent_text"]  # columns of a row that the encoder needs beside the units
 OUTPUT_COLUMNS = (
     "id", "dialog_id", "turn",
     "user_speaker", "user_text", "user_emotion", "user_units", "user_seconds",
@@ -29,48 +35,52 @@ OUTPUT_COLUMNS = (
 def make_tokens(
     rows: dict[str, Dataset], shards: Sequence[Shard], encoder: TemplateEncoder, units: dict[str, Path], cache: Path
 ) -> dict[str, Path]:
-    """Fill the cache's second level: for each work shard a file of units, seconds, `input_ids` and `labels`, by its key."""
-    from datasets import concatenate_datasets
+    """Make the token shards that the cache lacks.
 
+    Args:
+        rows: The builder's examples by split.
+        shards: The work shards.
+        encoder: Makes `input_ids` and `labels`.
+        units: The file of each unit shard, by its key.
+        cache: Folder of the cache.
+
+    Returns:
+        The file of each token shard, by `tokens_key`: one row per example, with units, seconds, `input_ids` and `labels`.
+    """
     level = ShardCache(cache / "tokens")
-    files = {shard.tokens_key: level.find(shard.tokens_key) for shard in shards}
-    missing = [shard for shard in shards if files[shard.tokens_key] is None]
-    texts = ["id", "user_text", "agent_text"]
+    files = level.find_all(shard.tokens_key for shard in shards)
+    missing = [shard for shard in shards if shard.tokens_key not in files]
     with progress_bar(len(missing), "template", "shard", disable=not missing) as bar:
         for shard in missing:
-            its_texts = rows[shard.split].select_columns(texts).select(range(shard.start, shard.stop))
-            its_units = unit_columns(shard, units[shard.units_key])
-            batch = concatenate_datasets([its_texts, its_units], axis=1).with_format("numpy")
-            key = shard.tokens_key
-
-            def write(path: str, batch: Dataset = batch, key: str = key) -> None:
-                map_shard(batch, encoder, path, key, remove_columns=texts)
-
-            files[key] = level.make(key, write)
+            texts = rows[shard.split].select_columns(_TEXT_COLUMNS).select(range(shard.start, shard.stop))
+            columns = unit_columns(shard, units[shard.units_key])
+            batch = concatenate_datasets([texts, columns], axis=1).with_format("numpy")
+            write = partial(map_shard, batch, encoder, fingerprint=shard.tokens_key, remove_columns=_TEXT_COLUMNS)
+            files[shard.tokens_key] = level.make(shard.tokens_key, write)
             bar.update()
     return files
 
 
 def unit_columns(shard: Shard, file: Path) -> Dataset:
-    """The units and seconds of a work shard's utterances, in its rows: `user_units`, `user_seconds`, `agent_units`, ..."""
-    import pyarrow as pa
-    from datasets import Dataset
-
+    """Arrange the units and seconds of a work shard's utterances by row: `user_units`, `user_seconds`, `agent_units`, ..."""
     utterances = Dataset.from_file(str(file)).data.table
     offsets = pa.array(list(accumulate(map(len, shard.rows), initial=0)), pa.int32())
     columns = {}
     for side, role in enumerate(("user", "agent")):
-        places = pa.array([exchange[side] for row in shard.rows for exchange in row], pa.int64())
+        indices = pa.array([exchange[side] for row in shard.rows for exchange in row], pa.int64())
         for name in ("units", "seconds"):
-            values = utterances[name].combine_chunks().take(places)
+            values = utterances[name].combine_chunks().take(indices)
             columns[f"{role}_{name}"] = pa.ListArray.from_arrays(offsets, values) if shard.lists else values
     return Dataset.from_dict(columns)
 
 
 def join_shards(rows: Dataset, tokens: Sequence[Path]) -> Dataset:
-    """All columns of a split but the audio, memory-mapped."""
-    from datasets import Dataset, concatenate_datasets
+    """Join the examples of a split with its token shards: `OUTPUT_COLUMNS`, that is all columns but the audio.
 
-    laid_out = concatenate_datasets([Dataset.from_file(str(file)) for file in tokens])
-    parts = [rows.remove_columns(["user_audio", "agent_audio"]), laid_out]
+    Args:
+        rows: The builder's examples of the split.
+        tokens: The files of its token shards, in order; they are memory-mapped.
+    """
+    encoded = concatenate_datasets([Dataset.from_file(str(file)) for file in tokens])
+    parts = [rows.remove_columns(["user_audio", "agent_audio"]), encoded]
     return concatenate_datasets(parts, axis=1).select_columns(list(OUTPUT_COLUMNS))

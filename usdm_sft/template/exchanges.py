@@ -78,6 +78,8 @@ class ExchangeReader:
             ValueError: The template cannot contain it.
         """
         problem = text_problem(text)
+        # Follows the Unicode version of Python: 3.11 and later lower-case 40 letters that 3.10, which the reference used, does
+        # not (U+2C2F, U+A7C0, U+A7D0, U+A7D6, U+A7D8 and 35 of Vithkuqi, all new in Unicode 14). DailyTalk has none of them.
         text = text.lower()
         if problem is None and self.other_tokens is not None and (match := self.other_tokens.search(text)):
             problem = f"contains {match.group()!r}, an added token of the tokenizer"

@@ -1,7 +1,7 @@
-"""The three steps in which a USDM model answers: which ids each may generate, and at which it stops.
+"""The three steps in which a USDM model answers: the ids that each may generate, and the id that ends it.
 
-`TemplateEncoder.prompt` gives the ids that go before each step, from texts; `next_prompt` from what was generated. (naver-ai/usdm,
-inference.)
+The steps are those of the inference in naver-ai/usdm. `TemplateEncoder.prompt` makes the prompt of a step from texts, `next_prompt`
+from the ids that the step before generated.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from transformers import LogitsProcessor
 
 from usdm_sft.template.tokenizer import CONTINUE, CORRESPOND, NEWLINE, SPACE, UNIT_0
 
-AGENT_IDS = (27332, 23393, NEWLINE)  # "### Agent" and its newline, after a newline: the reference's template
+# "### Agent\n" after a newline, in the reference's template.
+AGENT_IDS = (27332, 23393, NEWLINE)
 
 
 class Step(NamedTuple):
     """One step of inference."""
 
     name: str
-    stop_id: int  # generated last, and part of the labels in training
+    stop_id: int  # ends the step; labelled in training
     blocked: tuple[
         tuple[int, int | None], ...
-    ]  # ranges of ids that may not be generated: from, up to (None: all further)
+    ]  # ranges of ids that may not be generated: start and stop, None for no end
 
 
 STEPS = (
@@ -37,15 +38,15 @@ STEPS = (
 def next_prompt(
     step: Step, prompt: torch.Tensor, generated: torch.Tensor, *, agent_heading_ids: Sequence[int] = AGENT_IDS
 ) -> torch.Tensor:
-    """The prompt of the step after `step`, from ids alone: nothing that was generated is tokenized again.
+    """Return the prompt of the next step, (1, num_tokens). It is built from ids; no generated text is tokenized again.
 
-    The reference leaves the agent's heading out where the transcript came out empty; here it is always there, as in training.
+    The reference omits the agent's heading after an empty transcript. Here the heading is always present, as in training.
 
     Args:
         step: The step that was generated.
-        prompt: (1, num_tokens), its prompt.
-        generated: (num_new_tokens,), what came out; the stop id is added where the length limit cut it off.
-        agent_heading_ids: `TemplateEncoder.agent_heading_ids`, where the template has another name for the agent.
+        prompt: (1, num_tokens), the prompt of `step`.
+        generated: (num_new_tokens,), the ids that `step` generated. If a length limit cut off the stop id, it is added.
+        agent_heading_ids: `TemplateEncoder.agent_heading_ids`, needed if the template has another name for the agent.
     """
     if len(generated) == 0 or generated[-1] != step.stop_id:
         generated = torch.cat([generated, generated.new_tensor([step.stop_id])])
@@ -54,17 +55,17 @@ def next_prompt(
 
 
 class StepLogitsProcessor(LogitsProcessor):
-    """Keeps generation to the ids of a step: `generate(..., logits_processor=[StepLogitsProcessor(step)])`.
+    """Limits generation to the ids of a step: `generate(..., logits_processor=[StepLogitsProcessor(step)])`.
 
     Args:
-        step: One of `STEPS`; pass its `stop_id` as `eos_token_id`.
+        step: One of `STEPS`. Pass its `stop_id` as `eos_token_id`.
     """
 
     def __init__(self, step: Step):
         self.step = step
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        scores = scores.clone()
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
+        limited = torch.clone(scores)
         for start, stop in self.step.blocked:
-            scores[:, start:stop] = -float("inf")
-        return scores
+            limited[:, start:stop] = -float("inf")
+        return limited

@@ -1,15 +1,15 @@
-"""How many units a faster setting changes: measured on a sample of the corpus against fp32 and soxr, on the same device."""
+"""The share of units that a faster setting leaves equal to fp32 and soxr, measured on a sample of the corpus."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from usdm_sft.utils.atomic import replace_text
 from usdm_sft.utils.cache import cache_key, path_lock
 
 if TYPE_CHECKING:
@@ -20,14 +20,14 @@ NUM_UTTERANCES = 64
 
 
 def pick_sample(audio: Mapping[str, AudioDigest], num_utterances: int = NUM_UTTERANCES) -> dict[str, AudioDigest]:
-    """Files spread evenly over the corpus; all of them where there are no more."""
+    """Pick files that are spread evenly over the corpus; all files if there are no more than `num_utterances`."""
     paths = list(audio)
     picked = np.unique(np.linspace(0, len(paths) - 1, min(num_utterances, len(paths))).round().astype(int))
     return {paths[i]: audio[paths[i]] for i in picked}
 
 
 def agreement_file(unit_tokenizer: UnitTokenizer, sample: Mapping[str, AudioDigest], cache: Path) -> Path | None:
-    """Where the agreement on these files is kept once it is measured; None where the setting is fp32 and soxr itself."""
+    """Return the cache file for the agreement on these files; None if the settings are fp32 and soxr themselves."""
     reference = _reference(unit_tokenizer)
     if reference.settings == unit_tokenizer.settings:
         return None
@@ -42,44 +42,41 @@ def _reference(unit_tokenizer: UnitTokenizer) -> UnitTokenizer:
 def measure_agreement(
     unit_tokenizer: UnitTokenizer, audio: Mapping[str, AudioDigest], cache: Path, num_utterances: int = NUM_UTTERANCES
 ) -> dict[str, Any] | None:
-    """Share of units that are those of fp32 and soxr, on utterances spread evenly over the corpus.
+    """Compare units with those of fp32 and soxr on the same device, for utterances spread evenly over the corpus.
 
     Args:
-        unit_tokenizer: What is measured.
+        unit_tokenizer: The tokenizer to measure.
         audio: Every file of the corpus, in order.
-        cache: Where the result is kept; the same question is computed once.
+        cache: Folder of the cache, which keeps the result.
         num_utterances: Size of the sample.
 
     Returns:
-        `utterances`, `units`, `equal_units` and `share`; None where the setting is fp32 and soxr itself.
+        `utterances`, `units`, `equal_units` and `share`; None if the settings are fp32 and soxr themselves.
     """
     sample = pick_sample(audio, num_utterances)
     file = agreement_file(unit_tokenizer, sample, cache)
     if file is None:
         return None
     reference = _reference(unit_tokenizer)
-    sample = list(sample)
+    paths = list(sample)
     with path_lock(file, cache):
         if (known := _read(file)) is not None:
             return known
-        expected, _ = reference.tokenize_files(sample)
+        expected, _ = reference.tokenize_files(paths)
         reference.release()
-        found, _ = unit_tokenizer.tokenize_files(sample)
+        found, _ = unit_tokenizer.tokenize_files(paths)
         num_units = sum(map(len, expected))
         equal = sum(int((a == b).sum()) for a, b in zip(expected, found, strict=True))
         share = round(equal / num_units, 6)
-        result = {"utterances": len(sample), "units": num_units, "equal_units": equal, "share": share}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps([result, cache_key(result)]))
-        os.replace(unfinished, file)
+        result = {"utterances": len(paths), "units": num_units, "equal_units": equal, "share": share}
+        replace_text(file, json.dumps([result, cache_key(result)]))
         return result
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """What was measured before; None where there is nothing, or it was damaged."""
+    """Return an earlier result; None if there is none or the file is damaged."""
     try:
         result, digest = json.loads(file.read_text())
     except (FileNotFoundError, ValueError, TypeError):
         return None
-    return result if cache_key(result) == digest else None
+    return dict(result) if cache_key(result) == digest else None

@@ -12,25 +12,26 @@ from usdm_sft.units.batches import NORMALIZATIONS
 from usdm_sft.utils.json_files import read_json
 
 FILES = ("config.json", "model.safetensors", "kmeans.npy")
+DESCRIPTION = "unit_model.json"
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """unit_model.json of a unit model folder.
+    """Read unit_model.json of a unit model folder.
 
     Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is not what `convert` wrote.
+        FileNotFoundError: The folder has none.
+        ValueError: `convert` did not write it.
     """
-    path = folder / "unit_model.json"
+    path = folder / DESCRIPTION
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} is not a unit model folder (it holds no unit_model.json): make one with 'dailytalk-usdm convert'"
+            f"{folder} is not a unit model folder (it holds no {DESCRIPTION}): make one with 'dailytalk-usdm convert'"
         )
     description = read_json(path)
     if (
         not all(isinstance(description.get(name), int) for name in ("layer", "num_units"))
         or not all(isinstance(description.get(name), dict) for name in ("files", "sources"))
-        or set(description["files"]) != set(FILES)  # one that is not named would not be checked
+        or set(description["files"]) != set(FILES)  # a file without a digest would be opened unchecked
         or description.get("normalization", "fairseq") not in NORMALIZATIONS
     ):
         raise ValueError(f"{path} is not what convert wrote: remove the folder and convert the unit model again")
@@ -38,11 +39,11 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def unit_model_digest(folder: str | Path, cache_dir: str | Path | None = None) -> str:
-    """sha256 over a unit model folder's settings and the digests of its files, after checking the files against them.
+    """Check the files of a unit model folder and return the sha256 over their digests and its settings.
 
     Raises:
         FileNotFoundError: The folder is not a unit model folder.
-        ValueError: A file is not the one that `convert` wrote.
+        ValueError: A file differs from what `convert` wrote.
     """
     folder = Path(folder)
     description = read_description(folder)
@@ -54,7 +55,7 @@ def unit_model_digest(folder: str | Path, cache_dir: str | Path | None = None) -
                 f"{folder / name} is not the file that was converted: remove the folder and convert the unit model again"
             )
     identity = [description["layer"], description["files"]]
-    # Not of a .pt file, so that its folders keep their digest.
+    # A folder made from a .pt file has neither setting, and its digest is that of format version 1.
     settings = {name: description[name] for name in ("normalization", "final_norm") if name in description}
     identity += [settings] if settings else []
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The forward passes over prepared waveforms, in the batches of `plan_batches`."""
+"""Forward passes over prepared waveforms, in the batches of `plan_batches`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from usdm_sft.audio.frames import SAMPLE_RATE, num_frames
 from usdm_sft.units.batches import Waveform, plan_batches
 from usdm_sft.units.model import UnitModel
 
+# In messages of a RuntimeError: the CPU's allocator, and cuBLAS.
 _OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -20,19 +21,19 @@ def compute_units(
     """Run waveforms through the unit model.
 
     Args:
-        model: On the device that computes.
+        model: The unit model, on the device that computes.
         waveforms: Any number, in any order.
-        names: What error messages call them.
+        names: Name of each waveform for error messages.
         batch_seconds: Seconds of audio, padding included, in one forward pass.
 
     Returns:
-        Units, one (num_frames,) uint16 array a waveform, and the indices of the waveforms whose features are not finite.
+        Units, one (num_frames,) uint16 array per waveform, and the indices of the waveforms whose features are not finite.
 
     Raises:
-        MemoryError: The device has too little memory; the message says what to set.
+        MemoryError: The device has too little memory; the message names the setting to change.
     """
     batches = plan_batches([waveform.num_samples for waveform in waveforms], batch_seconds)
-    # Nothing waits for the device until all batches are on their way to it.
+    # Submit all batches before reading any result, so that the device never waits.
     results = [
         _forward(model, [waveforms[row] for row in rows], [names[row] for row in rows], batch_seconds)
         for rows in batches
@@ -41,6 +42,7 @@ def compute_units(
     not_finite = []
     for rows, (units, finite) in zip(batches, results, strict=True):
         for row, row_units, row_finite in zip(rows, units.cpu().numpy(), finite.cpu().numpy(), strict=True):
+            # The appended sample may complete a frame, whose unit the reference outputs as well.
             found[row] = row_units[: num_frames(len(waveforms[row].samples))]
             if not row_finite:
                 not_finite.append(row)
@@ -58,8 +60,8 @@ def _forward(
             padded = padded.pin_memory()
         padded = padded.to(device, non_blocking=True)
         if not model.rows_alone:
-            return model(padded, frames)
-        return model([row[: len(each.samples)] for row, each in zip(padded, batch, strict=True)], frames)
+            return model.forward(padded, frames)
+        return model.forward([row[: len(each.samples)] for row, each in zip(padded, batch, strict=True)], frames)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in _OUT_OF_MEMORY):
             raise

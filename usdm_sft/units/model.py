@@ -1,8 +1,8 @@
-"""The unit model on a device: padded waveforms in, one unit a frame out.
+"""The unit model on a device: padded waveforms in, one unit per frame out.
 
-A wav2vec 2.0 or HuBERT model's first layers as transformers runs them, then the nearest centroid. A batch gives each row the
-units that it gets alone: padding is zeroed before the positional convolution and is no key in attention, and where a norm
-of the feature extractor sees the whole waveform, rows go through that one by one.
+The first layers of a wav2vec 2.0 or HuBERT model run as in transformers; then each frame gets its nearest centroid. Each row of a
+batch gets the units that it gets alone: padding is set to zero before the positional convolution and masked in attention,
+and if a norm of the feature extractor covers the whole waveform, rows pass the feature extractor one by one.
 """
 
 from __future__ import annotations
@@ -18,26 +18,29 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel
 
 from usdm_sft.units.folder import read_description
 from usdm_sft.units.precision import PRECISIONS, fp32_precision
 
-KMEANS_DISTANCES = 4096 * 10_000  # held at once, 160 MB: of 4,096 frames to 10,000 centroids, of 625 to 65,536
+KMEANS_DISTANCES = 4096 * 10_000  # in memory at once, 160 MB: 4,096 frames times 10,000 centroids, or 625 times 65,536
 
 
 class UnitModel(nn.Module):
     """Padded waveforms -> units.
 
     Args:
-        config: Of the model, cut to the layers that are needed.
-        weights: By transformers' names, float32.
+        config: Config of the model, cut to the layers that are needed.
+        weights: float32 tensors under transformers' names.
         centroids: (num_units, hidden_size) float32.
         precision: "fp32" computes as the reference does. "fp16" and "bf16" run the layers' matrix products and attention
             in that type; convolutions, projection, positional convolution, norms, the residual stream and k-means
             stay float32. "tf32" lets CUDA round the inputs of all float32 matrix products and convolutions to TF32.
-        final_norm: Whether the norm after the last layer is applied; only pre-norm models have one.
+        final_norm: Apply the norm that follows the last layer; only pre-norm models have one.
     """
+
+    centroids: torch.Tensor
+    centroid_norms: torch.Tensor
 
     def __init__(
         self,
@@ -50,37 +53,37 @@ class UnitModel(nn.Module):
     ):
         super().__init__()
         self.precision = PRECISIONS[precision]
-        model = empty_model(config)  # the given tensors take the parameters' place
+        model = empty_model(config)
         model.load_state_dict(weights, assign=True)
-        self.feature_extractor = model.feature_extractor
-        self.feature_projection = model.feature_projection
-        self.pos_conv_embed = model.encoder.pos_conv_embed
-        # Taken out of the positional convolution: the padding is zeroed after it.
-        self.pos_batch_norm = getattr(self.pos_conv_embed, "batch_norm", None)
+        self.feature_extractor: nn.Module = model.feature_extractor
+        self.feature_projection: nn.Module = model.feature_projection
+        self.pos_conv_embed: nn.Module = model.encoder.pos_conv_embed
+        # HuBERT's batch norm runs in `_positions`, because padding is set to zero between it and the convolution.
+        self.pos_batch_norm: nn.Module | None = getattr(self.pos_conv_embed, "batch_norm", None)
         self.pos_conv_embed.batch_norm = None
-        if nn.utils.parametrize.is_parametrized(self.pos_conv_embed.conv):
-            # The weight that the weight norm computes at each call, computed once: the same values.
-            nn.utils.parametrize.remove_parametrizations(self.pos_conv_embed.conv, "weight")
-        self.layers = model.encoder.layers
+        convolution = model.encoder.pos_conv_embed.conv
+        if nn.utils.parametrize.is_parametrized(convolution):
+            # The weight norm computes this weight at each call; computing it once gives the same values.
+            nn.utils.parametrize.remove_parametrizations(convolution, "weight")
+        self.layers: nn.ModuleList = model.encoder.layers
         pre_norm = model.config.do_stable_layer_norm
-        self.norm_before_layers = None if pre_norm else model.encoder.layer_norm
-        self.norm_after_layers = model.encoder.layer_norm if pre_norm and final_norm else None
-        self.rows_alone = model.config.feat_extract_norm == "group"
+        self.norm_before_layers: nn.Module | None = None if pre_norm else model.encoder.layer_norm
+        self.norm_after_layers: nn.Module | None = model.encoder.layer_norm if pre_norm and final_norm else None
+        self.rows_alone: bool = model.config.feat_extract_norm == "group"
         if self.precision.layers != torch.float32:
-            dtype = self.precision.layers
-            for part in (part for layer in self.layers for part in (layer.attention, layer.feed_forward)):
-                part.to(dtype)
-                part.register_forward_pre_hook(lambda module, args: (args[0].to(dtype), *args[1:]))
+            for layer in model.encoder.layers:
+                for part in (layer.attention, layer.feed_forward):
+                    _compute_in(part, self.precision.layers)
         self.register_buffer("centroids", torch.from_numpy(centroids))
         self.register_buffer("centroid_norms", torch.from_numpy(np.square(centroids).sum(axis=1)))
         self.requires_grad_(False).eval()
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, precision: str = "fp32") -> UnitModel:
-        """Open a unit model folder; the weights are memory-mapped until they go to a device.
+        """Open a unit model folder; the weights are memory-mapped until they move to a device.
 
         Raises:
-            ValueError: The folder holds something else than `convert` writes, though its digests fit.
+            ValueError: `convert` did not write the content, although the digests fit.
         """
         folder = Path(folder)
         description = read_description(folder)
@@ -100,19 +103,19 @@ class UnitModel(nn.Module):
     def forward(
         self, waveforms: torch.Tensor | Sequence[torch.Tensor], frames: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Units of a batch.
+        """Compute the units of a batch.
 
         Args:
-            waveforms: (batch, num_samples) float32 on the model's device, each row normalized and then padded on the right;
-                for a model with `rows_alone` a list of rows, (num_samples,) each, without padding.
-            frames: (batch,) int64 on the CPU, the frames that a row really has; further ones are masked, but their
-                units are output too.
+            waveforms: (batch, num_samples) float32 on the model's device, each row normalized and then padded on the right.
+                With `rows_alone`, a list of rows without padding, (num_samples,) each.
+            frames: (batch,) int64 on the CPU, the number of frames of each row. Further frames are masked, but their units
+                are output too.
 
         Returns:
             (batch, num_frames) uint16 units, and (batch,) bool: whether all features of the row's frames are finite. Both
-            on the model's device, which may still be computing them.
+            are on the model's device, which may still be computing them.
         """
-        # A caller's autocast would change the units, and not their key.
+        # The caller's autocast would change units, which their cache key does not show.
         with torch.autocast(self.centroids.device.type, enabled=False), fp32_precision(self.precision.front):
             features = self.features(waveforms, frames)
             padding = self._padding(frames, features)
@@ -120,7 +123,10 @@ class UnitModel(nn.Module):
             return self.nearest(features), finite
 
     def features(self, waveforms: torch.Tensor | Sequence[torch.Tensor], frames: torch.Tensor) -> torch.Tensor:
-        """-> (batch, num_frames, hidden_size) float32 output of the last layer, before any final norm that is not asked for."""
+        """Return the (batch, num_frames, hidden_size) float32 output of the last layer, with the final norm if it is set.
+
+        The arguments are those of `forward`.
+        """
         if self.rows_alone:
             extracted = pad_sequence([self.feature_extractor(row[None])[0].T for row in waveforms], batch_first=True)
         else:
@@ -143,17 +149,17 @@ class UnitModel(nn.Module):
             hidden = self.pos_batch_norm(hidden.transpose(1, 2)).transpose(1, 2)
             if padding is not None:
                 hidden = hidden.masked_fill(padding[:, :, None], 0.0)
-        return self.pos_conv_embed(hidden)
+        positions: torch.Tensor = self.pos_conv_embed(hidden)
+        return positions
 
     @staticmethod
     def _padding(frames: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """(batch, num_frames) bool: the frames that a row does not have."""
-        return (
-            torch.arange(hidden.shape[1], device=hidden.device) >= frames.to(hidden.device, non_blocking=True)[:, None]
-        )
+        """Return (batch, num_frames) bool: True for frames that the row does not have."""
+        positions = torch.arange(hidden.shape[1], device=hidden.device)
+        return positions >= frames.to(hidden.device, non_blocking=True)[:, None]
 
     def nearest(self, features: torch.Tensor) -> torch.Tensor:
-        """(..., hidden_size) -> (...) uint16 index of the nearest centroid, the first one on ties."""
+        """Return (...) uint16 indices of the centroids nearest to (..., hidden_size) features, the first one on ties."""
         rows = features.reshape(-1, features.shape[-1])
         units = torch.empty(len(rows), dtype=torch.int32, device=rows.device)
         at_once = max(1, KMEANS_DISTANCES // len(self.centroids))
@@ -164,22 +170,31 @@ class UnitModel(nn.Module):
         return units.to(torch.uint16).reshape(features.shape[:-1])
 
 
-def _first(output: torch.Tensor | tuple) -> torch.Tensor:
-    """The hidden states; which modules give more than these changes between models and releases of transformers."""
-    return output[0] if isinstance(output, tuple) else output
+def _compute_in(part: nn.Module, dtype: torch.dtype) -> None:
+    part.to(dtype)
+    part.register_forward_pre_hook(lambda module, args: (args[0].to(dtype), *args[1:]))
 
 
-def empty_model(config: dict[str, Any]) -> PreTrainedModel:
-    """The model of a config, on the device "meta": without memory and without values.
+def _first(output: Any) -> torch.Tensor:
+    """Return the hidden states; which modules output a tuple differs between models and releases of transformers."""
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def empty_model(config: dict[str, Any]) -> Any:
+    """Make the model of a config on the device "meta", without memory and values.
+
+    Returns:
+        A transformers.Wav2Vec2Model or HubertModel.
 
     Raises:
-        ValueError: transformers makes no model of it.
+        ValueError: transformers cannot make a model from the config.
     """
     try:
         with torch.device("meta"):
             whole = AutoConfig.for_model(**({"model_type": "wav2vec2"} | config))
-            return AutoModel.from_config(whole, attn_implementation="sdpa")
-    except Exception as error:  # whatever transformers trips over
+            return AutoModel.from_config(whole, attn_implementation="sdpa")  # type: ignore[no-untyped-call]  # transformers
+    except Exception as error:  # transformers checks little and raises many kinds of errors
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"the config is not that of a Wav2Vec2 or HuBERT model ({reason}): correct it") from error
 
@@ -187,7 +202,7 @@ def empty_model(config: dict[str, Any]) -> PreTrainedModel:
 def _check_parts(
     config: Any, weights: Mapping[str, torch.Tensor], centroids: np.ndarray, description: Mapping[str, Any]
 ) -> None:
-    """What a stranger's folder may have otherwise, and the model would take an age to build for, or units be wrong by."""
+    """Check an untrusted folder for content that would make the model huge or the units wrong."""
     layer = description["layer"]
     if not isinstance(config, dict) or config.get("num_hidden_layers") != layer or not 0 < layer <= len(weights):
         raise ValueError(f"config.json is not of a model of {layer} layers")

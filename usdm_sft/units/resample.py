@@ -1,19 +1,15 @@
-"""Resampling on the device with torchaudio, as an alternative to soxr."""
+"""Resampling on the device with torchaudio, an alternative to soxr."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
+import torch
 
 from usdm_sft.audio.frames import SAMPLE_RATE, resampled_length
 
-if TYPE_CHECKING:
-    import torch
-
-
-# soxr's "HQ" response in torchaudio's terms: passband to 0.913 of the band, so the middle of the transition is at 0.9565; width
-# and beta are the best of a grid. torchaudio's default filter changes 14 to 30 % of a toy model's units, this one 0.1 to 0.8 %.
+# The response of soxr's "HQ" filter in torchaudio's terms. Its passband ends at 0.913 of the band, which puts the middle of the
+# transition at 0.9565; width and beta are the best of a grid search. On a toy model, this filter changes 0.1 to 0.8 % of the
+# units, torchaudio's default filter 14 to 30 %.
 SOXR_HQ = {
     "lowpass_filter_width": 90,
     "rolloff": 0.9565,
@@ -23,18 +19,19 @@ SOXR_HQ = {
 
 
 def resample_on(device: str, samples: np.ndarray, rate: int) -> torch.Tensor:
-    """(num_samples,) float32 mono at `rate` Hz -> (num_samples,) float32 tensor at 16 kHz, resampled on `device`.
+    """Resample (num_samples,) float32 mono from `rate` Hz to 16 kHz on `device`.
 
-    The filter is set to soxr's HQ response (4e-4 from it on speech), but is not soxr's, so a few units differ; `prepare`
+    The filter's response follows soxr's HQ filter (to 4e-4 on speech) without being equal, so a few units differ. `prepare`
     measures how many.
+
+    Returns:
+        (num_samples,) float32.
 
     Raises:
         ImportError: torchaudio is not installed, or does not match torch.
     """
-    import torch
-
     try:
-        from torchaudio.functional import resample
+        from torchaudio.functional import resample  # an optional extra
     except (ImportError, OSError) as error:
         raise ImportError(
             f"resampler torchaudio needs torchaudio built for the same device as torch ({error}): "

@@ -1,8 +1,42 @@
-"""Settings of the unit tokenizer that the command line shows: standard library only."""
+"""Settings of a unit tokenizer: their names, defaults and checks. Standard library only."""
 
-from typing import Literal
+from __future__ import annotations
 
-BATCH_SECONDS = 160.0  # audio in one forward pass, padding included
+from typing import Any, Literal, get_args
 
+# Audio in one forward pass. XLS-R 1B then takes 4.1 GB in float32 (docs/performance.md).
+BATCH_SECONDS = 160.0
+
+# "fp32" is the reference's precision; `precision.PRECISIONS` says how each one computes.
 PrecisionName = Literal["fp32", "tf32", "fp16", "bf16"]
+
+# "soxr" is what librosa uses in the reference; "torchaudio" resamples on the device.
 ResamplerName = Literal["soxr", "torchaudio"]
+
+
+def make_settings(device: str, precision: str, resampler: str, batch_seconds: float) -> dict[str, Any]:
+    """Check the settings and return those that units depend on, as JSON values.
+
+    Args:
+        device: Kind of device, "cpu" or "cuda".
+        precision: One of `PrecisionName`.
+        resampler: One of `ResamplerName`.
+        batch_seconds: Seconds of audio, padding included, in one forward pass.
+
+    Raises:
+        ValueError: A setting is unknown or does not fit the device.
+    """
+    if precision not in get_args(PrecisionName):
+        raise ValueError(f"precision {precision!r} is unknown: choose one of {', '.join(get_args(PrecisionName))}")
+    if resampler not in get_args(ResamplerName):
+        raise ValueError(f"resampler {resampler!r} is unknown: choose one of {', '.join(get_args(ResamplerName))}")
+    if not batch_seconds > 0:
+        raise ValueError(f"batch_seconds is {batch_seconds}: give a positive number of seconds")
+    if device == "cpu" and precision == "tf32":
+        raise ValueError("precision tf32 exists on CUDA only: use fp32 or bf16 on the CPU")
+    return {
+        "device": device,
+        "precision": precision,
+        "resampler": resampler,
+        "batch_seconds": float(batch_seconds),
+    }

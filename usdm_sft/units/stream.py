@@ -6,30 +6,32 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
+import soundfile
+
 from usdm_sft.audio.addresses import AddressError, file_problem, open_file, parse_address
 from usdm_sft.audio.frames import find_frames
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from usdm_sft.units.tokenizer import UnitTokenizer
 
 
 def stream_units(unit_tokenizer: UnitTokenizer, sources: Iterable[str]) -> Iterator[np.ndarray]:
-    """Yield the units of one address of audio after another, in order.
+    """Yield the units of each audio address, in order.
 
-    Neighbours of up to `batch_seconds` together are computed at once, while the next ones are read: so many seconds of
-    audio, twice, are in memory, or one longer file in their place.
+    Neighbouring files of up to `batch_seconds` in all are computed together, while the next group is read. Memory holds two
+    such groups, or a longer file in place of one.
 
     Yields:
         (num_frames,) uint16 units.
 
     Raises:
-        FileNotFoundError: An audio file does not exist; the units of all before it were yielded.
-        ValueError: Audio cannot become units; the units of all before it were yielded.
+        FileNotFoundError: An audio file does not exist. The units of all files before it were yielded.
+        ValueError: Audio cannot become units. The units of all files before it were yielded.
     """
     groups = group_by_seconds(sources, unit_tokenizer.settings["batch_seconds"])
-    group, following = next(groups, []), []
+    group: list[str] = next(groups, [])
+    following: list[str] = []
     try:
         unit_tokenizer.read_ahead(group)
         while group:
@@ -38,16 +40,17 @@ def stream_units(unit_tokenizer: UnitTokenizer, sources: Iterable[str]) -> Itera
             try:
                 units, _ = unit_tokenizer.tokenize_files(group)
             except (FileNotFoundError, ValueError):
-                # One by one, so that the units of the files before the bad one are not lost.
-                units = (unit_tokenizer.tokenize_files([source])[0][0] for source in group)
-            yield from units
+                for source in group:  # one by one, to yield the units of the files before the bad one
+                    yield unit_tokenizer.tokenize_files([source])[0][0]
+            else:
+                yield from units
             group = following
     finally:
         unit_tokenizer.forget(following)
 
 
 def group_by_seconds(sources: Iterable[str], seconds: float) -> Iterator[list[str]]:
-    """Yield neighbouring sources of up to `seconds` of audio together; a longer one, or one without a length, alone."""
+    """Yield groups of neighbouring sources with up to `seconds` of audio; a longer or unreadable source is alone."""
     group: list[str] = []
     total = 0.0
     for source in sources:
@@ -62,9 +65,7 @@ def group_by_seconds(sources: Iterable[str], seconds: float) -> Iterator[list[st
 
 
 def audio_seconds(source: str) -> float:
-    """Length of audio by its header; infinite where there is none to read, which whoever reads the audio reports."""
-    import soundfile
-
+    """Return the length of audio as its header gives it; infinity if it cannot be read, an error that reading reports."""
     total = 0.0
     try:
         for stretch in parse_address(source):

@@ -1,8 +1,10 @@
-"""Audio columns -> unit columns. Each distinct audio of a batch is read, resampled and run through the unit model once."""
+"""`UnitTokenizer`: audio columns -> unit columns.
+
+Each distinct recording of a batch is read, resampled and run through the unit model once.
+"""
 
 from __future__ import annotations
 
-import copyreg
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,215 +13,184 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import multiprocess.reduction  # what `.map(num_proc=...)` pickles with
+import multiprocess.reduction
 import numpy as np
+import torch
 
 from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.audio.reading import describe, read_audio
-from usdm_sft.units.batches import BATCH_SECONDS, Waveform, prepare_waveform
-from usdm_sft.units.columns import distinct_audio
+from usdm_sft.units import process
+from usdm_sft.units.batches import Waveform, prepare_waveform
+from usdm_sft.units.columns import distinct_audio, unit_columns
 from usdm_sft.units.folder import read_description, unit_model_digest
-from usdm_sft.units.reading import AudioReader, read_and_prepare
+from usdm_sft.units.hub import find_folder
+from usdm_sft.units.reading import AudioReader, Source, read_and_prepare
 from usdm_sft.units.resample import resample_on
+from usdm_sft.units.settings import BATCH_SECONDS, make_settings
 
 if TYPE_CHECKING:
-    import torch
-
     from usdm_sft.units.model import UnitModel
 
 logger = logging.getLogger(__name__)
 
-VERSION = "2"  # of the units below: change it when they change, and cached ones are made anew
-
-RESAMPLERS = ("soxr", "torchaudio")
-
-_FOLDER_VARIABLE = "USDM_UNIT_MODEL_"
-_IMPORTED_IN = os.getpid()
+VERSION = "2"  # part of the cache key; change it whenever the code below makes other units
 
 
 class UnitTokenizer:
-    """Audio -> discrete units, 50 a second. A batched `.map` callable, for `Dataset` and `IterableDataset` alike.
+    """Turns audio into discrete units, 50 per second. A batched `.map` callable for `Dataset` and `IterableDataset`.
 
-    The units are those of `UnitExtractor("xlsr2_1b_v2", kmeans_10k).predict(waveform, 34)` of seamless_communication, or of
-    another unit model those that transformers gives, whatever else is in the batch. The model is loaded at the first call,
-    in the process that needs it.
+    With the published unit model, the units equal `UnitExtractor("xlsr2_1b_v2", kmeans_10k).predict(waveform, 34)` of
+    seamless_communication; with another unit model, they are the centroids nearest to the features that transformers
+    computes. They do not depend on the rest of the batch. The model is loaded at the first call.
 
-    A pickle, and so the fingerprint of `.map`, holds the unit model's digest and the settings, not weights, paths or the
-    number of the GPU; a process started by this one finds the folder through its environment, and is told the GPU.
+    A pickle, and with it the fingerprint of `.map`, contains the unit model's digest and the settings, but no weights, no
+    path and no GPU number. A pickle for a process that multiprocessing or multiprocess starts contains the path and the
+    GPU number as well; any other pickle opens only in a process that has opened the same unit model before.
 
     Attributes:
-        fp32_fallback: Audio of the last call that overflowed in the precision; its units were computed in fp32.
+        folder: The unit model folder.
+        digest: sha256 of the unit model.
+        settings: Everything else that units depend on; the device appears as its kind.
+        device: Where to compute, such as "cuda:1".
+        fp32_fallback: Audio of the last call whose features overflowed in the precision; it has the units of fp32.
     """
 
     def __init__(self, folder: Path, digest: str, settings: dict[str, Any], device: str | None = None):
         self.folder = folder
         self.digest = digest
-        self.settings = settings  # what units depend on; of the device its kind
-        self.device = device or settings["device"]
-        self.fp32_fallback: set[str | Path | bytes] = set()
+        self.settings = settings
+        self.device = device or str(settings["device"])
+        self.fp32_fallback: set[Source] = set()
         self._model: UnitModel | None = None
         self._in_fp32: UnitTokenizer | None = None
         self._reader: AudioReader | None = None
         self._process = os.getpid()
-        os.environ[_FOLDER_VARIABLE + digest[:16]] = str(folder)
+        process.remember_folder(digest, folder)
 
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path,
+        name_or_path: str | Path,
         device: str | torch.device | None = None,
         precision: str = "fp32",
         *,
         batch_seconds: float = BATCH_SECONDS,
         resampler: str = "soxr",
         cache_dir: str | Path | None = None,
-        elsewhere: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
     ) -> UnitTokenizer:
-        """Open a unit model folder.
+        """Open a unit model.
 
         Args:
-            folder: What `dailytalk-usdm convert` made.
-            device: Where to compute; CUDA where there is one, else the CPU.
-            precision: "fp32" (the reference's), "tf32", "fp16" or "bf16".
-            batch_seconds: Seconds of audio, padding included, that one forward pass takes at most; a longer utterance
-                goes alone.
-            resampler: "soxr" (the reference's, on the CPU) or "torchaudio" (on the device; needs the extra).
-            cache_dir: Where digests of files are remembered.
-            elsewhere: The device is another machine's, and is not looked for on this one.
+            name_or_path: A folder that `dailytalk-usdm convert` made, or a model repository of the Hub that holds the
+                files of one. Its files are checked against the sha256 in unit_model.json.
+            device: Where to compute; by default CUDA if available, else the CPU.
+            precision: "fp32" (as the reference), "tf32", "fp16" or "bf16".
+            batch_seconds: Seconds of audio, padding included, in one forward pass; a longer utterance is computed alone.
+            resampler: "soxr" (as the reference, on the CPU) or "torchaudio" (on the device; needs the extra).
+            cache_dir: Where digests of files are remembered. Downloads are kept in the Hub's own cache.
+            revision: Branch, tag or commit of the repository.
+            token: Token for a private repository, as `huggingface_hub.snapshot_download` takes it.
 
         Raises:
-            FileNotFoundError: The folder or one of its files does not exist.
-            ValueError: The folder was changed after it was made, or a setting is unknown.
+            FileNotFoundError: The folder, the repository's unit model or one of its files does not exist.
+            OSError: The repository cannot be downloaded.
+            ValueError: A file differs from what `convert` wrote, a setting is unknown, or there is no such device.
         """
-        import torch
-
-        from usdm_sft.units.precision import PRECISIONS
-
-        folder = Path(folder).expanduser().resolve()
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision {precision!r} is unknown: choose one of {', '.join(PRECISIONS)}")
-        if resampler not in RESAMPLERS:
-            raise ValueError(f"resampler {resampler!r} is unknown: choose one of {', '.join(RESAMPLERS)}")
-        if not batch_seconds > 0:
-            raise ValueError(f"batch_seconds is {batch_seconds}: give a positive number of seconds")
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
-        if device.type == "cuda" and not elsewhere and not torch.cuda.is_available():
+        if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(
                 f"device is {device}, but torch finds no CUDA device: use the CPU, or install torch for CUDA"
             )
-        if device.type == "cpu" and precision == "tf32":
-            raise ValueError("precision tf32 exists on CUDA only: use fp32 or bf16 on the CPU")
-        settings = {
-            "device": device.type,
-            "precision": precision,
-            "resampler": resampler,
-            "batch_seconds": float(batch_seconds),
-        }
+        settings = make_settings(device.type, precision, resampler, batch_seconds)
+        folder = find_folder(name_or_path, revision=revision, token=token)
         return cls(folder, unit_model_digest(folder, cache_dir), settings, str(device))
 
     def with_settings(self, **settings: Any) -> UnitTokenizer:
-        """The same unit model on the same device with some settings changed."""
+        """Return a tokenizer for the same unit model and device with some settings changed."""
         return UnitTokenizer(self.folder, self.digest, self.settings | settings, self.device)
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """All that the units of an audio file depend on beside its bytes; JSON values."""
+        """Everything that units depend on besides the bytes of the audio file; JSON values."""
         return VERSION, self.digest, self.settings
 
     def __getstate__(self) -> dict[str, Any]:
         return {"digest": self.digest, "settings": self.settings, "version": VERSION}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        variable = _FOLDER_VARIABLE + state["digest"][:16]
-        if variable not in os.environ:
-            raise ValueError(
-                f"this process does not know where the unit model of digest {state['digest']} lies: "
-                "call UnitTokenizer.from_pretrained(folder) in it first"
-            )
-        device = state.get("device")  # only where it comes from another process
-        self.__init__(Path(os.environ[variable]), state["digest"], state["settings"], device)
-        self._process = _IMPORTED_IN  # another one where this one was forked, as `.map(num_proc=...)` does
+        folder = state.get("folder") or process.recall_folder(state["digest"])
+        UnitTokenizer.__init__(self, Path(folder), state["digest"], state["settings"], state.get("device"))
+        self._process = process.IMPORTED_IN  # another process if this one was forked, as `.map(num_proc=...)` does
         self._notice_fork()
 
     def _notice_fork(self) -> None:
-        """In a forked process, start afresh: it inherits no threads, neither those that read audio nor torch's own."""
-        if os.getpid() == self._process:
-            return
-        if self.settings["device"] == "cuda":
-            raise RuntimeError(
-                "CUDA does not survive a fork: call multiprocess.set_start_method('spawn') before .map with num_proc"
-            )
-        import torch
-
-        torch.set_num_threads(1)  # torch would wait for the parent's threads for ever
-        self._reader = None
-        self._process = os.getpid()
+        """Start again in a forked process, which inherits neither the reader's threads nor torch's own."""
+        if process.is_forked(self._process, self.settings["device"]):
+            self._reader = None
+            self._process = os.getpid()
 
     @property
     def num_units(self) -> int:
-        return read_description(self.folder)["num_units"]
+        """Number of different units."""
+        return int(read_description(self.folder)["num_units"])
 
     @cached_property
     def normalization(self) -> str:
-        """How waveforms are made ready, a name of `batches.NORMALIZATIONS`."""
-        return read_description(self.folder).get("normalization", "fairseq")
+        """How waveforms are normalized, a key of `batches.NORMALIZATIONS`."""
+        return str(read_description(self.folder).get("normalization", "fairseq"))
 
     @property
     def model(self) -> UnitModel:
         """The unit model on its device."""
         self._notice_fork()
         if self._model is None:
-            from usdm_sft.units.model import UnitModel
+            from usdm_sft.units.model import UnitModel  # imports transformers, a second that opening can do without
 
             self._model = UnitModel.from_pretrained(self.folder, self.settings["precision"]).to(self.device)
         return self._model
 
     def release(self) -> None:
-        """Give the model's memory back; the next call loads it again."""
-        import torch
-
+        """Free the model's memory; the next call loads it again."""
         self._model = self._in_fp32 = None
         if self.settings["device"] == "cuda":
             torch.cuda.empty_cache()
 
-    def __call__(self, batch: Mapping[str, Sequence], rank: int | None = None) -> dict[str, Sequence]:
+    def __call__(self, batch: Mapping[str, Sequence[Any]], rank: int | None = None) -> dict[str, list[Any]]:
         """Tokenize a batch of rows.
 
         Args:
-            batch: Audio columns, which are `audio` and whatever ends in `_audio`, such as `user_audio` and `agent_audio`:
-                paths, bytes of audio files, or `{"bytes", "path"}` dicts. A row holds one audio, or a list of as many as it
-                has exchanges.
-            rank: Number of the process, as `.map(with_rank=True, num_proc=...)` gives it: each takes a GPU of its own. Needs
+            batch: Audio columns: `audio` and every column that ends in `_audio`, such as `user_audio` and `agent_audio`.
+                An entry is a path, the bytes of an audio file or a `{"bytes", "path"}` dict, or a list of these, one for
+                each exchange.
+            rank: Number of the process, as `.map(with_rank=True, num_proc=...)` gives it; it chooses the GPU. Needs
                 `multiprocess.set_start_method("spawn")`.
 
         Returns:
-            For each audio column, such as `user_audio`, two: `user_units`, one (num_frames,) uint16 array an audio, and
-            `user_seconds`, float32, the length of the audio at 16 kHz. `audio` gives `units` and `seconds`.
+            Two columns for each audio column. For `user_audio`, they are `user_units`, a (num_frames,) uint16 array per
+            recording, and `user_seconds`, its length at 16 kHz as float32; for `audio`, `units` and `seconds`.
 
         Raises:
             FileNotFoundError: An audio file does not exist.
             AudioError: An audio file cannot be read or is shorter than 25 ms.
-            ValueError: There is no audio column, or the features of an audio are not finite.
+            ValueError: There is no audio column, or the features of a recording are not finite.
         """
         if rank is not None and self.settings["device"] == "cuda":
-            import torch
-
             self.device = f"cuda:{rank % torch.cuda.device_count()}"
         sources, columns = distinct_audio(batch)
         units, seconds = self.tokenize_files(sources)
+        return unit_columns(columns, units, seconds)
 
-        def pick(values: Sequence, index: int | list[int]) -> Any:
-            return [values[i] for i in index] if isinstance(index, list) else values[index]
+    def tokenize_files(self, sources: Sequence[Source]) -> tuple[list[np.ndarray], np.ndarray]:
+        """Tokenize audio files.
 
-        out: dict[str, Sequence] = {}
-        for name, indices in columns.items():
-            prefix = name.removesuffix("audio")
-            out[f"{prefix}units"] = [pick(units, index) for index in indices]
-            out[f"{prefix}seconds"] = [pick(seconds, index) for index in indices]
-        return out
+        Args:
+            sources: Paths or file contents.
 
-    def tokenize_files(self, sources: Sequence[str | Path | bytes]) -> tuple[list[np.ndarray], np.ndarray]:
-        """Paths or file contents -> units, one (num_frames,) uint16 array each, and (num_files,) float32 seconds."""
+        Returns:
+            Units, one (num_frames,) uint16 array per file, and the lengths in seconds, (num_files,) float32.
+        """
         self._notice_fork()
         read = self._audio_reader().take(sources)
         names = [describe(source) for source in sources]
@@ -232,22 +203,22 @@ class UnitTokenizer:
         self.fp32_fallback = {sources[row] for row in overflowed}
         return units, lengths / np.float32(SAMPLE_RATE)
 
-    def read_ahead(self, sources: Sequence[str | Path | bytes]) -> None:
-        """Start to read audio in threads; a later `tokenize_files` or call with these sources takes what is ready."""
+    def read_ahead(self, sources: Sequence[Source]) -> None:
+        """Start to read audio in threads, for a later call or `tokenize_files` with the same sources."""
         self._notice_fork()
         self._audio_reader().start(sources)
 
-    def forget(self, sources: Sequence[str | Path | bytes]) -> None:
-        """Give up what was read ahead of audio that no call will get."""
+    def forget(self, sources: Sequence[Source]) -> None:
+        """Drop audio that was read ahead and is not needed."""
         if self._reader is not None:
             self._reader.forget(sources)
 
-    def read_ahead_rows(self, batch: Mapping[str, Sequence]) -> None:
-        """Start to read the audio of rows that a later call will get."""
+    def read_ahead_rows(self, batch: Mapping[str, Sequence[Any]]) -> None:
+        """Start to read the audio of rows, for a later call with them."""
         self.read_ahead(distinct_audio(batch)[0])
 
-    def forget_rows(self, batch: Mapping[str, Sequence]) -> None:
-        """Give up what was read ahead of rows that no call will get."""
+    def forget_rows(self, batch: Mapping[str, Sequence[Any]]) -> None:
+        """Drop the audio of rows that was read ahead and is not needed."""
         self.forget(distinct_audio(batch)[0])
 
     def _audio_reader(self) -> AudioReader:
@@ -257,23 +228,20 @@ class UnitTokenizer:
         return self._reader
 
     def tokenize_waveforms(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """(num_samples,) float32 waveforms at 16 kHz, mono -> units, one (num_frames,) uint16 array each."""
-        import torch
-
+        """Return the units of (num_samples,) float32 mono waveforms at 16 kHz, one (num_frames,) uint16 array each."""
         self._notice_fork()
         names = [f"waveform {i}" for i in range(len(waveforms))]
         tensors = (torch.from_numpy(np.ascontiguousarray(waveform, dtype=np.float32)) for waveform in waveforms)
         return self._tokenize(self._prepare(tensors, names), names)[0]
 
     def _prepare(self, waveforms: Iterable[torch.Tensor], names: Sequence[str]) -> list[Waveform]:
-        import torch
-
-        with torch.autocast(self.settings["device"], enabled=False):  # of the caller's; the resampler is a convolution
+        # torchaudio resamples with a convolution, which the caller's autocast would change.
+        with torch.autocast(self.settings["device"], enabled=False):
             return [prepare_waveform(*each, self.normalization) for each in zip(waveforms, names, strict=True)]
 
     def _tokenize(self, waveforms: Sequence[Waveform], names: Sequence[str]) -> tuple[list[np.ndarray], list[int]]:
-        """-> units, one (num_frames,) uint16 array a waveform, and which of them overflowed and fell back to fp32."""
-        from usdm_sft.units.forward import compute_units
+        """Return the units of each waveform, and the indices of those that overflowed and have the units of fp32."""
+        from usdm_sft.units.forward import compute_units  # imports transformers, as above
 
         units, overflowed = compute_units(self.model, waveforms, names, self.settings["batch_seconds"])
         if not overflowed:
@@ -293,11 +261,36 @@ class UnitTokenizer:
         return units, overflowed
 
 
-def _reduce_for_process(tokenizer: UnitTokenizer) -> tuple:
-    """The pickle that goes to another process. The GPU's number is only here, so that no fingerprint depends on it."""
-    return copyreg.__newobj__, (UnitTokenizer,), tokenizer.__getstate__() | {"device": tokenizer.device}
+def open_for(
+    device: str,
+    folder: Path,
+    *,
+    precision: str,
+    batch_seconds: float,
+    resampler: str,
+    cache_dir: str | Path | None = None,
+) -> UnitTokenizer:
+    """Open a unit model folder for a device that may exist on other machines only, such as "cuda" or "cuda:1".
+
+    The other arguments are those of `UnitTokenizer.from_pretrained`.
+    """
+    settings = make_settings(torch.device(device).type, precision, resampler, batch_seconds)
+    folder = find_folder(folder)
+    return UnitTokenizer(folder, unit_model_digest(folder, cache_dir), settings, device)
 
 
-# The two picklers that start processes: torch's DataLoader and ours use the first, `.map` the second.
+def _open_in_process(state: dict[str, Any]) -> UnitTokenizer:
+    tokenizer = UnitTokenizer.__new__(UnitTokenizer)
+    tokenizer.__setstate__(state)
+    return tokenizer
+
+
+def _reduce_for_process(tokenizer: UnitTokenizer) -> tuple[Any, ...]:
+    """Pickle for another process: with the path and the GPU, which no fingerprint may depend on."""
+    more = {"folder": str(tokenizer.folder), "device": tokenizer.device}
+    return _open_in_process, (tokenizer.__getstate__() | more,)
+
+
+# The picklers that start processes: torch's DataLoader and shards/workers.py use the first, `.map` the second.
 ForkingPickler.register(UnitTokenizer, _reduce_for_process)
 multiprocess.reduction.ForkingPickler.register(UnitTokenizer, _reduce_for_process)

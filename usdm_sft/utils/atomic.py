@@ -1,4 +1,4 @@
-"""Write a file under a temporary name and rename it: a file with its final name is complete."""
+"""Files that get their final name only when they are complete."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-SUFFIX = ".unfinished"  # a fixed name: the next run overwrites what a killed run left
+SUFFIX = ".unfinished"  # fixed, so that the next run overwrites what a killed run left
 
 
 @contextmanager
 def write_then_replace(path: str | Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]:
-    """Open a file that appears as `path` when the block ends without an error.
+    """Open a file for writing that is renamed to `path` when the block ends without an error.
 
-    The caller keeps other processes from the same path.
+    The caller makes sure that no other process writes the same path.
 
     Args:
-        path: The final name; its folder is made where it does not exist.
+        path: The final name. Its folder is created if it does not exist.
         mode: "w" or "wb".
         options: Further arguments of `open`; text is UTF-8 by default.
 
     Yields:
-        The open file. After an error it is removed, and an existing `path` stays as it was.
+        The open file. An error removes it and leaves an existing `path` as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,6 +40,6 @@ def write_then_replace(path: str | Path, mode: str = "w", **options: Any) -> Ite
 
 
 def replace_text(path: str | Path, text: str) -> None:
-    """Write `text` (UTF-8, line ends as they are) so that `path` holds the old or the new text, never a part."""
+    """Write `text` in UTF-8 with its line ends unchanged. A reader of `path` sees the old or the new text, never a part."""
     with write_then_replace(path, newline="") as file:
         file.write(text)

@@ -8,11 +8,11 @@ from typing import Any
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Read a JSON file whose top-level value is an object.
 
     Raises:
-        FileNotFoundError: It does not exist.
-        ValueError: It is something else.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not JSON, or its top-level value is not an object.
     """
     try:
         values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
@@ -21,5 +21,5 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): correct the file") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no JSON object: correct the file")
+        raise ValueError(f"{path} is not a JSON object but a {type(values).__name__}: correct the file")
     return values

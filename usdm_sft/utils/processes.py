@@ -1,4 +1,4 @@
-"""Spawned processes that neither import the caller's script nor answer to its Ctrl-C."""
+"""Spawned processes that do not import the calling script and ignore its Ctrl-C."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnProcess
 from types import ModuleType
+from typing import Any
 
 from tqdm import tqdm
 
-_lock = threading.Lock()  # __main__ and its stand-in must not be swapped by two threads at once
+_lock = threading.Lock()  # only one thread at a time may replace __main__
 
 
-def start_process(target: Callable, args: tuple, *, name: str | None = None) -> SpawnProcess:
+def start_process(target: Callable[..., object], args: tuple[Any, ...], *, name: str | None = None) -> SpawnProcess:
     """Start a spawned process that ends with this one.
 
     Args:
         target: A function of an importable module.
-        args: Its arguments; nothing of the caller's script can be pickled among them.
+        args: Its arguments, which are pickled. They must not contain objects that the calling script defines.
         name: Name of the process.
 
     Returns:
-        The started process. It is a daemon, and SIGINT is blocked in it: the process that started it ends it.
+        The started process. It is a daemon with SIGINT blocked, so this process must end it.
     """
     process = multiprocessing.get_context("spawn").Process(target=_call, args=(target, args), name=name, daemon=True)
     with _lock, _main_hidden(), _interrupts_blocked():
@@ -34,19 +35,18 @@ def start_process(target: Callable, args: tuple, *, name: str | None = None) -> 
     return process
 
 
-def _call(target: Callable, args: tuple) -> None:
-    # The default lock of tqdm holds a semaphore of multiprocessing. A process that is terminated leaves it behind, and
-    # Python warns of that on stderr.
+def _call(target: Callable[..., object], args: tuple[Any, ...]) -> None:
+    # tqdm's default lock contains a multiprocessing semaphore. A terminated process leaks it, and Python warns on stderr.
     tqdm.set_lock(threading.RLock())
     target(*args)
 
 
 @contextmanager
 def _main_hidden() -> Iterator[None]:
-    """Put an empty module in the place of `__main__`.
+    """Replace `__main__` with an empty module.
 
-    A spawned process imports the file of `__main__`, and a script without `if __name__ == "__main__":` would start its work
-    again there. An empty module has no file, so that nothing is imported.
+    A spawned process imports the file of `__main__`. A script without `if __name__ == "__main__":` would run again there.
+    An empty module has no file to import.
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
@@ -58,14 +58,15 @@ def _main_hidden() -> Iterator[None]:
 
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """Block SIGINT in this thread; a process started meanwhile keeps it blocked from its first instruction on.
+    """Block SIGINT in this thread; a process that starts meanwhile inherits the block.
 
-    Ctrl-C goes to the whole process group. A handler set by the process itself would come too late for a Ctrl-C during its imports.
+    Ctrl-C goes to the whole process group. If the new process set a handler itself, a Ctrl-C during its imports would still
+    end it with a traceback.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    resource_tracker.ensure_running()  # where it starts later, it unblocks SIGINT in this thread
+    resource_tracker.ensure_running()  # started later, it would unblock SIGINT in this thread
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

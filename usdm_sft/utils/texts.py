@@ -1,15 +1,22 @@
-"""Texts: what the template cannot hold, and values in error messages."""
+"""Texts: what the template cannot hold, lines of a file, and values in error messages."""
 
 import re
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+MAX_LINE = 1_000_000  # characters; DailyTalk's longest line has 752
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # Unicode category Cc, and unpaired surrogates
+_UNDECODED = re.compile(r"[\udc80-\udcff]")  # bytes that are not UTF-8, as surrogateescape gives them
 _MARKERS = ("<|", "|>", "<s>", "</s>", "<unk>", "<pad>")
 
 
 def text_problem(text: str) -> str | None:
-    """What keeps `text` out of the template, or None. The text is judged lower-cased, as the template sees it.
+    """Return why `text` cannot stand in the template, or None where it can.
 
-    A control character would end a line of the template, and a special-token string would become the token.
+    A control character would end a line of the template, and the string of a special token would become that token. The
+    check lower-cases the text first, as the template does.
     """
     text = text.lower()
     if not text.strip():
@@ -23,20 +30,57 @@ def text_problem(text: str) -> str | None:
 
 
 def quote(value: str, limit: int = 80) -> str:
-    """A value for an error message."""
+    """Quote a value for an error message; one longer than `limit` characters is cut."""
     return repr(value if len(value) <= limit else value[:limit] + "...")
 
 
 def printable(text: str) -> str:
-    """The text with what a terminal would obey or hide escaped, newlines apart."""
+    """Escape every character of `text` that a terminal would obey or hide, except newlines."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the name of its class where it has none."""
+    """Return the first line of an error's message, or the name of its class where the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def count_noun(number: int, noun: str) -> str:
-    """A number with thousands separators and its noun, such as "1 row" or "2,048 rows"."""
+    """Format a count with its noun, such as "1 row" or "2,048 rows"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+class LineError(ValueError):
+    """A line that is not UTF-8 text of a sensible length. The message names file, line and remedy."""
+
+
+def read_limited_lines(path: str | Path, *, newline: str | None = None) -> Iterator[tuple[int, str]]:
+    """Yield the number (from 1) and the text of each line of a UTF-8 file, with its line end.
+
+    A line is read only up to `MAX_LINE` characters, so that a file of any content needs little memory. A byte order mark is
+    skipped.
+
+    Args:
+        path: The file.
+        newline: As in `open`: None translates every line end to a newline; a newline character leaves them as they are.
+
+    Raises:
+        LineError: A line is too long, is not UTF-8, or has a NUL character.
+    """
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline=newline) as file:
+        for number in count(1):
+            line = file.readline(MAX_LINE + 1)
+            if not line:
+                return
+            if problem := _line_problem(line.removesuffix("\n")):
+                raise LineError(f"{path}:{number}: {problem}")
+            yield number, line
+
+
+def _line_problem(line: str) -> str | None:
+    if len(line) > MAX_LINE:
+        return f"line of more than {MAX_LINE:,} characters, {quote(line)}: name a split list or manifest"
+    if match := _UNDECODED.search(line):
+        return f"not UTF-8 (byte 0x{ord(match.group()) - 0xDC00:02X} in {quote(line)}): save the file as UTF-8"
+    if "\0" in line:
+        return f"a NUL in {quote(line)}: save the file as UTF-8"
+    return None

@@ -1,0 +1,1 @@
+../dailytalk_usdm.py

@@ -1,0 +1,57 @@
+"""Unit model folders in model repositories of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, but its stubs do not export it
+
+from usdm_sft.units.folder import DESCRIPTION, FILES
+from usdm_sft.utils.texts import first_line
+
+
+def find_folder(name_or_path: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> Path:
+    """Return the unit model folder that `name_or_path` names; a repository is downloaded into the Hub's cache.
+
+    Args:
+        name_or_path: A folder, or the id of a model repository such as "user/unit-model". An existing folder wins.
+        revision: Branch, tag or commit of the repository.
+        token: Token for the Hub, as `huggingface_hub.snapshot_download` takes it.
+
+    Raises:
+        FileNotFoundError: The repository is not one of a unit model.
+        OSError: The repository cannot be downloaded.
+        ValueError: `revision` is given for a folder.
+    """
+    folder = Path(name_or_path).expanduser()
+    if not folder.is_dir() and _is_repository_id(str(name_or_path)):
+        return _download(str(name_or_path), revision, token)
+    if revision is not None:
+        raise ValueError(f"revision is {revision!r}, but {folder} is not a repository of the Hub: leave it out")
+    return folder.resolve()
+
+
+def _is_repository_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1
+
+
+def _download(repository: str, revision: str | None, token: str | bool | None) -> Path:
+    files = [DESCRIPTION, *FILES]
+    try:
+        folder = Path(snapshot_download(repository, revision=revision, token=token, allow_patterns=files))
+    except OSError as error:  # what huggingface_hub raises without network, repository, revision or permission
+        raise OSError(
+            f"{repository} is not a folder and cannot be downloaded from the Hub ({first_line(error)}): "
+            "correct the name or the revision, or check the network and the token"
+        ) from error
+    if not (folder / DESCRIPTION).is_file():
+        raise FileNotFoundError(
+            f"the repository {repository} holds no {DESCRIPTION}: upload a folder that 'dailytalk-usdm convert' made"
+        )
+    return folder
