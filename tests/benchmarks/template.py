@@ -1,8 +1,8 @@
-"""Template: pairs a second on one core, with as many pairs, words and units as DailyTalk has.
+"""Benchmark of the template: pairs per second on one core, with DailyTalk's number of pairs, words and units.
 
     python -m tests.benchmarks.template [--tokenizer FOLDER] [--pairs 21100]
 
-The `.map` part is left out where datasets is not installed. Without --tokenizer the offline one is built.
+By default the tokenizer is built offline.
 """
 
 import argparse
@@ -10,74 +10,19 @@ import os
 import tempfile
 
 import numpy as np
+from datasets import Dataset, disable_progress_bars
 
 from tests.benchmarks.common import WORDS, alternate, lengths, machine, table, timed
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import NUM_UNITS, load_tokenizer
 
 VOCABULARY = [
-    "the",
-    "you",
-    "to",
-    "i",
-    "a",
-    "and",
-    "it",
-    "is",
-    "of",
-    "that",
-    "in",
-    "what",
-    "do",
-    "have",
-    "for",
-    "we",
-    "can",
-    "your",
-    "this",
-    "be",
-    "with",
-    "are",
-    "on",
-    "not",
-    "my",
-    "at",
-    "me",
-    "so",
-    "but",
-    "good",
-    "go",
-    "like",
-    "know",
-    "how",
-    "about",
-    "time",
-    "see",
-    "there",
-    "please",
-    "really",
-    "would",
-    "think",
-    "want",
-    "just",
-    "some",
-    "very",
-    "well",
-    "here",
-    "right",
-    "come",
-    "work",
-    "day",
-    "tomorrow",
-    "coffee",
-    "restaurant",
-    "weather",
-    "expensive",
-    "actually",
-    "definitely",
-    "appointment",
-    "wonderful",
-]
+    "the", "you", "to", "i", "a", "and", "it", "is", "of", "that", "in", "what", "do", "have", "for", "we", "can",
+    "your", "this", "be", "with", "are", "on", "not", "my", "at", "me", "so", "but", "good", "go", "like", "know",
+    "how", "about", "time", "see", "there", "please", "really", "would", "think", "want", "just", "some", "very",
+    "well", "here", "right", "come", "work", "day", "tomorrow", "coffee", "restaurant", "weather", "expensive",
+    "actually", "definitely", "appointment", "wonderful",
+]  # fmt: skip
 
 
 def main() -> None:
@@ -101,23 +46,20 @@ def main() -> None:
     columns = {"user_units": units(0), "user_text": texts(), "agent_text": texts(), "agent_units": units(1)}
     encoder = TemplateEncoder(load_tokenizer(args.tokenizer))
     num_tokens = sum(map(len, encoder(columns)["input_ids"]))
-    runs = {"encoder alone": lambda: timed(lambda: encoder(columns))}
-    try:
-        from datasets import Dataset, disable_progress_bars
-    except ImportError:
-        print("datasets is not installed: .map is left out")
-    else:
-        disable_progress_bars()
-        folder = tempfile.TemporaryDirectory()
-        Dataset.from_dict(columns).save_to_disk(folder.name)
-        rows = Dataset.load_from_disk(folder.name)
+    disable_progress_bars()
+    with tempfile.TemporaryDirectory() as folder:
+        Dataset.from_dict(columns).save_to_disk(folder)
+        rows = Dataset.load_from_disk(folder)
 
         def mapped() -> None:
             options = {"batched": True, "remove_columns": rows.column_names, "load_from_cache_file": False}
-            rows.with_format("numpy").map(encoder, cache_file_name=f"{folder.name}/out.arrow", **options)
+            rows.with_format("numpy").map(encoder, cache_file_name=f"{folder}/out.arrow", **options)
 
-        runs["through .map, Arrow file written"] = lambda: timed(mapped)
-    times = alternate(runs, args.rounds)
+        runs = {
+            "encoder alone": lambda: timed(lambda: encoder(columns)),
+            "through .map, Arrow file written": lambda: timed(mapped),
+        }
+        times = alternate(runs, args.rounds)
     print(
         machine(),
         f"one core used; {args.pairs:,} pairs, {num_tokens:,} tokens; median of {args.rounds} rounds\n",

@@ -1,9 +1,13 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from tests.mini_hub import serve
 from usdm_sft.template import tokenizer as module
 from usdm_sft.template.tokenizer import build_tokenizer, check_tokenizer, load_tokenizer
 
@@ -143,3 +147,38 @@ def test_another_model_in_mistral_common_is_refused(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "data")
     with pytest.raises(ImportError, match="pip install 'dailytalk-usdm"):
         build_tokenizer()
+
+
+LOAD = """
+import json, sys
+from usdm_sft.template.tokenizer import check_tokenizer, load_tokenizer
+token = sys.stdin.read()
+sizes = [
+    check_tokenizer(load_tokenizer("tester/tokenizer", sys.argv[1], revision=revision, token=token).backend_tokenizer)
+    for revision in (None, "v1")
+]
+print(json.dumps(sizes))
+load_tokenizer("tester/tokenizer", sys.argv[1] + "-empty")
+"""
+
+
+def test_private_tokenizer_is_loaded_with_token_and_revision(tmp_path):
+    server, hub, url = serve(token="hf_aVerySecretToken")
+    repo = hub.create("models", "tester/tokenizer", True)
+    for branch, num_units in (("v1", 100), ("main", 50)):
+        build_tokenizer(num_units=num_units).save_pretrained(tmp_path / branch)
+        files = {path.name: ("reg", path.read_bytes()) for path in (tmp_path / branch).iterdir()}
+        hub.commit(repo, branch, files, [], branch, None)
+    environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(tmp_path / "cache")],
+        env=environment | {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"},
+        input=hub.token,
+        capture_output=True,
+        text=True,
+    )
+    server.shutdown()
+    assert json.loads(done.stdout) == [50, 100], done.stderr
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("OSError: tokenizer tester/tokenizer is not a folder and cannot be fetched from the Hub (")
+    assert "hf_aVerySecretToken" not in done.stderr
