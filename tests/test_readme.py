@@ -26,9 +26,8 @@ def test_every_test_of_the_table_exists():
         for path in TESTS.rglob("test_*.py")
         for name in names_of_tests(path)
     }
-    rows = [
-        line.split(" | ") for line in (TESTS / "README.md").read_text(encoding="utf-8").splitlines() if " | " in line
-    ]
+    table = (TESTS / "README.md").read_text(encoding="utf-8").partition("[start:faults]")[2]
+    rows = [line.split(" | ") for line in table.splitlines() if " | " in line]
     rows = [row for row in rows if not row[0].startswith(("| fault", "| **"))]
     assert len(rows) > 70
     for row in rows:
