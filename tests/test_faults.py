@@ -1,4 +1,7 @@
-"""Runs that are killed or interrupted, or that lack disk space, memory or permission: finished work is kept, and a rerun gives the same bytes."""
+"""Runs that are killed or interrupted, or that lack disk space, memory or permission.
+
+Finished work is kept, and a rerun gives the same bytes.
+"""
 
 import glob
 import os

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine, DailyTalk's size in numbers, medians of alternating runs, one table."""
+"""Helpers of the benchmarks: facts of the machine, DailyTalk's size, medians of alternating runs, a table."""
 
 import os
 import platform
@@ -8,26 +8,26 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-# DailyTalk: 23,676 utterances of 3.04 s on average; 2,532 dialogs of 9.35 turns; 43.8 characters and 8.6 words a turn. The spread
-# is that of the transcripts' lengths: log-normal, sigma 0.66.
+# DailyTalk has 23,676 utterances of 3.04 s and 2,532 dialogs of 9.35 turns; a turn has 43.8 characters and 8.6 words. The lengths
+# are log-normal with the sigma of the transcripts' lengths.
 MEAN_SECONDS, SIGMA, TURNS, WORDS = 3.04, 0.66, 9.35, 8.6
 
 
 def lengths(num: int, seed: int = 0) -> np.ndarray:
-    """Seconds of `num` utterances, distributed like DailyTalk's."""
+    """Draw the seconds of `num` utterances from DailyTalk's distribution."""
     drawn = np.random.default_rng(seed).lognormal(0, SIGMA, num) * MEAN_SECONDS / np.exp(SIGMA**2 / 2)
     return drawn.clip(0.3, 20)
 
 
 def speechlike(num_samples: int, rng: np.random.Generator) -> np.ndarray:
-    """(num_samples,) float32 noise with the slope of a speech spectrum and syllables of 5 Hz."""
+    """Make (num_samples,) float32 noise with the slope of a speech spectrum and syllables at 5 Hz."""
     walk = np.convolve(rng.standard_normal(num_samples + 31), np.exp(-np.arange(32) / 8), mode="valid")
     syllables = 0.6 + 0.4 * np.sin(np.arange(num_samples) * (2 * np.pi * 5 / 16_000) + rng.uniform(0, 6))
     return (0.1 * walk * syllables).astype(np.float32)
 
 
 def alternate(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """Median of each run's result over rounds in which every run has its turn."""
+    """Run everything once per round and return the median result of each run."""
     results: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():

@@ -1,9 +1,9 @@
-"""Unit tokenization: audio seconds a second of each precision, against the reference's way in the same run.
+"""Unit tokenization: audio seconds per second for each precision, and for the reference's way in the same run.
 
     python -m tests.benchmarks.units [--utterances 2000] [--baseline_utterances 60] [--rounds 3] [--precisions fp32 fp16 ...]
 
-The reference's way is all 48 layers in float32, one utterance at a time. The model has XLS-R 1B's shape and random weights, the
-audio DailyTalk's length distribution. Needs torch, transformers and numpy beside the project, no more.
+The reference computes all 48 layers in float32, one utterance at a time. The model has the shape of XLS-R 1B and random weights;
+the audio has DailyTalk's distribution of lengths. Needs torch, transformers and numpy besides the project.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from usdm_sft.units.tokenizer import UnitTokenizer
 
 NUM_UNITS = 10_000
 SHARD_UTTERANCES = 600  # 64 dialogs
-# Beside the precisions of the package: the same with TF32 in front, to be decided by measured agreement.
+# Candidates besides the precisions of the package, with TF32 in the front.
 unit_model.PRECISIONS |= {
     "fp16, tf32 front": Precision(torch.float16, "tf32"),
     "bf16, tf32 front": Precision(torch.bfloat16, "tf32"),
@@ -45,7 +45,7 @@ def cut(config: dict, weights: dict, layers: int) -> tuple[dict, dict]:
 
 
 def centroids(config: dict, weights: dict, device: torch.device) -> np.ndarray:
-    """Centroids where features lie: frames of the model itself, with noise of half their spread."""
+    """Make centroids among the features: frames of the model itself with noise of half their spread."""
     rng = np.random.default_rng(1)
     model = UnitModel(config, dict(weights), np.zeros((1, config["hidden_size"]), np.float32)).to(device)
     audio = torch.from_numpy(speechlike(20 * 16_000, rng))[None].to(device)
@@ -60,7 +60,7 @@ def tokenizer(
 ):
     settings = {"device": device.type, "precision": precision, "resampler": "soxr", "batch_seconds": batch_seconds}
     made = UnitTokenizer(Path(), "benchmark", settings, str(device))
-    made.normalization = "fairseq"  # there is no folder to ask
+    made.normalization = "fairseq"  # there is no folder to read it from
     made._model = UnitModel(config, dict(weights), kmeans, precision).to(device)
     return made
 
@@ -71,7 +71,7 @@ def own_bytes(which: UnitTokenizer) -> int:
 
 
 def flops(num_samples: int, config: dict) -> tuple[float, float]:
-    """Multiplications and additions of (the front and k-means, the layers)."""
+    """Return the number of multiplications and additions in the front with k-means, and in the layers."""
     width, frames = config["hidden_size"], num_frames(num_samples)
     front, length, channels = 0.0, num_samples, 1
     for out, kernel, stride in zip(config["conv_dim"], config["conv_kernel"], config["conv_stride"], strict=True):
@@ -85,7 +85,7 @@ def flops(num_samples: int, config: dict) -> tuple[float, float]:
 
 
 def matmul_rate(dtype: torch.dtype, tf32: bool, device: torch.device) -> float:
-    """FLOP/s of a large matrix product, the median of five."""
+    """Measure the FLOP/s of a large matrix product, the median of five."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
 
@@ -115,7 +115,7 @@ def main() -> None:
     device = torch.device("cuda" if cuda else "cpu")
     rng = np.random.default_rng(0)
     audio = [speechlike(int(seconds * 16_000), rng) for seconds in lengths(args.utterances)]
-    waveforms = [prepare_waveform(torch.from_numpy(each), "") for each in audio]  # in prepare(), threads do this ahead
+    waveforms = [prepare_waveform(torch.from_numpy(each), "") for each in audio]  # prepare() does this ahead in threads
     samples = [waveform.num_samples for waveform in waveforms]
     work_shards = [slice(start, start + SHARD_UTTERANCES) for start in range(0, len(waveforms), SHARD_UTTERANCES)]
     short = waveforms[: args.baseline_utterances]
@@ -135,7 +135,7 @@ def main() -> None:
     expected = tokenize(expected)
 
     agreement, memory = {}, {}
-    for name, each in ours.items():  # the warm-up as well
+    for name, each in ours.items():  # also the warm-up
         if cuda:
             torch.cuda.reset_peak_memory_stats()
             others = torch.cuda.memory_allocated() - own_bytes(each)
@@ -152,7 +152,7 @@ def main() -> None:
     if "fp32" in ours:
         runs["35 layers, one at a time"] = lambda: one_at_a_time(ours["fp32"])
     runs |= {name: lambda each=each: timed(lambda: tokenize(each)) / seconds for name, each in ours.items()}
-    cost = alternate(runs, args.rounds)  # seconds a second of audio
+    cost = alternate(runs, args.rounds)  # seconds per second of audio
 
     rates = {}
     for name in args.precisions:
@@ -179,7 +179,17 @@ def main() -> None:
     )
     print("; ".join(f"{d} {'tf32 ' if t else ''}{rate / 1e12:.2f} TFLOP/s" for (d, t), rate in rates.items()))
     print(f"median of {args.rounds} alternating rounds\n")
-    table(["", "audio s / s", "times the reference's way", "of the roofline", "peak memory", "units as in fp32"], rows)
+    table(
+        [
+            "",
+            "audio s / s",
+            "speed relative to the reference's way",
+            "of the roofline",
+            "peak memory",
+            "units equal to fp32",
+        ],
+        rows,
+    )
 
 
 if __name__ == "__main__":

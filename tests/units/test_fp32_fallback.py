@@ -1,4 +1,4 @@
-"""Utterances that overflow in fp16: their units are those of fp32, and they are listed wherever the run is described."""
+"""Utterances that overflow in fp16 get the units of fp32 and are listed in counts.json and in the card."""
 
 import json
 import shutil
@@ -33,10 +33,10 @@ def change_weights(folder, change):
 
 @pytest.fixture(scope="module")
 def loud(unit_model, mini, tmp_path_factory):
-    """A unit model in which one utterance of the mini corpus overflows in fp16 -> (folder, path of the utterance).
+    """A unit model in which one utterance of the mini corpus overflows in fp16, and the path of the utterance.
 
-    The first matrix of a feed-forward block is scaled until only the utterance with the largest product exceeds fp16, and the
-    second scaled back.
+    The first matrix of a feed-forward block is scaled until only the utterance with the largest product exceeds the range of
+    fp16; the second matrix is scaled back.
     """
     model = UnitModel.from_pretrained(unit_model)
     largest, products = {}, []
@@ -47,7 +47,7 @@ def loud(unit_model, mini, tmp_path_factory):
         model(normalize(waveform)[None], torch.tensor([num_frames(len(waveform))]))
         largest[str(path)] = products.pop()
     first, second = sorted(largest, key=largest.get, reverse=True)[:2]
-    assert largest[first] > 1.1 * largest[second]  # far more than fp16 rounds by
+    assert largest[first] > 1.1 * largest[second]  # far above the rounding of fp16
     scale = LARGEST_FP16 / (largest[first] * largest[second]) ** 0.5
 
     def change(weights):

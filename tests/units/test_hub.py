@@ -17,6 +17,7 @@ def hub(unit_model, tmp_path, monkeypatch):
     """Serve the toy unit model as a public and as a private repository -> the stand-in's state."""
     server, hub, url = serve()
     monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -65,7 +66,7 @@ def test_files_of_a_repository_are_checked_against_their_digests(hub, unit_model
     commit(hub, {"kmeans.npy": bytes(content)})
     with pytest.raises(ValueError, match=r"kmeans\.npy is not the file that was converted"):
         UnitTokenizer.from_pretrained(REPOSITORY, device="cpu")
-    assert UnitTokenizer.from_pretrained(REPOSITORY, device="cpu", revision=good).num_units == 10_000
+    assert UnitTokenizer.from_pretrained(REPOSITORY, device="cpu", revision=good).num_units == 100
 
 
 def test_private_repository_needs_a_token(hub):
@@ -73,7 +74,7 @@ def test_private_repository_needs_a_token(hub):
         OSError, match=r"tester/private is not a folder and cannot be downloaded .* check the network and"
     ):
         UnitTokenizer.from_pretrained("tester/private", device="cpu", token=False)
-    assert UnitTokenizer.from_pretrained("tester/private", device="cpu", token="hf_test").num_units == 10_000
+    assert UnitTokenizer.from_pretrained("tester/private", device="cpu", token="hf_test").num_units == 100
 
 
 def test_unknown_repository_and_revision(hub):

@@ -1,4 +1,4 @@
-"""Unit model folders of strangers are checked though their digests fit; units depend on the folder and the audio only."""
+"""Untrusted unit model folders are checked even if their digests fit; units depend on the folder and the audio only."""
 
 import json
 import shutil
@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.helpers import FIXTURES
 from usdm_sft.convert.convert import convert
 from usdm_sft.units import tokenizer as units
+from usdm_sft.units.model import UnitModel
 from usdm_sft.units.tokenizer import UnitTokenizer
 from usdm_sft.utils.cache import sha256_file
 
@@ -32,7 +33,7 @@ def folder(converted, tmp_path):
 
 
 def change_file(folder, name, change):
-    """Change a file of a unit model folder and record its new digest, as a stranger would who knows how."""
+    """Change a file of a unit model folder and record its new digest, as an attacker can."""
     change(folder / name)
     description = json.loads((folder / "unit_model.json").read_text())
     description["files"][name] = sha256_file(folder / name)
@@ -62,11 +63,11 @@ def set_weights(change):
         ("kmeans.npy", lambda path: np.save(path, np.zeros((200, 64))), "kmeans.npy is float64"),
         ("kmeans.npy", lambda path: np.save(path, np.zeros((9, 64), np.float32)), "not 200 float32 centroids"),
         ("kmeans.npy", lambda path: np.save(path, np.full((200, 64), np.nan, np.float32)), "holds NaN"),
-        # The pickle that a stranger would send; only reading it must be refused.
+        # An attacker would send a pickle; writing it here is safe, and reading it is refused.
         ("kmeans.npy", lambda path: np.save(path, np.array([print]), allow_pickle=True), "allow_pickle=False"),
     ],
 )  # fmt: skip
-def test_folder_of_a_stranger_with_fitting_digests(folder, name, change, message):
+def test_untrusted_folder_with_fitting_digests_is_checked(folder, name, change, message):
     change_file(folder, name, change)
     with pytest.raises(
         ValueError, match=f"model is not what convert wrote .*{message}.* convert the unit model again$"
@@ -83,19 +84,48 @@ def test_folder_of_a_stranger_with_fitting_digests(folder, name, change, message
     ],
     ids=str,
 )  # fmt: skip
-def test_description_of_a_stranger(folder, keys):
-    """A file that it does not name would be opened unchecked, and would not be in the key of the cache."""
+def test_untrusted_description_is_checked(folder, keys):
+    """A file without a digest would be opened unchecked, and would be missing from the cache key."""
     set_keys(**keys)(folder / "unit_model.json")
     with pytest.raises(ValueError, match=r"unit_model\.json is not what convert wrote: remove the folder"):
         UnitTokenizer.from_pretrained(folder, device="cpu")
 
 
-def test_more_layers_than_there_are_weights(folder):
-    """They would be built first, however many."""
+def test_more_layers_than_weights_are_refused_before_the_model_is_built(folder):
     set_keys(layer=200)(folder / "unit_model.json")
     change_file(folder, "config.json", set_keys(num_hidden_layers=200))
     with pytest.raises(ValueError, match=r"config\.json is not of a model of 200 layers"):
         UnitTokenizer.from_pretrained(folder, device="cpu").tokenize_waveforms([np.zeros(400, np.float32)])
+
+
+def test_model_without_layers_is_refused(folder):
+    set_keys(layer=0)(folder / "unit_model.json")
+    change_file(folder, "config.json", set_keys(num_hidden_layers=0))
+    with pytest.raises(ValueError, match=r"config\.json is not of a model of 0 layers"):
+        UnitModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("place", "finite"),
+    [((0, 0, 3), [False, True]), ((0, 2, 0), [False, True]), ((1, 1, 0), [True, False]), ((1, 2, 5), [True, True])],
+    ids=["first frame", "last frame", "last frame before the padding", "padding"],
+)
+def test_one_feature_that_is_not_finite_marks_its_row_except_in_the_padding(converted, monkeypatch, place, finite):
+    model = UnitModel.from_pretrained(converted)
+    features = torch.zeros(2, 3, model.centroids.shape[1])
+    features[place] = torch.inf
+    monkeypatch.setattr(model, "features", lambda waveforms, frames: features)
+    _, found = model(torch.zeros(2, 1040), torch.tensor([3, 2]))
+    assert found.tolist() == finite
+
+
+def test_first_of_equally_near_centroids_is_the_unit(converted):
+    model = UnitModel.from_pretrained(converted)
+    expected = model.nearest(model.centroids[[7, 3]])
+    assert expected.tolist() == [7, 3]
+    model.centroids.zero_()
+    model.centroid_norms.zero_()
+    assert model.nearest(torch.ones(2, model.centroids.shape[1])).tolist() == [0, 0]
 
 
 def test_code_beside_a_unit_model_is_not_run(folder, tmp_path):
@@ -120,7 +150,7 @@ def setting(set_value, value, default):
         set_value(default)
 
 
-def of_onednn(part):
+def fp32_precision_of(part):
     return lambda value: setattr(part, "fp32_precision", value)
 
 
@@ -132,9 +162,9 @@ CALLERS_SETTINGS = {
     "deterministic algorithms": lambda: setting(torch.use_deterministic_algorithms, True, False),
     "matmul precision high": lambda: setting(torch.set_float32_matmul_precision, "high", "highest"),
     "matmul precision medium": lambda: setting(torch.set_float32_matmul_precision, "medium", "highest"),
-    "oneDNN": lambda: setting(of_onednn(torch.backends.mkldnn), "bf16", "none"),
-    "oneDNN matmul": lambda: setting(of_onednn(torch.backends.mkldnn.matmul), "bf16", "none"),
-    "oneDNN conv": lambda: setting(of_onednn(torch.backends.mkldnn.conv), "bf16", "none"),
+    "oneDNN": lambda: setting(fp32_precision_of(torch.backends.mkldnn), "bf16", "none"),
+    "oneDNN matmul": lambda: setting(fp32_precision_of(torch.backends.mkldnn.matmul), "bf16", "none"),
+    "oneDNN conv": lambda: setting(fp32_precision_of(torch.backends.mkldnn.conv), "bf16", "none"),
 }
 
 
@@ -164,7 +194,7 @@ def test_resampler_on_the_device_runs_without_the_callers_autocast(converted, mo
 
 
 def test_the_mask_of_a_long_utterance_takes_no_memory(tmp_path):
-    """160 s whose appended sample completes a frame, which is masked, and 160 s without one."""
+    """Compare 160 s whose appended sample completes a masked frame with 160 s without one."""
     code = """
 import resource, sys
 import numpy as np

@@ -505,7 +505,10 @@ def test_half_precision_keeps_most_units(tmp_path, name):
     for precision, share in (("fp16", 0.97), ("bf16", 0.9)):
         tokenizer = UnitTokenizer.from_pretrained(made, device="cpu", precision=precision)
         layer = tokenizer.model.layers[0]
-        assert layer.attention.q_proj.weight.dtype != layer.layer_norm.weight.dtype == torch.float32
+        half = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+        assert {each.dtype for part in (layer.attention, layer.feed_forward) for each in part.parameters()} == {half}
+        norms = [*layer.layer_norm.parameters(), *layer.final_layer_norm.parameters()]
+        assert {each.dtype for each in norms} == {torch.float32}
         assert np.mean(np.concatenate(tokenizer.tokenize_waveforms(waveforms)) == expected) > share
 
 

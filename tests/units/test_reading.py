@@ -1,4 +1,4 @@
-"""Audio that is read ahead: in threads, in forked processes, and by the command that prints units as files finish."""
+"""Audio is read ahead in threads, in forked processes, and by the command that prints units as files finish."""
 
 import json
 import math
@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from usdm_sft.units.tokenizer import UnitTokenizer
 
 @pytest.fixture
 def corpus_files(mini):
-    """-> paths of four utterances, and the reference's units of each."""
+    """Paths of four utterances, and the reference's units of each."""
     expected = json.loads((mini / "expected" / "units.json").read_text())
     paths = [mini / "corpus" / "data" / "3" / f"{name}.wav" for name in ("0_0_d3", "1_1_d3", "2_0_d3", "3_1_d3")]
     return [str(path) for path in paths], [expected[path.stem] for path in paths]
@@ -32,7 +33,7 @@ def corpus_files(mini):
 
 @pytest.fixture
 def two_seconds(tmp_path):
-    """-> ten files of two seconds of noise."""
+    """Ten files with two seconds of noise each."""
     rng = np.random.default_rng(0)
     paths = [str(tmp_path / f"{index}.wav") for index in range(10)]
     for path in paths:
@@ -41,7 +42,7 @@ def two_seconds(tmp_path):
 
 
 def run_python(code, *args):
-    """Run a script with several torch threads; one that hangs is an error."""
+    """Run a script with several torch threads; a script that hangs is an error."""
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     done = subprocess.run(
         [sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=120, env=environment
@@ -77,7 +78,7 @@ print(json.dumps(list(loader)))
 
 @pytest.mark.parametrize("call", ["tokenize_files(paths)[0]", "tokenize_waveforms([read_waveform(p) for p in paths])"])
 def test_forked_process_without_a_data_loader(unit_model, corpus_files, call):
-    """It inherits torch without torch's own threads, too."""
+    """The forked process inherits torch without torch's threads."""
     code = f"""
 import json, multiprocessing, sys
 import torch
@@ -133,8 +134,9 @@ def test_cuda_tokenizer_that_is_pickled_into_a_forked_process(unit_model, monkey
         UnitTokenizer.__new__(UnitTokenizer).__setstate__(tokenizer.__getstate__())
 
 
-def test_after_an_error_what_waits_is_not_read(monkeypatch):
-    monkeypatch.setattr(reading, "ThreadPoolExecutor", lambda **options: OneThread())
+def test_sources_that_wait_are_not_read_after_an_error(monkeypatch):
+    one_thread = ThreadPoolExecutor(1)
+    monkeypatch.setattr(reading, "ThreadPoolExecutor", lambda **options: one_thread)
     begun, held = [], threading.Event()
 
     def read(source):
@@ -156,13 +158,7 @@ def test_after_an_error_what_waits_is_not_read(monkeypatch):
     assert begun[0] == "bad" and not {"waiting", "forgotten"} & set(begun)
 
 
-def OneThread():
-    from concurrent.futures import ThreadPoolExecutor
-
-    return ThreadPoolExecutor(1)
-
-
-def test_audio_seconds(tmp_path, two_seconds):
+def test_audio_seconds_is_the_length_in_the_header(tmp_path, two_seconds):
     assert audio_seconds(two_seconds[0]) == 2
     assert audio_seconds(format_address(two_seconds[0], 0.5, 1.25)) == 0.75
     assert audio_seconds(f"{two_seconds[0]}\n{format_address(two_seconds[1], 0.5, 1)}") == 2.5
@@ -174,7 +170,7 @@ def test_audio_seconds(tmp_path, two_seconds):
     assert audio_seconds(f"zip://a.wav::{tmp_path / 'text.zip'}") == math.inf
 
 
-def test_groups_are_neighbours_of_so_many_seconds_together(two_seconds):
+def test_groups_are_neighbours_up_to_the_given_seconds(two_seconds):
     long = "\n".join(two_seconds[:4])
     sources = [*two_seconds[:3], long, two_seconds[3], "none.wav", *two_seconds[4:6]]
     assert list(group_by_seconds(sources, 4)) == [
@@ -188,7 +184,7 @@ def test_groups_are_neighbours_of_so_many_seconds_together(two_seconds):
     assert list(group_by_seconds([], 4)) == []
 
 
-def test_streaming_reads_two_groups_ahead_at_the_most(unit_model, two_seconds, monkeypatch):
+def test_streaming_reads_at_most_two_groups_ahead(unit_model, two_seconds, monkeypatch):
     tokenizer = UnitTokenizer.from_pretrained(unit_model, device="cpu", batch_seconds=4)
     given = []
     read = reading.read_waveform
@@ -206,7 +202,7 @@ def test_streaming_reads_two_groups_ahead_at_the_most(unit_model, two_seconds, m
 def test_a_bad_file_ends_the_stream_after_those_before_it(unit_model, two_seconds, monkeypatch):
     tokenizer = UnitTokenizer.from_pretrained(unit_model, device="cpu", batch_seconds=6)
     samples, rate = soundfile.read(two_seconds[4])
-    samples[5] = np.nan  # its header is good
+    samples[5] = np.nan  # its header is valid
     soundfile.write(two_seconds[4], samples, rate, subtype="FLOAT")
     expected, _ = tokenizer.tokenize_files(two_seconds[:4])
     given = []
@@ -237,7 +233,7 @@ def test_command_prints_each_file_when_it_is_finished(unit_model, corpus_files, 
     assert [sources for sources, _ in seen] == [paths[:3], ["none.wav"], ["none.wav"]]
     lines = [json.loads(line) for line in "".join([out for _, out in seen] + [captured.out]).splitlines()]
     assert lines == [{"file": path, "units": row} for path, row in zip(paths[:3], units[:3], strict=True)]
-    assert seen[1][1].count("\n") == 3  # before the next file is begun
+    assert seen[1][1].count("\n") == 3  # before the next file starts
     assert captured.err == (
         "dailytalk-usdm units: audio file none.wav does not exist: correct the path, or complete the corpus\n"
     )

@@ -1,3 +1,5 @@
+"""`UnitTokenizer` against the reference, as a `.map` callable, in pickles and with bad input."""
+
 import copy
 import json
 import multiprocessing.reduction
@@ -59,21 +61,21 @@ def tokenizer(fairseq):
     scope="module", params=[FIXTURES / "units", pytest.param(SHARED / "oracle" / "units", marks=pytest.mark.oracle)]
 )
 def golden(request):
-    """What the real UnitExtractor gave -> (cases, waveforms, padded batches)."""
+    """Output of the real UnitExtractor: cases, waveforms and padded batches."""
     expected, waveforms = load(request.param)
     cases = {name: case for name, case in expected["cases"].items() if case["kind"] != "too_short"}
     return cases, waveforms, expected["padded_batches"]
 
 
 def assert_units(found, case, name):
-    """Equal, but where two centroids are nearest to within float rounding."""
+    """Check that units are equal, except where float rounding decides between the two nearest centroids."""
     assert len(found) == len(case["units"]), name
     for frame, (unit, expected) in enumerate(zip(found.tolist(), case["units"], strict=True)):
         assert unit == expected or unit in case["close"].get(str(frame), ()), (name, frame)
 
 
 @pytest.mark.parametrize("layout", ["fairseq", "fairseq2"])
-def test_every_case_of_the_reference_alone(request, golden, layout):
+def test_units_of_each_waveform_alone_equal_the_reference(request, golden, layout):
     tokenizer = UnitTokenizer.from_pretrained(request.getfixturevalue(layout), device="cpu")
     cases, waveforms, _ = golden
     assert len(cases) >= 38
@@ -83,7 +85,7 @@ def test_every_case_of_the_reference_alone(request, golden, layout):
         assert_units(found, case, name)
 
 
-def test_every_padded_batch_of_the_reference(tokenizer, golden):
+def test_units_in_padded_batches_equal_the_reference(tokenizer, golden):
     cases, waveforms, batches = golden
     for names in batches:
         for name, found in zip(names, tokenizer.tokenize_waveforms([waveforms[name] for name in names]), strict=True):
@@ -100,7 +102,7 @@ def test_units_do_not_depend_on_batch_and_order(fairseq, golden, batch_seconds):
         assert_units(found, cases[name], name)
 
 
-def test_features_of_the_reference(fairseq):
+def test_features_equal_the_reference(fairseq):
     model = UnitModel.from_pretrained(fairseq)
     _, waveforms = load(FIXTURES / "units")
     expected = np.load(FIXTURES / "units" / "features.npz")
@@ -119,21 +121,21 @@ def test_an_odd_number_of_samples_gets_a_sample_of_value_one():
     assert len(normalize(odd)) == 402
 
 
-def test_the_frame_that_the_appended_sample_completes_is_output(tokenizer):
+def test_frame_completed_by_the_appended_sample_is_output(tokenizer):
     assert [len(tokenizer.tokenize_waveforms([np.ones(n, np.float32)])[0]) for n in (718, 719, 720)] == [1, 2, 2]
 
 
 @pytest.mark.parametrize("num_samples", [0, 1, 398, 399])
-def test_too_short(tokenizer, num_samples):
+def test_waveform_that_is_too_short_is_named(tokenizer, num_samples):
     with pytest.raises(AudioError, match=rf"waveform 1 has {num_samples} samples at 16 kHz, fewer than the 400"):
         tokenizer.tokenize_waveforms([np.zeros(400, np.float32), np.zeros(num_samples, np.float32)])
 
 
-def test_whole_mini_corpus(unit_model, mini):
+def test_units_of_the_mini_corpus_equal_the_reference(unit_model, mini):
     expected = json.loads((mini / "expected" / "units.json").read_text())
     paths = sorted(mini.glob("corpus/data/*/*.wav"))
     found, seconds = UnitTokenizer.from_pretrained(unit_model, device="cpu").tokenize_files(paths)
-    units = {path.stem: its_units.tolist() for path, its_units in zip(paths, found, strict=True)}
+    units = {path.stem: file_units.tolist() for path, file_units in zip(paths, found, strict=True)}
     assert {name: units[name] for name in expected} == expected
     assert seconds.dtype == np.float32
     info = soundfile.info(paths[0])
@@ -141,7 +143,7 @@ def test_whole_mini_corpus(unit_model, mini):
 
 
 @pytest.mark.oracle
-def test_clip_of_dailytalk(tokenizer, shared):
+def test_units_of_a_clip_of_dailytalk_equal_the_reference(tokenizer, shared):
     expected = json.loads((shared / "oracle" / "units" / "golden.json").read_text())["files"]
     for name, case in expected.items():
         [found], _ = tokenizer.tokenize_files([shared / "oracle" / "units" / "files" / name])
@@ -165,7 +167,7 @@ def test_each_audio_of_a_batch_is_tokenized_once(tokenizer, rows, monkeypatch):
     assert np.array_equal(out["agent_units"][0], out["user_units"][1])
 
 
-def test_bytes_and_lists_of_exchanges(tokenizer, rows):
+def test_bytes_and_lists_of_exchanges_give_the_units_of_the_paths(tokenizer, rows):
     plain = tokenizer(rows)
     content = {role: [Path(path).read_bytes() for path in paths] for role, paths in rows.items()}
     lists = tokenizer({role: [[{"bytes": each, "path": None}] for each in audio] for role, audio in content.items()})
@@ -185,17 +187,17 @@ def test_every_audio_column_gives_units_and_seconds_of_its_prefix(tokenizer, row
 
 
 @pytest.mark.parametrize(("batch", "among"), [({"id": ["a"], "user_text": ["b"]}, "id, user_text"), ({}, "no columns")])
-def test_rows_without_audio(tokenizer, batch, among):
+def test_rows_without_an_audio_column_are_refused(tokenizer, batch, among):
     with pytest.raises(ValueError, match=f"there is no audio column among {among}: name it audio, or let it end in"):
         tokenizer(batch)
 
 
-def test_the_same_file_twice(tokenizer, rows):
+def test_the_same_file_twice_gives_its_units_twice(tokenizer, rows):
     (first, second), seconds = tokenizer.tokenize_files([rows["user_audio"][0]] * 2)
     assert np.array_equal(first, second) and seconds[0] == seconds[1]
 
 
-def test_what_was_read_ahead_is_used_or_forgotten(tokenizer, rows):
+def test_audio_that_was_read_ahead_is_used_or_forgotten(tokenizer, rows):
     tokenizer.read_ahead_rows(rows)
     assert len(tokenizer._reader) == 4
     tokenizer.forget_rows(rows)
@@ -214,7 +216,7 @@ def test_map_in_processes_after_a_call_in_this_one(tokenizer, rows):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_map(tokenizer, rows, streaming):
+def test_map_adds_the_columns(tokenizer, rows, streaming):
     dataset = Dataset.from_dict(rows)
     mapped = (dataset.to_iterable_dataset() if streaming else dataset).map(tokenizer, batched=True)
     expected = tokenizer(rows)
@@ -224,7 +226,7 @@ def test_map(tokenizer, rows, streaming):
         assert mapped.features["user_seconds"].dtype == "float32"
 
 
-def test_fingerprint_is_of_digest_and_settings(tokenizer, fairseq, fairseq2, tmp_path):
+def test_fingerprint_depends_on_digest_and_settings_only(tokenizer, fairseq, fairseq2, tmp_path):
     assert str(fairseq).encode() not in pickle.dumps(tokenizer)
     assert len(pickle.dumps(tokenizer)) < 1000
     (tmp_path / "elsewhere").symlink_to(fairseq)
@@ -254,7 +256,7 @@ def test_other_pickles_open_in_a_process_that_has_opened_the_unit_model(tokenize
         pickle.loads(pickled)
 
 
-def test_bad_settings_and_folders(fairseq, tmp_path):
+def test_bad_settings_and_folders_are_refused(fairseq, tmp_path):
     with pytest.raises(ValueError, match="precision 'fp8' is unknown: choose one of fp32"):
         UnitTokenizer.from_pretrained(fairseq, precision="fp8")
     with pytest.raises(ValueError, match="resampler 'sinc' is unknown: choose one of soxr, torchaudio"):
@@ -270,7 +272,7 @@ def test_bad_settings_and_folders(fairseq, tmp_path):
         UnitTokenizer.from_pretrained(tmp_path)
 
 
-def test_changed_folder_is_noticed(tmp_path_factory, tmp_path):
+def test_changed_folder_is_refused(tmp_path_factory, tmp_path):
     folder = folder_of(tmp_path_factory, "fairseq")
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[-1] ^= 1
@@ -282,7 +284,7 @@ def test_changed_folder_is_noticed(tmp_path_factory, tmp_path):
         UnitTokenizer.from_pretrained(folder, cache_dir=tmp_path)
 
 
-def test_out_of_memory_says_what_to_set(fairseq, monkeypatch):
+def test_out_of_memory_names_the_setting_to_change(fairseq, monkeypatch):
     tokenizer = UnitTokenizer.from_pretrained(fairseq, device="cpu", batch_seconds=10)
 
     def fail(self, waveforms, frames):
@@ -297,7 +299,7 @@ def test_out_of_memory_says_what_to_set(fairseq, monkeypatch):
         tokenizer.tokenize_waveforms(waveforms[:1])
 
 
-def test_a_minute_of_audio(tokenizer):
+def test_a_minute_of_audio_alone_and_in_a_batch(tokenizer):
     waveform = np.random.default_rng(0).standard_normal(60 * 16_000).astype(np.float32)
     [alone], [beside, _] = (
         tokenizer.tokenize_waveforms([waveform]),
@@ -317,8 +319,8 @@ def test_faster_precision_keeps_most_units(fairseq, golden):
     assert 0.97 < equal / sum(len(case["units"]) for case in cases.values()) < 1
 
 
-def test_resampler_on_the_device(rows, fairseq, monkeypatch):
-    """That waveforms go through it, with a stand-in that resamples as soxr does."""
+def test_waveforms_pass_the_resampler_on_the_device(rows, fairseq, monkeypatch):
+    """A stand-in for torchaudio resamples with soxr."""
     monkeypatch.setattr(
         module, "resample_on", lambda device, samples, rate: torch.from_numpy(resample(samples, rate, 16_000))
     )
@@ -328,7 +330,7 @@ def test_resampler_on_the_device(rows, fairseq, monkeypatch):
     assert tokenizer.key != UnitTokenizer.from_pretrained(fairseq, device="cpu").key
 
 
-def test_number_of_the_gpu_is_told_to_processes_and_is_not_in_the_fingerprint(fairseq, monkeypatch):
+def test_gpu_number_reaches_processes_and_is_not_in_the_fingerprint(fairseq, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     first, second = (UnitTokenizer.from_pretrained(fairseq, device=f"cuda:{index}") for index in (0, 1))
     assert Hasher.hash(first) == Hasher.hash(second)
@@ -357,6 +359,7 @@ def test_plan_is_by_length_and_fills_batches():
     lengths = [1 * seconds, 5 * seconds, 2 * seconds, 2 * seconds, 30 * seconds, 1 * seconds]
     assert plan_batches(lengths, 10) == [[4], [1], [2, 3], [0, 5]]
     assert plan_batches([7, 10, 9, 6, 10], 100) == [[1, 4, 2, 0], [3]]  # 6 is less than 0.7 of 10
+    assert plan_batches([100, 70], 100) == [[0, 1]] and plan_batches([100, 69], 100) == [[0], [1]]
     assert plan_batches([16_000] * 5, 2) == [[0, 1], [2, 3], [4]]
     assert plan_batches([], 10) == []
     assert padding_share([[10, 9, 7]], 10) == 1 - 26 / 30
@@ -384,7 +387,7 @@ KNOWN_ANSWER = """5884 2411 5280 1803 5932 3421 3992 1867 1867 4783 772 2781 210
     reason="needs the published unit model (USDM_UNIT_MODEL, a converted folder) and LJ003-0001.wav (USDM_LJ003_0001)",
 )
 def test_public_known_answer():
-    """A few frames may differ: the printed run was in TF32, and how the file was resampled is not said."""
+    """A few frames may differ: the printed run used TF32 and an unknown resampler."""
     expected = np.array(KNOWN_ANSWER.split(), dtype=np.uint16)
     [found], _ = UnitTokenizer.from_pretrained(os.environ["USDM_UNIT_MODEL"]).tokenize_files(
         [os.environ["USDM_LJ003_0001"]]

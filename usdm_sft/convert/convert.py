@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import save_file
 
 from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.convert.keys import to_transformers
@@ -27,12 +29,10 @@ from usdm_sft.convert.transformers_folder import (
 )
 from usdm_sft.template.tokenizer import MAX_UNITS
 from usdm_sft.units.folder import DESCRIPTION, FILES, read_description
+from usdm_sft.units.model import empty_model
 from usdm_sft.utils.cache import cache_root, path_lock, sha256_file
 from usdm_sft.utils.json_files import read_json
 from usdm_sft.utils.texts import first_line
-
-# torch, safetensors and transformers are imported inside functions: the command line imports this module before it parses
-# its arguments.
 
 # The layer that the reference's k-means was fit on; its 34 counts from 0.
 XLSR_LAYER = 35
@@ -91,24 +91,10 @@ def convert(
     """
     checkpoint, kmeans = Path(checkpoint).expanduser(), Path(kmeans).expanduser()
     folder = Path(unit_model_dir).expanduser().resolve()
-    description: dict[str, Any] = {"format_version": 1, "layer": layer, "sample_rate": SAMPLE_RATE}
     if not kmeans.is_file():
         raise FileNotFoundError(f"{kmeans} is not a file: name the downloaded file")
-    if checkpoint.is_dir():
-        if model_config is not None:
-            raise ValueError(
-                f"model_config {model_config} is for a .pt file: leave it out, {checkpoint} has a config.json"
-            )
-        config = read_folder_config(checkpoint, layer, final_norm=final_norm)
-        description["normalization"] = read_normalization(checkpoint)
-        sources = {path.name: path for path in weight_files(checkpoint)}
-    elif checkpoint.is_file():
-        config = _read_config(model_config, layer, final_norm=final_norm)
-        sources = {"checkpoint": checkpoint}
-    else:
-        raise FileNotFoundError(f"{checkpoint} is not a file or a folder: name the downloaded one")
-    if final_norm:
-        description["final_norm"] = True
+    config, settings, sources = _read_settings(checkpoint, model_config, layer, final_norm=final_norm)
+    description: dict[str, Any] = {"format_version": 1, "layer": layer, "sample_rate": SAMPLE_RATE, **settings}
     description["sources"] = {name: sha256_file(path) for name, path in (sources | {"kmeans": kmeans}).items()}
     with path_lock(folder, cache_root()):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -123,11 +109,32 @@ def convert(
         return _write(folder, description, config, centroids, read_weights(checkpoint, config))
 
 
+def _read_settings(
+    checkpoint: Path, model_config: str | Path | None, layer: int, *, final_norm: bool
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Path]]:
+    """Return the config of the unit model, the settings that unit_model.json records, and the files of the weights."""
+    settings: dict[str, Any] = {}
+    if checkpoint.is_dir():
+        if model_config is not None:
+            raise ValueError(
+                f"model_config {model_config} is for a .pt file: leave it out, {checkpoint} has a config.json"
+            )
+        config = read_folder_config(checkpoint, layer, final_norm=final_norm)
+        settings["normalization"] = read_normalization(checkpoint)
+        sources = {path.name: path for path in weight_files(checkpoint)}
+    elif checkpoint.is_file():
+        config = _read_config(model_config, layer, final_norm=final_norm)
+        sources = {"checkpoint": checkpoint}
+    else:
+        raise FileNotFoundError(f"{checkpoint} is not a file or a folder: name the downloaded one")
+    if final_norm:
+        settings["final_norm"] = True
+    return config, settings, sources
+
+
 def _write(
     folder: Path, description: dict[str, Any], config: dict[str, Any], centroids: np.ndarray, weights: dict[str, Any]
 ) -> Path:
-    from safetensors.torch import save_file
-
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -196,10 +203,6 @@ def _read_kmeans(path: Path, config: dict[str, Any]) -> np.ndarray:
 
 def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Return the tensors of a .pt file that the config needs, float32, under transformers' names."""
-    import torch
-
-    from usdm_sft.units.model import empty_model
-
     renamed = _load_checkpoint(path)
     weights = {}
     for key, parameter in empty_model(config).state_dict().items():
@@ -219,8 +222,6 @@ def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 def _load_checkpoint(path: Path) -> dict[str, Any]:
     """Return all tensors of a .pt file that are of use, under transformers' names."""
-    import torch
-
     try:
         # A checkpoint in torch's format from before 1.6 is not a zip file and cannot be memory-mapped.
         if is_zip := zipfile.is_zipfile(path):

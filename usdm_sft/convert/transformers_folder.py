@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoConfig, AutoModel, Wav2Vec2FeatureExtractor
+from transformers.utils import logging
+
 from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.convert.model_config import MODEL_TYPES, cut_config
 from usdm_sft.utils.json_files import read_json
 from usdm_sft.utils.texts import first_line
-
-# torch and transformers are imported inside functions: the command line imports this module before it parses its arguments.
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # Keys of config.json that do not describe the model; `auto_map` names code.
@@ -69,8 +71,6 @@ def read_normalization(folder: Path) -> str:
         FileNotFoundError: There is neither a preprocessor_config.json nor a processor_config.json, which newer processors save.
         ValueError: The feature extractor is of another kind, or not for 16 kHz.
     """
-    from transformers import Wav2Vec2FeatureExtractor
-
     try:
         values, _ = Wav2Vec2FeatureExtractor.get_feature_extractor_dict(folder, local_files_only=True)
     except OSError as error:
@@ -94,9 +94,6 @@ def read_folder_weights(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: A tensor cannot be read, is missing, has another shape than in the config, or is not finite.
     """
-    import torch
-    from transformers import AutoConfig, AutoModel
-
     try:
         with _quiet():
             model, report = AutoModel.from_pretrained(
@@ -134,8 +131,6 @@ def read_folder_weights(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Switch off transformers' progress bar and its report of unused weights."""
-    from transformers.utils import logging
-
     verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # transformers
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers

@@ -1,7 +1,7 @@
 """Token shards: the second level of the cache, one row per example with units, `input_ids` and `labels`.
 
-The key of a token shard covers the key of its unit shard, the texts, the utterances of each row, the tokenizer, the template and the
-version of the code that encodes them. `max_length` does not enter it.
+The key of a token shard covers the key of its unit shard, the texts, the utterances of each row, the tokenizer, the template
+and the version of the code that encodes them. `max_length` does not enter it.
 """
 
 from __future__ import annotations

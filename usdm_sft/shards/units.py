@@ -1,8 +1,8 @@
 """Unit shards: the first level of the cache, one row per utterance with its units and seconds.
 
-The key of a unit shard covers the ids of its utterances, the sha256 of their audio, the unit model, its settings and the version
-of the code that makes units. Rows, texts and the template do not enter it: another config, tokenizer or length limit uses
-the same unit shards.
+The key of a unit shard covers the ids of its utterances, the sha256 of their audio, the unit model, its settings and the
+version of the code that makes units. Rows, texts and the template do not enter it: another config, tokenizer or length
+limit uses the same unit shards.
 """
 
 from __future__ import annotations

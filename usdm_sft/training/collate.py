@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
+
 from usdm_sft.template.encoder import IGNORE_INDEX
 
-# transformers is imported inside the classes: `import dailytalk_usdm` in a process that only reads data can do without it.
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, list[int]]]:
@@ -33,8 +33,6 @@ class PaddingCollator:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int | None = None):
-        from transformers import DataCollatorForSeq2Seq
-
         self._collate = DataCollatorForSeq2Seq(
             tokenizer, label_pad_token_id=IGNORE_INDEX, pad_to_multiple_of=pad_to_multiple_of
         )
@@ -56,8 +54,6 @@ class PaddingFreeCollator:
     """
 
     def __init__(self, return_flash_attn_kwargs: bool = False):
-        from transformers import DataCollatorWithFlattening
-
         self._collate = DataCollatorWithFlattening(  # type: ignore[no-untyped-call]  # transformers
             return_flash_attn_kwargs=return_flash_attn_kwargs
         )

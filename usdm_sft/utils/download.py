@@ -34,9 +34,9 @@ _BUSY = (408, 425, 429, 500, 502, 503, 504)  # status codes of a server that may
 def download(url: str, path: str | Path, *, sha256: str | None = None) -> str:
     """Download `url` to `path` with a progress bar. `path` appears only when the file is complete and its digest is right.
 
-    The part that has arrived is kept in `<path>.unfinished`, with its URL and ETag in a file beside it. The next try or the next
-    run requests the rest of the same version. A server without a strong ETag, or with another version, sends the whole file
-    again. The caller makes sure that no other process writes the same path.
+    The part that has arrived is kept in `<path>.unfinished`, with its URL and ETag in a file beside it. The next try or the
+    next run requests the rest of the same version. A server without a strong ETag, or with another version, sends the whole
+    file again. The caller makes sure that no other process writes the same path.
 
     Returns:
         The sha256 of the file, in hex.
