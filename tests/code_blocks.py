@@ -1,9 +1,9 @@
-"""The code blocks of README.md and of the pages in docs/, and a folder in which their names mean small local things.
+"""Find the code blocks of README.md and docs/, and make a folder with small versions of the files that they use.
 
-A block runs as it stands, unless an HTML comment on the line before it says otherwise:
+A block runs unchanged, unless an HTML comment on the line before it says otherwise:
 
-    <!-- not run: REASON -->     a test of another file covers it, or it cannot run here
-    <!-- names: a, b -->         it needs these names, which the test that runs it gives
+    <!-- not run: REASON -->     another test covers the block, or it cannot run here
+    <!-- names: a, b -->         the test that runs the block defines these names
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BLOCK = re.compile(r"(?:^(<!-- .* -->)\n)?^```(\w+)\n(.*?)^```$", flags=re.MULT
 
 
 class Block(NamedTuple):
-    """A code block: its page, the line that it starts at, its language, and the comment before it."""
+    """A code block with its page, first line, language, and the comment before it."""
 
     page: str
     line: int
@@ -36,7 +36,7 @@ class Block(NamedTuple):
 
 
 def find_blocks(language: str) -> list[Block]:
-    """The blocks of all pages in one language."""
+    """Return the blocks of all pages in one language."""
     blocks = []
     for path in PAGES:
         text = path.read_text(encoding="utf-8")
@@ -48,13 +48,13 @@ def find_blocks(language: str) -> list[Block]:
 
 
 def find_code(word: str) -> str:
-    """The code of the one Python block that holds `word`."""
+    """Return the code of the only Python block that contains `word`."""
     [block] = [block for block in find_blocks("python") if word in block.code]
     return block.code
 
 
 def make_workplace(root: Path, dataset_folder: Path, unit_model: Path, model) -> Path:
-    """Fill a folder with what the pages name: data, configs, a unit model, and `model` as naver-ai/USTM."""
+    """Fill a folder with the files that the pages use: data, configs, a unit model, and `model` as naver-ai/USTM."""
     from usdm_sft.template.tokenizer import load_tokenizer
 
     shutil.copytree(dataset_folder, root / "dailytalk-usdm-data")
@@ -69,6 +69,6 @@ def make_workplace(root: Path, dataset_folder: Path, unit_model: Path, model) ->
 
 
 def small_environment() -> dict[str, str]:
-    """The environment of a process that trains on the CPU."""
+    """Return the environment of a process that trains on the CPU."""
     small = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     return os.environ | small | {"PYTHONPATH": str(REPOSITORY)}

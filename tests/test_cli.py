@@ -18,7 +18,7 @@ HEAVY = ("torch", "transformers", "datasets", "soundfile", "matplotlib", "pyarro
 COMMANDS = ("prepare", "convert", "units", "export", "show", "stats", "verify", "push")
 
 
-# The tests switch progress bars off, so that a terminal is not filled with them.
+# conftest.py switches progress bars off; these processes show them.
 WITH_BARS = {name: value for name, value in os.environ.items() if name != "HF_DATASETS_DISABLE_PROGRESS_BARS"}
 
 
@@ -41,7 +41,7 @@ print([name for name in {HEAVY!r} if name in sys.modules])
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
-def test_the_whole_way(tmp_path, mini, capsys):
+def test_convert_prepare_and_export_work_together(tmp_path, mini, capsys):
     source = mini / "unit_model"
     config = tmp_path / "run.yaml"
     config.write_text(f"data_dir: {mini / 'corpus'}\npretrained_model_name_or_path: mistral-common\nmax_length: 300\n")
@@ -96,7 +96,7 @@ def prepare_mini(mini, unit_model, folder, *more):
 def test_second_run_says_that_everything_is_finished(mini, unit_model, tmp_path):
     arguments = prepare_mini(mini, unit_model, tmp_path)
     first, second = command(*arguments), command(*arguments)
-    assert (first.returncode, first.stderr) == (0, "")  # which is not a terminal: no progress bars
+    assert (first.returncode, first.stderr) == (0, "")  # stderr is not a terminal: no progress bars
     assert (second.returncode, second.stdout) == (0, first.stdout)
     assert (
         second.stderr == f"{tmp_path / 'out'} is finished already, with the same settings and data: nothing was done\n"
@@ -107,13 +107,13 @@ def test_quiet_shows_no_progress_bars_in_a_terminal(mini, unit_model, tmp_path):
     shown = {}
     for name, more in (("bars", []), ("quiet", ["--quiet"])):
         arguments = [sys.executable, "-m", "usdm_sft.cli", *prepare_mini(mini, unit_model, tmp_path / name, *more)]
-        terminal, theirs = pty.openpty()
-        termios.tcsetwinsize(theirs, (24, 80))
+        terminal, child_end = pty.openpty()
+        termios.tcsetwinsize(child_end, (24, 80))
         with open(terminal, "rb", buffering=0) as terminal:
-            run = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=theirs, env=WITH_BARS)
-            os.close(theirs)
+            run = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=child_end, env=WITH_BARS)
+            os.close(child_end)
             shown[name] = b""
-            with contextlib.suppress(OSError):  # EIO: nobody writes any more
+            with contextlib.suppress(OSError):  # EIO: the other end is closed
                 while part := terminal.read(1 << 16):
                     shown[name] += part
             assert run.wait() == 0
@@ -121,7 +121,7 @@ def test_quiet_shows_no_progress_bars_in_a_terminal(mini, unit_model, tmp_path):
     assert shown["quiet"] == b""
 
 
-def test_template_of_a_yaml_file_and_of_the_command_line(tmp_path, monkeypatch):
+def test_command_line_overrides_template_options_of_the_yaml_file(tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr("usdm_sft.prepare.prepare", lambda config: given.append(config) or {"splits": {}})
     (tmp_path / "run.yaml").write_text("data_dir: d\ntemplate:\n  agent_role: Robot\n  loss: [user_text, agent_text]\n")
@@ -134,7 +134,7 @@ def test_template_of_a_yaml_file_and_of_the_command_line(tmp_path, monkeypatch):
     assert given[-1].template == Template()
 
 
-def test_bad_template_is_one_line_on_stderr(capsys):
+def test_bad_template_gives_one_line_on_stderr(capsys):
     with pytest.raises(SystemExit, match="1"):
         main(["prepare", "--data_dir", "d", "--output_path", "o", "--template.loss", "[asr]"])
     assert capsys.readouterr().err == (
@@ -143,7 +143,7 @@ def test_bad_template_is_one_line_on_stderr(capsys):
     )
 
 
-def test_null_in_a_yaml_file_is_the_default(tmp_path, monkeypatch):
+def test_null_in_a_yaml_file_means_the_default(tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr("usdm_sft.prepare.prepare", lambda config: given.append(config) or {"splits": {}})
     (tmp_path / "run.yaml").write_text("data_dir: d\nmax_length: null\nprecision: null\n")
@@ -152,7 +152,7 @@ def test_null_in_a_yaml_file_is_the_default(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("spelling", ["{{class_path: {0}}}", "{{class_path: {0}, init_args: {{}}}}", "{0}"])
-def test_a_yaml_file_imports_no_code(tmp_path, monkeypatch, capsys, spelling):
+def test_yaml_file_cannot_import_code(tmp_path, monkeypatch, capsys, spelling):
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'code-ran')!r}, 'w')\nclass Evil: pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "run.yaml").write_text(f"data_dir: d\noutput_path: o\ntemplate: {spelling.format('evil.Evil')}\n")
@@ -172,7 +172,7 @@ def test_a_yaml_file_imports_no_code(tmp_path, monkeypatch, capsys, spelling):
         ["show", "d", "--html", "a\0b"],
     ],
 )
-def test_names_that_no_file_can_have(args, tmp_path, monkeypatch, capsys):
+def test_impossible_file_names_give_one_line(args, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="1"):
         main(args)
@@ -181,7 +181,7 @@ def test_names_that_no_file_can_have(args, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_name_that_is_too_long(tmp_path, monkeypatch, capsys):
+def test_too_long_file_name_gives_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for args in (
         ["verify", "a" * 5000],
@@ -194,7 +194,7 @@ def test_name_that_is_too_long(tmp_path, monkeypatch, capsys):
         assert error.count("\n") == 1 and "File name too long" in error
 
 
-def test_units(unit_model, mini, capsys):
+def test_units_prints_one_line_per_file(unit_model, mini, capsys):
     paths = [str(mini / "corpus" / "data" / "3" / name) for name in ("0_0_d3.wav", "1_1_d3.wav")]
     main(["units", str(unit_model), *paths])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -204,7 +204,7 @@ def test_units(unit_model, mini, capsys):
     ]
 
 
-def test_bad_input_is_one_line_on_stderr(tmp_path):
+def test_bad_input_gives_one_line_on_stderr(tmp_path):
     done = command("export", str(tmp_path), str(tmp_path / "text"))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
@@ -244,7 +244,7 @@ def test_bad_input_is_one_line_on_stderr(tmp_path):
         (["prepare", "--batch_seconds", "1" * 400], "too large"),
     ],
 )
-def test_wrong_usage(tmp_path, capsys, args, message):
+def test_wrong_usage_gives_a_hint_and_a_reason(tmp_path, capsys, args, message):
     (tmp_path / "unknown.yaml").write_text("max_lenght: 3\n")
     (tmp_path / "tag.yaml").write_text('max_length: !!python/object/apply:os.system ["echo hello"]\n')
     (tmp_path / "nested.yaml").write_text("template:\n  user_rol: Q\n")

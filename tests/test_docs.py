@@ -1,4 +1,4 @@
-"""The README and the pages of docs/: their code runs, their commands exist, and what is generated is current."""
+"""README.md and docs/: the code blocks run, the commands exist, and generated files are current."""
 
 import importlib.util
 import re
@@ -16,7 +16,7 @@ from usdm_sft.cli import make_parser
 DOCS = REPOSITORY / "docs"
 PYTHON_BLOCKS = find_blocks("python")
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
-# As many steps as a test can take, in float32 on the CPU.
+# One training step in float32 on the CPU.
 SMALL = "max_steps=1, use_cpu=True, report_to='none', save_strategy='no', "
 
 
@@ -51,7 +51,7 @@ def shrink(code):
     "block", [block for block in PYTHON_BLOCKS if not MARKER.match(block.marker)], ids=lambda block: block.place
 )
 def test_python_block_runs(workplace, block):
-    """The block as it stands, but with `SMALL` steps of training."""
+    """Run the block with the training arguments `SMALL`."""
     if re.search(r"\b(trl|peft|Trainer)\b", block.code):
         pytest.importorskip("trl", reason="needs the extra 'train'")
     done = subprocess.run(
@@ -64,7 +64,7 @@ def test_python_block_runs(workplace, block):
     assert done.returncode == 0, block.code + done.stderr[-3000:]
 
 
-def test_few_blocks_are_not_run():
+def test_only_two_pages_have_blocks_that_are_not_run():
     marked = {block.place.split(":")[0]: block.marker for block in PYTHON_BLOCKS if MARKER.match(block.marker)}
     assert sorted(marked) == ["docs/hub.md", "docs/preparing.md"]
     assert len(PYTHON_BLOCKS) >= 15
@@ -90,7 +90,7 @@ def test_command_line_reference_is_current():
     assert (DOCS / "cli.md").read_text(encoding="utf-8") == load_script("make_cli").make_cli(), message
 
 
-def test_command_line_reference_names_each_option():
+def test_command_line_reference_lists_options_of_each_command():
     text = (DOCS / "cli.md").read_text(encoding="utf-8")
     for option in ("--data_dir", "--template.loss", "--on_bad_audio", "--final_norm", "--against", "--private"):
         assert f"| `{option}` |" in text
@@ -101,7 +101,7 @@ def test_picture_is_current():
     assert (DOCS / "example.svg").read_text(encoding="utf-8") == load_script("make_picture").make_picture(), message
 
 
-def test_picture_marks_exactly_what_the_loss_counts():
+def test_picture_marks_exactly_the_labelled_tokens():
     script = load_script("make_picture")
     tokenizer = script.build_tokenizer().backend_tokenizer
     input_ids, labels = script.read_row(script.LINES, script.WORDS, tokenizer)
@@ -114,7 +114,7 @@ def test_picture_marks_exactly_what_the_loss_counts():
     assert len(re.findall('class="mark"', svg)) == len(re.findall('class="loss"', svg)) == 3
 
 
-def test_picture_without_such_a_line():
+def test_words_that_no_line_contains_are_refused():
     script = load_script("make_picture")
     with pytest.raises(
         ValueError, match=r"train\.txt has no line with 'zebra crossing': name words of one of its dial"
@@ -123,7 +123,7 @@ def test_picture_without_such_a_line():
 
 
 def test_api_page_has_each_public_name():
-    """Each directive names the object that `dailytalk_usdm` gives under the heading."""
+    """Each directive names the object that its heading names in `dailytalk_usdm`."""
     page = (DOCS / "api.md").read_text(encoding="utf-8")
     found = {}
     for path, heading in re.findall(r'^::: ([\w.]+)\n    options: \{heading: "dailytalk_usdm\.(\w+)"', page, re.M):

@@ -1,4 +1,4 @@
-"""Texts of strangers: what the template accepts comes back whole, what it cannot hold is refused, and nothing of it is obeyed."""
+"""Untrusted text is either encoded without loss or refused, and is never interpreted as markup or code."""
 
 import re
 
@@ -33,12 +33,12 @@ def test_accepted_text_and_units_come_back(encoder, tokenizer, user_text, agent_
     ids, labels = encoded["input_ids"][0].tolist(), encoded["labels"][0].tolist()
     assert all(0 <= token_id < len(tokenizer) for token_id in ids)
     assert all(label in (-100, token_id) for label, token_id in zip(labels, ids, strict=True))
-    # Without the reference's code or ours: the labelled parts end at their three stop tokens.
+    # Independent of the encoder: each of the three labelled parts ends at its stop token.
     labelled = [label for label in labels if label != -100]
     assert labelled[-1] == SPACE
     speech = labelled.index(CORRESPOND)
     assert labelled[speech + 1 : -1] == [unit + UNIT_0 for unit in agent_units]
-    end_of_user = labelled.index(NEWLINE)  # an accepted text holds none
+    end_of_user = labelled.index(NEWLINE)  # an accepted text has no newline
     texts = [labelled[:end_of_user], labelled[end_of_user + 1 : speech]]
     found = [
         encoder.decode([CORRESPOND, *texts[0]]).removeprefix("<|correspond|>"),
@@ -50,12 +50,12 @@ def test_accepted_text_and_units_come_back(encoder, tokenizer, user_text, agent_
 
 
 def tokenizer_text(tokenizer, ids):
-    """Of a stretch that follows a newline: the newline keeps the tokenizer from taking a leading space."""
+    """Decode ids that follow a newline; without the newline the tokenizer would drop a leading space."""
     return tokenizer.backend_tokenizer.decode([NEWLINE, *ids], skip_special_tokens=False).removeprefix("\n")
 
 
 @pytest.mark.parametrize("character", ["\r", "\n", "\x85", "\x00", "\x1b", "\ud800", "\x7f"])
-def test_characters_that_end_a_line_or_steer_a_terminal_are_refused(encoder, character):
+def test_control_characters_are_refused(encoder, character):
     with pytest.raises(ValueError, match="holds the control character"):
         encoder({"user_units": [[1]], "user_text": [f"a{character}b"], "agent_text": ["c"], "agent_units": [[1]]})
 
@@ -78,7 +78,7 @@ def test_a_hundred_thousand_characters_are_encoded_and_left_out_by_length(mini, 
 
 
 def test_markup_in_emotions_is_shown_as_text(mini, unit_model, tmp_path):
-    """Emotions reach the card, the pictures and the table: no template, no mathematics, no markup is made of them."""
+    """Emotions appear in the card and its pictures; they are not rendered as a template, as mathematics or as HTML."""
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     (corpus / "data").symlink_to(mini / "corpus" / "data")

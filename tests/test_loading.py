@@ -1,4 +1,4 @@
-"""The three ways into the builder, and the public names. These tests also run on datasets 3.6."""
+"""Each way to load a corpus gives the same rows; caches, digests and public names. Also run on datasets 3.6."""
 
 import ast
 import shutil
@@ -67,7 +67,7 @@ def corpus(tmp_path, mini):
 def test_every_way_gives_the_same_rows(way, options, corpus, tmp_path):
     loaded = way(corpus, cache_dir=str(tmp_path / "cache"), **options)
     rows = {split: list(loaded[split]) for split in loaded}
-    assert {split: [row["id"] for row in its_rows] for split, its_rows in rows.items()} == IDS
+    assert {split: [row["id"] for row in split_rows] for split, split_rows in rows.items()} == IDS
     assert rows["test"][2] == {
         "id": "d2001_0",
         "dialog_id": "d2001",
@@ -85,7 +85,7 @@ def test_every_way_gives_the_same_rows(way, options, corpus, tmp_path):
 
 
 def with_config(way, name, data_dir, **options):
-    """One of the ways in, with another config than single_turn."""
+    """Load config `name` in one of the ways."""
     if way is by_name:
         return datasets.load_dataset("dailytalk_usdm", name, data_dir=str(data_dir), data_files=LISTS, **options)
     if way is by_name_without_files:
@@ -105,7 +105,7 @@ def with_config(way, name, data_dir, **options):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("streaming", [False, True])
-def test_conversations(way, streaming, corpus, tmp_path):
+def test_every_way_gives_the_same_conversations(way, streaming, corpus, tmp_path):
     loaded = with_config(way, "multi_turn", corpus, cache_dir=str(tmp_path / "cache"), streaming=streaming)
     rows = {row["id"]: row for row in loaded["train"]}
     assert list(rows) == ["d3_0", "d3_1", "d8_0", "d8_1", "d20_0", "d77_0", "d77_1"]
@@ -127,7 +127,7 @@ def test_conversations(way, streaming, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_pairs_with_earlier_exchanges(way, corpus, tmp_path):
+def test_every_way_gives_the_same_pairs_with_history(way, corpus, tmp_path):
     loaded = with_config(way, "single_turn", corpus, cache_dir=str(tmp_path / "cache"), history=1)
     assert {split: loaded[split]["id"][:] for split in loaded} == IDS
     [row] = [row for row in loaded["train"] if row["id"] == "d8_3"]
@@ -146,13 +146,13 @@ def test_each_config_has_its_own_cache(corpus):
     assert cache_of(corpus, config_name="single_turn") == caches[0]
 
 
-def test_history_of_conversations_is_refused(corpus):
+def test_history_is_refused_for_conversations(corpus):
     with pytest.raises(ValueError, match="history is 1, but multi_turn holds whole conversations"):
         DailyTalkUSDM(config_name="multi_turn", history=1, data_dir=corpus)
 
 
-def test_units_of_lists_of_audio(corpus, unit_model, tmp_path):
-    """The two steps as `.map` callables on conversations, as on pairs."""
+def test_units_of_conversations_equal_those_of_pairs(corpus, unit_model, tmp_path):
+    """`.map` adds the same units to the turns of conversations and of pairs."""
     tokenizer = dailytalk_usdm.UnitTokenizer.from_pretrained(unit_model, device="cpu")
     options = {"cache_dir": str(tmp_path / "cache")}
     pairs = by_helper(corpus, **options)["train"].map(tokenizer, batched=True)
@@ -166,7 +166,7 @@ def test_units_of_lists_of_audio(corpus, unit_model, tmp_path):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_data_folder_instead_of_its_parent(way, corpus, tmp_path):
+def test_data_dir_may_be_the_data_folder(way, corpus, tmp_path):
     if way is by_name:  # the lists lie beside the data folder
 
         def way(data_dir, **options):
@@ -187,7 +187,7 @@ def test_original_list_names_of_dailytalk_are_found(way, corpus, tmp_path):
 
 def test_datasets_4_and_later_refuse_the_script(corpus):
     if SCRIPTS:
-        pytest.skip("datasets 3 takes it")
+        pytest.skip("datasets 3 runs loading scripts")
     with pytest.raises((RuntimeError, ValueError, TypeError)):
         by_script(corpus)
 
@@ -244,7 +244,7 @@ def cache_of(data_dir, **options):
     return DailyTalkUSDM(data_dir=data_dir, **options).cache_dir
 
 
-def test_cache_follows_content_and_not_the_spelling_of_a_path(corpus, tmp_path, monkeypatch):
+def test_cache_depends_on_content_and_not_on_the_spelling_of_a_path(corpus, tmp_path, monkeypatch):
     first = cache_of(corpus)
     monkeypatch.chdir(tmp_path)
     assert cache_of("corpus") == cache_of(f"{corpus}/../corpus/") == cache_of(corpus / "data") == first
@@ -254,7 +254,7 @@ def test_cache_follows_content_and_not_the_spelling_of_a_path(corpus, tmp_path, 
     assert cache_of(corpus) == first
 
 
-def test_cache_follows_split_lists_audio_code_and_place(corpus, tmp_path, monkeypatch):
+def test_cache_depends_on_split_lists_audio_code_and_folder(corpus, tmp_path, monkeypatch):
     caches = [cache_of(corpus)]
     text = (corpus / "test.txt").read_text()
     (corpus / "test.txt").write_text(text.replace("oh no.", "oh yes."))
@@ -264,7 +264,7 @@ def test_cache_follows_split_lists_audio_code_and_place(corpus, tmp_path, monkey
     caches.append(cache_of(corpus))
     monkeypatch.setattr(dailytalk_usdm, "_code_digest", lambda: "another")
     caches.append(cache_of(corpus))
-    caches.append(cache_of(shutil.copytree(corpus, tmp_path / "moved")))  # rows hold paths
+    caches.append(cache_of(shutil.copytree(corpus, tmp_path / "moved")))  # rows contain paths
     assert len(set(caches)) == 5
 
 
@@ -283,7 +283,7 @@ def test_digests_are_exposed(corpus):
     assert len(builder.config.corpus_digest) == 64
 
 
-def test_errors(corpus, tmp_path):
+def test_errors_name_value_and_place(corpus, tmp_path):
     with pytest.raises(ValueError, match="data_dir is missing"):
         DailyTalkUSDM()
     with pytest.raises(FileNotFoundError, match=r"data_dir .*nowhere does not exist"):
@@ -318,8 +318,8 @@ def test_public_names():
         dailytalk_usdm.nothing  # noqa: B018
 
 
-def test_names_for_type_checkers_are_the_lazy_names():
-    """What an editor sees under TYPE_CHECKING is what `__getattr__` finds."""
+def test_names_for_type_checkers_equal_the_lazy_names():
+    """The imports under TYPE_CHECKING are those that `__getattr__` makes."""
     module = ast.parse((REPOSITORY / "dailytalk_usdm.py").read_text())
     [block] = [node for node in module.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     typed = {}
@@ -333,7 +333,7 @@ def test_names_for_type_checkers_are_the_lazy_names():
 
 
 def test_code_digest_covers_the_modules_that_the_builder_imports():
-    """Modules that cannot change a row are the exceptions."""
+    """The exceptions are modules that cannot change a row."""
     code = "import sys, dailytalk_usdm; print(*(m for m in sys.modules if m.startswith('usdm_sft.')))"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     covered = {"usdm_sft.audio", "usdm_sft.corpus", "usdm_sft.utils.texts"}
@@ -345,7 +345,7 @@ def test_code_digest_covers_the_modules_that_the_builder_imports():
 
 
 @pytest.mark.parametrize("module", ["corpus/read.py", "audio/check.py", "utils/texts.py"])
-def test_code_digest_follows_the_code(monkeypatch, module):
+def test_code_digest_changes_with_the_code(monkeypatch, module):
     before = dailytalk_usdm._code_digest()
     real = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: real(path) + b"#" * path.as_posix().endswith(module))

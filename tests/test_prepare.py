@@ -23,7 +23,7 @@ COLUMNS = [
 
 @pytest.fixture
 def run(mini, unit_model, tmp_path):
-    """prepare() of the mini corpus into a folder of tmp_path."""
+    """Return a function that prepares the mini corpus into a folder of tmp_path."""
 
     def run(output="out", **options):
         defaults = {
@@ -53,13 +53,13 @@ def content(folder):
     }
 
 
-def test_lines_of_the_reference(run, mini, tmp_path):
+def test_exported_lines_equal_the_reference(run, mini, tmp_path):
     output, _ = run()
     assert export_text(output, tmp_path / "text") == {"train": 10, "test": 3}
     for split in ("train", "test"):
-        ours = (tmp_path / "text" / f"{split}.txt").read_text()
-        theirs = (mini / "expected" / f"{split}.txt").read_text()
-        assert sorted(ours.split("\n")) == sorted(theirs.split("\n"))
+        exported = (tmp_path / "text" / f"{split}.txt").read_text()
+        expected = (mini / "expected" / f"{split}.txt").read_text()
+        assert sorted(exported.split("\n")) == sorted(expected.split("\n"))
 
 
 @pytest.mark.loading
@@ -68,7 +68,7 @@ def test_load_dataset_opens_the_folder(run, tmp_path, streaming):
     output, _ = run()
     loaded = datasets.load_dataset(str(output), streaming=streaming, cache_dir=str(tmp_path / "datasets"))
     rows = {split: list(loaded[split]) for split in loaded}
-    assert {split: len(its) for split, its in rows.items()} == {"train": 10, "test": 3}
+    assert {split: len(split_rows) for split, split_rows in rows.items()} == {"train": 10, "test": 3}
     assert list(rows["train"][0]) == COLUMNS
     assert [row["id"] for row in rows["test"]] == ["d105_0", "d105_1", "d2001_0"]
     for row in rows["train"]:
@@ -90,7 +90,7 @@ def test_folder_is_enough_for_another_template_run(run, encoder, tmp_path):
     assert again["input_ids"][:] == rows["input_ids"][:]
 
 
-def test_another_template_needs_no_forward_pass_and_is_told(run, forward_passes, tokenizer):
+def test_another_template_needs_no_forward_pass_and_is_recorded(run, forward_passes, tokenizer):
     whole = datasets.load_dataset(str(run()[0]), split="train")
     passes = len(forward_passes)
     template = Template(agent_role="Robot", loss=["agent_units"])
@@ -98,15 +98,15 @@ def test_another_template_needs_no_forward_pass_and_is_told(run, forward_passes,
     assert len(forward_passes) == passes
     rows = datasets.load_dataset(str(output), split="train")
     assert rows["agent_units"][:] == whole["agent_units"][:] and rows["labels"][:] != whole["labels"][:]
-    told = json.loads((output / "counts.json").read_text())["settings"]["template"]
-    assert told == counts["settings"]["template"]
-    encoder = TemplateEncoder(tokenizer, Template(**told))
+    recorded = json.loads((output / "counts.json").read_text())["settings"]["template"]
+    assert recorded == counts["settings"]["template"]
+    encoder = TemplateEncoder(tokenizer, Template(**recorded))
     again = rows.remove_columns(["input_ids", "labels"]).map(encoder, batched=True)
     assert again["labels"][:] == rows["labels"][:]
     assert encoder.template == template
 
 
-def test_counts(run, mini):
+def test_counts_describe_the_splits(run, mini):
     output, counts = run()
     assert json.loads((output / "counts.json").read_text()) == counts
     train = counts["splits"]["train"]
@@ -126,7 +126,7 @@ def test_counts(run, mini):
     assert "torch" in counts["versions"]
 
 
-def test_tokenizer_lies_beside_the_data(run, tokenizer):
+def test_tokenizer_is_saved_beside_the_data(run, tokenizer):
     output, _ = run()
     text = "<|correspond|> yes.\n### Agent\n no<|unit5|>\n</s>"
     for loaded in (AutoTokenizer.from_pretrained(output / "tokenizer"), load_tokenizer(output / "tokenizer")):
@@ -151,7 +151,7 @@ def test_too_long_pairs_are_left_out_counted_and_listed(run):
 def test_second_run_makes_no_forward_pass(run, forward_passes, tmp_path, tokenizer):
     first, _ = run()
     passes = len(forward_passes)
-    assert passes >= 6  # at least one a work shard: four dialogs in train, two in test
+    assert passes >= 6  # at least one per work shard; train has four dialogs, test has two
     before = content(first)
     run()
     run("other-limit", max_length=300)
@@ -163,11 +163,11 @@ def test_second_run_makes_no_forward_pass(run, forward_passes, tmp_path, tokeniz
     assert content(first) == content(second) == before
 
 
-def test_unit_shard_has_one_row_an_utterance(run, mini, tmp_path):
+def test_unit_shard_has_one_row_per_utterance(run, mini, tmp_path):
     run(shard_dialogs=64)
     expected = json.loads((mini / "expected" / "units.json").read_text())
     shards = [datasets.Dataset.from_file(str(path)) for path in (tmp_path / "cache" / "units").glob("*.arrow")]
-    assert sorted(map(len, shards)) == [5, 14]  # of test and of train
+    assert sorted(map(len, shards)) == [5, 14]  # test and train
     [test] = [shard for shard in shards if len(shard) == 5]
     names = ["0_1_d105", "1_0_d105", "2_1_d105", "0_0_d2001", "1_1_d2001"]
     assert [row["units"] for row in test] == [expected[name] for name in names]
@@ -184,9 +184,9 @@ def test_moved_and_touched_corpus_with_the_same_bytes_redoes_nothing(run, mini, 
     assert content(first) == content(second)
 
 
-def test_what_is_in_the_key_starts_other_shards(run, mini, forward_passes, tmp_path):
+def test_only_shards_whose_key_changes_are_made_again(run, mini, forward_passes, tmp_path):
     def made(output, **options):
-        """Unit shards that the run had to make."""
+        """Run prepare() and return the number of new unit shards."""
         level = tmp_path / "cache" / "units"
         before = set(level.glob("*.arrow"))
         run(output, **options)
@@ -206,7 +206,7 @@ def test_what_is_in_the_key_starts_other_shards(run, mini, forward_passes, tmp_p
 
 
 @pytest.mark.parametrize("damage", ["units", "tokens"])
-def test_damaged_cache_file_is_made_anew(run, tmp_path, damage, forward_passes):
+def test_damaged_cache_file_is_made_again(run, tmp_path, damage, forward_passes):
     first, _ = run()
     passes = len(forward_passes)
     path = sorted((tmp_path / "cache" / damage).glob("*.arrow"))[0]
@@ -228,8 +228,8 @@ def test_output_does_not_depend_on_the_size_of_work_shards(run, tmp_path, mini):
     for shard_dialogs in (2, 64):
         output, _ = run(f"out{shard_dialogs}", shard_dialogs=shard_dialogs)
         export_text(output, tmp_path / f"text{shard_dialogs}")
-        ours = (tmp_path / f"text{shard_dialogs}" / "train.txt").read_text()
-        assert sorted(ours.split("\n")) == sorted((mini / "expected" / "train.txt").read_text().split("\n"))
+        exported = (tmp_path / f"text{shard_dialogs}" / "train.txt").read_text()
+        assert sorted(exported.split("\n")) == sorted((mini / "expected" / "train.txt").read_text().split("\n"))
 
 
 def test_number_of_files_and_shuffling(run):
@@ -260,7 +260,7 @@ def test_output_folder_with_other_content_is_refused(run, tmp_path, forward_pass
     assert counts["settings"]["max_length"] == 300
 
 
-def test_output_that_can_be_no_folder_is_told_before_the_work(run, tmp_path, forward_passes):
+def test_output_that_cannot_be_a_folder_is_refused_before_any_work(run, tmp_path, forward_passes):
     (tmp_path / "file").write_text("")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
@@ -270,8 +270,8 @@ def test_output_that_can_be_no_folder_is_told_before_the_work(run, tmp_path, for
     assert not forward_passes
 
 
-def test_output_in_strange_places(run, mini, tmp_path, forward_passes):
-    """A link is followed; cache and corpus are other content; neither is harmed by an output folder within."""
+def test_output_inside_corpus_or_cache_or_behind_a_link(run, mini, tmp_path, forward_passes):
+    """A link is followed. Corpus and cache cannot be the output folder; a folder inside them can, and leaves them intact."""
     expected = content(run("plain")[0])
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
@@ -288,10 +288,10 @@ def test_output_in_strange_places(run, mini, tmp_path, forward_passes):
         assert content(run(place, data_dir=str(corpus))[0]) == expected
     run("again", data_dir=str(corpus))
     assert len(forward_passes) == passes
-    assert {name: it for name, it in content(corpus).items() if not name.startswith("data/out/")} == before
+    assert {name: data for name, data in content(corpus).items() if not name.startswith("data/out/")} == before
 
 
-def test_interrupted_while_writing(run, monkeypatch, tmp_path):
+def test_run_interrupted_while_writing_is_completed_by_a_rerun(run, monkeypatch, tmp_path):
     expected = content(run("undisturbed")[0])
     from usdm_sft.dataset_folder import writer
 
@@ -316,15 +316,15 @@ def test_damaged_output_is_written_again_with_overwrite(run):
     assert content(output) == expected
 
 
-def test_export_notices_a_missing_file(run, tmp_path):
+def test_export_reports_a_missing_file(run, tmp_path):
     output, _ = run()
     (output / "single_turn" / "train-00003-of-00010.parquet").unlink()
     with pytest.raises(FileNotFoundError, match=r"train-00003-of-00010\.parquet is missing: run prepare again"):
         export_text(output, tmp_path / "text")
 
 
-def test_a_dialog_of_which_every_row_is_too_long_is_not_counted(run):
-    """Both pairs of d77 have more than 290 tokens; d3, d8 and d20 have 4, 5 and 2 turns, and a row each at the least."""
+def test_dialog_whose_rows_are_all_too_long_is_not_counted(run):
+    """Both pairs of d77 have more than 290 tokens. d3, d8 and d20 have 4, 5 and 2 turns, and at least one row each."""
     _, counts = run(max_length=290)
     train = counts["splits"]["train"]
     assert {"d77_0", "d77_1"} < set(train["pairs_left_out"])
@@ -332,7 +332,7 @@ def test_a_dialog_of_which_every_row_is_too_long_is_not_counted(run):
     assert counts["statistics"]["train"]["dialogs"] == 3
 
 
-def test_split_that_max_length_leaves_empty(run):
+def test_split_that_max_length_leaves_empty_is_refused(run):
     with pytest.raises(ValueError, match="max_length 220 leaves no row of test, whose shortest row has"):
         run(max_length=220)
 
@@ -345,7 +345,7 @@ def test_finished_folder_is_not_overwritten_because_a_run_was_interrupted_in_it(
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "{}"])
-def test_damaged_counts(run, content, tmp_path):
+def test_damaged_counts_are_refused(run, content, tmp_path):
     output, counts = run()
     (output / "counts.json").write_text(content)
     with pytest.raises(ValueError, match=r"counts\.json is not .*: run prepare again and pass --overwrite"):
@@ -353,7 +353,7 @@ def test_damaged_counts(run, content, tmp_path):
     assert run(overwrite=True)[1] == counts
 
 
-def test_damaged_cache_of_the_builder_is_made_anew(run, tmp_path, caplog):
+def test_damaged_cache_of_the_builder_is_made_again(run, tmp_path, caplog):
     first, _ = run()
     [path] = (tmp_path / "cache" / "builder").rglob("dailytalk_usdm-train.arrow")
     path.write_bytes(path.read_bytes()[:-700])
@@ -362,8 +362,8 @@ def test_damaged_cache_of_the_builder_is_made_anew(run, tmp_path, caplog):
     assert "making it again" in caplog.text
 
 
-def test_flipped_byte_in_a_text_of_the_builder_is_noticed(run, tmp_path, caplog):
-    """It leaves a valid Arrow file."""
+def test_flipped_byte_in_a_cached_text_is_found(run, tmp_path, caplog):
+    """The damaged file is still a valid Arrow file."""
     first, _ = run()
     [path] = (tmp_path / "cache" / "builder").rglob("dailytalk_usdm-train.arrow")
     damaged = path.read_bytes().replace(b"did you water", b"did you wader")
@@ -374,34 +374,34 @@ def test_flipped_byte_in_a_text_of_the_builder_is_noticed(run, tmp_path, caplog)
     assert "was damaged (column user_text of train differs from the corpus): making it again" in caplog.text
 
 
-def test_folders_may_be_paths(mini, unit_model, tmp_path):
+def test_folders_may_be_path_objects(mini, unit_model, tmp_path):
     paths = {"data_dir": mini / "corpus", "output_path": tmp_path / "out", "cache_dir": tmp_path / "cache"}
     counts = prepare(**paths, unit_model=unit_model, pretrained_model_name_or_path="mistral-common")
     assert counts["splits"]["train"]["rows"] == 10
 
 
-def test_more_units_than_the_tokenizer_has(run, tmp_path, forward_passes):
+def test_unit_model_with_more_units_than_the_tokenizer_is_refused(run, tmp_path, forward_passes):
     build_tokenizer(num_units=50).save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(ValueError, match="the unit model has 100 units, the tokenizer only 50"):
         run(pretrained_model_name_or_path=str(tmp_path / "tokenizer"))
     assert not forward_passes
 
 
-def test_split_lists_by_name(run, mini, tmp_path):
+def test_one_split_list_is_prepared_alone(run, mini, tmp_path):
     shutil.copy(mini / "corpus" / "test.txt", tmp_path / "elsewhere.txt")
     output, counts = run(test_metadata_path=str(tmp_path / "elsewhere.txt"))
     assert list(counts["splits"]) == ["test"]
     assert datasets.load_dataset(str(output), split="test")["id"][:] == ["d105_0", "d105_1", "d2001_0"]
 
 
-def test_nothing_in_the_folder_tells_paths(run, tmp_path):
+def test_dataset_folder_contains_no_paths(run, tmp_path):
     output, _ = run()
     for name, data in content(output).items():
         assert str(tmp_path).encode() not in data, name
         assert str(FIXTURES).encode() not in data, name
 
 
-def test_units_of_the_folder_are_those_of_the_reference(run, mini):
+def test_units_equal_the_reference(run, mini):
     expected = json.loads((mini / "expected" / "units.json").read_text())
     for split in ("train", "test"):
         for row in datasets.load_dataset(str(run()[0]), split=split):
@@ -410,8 +410,8 @@ def test_units_of_the_folder_are_those_of_the_reference(run, mini):
             assert abs(len(row["user_units"]) - row["user_seconds"] * 50) < 2  # the first frame sees 25 ms
 
 
-def test_convert_prepare_export_is_the_whole_way(tmp_path, mini):
-    """The three commands of the README, as functions."""
+def test_convert_prepare_and_export_work_together(tmp_path, mini):
+    """Call the three commands of the README as functions."""
     source = mini / "unit_model"
     model = convert(
         source / "checkpoint.pt", source / "kmeans.npy", tmp_path / "m", model_config=source / "config.json"

@@ -1,4 +1,4 @@
-"""No secret and no path leaves the machine, and no command opens a connection that the user did not ask for."""
+"""No output contains a secret or a path, and no command opens a connection that the user did not ask for."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 from tests.helpers import REPOSITORY, command
 
 SECRET = "hf_aVerySecretToken"
-# Runs in every process: log each connection and refuse it.
+# sitecustomize.py of every process: it logs and refuses each connection.
 NO_NETWORK = """
 import socket
 def refuse(self, address, *args):
@@ -110,5 +110,5 @@ def test_nothing_is_written_outside_output_and_cache(offline, mini, unit_model, 
     subprocess.run(command(mini, unit_model, work), env=environment, cwd=work, check=True, capture_output=True)
     assert sorted(path.name for path in work.iterdir()) == ["cache", "out"]
     written = {path.relative_to(home).parts[:2] for path in home.rglob("*") if path.is_file()}
-    assert written <= {(".cache", "matplotlib"), (".config", "matplotlib")}, written  # its list of fonts
+    assert written <= {(".cache", "matplotlib"), (".config", "matplotlib")}, written  # its font cache
     assert not [path for path in temporary.rglob("*") if path.is_file()]

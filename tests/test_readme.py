@@ -1,4 +1,4 @@
-"""Statements of the README, of tests/README.md and of docs/dependencies.md hold."""
+"""README.md, tests/README.md and docs/dependencies.md agree with the code."""
 
 import ast
 import configparser
@@ -8,11 +8,11 @@ from pathlib import Path
 from tests.helpers import REPOSITORY
 
 TESTS = Path(__file__).parent
-NAMED = re.compile(r"`(test_\w+\.py)::([\w:]+)`")
+REFERENCE = re.compile(r"`((?:\w+/)?test_\w+\.py::[\w:]+)`")
 
 
 def names_of_tests(path):
-    """The tests of a file, those of a class as Class::test."""
+    """Yield the tests of a file; a test of a class is Class::test."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef):
             yield node.name
@@ -21,20 +21,23 @@ def names_of_tests(path):
 
 
 def test_every_test_of_the_table_exists():
-    there = {(path.name, name) for path in TESTS.glob("test_*.py") for name in names_of_tests(path)}
-    rows = [
-        line.split(" | ") for line in (TESTS / "README.md").read_text(encoding="utf-8").splitlines() if " | " in line
-    ]
+    existing = {
+        f"{path.relative_to(TESTS).as_posix()}::{name}"
+        for path in TESTS.rglob("test_*.py")
+        for name in names_of_tests(path)
+    }
+    table = (TESTS / "README.md").read_text(encoding="utf-8").partition("[start:faults]")[2]
+    rows = [line.split(" | ") for line in table.splitlines() if " | " in line]
     rows = [row for row in rows if not row[0].startswith(("| fault", "| **"))]
     assert len(rows) > 70
     for row in rows:
         assert len(row) == 3, row
-        named = NAMED.findall(row[2])
-        assert named and len(named) == row[2].count("::test_") == row[2].count("`") // 2, row
-        assert not set(named) - there, row
+        references = REFERENCE.findall(row[2])
+        assert references and len(references) == row[2].count("::test_") == row[2].count("`") // 2, row
+        assert not set(references) - existing, row
 
 
-def test_every_dependency_is_reasoned():
+def test_every_dependency_is_explained():
     setup = configparser.ConfigParser()
     setup.read(REPOSITORY / "setup.cfg")
     names = [
