@@ -62,15 +62,12 @@ def push(
     """
     if commit_message is not None and not commit_message.strip():
         raise ValueError(f"commit_message {commit_message!r} is empty: give a text, or leave it out")
-    folder = Path(dataset_dir)
-    verify(folder)
-    counts = read_counts(folder)
-    additions = _list_additions(folder, counts)
+    verify(dataset_dir)
+    counts = read_counts(dataset_dir)
+    additions = _list_additions(Path(dataset_dir), counts)
     api = HfApi(token=token)
     with _errors_in_one_line(repo_id, revision):
-        _create_repository(api, repo_id, private=private)
-        if revision is not None and not create_pr:
-            api.create_branch(repo_id, repo_type="dataset", branch=revision, exist_ok=True)
+        _create_repository(api, repo_id, private=private, branch=None if create_pr else revision)
         head = api.repo_info(repo_id, repo_type="dataset", revision=revision).sha
         gone = _find_replaced(api, repo_id, head) - {addition.path_in_repo for addition in additions}
         for start in range(0, len(additions), _SLICE):
@@ -104,10 +101,13 @@ def _list_additions(folder: Path, counts: Mapping[str, Any]) -> list[CommitOpera
     return additions
 
 
-def _create_repository(api: HfApi, repo_id: str, *, private: bool | None) -> None:
+def _create_repository(api: HfApi, repo_id: str, *, private: bool | None, branch: str | None) -> None:
+    """Create the repository and the branch where they do not exist."""
     api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
     if private and not api.repo_info(repo_id, repo_type="dataset").private:
         raise ValueError(f"{repo_id} exists and is public: make it private on the Hub, or name another repository")
+    if branch is not None:
+        api.create_branch(repo_id, repo_type="dataset", branch=branch, exist_ok=True)
 
 
 def _find_replaced(api: HfApi, repo_id: str, head: str | None) -> set[str]:

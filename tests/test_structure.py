@@ -1,0 +1,23 @@
+"""The size of modules and functions stays readable, and the packages are the documented ones."""
+
+import ast
+
+import pytest
+
+from tests.helpers import REPOSITORY
+
+PACKAGES = "audio config convert corpus dataset_folder executors shards template training units utils".split()
+MODULES = [REPOSITORY / "dailytalk_usdm.py", *sorted((REPOSITORY / "usdm_sft").rglob("*.py"))]
+
+
+def test_packages():
+    names = {path.name for path in (REPOSITORY / "usdm_sft").iterdir()} - {"__pycache__"}
+    assert names == {*PACKAGES, "__init__.py", "cli.py", "prepare.py", "py.typed"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(REPOSITORY).as_posix())
+def test_no_module_over_300_lines_and_no_function_over_60(path):
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 300
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    assert [node.name for node in functions if node.end_lineno - node.lineno >= 60] == []
