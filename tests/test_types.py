@@ -23,7 +23,7 @@ pairs = dailytalk_usdm.load_dataset(corpus, split="train", data_files={"train": 
 wrong_type = dailytalk_usdm.load_dataset(3)  # mistake
 conversations = dailytalk_usdm.DailyTalkUSDM(config_name="multi_turn", data_dir=corpus)
 
-encoder = TemplateEncoder(load_tokenizer("tokenizer"), Template(loss=["agent_text"]))
+encoder = TemplateEncoder(load_tokenizer("tokenizer"), Template(loss=("agent_text",)))
 config = PrepareConfig(data_dir=corpus, output_path="out", history="1")  # mistake
 misspelt = dailytalk_usdm.prepair  # mistake
 
