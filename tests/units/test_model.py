@@ -178,6 +178,24 @@ def test_units_do_not_depend_on_the_callers_settings_of_torch(converted, wavefor
             assert [units.tolist() for units in tokenizer.tokenize_waveforms(waveforms)] == expected
 
 
+@pytest.mark.parametrize(
+    ("precision", "front"), [("fp32", "ieee"), ("tf32", "tf32"), ("fp16", "ieee"), ("bf16", "ieee")]
+)
+def test_float32_operations_run_in_the_precision_of_the_front(converted, monkeypatch, precision, front):
+    model = UnitModel.from_pretrained(converted, precision)
+    operations = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul)
+    found = []
+
+    def features(waveforms, frames):
+        found.extend(operation.fp32_precision for operation in operations)
+        return torch.zeros(1, 1, model.centroids.shape[1])
+
+    monkeypatch.setattr(model, "features", features)
+    with setting(fp32_precision_of(torch.backends.mkldnn.matmul), "bf16", "none"):
+        model(torch.zeros(1, 400), torch.tensor([1]))
+    assert found == [front, front, "ieee"]
+
+
 def test_resampler_on_the_device_runs_without_the_callers_autocast(converted, monkeypatch, tmp_path):
     enabled = []
 
