@@ -71,7 +71,7 @@ def test_extra_file_is_found(folder_copy, name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda rows: relabel(rows[0], -3, 7), r"label 7 of token \d+ is neither -100 nor its id"),
+        (lambda rows: relabel(rows[0], -3, 7), r"label 7 of token \d+ is neither -100 nor the token's id"),
         (lambda rows: relabel(rows[0], 0, 1), "labels differ from the encoded columns: token 0 is 1, not -100"),
         (lambda rows: relabel(rows[0], -3, -100), r"labels differ from the encoded columns: token \d+ is -100, not 28705"),
         (lambda rows: rows[0]["labels"].pop(), r"\d+ input_ids, but \d+ labels"),

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from usdm_sft.dataset_folder.statistics import ROLES, SplitStatistics
+from usdm_sft.utils.texts import printable
 
 CAPTIONS = {
     "lengths.png": "Length of the rows in tokens and of the audio in seconds.",
@@ -75,7 +76,7 @@ def _plot_units(figure: Figure, statistics: Mapping[str, SplitStatistics], num_u
         total = split_statistics.emotions.total()
         shares = [split_statistics.emotions[name] / total for name in names]
         emotions.barh(np.arange(len(names)) + number * height, shares, height, label=split)
-    labels = [name[:30] or "(none)" for name in names]
+    labels = [printable(name[:30]) or "(none)" for name in names]
     emotions.set_yticks(np.arange(len(names)) + 0.4 - height / 2, labels, parse_math=False)
     emotions.invert_yaxis()
     emotions.set(xlabel="share of the turns")

@@ -66,29 +66,23 @@ def push(
     counts = read_counts(dataset_dir)
     additions = _list_additions(Path(dataset_dir), counts)
     api = HfApi(token=token)
+    target: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "create_pr": create_pr}
     with _errors_in_one_line(repo_id, revision):
         _create_repository(api, repo_id, private=private, branch=None if create_pr else revision)
         head = api.repo_info(repo_id, repo_type="dataset", revision=revision).sha
         gone = _find_replaced(api, repo_id, head) - {addition.path_in_repo for addition in additions}
         for start in range(0, len(additions), _SLICE):
-            api.preupload_lfs_files(
-                repo_id,
-                additions[start : start + _SLICE],
-                repo_type="dataset",
-                revision=revision,
-                create_pr=create_pr,
-                free_memory=False,
-            )
+            files = additions[start : start + _SLICE]
+            api.preupload_lfs_files(repo_id, files, free_memory=False, **target)
         commit = api.create_commit(
             repo_id,
             [*additions, *(CommitOperationDelete(path, is_folder=False) for path in sorted(gone))],
             commit_message=commit_message or f"Upload {counts['config']}: {counts['key'][:16]}",
-            repo_type="dataset",
-            revision=revision,
-            create_pr=create_pr,
             parent_commit=head,
+            **target,
         )
-    return commit.pr_url or commit.commit_url
+    url: str = commit.pr_url or commit.commit_url
+    return url
 
 
 def _list_additions(folder: Path, counts: Mapping[str, Any]) -> list[CommitOperationAdd]:
