@@ -6,7 +6,19 @@ import pytest
 
 from tests.helpers import REPOSITORY
 
-PACKAGES = "audio config convert corpus dataset_folder executors shards template training units utils".split()
+PACKAGES = [
+    "audio",
+    "config",
+    "convert",
+    "corpus",
+    "dataset_folder",
+    "executors",
+    "shards",
+    "template",
+    "training",
+    "units",
+    "utils",
+]
 MODULES = [REPOSITORY / "dailytalk_usdm.py", *sorted((REPOSITORY / "usdm_sft").rglob("*.py"))]
 
 
