@@ -25,8 +25,8 @@ def inodes(folder, pattern):
     return {path: path.stat().st_ino for path in folder.glob(pattern)}
 
 
-def wait_for(happened, run, seconds=60):
-    """Wait until `happened()` is true while the process `run` is alive."""
+def wait_for(happened, run, seconds=300):
+    """Wait until `happened()` is true while the process `run` is alive. A busy machine may need minutes to start it."""
     deadline = time.monotonic() + seconds
     while not happened():
         assert run.poll() is None, "the process ended too early"
