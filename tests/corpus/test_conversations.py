@@ -134,7 +134,7 @@ def test_command_reports_rows_that_were_cut(work, mini, unit_model, capsys):
     }  # fmt: skip
     main(["prepare", *(part for name, value in options.items() for part in (f"--{name}", str(value)))])
     assert "train: 7 rows from 4 dialogs" in (out := capsys.readouterr().out)
-    assert "left out: 3 rows too long, 2 dialogs (d11: one speaker" in out and "no pair); cut: 3 rows too long" in out
+    assert "left out: 3 rows too long, 2 dialogs (d11: one speaker" in out and "no pair); shortened: 3 rows" in out
 
 
 @pytest.mark.parametrize("overflow", ["truncate", "split", "drop"])
@@ -215,7 +215,7 @@ def test_export(multi, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"config_name": "double_turn"}, "config 'double_turn' is unknown: choose one of single_turn, multi_turn"),
+        ({"config_name": "double_turn"}, "config_name 'double_turn' is unknown: choose one of single_turn, multi_turn"),
         ({"config_name": "multi_turn", "history": 1}, "multi_turn holds whole conversations"),
         ({"overflow": "truncate"}, "overflow is truncate, but a row of single_turn is one pair"),
     ],

@@ -278,8 +278,9 @@ def test_telephone_calls_give_the_lines_of_the_reference(calls, mini, unit_model
         and "The emotions come from the manifests and were not checked." in card
     )
     for config, rows in (("multi_turn", 7), ("single_turn", 10)):
-        its = run(calls, tmp_path / config, unit_model, tmp_path, config_name=config, history=config == "single_turn")
-        assert its["splits"]["train"]["rows"] == rows
+        history = int(config == "single_turn")
+        counts = run(calls, tmp_path / config, unit_model, tmp_path, config_name=config, history=history)
+        assert counts["splits"]["train"]["rows"] == rows
     assert len(list((tmp_path / "cache" / "units").glob("*.arrow"))) == 2  # the same units for all three
 
 
