@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -16,7 +17,7 @@ from huggingface_hub import constants
 
 from tests.helpers import REPOSITORY
 from tests.mini_hub import serve
-from usdm_sft.corpus.hub import fetch_corpus
+from usdm_sft.corpus.hub import check_data_files, fetch_corpus
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.corpus.read import read_corpus
 
@@ -48,12 +49,19 @@ def snapshot(tmp_path, monkeypatch):
     return tmp_path / "hub" / "datasets--user--calls" / "snapshots" / "1"
 
 
+def replace_builder(monkeypatch, loaded):
+    """The Hub serves a dataset with these splits."""
+    config = SimpleNamespace(data_files=None)
+    builder = SimpleNamespace(config=config, download_and_prepare=lambda: None, as_dataset=lambda: loaded)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, revision: builder)
+
+
 def fetch(audio, tmp_path, monkeypatch, **columns):
     """`fetch_corpus` of a dataset with two rows, the first with its audio in it."""
     first = {"bytes": wav(3), "path": None} if isinstance(audio, dict) else None
     rows = [ROW | {"audio": first} | columns, ROW | {"turn": 1, "speaker": "B", "audio": audio} | columns]
     loaded = datasets.DatasetDict(train=datasets.Dataset.from_list(rows))
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, revision: loaded)
+    replace_builder(monkeypatch, loaded)
     return fetch_corpus("hub:user/calls", tmp_path / "cache")
 
 
@@ -110,7 +118,7 @@ def test_path_beside_audio_bytes_is_ignored(snapshot, tmp_path, monkeypatch):
 def test_the_first_twenty_bad_rows_are_named(snapshot, tmp_path, monkeypatch):
     rows = [ROW | {"turn": turn, "speaker": "AB"[turn % 2], "audio": f"/{turn}.wav"} for turn in range(30)]
     loaded = datasets.DatasetDict(test=datasets.Dataset.from_list(rows))
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, revision: loaded)
+    replace_builder(monkeypatch, loaded)
     with pytest.raises(CorpusError, match=r"row 19: audio '/19\.wav' .*\n\.\.\. and 10 more problems$"):
         fetch_corpus("hub:user/calls", tmp_path / "cache")
 
@@ -140,7 +148,7 @@ def test_audio_folder_on_the_hub_is_read(tmp_path, zipped):
     }  # fmt: skip
     code = (
         "from usdm_sft.audio.addresses import open_file\nfrom usdm_sft.corpus.read import read_corpus\n"
-        "from usdm_sft.corpus.hub import fetch_corpus\n"
+        "from usdm_sft.corpus.hub import check_data_files, fetch_corpus\n"
         "import hashlib\n"
         "[dialog] = read_corpus(fetch_corpus('hub:tester/calls'))['train'].dialogs\n"
         "print([hashlib.sha256(open_file(u.audio).read()).hexdigest()[:8] for u in dialog.utterances])"
@@ -150,3 +158,18 @@ def test_audio_folder_on_the_hub_is_read(tmp_path, zipped):
     assert done.stdout.strip() == str([hashlib.sha256(wav(turn)).hexdigest()[:8] for turn in range(2)]), done.stderr[
         -2000:
     ]
+
+
+@pytest.mark.parametrize(
+    "file", ["/home/user/calls.parquet", "../calls.parquet", "file:///calls.parquet", "zip://a::/b.zip"]
+)
+def test_dataset_card_that_names_a_local_file_as_data_is_refused(file):
+    with pytest.raises(CorpusError, match=rf"^dataset user/calls names the local file {file} as its data: use another"):
+        check_data_files("user/calls", {"train": ["hf://datasets/user/calls@1/a.parquet", file]})
+
+
+def test_data_files_of_the_hub_are_accepted():
+    check_data_files(
+        "user/calls", {"train": ["hf://datasets/user/calls@1/a.parquet", "zip://a.csv::https://host/b.zip"]}
+    )
+    check_data_files("user/calls", None)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 PREFIX = "hub:"
+_REMOTE = ("hf://", "https://", "http://")
 _VERSION = 2  # version of the manifests in the cache; those of version 1 may name any file
 
 
@@ -51,16 +54,33 @@ def fetch_corpus(name: str, cache_dir: str | Path | None = None) -> dict[str, Pa
 
     repository, _, revision = name.removeprefix(PREFIX).partition("@")
     try:
-        splits = datasets.load_dataset(repository, revision=revision or None)
+        builder = datasets.load_dataset_builder(repository, revision=revision or None)
+        check_data_files(repository, builder.config.data_files)
+        builder.download_and_prepare()
+        splits = builder.as_dataset()
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if isinstance(error, CorpusError):
+            raise
+        reason = first_line(error.__cause__ or error)  # datasets itself says no more than that an error occurred
         raise OSError(
-            f"dataset {repository} cannot be loaded from the Hub ({first_line(error)}): check its name and the network"
+            f"dataset {repository} cannot be loaded from the Hub ({reason}): check its name and the network"
         ) from error
     cache = cache_root(cache_dir)
     files = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="dataset")).resolve()
     return {
         split: _write_manifest(rows, f"{repository}, split {split}", files, cache) for split, rows in splits.items()
     }
+
+
+def check_data_files(repository: str, data_files: Mapping[Any, Iterable[Any]] | None) -> None:
+    """Check that all data files of a dataset lie on the Hub. datasets 3 takes any path from a dataset card.
+
+    Raises:
+        CorpusError: The card names a local file.
+    """
+    for file in chain.from_iterable((data_files or {}).values()):
+        if not str(file).rpartition("::")[2].startswith(_REMOTE):
+            raise CorpusError([f"dataset {repository} names the local file {file} as its data: use another dataset"])
 
 
 def _write_manifest(rows: Dataset, name: str, files: Path, cache: Path) -> Path:
