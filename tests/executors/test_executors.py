@@ -178,7 +178,9 @@ def ray():
     return pytest.importorskip("ray")
 
 
-def test_own_ray_cluster_restarts_a_killed_task(mini, unit_model, tmp_path, armed, undisturbed, elsewhere, monkeypatch):
+def test_own_ray_cluster_restarts_a_killed_task(
+    ray, mini, unit_model, tmp_path, armed, undisturbed, elsewhere, monkeypatch
+):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     armed.touch()
     prepare(**options(mini, unit_model, tmp_path, executor="ray", tasks=2, num_gpus=0))

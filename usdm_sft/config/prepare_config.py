@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Literal, get_type_hints
 
 from usdm_sft.config.checks import check_settings
 from usdm_sft.corpus.examples import SINGLE_TURN, check_config
@@ -137,7 +137,7 @@ class ExecutorOptions:
     """Number of tasks that the work shards are divided into; as many as GPUs are available at once. A lost task loses one
     work shard. Local tasks on the CPU all run at once."""
 
-    slurm: dict[str, Any] | None = None
+    slurm: dict | None = None  # type: ignore[type-arg]  # with dict[str, Any] jsonargparse reads 04:00:00 as a number
     """Options of datatrove's SlurmPipelineExecutor: partition and time, and optionally cpus_per_task (4),
     mem_per_cpu_gb (4), gpus_per_task (1), qos, sbatch_args, env_command, ..."""
 
