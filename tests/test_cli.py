@@ -93,6 +93,7 @@ def prepare_mini(mini, unit_model, folder, *more):
     return ["prepare", *(str(part) for name, value in options.items() for part in (f"--{name}", value)), *more]
 
 
+@pytest.mark.slow
 def test_second_run_says_that_everything_is_finished(mini, unit_model, tmp_path):
     arguments = prepare_mini(mini, unit_model, tmp_path)
     first, second = command(*arguments), command(*arguments)
@@ -103,6 +104,7 @@ def test_second_run_says_that_everything_is_finished(mini, unit_model, tmp_path)
     )
 
 
+@pytest.mark.slow
 def test_quiet_shows_no_progress_bars_in_a_terminal(mini, unit_model, tmp_path):
     shown = {}
     for name, more in (("bars", []), ("quiet", ["--quiet"])):

@@ -47,6 +47,7 @@ def shrink(code):
     return re.sub(r"(SFTConfig|TrainingArguments)\(", rf"\g<1>({SMALL}", code)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "block", [block for block in PYTHON_BLOCKS if not MARKER.match(block.marker)], ids=lambda block: block.place
 )

@@ -90,6 +90,7 @@ def test_folder_is_enough_for_another_template_run(run, encoder, tmp_path):
     assert again["input_ids"][:] == rows["input_ids"][:]
 
 
+@pytest.mark.slow
 def test_another_template_needs_no_forward_pass_and_is_recorded(run, forward_passes, tokenizer):
     whole = datasets.load_dataset(str(run()[0]), split="train")
     passes = len(forward_passes)
@@ -148,6 +149,7 @@ def test_too_long_pairs_are_left_out_counted_and_listed(run):
     assert counts["key"] != whole["key"]
 
 
+@pytest.mark.slow
 def test_second_run_makes_no_forward_pass(run, forward_passes, tmp_path, tokenizer):
     first, _ = run()
     passes = len(forward_passes)
@@ -184,6 +186,7 @@ def test_moved_and_touched_corpus_with_the_same_bytes_redoes_nothing(run, mini, 
     assert content(first) == content(second)
 
 
+@pytest.mark.slow
 def test_only_shards_whose_key_changes_are_made_again(run, mini, forward_passes, tmp_path):
     def made(output, **options):
         """Run prepare() and return the number of new unit shards."""
@@ -232,6 +235,7 @@ def test_output_does_not_depend_on_the_size_of_work_shards(run, tmp_path, mini):
         assert sorted(exported.split("\n")) == sorted((mini / "expected" / "train.txt").read_text().split("\n"))
 
 
+@pytest.mark.slow
 def test_number_of_files_and_shuffling(run):
     output, counts = run(num_output_shards=2, shuffle_seed=7)
     assert [name for name in counts["files"] if name.startswith("single_turn/train")] == [
@@ -244,6 +248,7 @@ def test_number_of_files_and_shuffling(run):
     assert datasets.load_dataset(str(run("again", shuffle_seed=7)[0]), split="train")["id"][:] == shuffled
 
 
+@pytest.mark.slow
 def test_output_folder_with_other_content_is_refused(run, tmp_path, forward_passes):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
@@ -270,6 +275,7 @@ def test_output_that_cannot_be_a_folder_is_refused_before_any_work(run, tmp_path
     assert not forward_passes
 
 
+@pytest.mark.slow
 def test_output_inside_corpus_or_cache_or_behind_a_link(run, mini, tmp_path, forward_passes):
     """A link is followed. Corpus and cache cannot be the output folder; a folder inside them can, and leaves them intact."""
     expected = content(run("plain")[0])
@@ -291,6 +297,7 @@ def test_output_inside_corpus_or_cache_or_behind_a_link(run, mini, tmp_path, for
     assert {name: data for name, data in content(corpus).items() if not name.startswith("data/out/")} == before
 
 
+@pytest.mark.slow
 def test_run_interrupted_while_writing_is_completed_by_a_rerun(run, monkeypatch, tmp_path):
     expected = content(run("undisturbed")[0])
     from usdm_sft.dataset_folder import writer
@@ -410,6 +417,7 @@ def test_units_equal_the_reference(run, mini):
             assert abs(len(row["user_units"]) - row["user_seconds"] * 50) < 2  # the first frame sees 25 ms
 
 
+@pytest.mark.slow
 def test_convert_prepare_and_export_work_together(tmp_path, mini):
     """Call the three commands of the README as functions."""
     source = mini / "unit_model"

@@ -50,6 +50,7 @@ def test_guard_logs_a_connection(offline, tmp_path):
     assert "huggingface.co" in (tmp_path / "connections").read_text()
 
 
+@pytest.mark.slow
 def test_no_command_connects_or_reveals_secrets_and_paths(offline, mini, unit_model, tmp_path):
     folder = tmp_path / "someones-private-folder"
     folder.mkdir()

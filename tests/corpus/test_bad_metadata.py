@@ -263,6 +263,7 @@ def dialogs(draw):
     return draw(st.dictionaries(NUMBERS, turns, max_size=5))
 
 
+@pytest.mark.slow
 @RELAXED
 @given(
     content=dialogs(), data=st.data(), end=st.sampled_from(["\n", "\r\n", "\r"]), last=st.booleans(), bom=st.booleans()

@@ -113,6 +113,7 @@ def test_counts_of_conversations(multi, single):
     assert (train["pairs_left_out"], train["rows_cut"]) == ({}, {})
 
 
+@pytest.mark.slow
 def test_other_rows_need_no_forward_pass(single, run, monkeypatch):
     monkeypatch.setattr(UnitModel, "forward", None)
     monkeypatch.setattr("usdm_sft.units.reading.read_waveform", None)

@@ -369,6 +369,7 @@ def test_archive_without_recordings_is_refused(tmp_path, unit_model):
         run(tmp_path / "other.zip", tmp_path / "out", unit_model, tmp_path)
 
 
+@pytest.mark.slow
 def test_corpus_on_the_hub_gives_the_lines_of_the_reference(calls, mini, unit_model, tmp_path):
     """Rows with audio in them, pushed to the stand-in, come back as the lines of the reference."""
     server, hub, url = serve()

@@ -69,6 +69,7 @@ def load(hub, tmp_path, **options):
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else done.stderr
 
 
+@pytest.mark.slow
 def test_push_load_stream_and_push_again(hub, dataset_folder, folder_copy, mini, unit_model, tmp_path):
     (folder_copy / "thesis.txt").write_text("mine")
     (folder_copy / "dailytalk_usdm.py").write_text("a script")
@@ -196,6 +197,7 @@ def broken(hub, after):
     hub.handler.do_PUT = put
 
 
+@pytest.mark.slow
 def test_failed_upload_is_invisible_and_the_next_push_resumes_it(hub, dataset_folder, tmp_path):
     with broken(hub, after=4):
         done = run_push(hub, tmp_path, dataset_folder)

@@ -74,10 +74,12 @@ def check_killed_task_is_resumed(mini, unit_model, folder, armed, undisturbed, e
     assert not list(folder.rglob("*.unfinished"))
 
 
+@pytest.mark.slow
 def test_killed_local_task_is_resumed(mini, unit_model, tmp_path, armed, undisturbed, elsewhere):
     check_killed_task_is_resumed(mini, unit_model, tmp_path, armed, undisturbed, "local")
 
 
+@pytest.mark.slow
 def test_missing_shard_of_a_finished_task_is_made_again_by_that_task(
     mini, unit_model, tmp_path, undisturbed, elsewhere
 ):
@@ -95,6 +97,7 @@ def test_missing_shard_of_a_finished_task_is_made_again_by_that_task(
     assert inodes(tmp_path, "cache/units/*.arrow").items() >= kept.items()
 
 
+@pytest.mark.slow
 def test_agreement_is_measured_in_a_task(mini, unit_model, tmp_path, monkeypatch):
     alone = tmp_path / "alone"
     prepare(**options(mini, unit_model, alone, precision="bf16"))
@@ -110,6 +113,7 @@ def test_agreement_is_measured_in_a_task(mini, unit_model, tmp_path, monkeypatch
     assert content(tmp_path / "again") == content(alone / "out")
 
 
+@pytest.mark.slow
 def test_local_tasks_end_when_their_parent_is_killed(mini, unit_model, tmp_path):
     arguments = command(mini, unit_model, tmp_path, "--executor", "local", "--tasks", "2", "--num_gpus", "0")
     run = subprocess.Popen(arguments, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -120,6 +124,7 @@ def test_local_tasks_end_when_their_parent_is_killed(mini, unit_model, tmp_path)
     assert not list(tmp_path.glob("cache/units/*.arrow"))  # they ended before the first shard
 
 
+@pytest.mark.slow
 def test_error_in_a_task_is_in_its_log(mini, unit_model, tmp_path, monkeypatch, capfd):
     corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
     recording, load = corpus / "data" / "3" / "0_0_d3.wav", DailyTalkUSDM.as_dataset
@@ -178,6 +183,7 @@ def ray():
     return pytest.importorskip("ray")
 
 
+@pytest.mark.slow
 def test_own_ray_cluster_restarts_a_killed_task(
     ray, mini, unit_model, tmp_path, armed, undisturbed, elsewhere, monkeypatch
 ):
@@ -199,6 +205,7 @@ def ray_cluster(ray, monkeypatch, armed):
     ray.shutdown()
 
 
+@pytest.mark.slow
 def test_killed_ray_task_is_resumed(
     mini, unit_model, tmp_path, armed, undisturbed, elsewhere, ray_cluster, monkeypatch, caplog
 ):
@@ -217,6 +224,7 @@ def test_users_ray_cluster_without_a_gpu_is_refused_before_any_work(ray_cluster,
         launchers.run_on_ray(tmp_path, 1, [0], "cuda")
 
 
+@pytest.mark.slow
 def test_own_ray_cluster_without_a_gpu_computes_on_the_cpu(
     ray, mini, unit_model, tmp_path, undisturbed, elsewhere, monkeypatch
 ):

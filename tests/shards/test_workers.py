@@ -23,6 +23,7 @@ def two_processes(monkeypatch):
     monkeypatch.setattr(pipeline, "_find_devices", lambda num_gpus: ["cpu", "cpu:0"])
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_bytes_of_one(mini, unit_model, tmp_path, two_processes, undisturbed, monkeypatch):
     monkeypatch.setattr(UnitModel, "forward", None)  # this process computes no units
     prepare(**options(mini, unit_model, tmp_path))
@@ -69,6 +70,7 @@ def test_audio_that_changes_during_the_run_is_refused_and_makes_no_unit_shard(
     assert content(tmp_path / "out") == undisturbed
 
 
+@pytest.mark.slow
 def test_process_that_dies_is_named_and_finished_work_is_kept(
     mini, unit_model, tmp_path, two_processes, undisturbed, monkeypatch
 ):
@@ -119,6 +121,7 @@ def test_killed_run_is_resumed(mini, unit_model, tmp_path, undisturbed, pattern,
     assert not list(tmp_path.rglob("*.unfinished"))
 
 
+@pytest.mark.slow
 def test_two_runs_share_one_cache(mini, unit_model, tmp_path, undisturbed):
     first = subprocess.Popen(command(mini, unit_model, tmp_path), stderr=subprocess.PIPE)
     second = subprocess.Popen(command(mini, unit_model, tmp_path, "--output_path", str(tmp_path / "second")))
@@ -211,6 +214,7 @@ def script(folder, *lines):
     return [sys.executable, str(folder / "script.py")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("executor", [{}, {"executor": "local", "tasks": 2}], ids=["processes", "tasks"])
 def test_script_without_a_main_guard(mini, unit_model, tmp_path, undisturbed, executor):
     given = options(mini, unit_model, tmp_path, **executor)
@@ -233,6 +237,7 @@ processes.SpawnProcess.start = start_and_mark
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lines", "pattern"), [(AT_THE_START, "started"), ("", "cache/units/*.arrow")], ids=["at the start", "at work"]
 )
@@ -251,6 +256,7 @@ def test_ctrl_c_with_several_processes_prints_one_line(mini, unit_model, tmp_pat
     assert content(tmp_path / "out") == undisturbed
 
 
+@pytest.mark.slow
 def test_processes_end_when_their_parent_is_killed(mini, unit_model, tmp_path):
     code = (
         "from usdm_sft import prepare as pipeline\n"

@@ -122,6 +122,7 @@ def test_plain_pytorch(folder, tokenizer, expected, streaming):
         assert abs(tiny_model()(**batch).loss.item() - expected) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_trained_model_generates_its_training_example(folder, tokenizer):
     """Labels and stop tokens are right: a model that fits them answers in three steps, speech included."""
     rows = list(load(folder, streaming=False))
@@ -170,6 +171,7 @@ def test_streaming_splits_over_ranks_and_workers(folder):
     assert sorted(ids(loader)) == sorted(whole)
 
 
+@pytest.mark.slow
 def test_streaming_resumes_in_the_middle_of_an_epoch(folder):
     def stream():
         shuffled = datasets.load_dataset(str(folder), split="train", streaming=True).shuffle(seed=3, buffer_size=1)
@@ -193,6 +195,7 @@ def workplace(folder, unit_model, tmp_path_factory):
     return make_workplace(tmp_path_factory.mktemp("workplace"), folder, unit_model, tiny_model())
 
 
+@pytest.mark.slow
 def test_trl_command(workplace):
     command = [
         *[sys.executable, "-c", "from trl.cli import main; main()", "sft", "--config", "configs/trl_sft.yaml"],

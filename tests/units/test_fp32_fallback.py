@@ -113,8 +113,8 @@ def test_utterances_that_overflow_are_in_counts_and_card_also_when_the_cache_has
     }
     card = (tmp_path / "first" / "README.md").read_text()
     assert (
-        "\nUtterances of train whose features are not finite in fp16, so that their units were computed in fp32: 1.\n\n"
-        "- 0_1_d20\n"
+        "\nThe features of 1 utterance of train are not finite in precision fp16. The units of this utterance were computed in "
+        "fp32 (`counts.json` has the whole list): 0_1_d20.\n"
     ) in card
     monkeypatch.setattr(UnitModel, "forward", None)
     assert run("second", precision="fp16") == first

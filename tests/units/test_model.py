@@ -211,6 +211,7 @@ def test_resampler_on_the_device_runs_without_the_callers_autocast(converted, mo
     assert enabled == [False]
 
 
+@pytest.mark.slow
 def test_the_mask_of_a_long_utterance_takes_no_memory(tmp_path):
     """Compare 160 s whose appended sample completes a masked frame with 160 s without one."""
     code = """

@@ -377,7 +377,11 @@ def preprocessor(folder, **values):
 
 
 ERRORS = {
-    "layer": (None, {"layer": 5}, r"layer 5 does not exist: the model has 4 layers, counted from 1; give --layer"),
+    "layer": (
+        None,
+        {"layer": 5},
+        r"layer 5 does not exist: the model has 4 layers, counted from 1; give the layer that the k-means was fit on with --layer",
+    ),
     "default layer": (None, {}, r"layer 35 does not exist: the model has 4 layers"),
     "model_config": (None, {"model_config": "c.json"}, r"model_config c\.json is for a \.pt file: leave it out"),
     "no config": (lambda f: (f / "config.json").unlink(), {"layer": 2}, r"holds no config\.json: name a folder"),
@@ -575,10 +579,14 @@ def test_prepare_with_a_hubert_model_gives_the_units_of_transformers(run, mini, 
 def test_more_units_than_the_tokenizer_has_is_an_error_before_any_forward_pass(run, source, tmp_path, monkeypatch):
     made = convert(*source, tmp_path / "m", layer=2)
     monkeypatch.setattr(UnitModel, "forward", None)
-    with pytest.raises(ValueError, match="the unit model has 60 units, the tokenizer only 59: use the two that belong"):
+    with pytest.raises(
+        ValueError,
+        match="the unit model has 60 units, the tokenizer only 59: use the unit model and the tokenizer that belong",
+    ):
         run(made, NUM_UNITS - 1)
 
 
+@pytest.mark.slow
 def test_65536_units(run, mini, source, tmp_path):
     """The last unit occurs and gets its token."""
     centroids = np.zeros((65_536, WIDTH), np.float32)
