@@ -184,7 +184,7 @@ def _find_devices(num_gpus: int | None) -> list[str]:
     """The GPUs of this machine, or its CPU."""
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if num_gpus is not None and num_gpus > available:
-        raise ValueError(f"num_gpus is {num_gpus}: this machine has {available}")
+        raise ValueError(f"num_gpus is {num_gpus}: this machine has {available}; give {available} or fewer")
     return [f"cuda:{index}" for index in range(available if num_gpus is None else num_gpus)] or ["cpu"]
 
 

@@ -31,7 +31,8 @@ class CorpusOptions:
     """single_turn only: number of earlier exchanges that each row brings along as context, without loss."""
 
     agent: str | None = None
-    """The speaker who is the agent in every pair. By default each side is the agent in turn, as in the reference."""
+    """The speaker who is the agent in every pair. By default each side is the agent in turn, as in the reference.
+    Required for dialogs of a manifest with more than two speakers."""
 
     merge_speaker_turns: bool = False
     """Join neighbouring turns of one speaker. By default a dialog with such turns is left out, as in the reference."""
@@ -63,7 +64,7 @@ class TokenizerOptions:
 
     overflow: Literal["drop", "truncate", "split"] | None = None
     """What to do with longer rows: drop leaves them out; truncate keeps the leading exchanges that fit (with history: the
-    latest); split puts the rest into further rows (multi_turn). By default drop where a row is one exchange, else truncate."""
+    latest); split puts the rest into further rows (multi_turn). An exchange that is too long by itself is left out. By default drop where a row is one exchange, else truncate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,13 +98,14 @@ class ComputeOptions:
     has one GPU, unless this is 0."""
 
     shard_dialogs: int = 64
-    """Dialogs in a work shard, which is what a crash can lose."""
+    """Number of dialogs in a work shard. A crash loses at most the work shards in progress."""
 
     cache_dir: str | Path | None = None
     """Where finished work is kept. By default the folder dailytalk_usdm in HF_HOME."""
 
     model_cache_dir: str | Path | None = None
-    """Where the downloaded tokenizer and unit model are kept."""
+    """Where the downloaded unit model and tokenizer are kept. By default dailytalk_usdm/unit_models in HF_HOME, whatever
+    cache_dir is, and the cache of the Hub."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +131,10 @@ class ExecutorOptions:
     """Executor"""
 
     executor: Literal["local", "slurm", "ray"] | None = None
-    """Make the units in datatrove tasks (extra executors): local, in one process each on this machine; ray, on the cluster
-    of RAY_ADDRESS or a new one; slurm, as an array job, after which the same command is given again. All machines must see
-    data, unit model, cache and environment under the same paths. By default this process, or one per GPU."""
+    """Make the units in datatrove tasks (extra executors): local runs each task in its own process on this machine; ray
+    uses the cluster of RAY_ADDRESS or starts one; slurm submits an array job: give the same command again when it has
+    ended. All machines must see data, unit model, cache and environment under the same paths. By default there is no
+    executor: this process makes the units, or one process per GPU."""
 
     tasks: int = 1
     """Number of tasks that the work shards are divided into; as many as GPUs are available at once. A lost task loses one
