@@ -145,6 +145,14 @@ def test_bad_template_gives_one_line_on_stderr(capsys):
     )
 
 
+def test_template_may_be_a_yaml_file(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr("usdm_sft.prepare.prepare", lambda config: given.append(config) or {"splits": {}})
+    (tmp_path / "template.yaml").write_text("user_role: Caller\n")
+    main(["prepare", "--data_dir", "d", "--output_path", "o", "--template", str(tmp_path / "template.yaml")])
+    assert given[0].template == Template(user_role="Caller")
+
+
 def test_null_in_a_yaml_file_means_the_default(tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr("usdm_sft.prepare.prepare", lambda config: given.append(config) or {"splits": {}})

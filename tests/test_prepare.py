@@ -408,6 +408,11 @@ def test_dataset_folder_contains_no_paths(run, tmp_path):
         assert str(FIXTURES).encode() not in data, name
 
 
+def test_metadata_paths_with_a_dataset_of_the_hub_are_refused(run):
+    with pytest.raises(ValueError, match="a dataset of the Hub with splits of its own: leave out the metadata paths"):
+        run(data_dir="hub:user/calls", train_metadata_path="train.jsonl")
+
+
 def test_units_equal_the_reference(run, mini):
     expected = json.loads((mini / "expected" / "units.json").read_text())
     for split in ("train", "test"):

@@ -258,13 +258,13 @@ def main(args: list[str] | None = None) -> None:
     ) as error:  # a YAML file that is not UTF-8, a NUL in its name, 1e400 as an integer
         parser.error(str(error))
     command = namespace.pop("command")
-    options = namespace.pop(command).as_dict()
+    options = namespace.pop(command).clone(with_meta=False).as_dict()
     options.pop("config", None)
     options = {name: value for name, value in options.items() if value is not None}  # null in YAML means the default
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("usdm_sft").setLevel(logging.INFO)
     try:
-        if options.pop("quiet", False):
+        if options.pop("quiet", False) is True:
             from usdm_sft.utils.progress import disable_progress_bars
 
             disable_progress_bars()

@@ -24,6 +24,7 @@ from dailytalk_usdm import DailyTalkUSDM
 from usdm_sft import __version__
 from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.convert.published import describe_unit_model, find_unit_model
+from usdm_sft.corpus.hub import is_hub_corpus
 from usdm_sft.corpus.published_lists import describe_corpus, list_kind
 from usdm_sft.dataset_folder.layout import check_output, clear_unfinished, is_up_to_date, read_counts
 from usdm_sft.dataset_folder.writer import write_folder
@@ -152,6 +153,10 @@ def _open_corpus(config: PrepareConfig, cache: Path) -> DailyTalkUSDM:
     """Read the split lists or manifests, and check all audio."""
     lists = {"train": config.train_metadata_path, "test": config.test_metadata_path}
     data_files = {split: str(Path(path).expanduser().resolve()) for split, path in lists.items() if path is not None}
+    if data_files and is_hub_corpus(config.data_dir):
+        raise ValueError(
+            f"data_dir is {config.data_dir}, a dataset of the Hub with splits of its own: leave out the metadata paths"
+        )
     return DailyTalkUSDM(
         config_name=config.config_name,
         history=config.history,

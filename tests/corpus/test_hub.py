@@ -115,6 +115,24 @@ def test_path_beside_audio_bytes_is_ignored(snapshot, tmp_path, monkeypatch):
             assert file.read() == wav(seed)
 
 
+def test_recording_in_a_binary_column_is_read(snapshot, tmp_path, monkeypatch):
+    rows = [ROW | {"turn": turn, "speaker": "AB"[turn], "audio": wav(turn)} for turn in range(2)]
+    replace_builder(monkeypatch, datasets.DatasetDict(train=datasets.Dataset.from_list(rows)))
+    [dialog] = read_corpus(fetch_corpus("hub:user/calls", tmp_path / "cache"))["train"].dialogs
+    for turn, utterance in enumerate(dialog.utterances):
+        with open(utterance.audio, "rb") as file:
+            assert file.read() == wav(turn)
+
+
+def test_text_in_the_place_of_bytes_is_refused(snapshot, tmp_path, monkeypatch):
+    rows = [ROW | {"audio": {"bytes": "text", "path": None}}]
+    replace_builder(monkeypatch, datasets.DatasetDict(train=datasets.Dataset.from_list(rows)))
+    with pytest.raises(
+        CorpusError, match=r"row 0: audio is a str, not the bytes of a recording: put the recording into"
+    ):
+        fetch_corpus("hub:user/calls", tmp_path / "cache")
+
+
 def test_the_first_twenty_bad_rows_are_named(snapshot, tmp_path, monkeypatch):
     rows = [ROW | {"turn": turn, "speaker": "AB"[turn % 2], "audio": f"/{turn}.wav"} for turn in range(30)]
     loaded = datasets.DatasetDict(test=datasets.Dataset.from_list(rows))

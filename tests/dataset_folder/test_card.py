@@ -191,7 +191,10 @@ def test_card_follows_the_options(mini, unit_model, tmp_path):
 def test_card_of_conversations(mini, unit_model, tmp_path):
     _, card = make(mini, unit_model, tmp_path, config_name="multi_turn", max_length=400, overflow="split")
     assert "Conversations as training data" in card.text
-    assert "3 rows of train did not fit into `max_length` tokens and were split into several rows, between exchanges:" in card.text
+    assert (
+        "3 rows of train did not fit into `max_length` tokens and were split into several rows, between exchanges:"
+        in card.text
+    )
     assert "Rows of more than 400 tokens were split into several rows, between exchanges." in card.text
     assert "- Turns repeat" in card.text and "Rows have no history" not in card.text
 

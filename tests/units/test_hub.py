@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.errors import HTTPError
 
 from tests.mini_hub import serve
 from usdm_sft.convert.published import find_unit_model
@@ -55,6 +56,19 @@ def test_unit_model_of_the_hub_is_the_folder_that_was_uploaded(hub, unit_model, 
 def test_prepare_finds_a_unit_model_of_the_hub(hub, unit_model):
     found = find_unit_model(REPOSITORY)
     assert read_description(found) == read_description(unit_model)
+
+
+def test_unit_model_of_the_hub_is_kept_in_the_model_cache(hub, tmp_path):
+    assert find_unit_model(REPOSITORY, tmp_path / "models").is_relative_to(tmp_path / "models")
+
+
+def test_broken_proxy_is_one_error_without_network(hub, monkeypatch):
+    def fail(*args, **kwargs):
+        raise HTTPError("proxy refused")
+
+    monkeypatch.setattr("usdm_sft.units.hub.snapshot_download", fail)
+    with pytest.raises(OSError, match=r"cannot be downloaded from the Hub \(proxy refused\)"):
+        UnitTokenizer.from_pretrained(REPOSITORY, device="cpu")
 
 
 def test_offline_mode_forbids_the_download(hub, monkeypatch):

@@ -43,7 +43,7 @@ class Parser(ArgumentParser):
             hints = [action._typehint for action in actions if action.dest == name and hasattr(action, "_typehint")]
             return f"{name} is {value!r}: give {describe_type(hints[0])}" if hints else message
         if config := re.match(r'Parser key "(template)":\s+Unable to load config (.*)', message):
-            return f"{config[1]} is {config[2]}: give names and values, such as {{user_role: Caller}}, or a YAML file of them"
+            return f"{config[1]} is {config[2]}: give names and values, such as {{user_role: Caller}}, or a YAML file such as ./template.yaml"
         unknown = re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)", message)
         options = [option.removeprefix("--") for action in actions for option in action.option_strings]
         if unknown and (near := difflib.get_close_matches(unknown[1], options, n=1)):

@@ -45,7 +45,7 @@ def find_unit_model(name_or_path: str | Path, model_cache_dir: str | Path | None
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{PUBLISHED}.lock"):
             return _download_and_convert(cache / PUBLISHED, cache)
-    folder = find_folder(name_or_path)
+    folder = find_folder(name_or_path, cache_dir=model_cache_dir)
     read_description(folder)
     return folder
 

@@ -110,7 +110,7 @@ def _write_manifest(rows: Dataset, name: str, files: Path, cache: Path) -> Path:
                 row["audio"], problem = _write_audio(row["audio"], folder, files)
                 if problem is not None:
                     add_problem(problems, f"{name}, row {number}: {problem}")
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
             if problems:
                 raise CorpusError(problems)
     return manifest
@@ -119,7 +119,14 @@ def _write_manifest(rows: Dataset, name: str, files: Path, cache: Path) -> Path:
 def _write_audio(audio: Any, folder: Path, files: Path) -> tuple[Any, str | None]:
     """Return the path of a recording and what is wrong with it; bytes become a file with their sha256 as its name."""
     content, path = (audio.get("bytes"), audio.get("path")) if isinstance(audio, dict) else (None, audio)
+    if isinstance(path, bytes):  # a column of type binary
+        content = path
     if content is not None:
+        if not isinstance(content, bytes):
+            return (
+                None,
+                f"audio is a {type(content).__name__}, not the bytes of a recording: put the recording into the row",
+            )
         return _write_bytes(content, folder), None
     if isinstance(path, str) and path and not _is_inside(path, folder, files):
         return path, f"audio {quote(path)} is not a file of the dataset: put the audio itself into the row"

@@ -49,7 +49,7 @@ def check_options(executor: str, num_gpus: int | None, slurm: Mapping[str, Any] 
     if not isinstance(slurm["time"], str):
         raise ValueError(f'slurm.time is {slurm["time"]!r}, a number: quote it, such as "24:00:00"')
     possible = inspect.signature(SlurmPipelineExecutor).parameters.keys() - _OURS
-    if unknown := sorted(slurm.keys() - possible):
+    if unknown := sorted(map(str, slurm.keys() - possible)):
         raise ValueError(f"slurm has {', '.join(unknown)}, but takes only {', '.join(sorted(possible))}")
     if shutil.which("sbatch") is None:
         raise FileNotFoundError("sbatch is not found: use --executor slurm on a machine that submits Slurm jobs")
