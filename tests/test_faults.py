@@ -110,6 +110,7 @@ def test_output_without_write_permission_is_refused(tmp_path, monkeypatch):
         layout.check_output(tmp_path / "out", overwrite=False, finished_too=False)
 
 
+@pytest.mark.slow
 def test_out_of_memory_keeps_finished_work(mini, unit_model, tmp_path, undisturbed, monkeypatch):
     forward, calls = UnitModel.forward, []
 

@@ -77,6 +77,7 @@ def test_a_hundred_thousand_characters_are_encoded_and_left_out_by_length(mini, 
     assert name == "d3_0" and re.fullmatch(r"\d{5,6} tokens, more than max_length 8192", reason)
 
 
+@pytest.mark.slow
 def test_markup_in_emotions_is_shown_as_text(mini, unit_model, tmp_path):
     """Emotions appear in the card and its pictures; they are not rendered as a template, as mathematics or as HTML."""
     corpus = tmp_path / "corpus"

@@ -107,6 +107,7 @@ def test_another_template_needs_no_forward_pass_and_is_recorded(run, forward_pas
     assert encoder.template == template
 
 
+@pytest.mark.slow
 def test_counts_describe_the_splits(run, mini):
     output, counts = run()
     assert json.loads((output / "counts.json").read_text()) == counts
@@ -127,6 +128,7 @@ def test_counts_describe_the_splits(run, mini):
     assert "torch" in counts["versions"]
 
 
+@pytest.mark.slow
 def test_tokenizer_is_saved_beside_the_data(run, tokenizer):
     output, _ = run()
     text = "<|correspond|> yes.\n### Agent\n no<|unit5|>\n</s>"
@@ -134,6 +136,7 @@ def test_tokenizer_is_saved_beside_the_data(run, tokenizer):
         assert loaded(text).input_ids == tokenizer(text).input_ids
 
 
+@pytest.mark.slow
 def test_too_long_pairs_are_left_out_counted_and_listed(run):
     output, whole = run()
     rows = datasets.load_dataset(str(output), split="train")
@@ -177,6 +180,7 @@ def test_unit_shard_has_one_row_per_utterance(run, mini, tmp_path):
     assert test.column_names == ["units", "seconds"]
 
 
+@pytest.mark.slow
 def test_moved_and_touched_corpus_with_the_same_bytes_redoes_nothing(run, mini, forward_passes, tmp_path):
     first, _ = run()
     passes = len(forward_passes)
@@ -208,6 +212,7 @@ def test_only_shards_whose_key_changes_are_made_again(run, mini, forward_passes,
     assert made("other-plan", batch_seconds=3) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["units", "tokens"])
 def test_damaged_cache_file_is_made_again(run, tmp_path, damage, forward_passes):
     first, _ = run()
@@ -227,6 +232,7 @@ def test_each_audio_is_read_once_in_a_run(run, monkeypatch):
     assert len(read) == len(set(read)) == 19
 
 
+@pytest.mark.slow
 def test_output_does_not_depend_on_the_size_of_work_shards(run, tmp_path, mini):
     for shard_dialogs in (2, 64):
         output, _ = run(f"out{shard_dialogs}", shard_dialogs=shard_dialogs)
@@ -312,6 +318,7 @@ def test_run_interrupted_while_writing_is_completed_by_a_rerun(run, monkeypatch,
     assert content(run()[0]) == expected
 
 
+@pytest.mark.slow
 def test_damaged_output_is_written_again_with_overwrite(run):
     output, _ = run()
     expected = content(output)
@@ -344,6 +351,7 @@ def test_split_that_max_length_leaves_empty_is_refused(run):
         run(max_length=220)
 
 
+@pytest.mark.slow
 def test_finished_folder_is_not_overwritten_because_a_run_was_interrupted_in_it(run):
     output, _ = run()
     (output / ".unfinished").mkdir()
@@ -351,6 +359,7 @@ def test_finished_folder_is_not_overwritten_because_a_run_was_interrupted_in_it(
         run(max_length=300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["[]", "{", "{}"])
 def test_damaged_counts_are_refused(run, content, tmp_path):
     output, counts = run()
@@ -360,6 +369,7 @@ def test_damaged_counts_are_refused(run, content, tmp_path):
     assert run(overwrite=True)[1] == counts
 
 
+@pytest.mark.slow
 def test_damaged_cache_of_the_builder_is_made_again(run, tmp_path, caplog):
     first, _ = run()
     [path] = (tmp_path / "cache" / "builder").rglob("dailytalk_usdm-train.arrow")
@@ -369,6 +379,7 @@ def test_damaged_cache_of_the_builder_is_made_again(run, tmp_path, caplog):
     assert "making it again" in caplog.text
 
 
+@pytest.mark.slow
 def test_flipped_byte_in_a_cached_text_is_found(run, tmp_path, caplog):
     """The damaged file is still a valid Arrow file."""
     first, _ = run()
@@ -401,6 +412,7 @@ def test_one_split_list_is_prepared_alone(run, mini, tmp_path):
     assert datasets.load_dataset(str(output), split="test")["id"][:] == ["d105_0", "d105_1", "d2001_0"]
 
 
+@pytest.mark.slow
 def test_dataset_folder_contains_no_paths(run, tmp_path):
     output, _ = run()
     for name, data in content(output).items():

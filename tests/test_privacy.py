@@ -103,6 +103,7 @@ def test_offline_mode_forbids_downloads(offline, mini, unit_model, tmp_path, cha
     assert not (tmp_path / "connections").exists()
 
 
+@pytest.mark.slow
 def test_nothing_is_written_outside_output_and_cache(offline, mini, unit_model, tmp_path):
     home, temporary, work = (tmp_path / name for name in ("home", "temporary", "work"))
     for folder in (home, temporary, work):

@@ -154,6 +154,7 @@ def test_cut_in_the_samples_of_a_codec_that_cannot_seek(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_bad_audio", ["error", "skip"])
 def test_corpus_with_a_codec_that_cannot_seek(mini, unit_model, tmp_path, on_bad_audio):
     """Its rows are those of the decoded samples; nothing stops the run, and nothing is left out."""

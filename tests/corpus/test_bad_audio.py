@@ -387,6 +387,7 @@ def test_error_names_twenty_files_at_most(corpus, tmp_path):
     assert str(caught.value).split("\n")[20:] == ["... and 9 more problems"]
 
 
+@pytest.mark.slow
 def test_skip_leaves_out_exactly_the_pairs_with_bad_audio(run, corpus, mini):
     whole, _ = run(mini / "corpus", "whole")
     output, counts = run(corpus, on_bad_audio="skip")
@@ -424,6 +425,7 @@ def test_skip_reads_no_bad_audio_and_makes_no_empty_units(run, corpus, monkeypat
     assert all(len(row["user_units"]) > 0 and len(row["agent_units"]) > 0 for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard_dialogs", [2, 64])
 def test_skip_does_not_depend_on_the_size_of_work_shards(run, corpus, shard_dialogs):
     output, counts = run(corpus, "one", on_bad_audio="skip")
@@ -432,6 +434,7 @@ def test_skip_does_not_depend_on_the_size_of_work_shards(run, corpus, shard_dial
     assert counts["splits"] == others["splits"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard_dialogs", [1, 2])
 def test_repaired_file_redoes_only_its_own_work_shard(run, corpus, mini, tmp_path, shard_dialogs):
     output, before = run(corpus, on_bad_audio="skip", shard_dialogs=shard_dialogs)

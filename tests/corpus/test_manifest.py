@@ -338,6 +338,7 @@ def archive(mini, tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_the_zip_of_dailytalk_is_read_without_unpacking(archive, mini, unit_model, tmp_path):
     run(archive, tmp_path / "out", unit_model, tmp_path)
     run(mini / "corpus", tmp_path / "plain", unit_model, tmp_path)
@@ -452,6 +453,7 @@ def test_preprocessed_text_as_rows(mini, tmp_path, monkeypatch):
     assert scope["rows"].num_rows == {"train": 10, "test": 3}
 
 
+@pytest.mark.slow
 def test_named_agent_and_merged_turns_end_to_end(calls, unit_model, tmp_path):
     """Ids stay those of turns, and every row is what its columns encode to, in either shape."""
     rows = [json.loads(line) for line in (calls / "train.jsonl").read_text().splitlines()]

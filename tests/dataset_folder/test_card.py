@@ -205,6 +205,7 @@ def test_settings_without_a_value_are_not_listed(card):
     assert "The rows are in the order of their dialogs and turns." in card.text
 
 
+@pytest.mark.slow
 def test_long_lists_are_cut(mini, unit_model, tmp_path, monkeypatch):
     monkeypatch.setattr("usdm_sft.dataset_folder.card.SHOWN_REASONS", 2)
     counts, card = make(mini, unit_model, tmp_path, max_length=300)
@@ -219,6 +220,7 @@ def test_long_lists_are_cut(mini, unit_model, tmp_path, monkeypatch):
     assert f"\n- {second}: " in card.text and f"\n- {third}: " not in card.text
 
 
+@pytest.mark.slow
 def test_untrusted_names_become_plain_text(mini, unit_model, tmp_path):
     """A dialog name and a source of an untrusted unit model folder are escaped."""
     folder = shutil.copytree(unit_model, tmp_path / "unit_model")

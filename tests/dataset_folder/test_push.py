@@ -239,6 +239,7 @@ def test_missing_network_raises_one_error_without_a_chain(hub, dataset_folder, t
     assert done.stderr.splitlines()[-1].startswith("OSError: the Hub cannot be reached (")
 
 
+@pytest.mark.slow
 def test_network_failure_during_the_lookup_of_an_earlier_push_gives_one_line(hub, dataset_folder, tmp_path):
     assert run_push(hub, tmp_path, dataset_folder).returncode == 0
     answer = hub.handler.do_HEAD
@@ -253,6 +254,7 @@ def test_network_failure_during_the_lookup_of_an_earlier_push_gives_one_line(hub
     assert done.stderr.splitlines()[-1].startswith("dailytalk-usdm push: the Hub cannot be reached (")
 
 
+@pytest.mark.slow
 def test_offline_mode_pushes_nothing(hub, dataset_folder, tmp_path):
     done = run_push(hub, tmp_path, dataset_folder, HF_HUB_OFFLINE="1")
     assert (done.returncode, done.stderr.splitlines()) == (

@@ -156,6 +156,7 @@ def test_task_refuses_a_unit_model_that_changed_after_the_plan(mini, unit_model,
         tasks.run_task(None, 3, 4, folder=folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("given", "expected"), [(None, "cuda:1"), ("cuda:0", "cuda:0")])
 def test_task_chooses_a_gpu_by_its_rank(mini, unit_model, tmp_path, monkeypatch, given, expected):
     settings = {"device": "cuda", "precision": "fp32", "resampler": "soxr", "batch_seconds": 160.0}

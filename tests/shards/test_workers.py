@@ -43,6 +43,7 @@ def after_the_first_pass(monkeypatch):
     return write
 
 
+@pytest.mark.slow
 def test_error_in_a_process_reaches_the_caller_and_prints_no_traceback(
     mini, unit_model, tmp_path, two_processes, after_the_first_pass, capfd
 ):
@@ -130,6 +131,7 @@ def test_two_runs_share_one_cache(mini, unit_model, tmp_path, undisturbed):
     assert len(list((tmp_path / "cache" / "units").glob("*.arrow"))) == 6
 
 
+@pytest.mark.slow
 def test_agreement_is_measured_once_and_is_in_counts_and_log(mini, unit_model, tmp_path, caplog, monkeypatch):
     counts = prepare(**options(mini, unit_model, tmp_path, precision="bf16"))
     agreement = counts["agreement"]

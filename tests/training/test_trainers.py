@@ -217,6 +217,7 @@ def test_accelerate_config_is_valid():
     assert config.deepspeed_config["zero_stage"] == 3
 
 
+@pytest.mark.slow
 def test_rows_loaded_from_the_hub_equal_those_of_the_folder(folder, tmp_path):
     """The folder is uploaded to a stand-in of the Hub and loaded by name, plain and streaming."""
     server, _, url = serve()

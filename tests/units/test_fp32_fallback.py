@@ -88,6 +88,7 @@ def test_features_that_are_not_finite_in_fp32_either_name_the_utterance(unit_mod
             tokenizer.tokenize_waveforms(waveforms)
 
 
+@pytest.mark.slow
 def test_utterances_that_overflow_are_in_counts_and_card_also_when_the_cache_has_their_units(
     loud, mini, tmp_path, monkeypatch
 ):

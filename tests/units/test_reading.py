@@ -51,6 +51,7 @@ def run_python(code, *args):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_data_loader_that_forks_after_a_call(unit_model, corpus_files):
     code = """
 import json, sys
@@ -76,6 +77,7 @@ print(json.dumps(list(loader)))
     assert run_python(code, str(unit_model), *paths) == units
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["tokenize_files(paths)[0]", "tokenize_waveforms([read_waveform(p) for p in paths])"])
 def test_forked_process_without_a_data_loader(unit_model, corpus_files, call):
     """The forked process inherits torch without torch's threads."""
