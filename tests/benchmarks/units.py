@@ -60,7 +60,7 @@ def tokenizer(
 ):
     settings = {"device": device.type, "precision": precision, "resampler": "soxr", "batch_seconds": batch_seconds}
     made = UnitTokenizer(Path(), "benchmark", settings, str(device))
-    made.normalization = "fairseq"  # there is no folder to read it from
+    made.normalization = "fairseq"  # this model has no folder that names it
     made._model = UnitModel(config, dict(weights), kmeans, precision).to(device)
     return made
 

@@ -34,7 +34,7 @@ def write_then_replace(path: str | Path, mode: str = "w", **options: Any) -> Ite
         with open(unfinished, mode, **options) as file:
             yield file
         os.replace(unfinished, path)
-    except BaseException:
+    except BaseException:  # Ctrl-C as well; raised again below
         unfinished.unlink(missing_ok=True)
         raise
 
