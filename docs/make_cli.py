@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from usdm_sft.cli import make_parser
+from usdm_sft.cli.main import make_parser
 
 DOCS = Path(__file__).resolve().parent
 HEAD = """\

@@ -9,7 +9,7 @@ import termios
 
 import pytest
 
-from usdm_sft.cli import main
+from usdm_sft.cli.main import main
 from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.dataset_folder.summary import summarize_split
 from usdm_sft.template.config import Template
@@ -30,7 +30,7 @@ def command(*args):
 def test_help_imports_nothing_heavy(args):
     code = f"""
 import sys
-from usdm_sft.cli import main
+from usdm_sft.cli.main import main
 try:
     main({args!r})
 except SystemExit as error:

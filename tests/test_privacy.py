@@ -62,7 +62,7 @@ def test_no_command_connects_or_reveals_secrets_and_paths(offline, mini, unit_mo
     model = [str(source / name) for name in ("checkpoint.pt", "kmeans.npy")]
     model += [str(folder / "model"), "--model_config", str(source / "config.json")]
     other_commands = (
-        "from usdm_sft.cli import main\n"
+        "from usdm_sft.cli.main import main\n"
         f"main(['convert', *{model!r}])\n"
         f"main(['units', {model[2]!r}, {str(recording)!r}])\n"
         f"main(['export', {str(folder / 'out')!r}, {str(folder / 'text')!r}])\n"

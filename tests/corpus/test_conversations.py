@@ -7,7 +7,7 @@ import pytest
 
 from tests.helpers import FIXTURES, REPOSITORY
 from usdm_sft import prepare as pipeline
-from usdm_sft.cli import main
+from usdm_sft.cli.main import main
 from usdm_sft.dataset_folder.export import export_text
 from usdm_sft.prepare import prepare
 from usdm_sft.template.config import Template

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from usdm_sft.cli import main
+from usdm_sft.cli.main import main
 from usdm_sft.dataset_folder import pictures
 from usdm_sft.dataset_folder.pictures import CAPTIONS
 from usdm_sft.dataset_folder.verify import verify

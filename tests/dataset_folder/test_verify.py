@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from usdm_sft.cli import main
+from usdm_sft.cli.main import main
 from usdm_sft.dataset_folder.export import export_text
 from usdm_sft.dataset_folder.verify import VerificationError, verify
 from usdm_sft.utils.cache import sha256_file

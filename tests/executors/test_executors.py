@@ -13,7 +13,7 @@ import torch
 import usdm_sft.executors
 from dailytalk_usdm import DailyTalkUSDM
 from tests.helpers import REPOSITORY, command, content, inodes, options, wait_for, wait_for_end_of_group
-from usdm_sft.cli import main
+from usdm_sft.cli.main import main
 from usdm_sft.executors import launchers, tasks
 from usdm_sft.prepare import Submitted, prepare
 from usdm_sft.units.model import UnitModel

@@ -246,7 +246,7 @@ processes.SpawnProcess.start = start_and_mark
 def test_ctrl_c_with_several_processes_prints_one_line(mini, unit_model, tmp_path, undisturbed, lines, pattern):
     arguments = command(mini, unit_model, tmp_path)[3:]
     lines = lines.format(started=str(tmp_path / "started"))
-    run = script(tmp_path, lines, "from usdm_sft.cli import main", f"main({arguments!r})")
+    run = script(tmp_path, lines, "from usdm_sft.cli.main import main", f"main({arguments!r})")
     run = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for(lambda: list(tmp_path.glob(pattern)), run)
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does
@@ -263,7 +263,7 @@ def test_processes_end_when_their_parent_is_killed(mini, unit_model, tmp_path):
     code = (
         "from usdm_sft import prepare as pipeline\n"
         "pipeline._find_devices = lambda num_gpus: ['cpu', 'cpu:0']\n"
-        "from usdm_sft.cli import main\n"
+        "from usdm_sft.cli.main import main\n"
         "if __name__ == '__main__':\n"
         f"    main({command(mini, unit_model, tmp_path)[3:]!r})\n"
     )

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from usdm_sft.cli import main
+from usdm_sft.cli.main import main
 from usdm_sft.dataset_folder.page import write_page
 from usdm_sft.dataset_folder.rows import read_rows
 from usdm_sft.template.view import BLUE, PLAIN, format_example, split_parts

@@ -21,7 +21,7 @@ from transformers import (
 
 from tests.helpers import FIXTURES
 from usdm_sft.audio.frames import num_frames
-from usdm_sft.cli import main
+from usdm_sft.cli.main import main
 from usdm_sft.convert.convert import convert
 from usdm_sft.prepare import prepare
 from usdm_sft.template.tokenizer import CORRESPOND, UNIT_0, build_tokenizer

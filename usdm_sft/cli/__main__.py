@@ -1,0 +1,3 @@
+from usdm_sft.cli.main import main
+
+main()
