@@ -8,6 +8,7 @@ from tests.helpers import REPOSITORY
 
 PACKAGES = [
     "audio",
+    "cli",
     "config",
     "convert",
     "corpus",

@@ -1,0 +1,53 @@
+"""The commands `export` and `push`."""
+
+from __future__ import annotations
+
+from usdm_sft.utils.texts import count_noun
+
+
+def export(dataset_dir: str, text_dir: str) -> None:
+    """Write train.txt and test.txt as train_sft.py of naver-ai/usdm reads them.
+
+    Args:
+        dataset_dir: A folder that prepare made.
+        text_dir: Where the text files go. Files of the same names are replaced.
+    """
+    from usdm_sft.dataset_folder.export import export_text
+
+    for split, num_lines in export_text(dataset_dir, text_dir).items():
+        print(f"{split}.txt: {count_noun(num_lines, 'line')}")
+
+
+def push(
+    dataset_dir: str,
+    repo_id: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> None:
+    """Verify a dataset folder and upload it to the Hub in one commit.
+
+    It needs `hf auth login` or HF_TOKEN; a token on the command line would stay in the history of the shell.
+
+    Args:
+        dataset_dir: A folder that prepare made.
+        repo_id: The dataset repository, USER/NAME. It is created where it does not exist.
+        private: Create the repository private; an existing one must be private.
+        revision: Branch, created where it does not exist. By default the main branch.
+        commit_message: By default it names the config and the key of the folder.
+        create_pr: Open a pull request to the branch, which must exist.
+    """
+    from usdm_sft.dataset_folder.push import push
+
+    url = push(
+        dataset_dir,
+        repo_id,
+        private=private,
+        revision=revision,
+        commit_message=commit_message,
+        create_pr=create_pr,
+    )
+    print(url)
+    if not create_pr:
+        print(f"load_dataset({repo_id!r}) opens it")

@@ -1,0 +1,61 @@
+"""The commands `show` and `stats`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from usdm_sft.utils.texts import count_noun
+
+
+def show(
+    dataset_dir: str,
+    split: str = "train",
+    index: int = 0,
+    num_examples: int | None = None,
+    html: str | None = None,
+    data_dir: str | None = None,
+    ids: bool = False,
+) -> None:
+    """Print examples with the labelled tokens marked, or write them to an HTML page.
+
+    Args:
+        dataset_dir: A folder that prepare made.
+        split: Split of the examples.
+        index: First row.
+        num_examples: Number of rows. By default 1 in the terminal and 20 on a page.
+        html: Write one self-contained HTML page to this file instead.
+        data_dir: The corpus that the folder was made from: the page then plays both sides.
+        ids: Print the ids as well. The page always shows them.
+    """
+    from usdm_sft.dataset_folder.page import write_page
+    from usdm_sft.dataset_folder.rows import read_rows
+    from usdm_sft.template.tokenizer import load_tokenizer
+    from usdm_sft.template.view import format_example
+
+    if html is not None:
+        shown = write_page(
+            dataset_dir, html, split=split, index=index, num_examples=num_examples or 20, data_dir=data_dir
+        )
+        print(f"{html} shows {count_noun(shown, 'example')}")
+        return
+    if data_dir is not None:
+        raise ValueError("data_dir is for the sound on a page: name the page with --html")
+    rows = read_rows(dataset_dir, split, index, num_examples or 1)
+    tokenizer = load_tokenizer(os.path.join(dataset_dir, "tokenizer")).backend_tokenizer
+    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print("\n\n".join(format_example(row, tokenizer, color=color, ids=ids) for row in rows))
+
+
+def stats(dataset_dir: str) -> None:
+    """Print the numbers of a dataset folder, and draw the pictures of its card.
+
+    Args:
+        dataset_dir: A folder that prepare made.
+    """
+    from usdm_sft.dataset_folder.layout import PICTURES, read_counts
+    from usdm_sft.dataset_folder.statistics import format_table
+    from usdm_sft.dataset_folder.writer import replace_pictures
+
+    print(format_table(replace_pictures(dataset_dir), read_counts(dataset_dir)["num_units"]))
+    print(f"pictures: {os.path.join(dataset_dir, PICTURES)}")
