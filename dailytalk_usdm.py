@@ -142,6 +142,7 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
 
     Attributes:
         corpus: The `usdm_sft.corpus.dialogs.Split` of each split.
+        whole_corpus: The same, before bad audio was left out.
         split_lists: The path of each split's list.
         list_digests: The sha256 of each split's list.
         audio_digests: The `usdm_sft.audio.digests.AudioDigest` of each recording that a pair uses.
@@ -191,6 +192,7 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
                 raise CorpusError([f"{self.split_lists[split.name]}: not one pair: {reasons}: name another split list"])
         self.list_digests = {split: sha256_file(path) for split, path in self.split_lists.items()}
         published_lists.check_not_swapped(self.split_lists, self.list_digests)
+        self.whole_corpus = self.corpus
         self.corpus, self.audio_digests = bad_audio.screen_audio(self.corpus, on_bad_audio, digest_cache_dir)
         kwargs |= {"hash": _code_digest(), "on_bad_audio": on_bad_audio, "corpus_digest": self._corpus_digest()}
         folder = next(iter(self.split_lists.values())).parent if data_dir is None else Path(data_dir).expanduser()

@@ -34,6 +34,7 @@ from usdm_sft.shards.plan import Shard, plan_shards
 from usdm_sft.shards.rows import load_rows
 from usdm_sft.shards.tokens import join_shards, make_tokens
 from usdm_sft.shards.units import find_fp32_fallback, make_units
+from usdm_sft.shards.utterances import iter_utterances
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer
 from usdm_sft.units.agreement import measure_agreement, pick_sample
@@ -116,9 +117,16 @@ def prepare(config: PrepareConfig | None = None, /, **fields: Any) -> dict[str, 
     }
     if (finished := _find_finished(run, counts["key"])) is not None:  # another run was faster
         return finished
+    utterances = {split: iter_utterances(run.builder, split, run.plan, units) for split in splits}
     with path_lock(run.output, run.cache), quiet():
         return write_folder(
-            run.output, config.config_name, splits, run.tokenizer, counts, num_output_shards=config.num_output_shards
+            run.output,
+            config.config_name,
+            splits,
+            run.tokenizer,
+            counts,
+            num_output_shards=config.num_output_shards,
+            utterances=utterances if config.keep_audio else None,
         )
 
 
@@ -215,6 +223,7 @@ def _describe_run(run: _Run) -> dict[str, Any]:
             "shuffle_seed": config.shuffle_seed,
             "num_output_shards": config.num_output_shards,
             "shard_dialogs": config.shard_dialogs,
+            **({"keep_audio": True} if config.keep_audio else {}),
             **run.unit_tokenizer.settings,
             **({} if is_reference else {"agreement_utterances": config.agreement_utterances}),
         },

@@ -121,9 +121,14 @@ class OutputOptions:
     shuffle_seed: int | None = None
     """Shuffle the rows of each split with this seed. By default rows are in order of dialog and turn."""
 
+    keep_audio: bool = False
+    """Put the recordings into the folder as well, as a second config named utterances: one row for each turn, with text, audio and
+    units. The pushed folder is then a corpus (data_dir hub:USER/NAME), and the viewer of the Hub plays it. It has the size of
+    the audio. The card says what publishing it means."""
+
     overwrite: bool = False
-    """Write into an output folder that holds something else. Its README.md, counts.json, pictures, tokenizer and the folder
-    of the config are replaced."""
+    """Write into an output folder that holds something else. Its README.md, counts.json, pictures, tokenizer, utterances and the
+    folder of the config are replaced."""
 
 
 @dataclass(frozen=True, kw_only=True)

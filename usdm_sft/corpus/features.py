@@ -65,6 +65,32 @@ def folder_features(*, lists: bool) -> datasets.Features:
     return datasets.Features({**_features({**_texts(), **units}, lists=lists), **tokens})
 
 
+def utterance_features() -> datasets.Features:
+    """Return the columns of the config `utterances` of a dataset folder: those of a manifest, with the recording, and its units.
+
+    | column | type | meaning |
+    |---|---|---|
+    | `dialog` | string | the dialog, such as "d23" |
+    | `turn` | int32 | the turn in its dialog |
+    | `speaker`, `text`, `emotion` | string | as in the corpus |
+    | `audio` | Audio | the recording, in a form that browsers play (`usdm_sft.audio.playable`) |
+    | `units` | list of uint16 | one unit per 20 ms frame |
+    | `seconds` | float32 | duration of the recording |
+
+    `audio`, `units` and `seconds` are null where bad audio was left out.
+    """
+    return datasets.Features(
+        {
+            "dialog": datasets.Value("string"),
+            "turn": datasets.Value("int32"),
+            **_texts(),
+            "audio": datasets.Audio(),
+            "units": datasets.Sequence(datasets.Value("uint16")),
+            "seconds": datasets.Value("float32"),
+        }
+    )
+
+
 def _texts() -> dict[str, Any]:
     return {name: datasets.Value("string") for name in ("speaker", "text", "emotion")}
 

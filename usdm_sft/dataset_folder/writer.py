@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.dataset_folder.card import make_card
 from usdm_sft.dataset_folder.layout import COUNTS, PICTURES, UNFINISHED, clear_unfinished, data_files, read_counts
 from usdm_sft.dataset_folder.pictures import draw_pictures
 from usdm_sft.dataset_folder.statistics import compute_statistics
+from usdm_sft.dataset_folder.utterances import write_utterances
 from usdm_sft.utils.atomic import replace_text
 from usdm_sft.utils.cache import sha256_file
 
@@ -31,6 +34,7 @@ def write_folder(
     counts: dict[str, Any],
     *,
     num_output_shards: int | None = None,
+    utterances: Mapping[str, Iterable[Mapping[str, Any]]] | None = None,
 ) -> dict[str, Any]:
     """Write all files into a hidden folder inside the output folder, then move them into place, counts.json last.
 
@@ -41,6 +45,7 @@ def write_folder(
         tokenizer: The tokenizer to save in `tokenizer/`.
         counts: The counts so far; statistics and digests of the files are added.
         num_output_shards: Parquet files per split, never more than rows. By default 64 for train and 8 for others.
+        utterances: The rows of the config `utterances` by split, if the folder keeps the audio.
 
     Returns:
         The counts as written.
@@ -53,12 +58,17 @@ def write_folder(
     statistics = compute_statistics(files)
     draw_pictures(statistics, counts["num_units"], unfinished / PICTURES)
     counts = counts | {"statistics": {split: values.summary() for split, values in statistics.items()}}
-    card = make_card(config_name, splits, num_bytes, counts, files, tokenizer.backend_tokenizer)
+    other_info = []
+    if utterances is not None:
+        counts[UTTERANCES], info = write_utterances(unfinished / UTTERANCES, utterances)
+        other_info = [info]
+    card = make_card(config_name, splits, num_bytes, counts, files, tokenizer.backend_tokenizer, other_info)
     (unfinished / "README.md").write_text(card, encoding="utf-8")
     names = sorted(path.relative_to(unfinished).as_posix() for path in unfinished.rglob("*") if path.is_file())
     counts = counts | {"files": {name: sha256_file(unfinished / name) for name in names}}
     replace_text(unfinished / COUNTS, _to_json(counts))
 
+    _remove_utterances(folder)
     (folder / COUNTS).unlink(missing_ok=True)  # a folder without counts.json is unfinished
     for entry in sorted(unfinished.iterdir(), key=lambda path: path.name == COUNTS):
         target = folder / entry.name
@@ -67,6 +77,13 @@ def write_folder(
         os.replace(entry, target)
     unfinished.rmdir()
     return counts
+
+
+def _remove_utterances(folder: Path) -> None:
+    """Remove the utterances of an earlier run, which a run without `keep_audio` would not replace."""
+    with suppress(FileNotFoundError, ValueError):  # not a finished dataset folder
+        if UTTERANCES in read_counts(folder):
+            shutil.rmtree(folder / UTTERANCES)
 
 
 def _write_parquet(
