@@ -15,6 +15,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from tokenizers import Tokenizer
 
 from usdm_sft.corpus.examples import MULTI_TURN, has_lists
+from usdm_sft.corpus.features import folder_features
 from usdm_sft.corpus.published_lists import DAILYTALK
 from usdm_sft.dataset_folder.pictures import CAPTIONS
 from usdm_sft.template.config import OFFLINE, REFERENCE
@@ -53,6 +54,8 @@ MEANINGS = {
     "seconds": "length of the audio in seconds",
     "input_ids": "the row in the template, BOS and EOS included",
     "labels": "the id of each labelled token, -100 for all others; not shifted",
+    "attention_mask": "1 for every token, for trainers that require the column",
+    "length": "number of tokens, for sampling by length",
 }
 
 
@@ -74,15 +77,16 @@ def make_card(
         files: The Parquet files of each split.
         tokenizer: Spells the ids of the example.
     """
-    data = _make_metadata(config_name, splits, num_bytes, counts, files)
-    features = next(iter(splits.values())).features
+    lists = has_lists(config_name, counts["settings"]["history"])
+    features = folder_features(lists=lists)
+    data = _make_metadata(config_name, features, splits, num_bytes, counts, files)
     [first, *_] = files.values()
     template = importlib.resources.files("usdm_sft.dataset_card") / "template.md"
     card = DatasetCard.from_template(
         data,
         template_str=template.read_text(encoding="utf-8"),
         config_name=config_name,
-        columns=_columns(features, config_name, counts["settings"]["history"]),
+        columns=_columns(features, config_name, lists=lists),
         counts=counts,
         settings=counts["settings"],
         is_dailytalk=counts["corpus"] == DAILYTALK,
@@ -104,6 +108,7 @@ def make_card(
 
 def _make_metadata(
     config_name: str,
+    features: Features,
     splits: Mapping[str, Dataset],
     num_bytes: Mapping[str, int],
     counts: Mapping[str, Any],
@@ -114,7 +119,7 @@ def _make_metadata(
     for split, rows in splits.items():
         split_infos.add(SplitInfo(split, num_bytes[split], len(rows)))
     info = DatasetInfo(
-        features=next(iter(splits.values())).features,
+        features=features,
         splits=split_infos,
         download_size=sum(path.stat().st_size for paths in files.values() for path in paths),
         dataset_size=sum(num_bytes.values()),
@@ -138,9 +143,8 @@ def data_configs(config_name: str, splits: Iterable[str]) -> list[dict[str, Any]
     return [{"config_name": config_name, "data_files": data_files, "default": True}]
 
 
-def _columns(features: Features, config_name: str, history: int) -> list[tuple[str, str, str]]:
+def _columns(features: Features, config_name: str, *, lists: bool) -> list[tuple[str, str, str]]:
     """Name, type and meaning of every column."""
-    lists = has_lists(config_name, history)
     which = "first user turn of the row" if config_name == MULTI_TURN else "last user turn of the row"
     meanings = MEANINGS | ({"turn": f"number of the {which} in its dialog"} if lists else {})
 
