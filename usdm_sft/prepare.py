@@ -207,7 +207,7 @@ def _describe_run(run: _Run) -> dict[str, Any]:
     is_reference = (config.precision, config.resampler) == ("fp32", "soxr")
     lists = {f"{split} {list_kind(builder.split_lists[split])}": sha for split, sha in builder.list_digests.items()}
     counts: dict[str, Any] = {
-        "format_version": 1,
+        "format_version": 2,
         "config": config.config_name,
         "corpus": describe_corpus(builder.split_lists, builder.list_digests),
         "unit_model": describe_unit_model(run.unit_tokenizer.folder),

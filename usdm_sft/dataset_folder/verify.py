@@ -148,6 +148,10 @@ def _check_row(row: Mapping[str, Any], encoder: TemplateEncoder, settings: Mappi
         return
     if len(ids) > settings["max_length"]:
         yield f"{len(ids)} tokens, more than max_length {settings['max_length']}"
+    if row["attention_mask"] != [1] * len(ids):
+        yield f"attention_mask is not {len(ids)} ones, one per token"
+    if row["length"] != len(ids):
+        yield f"length is {row['length']}, but the row has {len(ids)} tokens"
     if (wrong := np.flatnonzero((labels != ids) & (labels != IGNORE_INDEX))).size:
         yield f"label {labels[wrong[0]]} of token {wrong[0]} is neither {IGNORE_INDEX} nor the token's id {ids[wrong[0]]}"
         return
