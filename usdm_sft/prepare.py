@@ -38,6 +38,7 @@ from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer
 from usdm_sft.units.agreement import measure_agreement, pick_sample
 from usdm_sft.units.batches import padding_share
+from usdm_sft.units.precision import check_cpu
 from usdm_sft.units.tokenizer import UnitTokenizer, open_for
 from usdm_sft.utils.cache import cache_key, cache_root, path_lock
 from usdm_sft.utils.progress import quiet
@@ -105,12 +106,14 @@ def prepare(config: PrepareConfig | None = None, /, **fields: Any) -> dict[str, 
     counts = _describe_run(run)
     if (finished := _find_finished(run, counts["key"])) is not None:
         return finished
-    rows = load_rows(run.builder)
+    rows, settings = load_rows(run.builder), run.unit_tokenizer.settings
     agreement, units = _tokenize_audio(run)
     tokens = make_tokens(rows, run.plan, run.encoder, units, run.cache)
     splits, split_counts = _fit_splits(run, rows, units, tokens)
     counts |= {
-        "padding_share": round(padding_share((shard.lengths for shard in run.plan), config.batch_seconds), 4),
+        "padding_share": round(
+            padding_share((shard.lengths for shard in run.plan), settings["batch_seconds"], settings["device"]), 4
+        ),
         "agreement": agreement,
         "splits": split_counts,
     }
@@ -182,7 +185,10 @@ def _choose_devices(config: PrepareConfig) -> list[str]:
         executors.check_options(config.executor, config.num_gpus, config.slurm)
         if _runs_elsewhere(config):
             return [executors.find_device(config.executor, config.num_gpus)]
-    return _find_devices(config.num_gpus)
+    devices = _find_devices(config.num_gpus)
+    if devices == ["cpu"]:
+        check_cpu(config.precision)
+    return devices
 
 
 def _find_devices(num_gpus: int | None) -> list[str]:
