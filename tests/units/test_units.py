@@ -26,6 +26,7 @@ from usdm_sft.convert.convert import convert
 from usdm_sft.units import process, reading
 from usdm_sft.units import tokenizer as module
 from usdm_sft.units.batches import normalize, padding_share, plan_batches
+from usdm_sft.units.columns import distinct_audio
 from usdm_sft.units.model import UnitModel
 from usdm_sft.units.precision import fp32_precision
 from usdm_sft.units.tokenizer import UnitTokenizer
@@ -169,7 +170,7 @@ def rows(mini):
 def test_each_audio_of_a_batch_is_tokenized_once(tokenizer, rows, monkeypatch):
     read = []
     real = reading.read_waveform
-    monkeypatch.setattr(reading, "read_waveform", lambda source: read.append(source) or real(source))
+    monkeypatch.setattr(reading, "read_waveform", lambda source, contents: read.append(source) or real(source))
     out = tokenizer(
         {"user_audio": rows["user_audio"], "agent_audio": [{"bytes": None, "path": p} for p in rows["agent_audio"]]}
     )
@@ -208,11 +209,12 @@ def test_the_same_file_twice_gives_its_units_twice(tokenizer, rows):
 
 
 def test_audio_that_was_read_ahead_is_used_or_forgotten(tokenizer, rows):
-    tokenizer.read_ahead_rows(rows)
+    sources, _ = distinct_audio(rows)
+    tokenizer.read_ahead(sources)
     assert len(tokenizer._reader) == 4
-    tokenizer.forget_rows(rows)
+    tokenizer.forget(sources)
     assert len(tokenizer._reader) == 0
-    tokenizer.read_ahead_rows(rows)
+    tokenizer.read_ahead(sources)
     tokenizer(rows)
     assert len(tokenizer._reader) == 0
 
