@@ -13,6 +13,7 @@ PACKAGES = [
     "convert",
     "corpus",
     "dataset_folder",
+    "demo",
     "executors",
     "shards",
     "template",

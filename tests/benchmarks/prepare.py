@@ -15,12 +15,11 @@ import soundfile
 
 import dailytalk_usdm
 from tests.benchmarks.common import TURNS, lengths, machine, speechlike, table
+from tests.helpers import DEMO
 from usdm_sft.convert.convert import convert
 from usdm_sft.dataset_folder import writer
 from usdm_sft.prepare import prepare
 from usdm_sft.shards import rows, tokens, units
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 def write_corpus(root: Path, num_dialogs: int) -> float:
@@ -69,9 +68,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         root = Path(work)
         hours = write_corpus(root / "corpus", args.dialogs)
-        mini = REPOSITORY / "tests" / "fixtures" / "mini" / "unit_model"
+        toy = DEMO / "unit_model"
         unit_model = args.unit_model or convert(
-            mini / "checkpoint.pt", mini / "kmeans.npy", root / "model", model_config=mini / "config.json"
+            toy / "checkpoint.pt", toy / "kmeans.npy", root / "model", model_config=toy / "config.json"
         )
         results = []
         for run in ("first", "second, other folder"):

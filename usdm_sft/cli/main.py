@@ -14,6 +14,7 @@ from typing import Any
 
 from usdm_sft import __version__
 from usdm_sft.cli.convert import convert
+from usdm_sft.cli.demo import demo
 from usdm_sft.cli.prepare import prepare
 from usdm_sft.cli.share import export, push
 from usdm_sft.cli.show import show, stats
@@ -27,6 +28,7 @@ from usdm_sft.utils.texts import printable
 _QUIET = "Show no progress bars. They are also off where stderr is not a terminal."
 
 _COMMANDS: dict[Callable[..., None], str] = {
+    demo: "the whole pipeline on a small corpus that the package ships",
     prepare: "corpus folder -> dataset folder",
     convert: "checkpoint -> unit model folder",
     units: "audio files -> units",
@@ -53,7 +55,7 @@ def make_parser() -> Parser:
             )
             add_config_arguments(command, PrepareConfig)
         else:
-            add_function_arguments(command, function, skip={"private"})
+            add_function_arguments(command, function, skip={"private"}, positional={"demo_dir"})
         if function is push:
             private = command.add_mutually_exclusive_group()  # without either, the owner's default visibility holds
             private.add_argument(

@@ -83,10 +83,22 @@ def add_config_arguments(parser: ArgumentParser, config: type) -> None:
             container.add_argument(f"--{name}", action="store_true", help=helps[name])
 
 
-def add_function_arguments(parser: ArgumentParser, function: Callable[..., Any], *, skip: Collection[str] = ()) -> None:
+def add_function_arguments(
+    parser: ArgumentParser,
+    function: Callable[..., Any],
+    *,
+    skip: Collection[str] = (),
+    positional: Collection[str] = (),
+) -> None:
     """Add the parameters of a function: positional ones where they have no default, flags for bool, options for the rest.
 
     The docstring of the function is the help.
+
+    Args:
+        parser: The parser of the command.
+        function: The function of the command.
+        skip: Parameters to leave out.
+        positional: Parameters with a default that are positional all the same; they may be left out on the command line.
     """
     hints, helps = get_type_hints(function), _help_texts(function)
     done: set[str | int] = set(skip)
@@ -96,6 +108,8 @@ def add_function_arguments(parser: ArgumentParser, function: Callable[..., Any],
         if parameter.default is parameter.empty:
             several = {"nargs": "+", "type": str} if get_origin(hints[name]) is list else {"type": hints[name]}
             parser.add_argument(name, help=helps[name], **several)
+        elif name in positional:
+            parser.add_argument(name, help=helps[name], nargs="?", type=hints[name], default=parameter.default)
         elif hints[name] is bool:
             parser.add_argument(f"--{name}", action="store_true", help=helps[name])
         else:
