@@ -14,6 +14,7 @@ PACKAGES = [
     "corpus",
     "dataset_folder",
     "demo",
+    "doctor",
     "executors",
     "shards",
     "template",

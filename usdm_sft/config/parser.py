@@ -66,11 +66,16 @@ class ConfigAction(ActionConfigFile):
         super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]  # jsonargparse has no annotation
 
 
-def add_config_arguments(parser: ArgumentParser, config: type) -> None:
+def add_config_arguments(parser: ArgumentParser, config: type, *, required: bool = True) -> None:
     """Add an option for each field of a config dataclass, in one group for each of its base classes.
 
     The docstring of a base class is the title of its group, and the docstring of a field is its help. A field of type bool is
     a flag.
+
+    Args:
+        parser: The parser of the command.
+        config: The dataclass.
+        required: Whether fields without a default are required on the command line.
     """
     for group in config.__bases__:
         hints = get_type_hints(group)
@@ -81,6 +86,9 @@ def add_config_arguments(parser: ArgumentParser, config: type) -> None:
         helps = _help_texts(group)
         for name in flags:
             container.add_argument(f"--{name}", action="store_true", help=helps[name])
+    if not required:
+        for action in parser._actions:
+            action.required = False
 
 
 def add_function_arguments(
