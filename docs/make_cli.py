@@ -30,7 +30,7 @@ def make_cli() -> str:
 
 def _section(name: str, parser: argparse.ArgumentParser) -> str:
     actions = [action for action in parser._actions if action.dest not in ("help", "print_config")]
-    positional = [_metavar(action) for action in actions if not action.option_strings]
+    positional = [_usage(action) for action in actions if not action.option_strings]
     usage = " ".join(["dailytalk-usdm", name, *positional, *(["[options]"] if len(positional) < len(actions) else [])])
     rows = [f"| {_name(action)} | {_cell(_default(action))} | {_cell(action.help or '')} |" for action in actions]
     table = ["| option | default | meaning |", "|---|---|---|", *rows, ""]
@@ -41,13 +41,17 @@ def _metavar(action: argparse.Action) -> str:
     return action.dest.upper() + (" ..." if action.nargs == "+" else "")
 
 
+def _usage(action: argparse.Action) -> str:
+    return f"[{_metavar(action)}]" if action.nargs == "?" else _metavar(action)
+
+
 def _name(action: argparse.Action) -> str:
     choices = f" {{{','.join(map(str, action.choices))}}}" if action.choices else ""
     return f"`{action.option_strings[-1] if action.option_strings else _metavar(action)}{choices}`"
 
 
 def _default(action: argparse.Action) -> str:
-    if action.required or not action.option_strings:
+    if action.required or not (action.option_strings or action.nargs == "?"):
         return "required"
     if action.default is None or action.default is False or action.default == argparse.SUPPRESS:
         return ""

@@ -16,7 +16,7 @@ from usdm_sft.template.tokenizer import CORRESPOND, NEWLINE, UNIT_0, build_token
 from usdm_sft.template.view import split_parts
 
 DOCS = Path(__file__).resolve().parent
-LINES = DOCS.parent / "tests" / "fixtures" / "mini" / "expected" / "train.txt"
+LINES = DOCS.parent / "usdm_sft" / "demo" / "files" / "expected" / "train.txt"
 WORDS = "did you water the plants"  # of the row that is drawn
 
 COLUMNS = 86  # characters in a line of tokens

@@ -10,6 +10,7 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FIXTURES = REPOSITORY / "tests" / "fixtures"
+DEMO = REPOSITORY / "usdm_sft" / "demo" / "files"
 SHARED = Path(os.environ.get("USDM_SHARED", REPOSITORY.parent / "shared"))
 
 

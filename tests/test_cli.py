@@ -15,7 +15,7 @@ from usdm_sft.dataset_folder.summary import summarize_split
 from usdm_sft.template.config import Template
 
 HEAVY = ("torch", "transformers", "datasets", "soundfile", "matplotlib", "pyarrow")
-COMMANDS = ("prepare", "convert", "units", "export", "show", "stats", "verify", "push")
+COMMANDS = ("demo", "doctor", "prepare", "convert", "units", "export", "show", "stats", "verify", "push")
 
 
 # conftest.py switches progress bars off; these processes show them.

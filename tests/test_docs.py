@@ -83,7 +83,7 @@ def test_commands_of_bash_blocks_are_accepted_by_the_parser(monkeypatch):
                 if "{checkpoint.pt,kmeans.npy}" in line:  # the shell expands it
                     arguments[1:2] = ["checkpoint.pt", "kmeans.npy"]
                 seen.append(parser.parse_args(arguments).command)
-    assert {"prepare", "convert", "units", "show", "stats", "verify", "push", "export"} == set(seen)
+    assert {"doctor", "prepare", "convert", "units", "show", "stats", "verify", "push", "export"} <= set(seen)
 
 
 def test_command_line_reference_is_current():

@@ -13,6 +13,8 @@ PACKAGES = [
     "convert",
     "corpus",
     "dataset_folder",
+    "demo",
+    "doctor",
     "executors",
     "shards",
     "template",

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
@@ -28,6 +27,7 @@ from usdm_sft.corpus.hub import is_hub_corpus
 from usdm_sft.corpus.published_lists import describe_corpus, list_kind
 from usdm_sft.dataset_folder.layout import check_output, clear_unfinished, is_up_to_date, read_counts
 from usdm_sft.dataset_folder.writer import write_folder
+from usdm_sft.executors.devices import choose_devices
 from usdm_sft.shards.counts import count_rows
 from usdm_sft.shards.overflow import choose_overflow, fit_rows
 from usdm_sft.shards.plan import Shard, plan_shards
@@ -106,12 +106,14 @@ def prepare(config: PrepareConfig | None = None, /, **fields: Any) -> dict[str, 
     counts = _describe_run(run)
     if (finished := _find_finished(run, counts["key"])) is not None:
         return finished
-    rows = load_rows(run.builder)
+    rows, settings = load_rows(run.builder), run.unit_tokenizer.settings
     agreement, units = _tokenize_audio(run)
     tokens = make_tokens(rows, run.plan, run.encoder, units, run.cache)
     splits, split_counts = _fit_splits(run, rows, units, tokens)
     counts |= {
-        "padding_share": round(padding_share((shard.lengths for shard in run.plan), config.batch_seconds), 4),
+        "padding_share": round(
+            padding_share((shard.lengths for shard in run.plan), settings["batch_seconds"], settings["device"]), 4
+        ),
         "agreement": agreement,
         "splits": split_counts,
     }
@@ -133,7 +135,7 @@ def prepare(config: PrepareConfig | None = None, /, **fields: Any) -> dict[str, 
 def _open_run(config: PrepareConfig) -> _Run:
     """Open corpus, tokenizer and unit model, and plan the work shards; everything that can be refused is refused here."""
     overflow = choose_overflow(config.overflow, config.config_name, config.history)
-    devices = _choose_devices(config)
+    devices = choose_devices(config)
     output = Path(config.output_path).expanduser()
     check_output(output, overwrite=config.overwrite, finished_too=False)
     cache = cache_root(config.cache_dir)
@@ -159,46 +161,32 @@ def _open_run(config: PrepareConfig) -> _Run:
 
 def _open_corpus(config: PrepareConfig, cache: Path) -> DailyTalkUSDM:
     """Read the split lists or manifests, and check all audio."""
-    lists = {"train": config.train_metadata_path, "test": config.test_metadata_path}
-    data_files = {split: str(Path(path).expanduser().resolve()) for split, path in lists.items() if path is not None}
-    if data_files and is_hub_corpus(config.data_dir):
-        raise ValueError(
-            f"data_dir is {config.data_dir}, a dataset of the Hub with splits of its own: leave out the metadata paths"
-        )
     return DailyTalkUSDM(
         config_name=config.config_name,
         history=config.history,
         agent=config.agent,
         merge_speaker_turns=config.merge_speaker_turns,
         data_dir=config.data_dir,
-        data_files=data_files or None,
+        data_files=named_lists(config),
         cache_dir=str(cache / "builder"),
         digest_cache_dir=cache,
         on_bad_audio=config.on_bad_audio,
     )
 
 
-def _runs_elsewhere(config: PrepareConfig) -> bool:
-    """Whether other machines compute the units."""
-    return config.executor in ("slurm", "ray")
+def named_lists(config: PrepareConfig) -> dict[str, str] | None:
+    """Return the path of each split list or manifest that the config names, or None if it names none.
 
-
-def _choose_devices(config: PrepareConfig) -> list[str]:
-    if config.executor is not None:
-        from usdm_sft.executors import run as executors  # datatrove is an optional dependency
-
-        executors.check_options(config.executor, config.num_gpus, config.slurm)
-        if _runs_elsewhere(config):
-            return [executors.find_device(config.executor, config.num_gpus)]
-    return _find_devices(config.num_gpus)
-
-
-def _find_devices(num_gpus: int | None) -> list[str]:
-    """The GPUs of this machine, or its CPU."""
-    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if num_gpus is not None and num_gpus > available:
-        raise ValueError(f"num_gpus is {num_gpus}: this machine has {available}; give {available} or fewer")
-    return [f"cuda:{index}" for index in range(available if num_gpus is None else num_gpus)] or ["cpu"]
+    Raises:
+        ValueError: The corpus is a dataset of the Hub.
+    """
+    lists = {"train": config.train_metadata_path, "test": config.test_metadata_path}
+    data_files = {split: str(Path(path).expanduser().resolve()) for split, path in lists.items() if path is not None}
+    if data_files and is_hub_corpus(config.data_dir):
+        raise ValueError(
+            f"data_dir is {config.data_dir}, a dataset of the Hub with splits of its own: leave out the metadata paths"
+        )
+    return data_files or None
 
 
 def _describe_run(run: _Run) -> dict[str, Any]:

@@ -10,17 +10,18 @@ import pytest
 
 from dailytalk_usdm import DailyTalkUSDM
 from tests.helpers import REPOSITORY, command, content, inodes, options, wait_for, wait_for_end_of_group
-from usdm_sft import prepare as pipeline
 from usdm_sft.audio.reading import AudioError
+from usdm_sft.executors import devices
 from usdm_sft.prepare import prepare
 from usdm_sft.shards import workers
+from usdm_sft.units import reading
 from usdm_sft.units.model import UnitModel
 
 
 @pytest.fixture
 def two_processes(monkeypatch):
     """Two processes on the CPU in place of two GPUs."""
-    monkeypatch.setattr(pipeline, "_find_devices", lambda num_gpus: ["cpu", "cpu:0"])
+    monkeypatch.setattr(devices, "find_devices", lambda num_gpus: ["cpu", "cpu:0"])
 
 
 @pytest.mark.slow
@@ -50,7 +51,7 @@ def test_error_in_a_process_reaches_the_caller_and_prints_no_traceback(
     corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
     path = corpus / "data" / "8" / "0_1_d8.wav"
     after_the_first_pass(path, path.read_bytes()[:244])
-    with pytest.raises(AudioError, match=r"0_1_d8\.wav has 73 samples at 16 kHz") as caught:
+    with pytest.raises(AudioError, match=r"0_1_d8\.wav was changed during the run") as caught:
         prepare(**options(mini, unit_model, tmp_path, data_dir=str(corpus)))
     assert "in _run_process" in caught.value.__notes__[0]  # the traceback
     assert capfd.readouterr().err == ""
@@ -68,6 +69,25 @@ def test_audio_that_changes_during_the_run_is_refused_and_makes_no_unit_shard(
     path.write_bytes(before)
     after_the_first_pass(path, before)
     prepare(**options(mini, unit_model, tmp_path, data_dir=str(corpus)))
+    assert content(tmp_path / "out") == undisturbed
+
+
+def test_audio_that_is_swapped_while_it_is_decoded_has_the_units_of_its_digest(
+    mini, unit_model, tmp_path, undisturbed, monkeypatch
+):
+    corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
+    path, other = corpus / "data" / "8" / "0_1_d8.wav", corpus / "data" / "3" / "0_0_d3.wav"
+    check, swapped = reading.read_unchanged, []
+
+    def swap_after_the_check(address, *rest):
+        contents = check(address, *rest)
+        if address == str(path):
+            swapped.append(path.write_bytes(other.read_bytes()))
+        return contents
+
+    monkeypatch.setattr(reading, "read_unchanged", swap_after_the_check)
+    prepare(**options(mini, unit_model, tmp_path, data_dir=str(corpus)))
+    assert len(swapped) == 1  # read once
     assert content(tmp_path / "out") == undisturbed
 
 
@@ -202,10 +222,10 @@ def test_last_result_sent_right_before_the_exit_is_received():
 
 SCRIPT = """
 import os
-from usdm_sft import prepare as pipeline
+from usdm_sft.executors import devices
 from usdm_sft.utils import processes
 
-pipeline._find_devices = lambda num_gpus: ["cpu", "cpu:0"]
+devices.find_devices = lambda num_gpus: ["cpu", "cpu:0"]
 print("the script runs")
 """
 
@@ -220,7 +240,7 @@ def script(folder, *lines):
 @pytest.mark.parametrize("executor", [{}, {"executor": "local", "tasks": 2}], ids=["processes", "tasks"])
 def test_script_without_a_main_guard(mini, unit_model, tmp_path, undisturbed, executor):
     given = options(mini, unit_model, tmp_path, **executor)
-    run = script(tmp_path, f"pipeline.prepare(**{given!r})")
+    run = script(tmp_path, "from usdm_sft.prepare import prepare", f"prepare(**{given!r})")
     done = subprocess.run(run, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "the script runs\n", "")
     assert content(tmp_path / "out") == undisturbed
@@ -261,8 +281,8 @@ def test_ctrl_c_with_several_processes_prints_one_line(mini, unit_model, tmp_pat
 @pytest.mark.slow
 def test_processes_end_when_their_parent_is_killed(mini, unit_model, tmp_path):
     code = (
-        "from usdm_sft import prepare as pipeline\n"
-        "pipeline._find_devices = lambda num_gpus: ['cpu', 'cpu:0']\n"
+        "from usdm_sft.executors import devices\n"
+        "devices.find_devices = lambda num_gpus: ['cpu', 'cpu:0']\n"
         "from usdm_sft.cli.main import main\n"
         "if __name__ == '__main__':\n"
         f"    main({command(mini, unit_model, tmp_path)[3:]!r})\n"

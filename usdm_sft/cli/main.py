@@ -14,6 +14,8 @@ from typing import Any
 
 from usdm_sft import __version__
 from usdm_sft.cli.convert import convert
+from usdm_sft.cli.demo import demo
+from usdm_sft.cli.doctor import doctor
 from usdm_sft.cli.prepare import prepare
 from usdm_sft.cli.share import export, push
 from usdm_sft.cli.show import show, stats
@@ -27,6 +29,8 @@ from usdm_sft.utils.texts import printable
 _QUIET = "Show no progress bars. They are also off where stderr is not a terminal."
 
 _COMMANDS: dict[Callable[..., None], str] = {
+    demo: "the whole pipeline on a small corpus that the package ships",
+    doctor: "check the set-up before a run",
     prepare: "corpus folder -> dataset folder",
     convert: "checkpoint -> unit model folder",
     units: "audio files -> units",
@@ -44,16 +48,16 @@ def make_parser() -> Parser:
     commands = parser.add_subcommands(dest="command", required=True)
     for function, summary in _COMMANDS.items():
         command = Parser(description=(function.__doc__ or "").split("\n\n    Args:")[0])
-        if function is prepare:
+        if function in (prepare, doctor):
             command.add_argument(
                 "--config",
                 action=ConfigAction,
                 help="YAML file with any of the options below, or the name of one that the package ships: single_turn, "
                 "multi_turn.",
             )
-            add_config_arguments(command, PrepareConfig)
+            add_config_arguments(command, PrepareConfig, required=function is prepare)
         else:
-            add_function_arguments(command, function, skip={"private"})
+            add_function_arguments(command, function, skip={"private"}, positional={"demo_dir"})
         if function is push:
             private = command.add_mutually_exclusive_group()  # without either, the owner's default visibility holds
             private.add_argument(
@@ -92,7 +96,7 @@ def main(args: list[str] | None = None) -> None:
             from usdm_sft.utils.progress import disable_progress_bars
 
             disable_progress_bars()
-        _check_names(options, "\0\ud800-\udfff" if command == "prepare" else "\0")
+        _check_names(options, "\0\ud800-\udfff" if command in ("prepare", "doctor") else "\0")
         {function.__name__: function for function in _COMMANDS}[command](**options)
     except KeyboardInterrupt:
         print(f"dailytalk-usdm {command}: interrupted; start it again, finished work is kept", file=sys.stderr)

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.template.config import Template
+from usdm_sft.utils.errors import find_full_disk
+
+_DOCTOR = "'dailytalk-usdm doctor' with the same options checks the whole set-up"
+
+
+def make_config(options: Mapping[str, Any]) -> PrepareConfig:
+    """Make the config from the options of the command line."""
+    return PrepareConfig(**{**options, "template": Template(**options.get("template", {}))})
 
 
 def prepare(**options: Any) -> None:
@@ -14,12 +23,16 @@ def prepare(**options: Any) -> None:
     from usdm_sft.dataset_folder.summary import summarize_split
     from usdm_sft.prepare import Submitted, prepare
 
-    config = PrepareConfig(**options | {"template": Template(**options.get("template", {}))})
+    config = make_config(options)
     try:
         counts = prepare(config)
     except Submitted as submitted:
         print(submitted)
         return
+    except (OSError, ImportError) as error:
+        if isinstance(error, FileExistsError) or find_full_disk(error) is not None:
+            raise
+        raise OSError(f"{error} ({_DOCTOR})") from error
     for split, split_counts in counts["splits"].items():
         print(f"{split}: {summarize_split(split_counts)}")
     output = os.fspath(config.output_path)

@@ -66,11 +66,16 @@ class ConfigAction(ActionConfigFile):
         super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]  # jsonargparse has no annotation
 
 
-def add_config_arguments(parser: ArgumentParser, config: type) -> None:
+def add_config_arguments(parser: ArgumentParser, config: type, *, required: bool = True) -> None:
     """Add an option for each field of a config dataclass, in one group for each of its base classes.
 
     The docstring of a base class is the title of its group, and the docstring of a field is its help. A field of type bool is
     a flag.
+
+    Args:
+        parser: The parser of the command.
+        config: The dataclass.
+        required: Whether fields without a default are required on the command line.
     """
     for group in config.__bases__:
         hints = get_type_hints(group)
@@ -81,12 +86,27 @@ def add_config_arguments(parser: ArgumentParser, config: type) -> None:
         helps = _help_texts(group)
         for name in flags:
             container.add_argument(f"--{name}", action="store_true", help=helps[name])
+    if not required:
+        for action in parser._actions:
+            action.required = False
 
 
-def add_function_arguments(parser: ArgumentParser, function: Callable[..., Any], *, skip: Collection[str] = ()) -> None:
+def add_function_arguments(
+    parser: ArgumentParser,
+    function: Callable[..., Any],
+    *,
+    skip: Collection[str] = (),
+    positional: Collection[str] = (),
+) -> None:
     """Add the parameters of a function: positional ones where they have no default, flags for bool, options for the rest.
 
     The docstring of the function is the help.
+
+    Args:
+        parser: The parser of the command.
+        function: The function of the command.
+        skip: Parameters to leave out.
+        positional: Parameters with a default that are positional all the same; they may be left out on the command line.
     """
     hints, helps = get_type_hints(function), _help_texts(function)
     done: set[str | int] = set(skip)
@@ -96,6 +116,8 @@ def add_function_arguments(parser: ArgumentParser, function: Callable[..., Any],
         if parameter.default is parameter.empty:
             several = {"nargs": "+", "type": str} if get_origin(hints[name]) is list else {"type": hints[name]}
             parser.add_argument(name, help=helps[name], **several)
+        elif name in positional:
+            parser.add_argument(name, help=helps[name], nargs="?", type=hints[name], default=parameter.default)
         elif hints[name] is bool:
             parser.add_argument(f"--{name}", action="store_true", help=helps[name])
         else:

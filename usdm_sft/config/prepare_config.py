@@ -13,7 +13,7 @@ from typing import Literal, get_type_hints
 from usdm_sft.config.checks import check_settings
 from usdm_sft.corpus.examples import SINGLE_TURN, check_config
 from usdm_sft.template.config import MAX_LENGTH, REFERENCE, USTM, Template
-from usdm_sft.units.settings import BATCH_SECONDS, PrecisionName, ResamplerName
+from usdm_sft.units.settings import PrecisionName, ResamplerName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +76,14 @@ class UnitModelOptions:
     one."""
 
     precision: PrecisionName = "fp32"
-    """fp32 (as the reference), tf32, fp16 or bf16."""
+    """fp32 (as the reference), tf32, fp16, bf16, fp16x3 or bf16x3."""
 
     resampler: ResamplerName = "soxr"
     """soxr (as the reference) or torchaudio (on the device; needs the extra torchaudio)."""
 
-    batch_seconds: float = BATCH_SECONDS
-    """Seconds of audio, padding included, in one forward pass."""
+    batch_seconds: float | None = None
+    """Seconds of audio, padding included, in one forward pass. By default 160 on the CPU, where only utterances with the same
+    number of frames share a pass, and 320 on CUDA."""
 
     agreement_utterances: int = 64
     """Number of utterances on which the share of units equal to those of fp32 and soxr is measured, where precision or

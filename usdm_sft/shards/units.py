@@ -44,19 +44,14 @@ def make_units(
     missing = [shard for shard in shards if shard.units_key not in files]
     missing.sort(key=lambda shard: -max(shard.lengths))  # if memory runs out, it does so in the first shard
     to_make = [
-        UnitShard(
-            shard.units_key,
-            Dataset.from_dict({"audio": shard.audio}),
-            dict(zip(shard.audio, shard.digests, strict=True)),
-        )
-        for shard in missing
+        UnitShard(shard.units_key, shard.audio, dict(zip(shard.audio, shard.digests, strict=True))) for shard in missing
     ]
     made = make_unit_shards(to_make, unit_tokenizer, devices, level)
-    bar = progress_bar(sum(len(shard.utterances) for shard in to_make), "units", "utterance", disable=not to_make)
+    bar = progress_bar(sum(len(shard.audio) for shard in to_make), "units", "utterance", disable=not to_make)
     with bar, closing(made):  # `closing` ends the processes at once if this loop is interrupted
         for shard, path in made:
             files[shard.key] = path
-            bar.update(len(shard.utterances))
+            bar.update(len(shard.audio))
     return files
 
 
