@@ -20,7 +20,7 @@ from tests.mini_hub import serve
 from usdm_sft.cli.main import main
 from usdm_sft.convert.convert import convert
 from usdm_sft.corpus import hub
-from usdm_sft.dataset_folder import utterances
+from usdm_sft.dataset_folder import utterances, writer
 from usdm_sft.dataset_folder.layout import read_counts
 from usdm_sft.dataset_folder.utterances import check_utterances
 from usdm_sft.dataset_folder.verify import VerificationError, verify
@@ -209,38 +209,23 @@ def test_files_are_bounded_in_size(kept, mini, unit_model, tmp_path, monkeypatch
     assert verify(tmp_path / "out") == {"train": 10, "test": 3}
 
 
-def test_changed_audio_is_noticed_while_it_is_written(kept, mini, unit_model, tmp_path, monkeypatch):
-    from usdm_sft.shards import utterances as reading
-
+@pytest.mark.parametrize("change", ["other", "none"])
+def test_audio_that_changes_after_its_units_were_made_is_refused(mini, unit_model, tmp_path, monkeypatch, change):
     corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
-    recording = corpus / "data" / "105" / "0_1_d105.wav"
+    recording, other = (corpus / "data" / "105" / name for name in ("0_1_d105.wav", "1_0_d105.wav"))
 
-    def read_and_change(address):
-        found = original(address)
-        if address == str(recording):
-            shutil.copyfile(corpus / "data" / "105" / "1_0_d105.wav", recording)
-        return found
+    def change_and_write(folder, splits):
+        if change == "other":
+            shutil.copyfile(other, recording)
+        else:
+            recording.unlink()
+        return write(folder, splits)
 
-    original = reading.make_playable
-    monkeypatch.setattr(reading, "make_playable", read_and_change)
-    with pytest.raises(ValueError, match=r"0_1_d105\.wav was changed during the run"):
+    write = writer.write_utterances
+    monkeypatch.setattr(writer, "write_utterances", change_and_write)
+    with pytest.raises(ValueError, match=r"0_1_d105\.wav was changed during the run.*: let nothing write to it, and run"):
         prepare(**options(mini, unit_model, tmp_path, keep_audio=True, data_dir=str(corpus)))
     assert not (tmp_path / "out" / "counts.json").exists()
-
-
-def test_recording_that_vanishes_is_named(mini, unit_model, tmp_path, monkeypatch):
-    from usdm_sft.shards import utterances as reading
-
-    corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
-    original = reading.make_playable
-
-    def remove_and_read(address):
-        shutil.rmtree(corpus / "data" / "105", ignore_errors=True)
-        return original(address)
-
-    monkeypatch.setattr(reading, "make_playable", remove_and_read)
-    with pytest.raises(ValueError, match=r"0_1_d105\.wav was changed during the run: let nothing write to it"):
-        prepare(**options(mini, unit_model, tmp_path, keep_audio=True, data_dir=str(corpus)))
 
 
 def test_verify_accepts_the_folder_and_stats_prints_the_recordings(copy, capsys):

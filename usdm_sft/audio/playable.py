@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import soundfile
 
-from usdm_sft.audio.addresses import open_file, parse_address
+from usdm_sft.audio.addresses import parse_address
+from usdm_sft.audio.digests import read_file
 from usdm_sft.audio.frames import resampled_length
 from usdm_sft.audio.reading import AudioError, describe, read_audio
 from usdm_sft.audio.sound import BLOCK_SAMPLES, skip_tags
@@ -43,11 +44,12 @@ class Recording(NamedTuple):
     suffix: str
 
 
-def make_playable(address: str) -> Recording:
+def make_playable(address: str, contents: Mapping[str, bytes] | None = None) -> Recording:
     """Return the audio at an address as a file that browsers play.
 
     Args:
         address: A path or another address (`usdm_sft.audio.addresses`).
+        contents: The bytes of each file of the address, if they were read already.
 
     Returns:
         The recording; `read_waveform` gives the same samples for its content as for the address.
@@ -55,9 +57,11 @@ def make_playable(address: str) -> Recording:
     Raises:
         FileNotFoundError: The file does not exist.
         AudioError: The audio cannot be read, or is larger than 2 GiB.
-        AddressError: An archive cannot be read.
+        AddressError: A file or archive cannot be read.
     """
-    recording = _find_whole(address) or _encode(*read_audio(address))
+    if contents is None:
+        contents = {stretch.file: read_file(stretch.file)[0] for stretch in parse_address(address)}
+    recording = _find_whole(address, contents) or _encode(*read_audio(address, contents))
     if len(recording.content) > MAX_BYTES:
         raise AudioError(
             f"{describe(address)} has {len(recording.content):,} bytes, and a Parquet file holds at most {MAX_BYTES:,} for one "
@@ -76,26 +80,16 @@ def count_samples(content: bytes) -> int:
     return resampled_length(len(samples), rate)
 
 
-def _find_whole(address: str) -> Recording | None:
+def _find_whole(address: str, contents: Mapping[str, bytes]) -> Recording | None:
     """Return the file at an address unchanged, or None if the address is not one whole file that browsers play."""
     stretch, *more = parse_address(address)
     if more or not stretch.is_whole:
         return None
-    with open_file(stretch.file) as file:
-        if (suffix := _played_suffix(file)) is None:
-            return None
-        file.seek(0)
-        return Recording(file.read(), suffix)
-
-
-def _played_suffix(file: io.BufferedIOBase) -> str | None:
-    """Return the suffix of the format of a file, or None if browsers do not play it."""
-    with soundfile.SoundFile(skip_tags(file)) as sound:
+    content = contents[stretch.file]
+    with soundfile.SoundFile(skip_tags(io.BytesIO(content))) as sound:
         suffix, codecs = _PLAYED.get(sound.format, ("", set()))
-        if sound.subtype not in codecs:
-            return None
-    file.seek(0)
-    return suffix if file.read(4).startswith(_FIRST_BYTES.get(suffix, b"")) else None
+        is_played = sound.subtype in codecs and content.startswith(_FIRST_BYTES.get(suffix, b""))
+    return Recording(content, suffix) if is_played else None
 
 
 def _encode(samples: npt.NDArray[np.float32], rate: int) -> Recording:

@@ -5,28 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
-from usdm_sft.audio.addresses import AddressError
-from usdm_sft.audio.digests import check_unchanged
+from usdm_sft.audio.digests import read_file, read_unchanged
 from usdm_sft.audio.playable import make_playable
-from usdm_sft.audio.reading import AudioError
 from usdm_sft.shards.plan import Shard
+from usdm_sft.utils.once import once_per_key
 
 if TYPE_CHECKING:
     from dailytalk_usdm import DailyTalkUSDM
     from usdm_sft.corpus.dialogs import Utterance
-
-
-class _Spoken(NamedTuple):
-    """The recording of an utterance."""
-
-    address: str
-    sha256: str
-    units: list[int]
-    seconds: float
 
 
 def iter_utterances(
@@ -53,18 +43,20 @@ def iter_utterances(
     for dialog in builder.whole_corpus[split].dialogs:
         for utterance in dialog.utterances if dialog.id in dialog_ids else ():
             yield _make_row(utterance, next(spoken) if utterance.id in kept else None)
-    assert next(spoken, None) is None  # and the audio of the last shard is compared with its digests
 
 
-def _iter_spoken(shards: Sequence[Shard], units: Mapping[str, Path]) -> Iterator[_Spoken]:
+def _iter_spoken(shards: Sequence[Shard], units: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
+    """Yield `audio`, `units` and `seconds` of each utterance of the work shards."""
+    read_shared = once_per_key(read_file, maxsize=1)  # the turns of a telephone call follow each other
     for shard in shards:
         table = Dataset.from_file(str(units[shard.units_key])).data.table
         columns = (table["units"].to_pylist(), table["seconds"].to_pylist())
-        yield from map(_Spoken, shard.audio, shard.digests, *columns)
-        check_unchanged(dict(zip(shard.audio, shard.digests, strict=True)))
+        for address, sha256, *values in zip(shard.audio, shard.digests, *columns, strict=True):
+            recording = make_playable(address, read_unchanged(address, sha256, read_shared))
+            yield {"audio": recording, "units": values[0], "seconds": values[1]}
 
 
-def _make_row(utterance: Utterance, spoken: _Spoken | None) -> dict[str, Any]:
+def _make_row(utterance: Utterance, spoken: Mapping[str, Any] | None) -> dict[str, Any]:
     row = {
         "dialog": utterance.dialog_id,
         "turn": utterance.turn,
@@ -74,14 +66,6 @@ def _make_row(utterance: Utterance, spoken: _Spoken | None) -> dict[str, Any]:
     }
     if spoken is None:
         return row | {"audio": None, "units": None, "seconds": None}
-    try:
-        recording = make_playable(spoken.address)
-    except (OSError, AddressError, AudioError):
-        check_unchanged({spoken.address: spoken.sha256})
-        raise
+    recording = spoken["audio"]
     name = re.sub(r"[^\w.-]", "_", f"{utterance.dialog_id}_{utterance.turn}") + recording.suffix
-    return row | {
-        "audio": {"bytes": recording.content, "path": name},
-        "units": spoken.units,
-        "seconds": spoken.seconds,
-    }
+    return {**row, **spoken, "audio": {"bytes": recording.content, "path": name}}
