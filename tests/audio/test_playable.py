@@ -181,6 +181,7 @@ def test_recording_that_is_too_large_for_a_parquet_file(tmp_path, monkeypatch):
     path = write(tmp_path, "WAV", "PCM_16")
     monkeypatch.setattr(playable, "MAX_BYTES", 20_000)
     with pytest.raises(
-        AudioError, match=r"audio file .*-1\.bin has 30,044 bytes, and a Parquet file holds at most 20,000 .*: cut it into"
+        AudioError,
+        match=r"audio file .*-1\.bin has 30,044 bytes, and a Parquet file holds at most 20,000 .*: cut it into",
     ):
         make_playable(str(path))

@@ -223,7 +223,9 @@ def test_audio_that_changes_after_its_units_were_made_is_refused(mini, unit_mode
 
     write = writer.write_utterances
     monkeypatch.setattr(writer, "write_utterances", change_and_write)
-    with pytest.raises(ValueError, match=r"0_1_d105\.wav was changed during the run.*: let nothing write to it, and run"):
+    with pytest.raises(
+        ValueError, match=r"0_1_d105\.wav was changed during the run.*: let nothing write to it, and run"
+    ):
         prepare(**options(mini, unit_model, tmp_path, keep_audio=True, data_dir=str(corpus)))
     assert not (tmp_path / "out" / "counts.json").exists()
 
@@ -406,9 +408,7 @@ def test_merged_turns_on_the_hub_give_the_same_rows(mini, unit_model, tmp_path, 
     assert verify(tmp_path / "out")["test"] == 3
     from_hub(tmp_path / "out")
     prepare(
-        **options(
-            mini, unit_model, tmp_path, **given, data_dir="hub:user/calls", output_path=str(tmp_path / "again")
-        )
+        **options(mini, unit_model, tmp_path, **given, data_dir="hub:user/calls", output_path=str(tmp_path / "again"))
     )
     assert rows_of(tmp_path / "again") == rows_of(tmp_path / "out")
 

@@ -91,7 +91,9 @@ def compute_statistics(files: Mapping[str, Sequence[Path]]) -> dict[str, SplitSt
 
 
 def format_table(
-    summaries: Mapping[str, Mapping[str, Any]], num_units: int, utterances: Mapping[str, Mapping[str, Any]] | None = None
+    summaries: Mapping[str, Mapping[str, Any]],
+    num_units: int,
+    utterances: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
     """The summaries of the splits as a table for the terminal.
 
