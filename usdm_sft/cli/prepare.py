@@ -19,7 +19,17 @@ def make_config(options: Mapping[str, Any]) -> PrepareConfig:
 
 
 def prepare(**options: Any) -> None:
-    """Make a dataset folder of examples with units, input_ids and labels."""
+    """Make a dataset folder of examples with units, input_ids and labels.
+
+    It takes data_dir, the corpus, and output_path, the folder to make. All other options have the values of the reference. An interrupted run goes on when
+    the same command is given again. Options may be written with - or with _.
+
+    Examples:
+        dailytalk-usdm prepare --data_dir DailyTalk --output_path dailytalk-usdm-data
+        dailytalk-usdm prepare --data_dir DailyTalk --output_path dailytalk-usdm-data --dry_run
+        dailytalk-usdm prepare --config multi_turn --data_dir DailyTalk --output_path conversations
+        dailytalk-usdm prepare --data_dir hub:USER/NAME --agent B --output_path calls --keep_audio
+    """
     from usdm_sft.dataset_folder.summary import summarize_split
     from usdm_sft.prepare import Submitted, prepare
 

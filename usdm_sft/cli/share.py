@@ -8,6 +8,9 @@ from usdm_sft.utils.texts import count_noun
 def export(dataset_dir: str, text_dir: str) -> None:
     """Write train.txt and test.txt as train_sft.py of naver-ai/usdm reads them.
 
+    Examples:
+        dailytalk-usdm export dailytalk-usdm-data preprocessed
+
     Args:
         dataset_dir: A folder that prepare made.
         text_dir: Where the text files go. Files of the same names are replaced.
@@ -29,6 +32,10 @@ def push(
     """Verify a dataset folder and upload it to the Hub in one commit.
 
     It needs `hf auth login` or HF_TOKEN; a token on the command line would stay in the history of the shell.
+
+    Examples:
+        dailytalk-usdm push dailytalk-usdm-data USER/NAME --private
+        dailytalk-usdm push dailytalk-usdm-data USER/NAME --create_pr
 
     Args:
         dataset_dir: A folder that prepare made.
