@@ -27,7 +27,7 @@ from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.utils.errors import find_full_disk
 from usdm_sft.utils.texts import printable
 
-_QUIET = "Show no progress bars. They are also off where stderr is not a terminal."
+_QUIET = "Show no progress: neither bars nor, where stderr is not a terminal, lines at intervals."
 
 _COMMANDS: dict[Callable[..., None], str] = {
     demo: "the whole pipeline on a small corpus that the package ships",
@@ -35,7 +35,7 @@ _COMMANDS: dict[Callable[..., None], str] = {
     prepare: "corpus folder -> dataset folder",
     convert: "checkpoint -> unit model folder",
     units: "audio files -> units",
-    export: "dataset folder -> the reference's text files",
+    export: "dataset folder -> files for other trainers",
     show: "examples, with the labelled tokens marked",
     stats: "numbers and pictures of a dataset folder",
     verify: "check a dataset folder",
