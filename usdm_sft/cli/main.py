@@ -43,6 +43,11 @@ _COMMANDS: dict[Callable[..., None], str] = {
 }
 
 
+_DRY_RUN = (
+    "Print what would be done and write nothing: rows, hours, what would be left out, work in the cache, bytes, and time "
+    "where a rate is known. No audio is computed, and the unit model is not downloaded."
+)
+
 # Commands that show progress bars, of their own or of a download.
 _WITH_PROGRESS = (demo, doctor, prepare, units, show, push)
 
@@ -57,7 +62,10 @@ def make_parser() -> Parser:
     parser = Parser(prog="dailytalk-usdm", description="DailyTalk as training data for spoken-dialog language models.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subcommands(
-        dest="command", required=True, title="commands", description="'dailytalk-usdm COMMAND --help' explains each one."
+        dest="command",
+        required=True,
+        title="commands",
+        description="'dailytalk-usdm COMMAND --help' explains each one.",
     )
     for function, summary in _COMMANDS.items():
         description, examples = split_docstring(function)
@@ -83,6 +91,8 @@ def make_parser() -> Parser:
             private.add_argument(
                 "--public", dest="private", action="store_false", default=None, help="Create it public."
             )
+        if function is prepare:
+            command.add_argument("--dry_run", action="store_true", help=_DRY_RUN)
         if function in _WITH_PROGRESS:
             command.add_argument("--quiet", action="store_true", help=_QUIET)
         finish_help(command, f"{parser.prog} {function.__name__}", examples)

@@ -12,7 +12,7 @@ def units(unit_model_dir: str, file: list[str], device: str | None = None, preci
 
     Examples:
         dailytalk-usdm units unit_model hello.wav goodbye.wav
-        dailytalk-usdm units unit_model *.wav --precision bf16 > units.jsonl
+        dailytalk-usdm units unit_model --precision bf16 *.wav
 
     Args:
         unit_model_dir: A unit model folder.

@@ -29,7 +29,7 @@ class Parser(ArgumentParser):
     """Takes options with - as well as with _, and tells wrong usage in two lines: where the options are explained, and the reason."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"formatter_class": HelpFormatter} | kwargs)
+        super().__init__(*args, **{"formatter_class": HelpFormatter, "allow_abbrev": True} | kwargs)
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:
         return super().parse_args(_use_underscores(sys.argv[1:] if args is None else args), *more, **options)
@@ -58,7 +58,10 @@ class Parser(ArgumentParser):
             return f"there is no command {command[1]!r}{_did_you_mean(command[1], self._commands())}: choose one of {', '.join(self._commands())}"
         if 'expected "command" to be one of' in message:
             return f"the command is missing: name one of {', '.join(self._commands())}"
-        if message.startswith("argument --print_completion: invalid choice: 'shtab-") and "shtab-bash" not in message[60:]:
+        if (
+            message.startswith("argument --print_completion: invalid choice: 'shtab-")
+            and "shtab-bash" not in message[60:]
+        ):
             return "completion needs shtab: pip install 'dailytalk-usdm[completion]'"
         unknown = re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.-]+)", message)
         options = [option.removeprefix("--") for action in actions for option in action.option_strings]

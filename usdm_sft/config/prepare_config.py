@@ -164,3 +164,20 @@ class PrepareConfig(CorpusOptions, TokenizerOptions, UnitModelOptions, ComputeOp
         check_config(self.config_name, self.history)
         if self.executor is None and (self.tasks != 1 or self.slurm is not None):
             raise ValueError("tasks and slurm are options of an executor: name one with --executor")
+
+
+def named_lists(config: PrepareConfig) -> dict[str, str] | None:
+    """Return the path of each split list or manifest that the config names, or None if it names none.
+
+    Raises:
+        ValueError: The corpus is a dataset of the Hub.
+    """
+    from usdm_sft.corpus.hub import is_hub_corpus  # imports huggingface_hub, which --help can do without
+
+    lists = {"train": config.train_metadata_path, "test": config.test_metadata_path}
+    data_files = {split: str(Path(path).expanduser().resolve()) for split, path in lists.items() if path is not None}
+    if data_files and is_hub_corpus(config.data_dir):
+        raise ValueError(
+            f"data_dir is {config.data_dir}, a dataset of the Hub with splits of its own: leave out the metadata paths"
+        )
+    return data_files or None

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from usdm_sft.audio.check import check_audio
-from usdm_sft.config.prepare_config import PrepareConfig
+from usdm_sft.config.prepare_config import PrepareConfig, named_lists
 from usdm_sft.corpus.dialogs import Split
 from usdm_sft.corpus.find import check_data_dir, find_lists, find_manifests, find_split_lists
 from usdm_sft.corpus.hub import PREFIX, is_hub_corpus
@@ -23,7 +23,6 @@ from usdm_sft.corpus.published_lists import (
 from usdm_sft.corpus.read import Rules, read_corpus
 from usdm_sft.doctor.findings import Finding, Needs, format_bytes
 from usdm_sft.doctor.hub import TIMEOUT
-from usdm_sft.prepare import named_lists
 from usdm_sft.utils.cache import sha256_file
 from usdm_sft.utils.download import remote_size
 from usdm_sft.utils.texts import count_noun
