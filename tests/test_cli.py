@@ -97,7 +97,10 @@ def prepare_mini(mini, unit_model, folder, *more):
 def test_second_run_says_that_everything_is_finished(mini, unit_model, tmp_path):
     arguments = prepare_mini(mini, unit_model, tmp_path)
     first, second = command(*arguments), command(*arguments)
-    assert (first.returncode, first.stderr) == (0, "")  # stderr is not a terminal: no progress bars
+    assert first.returncode == 0
+    stages = ["tokenizer", "corpus", "unit model", "rows", "units", "tokens", "folder"]
+    times = ", ".join(rf"{name} \d+ s( \([\d.]+ s of audio per second\))?" for name in stages)
+    assert re.fullmatch(rf"{times}: \d+ s in all\n", first.stderr)  # stderr is not a terminal: no progress bars
     assert (second.returncode, second.stdout) == (0, first.stdout)
     assert (
         second.stderr == f"{tmp_path / 'out'} is finished already, with the same settings and data: nothing was done\n"
@@ -119,7 +122,14 @@ def test_quiet_shows_no_progress_bars_in_a_terminal(mini, unit_model, tmp_path):
                 while part := terminal.read(1 << 16):
                     shown[name] += part
             assert run.wait() == 0
-    assert b"units: 100%" in shown["bars"] and b"template: 100%" in shown["bars"]
+    for text in (
+        b"[1/7] tokenizer ...",
+        b"[2/7] corpus ...",
+        b"[5/7] units:   0%|",
+        b"[6/7] tokens:   0%|",
+        b" in all\r\n",
+    ):
+        assert text in shown["bars"]
     assert shown["quiet"] == b""
 
 

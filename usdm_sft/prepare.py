@@ -40,9 +40,12 @@ from usdm_sft.units.agreement import measure_agreement, pick_sample
 from usdm_sft.units.batches import padding_share
 from usdm_sft.units.tokenizer import UnitTokenizer, open_for
 from usdm_sft.utils.cache import cache_key, cache_root, path_lock
-from usdm_sft.utils.progress import quiet
+from usdm_sft.utils.progress import Stages, quiet
 
 logger = logging.getLogger(__name__)
+
+# The stages that the progress view and the summary name.
+STAGES = ("tokenizer", "corpus", "unit model", "rows", "units", "tokens", "folder")
 
 # counts.json names the versions of the packages that decide the content of the folder.
 _VERSIONED = (
@@ -101,13 +104,30 @@ def prepare(config: PrepareConfig | None = None, /, **fields: Any) -> dict[str, 
         config = PrepareConfig(**fields)
     elif fields:
         raise TypeError(f"prepare() takes a config or fields, not both: put {', '.join(fields)} into the config")
-    run = _open_run(config)
+    with Stages(STAGES) as stages:
+        counts, is_new = _make(config, stages)
+    if is_new and stages.shown:
+        logger.info("%s", stages.summary())
+    return counts
+
+
+def _make(config: PrepareConfig, stages: Stages) -> tuple[dict[str, Any], bool]:
+    """Run the stages.
+
+    Returns:
+        The counts, and whether this run made the folder; otherwise it was finished already.
+    """
+    run = _open_run(config, stages)
     counts = _describe_run(run)
     if (finished := _find_finished(run, counts["key"])) is not None:
-        return finished
+        return finished, False
+    stages.start("rows")
     rows = load_rows(run.builder)
+    stages.start("units")
     agreement, units = _tokenize_audio(run)
+    stages.start("tokens")
     tokens = make_tokens(rows, run.plan, run.encoder, units, run.cache)
+    stages.start("folder")
     splits, split_counts = _fit_splits(run, rows, units, tokens)
     counts |= {
         "padding_share": round(padding_share((shard.lengths for shard in run.plan), config.batch_seconds), 4),
@@ -115,23 +135,27 @@ def prepare(config: PrepareConfig | None = None, /, **fields: Any) -> dict[str, 
         "splits": split_counts,
     }
     if (finished := _find_finished(run, counts["key"])) is not None:  # another run was faster
-        return finished
+        return finished, False
     with path_lock(run.output, run.cache), quiet():
-        return write_folder(
+        counts = write_folder(
             run.output, config.config_name, splits, run.tokenizer, counts, num_output_shards=config.num_output_shards
         )
+    return counts, True
 
 
-def _open_run(config: PrepareConfig) -> _Run:
+def _open_run(config: PrepareConfig, stages: Stages) -> _Run:
     """Open corpus, tokenizer and unit model, and plan the work shards; everything that can be refused is refused here."""
     overflow = choose_overflow(config.overflow, config.config_name, config.history)
     devices = choose_devices(config)
     output = Path(config.output_path).expanduser()
     check_output(output, overwrite=config.overwrite, finished_too=False)
     cache = cache_root(config.cache_dir)
+    stages.start("tokenizer")
     tokenizer = load_tokenizer(config.pretrained_model_name_or_path, config.model_cache_dir)
     encoder = TemplateEncoder(tokenizer, config.template, last_exchange_only=config.history > 0)
+    stages.start("corpus")
     builder = _open_corpus(config, cache)
+    stages.start("unit model")
     unit_tokenizer = open_for(
         devices[0],
         find_unit_model(config.unit_model, config.model_cache_dir),

@@ -26,7 +26,7 @@ from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.utils.errors import find_full_disk
 from usdm_sft.utils.texts import printable
 
-_QUIET = "Show no progress bars. They are also off where stderr is not a terminal."
+_QUIET = "Show no progress: neither bars nor, where stderr is not a terminal, lines at intervals."
 
 _COMMANDS: dict[Callable[..., None], str] = {
     demo: "the whole pipeline on a small corpus that the package ships",

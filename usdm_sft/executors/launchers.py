@@ -77,7 +77,7 @@ def run_here(folder: Path, tasks: int, ranks: Sequence[int], devices: Sequence[s
     waiting, free = deque(ranks), deque(devices)
     running: dict[Any, tuple[SpawnProcess, str]] = {}
     try:
-        with progress_bar(len(ranks), "tasks", "task") as bar:
+        with progress_bar(len(ranks), "tasks", "tasks") as bar:
             while waiting or running:
                 while waiting and free:
                     rank, device = waiting.popleft(), free.popleft()
@@ -152,7 +152,7 @@ def run_on_ray(folder: Path, tasks: int, ranks: Sequence[int], device: str) -> N
             _check_gpus(ray)
         run = ray.remote(num_cpus=1, num_gpus=num_gpus)(_run_ray_task)  # Ray retries it 3 times if its process dies
         waiting = [run.remote(str(folder), tasks, rank) for rank in ranks]
-        with progress_bar(len(ranks), "tasks", "task") as bar:
+        with progress_bar(len(ranks), "tasks", "tasks") as bar:
             while waiting:
                 (done,), waiting = ray.wait(waiting)
                 with contextlib.suppress(ray.exceptions.RayError):  # a failed task has no mark, which the caller checks

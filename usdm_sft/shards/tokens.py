@@ -50,7 +50,7 @@ def make_tokens(
     level = ShardCache(cache / "tokens")
     files = level.find_all(shard.tokens_key for shard in shards)
     missing = [shard for shard in shards if shard.tokens_key not in files]
-    with progress_bar(len(missing), "template", "shard", disable=not missing) as bar:
+    with progress_bar(len(missing), "tokens", "work shards", disable=not missing) as bar:
         for shard in missing:
             texts = rows[shard.split].select_columns(_TEXT_COLUMNS).select(range(shard.start, shard.stop))
             columns = unit_columns(shard, units[shard.units_key])

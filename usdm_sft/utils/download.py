@@ -169,7 +169,7 @@ def _fetch(part: _Part) -> None:
         total = None if response.length is None else begin + response.length
         with (
             open(part.file, "r+b" if begin else "wb") as file,
-            progress_bar(total, part.path.name, "B", initial=begin, unit_scale=True) as bar,
+            progress_bar(total, part.path.name, "B", initial=begin) as bar,
         ):
             file.seek(begin)
             while chunk := _read(response):
