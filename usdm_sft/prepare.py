@@ -23,7 +23,6 @@ from dailytalk_usdm import DailyTalkUSDM
 from usdm_sft import __version__
 from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.convert.published import describe_unit_model, find_unit_model
-from usdm_sft.corpus.hub import is_hub_corpus
 from usdm_sft.corpus.published_lists import describe_corpus, list_kind
 from usdm_sft.dataset_folder.layout import check_output, clear_unfinished, is_up_to_date, read_counts
 from usdm_sft.dataset_folder.writer import write_folder
@@ -34,6 +33,7 @@ from usdm_sft.shards.plan import Shard, plan_shards
 from usdm_sft.shards.rows import load_rows
 from usdm_sft.shards.tokens import join_shards, make_tokens
 from usdm_sft.shards.units import find_fp32_fallback, make_units
+from usdm_sft.shards.utterances import iter_utterances
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer
 from usdm_sft.units.agreement import measure_agreement, pick_sample
@@ -122,7 +122,7 @@ def _make(config: PrepareConfig, stages: Stages) -> tuple[dict[str, Any], bool]:
     if (finished := _find_finished(run, counts["key"])) is not None:
         return finished, False
     stages.start("rows")
-    rows = load_rows(run.builder)
+    rows, settings = load_rows(run.builder), run.unit_tokenizer.settings
     stages.start("units")
     agreement, units = _tokenize_audio(run)
     stages.start("tokens")
@@ -130,15 +130,24 @@ def _make(config: PrepareConfig, stages: Stages) -> tuple[dict[str, Any], bool]:
     stages.start("folder")
     splits, split_counts = _fit_splits(run, rows, units, tokens)
     counts |= {
-        "padding_share": round(padding_share((shard.lengths for shard in run.plan), config.batch_seconds), 4),
+        "padding_share": round(
+            padding_share((shard.lengths for shard in run.plan), settings["batch_seconds"], settings["device"]), 4
+        ),
         "agreement": agreement,
         "splits": split_counts,
     }
     if (finished := _find_finished(run, counts["key"])) is not None:  # another run was faster
         return finished, False
+    utterances = {split: iter_utterances(run.builder, split, run.plan, units) for split in splits}
     with path_lock(run.output, run.cache), quiet():
         counts = write_folder(
-            run.output, config.config_name, splits, run.tokenizer, counts, num_output_shards=config.num_output_shards
+            run.output,
+            config.config_name,
+            splits,
+            run.tokenizer,
+            counts,
+            num_output_shards=config.num_output_shards,
+            utterances=utterances if config.keep_audio else None,
         )
     return counts, True
 
@@ -181,26 +190,11 @@ def _open_corpus(config: PrepareConfig, cache: Path) -> DailyTalkUSDM:
         agent=config.agent,
         merge_speaker_turns=config.merge_speaker_turns,
         data_dir=config.data_dir,
-        data_files=named_lists(config),
+        data_files=config.data_files,
         cache_dir=str(cache / "builder"),
         digest_cache_dir=cache,
         on_bad_audio=config.on_bad_audio,
     )
-
-
-def named_lists(config: PrepareConfig) -> dict[str, str] | None:
-    """Return the path of each split list or manifest that the config names, or None if it names none.
-
-    Raises:
-        ValueError: The corpus is a dataset of the Hub.
-    """
-    lists = {"train": config.train_metadata_path, "test": config.test_metadata_path}
-    data_files = {split: str(Path(path).expanduser().resolve()) for split, path in lists.items() if path is not None}
-    if data_files and is_hub_corpus(config.data_dir):
-        raise ValueError(
-            f"data_dir is {config.data_dir}, a dataset of the Hub with splits of its own: leave out the metadata paths"
-        )
-    return data_files or None
 
 
 def _describe_run(run: _Run) -> dict[str, Any]:
@@ -209,7 +203,7 @@ def _describe_run(run: _Run) -> dict[str, Any]:
     is_reference = (config.precision, config.resampler) == ("fp32", "soxr")
     lists = {f"{split} {list_kind(builder.split_lists[split])}": sha for split, sha in builder.list_digests.items()}
     counts: dict[str, Any] = {
-        "format_version": 1,
+        "format_version": 2,
         "config": config.config_name,
         "corpus": describe_corpus(builder.split_lists, builder.list_digests),
         "unit_model": describe_unit_model(run.unit_tokenizer.folder),
@@ -225,6 +219,7 @@ def _describe_run(run: _Run) -> dict[str, Any]:
             "shuffle_seed": config.shuffle_seed,
             "num_output_shards": config.num_output_shards,
             "shard_dialogs": config.shard_dialogs,
+            **({"keep_audio": True} if config.keep_audio else {}),
             **run.unit_tokenizer.settings,
             **({} if is_reference else {"agreement_utterances": config.agreement_utterances}),
         },

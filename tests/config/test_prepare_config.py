@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import REPOSITORY
-from usdm_sft import cli
+from usdm_sft.cli import main as cli
 from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.prepare import prepare
 from usdm_sft.template.config import Template

@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from tests.mini_hub import serve
-from usdm_sft import cli
+from usdm_sft.cli import main as cli
 from usdm_sft.dataset_folder.push import push
 from usdm_sft.dataset_folder.verify import VerificationError
 from usdm_sft.prepare import prepare

@@ -14,6 +14,7 @@ from usdm_sft.audio.reading import AudioError
 from usdm_sft.executors import devices
 from usdm_sft.prepare import prepare
 from usdm_sft.shards import workers
+from usdm_sft.units import reading
 from usdm_sft.units.model import UnitModel
 
 
@@ -50,7 +51,7 @@ def test_error_in_a_process_reaches_the_caller_and_prints_no_traceback(
     corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
     path = corpus / "data" / "8" / "0_1_d8.wav"
     after_the_first_pass(path, path.read_bytes()[:244])
-    with pytest.raises(AudioError, match=r"0_1_d8\.wav has 73 samples at 16 kHz") as caught:
+    with pytest.raises(AudioError, match=r"0_1_d8\.wav was changed during the run") as caught:
         prepare(**options(mini, unit_model, tmp_path, data_dir=str(corpus)))
     assert "in _run_process" in caught.value.__notes__[0]  # the traceback
     assert capfd.readouterr().err == ""
@@ -68,6 +69,25 @@ def test_audio_that_changes_during_the_run_is_refused_and_makes_no_unit_shard(
     path.write_bytes(before)
     after_the_first_pass(path, before)
     prepare(**options(mini, unit_model, tmp_path, data_dir=str(corpus)))
+    assert content(tmp_path / "out") == undisturbed
+
+
+def test_audio_that_is_swapped_while_it_is_decoded_has_the_units_of_its_digest(
+    mini, unit_model, tmp_path, undisturbed, monkeypatch
+):
+    corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
+    path, other = corpus / "data" / "8" / "0_1_d8.wav", corpus / "data" / "3" / "0_0_d3.wav"
+    check, swapped = reading.read_unchanged, []
+
+    def swap_after_the_check(address, *rest):
+        contents = check(address, *rest)
+        if address == str(path):
+            swapped.append(path.write_bytes(other.read_bytes()))
+        return contents
+
+    monkeypatch.setattr(reading, "read_unchanged", swap_after_the_check)
+    prepare(**options(mini, unit_model, tmp_path, data_dir=str(corpus)))
+    assert len(swapped) == 1  # read once
     assert content(tmp_path / "out") == undisturbed
 
 

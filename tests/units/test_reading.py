@@ -138,10 +138,10 @@ def test_cuda_tokenizer_that_is_pickled_into_a_forked_process(unit_model, monkey
 
 def test_sources_that_wait_are_not_read_after_an_error(monkeypatch):
     one_thread = ThreadPoolExecutor(1)
-    monkeypatch.setattr(reading, "ThreadPoolExecutor", lambda **options: one_thread)
+    monkeypatch.setattr(reading, "ThreadPoolExecutor", lambda *_, **__: one_thread)
     begun, held = [], threading.Event()
 
-    def read(source):
+    def read(source, contents):
         begun.append(source)
         if source == "held":
             held.wait(60)
@@ -190,7 +190,7 @@ def test_streaming_reads_at_most_two_groups_ahead(unit_model, two_seconds, monke
     tokenizer = UnitTokenizer.from_pretrained(unit_model, device="cpu", batch_seconds=4)
     given = []
     read = reading.read_waveform
-    monkeypatch.setattr(reading, "read_waveform", lambda source: given.append(source) or read(source))
+    monkeypatch.setattr(reading, "read_waveform", lambda source, contents: given.append(source) or read(source))
     stream = stream_units(tokenizer, two_seconds)
     expected, _ = UnitTokenizer.from_pretrained(unit_model, device="cpu").tokenize_files(two_seconds)
     given.clear()
@@ -209,7 +209,7 @@ def test_a_bad_file_ends_the_stream_after_those_before_it(unit_model, two_second
     expected, _ = tokenizer.tokenize_files(two_seconds[:4])
     given = []
     read = reading.read_waveform
-    monkeypatch.setattr(reading, "read_waveform", lambda source: given.append(source) or read(source))
+    monkeypatch.setattr(reading, "read_waveform", lambda source, contents: given.append(source) or read(source))
     stream = stream_units(tokenizer, two_seconds)
     for units in expected:
         assert np.array_equal(next(stream), units)

@@ -34,7 +34,7 @@ _COMMANDS: dict[Callable[..., None], str] = {
     prepare: "corpus folder -> dataset folder",
     convert: "checkpoint -> unit model folder",
     units: "audio files -> units",
-    export: "dataset folder -> the reference's text files",
+    export: "dataset folder -> files for other trainers",
     show: "examples, with the labelled tokens marked",
     stats: "numbers and pictures of a dataset folder",
     verify: "check a dataset folder",

@@ -53,9 +53,11 @@ def stats(dataset_dir: str) -> None:
     Args:
         dataset_dir: A folder that prepare made.
     """
+    from usdm_sft.corpus.manifest import UTTERANCES
     from usdm_sft.dataset_folder.layout import PICTURES, read_counts
     from usdm_sft.dataset_folder.statistics import format_table
     from usdm_sft.dataset_folder.writer import replace_pictures
 
-    print(format_table(replace_pictures(dataset_dir), read_counts(dataset_dir)["num_units"]))
+    summaries, counts = replace_pictures(dataset_dir), read_counts(dataset_dir)
+    print(format_table(summaries, counts["num_units"], counts.get(UTTERANCES)))
     print(f"pictures: {os.path.join(dataset_dir, PICTURES)}")

@@ -14,7 +14,7 @@ def units(unit_model_dir: str, file: list[str], device: str | None = None, preci
         unit_model_dir: A unit model folder.
         file: Audio files.
         device: Where to compute. By default CUDA where there is a GPU, else the CPU.
-        precision: fp32 (as the reference), tf32, fp16 or bf16.
+        precision: fp32 (as the reference), tf32, fp16, bf16, fp16x3 or bf16x3.
     """
     from usdm_sft.units.stream import stream_units
     from usdm_sft.units.tokenizer import UnitTokenizer

@@ -90,8 +90,18 @@ def compute_statistics(files: Mapping[str, Sequence[Path]]) -> dict[str, SplitSt
     return statistics
 
 
-def format_table(summaries: Mapping[str, Mapping[str, Any]], num_units: int) -> str:
-    """The summaries of the splits as a table for the terminal."""
+def format_table(
+    summaries: Mapping[str, Mapping[str, Any]],
+    num_units: int,
+    utterances: Mapping[str, Mapping[str, Any]] | None = None,
+) -> str:
+    """The summaries of the splits as a table for the terminal.
+
+    Args:
+        summaries: The summary of each split.
+        num_units: Number of units of the unit model.
+        utterances: The counts of each split's utterances, if the folder keeps the audio.
+    """
     rows: list[tuple[str, ...]] = [("", *summaries)]
 
     def add(name: str, value: Any) -> None:
@@ -111,6 +121,12 @@ def format_table(summaries: Mapping[str, Mapping[str, Any]], num_units: int) -> 
         add(
             f"emotion {printable(emotion) or '(none)'}", lambda s, emotion=emotion: f"{s['emotions'].get(emotion, 0):,}"
         )
+    for split, numbers in (utterances or {}).items():
+        summaries = {**summaries, split: {**summaries[split], **numbers}}
+    if utterances is not None:
+        add("turns with a recording", lambda s: f"{s['recordings']:,}")
+        add("hours of audio", lambda s: f"{s['hours']:,.2f}")
+        add("bytes of audio", lambda s: f"{s['audio_bytes']:,}")
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(

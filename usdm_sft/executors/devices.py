@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from usdm_sft.config.prepare_config import PrepareConfig
+from usdm_sft.units.precision import check_cpu
 
 
 def runs_elsewhere(config: PrepareConfig) -> bool:
@@ -26,7 +27,10 @@ def choose_devices(config: PrepareConfig) -> list[str]:
         executors.check_options(config.executor, config.num_gpus, config.slurm)
         if runs_elsewhere(config):
             return [executors.find_device(config.executor, config.num_gpus)]
-    return find_devices(config.num_gpus)
+    devices = find_devices(config.num_gpus)
+    if devices == ["cpu"]:
+        check_cpu(config.precision)
+    return devices
 
 
 def find_devices(num_gpus: int | None) -> list[str]:

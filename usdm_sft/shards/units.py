@@ -45,12 +45,7 @@ def make_units(
     missing = [shard for shard in shards if shard.units_key not in files]
     missing.sort(key=lambda shard: -max(shard.lengths))  # if memory runs out, it does so in the first shard
     to_make = [
-        UnitShard(
-            shard.units_key,
-            Dataset.from_dict({"audio": shard.audio}),
-            dict(zip(shard.audio, shard.digests, strict=True)),
-        )
-        for shard in missing
+        UnitShard(shard.units_key, shard.audio, dict(zip(shard.audio, shard.digests, strict=True))) for shard in missing
     ]
     made = make_unit_shards(to_make, unit_tokenizer, devices, level)
     seconds = {shard.units_key: sum(shard.lengths) / SAMPLE_RATE for shard in missing}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +108,19 @@ def _require_tokenizer_json(
             f"tokenizer {name_or_path} is not a folder and cannot be fetched from the Hub ({first_line(error)}): check the "
             f"name and the network, or use {OFFLINE!r}, which is built offline"
         ) from error
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save a tokenizer so that `AutoTokenizer` of transformers 4 and 5 opens it as it is.
+
+    transformers 5 writes the class `TokenizersBackend`, which transformers 4 does not know. Under `PreTrainedTokenizerFast`, both
+    take the pipeline of tokenizer.json; under `LlamaTokenizerFast`, transformers 5 would build another one.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def plain_copy(tokenizer: Tokenizer) -> Tokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -39,6 +40,13 @@ def _call(target: Callable[..., object], args: tuple[Any, ...]) -> None:
     # tqdm's default lock contains a multiprocessing semaphore. A terminated process leaks it, and Python warns on stderr.
     tqdm.set_lock(threading.RLock())
     target(*args)
+
+
+def num_cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS, Windows
 
 
 @contextmanager
