@@ -49,16 +49,8 @@ STAGES = ("tokenizer", "corpus", "unit model", "rows", "units", "tokens", "folde
 
 # counts.json names the versions of the packages that decide the content of the folder.
 _VERSIONED = (
-    "datasets",
-    "matplotlib",
-    "numpy",
-    "pyarrow",
-    "soundfile",
-    "soxr",
-    "tokenizers",
-    "torch",
-    "transformers",
-)
+    "datasets", "matplotlib", "numpy", "pyarrow", "soundfile", "soxr", "tokenizers", "torch", "transformers",
+)  # fmt: skip
 
 
 class Submitted(Exception):
@@ -66,7 +58,7 @@ class Submitted(Exception):
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """Everything that the steps of one run share."""
 
     config: PrepareConfig
@@ -117,7 +109,7 @@ def _make(config: PrepareConfig, stages: Stages) -> tuple[dict[str, Any], bool]:
     Returns:
         The counts, and whether this run made the folder; otherwise it was finished already.
     """
-    run = _open_run(config, stages)
+    run = open_run(config, stages)
     counts = _describe_run(run)
     if (finished := _find_finished(run, counts["key"])) is not None:
         return finished, False
@@ -128,7 +120,7 @@ def _make(config: PrepareConfig, stages: Stages) -> tuple[dict[str, Any], bool]:
     stages.start("tokens")
     tokens = make_tokens(rows, run.plan, run.encoder, units, run.cache)
     stages.start("folder")
-    splits, split_counts = _fit_splits(run, rows, units, tokens)
+    splits, split_counts = fit_splits(run, rows, units, tokens)
     counts |= {
         "padding_share": round(
             padding_share((shard.lengths for shard in run.plan), settings["batch_seconds"], settings["device"]), 4
@@ -152,8 +144,14 @@ def _make(config: PrepareConfig, stages: Stages) -> tuple[dict[str, Any], bool]:
     return counts, True
 
 
-def _open_run(config: PrepareConfig, stages: Stages) -> _Run:
-    """Open corpus, tokenizer and unit model, and plan the work shards; everything that can be refused is refused here."""
+def open_run(config: PrepareConfig, stages: Stages, unit_tokenizer: UnitTokenizer | None = None) -> Run:
+    """Open corpus, tokenizer and unit model, and plan the work shards; everything that can be refused is refused here.
+
+    Args:
+        config: The options.
+        stages: Learns when a stage begins.
+        unit_tokenizer: Takes the place of the unit model of the config, which is then not looked for.
+    """
     overflow = choose_overflow(config.overflow, config.config_name, config.history)
     devices = choose_devices(config)
     output = Path(config.output_path).expanduser()
@@ -165,21 +163,26 @@ def _open_run(config: PrepareConfig, stages: Stages) -> _Run:
     stages.start("corpus")
     builder = _open_corpus(config, cache)
     stages.start("unit model")
-    unit_tokenizer = open_for(
-        devices[0],
+    if unit_tokenizer is None:
+        unit_tokenizer = _open_unit_model(config, devices[0], cache)
+        if unit_tokenizer.num_units > encoder.num_units:
+            raise ValueError(
+                f"the unit model has {unit_tokenizer.num_units} units, the tokenizer only {encoder.num_units}: "
+                "use the unit model and the tokenizer that belong together"
+            )
+    plan = plan_shards(builder, unit_tokenizer, encoder, config.shard_dialogs)
+    return Run(config, overflow, output, cache, devices, builder, tokenizer, encoder, unit_tokenizer, plan)
+
+
+def _open_unit_model(config: PrepareConfig, device: str, cache: Path) -> UnitTokenizer:
+    return open_for(
+        device,
         find_unit_model(config.unit_model, config.model_cache_dir),
         precision=config.precision,
         batch_seconds=config.batch_seconds,
         resampler=config.resampler,
         cache_dir=cache,
     )
-    if unit_tokenizer.num_units > encoder.num_units:
-        raise ValueError(
-            f"the unit model has {unit_tokenizer.num_units} units, the tokenizer only {encoder.num_units}: "
-            "use the unit model and the tokenizer that belong together"
-        )
-    plan = plan_shards(builder, unit_tokenizer, encoder, config.shard_dialogs)
-    return _Run(config, overflow, output, cache, devices, builder, tokenizer, encoder, unit_tokenizer, plan)
 
 
 def _open_corpus(config: PrepareConfig, cache: Path) -> DailyTalkUSDM:
@@ -197,7 +200,7 @@ def _open_corpus(config: PrepareConfig, cache: Path) -> DailyTalkUSDM:
     )
 
 
-def _describe_run(run: _Run) -> dict[str, Any]:
+def _describe_run(run: Run) -> dict[str, Any]:
     """The part of counts.json that is known before any work, with the key of the run."""
     config, builder = run.config, run.builder
     is_reference = (config.precision, config.resampler) == ("fp32", "soxr")
@@ -234,7 +237,7 @@ def _describe_run(run: _Run) -> dict[str, Any]:
     return counts | {"key": cache_key(counts, [shard.tokens_key for shard in run.plan])}
 
 
-def _find_finished(run: _Run, key: str) -> dict[str, Any] | None:
+def _find_finished(run: Run, key: str) -> dict[str, Any] | None:
     """The counts of an output folder that the same run finished; other content is refused."""
     with path_lock(run.output, run.cache):
         if is_up_to_date(run.output, key):
@@ -245,7 +248,7 @@ def _find_finished(run: _Run, key: str) -> dict[str, Any] | None:
         return None
 
 
-def _tokenize_audio(run: _Run) -> tuple[dict[str, Any] | None, dict[str, Path]]:
+def _tokenize_audio(run: Run) -> tuple[dict[str, Any] | None, dict[str, Path]]:
     """Make the unit shards that the cache lacks.
 
     Returns:
@@ -276,8 +279,8 @@ def _tokenize_audio(run: _Run) -> tuple[dict[str, Any] | None, dict[str, Path]]:
     return agreement, make_units(run.plan, run.unit_tokenizer, run.devices, run.cache)
 
 
-def _fit_splits(
-    run: _Run, rows: Mapping[str, Dataset], units: dict[str, Path], tokens: Mapping[str, Path]
+def fit_splits(
+    run: Run, rows: Mapping[str, Dataset], units: dict[str, Path], tokens: Mapping[str, Path]
 ) -> tuple[dict[str, Dataset], dict[str, Any]]:
     """Join the token shards of each split, apply `max_length`, and count the rows."""
     config = run.config

@@ -28,7 +28,7 @@ STAGES = (
     (pipeline, "load_rows", "builder (Arrow)"),
     (pipeline, "_tokenize_audio", "units"),
     (pipeline, "make_tokens", "template"),
-    (pipeline, "_fit_splits", "max_length and counts"),
+    (pipeline, "fit_splits", "max_length and counts"),
     (writer, "_write_parquet", "Parquet files"),
     (writer, "compute_statistics", "statistics"),
     (writer, "draw_pictures", "pictures"),

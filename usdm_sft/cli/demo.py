@@ -11,6 +11,10 @@ def demo(demo_dir: str = "dailytalk-usdm-demo", open: bool = False) -> None:
 
     The package ships both. It needs the extra demo, which brings the tokenizer.
 
+    Examples:
+        dailytalk-usdm demo
+        dailytalk-usdm demo my-demo --open
+
     Args:
         demo_dir: The folder to make.
         open: Open the page of examples in the browser.

@@ -15,6 +15,10 @@ def doctor(**options: Any) -> None:
 
     It takes the options of prepare, and none of them is required: the corpus is checked if data_dir is given. Nothing is
     downloaded. Each line says ok, warning or error; the exit status is 1 if there is an error.
+
+    Examples:
+        dailytalk-usdm doctor
+        dailytalk-usdm doctor --data_dir DailyTalk --output_path dailytalk-usdm-data
     """
     from usdm_sft.doctor.examine import examine
 

@@ -21,6 +21,7 @@ from usdm_sft.cli.share import export, push
 from usdm_sft.cli.show import show, stats
 from usdm_sft.cli.units import units
 from usdm_sft.cli.verify import verify
+from usdm_sft.config.help import finish_help, split_docstring
 from usdm_sft.config.parser import ConfigAction, Parser, add_config_arguments, add_function_arguments
 from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.utils.errors import find_full_disk
@@ -42,12 +43,33 @@ _COMMANDS: dict[Callable[..., None], str] = {
 }
 
 
+_DRY_RUN = (
+    "Print what would be done and write nothing: rows, hours, what would be left out, work in the cache, bytes, and time "
+    "where a rate is known. No audio is computed, and the unit model is not downloaded."
+)
+
+# Commands that show progress bars, of their own or of a download.
+_WITH_PROGRESS = (demo, doctor, prepare, units, show, push)
+
+_EXAMPLES = [
+    "dailytalk-usdm demo                                  a first look, offline, without data",
+    "dailytalk-usdm prepare --help                        all options of a command",
+    "dailytalk-usdm --print_completion shtab-bash         a script for the shell (also shtab-zsh): docs/cli.md",
+]
+
+
 def make_parser() -> Parser:
     parser = Parser(prog="dailytalk-usdm", description="DailyTalk as training data for spoken-dialog language models.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subcommands(dest="command", required=True)
+    commands = parser.add_subcommands(
+        dest="command",
+        required=True,
+        title="commands",
+        description="'dailytalk-usdm COMMAND --help' explains each one.",
+    )
     for function, summary in _COMMANDS.items():
-        command = Parser(description=(function.__doc__ or "").split("\n\n    Args:")[0])
+        description, examples = split_docstring(function)
+        command = Parser(description=description)
         if function in (prepare, doctor):
             command.add_argument(
                 "--config",
@@ -69,9 +91,13 @@ def make_parser() -> Parser:
             private.add_argument(
                 "--public", dest="private", action="store_false", default=None, help="Create it public."
             )
-        if function in (prepare, push):
+        if function is prepare:
+            command.add_argument("--dry_run", action="store_true", help=_DRY_RUN)
+        if function in _WITH_PROGRESS:
             command.add_argument("--quiet", action="store_true", help=_QUIET)
+        finish_help(command, f"{parser.prog} {function.__name__}", examples)
         commands.add_subcommand(function.__name__, command, help=summary)
+    finish_help(parser, f"{parser.prog} COMMAND", _EXAMPLES)
     return parser
 
 

@@ -10,6 +10,9 @@ from usdm_sft.utils.texts import count_noun
 def export(dataset_dir: str, output_dir: str, format: Literal["usdm", "arrow", "megatron"] = "usdm") -> None:
     """Write the ids and labels of a dataset folder in the format of another trainer.
 
+    Examples:
+        dailytalk-usdm export dailytalk-usdm-data preprocessed
+
     Args:
         dataset_dir: A folder that prepare made.
         output_dir: Where the files go. usdm and megatron replace files of the same names; arrow needs an empty folder.
@@ -37,6 +40,10 @@ def push(
     """Verify a dataset folder and upload it to the Hub in one commit.
 
     It needs `hf auth login` or HF_TOKEN; a token on the command line would stay in the history of the shell.
+
+    Examples:
+        dailytalk-usdm push dailytalk-usdm-data USER/NAME --private
+        dailytalk-usdm push dailytalk-usdm-data USER/NAME --create_pr
 
     Args:
         dataset_dir: A folder that prepare made.

@@ -10,6 +10,10 @@ from usdm_sft.units.settings import PrecisionName
 def units(unit_model_dir: str, file: list[str], device: str | None = None, precision: PrecisionName = "fp32") -> None:
     """Print the units of audio files, one JSON line per file.
 
+    Examples:
+        dailytalk-usdm units unit_model hello.wav goodbye.wav
+        dailytalk-usdm units unit_model --precision bf16 *.wav
+
     Args:
         unit_model_dir: A unit model folder.
         file: Audio files.

@@ -193,7 +193,7 @@ def submit(folder: Path, tasks: int, ranks: Sequence[int], device: str, options:
         "cpus_per_task": 4,
         "mem_per_cpu_gb": 4,
         "gpus_per_task": int(device == "cuda"),
-        **_convert_text(options),
+        **convert_text(options),
     }
     if not options.keys() & {"env_command", "condaenv", "venv_path"}:  # by default the environment of this process
         options["env_command"] = f'export PATH="{Path(sys.executable).parent}:$PATH"'
@@ -210,13 +210,28 @@ def submit(folder: Path, tasks: int, ranks: Sequence[int], device: str, options:
     return f"{len(ranks)} of {tasks} tasks were submitted to Slurm (job {job.job_id}; logs in {job.slurm_logs_folder})"
 
 
-def _convert_text(options: Mapping[str, Any]) -> dict[str, Any]:
+def convert_text(options: Mapping[str, Any]) -> dict[str, Any]:
     """Convert numbers and truth values that are given as text, as in `--slurm.requeue false`.
 
     An option that is text for datatrove, such as `time`, stays text.
+
+    Raises:
+        ValueError: The text is neither.
     """
     parameters = inspect.signature(SlurmPipelineExecutor).parameters
     return {
-        name: yaml.safe_load(value) if isinstance(value, str) and isinstance(parameters[name].default, int) else value
+        name: _read_number(name, value)
+        if isinstance(value, str) and isinstance(parameters[name].default, int)
+        else value
         for name, value in options.items()
     }
+
+
+def _read_number(name: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, int):
+        raise ValueError(f"slurm.{name} is {text!r}: give a whole number, or true or false")
+    return value
