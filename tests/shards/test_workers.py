@@ -1,9 +1,11 @@
+import errno
 import os
 import queue
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +18,7 @@ from usdm_sft.prepare import prepare
 from usdm_sft.shards import workers
 from usdm_sft.units import reading
 from usdm_sft.units.model import UnitModel
+from usdm_sft.utils.cache import ShardCache
 
 
 @pytest.fixture
@@ -173,6 +176,92 @@ def test_agreement_is_none_for_the_settings_of_the_reference(mini, unit_model, t
 def test_more_gpus_than_this_machine_has(mini, unit_model, tmp_path):
     with pytest.raises(ValueError, match="num_gpus is 99: this machine has"):
         prepare(**options(mini, unit_model, tmp_path, num_gpus=99))
+
+
+def test_work_shards_that_overlap_give_the_bytes_of_one_after_the_other(
+    mini, unit_model, tmp_path, undisturbed, monkeypatch
+):
+    pipeline = workers._Pipeline
+    monkeypatch.setattr(workers, "_Pipeline", lambda *args, ahead: pipeline(*args, ahead=1))
+    prepare(**options(mini, unit_model, tmp_path))
+    assert content(tmp_path / "out") == undisturbed
+    assert not list(tmp_path.rglob("*.unfinished"))
+
+
+class Device:
+    """A `UnitTokenizer` that writes down what is asked of it."""
+
+    def __init__(self, done):
+        self.settings, self.fp32_fallback = {"device": "cuda"}, set()
+        self.done = done
+
+    def read_ahead(self, sources, digests):
+        self.done.append(f"read {sources[0]}")
+
+    def forget(self, sources):
+        self.done.append(f"forget {sources[0]}")
+
+    def start_files(self, sources, digests):
+        self.done.append(f"start {sources[0]}")
+
+        def finish():
+            self.done.append(f"finish {sources[0]}")
+            if "bad" in sources:
+                raise ValueError("bad")
+            return [[1, 2]] * len(sources), [0.5] * len(sources)
+
+        return finish
+
+
+def unit_shards(*names):
+    """Work shards of one file each; their keys begin with the name and therefore have different locks."""
+    return [workers.UnitShard(name * 16, [name], {name: "0" * 64}) for name in names]
+
+
+def test_device_gets_the_next_work_shard_before_the_file_of_this_one_is_written(tmp_path):
+    done = []
+    for shard, path in workers.make_unit_shards(
+        unit_shards("a", "b", "c", "d"), Device(done), ["cuda"], ShardCache(tmp_path)
+    ):
+        assert path.name.startswith(shard.key)
+        done.append(f"yield {shard.audio[0]}")
+    assert done == [
+        "read a", "read b", "start a", "read c", "start b", "finish a", "read d", "start c", "finish b", "yield a",
+        "start d", "finish c", "yield b", "finish d", "yield c", "yield d",
+    ]  # fmt: skip
+    assert len(list(tmp_path.glob("*.arrow"))) == 4
+
+
+@pytest.mark.parametrize(("names", "error", "kept"), [("ab", OSError, ""), (("a", "b", "bad", "c"), ValueError, "ab")])
+def test_errors_of_device_and_writer_surface_and_later_runs_are_not_blocked(tmp_path, monkeypatch, names, error, kept):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    level, shards = ShardCache(tmp_path), unit_shards(*names)
+    with monkeypatch.context() as patch:
+        if error is OSError:
+            patch.setattr(workers, "map_shard", full)
+        with pytest.raises(error, match=r"No space left on device|bad"):
+            list(workers.make_unit_shards(shards, Device([]), ["cuda"], level))
+    assert sorted(path.name[0] for path in tmp_path.glob("*.arrow")) == list(kept)
+    for shard in shards:
+        with level.claim(shard.key, wait=False) as claim:  # None would mean that a lock is still held
+            assert (claim.finished is not None) == (shard.audio[0] in kept)
+
+
+def test_run_that_waits_for_another_one_gives_up_its_own_claims_first(tmp_path):
+    level, done = ShardCache(tmp_path), []
+    shards = unit_shards("a", "b", "c")
+    other = level.claim(shards[1].key)
+    made = workers.make_unit_shards(shards, Device(done), ["cuda"], level)
+    assert next(made)[0] == shards[0]  # written although the second work shard is not available
+    with level.claim(shards[0].key, wait=False) as claim:
+        assert claim.finished is not None
+    path = other.write(lambda path: Path(path).write_bytes(b"of the other run"))
+    other.release()
+    assert [shard.audio[0] for shard, _ in made] == ["b", "c"]
+    assert path.read_bytes() == b"of the other run"
+    assert "start b" not in done and "forget b" in done
 
 
 class TwoArguments(Exception):
