@@ -40,6 +40,7 @@ from usdm_sft.units.agreement import measure_agreement, pick_sample
 from usdm_sft.units.batches import padding_share
 from usdm_sft.units.tokenizer import UnitTokenizer, open_for
 from usdm_sft.utils.cache import cache_key, cache_root, path_lock
+from usdm_sft.utils.processes import ProcessPool, num_cores
 from usdm_sft.utils.progress import quiet
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,10 @@ _VERSIONED = (
     "torch",
     "transformers",
 )
+
+
+# A process takes a second to start, in which this one encodes and writes about as many rows.
+ROWS_PER_PROCESS = 5_000
 
 
 class Submitted(Exception):
@@ -107,19 +112,22 @@ def prepare(config: PrepareConfig | None = None, /, **fields: Any) -> dict[str, 
         return finished
     rows = load_rows(run.builder)
     agreement, units = _tokenize_audio(run)
-    tokens = make_tokens(rows, run.plan, run.encoder, units, run.cache)
-    splits, split_counts = _fit_splits(run, rows, units, tokens)
-    counts |= {
-        "padding_share": round(padding_share((shard.lengths for shard in run.plan), config.batch_seconds), 4),
-        "agreement": agreement,
-        "splits": split_counts,
-    }
-    if (finished := _find_finished(run, counts["key"])) is not None:  # another run was faster
-        return finished
-    with path_lock(run.output, run.cache), quiet():
-        return write_folder(
-            run.output, config.config_name, splits, run.tokenizer, counts, num_output_shards=config.num_output_shards
-        )
+    num_proc = min(config.num_proc or num_cores(), sum(map(len, rows.values())) // ROWS_PER_PROCESS)
+    with ProcessPool(num_proc) as pool:
+        tokens = make_tokens(rows, run.plan, run.encoder, units, run.cache, pool)
+        splits, split_counts = _fit_splits(run, rows, units, tokens)
+        counts |= {
+            "padding_share": round(padding_share((shard.lengths for shard in run.plan), config.batch_seconds), 4),
+            "agreement": agreement,
+            "splits": split_counts,
+        }
+        if (finished := _find_finished(run, counts["key"])) is not None:  # another run was faster
+            return finished
+        with path_lock(run.output, run.cache), quiet():
+            num_files = config.num_output_shards
+            return write_folder(
+                run.output, config.config_name, splits, run.tokenizer, counts, pool, num_output_shards=num_files
+            )
 
 
 def _open_run(config: PrepareConfig) -> _Run:

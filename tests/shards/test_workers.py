@@ -18,6 +18,7 @@ from usdm_sft.prepare import prepare
 from usdm_sft.shards import workers
 from usdm_sft.units import reading
 from usdm_sft.units.model import UnitModel
+from usdm_sft.utils import processes
 from usdm_sft.utils.cache import ShardCache
 
 
@@ -111,7 +112,7 @@ def test_process_that_dies_is_named_and_finished_work_is_kept(
     )
     with monkeypatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(REPOSITORY)]))
-        with pytest.raises(RuntimeError, match=r"the process on cpu.* died \(exit code -9\): start the run again"):
+        with pytest.raises(RuntimeError, match=r"a process died \(units on cpu.*, exit code -9\): start the run again"):
             prepare(**options(mini, unit_model, tmp_path))
     finished = inodes(tmp_path, "cache/units/*.arrow")
     assert finished
@@ -273,12 +274,12 @@ class TwoArguments(Exception):
     "error", [TwoArguments("what was wrong", 2), type("Local", (ValueError,), {})("what was wrong")]
 )
 def test_error_that_cannot_be_pickled_keeps_its_message(error):
-    sent = workers._sendable(error)
+    sent = processes.sendable(error)
     assert type(sent) is RuntimeError and str(sent) == f"{type(error).__name__}: what was wrong"
 
 
 def test_error_that_can_be_pickled_keeps_its_class():
-    assert isinstance(workers._sendable(AudioError("bad")), AudioError)
+    assert isinstance(processes.sendable(AudioError("bad")), AudioError)
 
 
 class Queue:
@@ -297,16 +298,16 @@ class Queue:
 def test_processes_that_end_before_their_work_is_done():
     ended, running = SimpleNamespace(exitcode=0), SimpleNamespace(exitcode=None)
     results = Queue(lambda: None, lambda: (0, "a"))
-    assert list(workers._receive(results, {"cuda:0": ended, "cuda:1": running}, 1)) == [(0, "a")]
+    assert list(processes.receive(results, {"cuda:0": ended, "cuda:1": running}, 1)) == [(0, "a")]
     with pytest.raises(RuntimeError, match="the processes ended before their work was done"):
-        next(workers._receive(Queue(lambda: None), {"cuda:0": ended, "cuda:1": ended}, 1))
+        next(processes.receive(Queue(lambda: None), {"cuda:0": ended, "cuda:1": ended}, 1))
 
 
 def test_last_result_sent_right_before_the_exit_is_received():
     process = SimpleNamespace(exitcode=None)
     # The process sends its result and ends just after the timeout.
     late = Queue(lambda: setattr(process, "exitcode", 0), lambda: (0, "a"))
-    assert list(workers._receive(late, {"cuda:0": process}, 1)) == [(0, "a")]
+    assert list(processes.receive(late, {"cuda:0": process}, 1)) == [(0, "a")]
 
 
 SCRIPT = """

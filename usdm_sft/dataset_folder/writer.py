@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from usdm_sft.dataset_folder.card import make_card
 from usdm_sft.dataset_folder.layout import COUNTS, PICTURES, UNFINISHED, clear_unfinished, data_files, read_counts
+from usdm_sft.dataset_folder.parquet import write_parquet
 from usdm_sft.dataset_folder.pictures import draw_pictures
-from usdm_sft.dataset_folder.statistics import compute_statistics
+from usdm_sft.dataset_folder.statistics import compute_statistics, merge_statistics
 from usdm_sft.utils.atomic import replace_text
 from usdm_sft.utils.cache import sha256_file
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
-NUM_OUTPUT_SHARDS = {"train": 64, "test": 8}
+    from usdm_sft.utils.processes import ProcessPool
 
 
 def write_folder(
@@ -29,6 +30,7 @@ def write_folder(
     splits: dict[str, Dataset],
     tokenizer: PreTrainedTokenizerFast,
     counts: dict[str, Any],
+    pool: ProcessPool,
     *,
     num_output_shards: int | None = None,
 ) -> dict[str, Any]:
@@ -40,6 +42,7 @@ def write_folder(
         splits: The finished rows.
         tokenizer: The tokenizer to save in `tokenizer/`.
         counts: The counts so far; statistics and digests of the files are added.
+        pool: Processes that share out the Parquet files.
         num_output_shards: Parquet files per split, never more than rows. By default 64 for train and 8 for others.
 
     Returns:
@@ -48,15 +51,21 @@ def write_folder(
     clear_unfinished(folder)
     unfinished = folder / UNFINISHED
     unfinished.mkdir(parents=True)
-    num_bytes, files = _write_parquet(unfinished / config_name, splits, num_output_shards)
+    parts = write_parquet(unfinished / config_name, splits, num_output_shards, pool)
+    files = {split: [part.path for part in split_parts] for split, split_parts in parts.items()}
+    num_bytes = {split: sum(part.num_bytes for part in split_parts) for split, split_parts in parts.items()}
+    statistics = {
+        split: merge_statistics(part.statistics for part in split_parts) for split, split_parts in parts.items()
+    }
+    digests = {part.path: part.sha256 for split_parts in parts.values() for part in split_parts}
     tokenizer.save_pretrained(unfinished / "tokenizer")
-    statistics = compute_statistics(files)
     draw_pictures(statistics, counts["num_units"], unfinished / PICTURES)
     counts = counts | {"statistics": {split: values.summary() for split, values in statistics.items()}}
     card = make_card(config_name, splits, num_bytes, counts, files, tokenizer.backend_tokenizer)
     (unfinished / "README.md").write_text(card, encoding="utf-8")
     names = sorted(path.relative_to(unfinished).as_posix() for path in unfinished.rglob("*") if path.is_file())
-    counts = counts | {"files": {name: sha256_file(unfinished / name) for name in names}}
+    paths = {name: unfinished / name for name in names}
+    counts = counts | {"files": {name: digests.get(path) or sha256_file(path) for name, path in paths.items()}}
     replace_text(unfinished / COUNTS, _to_json(counts))
 
     (folder / COUNTS).unlink(missing_ok=True)  # a folder without counts.json is unfinished
@@ -67,23 +76,6 @@ def write_folder(
         os.replace(entry, target)
     unfinished.rmdir()
     return counts
-
-
-def _write_parquet(
-    folder: Path, splits: Mapping[str, Dataset], num_output_shards: int | None
-) -> tuple[dict[str, int], dict[str, list[Path]]]:
-    """Write the rows; returns the bytes in memory and the files of each split."""
-    folder.mkdir()
-    num_bytes: dict[str, int] = {}
-    files: dict[str, list[Path]] = {}
-    for split, rows in splits.items():
-        num_files = max(1, min(num_output_shards or NUM_OUTPUT_SHARDS.get(split, 8), len(rows)))
-        files[split] = [folder / f"{split}-{index:05d}-of-{num_files:05d}.parquet" for index in range(num_files)]
-        num_bytes[split] = sum(
-            rows.shard(num_files, index, contiguous=True).to_parquet(str(path))
-            for index, path in enumerate(files[split])
-        )
-    return num_bytes, files
 
 
 def replace_pictures(folder: str | Path) -> dict[str, Any]:

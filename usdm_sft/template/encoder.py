@@ -11,6 +11,7 @@ import hashlib
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +102,7 @@ class TemplateEncoder:
     def _options(self) -> dict[str, Any]:
         return {"template": asdict(self.template), "last_exchange_only": self.last_exchange_only}
 
-    @property
+    @cached_property
     def tokenizer_digest(self) -> str:
         """sha256 of the tokenizer, in hex."""
         return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
