@@ -10,6 +10,7 @@ import datasets
 import pytest
 
 from tests.mini_hub import serve
+from usdm_sft.cli.main import make_parser
 from usdm_sft.dataset_folder.push import push
 from usdm_sft.dataset_folder.verify import VerificationError
 from usdm_sft.prepare import prepare

@@ -99,6 +99,10 @@ class ComputeOptions:
     """GPUs to use, one process each; all of them by default. 0 means the CPU. With the executors ray and slurm each task
     has one GPU, unless this is 0."""
 
+    num_proc: int | None = None
+    """Largest number of processes that make token shards and Parquet files. By default one per core that this process may
+    use. A small corpus needs none."""
+
     shard_dialogs: int = 64
     """Number of dialogs in a work shard. A crash loses at most the work shards in progress."""
 

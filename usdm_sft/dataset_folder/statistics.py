@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,17 @@ class SplitStatistics:
         for dialog, count in zip(rows["dialog_id"].to_pylist(), exchanges, strict=True):
             self.pairs[dialog] += count
 
+    def merge(self, following: SplitStatistics) -> None:
+        """Add the counts of the rows that follow."""
+        self.tokens += following.tokens
+        self.labelled += following.labelled
+        self.labelled_units += following.labelled_units
+        for role in ROLES:
+            self.seconds[role] += following.seconds[role]
+        self.unit_counts += following.unit_counts
+        self.pairs.update(following.pairs)
+        self.emotions.update(following.emotions)
+
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """1-D arrays by name: one value per row (tokens, labelled share), recording (seconds) or dialog (pairs)."""
         tokens, labelled = np.concatenate(self.tokens), np.concatenate(self.labelled)
@@ -77,6 +88,14 @@ class SplitStatistics:
             "distributions": {name: _distribution(values) for name, values in arrays.items()},
             "emotions": dict(sorted(self.emotions.items(), key=lambda item: (-item[1], item[0]))),
         }
+
+
+def merge_statistics(parts: Iterable[SplitStatistics]) -> SplitStatistics:
+    """The statistics of a split from those of its files, in order."""
+    merged = SplitStatistics()
+    for part in parts:
+        merged.merge(part)
+    return merged
 
 
 def compute_statistics(files: Mapping[str, Sequence[Path]]) -> dict[str, SplitStatistics]:

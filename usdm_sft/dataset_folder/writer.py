@@ -10,16 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from usdm_sft.corpus.features import TRAINER_COLUMNS, folder_features
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.dataset_folder.card import make_card
 from usdm_sft.dataset_folder.layout import COUNTS, PICTURES, UNFINISHED, clear_unfinished, data_files, read_counts
+from usdm_sft.dataset_folder.parquet import write_parquet
 from usdm_sft.dataset_folder.pictures import draw_pictures
-from usdm_sft.dataset_folder.statistics import compute_statistics
+from usdm_sft.dataset_folder.statistics import compute_statistics, merge_statistics
 from usdm_sft.dataset_folder.utterances import write_utterances
 from usdm_sft.template.tokenizer import save_tokenizer
 from usdm_sft.utils.atomic import replace_text
@@ -29,7 +25,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
-NUM_OUTPUT_SHARDS = {"train": 64, "test": 8}
+    from usdm_sft.utils.processes import ProcessPool
 
 
 def write_folder(
@@ -38,6 +34,7 @@ def write_folder(
     splits: dict[str, Dataset],
     tokenizer: PreTrainedTokenizerFast,
     counts: dict[str, Any],
+    pool: ProcessPool,
     *,
     num_output_shards: int | None = None,
     utterances: Mapping[str, Iterable[Mapping[str, Any]]] | None = None,
@@ -50,6 +47,7 @@ def write_folder(
         splits: The finished rows.
         tokenizer: The tokenizer to save in `tokenizer/`.
         counts: The counts so far; statistics and digests of the files are added.
+        pool: Processes that share out the Parquet files.
         num_output_shards: Parquet files per split, never more than rows. By default 64 for train and 8 for others.
         utterances: The rows of the config `utterances` by split, if the folder keeps the audio.
 
@@ -59,9 +57,14 @@ def write_folder(
     clear_unfinished(folder)
     unfinished = folder / UNFINISHED
     unfinished.mkdir(parents=True)
-    num_bytes, files = _write_parquet(unfinished / config_name, splits, num_output_shards)
+    parts = write_parquet(unfinished / config_name, splits, num_output_shards, pool)
+    files = {split: [part.path for part in split_parts] for split, split_parts in parts.items()}
+    num_bytes = {split: sum(part.num_bytes for part in split_parts) for split, split_parts in parts.items()}
+    statistics = {
+        split: merge_statistics(part.statistics for part in split_parts) for split, split_parts in parts.items()
+    }
+    digests = {part.path: part.sha256 for split_parts in parts.values() for part in split_parts}
     save_tokenizer(tokenizer, unfinished / "tokenizer")
-    statistics = compute_statistics(files)
     draw_pictures(statistics, counts["num_units"], unfinished / PICTURES)
     counts = counts | {"statistics": {split: values.summary() for split, values in statistics.items()}}
     other_info = []
@@ -71,7 +74,8 @@ def write_folder(
     card = make_card(config_name, splits, num_bytes, counts, files, tokenizer.backend_tokenizer, other_info)
     (unfinished / "README.md").write_text(card, encoding="utf-8")
     names = sorted(path.relative_to(unfinished).as_posix() for path in unfinished.rglob("*") if path.is_file())
-    counts = counts | {"files": {name: sha256_file(unfinished / name) for name in names}}
+    paths = {name: unfinished / name for name in names}
+    counts = counts | {"files": {name: digests.get(path) or sha256_file(path) for name, path in paths.items()}}
     replace_text(unfinished / COUNTS, _to_json(counts))
 
     _remove_utterances(folder)
@@ -90,40 +94,6 @@ def _remove_utterances(folder: Path) -> None:
     with suppress(FileNotFoundError, ValueError):  # not a finished dataset folder
         if UTTERANCES in read_counts(folder):
             shutil.rmtree(folder / UTTERANCES)
-
-
-def _write_parquet(
-    folder: Path, splits: Mapping[str, Dataset], num_output_shards: int | None
-) -> tuple[dict[str, int], dict[str, list[Path]]]:
-    """Write the rows with `TRAINER_COLUMNS`; returns the bytes in memory and the files of each split."""
-    folder.mkdir()
-    num_bytes: dict[str, int] = {}
-    files: dict[str, list[Path]] = {}
-    for split, rows in splits.items():
-        num_files = max(1, min(num_output_shards or NUM_OUTPUT_SHARDS.get(split, 8), len(rows)))
-        files[split] = [folder / f"{split}-{index:05d}-of-{num_files:05d}.parquet" for index in range(num_files)]
-        num_bytes[split] = sum(
-            _with_trainer_columns(rows.shard(num_files, index, contiguous=True)).to_parquet(str(path))
-            for index, path in enumerate(files[split])
-        )
-    return num_bytes, files
-
-
-def _with_trainer_columns(rows: Dataset) -> Dataset:
-    """Return the rows of one output file in memory, with `TRAINER_COLUMNS` at the end."""
-    features = folder_features(lists=isinstance(rows[0]["user_text"], list))
-    return rows.with_format("arrow").map(_add_trainer_columns, batched=True, features=features, keep_in_memory=True)
-
-
-def _add_trainer_columns(rows: pa.Table) -> pa.Table:
-    ids = rows["input_ids"].combine_chunks()
-    ones = pa.array(np.ones(len(ids.flatten()), np.int8))
-    lengths = pc.list_value_length(ids)
-    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
-    columns = (pa.ListArray.from_arrays(offsets, ones), lengths.cast(pa.int32()))
-    for name, column in zip(TRAINER_COLUMNS, columns, strict=True):
-        rows = rows.append_column(name, column)
-    return rows
 
 
 def replace_pictures(folder: str | Path) -> dict[str, Any]:
