@@ -16,6 +16,7 @@ import numpy as np
 import soundfile
 
 import usdm_sft.prepare as pipeline
+import usdm_sft.run as opening
 from tests.benchmarks.common import TURNS, lengths, machine, speechlike, table
 from tests.helpers import DEMO
 from usdm_sft.convert.convert import convert
@@ -23,8 +24,8 @@ from usdm_sft.dataset_folder import verify, writer
 from usdm_sft.template.tokenizer import load_tokenizer
 
 STAGES = (
-    (pipeline, "_open_corpus", "split lists, digests and headers of the audio"),
-    (pipeline, "plan_shards", "plan"),
+    (opening, "_open_corpus", "split lists, digests and headers of the audio"),
+    (opening, "plan_shards", "plan"),
     (pipeline, "load_rows", "builder (Arrow)"),
     (pipeline, "_tokenize_audio", "units"),
     (pipeline, "make_tokens", "template"),
