@@ -52,9 +52,9 @@ def flops(num_samples: int, config: dict) -> tuple[float, float]:
     return front, layer * config["num_hidden_layers"]
 
 
-def matmul_rate(dtype: torch.dtype, tf32: bool, device: torch.device) -> float:
+def matmul_rate(dtype: torch.dtype, tf32: bool, device: torch.device, size: int | None = None) -> float:
     """Measure the FLOP/s of a large matrix product, the median of five."""
-    size = 8192 if device.type == "cuda" else 2048
+    size = size or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
 
     def run():
