@@ -12,7 +12,7 @@ import sys
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("datasets", "soundfile", "soxr", "pyarrow", "multiprocess", "jsonargparse", "filelock"):
+        if name.split(".")[0] in ("datasets", "soundfile", "soxr", "pyarrow", "multiprocess", "jsonargparse"):
             raise ImportError(name + " is not needed on a GPU machine")
 
 sys.meta_path.insert(0, Missing())
