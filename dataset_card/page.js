@@ -2,11 +2,10 @@
 // The page shows one example at a time. Every text reaches the document as a text node, never as markup.
 
 const data = JSON.parse(document.getElementById("data").textContent);
-const UNIT_SECONDS = 1 / data.units_per_second;
 const IGNORED = -100;
 const CELL = 5; // width of a unit in CSS pixels
 const WAVE = 36, CELLS = 14, GAP = 8; // heights of the waveform, of the units, and of the space between two lines
-const SHOWN_UNITS = 2; // of a run of units that is not expanded
+const SHOWN_TOKENS = 2; // at each end of a run of units, or of the instruction, that is not expanded
 const MP3_DELAY = 1105 / 16000; // seconds that LAME adds, for a browser that does not remove them
 
 function make(tag, properties = {}, ...children) {
@@ -23,6 +22,8 @@ function make(tag, properties = {}, ...children) {
 const count = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 const decode = (base64) => Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
+
+const startOf = (unit) => unit / data.units_per_second + 1e-9; // a hair more, so that floor() gives this unit
 
 // ---- sound: one recording at a time, decoded whole, so that it starts at a unit exactly
 
@@ -84,6 +85,7 @@ const sound = {
 class Timeline {
   constructor(turn, number) {
     this.turn = turn;
+    this.playsOn = false; // true while all turns are played
     this.seconds = 0;
     this.unit = 0;
     const recording = data.recordings[turn.recording];
@@ -96,7 +98,8 @@ class Timeline {
     }, this.canvas);
     this.readout = make("span", { className: "readout" });
     this.button = make("button", { type: "button", className: "button", onclick: () => this.toggle() });
-    this.element = make("div", {}, this.slider, make("div", { className: "controls" }, ...(recording ? [this.button] : []), this.readout));
+    this.element = make("div", { className: "track" }, this.slider, make("div", { className: "controls" }, ...(recording ? [this.button] : []), this.readout));
+    this.element.style.width = `${turn.units.length * CELL}px`;
     this.changed();
     this.moveTo(0);
     new ResizeObserver(() => this.draw()).observe(this.element);
@@ -104,7 +107,10 @@ class Timeline {
 
   get isPlaying() { return sound.playing?.timeline === this; }
 
-  toggle() { return this.isPlaying ? sound.stop() : this.play(this.seconds); }
+  toggle() {
+    this.playsOn = false;
+    return this.isPlaying ? sound.stop() : this.play(this.seconds);
+  }
 
   async play(from) {
     if (!this.peaks) return;
@@ -128,8 +134,7 @@ class Timeline {
   }
 
   moveToUnit(unit) {
-    // The middle of a unit's first sample would do as well; a hair more keeps floor() from falling into the unit before.
-    const seconds = Math.max(0, Math.min(unit, this.turn.units.length - 1)) * UNIT_SECONDS + 1e-9;
+    const seconds = startOf(Math.max(0, Math.min(unit, this.turn.units.length - 1)));
     if (this.isPlaying) return this.play(seconds);
     this.moveTo(seconds);
   }
@@ -144,7 +149,8 @@ class Timeline {
     const line = Math.floor((event.clientY - box.top) / (this.lineHeight + GAP));
     const unit = line * this.perLine + Math.floor((event.clientX - box.left) / CELL);
     if (unit >= this.turn.units.length) return;
-    this.moveTo(unit * UNIT_SECONDS + 1e-9);
+    this.playsOn = false;
+    this.moveTo(startOf(unit));
     this.play(this.seconds);
   }
 
@@ -274,25 +280,30 @@ function showToken(example, position) {
     make("span", { className: "piece" }, piece), make("span", {}, String(id)), make("span", {}, String(label)));
 }
 
+// A button in place of some tokens, which brings them back.
+function showFold(example, start, length, noun) {
+  const item = make("li", { className: "more" });
+  const expand = () => {
+    const tokens = Array.from({ length }, (_, i) => showToken(example, start + i));
+    item.replaceWith(...tokens);
+    tokens[0].tabIndex = -1;
+    tokens[0].focus();
+  };
+  item.append(make("button", { type: "button", className: "button", "aria-expanded": "false", onclick: expand }, `… ${count(length, noun)} …`));
+  return item;
+}
+
 function showRun(example, [part, start, length]) {
   const labelled = countLabels(example.labels.slice(start, start + length));
   const list = make("ol", { className: "tokens" });
-  let units = 0;
-  while (units < length && example.ids[start + units] >= data.first_unit) units++;
   const show = (from, to) => { for (let i = from; i < to; i++) list.append(showToken(example, start + i)); };
-  if (units > 2 * SHOWN_UNITS + 1) {
-    const hidden = units - 2 * SHOWN_UNITS;
-    show(0, SHOWN_UNITS);
-    const button = make("button", { type: "button", className: "button", "aria-expanded": "false" }, `… ${count(hidden, "unit")} …`);
-    button.addEventListener("click", () => {
-      const tokens = [];
-      for (let i = SHOWN_UNITS; i < units - SHOWN_UNITS; i++) tokens.push(showToken(example, start + i));
-      tokens[0].tabIndex = -1;
-      button.parentElement.replaceWith(...tokens);
-      tokens[0].focus();
-    });
-    list.append(make("li", { className: `more${labelled ? " labelled" : ""}` }, button));
-    show(units - SHOWN_UNITS, length);
+  let folded = part === "frame" ? length : 0;
+  while (folded < length && example.ids[start + folded] >= data.first_unit) folded++;
+  const hidden = folded - 2 * SHOWN_TOKENS;
+  if (hidden > (part === "frame" ? 8 : 1)) {
+    show(0, SHOWN_TOKENS);
+    list.append(showFold(example, start + SHOWN_TOKENS, hidden, part === "frame" ? "token" : "unit"));
+    show(folded - SHOWN_TOKENS, length);
   } else {
     show(0, length);
   }
