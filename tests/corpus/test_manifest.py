@@ -17,7 +17,7 @@ import soundfile
 
 from dailytalk_usdm import DailyTalkUSDM
 from tests.code_blocks import find_code
-from tests.helpers import REPOSITORY
+from tests.helpers import REPOSITORY, page_data
 from tests.mini_hub import serve
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.corpus.read import NO_ANSWER, SAME_SPEAKER, Rules, read_corpus

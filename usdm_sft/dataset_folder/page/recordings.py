@@ -64,7 +64,7 @@ class Recordings:
 def encode_recording(address: str) -> dict[str, Any]:
     """Read and compress a recording.
 
-    MP3 is what Chromium, Firefox and Safari all play; it takes 4 kB per second of speech here. The units of the page stay
+    MP3 is what Chromium, Firefox and Safari all play; it takes about 7 kB per second of speech. The units of the page stay
     those of the original.
 
     Args:
