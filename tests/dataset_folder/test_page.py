@@ -179,7 +179,13 @@ def test_cursor_and_highlighted_unit_follow_the_sound(browser, page_path, datase
         tab.wait_for_timeout(100)
         assert slider.evaluate(FIND_CURSOR) == stopped
 
-        for key, expected in (("Home", 0), ("ArrowRight", 1), ("PageUp", 51), ("ArrowLeft", 50), ("End", len(units) - 1)):
+        for key, expected in (
+            ("Home", 0),
+            ("ArrowRight", 1),
+            ("PageUp", 51),
+            ("ArrowLeft", 50),
+            ("End", len(units) - 1),
+        ):
             slider.press(key)
             assert slider.get_attribute("aria-valuenow") == str(expected), key
         slider.press("Space")  # the last 20 ms; then it returns to the start

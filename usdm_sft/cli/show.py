@@ -54,8 +54,11 @@ def stats(dataset_dir: str) -> None:
         dataset_dir: A folder that prepare made.
     """
     from usdm_sft.dataset_folder.layout import PICTURES, read_counts
-    from usdm_sft.dataset_folder.statistics import format_table
+    from usdm_sft.dataset_folder.statistics import format_histograms, format_table
     from usdm_sft.dataset_folder.writer import replace_pictures
 
-    print(format_table(replace_pictures(dataset_dir), read_counts(dataset_dir)["num_units"]))
+    statistics = replace_pictures(dataset_dir)
+    summaries = {split: values.summary() for split, values in statistics.items()}
+    print(format_table(summaries, read_counts(dataset_dir)["num_units"]))
+    print(f"\n{format_histograms(statistics)}\n")
     print(f"pictures: {os.path.join(dataset_dir, PICTURES)}")

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from usdm_sft.dataset_folder.card import make_card
 from usdm_sft.dataset_folder.layout import COUNTS, PICTURES, UNFINISHED, clear_unfinished, data_files, read_counts
-from usdm_sft.dataset_folder.pictures import draw_pictures
-from usdm_sft.dataset_folder.statistics import compute_statistics
+from usdm_sft.dataset_folder.pictures import CAPTIONS, draw_pictures
+from usdm_sft.dataset_folder.statistics import SplitStatistics, compute_statistics
 from usdm_sft.utils.atomic import replace_text
 from usdm_sft.utils.cache import sha256_file
 
@@ -86,20 +86,20 @@ def _write_parquet(
     return num_bytes, files
 
 
-def replace_pictures(folder: str | Path) -> dict[str, Any]:
+def replace_pictures(folder: str | Path) -> dict[str, SplitStatistics]:
     """Draw the pictures of a finished folder again.
 
     Returns:
-        The summary of the statistics of each split.
+        The statistics of each split.
     """
     folder = Path(folder)
     counts = read_counts(folder)
     statistics = compute_statistics(data_files(folder, counts))
     draw_pictures(statistics, counts["num_units"], folder / PICTURES)
-    files = {f"{PICTURES}/{path.name}": sha256_file(path) for path in sorted((folder / PICTURES).iterdir())}
+    files = {f"{PICTURES}/{name}": sha256_file(folder / PICTURES / name) for name in CAPTIONS}
     if not files.items() <= counts["files"].items():  # another version of matplotlib draws other bytes
         replace_text(folder / COUNTS, _to_json(counts | {"files": counts["files"] | files}))
-    return {split: values.summary() for split, values in statistics.items()}
+    return statistics
 
 
 def _to_json(counts: Mapping[str, Any]) -> str:

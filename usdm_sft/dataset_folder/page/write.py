@@ -124,9 +124,9 @@ def _render(data: Mapping[str, Any], split: str, counts: Mapping[str, Any], link
                 "form-action 'none'",
             ]
         ),
-        style=Markup(style),  # noqa: S704 - files of this package
-        script=Markup(script),  # noqa: S704
-        data=Markup(_to_json(data)),  # noqa: S704 - without "<", it cannot end its block
+        style=Markup(style),
+        script=Markup(script),
+        data=Markup(_to_json(data)),
     )
 
 
