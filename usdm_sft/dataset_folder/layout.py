@@ -4,7 +4,7 @@
     counts.json                                  counts, statistics, what was left out and why, digests, versions
     single_turn/train-00000-of-00064.parquet     ...
     tokenizer/                                   for `AutoTokenizer.from_pretrained` and the trainers
-    pictures/                                    plots of the statistics, which the card shows
+    pictures/                                    an example and plots of the statistics, which the card shows
 
 counts.json is written last: a folder that has it is complete. No file depends on the time or on paths.
 """

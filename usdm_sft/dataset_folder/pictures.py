@@ -32,7 +32,7 @@ _DPI = 100
 # The background is drawn and opaque, so that the pictures are readable on a dark page too. Blue and orange of Okabe and Ito
 # differ in lightness and for every kind of colour blindness.
 _COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e3e6ea",
     "axes.edgecolor": "#8a94a0", "axes.titlesize": 11, "axes.titlelocation": "left", "axes.titleweight": "bold",
     "axes.labelcolor": "#3d4752", "xtick.color": "#3d4752", "ytick.color": "#3d4752", "font.size": 9.5,
@@ -49,7 +49,7 @@ def draw_pictures(statistics: Mapping[str, SplitStatistics], num_units: int, fol
         folder: Output folder; created if it does not exist.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(matplotlib.rcParamsDefault | _STYLE):
+    with matplotlib.rc_context(matplotlib.rcParamsDefault), matplotlib.rc_context(_STYLE):
         for name in CAPTIONS:
             figure = Figure(figsize=(12, 4), layout="constrained", dpi=_DPI)
             _PLOTS[name](figure, statistics, num_units)

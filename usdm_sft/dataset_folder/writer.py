@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usdm_sft.dataset_folder.card import make_card
+from usdm_sft.dataset_folder.example_picture import draw_example
 from usdm_sft.dataset_folder.layout import COUNTS, PICTURES, UNFINISHED, clear_unfinished, data_files, read_counts
 from usdm_sft.dataset_folder.pictures import CAPTIONS, draw_pictures
 from usdm_sft.dataset_folder.statistics import SplitStatistics, compute_statistics
@@ -53,6 +54,7 @@ def write_folder(
     statistics = compute_statistics(files)
     draw_pictures(statistics, counts["num_units"], unfinished / PICTURES)
     counts = counts | {"statistics": {split: values.summary() for split, values in statistics.items()}}
+    draw_example(files, tokenizer.backend_tokenizer, unfinished / PICTURES)
     card = make_card(config_name, splits, num_bytes, counts, files, tokenizer.backend_tokenizer)
     (unfinished / "README.md").write_text(card, encoding="utf-8")
     names = sorted(path.relative_to(unfinished).as_posix() for path in unfinished.rglob("*") if path.is_file())

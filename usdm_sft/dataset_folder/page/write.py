@@ -86,7 +86,7 @@ def _add_recordings(
     """Give each turn the position of its recording; returns the recordings, each of which is stored once."""
     corpus = Recordings(data_dir, split, counts["settings"])
     positions: dict[str, int] = {}
-    recordings = []
+    recordings: list[dict[str, Any]] = []
     for example, row in zip(examples, rows, strict=True):
         for turn, utterance in zip(example["turns"], corpus.of_row(row), strict=False):
             if utterance.audio not in positions:
