@@ -11,8 +11,8 @@ import pytest
 import dailytalk_usdm
 from tests.code_blocks import MARKER, PAGES, find_blocks, make_workplace, small_environment
 from tests.helpers import REPOSITORY
-from usdm_sft.dataset_folder.example_picture import split_sections
 from usdm_sft.cli.main import make_parser
+from usdm_sft.dataset_folder.example_picture import split_sections
 
 DOCS = REPOSITORY / "docs"
 PYTHON_BLOCKS = find_blocks("python")
