@@ -13,6 +13,7 @@ from tests.code_blocks import MARKER, PAGES, find_blocks, make_workplace, small_
 from tests.helpers import REPOSITORY
 from tests.test_cli import COMMANDS
 from usdm_sft.cli.main import make_parser
+from usdm_sft.dataset_folder.example_picture import split_sections
 
 DOCS = REPOSITORY / "docs"
 PYTHON_BLOCKS = find_blocks("python")
@@ -105,7 +106,7 @@ def test_picture_marks_exactly_the_labelled_tokens():
     script = load_script("make_picture")
     tokenizer = script.build_tokenizer().backend_tokenizer
     input_ids, labels = script.read_row(script.LINES, script.WORDS, tokenizer)
-    sections = {section.name: section for section in script.split_sections(input_ids, labels)}
+    sections = {section.name: section for section in split_sections(input_ids, labels)}
     counted = {name for name, section in sections.items() if section.labels == section.input_ids}
     assert counted == {"transcript", "answer", "agent's speech"}
     assert all(set(section.labels) == {-100} for name, section in sections.items() if name not in counted)

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.dataset_folder.card import make_card
+from usdm_sft.dataset_folder.example_picture import draw_example
 from usdm_sft.dataset_folder.layout import COUNTS, PICTURES, UNFINISHED, clear_unfinished, data_files, read_counts
 from usdm_sft.dataset_folder.parquet import write_parquet
-from usdm_sft.dataset_folder.pictures import draw_pictures
-from usdm_sft.dataset_folder.statistics import compute_statistics, merge_statistics
+from usdm_sft.dataset_folder.pictures import CAPTIONS, draw_pictures
+from usdm_sft.dataset_folder.statistics import SplitStatistics, compute_statistics, merge_statistics
 from usdm_sft.dataset_folder.utterances import write_utterances
 from usdm_sft.template.tokenizer import save_tokenizer
 from usdm_sft.utils.atomic import replace_text
@@ -67,6 +68,7 @@ def write_folder(
     save_tokenizer(tokenizer, unfinished / "tokenizer")
     draw_pictures(statistics, counts["num_units"], unfinished / PICTURES)
     counts = counts | {"statistics": {split: values.summary() for split, values in statistics.items()}}
+    draw_example(files, tokenizer.backend_tokenizer, unfinished / PICTURES)
     other_info = []
     if utterances is not None:
         counts[UTTERANCES], info = write_utterances(unfinished / UTTERANCES, utterances)
@@ -96,20 +98,20 @@ def _remove_utterances(folder: Path) -> None:
             shutil.rmtree(folder / UTTERANCES)
 
 
-def replace_pictures(folder: str | Path) -> dict[str, Any]:
+def replace_pictures(folder: str | Path) -> dict[str, SplitStatistics]:
     """Draw the pictures of a finished folder again.
 
     Returns:
-        The summary of the statistics of each split.
+        The statistics of each split.
     """
     folder = Path(folder)
     counts = read_counts(folder)
     statistics = compute_statistics(data_files(folder, counts))
     draw_pictures(statistics, counts["num_units"], folder / PICTURES)
-    files = {f"{PICTURES}/{path.name}": sha256_file(path) for path in sorted((folder / PICTURES).iterdir())}
+    files = {f"{PICTURES}/{name}": sha256_file(folder / PICTURES / name) for name in CAPTIONS}
     if not files.items() <= counts["files"].items():  # another version of matplotlib draws other bytes
         replace_text(folder / COUNTS, _to_json(counts | {"files": counts["files"] | files}))
-    return {split: values.summary() for split, values in statistics.items()}
+    return statistics
 
 
 def _to_json(counts: Mapping[str, Any]) -> str:
