@@ -251,7 +251,7 @@ def test_bad_input_gives_one_line_on_stderr(tmp_path):
         (["prepare", "--config", "{binary}"], "can't decode byte 0xff"),
         (["prepare", "--config", "{nul}"], "control characters are not allowed"),
         (["prepare", "--config", "a\0b"], "embedded null byte"),
-        (["prepare", "--batch_seconds", "1" * 400], "too large"),
+        (["prepare", "--batch_seconds", "1" * 400], "11': give a number"),
     ],
 )
 def test_wrong_usage_gives_a_hint_and_a_reason(tmp_path, capsys, args, message):
