@@ -70,7 +70,7 @@ __all__ = [
 ]
 
 _VERSION = datasets.Version("1.0.0")
-# Public name -> module (or module:name), imported at the first use: torch is slow. The same names as under TYPE_CHECKING above.
+# Public name -> module, imported at the first use: torch is slow. The same names as under TYPE_CHECKING above.
 _LAZY = {
     "PrepareConfig": "usdm_sft.config.prepare_config",
     "convert": "usdm_sft.convert.convert",
@@ -259,8 +259,7 @@ def load_dataset(
             of `DailyTalkUSDMConfig`, such as `history`.
 
     Returns:
-        The result of `datasets.load_dataset`: a `Dataset` if `split` is given, otherwise a `DatasetDict`; with `streaming`, their
-        iterable counterparts.
+        A `Dataset` if `split` is given, otherwise a `DatasetDict`; with `streaming`, their iterable counterparts.
 
     Raises:
         ValueError, OSError: As `DailyTalkUSDM`.
@@ -285,8 +284,7 @@ if not TYPE_CHECKING:  # a type checker takes a module with `__getattr__` to hav
 
     def __getattr__(name):
         if name in _LAZY:
-            module, _, attribute = _LAZY[name].partition(":")
-            return getattr(importlib.import_module(module), attribute or name)
+            return getattr(importlib.import_module(_LAZY[name]), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

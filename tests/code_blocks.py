@@ -18,7 +18,7 @@ from tests.helpers import DEMO, REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 MARKER = re.compile(r"<!-- (not run|names): (.+) -->")
-_BLOCK = re.compile(r"(?:^(<!-- .* -->)\n)?^```(\w+)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"(?:^(<!-- [^\n]* -->)\n)?^```(\w+)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 
 
 class Block(NamedTuple):

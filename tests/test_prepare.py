@@ -5,7 +5,7 @@ import datasets
 import pytest
 from transformers import AutoTokenizer
 
-from tests.helpers import FIXTURES
+from tests.helpers import DEMO
 from usdm_sft.convert.convert import convert
 from usdm_sft.dataset_folder.export import export_text
 from usdm_sft.prepare import prepare
@@ -420,7 +420,7 @@ def test_dataset_folder_contains_no_paths(run, tmp_path):
     output, _ = run()
     for name, data in content(output).items():
         assert str(tmp_path).encode() not in data, name
-        assert str(FIXTURES).encode() not in data, name
+        assert str(DEMO).encode() not in data, name
 
 
 def test_metadata_paths_with_a_dataset_of_the_hub_are_refused(run):

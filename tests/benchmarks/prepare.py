@@ -16,6 +16,7 @@ import numpy as np
 import soundfile
 
 import usdm_sft.prepare as pipeline
+import usdm_sft.run as opening
 from tests.benchmarks.common import TURNS, lengths, machine, speechlike, table
 from tests.helpers import DEMO
 from usdm_sft.convert.convert import convert
@@ -23,14 +24,13 @@ from usdm_sft.dataset_folder import verify, writer
 from usdm_sft.template.tokenizer import load_tokenizer
 
 STAGES = (
-    (pipeline, "_open_corpus", "split lists, digests and headers of the audio"),
-    (pipeline, "plan_shards", "plan"),
+    (opening, "_open_corpus", "split lists, digests and headers of the audio"),
+    (opening, "plan_shards", "plan"),
     (pipeline, "load_rows", "builder (Arrow)"),
     (pipeline, "_tokenize_audio", "units"),
     (pipeline, "make_tokens", "template"),
     (pipeline, "fit_splits", "max_length and counts"),
-    (writer, "_write_parquet", "Parquet files"),
-    (writer, "compute_statistics", "statistics"),
+    (writer, "write_parquet", "Parquet files with statistics and digests"),
     (writer, "draw_pictures", "pictures"),
     (pipeline, "write_folder", "card, tokenizer and digests"),
     (verify, "verify", "verify"),

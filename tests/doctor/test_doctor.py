@@ -97,7 +97,7 @@ def test_machine_without_a_gpu(doctor, monkeypatch):
     found, status = doctor(data_dir=None)
     assert status == 0
     [ok, warning] = lines(found, "device")
-    assert ok[0] == "ok" and ok[1].startswith("CPU, ") and ok[1].endswith("; precisions fp32, fp16, bf16")
+    assert ok[0] == "ok" and ok[1].startswith("CPU, ") and ok[1].endswith("; precisions fp32, fp16, bf16, bf16x3")
     assert warning == ("warning", text + "use a machine with a GPU for a large corpus (docs/performance.md)")
     assert lines(doctor("--num_gpus", "0", data_dir=None)[0], "device") == [ok]  # the user chose the CPU
     machine.shutil.which = lambda name: "/usr/bin/nvidia-smi"
@@ -106,7 +106,9 @@ def test_machine_without_a_gpu(doctor, monkeypatch):
     assert warning == ("warning", text + remedy)
 
 
-@pytest.mark.parametrize(("capability", "precisions"), [((7, 5), "fp32, fp16"), ((8, 0), "fp32, tf32, fp16, bf16")])
+@pytest.mark.parametrize(
+    ("capability", "precisions"), [((7, 5), "fp32, fp16, fp16x3"), ((8, 0), "fp32, tf32, fp16, bf16, fp16x3, bf16x3")]
+)
 def test_machine_with_a_gpu(doctor, monkeypatch, capability, precisions):
     monkeypatch.setattr(devices, "find_devices", lambda num_gpus: ["cuda:0"])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -221,7 +223,7 @@ def test_corpus_that_does_not_exist(doctor, tmp_path):
     assert (lines(found, "corpus"), status) == ([("error", text)], 1)
 
 
-def test_too_little_disk(doctor, tmp_path, monkeypatch):
+def test_too_little_disk(doctor, mini, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12 - 9_000_000, 9_000_000))
     out = tmp_path / "out"
@@ -235,7 +237,12 @@ def test_too_little_disk(doctor, tmp_path, monkeypatch):
         )
     ]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, 10**12))
-    found, status = doctor("--output_path", str(out))
+    found, status = doctor("--output_path", str(out), "--keep_audio")
+    numbers = (3, 8, 20, 77, 105, 2001)  # the dialogs that are used
+    audio = sum(
+        path.stat().st_size for number in numbers for path in (mini / "corpus" / "data" / str(number)).iterdir()
+    )
+    assert f"which take about {10.1 + audio / 1e6:.1f} MB" in lines(found, "disk")[0][1]
     assert (lines(found, "disk")[0][0], status) == ("ok", 0)
 
 
@@ -341,10 +348,6 @@ def test_corpus_on_the_hub(doctor, hub):
     found, _ = doctor("--data_dir", "hub:tester/calls")
     assert lines(found, "corpus") == [("ok", "hub:tester/calls is on the Hub; prepare downloads and checks it")]
     assert lines(doctor("--data_dir", "hub:tester/none")[0], "corpus")[0][0] == "error"
-    found, _ = doctor("--data_dir", "hub:tester/calls", "--test_metadata_path", "test.txt")
-    assert lines(found, "corpus")[0][1].endswith(
-        "a dataset of the Hub with splits of its own: leave out the metadata paths"
-    )
 
 
 def test_size_of_the_published_unit_model(doctor, hub, monkeypatch):

@@ -1,9 +1,11 @@
+import errno
 import os
 import queue
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +18,8 @@ from usdm_sft.prepare import prepare
 from usdm_sft.shards import workers
 from usdm_sft.units import reading
 from usdm_sft.units.model import UnitModel
+from usdm_sft.utils import processes
+from usdm_sft.utils.cache import ShardCache
 
 
 @pytest.fixture
@@ -108,7 +112,7 @@ def test_process_that_dies_is_named_and_finished_work_is_kept(
     )
     with monkeypatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(REPOSITORY)]))
-        with pytest.raises(RuntimeError, match=r"the process on cpu.* died \(exit code -9\): start the run again"):
+        with pytest.raises(RuntimeError, match=r"a process died \(units on cpu.*, exit code -9\): start the run again"):
             prepare(**options(mini, unit_model, tmp_path))
     finished = inodes(tmp_path, "cache/units/*.arrow")
     assert finished
@@ -175,6 +179,92 @@ def test_more_gpus_than_this_machine_has(mini, unit_model, tmp_path):
         prepare(**options(mini, unit_model, tmp_path, num_gpus=99))
 
 
+def test_work_shards_that_overlap_give_the_bytes_of_one_after_the_other(
+    mini, unit_model, tmp_path, undisturbed, monkeypatch
+):
+    pipeline = workers._Pipeline
+    monkeypatch.setattr(workers, "_Pipeline", lambda *args, ahead: pipeline(*args, ahead=1))
+    prepare(**options(mini, unit_model, tmp_path))
+    assert content(tmp_path / "out") == undisturbed
+    assert not list(tmp_path.rglob("*.unfinished"))
+
+
+class Device:
+    """A `UnitTokenizer` that writes down what is asked of it."""
+
+    def __init__(self, done):
+        self.settings, self.fp32_fallback = {"device": "cuda"}, set()
+        self.done = done
+
+    def read_ahead(self, sources, digests):
+        self.done.append(f"read {sources[0]}")
+
+    def forget(self, sources):
+        self.done.append(f"forget {sources[0]}")
+
+    def start_files(self, sources, digests):
+        self.done.append(f"start {sources[0]}")
+
+        def finish():
+            self.done.append(f"finish {sources[0]}")
+            if "bad" in sources:
+                raise ValueError("bad")
+            return [[1, 2]] * len(sources), [0.5] * len(sources)
+
+        return finish
+
+
+def unit_shards(*names):
+    """Work shards of one file each; their keys begin with the name and therefore have different locks."""
+    return [workers.UnitShard(name * 16, [name], {name: "0" * 64}) for name in names]
+
+
+def test_device_gets_the_next_work_shard_before_the_file_of_this_one_is_written(tmp_path):
+    done = []
+    for shard, path in workers.make_unit_shards(
+        unit_shards("a", "b", "c", "d"), Device(done), ["cuda"], ShardCache(tmp_path)
+    ):
+        assert path.name.startswith(shard.key)
+        done.append(f"yield {shard.audio[0]}")
+    assert done == [
+        "read a", "read b", "start a", "read c", "start b", "finish a", "read d", "start c", "finish b", "yield a",
+        "start d", "finish c", "yield b", "finish d", "yield c", "yield d",
+    ]  # fmt: skip
+    assert len(list(tmp_path.glob("*.arrow"))) == 4
+
+
+@pytest.mark.parametrize(("names", "error", "kept"), [("ab", OSError, ""), (("a", "b", "bad", "c"), ValueError, "ab")])
+def test_errors_of_device_and_writer_surface_and_later_runs_are_not_blocked(tmp_path, monkeypatch, names, error, kept):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    level, shards = ShardCache(tmp_path), unit_shards(*names)
+    with monkeypatch.context() as patch:
+        if error is OSError:
+            patch.setattr(workers, "map_shard", full)
+        with pytest.raises(error, match=r"No space left on device|bad"):
+            list(workers.make_unit_shards(shards, Device([]), ["cuda"], level))
+    assert sorted(path.name[0] for path in tmp_path.glob("*.arrow")) == list(kept)
+    for shard in shards:
+        with level.claim(shard.key, wait=False) as claim:  # None would mean that a lock is still held
+            assert (claim.finished is not None) == (shard.audio[0] in kept)
+
+
+def test_run_that_waits_for_another_one_gives_up_its_own_claims_first(tmp_path):
+    level, done = ShardCache(tmp_path), []
+    shards = unit_shards("a", "b", "c")
+    other = level.claim(shards[1].key)
+    made = workers.make_unit_shards(shards, Device(done), ["cuda"], level)
+    assert next(made)[0] == shards[0]  # written although the second work shard is not available
+    with level.claim(shards[0].key, wait=False) as claim:
+        assert claim.finished is not None
+    path = other.write(lambda path: Path(path).write_bytes(b"of the other run"))
+    other.release()
+    assert [shard.audio[0] for shard, _ in made] == ["b", "c"]
+    assert path.read_bytes() == b"of the other run"
+    assert "start b" not in done and "forget b" in done
+
+
 class TwoArguments(Exception):
     def __init__(self, one, two):
         super().__init__(one)
@@ -184,12 +274,12 @@ class TwoArguments(Exception):
     "error", [TwoArguments("what was wrong", 2), type("Local", (ValueError,), {})("what was wrong")]
 )
 def test_error_that_cannot_be_pickled_keeps_its_message(error):
-    sent = workers._sendable(error)
+    sent = processes.sendable(error)
     assert type(sent) is RuntimeError and str(sent) == f"{type(error).__name__}: what was wrong"
 
 
 def test_error_that_can_be_pickled_keeps_its_class():
-    assert isinstance(workers._sendable(AudioError("bad")), AudioError)
+    assert isinstance(processes.sendable(AudioError("bad")), AudioError)
 
 
 class Queue:
@@ -208,16 +298,16 @@ class Queue:
 def test_processes_that_end_before_their_work_is_done():
     ended, running = SimpleNamespace(exitcode=0), SimpleNamespace(exitcode=None)
     results = Queue(lambda: None, lambda: (0, "a"))
-    assert list(workers._receive(results, {"cuda:0": ended, "cuda:1": running}, 1)) == [(0, "a")]
+    assert list(processes.receive(results, {"cuda:0": ended, "cuda:1": running}, 1)) == [(0, "a")]
     with pytest.raises(RuntimeError, match="the processes ended before their work was done"):
-        next(workers._receive(Queue(lambda: None), {"cuda:0": ended, "cuda:1": ended}, 1))
+        next(processes.receive(Queue(lambda: None), {"cuda:0": ended, "cuda:1": ended}, 1))
 
 
 def test_last_result_sent_right_before_the_exit_is_received():
     process = SimpleNamespace(exitcode=None)
     # The process sends its result and ends just after the timeout.
     late = Queue(lambda: setattr(process, "exitcode", 0), lambda: (0, "a"))
-    assert list(workers._receive(late, {"cuda:0": process}, 1)) == [(0, "a")]
+    assert list(processes.receive(late, {"cuda:0": process}, 1)) == [(0, "a")]
 
 
 SCRIPT = """

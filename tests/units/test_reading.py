@@ -160,6 +160,31 @@ def test_sources_that_wait_are_not_read_after_an_error(monkeypatch):
     assert begun[0] == "bad" and not {"waiting", "forgotten"} & set(begun)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux lists them")
+def test_reader_threads_start_no_team_of_openmp_threads(tmp_path):
+    path = str(tmp_path / "odd.wav")
+    soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(80_001), 16_000)
+    counted = []
+
+    def read(source, contents):
+        before = len(os.listdir("/proc/self/task"))
+        waveform = reading.read_and_prepare(source, contents, normalization="fairseq")
+        counted.append(len(os.listdir("/proc/self/task")) - before)
+        return waveform
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        [waveform] = AudioReader(read).take([path])
+    finally:
+        torch.set_num_threads(num_threads)
+    assert counted == [0]
+    samples = torch.from_numpy(reading.read_waveform(path))
+    padded = torch.nn.functional.pad(samples, (0, 1), value=1.0)  # as the reference does
+    assert torch.equal(waveform.samples, torch.nn.functional.layer_norm(padded, padded.shape))
+    assert waveform.num_samples == 80_001
+
+
 def test_audio_seconds_is_the_length_in_the_header(tmp_path, two_seconds):
     assert audio_seconds(two_seconds[0]) == 2
     assert audio_seconds(format_address(two_seconds[0], 0.5, 1.25)) == 0.75

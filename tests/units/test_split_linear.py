@@ -122,9 +122,9 @@ def many_frames(request):
     return request.param, waveforms, frames, features, centroids, nearest.indices[:, 0], margins
 
 
-# Where float32 itself rounds the two distances to one value, its unit is arbitrary; parts of 16 bits round 16 times as coarsely.
+# Float32 decides by its own rounding where the two distances are this close; parts of 16 bits leave four times as many such frames.
 @pytest.mark.parametrize(
-    ("precision", "error", "rounding"), [("fp16x3", 1e-6, FLOAT_ROUNDING), ("bf16x3", 1e-5, 16 * FLOAT_ROUNDING)]
+    ("precision", "error", "rounding"), [("fp16x3", 1e-6, FLOAT_ROUNDING), ("bf16x3", 1e-5, 4 * FLOAT_ROUNDING)]
 )
 def test_features_and_units_of_10000_frames_of_each_model_are_those_of_float64(many_frames, precision, error, rounding):
     name, waveforms, frames, expected, centroids, units, margins = many_frames
@@ -135,7 +135,7 @@ def test_features_and_units_of_10000_frames_of_each_model_are_those_of_float64(m
     assert finite.all()
     assert (features[0] - expected).norm() < error * expected.norm()
     clear = margins > rounding
-    assert clear.sum() >= 0.99 * len(units) and len(units) == 10_020
+    assert clear.sum() >= 0.96 * len(units) and len(units) == 10_020
     assert torch.equal(found.reshape(-1)[clear].long(), units[clear])
 
 

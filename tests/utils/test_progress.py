@@ -71,7 +71,7 @@ def test_bars_in_a_terminal(stderr, clock, caplog, monkeypatch):
     assert frames[2].startswith("[2/2] units:   0%|") and frames[2].endswith("| 0.0 of 2.0 h of audio")
     assert frames[3].startswith("[2/2] units:  25%|")
     assert frames[3].endswith("| 0.5 of 2.0 h of audio, 90 s of audio per second, 1 min 0 s left")
-    assert [frame[13:18] for frame in frames[2:]] == ["   0%", "  25%", "  50%", "  75%", " 100%"]
+    assert [frame[12:17] for frame in frames[2:]] == ["   0%", "  25%", "  50%", "  75%", " 100%"]
     assert caplog.messages == []
 
 

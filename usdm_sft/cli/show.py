@@ -65,14 +65,16 @@ def stats(dataset_dir: str, json: bool = False) -> None:
     """
     from usdm_sft.corpus.manifest import UTTERANCES
     from usdm_sft.dataset_folder.layout import PICTURES, read_counts
-    from usdm_sft.dataset_folder.statistics import format_table
+    from usdm_sft.dataset_folder.statistics import format_histograms, format_table
     from usdm_sft.dataset_folder.writer import replace_pictures
 
-    summaries, counts = replace_pictures(dataset_dir), read_counts(dataset_dir)
+    statistics, counts = replace_pictures(dataset_dir), read_counts(dataset_dir)
+    summaries = {split: values.summary() for split, values in statistics.items()}
     utterances = counts.get(UTTERANCES)
     if json:
         found = {"num_units": counts["num_units"], "splits": summaries}
         print_json(found if utterances is None else found | {UTTERANCES: utterances})
         return
     print(format_table(summaries, counts["num_units"], utterances))
+    print(f"\n{format_histograms(statistics)}\n")
     print(f"pictures: {os.path.join(dataset_dir, PICTURES)}")

@@ -29,10 +29,10 @@ class Parser(ArgumentParser):
     """Takes options with - as well as with _, and tells wrong usage in two lines: where the options are explained, and the reason."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        defaults: dict[str, Any] = {"formatter_class": HelpFormatter, "allow_abbrev": True}
-        super().__init__(*args, **defaults | kwargs)
+        options: dict[str, Any] = {"formatter_class": HelpFormatter, "allow_abbrev": True}
+        super().__init__(*args, **options | kwargs)
 
-    def parse_args(  # type: ignore[override]  # jsonargparse decorates its own
+    def parse_args(  # type: ignore[override]  # as in ArgumentParser of jsonargparse
         self, args: Sequence[str] | None = None, *more: Any, **options: Any
     ) -> Any:
         return super().parse_args(_use_underscores(sys.argv[1:] if args is None else args), *more, **options)

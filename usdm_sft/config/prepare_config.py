@@ -12,6 +12,7 @@ from typing import Literal, get_type_hints
 
 from usdm_sft.config.checks import check_settings
 from usdm_sft.corpus.examples import SINGLE_TURN, check_config
+from usdm_sft.corpus.hub import is_hub_corpus
 from usdm_sft.template.config import MAX_LENGTH, REFERENCE, USTM, Template
 from usdm_sft.units.settings import PrecisionName, ResamplerName
 
@@ -98,6 +99,10 @@ class ComputeOptions:
     """GPUs to use, one process each; all of them by default. 0 means the CPU. With the executors ray and slurm each task
     has one GPU, unless this is 0."""
 
+    num_proc: int | None = None
+    """Largest number of processes that make token shards and Parquet files. By default one per core that this process may
+    use. A small corpus needs none."""
+
     shard_dialogs: int = 64
     """Number of dialogs in a work shard. A crash loses at most the work shards in progress."""
 
@@ -164,20 +169,14 @@ class PrepareConfig(CorpusOptions, TokenizerOptions, UnitModelOptions, ComputeOp
         check_config(self.config_name, self.history)
         if self.executor is None and (self.tasks != 1 or self.slurm is not None):
             raise ValueError("tasks and slurm are options of an executor: name one with --executor")
+        if self.data_files and is_hub_corpus(self.data_dir):
+            raise ValueError(
+                f"data_dir is {self.data_dir}, a dataset of the Hub with splits of its own: leave out the metadata paths"
+            )
 
-
-def named_lists(config: PrepareConfig) -> dict[str, str] | None:
-    """Return the path of each split list or manifest that the config names, or None if it names none.
-
-    Raises:
-        ValueError: The corpus is a dataset of the Hub.
-    """
-    from usdm_sft.corpus.hub import is_hub_corpus  # imports huggingface_hub, which --help can do without
-
-    lists = {"train": config.train_metadata_path, "test": config.test_metadata_path}
-    data_files = {split: str(Path(path).expanduser().resolve()) for split, path in lists.items() if path is not None}
-    if data_files and is_hub_corpus(config.data_dir):
-        raise ValueError(
-            f"data_dir is {config.data_dir}, a dataset of the Hub with splits of its own: leave out the metadata paths"
-        )
-    return data_files or None
+    @property
+    def data_files(self) -> dict[str, str] | None:
+        """The absolute path of each split list or manifest that is named, or None if none is."""
+        lists = {"train": self.train_metadata_path, "test": self.test_metadata_path}
+        named = {split: str(Path(path).expanduser().resolve()) for split, path in lists.items() if path is not None}
+        return named or None

@@ -10,7 +10,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from usdm_sft.convert.convert import XLSR_LAYER, convert
+from usdm_sft.convert.convert import convert
+from usdm_sft.convert.model_config import XLSR_LAYER
 from usdm_sft.units.folder import DESCRIPTION, read_description
 from usdm_sft.units.hub import find_cached_folder, find_folder
 from usdm_sft.utils.atomic import replace_text

@@ -18,8 +18,10 @@ from usdm_sft.corpus.examples import MULTI_TURN, has_lists
 from usdm_sft.corpus.features import folder_features
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.corpus.published_lists import DAILYTALK
+from usdm_sft.dataset_folder.example_picture import EXAMPLE
 from usdm_sft.dataset_folder.pictures import CAPTIONS
 from usdm_sft.template.config import OFFLINE, REFERENCE
+from usdm_sft.template.parts import ROW_PARTS
 from usdm_sft.template.tokenizer import NUM_UNITS
 from usdm_sft.template.view import format_example
 from usdm_sft.utils.texts import count_noun
@@ -108,6 +110,8 @@ def make_card(
         plain=_plain,
         example=format_example(pq.ParquetFile(first[0]).read_row_group(0)[:1].to_pylist()[0], tokenizer, color=False),
         pictures=CAPTIONS,
+        parts=ROW_PARTS,
+        example_picture=EXAMPLE,
     )
     return f"{card}\n"
 

@@ -5,7 +5,7 @@
     single_turn/train-00000-of-00064.parquet     ...
     utterances/train-00000-of-00012.parquet      with keep_audio: each recording once, with its text and units
     tokenizer/                                   for `AutoTokenizer.from_pretrained` and the trainers
-    pictures/                                    plots of the statistics, which the card shows
+    pictures/                                    an example and plots of the statistics, which the card shows
 
 counts.json is written last: a folder that has it is complete. No file depends on the time or on paths.
 """

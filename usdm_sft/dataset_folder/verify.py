@@ -18,11 +18,12 @@ from usdm_sft.corpus.problems import MAX_PROBLEMS_SHOWN
 from usdm_sft.dataset_folder.card import data_configs
 from usdm_sft.dataset_folder.compare import compare_with_text, describe_difference, first_difference
 from usdm_sft.dataset_folder.layout import COUNTS, PICTURES, PREPARE_AGAIN, data_files, read_counts
+from usdm_sft.dataset_folder.row_check import find_doubtful_rows, render
 from usdm_sft.dataset_folder.rows import iter_rows, open_rows
 from usdm_sft.dataset_folder.statistics import SplitStatistics
 from usdm_sft.dataset_folder.utterances import check_utterances
 from usdm_sft.template.config import Template
-from usdm_sft.template.encoder import COLUMNS, IGNORE_INDEX, TemplateEncoder
+from usdm_sft.template.encoder import IGNORE_INDEX, TemplateEncoder
 from usdm_sft.template.tokenizer import load_tokenizer
 from usdm_sft.utils.cache import sha256_file
 from usdm_sft.utils.texts import first_line
@@ -109,12 +110,15 @@ def _check_rows(folder: Path, counts: Mapping[str, Any], statistics: dict[str, S
                 continue
             number = 0
             for batch in iter_rows(path, batch_size=_BATCH):
-                for position, row in enumerate(batch.to_pylist(), start=number):
-                    place = f"{path}: row {position} ({row['id']})"
-                    if row["id"] in seen:
-                        yield f"{place}: the same id is at {seen[row['id']]}"
-                    seen[row["id"]] = place
-                    yield from (f"{place}: {problem}" for problem in _check_row(row, encoder, counts["settings"]))
+                doubtful = find_doubtful_rows(batch, encoder, counts["settings"]["max_length"])
+                for position, row_id in enumerate(batch["id"].to_pylist()):
+                    place = f"{path}: row {number + position} ({row_id})"
+                    if row_id in seen:
+                        yield f"{place}: the same id is at {seen[row_id]}"
+                    seen[row_id] = place
+                    if position in doubtful:
+                        [row] = batch.slice(position, 1).to_pylist()
+                        yield from (f"{place}: {problem}" for problem in _check_row(row, encoder, counts["settings"]))
                 number += len(batch)
                 statistics[split].add(batch)
 
@@ -165,20 +169,8 @@ def _check_row(row: Mapping[str, Any], encoder: TemplateEncoder, settings: Mappi
         if (at := first_difference(found, expected)) is not None:
             yield f"{name} differ from the encoded columns: {describe_difference(found, expected, at)}"
             return
-    if encoder.decode(ids) != (text := _render(row, encoder.template)):
+    if encoder.decode(ids) != (text := render(row, encoder.template)):
         yield f"input_ids do not decode to the template: {encoder.decode(ids)!r}, not {text!r}"
-
-
-def _render(row: Mapping[str, Any], template: Template) -> str:
-    """The text of the template for one row, written independently of the encoder. A "▁" becomes a space, as in `decode`."""
-    columns = [row[name] for name in COLUMNS]
-    exchanges = zip(*columns, strict=True) if isinstance(row["user_text"], list) else [columns]
-    blocks = []
-    for user_units, user_text, agent_text, agent_units in exchanges:
-        user, agent = ("".join(f"<|unit{unit}|>" for unit in units) for units in (user_units, agent_units))
-        texts = f"{user_text.lower()}\n{template.agent_heading}{agent_text.lower()}"
-        blocks.append(f"{template.user_heading}{user}<|correspond|>{texts}<|correspond|>{agent}\n")
-    return f"{template.instruction}{''.join(blocks)}</s>".replace("▁", " ")
 
 
 def _check_counts(folder: Path, counts: Mapping[str, Any], statistics: Mapping[str, SplitStatistics]) -> Iterator[str]:

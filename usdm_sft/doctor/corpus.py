@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from usdm_sft.audio.check import check_audio
-from usdm_sft.config.prepare_config import PrepareConfig, named_lists
+from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.corpus.dialogs import Split
 from usdm_sft.corpus.find import check_data_dir, find_lists, find_manifests, find_split_lists
 from usdm_sft.corpus.hub import PREFIX, is_hub_corpus
@@ -33,11 +33,10 @@ NUM_SAMPLES = 32  # recordings that are opened
 
 def check_corpus(config: PrepareConfig, needs: Needs) -> Iterator[Finding]:
     """Find and read the lists of the corpus, and open some of its recordings."""
-    named = named_lists(config)
     if is_hub_corpus(config.data_dir):
         yield _check_hub_corpus(str(config.data_dir), needs)
         return
-    lists = find_lists(config.data_dir, named) if named else _find_lists(config)
+    lists = find_lists(config.data_dir, config.data_files) if config.data_files else _find_lists(config)
     if lists is None:
         size = sum(remote_size(f"{SPLIT_LISTS_URL}/{name}", timeout=TIMEOUT) for name, _ in SPLIT_LISTS.values())
         text = f"{config.data_dir} has no split lists: prepare downloads DailyTalk's own ({format_bytes(size)})"
@@ -99,10 +98,11 @@ def _check_recordings(splits: Mapping[str, Split], needs: Needs, *, skip: bool) 
         yield Finding(
             "warning" if skip else "error", "recordings", f"{problem}: {remedy}; prepare lists every such file"
         )
-    seconds = [check.frames / check.rate for check in checks if check.problem is None]
-    if seconds:
-        needs.audio_seconds = sum(seconds) / len(seconds) * len(addresses)
+    good = [check for check in checks if check.problem is None]
+    if good:
+        needs.audio_seconds = sum(check.frames / check.rate for check in good) / len(good) * len(addresses)
+        needs.audio_bytes = sum(2 * check.frames for check in good) / len(good) * len(addresses)
     text = f"{len(sample) - len(bad)} of {len(sample)} that were opened are good; the corpus has {len(addresses):,}"
-    if seconds:
+    if good:
         text += f", about {needs.audio_seconds / 3600:.2g} hours"
     yield Finding("ok", "recordings", text)

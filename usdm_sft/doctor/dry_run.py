@@ -25,7 +25,8 @@ from usdm_sft.convert.published import PUBLISHED, locate_unit_model
 from usdm_sft.doctor.findings import format_bytes
 from usdm_sft.doctor.machine import CACHE_BYTES, FOLDER_BYTES, TOKENIZER_BYTES
 from usdm_sft.executors.devices import choose_devices
-from usdm_sft.prepare import Run, fit_splits, open_run
+from usdm_sft.prepare import fit_splits
+from usdm_sft.run import Run, open_run
 from usdm_sft.shards.mapping import map_shard
 from usdm_sft.shards.plan import Shard
 from usdm_sft.shards.rows import load_rows
@@ -33,6 +34,7 @@ from usdm_sft.shards.tokens import make_tokens
 from usdm_sft.units.settings import make_settings
 from usdm_sft.units.tokenizer import UnitTokenizer
 from usdm_sft.utils.cache import ShardCache, cache_root
+from usdm_sft.utils.processes import ProcessPool
 from usdm_sft.utils.progress import Stages
 from usdm_sft.utils.texts import count_noun
 
@@ -92,7 +94,8 @@ def dry_run(config: PrepareConfig) -> DryRun:
         stages.start("rows")
         units = {shard.units_key: _write_units(shard, run) for shard in run.plan}
         rows = load_rows(run.builder)
-        tokens = make_tokens(rows, run.plan, run.encoder, units, run.cache)
+        with ProcessPool(1) as pool:
+            tokens = make_tokens(rows, run.plan, run.encoder, units, run.cache, pool)
         _, splits = fit_splits(run, rows, units, tokens)
         missing = _find_missing(cache / "units", run.plan, "units_key")
         files = {file for address in run.builder.audio_digests for file in disk_files(address)}

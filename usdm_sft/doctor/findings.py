@@ -30,11 +30,13 @@ class Needs:
         online: Whether files can be fetched.
         model_bytes: Bytes that the model cache must hold at once.
         audio_seconds: Seconds of all recordings of the corpus; 0 if it was not read.
+        audio_bytes: Size of these recordings as mono of 16 bits.
     """
 
     online: bool = False
     model_bytes: int = 0
     audio_seconds: float = 0.0
+    audio_bytes: float = 0.0
 
 
 def run_check(subject: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:

@@ -29,7 +29,11 @@ CACHE_BYTES = 1_400  # per second of recording
 FOLDER_BYTES = 600  # per second of recording
 TOKENIZER_BYTES = 10_000_000  # the tokenizer and the pictures of a dataset folder
 
-_CAPABILITY = {"tf32": 8, "bf16": 8}  # the first compute capability of CUDA whose tensor cores have the type
+_CAPABILITY = {
+    "tf32": 8,
+    "bf16": 8,
+    "bf16x3": 8,
+}  # the first compute capability of CUDA whose tensor cores have the type
 
 
 def check_packages() -> Iterator[Finding]:
@@ -114,7 +118,7 @@ def check_disks(config: PrepareConfig, needs: Needs, *, has_output: bool) -> Ite
     ]
     if has_output:
         size = FOLDER_BYTES * needs.audio_seconds + TOKENIZER_BYTES if needs.audio_seconds else 0
-        places.append(("the dataset folder", output, size))
+        places.append(("the dataset folder", output, size + needs.audio_bytes * config.keep_audio))
     disks: dict[int, list[tuple[str, Path, float]]] = {}
     for name, folder, size in places:
         existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

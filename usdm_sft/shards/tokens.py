@@ -19,6 +19,7 @@ from usdm_sft.corpus.features import TRAINER_COLUMNS, folder_features
 from usdm_sft.shards.mapping import map_shard
 from usdm_sft.shards.plan import Shard
 from usdm_sft.utils.cache import ShardCache
+from usdm_sft.utils.processes import ProcessPool
 from usdm_sft.utils.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -28,7 +29,12 @@ _TEXT_COLUMNS = ["id", "user_text", "agent_text"]  # columns of a row that the e
 
 
 def make_tokens(
-    rows: dict[str, Dataset], shards: Sequence[Shard], encoder: TemplateEncoder, units: dict[str, Path], cache: Path
+    rows: dict[str, Dataset],
+    shards: Sequence[Shard],
+    encoder: TemplateEncoder,
+    units: dict[str, Path],
+    cache: Path,
+    pool: ProcessPool,
 ) -> dict[str, Path]:
     """Make the token shards that the cache lacks.
 
@@ -38,6 +44,7 @@ def make_tokens(
         encoder: Makes `input_ids` and `labels`.
         units: The file of each unit shard, by its key.
         cache: Folder of the cache.
+        pool: Processes that share out the shards.
 
     Returns:
         The file of each token shard, by `tokens_key`: one row per example, with units, seconds, `input_ids` and `labels`.
@@ -45,15 +52,26 @@ def make_tokens(
     level = ShardCache(cache / "tokens")
     files = level.find_all(shard.tokens_key for shard in shards)
     missing = [shard for shard in shards if shard.tokens_key not in files]
+    texts = {split: split_rows.select_columns(_TEXT_COLUMNS) for split, split_rows in rows.items()}
+    parts = [
+        (shard, texts[shard.split].select(range(shard.start, shard.stop)), units[shard.units_key]) for shard in missing
+    ]
     with progress_bar(len(missing), "tokens", "work shards", disable=not missing) as bar:
-        for shard in missing:
-            texts = rows[shard.split].select_columns(_TEXT_COLUMNS).select(range(shard.start, shard.stop))
-            columns = unit_columns(shard, units[shard.units_key])
-            batch = concatenate_datasets([texts, columns], axis=1).with_format("numpy")
-            write = partial(map_shard, batch, encoder, fingerprint=shard.tokens_key, remove_columns=_TEXT_COLUMNS)
-            files[shard.tokens_key] = level.make(shard.tokens_key, write)
+        for index, path in pool.map(partial(_make_token_shard, encoder, level), parts, name="token shards"):
+            files[missing[index].tokens_key] = path
             bar.update()
     return files
+
+
+def _make_token_shard(encoder: TemplateEncoder, level: ShardCache, part: tuple[Shard, Dataset, Path]) -> Path:
+    """Make the token shard of a work shard, the texts of its rows, and the file of its unit shard."""
+    shard, texts, units = part
+
+    def write(path: str) -> None:
+        batch = concatenate_datasets([texts, unit_columns(shard, units)], axis=1).with_format("numpy")
+        map_shard(batch, encoder, path, shard.tokens_key, remove_columns=_TEXT_COLUMNS)
+
+    return level.make(shard.tokens_key, write)
 
 
 def unit_columns(shard: Shard, file: Path) -> Dataset:

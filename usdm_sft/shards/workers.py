@@ -6,11 +6,9 @@ Each process takes the next work shard when it has finished one.
 from __future__ import annotations
 
 import multiprocessing
-import pickle
 import queue
-import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,12 +19,11 @@ from datasets import Dataset
 from usdm_sft.shards.mapping import map_shard
 from usdm_sft.units.columns import distinct_audio, unit_columns
 from usdm_sft.utils.cache import Claim, ShardCache
-from usdm_sft.utils.processes import start_process
+from usdm_sft.utils.processes import POLL_SECONDS, receive, sendable, start_process
 
 if TYPE_CHECKING:
     from usdm_sft.units.tokenizer import UnitTokenizer
 
-POLL_SECONDS = 1.0
 FP32_FALLBACK = (
     "fp32_fallback"  # bool column of a unit shard: the utterance overflowed, and its units are those of fp32
 )
@@ -70,8 +67,9 @@ def make_unit_shards(
         for device in devices[: len(shards)]:
             waiting.put(None)
             args = (unit_tokenizer, device, level, list(shards), waiting, done)
-            processes[device] = start_process(_run_process, args, name=f"units on {device}")
-        for index, path in _receive(done, processes, len(shards)):
+            name = f"units on {device}"
+            processes[name] = start_process(_run_process, args, name=name)
+        for index, path in receive(done, processes, len(shards)):
             yield shards[index], path
         for process in processes.values():
             process.join()
@@ -80,33 +78,6 @@ def make_unit_shards(
         for process in processes.values():
             process.terminate()
             process.join()
-
-
-def _receive(done: Any, processes: Mapping[str, Any], number: int) -> Iterator[tuple[int, Path]]:
-    """Yield `number` results. Raises the error that a process sent, or one that names a process that died."""
-    while number:
-        # Taken before the queue is read: a process that has ended by now has nothing more to send.
-        exit_codes = {device: process.exitcode for device, process in processes.items()}
-        try:
-            outcome = done.get(timeout=POLL_SECONDS)
-        except queue.Empty:
-            _check_alive(exit_codes)
-            continue
-        if isinstance(outcome, BaseException):
-            raise outcome
-        number -= 1
-        yield outcome
-
-
-def _check_alive(exit_codes: Mapping[str, int | None]) -> None:
-    for device, exit_code in exit_codes.items():
-        if exit_code not in (None, 0):
-            raise RuntimeError(
-                f"the process on {device} died (exit code {exit_code}): start the run again; "
-                "finished work shards are kept"
-            )
-    if all(exit_code == 0 for exit_code in exit_codes.values()):
-        raise RuntimeError("the processes ended before their work was done: start the run again")
 
 
 def _make_in_turn(
@@ -237,18 +208,4 @@ def _run_process(
         for _, path in _make_in_turn(take_shards(), unit_tokenizer, level):
             done.put((taken.pop(0), path))
     except Exception as error:  # raised again in the parent
-        done.put(_sendable(error))
-
-
-def _sendable(error: Exception) -> Exception:
-    """Return the error itself if it survives pickling, else a RuntimeError with its text.
-
-    The traceback is added as a note, which Python prints only where it prints the traceback of the parent.
-    """
-    sent: Exception
-    try:
-        sent = pickle.loads(pickle.dumps(error))
-    except Exception:  # the class of the error may raise anything here
-        sent = RuntimeError(f"{type(error).__name__}: {error}")
-    sent.add_note("In the process:\n" + "".join(traceback.format_exception(error)))
-    return sent
+        done.put(sendable(error))

@@ -11,6 +11,7 @@ import hashlib
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +102,7 @@ class TemplateEncoder:
     def _options(self) -> dict[str, Any]:
         return {"template": asdict(self.template), "last_exchange_only": self.last_exchange_only}
 
-    @property
+    @cached_property
     def tokenizer_digest(self) -> str:
         """sha256 of the tokenizer, in hex."""
         return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
@@ -212,14 +213,20 @@ class TemplateEncoder:
         BOS, which the tokenizer adds, is left out. A "▁" (U+2581) of a text becomes a space, because the tokenizer
         encodes both alike.
         """
-        ids = [int(token_id) for token_id in ids]
-        if ids[:1] == [BOS]:
-            ids = ids[1:]
-        parts: list[str] = []
-        for is_special, run in groupby(ids, key=self._special_ids.__contains__):
-            # Decoding strips the "▁" that the tokenizer puts before a run of ordinary tokens.
-            if is_special:
-                parts += [self._tokenizer.id_to_token(token_id) or "" for token_id in run]
-            else:
-                parts.append(self._tokenizer.decode(list(run), skip_special_tokens=False))
-        return "".join(parts)
+        return self.decode_batch([ids])[0]
+
+    def decode_batch(self, rows: Iterable[Iterable[int]]) -> list[str]:
+        """Decode rows of ids as `decode` does, faster than one by one."""
+        parts: list[list[str | int]] = []  # an int is the number of a run of ordinary tokens
+        runs: dict[tuple[int, ...], int] = {}  # the instruction begins every row, and is decoded once
+        for row in rows:
+            ids = [int(token_id) for token_id in row]
+            parts.append([])
+            for is_special, run in groupby(ids[1:] if ids[:1] == [BOS] else ids, key=self._special_ids.__contains__):
+                # Decoding strips the "▁" that the tokenizer puts before a run of ordinary tokens.
+                if is_special:
+                    parts[-1] += [self._tokenizer.id_to_token(token_id) or "" for token_id in run]
+                else:
+                    parts[-1].append(runs.setdefault(tuple(run), len(runs)))
+        texts = self._tokenizer.decode_batch(list(map(list, runs)), skip_special_tokens=False)
+        return ["".join([texts[part] if isinstance(part, int) else part for part in row]) for row in parts]

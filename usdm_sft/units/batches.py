@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from usdm_sft.audio.frames import MIN_SAMPLES, SAMPLE_RATE, num_frames
-from usdm_sft.audio.reading import AudioError
 
 # On CUDA, a batch holds no row shorter than 85 % of its longest. In a work shard with DailyTalk's lengths, 7 % of the frames are then
 # padding, and a batch has 80 s of audio on average; with 70 % these are 14 % and 150 s (computed).
@@ -112,6 +111,8 @@ def prepare_waveform(samples: torch.Tensor, name: str, normalization: str = "fai
         AudioError: The waveform is shorter than 25 ms.
     """
     if len(samples) < MIN_SAMPLES:
+        from usdm_sft.audio.reading import AudioError  # imports soundfile, which tests.benchmarks.gpu does without
+
         raise AudioError(
             f"{name} has {len(samples)} samples at 16 kHz, fewer than the {MIN_SAMPLES} (25 ms) that make a unit: "
             "leave out the utterance"
