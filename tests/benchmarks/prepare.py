@@ -16,19 +16,20 @@ import numpy as np
 import soundfile
 
 import usdm_sft.prepare as pipeline
+import usdm_sft.run as opening
 from tests.benchmarks.common import TURNS, lengths, machine, speechlike, table
+from tests.helpers import DEMO
 from usdm_sft.convert.convert import convert
 from usdm_sft.dataset_folder import verify, writer
 from usdm_sft.template.tokenizer import load_tokenizer
 
-REPOSITORY = Path(__file__).parents[2]
 STAGES = (
-    (pipeline, "_open_corpus", "split lists, digests and headers of the audio"),
-    (pipeline, "plan_shards", "plan"),
+    (opening, "_open_corpus", "split lists, digests and headers of the audio"),
+    (opening, "plan_shards", "plan"),
     (pipeline, "load_rows", "builder (Arrow)"),
     (pipeline, "_tokenize_audio", "units"),
     (pipeline, "make_tokens", "template"),
-    (pipeline, "_fit_splits", "max_length and counts"),
+    (pipeline, "fit_splits", "max_length and counts"),
     (writer, "write_parquet", "Parquet files with statistics and digests"),
     (writer, "draw_pictures", "pictures"),
     (pipeline, "write_folder", "card, tokenizer and digests"),
@@ -87,9 +88,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         root = Path(work)
         num, hours = write_corpus(root / "corpus", args.dialogs, args.clip_seconds)
-        mini = REPOSITORY / "tests" / "fixtures" / "mini" / "unit_model"
+        toy = DEMO / "unit_model"
         unit_model = args.unit_model or convert(
-            mini / "checkpoint.pt", mini / "kmeans.npy", root / "model", model_config=mini / "config.json"
+            toy / "checkpoint.pt", toy / "kmeans.npy", root / "model", model_config=toy / "config.json"
         )
         load_tokenizer("mistral-common")  # its imports are no stage
         results = []

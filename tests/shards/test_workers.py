@@ -12,8 +12,8 @@ import pytest
 
 from dailytalk_usdm import DailyTalkUSDM
 from tests.helpers import REPOSITORY, command, content, inodes, options, wait_for, wait_for_end_of_group
-from usdm_sft import prepare as pipeline
 from usdm_sft.audio.reading import AudioError
+from usdm_sft.executors import devices
 from usdm_sft.prepare import prepare
 from usdm_sft.shards import workers
 from usdm_sft.units import reading
@@ -25,7 +25,7 @@ from usdm_sft.utils.cache import ShardCache
 @pytest.fixture
 def two_processes(monkeypatch):
     """Two processes on the CPU in place of two GPUs."""
-    monkeypatch.setattr(pipeline, "_find_devices", lambda num_gpus: ["cpu", "cpu:0"])
+    monkeypatch.setattr(devices, "find_devices", lambda num_gpus: ["cpu", "cpu:0"])
 
 
 @pytest.mark.slow
@@ -312,10 +312,10 @@ def test_last_result_sent_right_before_the_exit_is_received():
 
 SCRIPT = """
 import os
-from usdm_sft import prepare as pipeline
+from usdm_sft.executors import devices
 from usdm_sft.utils import processes
 
-pipeline._find_devices = lambda num_gpus: ["cpu", "cpu:0"]
+devices.find_devices = lambda num_gpus: ["cpu", "cpu:0"]
 print("the script runs")
 """
 
@@ -330,7 +330,7 @@ def script(folder, *lines):
 @pytest.mark.parametrize("executor", [{}, {"executor": "local", "tasks": 2}], ids=["processes", "tasks"])
 def test_script_without_a_main_guard(mini, unit_model, tmp_path, undisturbed, executor):
     given = options(mini, unit_model, tmp_path, **executor)
-    run = script(tmp_path, f"pipeline.prepare(**{given!r})")
+    run = script(tmp_path, "from usdm_sft.prepare import prepare", f"prepare(**{given!r})")
     done = subprocess.run(run, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "the script runs\n", "")
     assert content(tmp_path / "out") == undisturbed
@@ -371,8 +371,8 @@ def test_ctrl_c_with_several_processes_prints_one_line(mini, unit_model, tmp_pat
 @pytest.mark.slow
 def test_processes_end_when_their_parent_is_killed(mini, unit_model, tmp_path):
     code = (
-        "from usdm_sft import prepare as pipeline\n"
-        "pipeline._find_devices = lambda num_gpus: ['cpu', 'cpu:0']\n"
+        "from usdm_sft.executors import devices\n"
+        "devices.find_devices = lambda num_gpus: ['cpu', 'cpu:0']\n"
         "from usdm_sft.cli.main import main\n"
         "if __name__ == '__main__':\n"
         f"    main({command(mini, unit_model, tmp_path)[3:]!r})\n"

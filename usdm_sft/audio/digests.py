@@ -150,7 +150,7 @@ def _digest(
         remembered = memo.read(paths)
         found = {path: row for path in paths if (row := remembered.get(path)) and _is_valid(row, audio)}
         missing = [path for path in paths if path not in found]
-        bar = progress_bar(len(missing), "reading audio digests", "file", disable=len(missing) < _BATCH)
+        bar = progress_bar(len(missing), "reading recordings", "files", disable=len(missing) < _BATCH)
         files = once_per_key(_digest_file)  # a telephone call with a hundred turns is hashed once
         with bar, ThreadPoolExecutor(num_threads) as threads:
             for start in range(0, len(missing), _BATCH):

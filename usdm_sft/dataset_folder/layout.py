@@ -3,8 +3,9 @@
     README.md                                    dataset card; its YAML names the files and the features
     counts.json                                  counts, statistics, what was left out and why, digests, versions
     single_turn/train-00000-of-00064.parquet     ...
+    utterances/train-00000-of-00012.parquet      with keep_audio: each recording once, with its text and units
     tokenizer/                                   for `AutoTokenizer.from_pretrained` and the trainers
-    pictures/                                    plots of the statistics, which the card shows
+    pictures/                                    an example and plots of the statistics, which the card shows
 
 counts.json is written last: a folder that has it is complete. No file depends on the time or on paths.
 """
@@ -18,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.template.tokenizer import MAX_UNITS
 from usdm_sft.utils.cache import sha256_file
 
@@ -65,8 +67,18 @@ def _is_counts(counts: Any) -> bool:
         and 0 < counts["num_units"] <= MAX_UNITS
         and bool(counts["splits"])
         and all(isinstance(split, dict) for split in counts["splits"].values())
+        and _has_splits(counts.get(UTTERANCES, counts["splits"]), counts["splits"])
         and isinstance(counts["settings"].get("template"), dict)
         and all(isinstance(counts["settings"].get(name), int) for name in ("history", "max_length"))
+    )
+
+
+def _has_splits(utterances: Any, splits: Mapping[str, Any]) -> bool:
+    """True if the counts of the utterances are those of the same splits."""
+    return (
+        isinstance(utterances, dict)
+        and utterances.keys() == splits.keys()
+        and all(isinstance(split, dict) for split in utterances.values())
     )
 
 
@@ -76,15 +88,20 @@ def _is_inside(name: str) -> bool:
     return name.isprintable() and "\\" not in name and not {"", ".", ".."} & {*parts}
 
 
-def data_files(folder: str | Path, counts: Mapping[str, Any]) -> dict[str, list[Path]]:
+def data_files(folder: str | Path, counts: Mapping[str, Any], config: str | None = None) -> dict[str, list[Path]]:
     """The Parquet files of each split, in the order of the rows.
+
+    Args:
+        folder: A dataset folder.
+        counts: Its counts.json.
+        config: `UTTERANCES`, or by default the config of the rows.
 
     Raises:
         FileNotFoundError: A file is missing.
     """
     files = {}
     for split in counts["splits"]:
-        prefix = f"{counts['config']}/{split}-"
+        prefix = f"{config or counts['config']}/{split}-"
         files[split] = [Path(folder) / name for name in sorted(counts["files"]) if name.startswith(prefix)]
         for path in files[split]:
             if not path.is_file():

@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from usdm_sft.corpus.features import TRAINER_COLUMNS, folder_features
 from usdm_sft.dataset_folder.statistics import SplitStatistics, compute_statistics
 from usdm_sft.utils.cache import sha256_file
 from usdm_sft.utils.progress import quiet
@@ -30,7 +35,7 @@ class Part(NamedTuple):
 def write_parquet(
     folder: Path, splits: Mapping[str, Dataset], num_output_shards: int | None, pool: ProcessPool
 ) -> dict[str, list[Part]]:
-    """Write the rows of each split into files; the files do not depend on the number of processes."""
+    """Write the rows of each split, with `TRAINER_COLUMNS`, into files. The files do not depend on the number of processes."""
     folder.mkdir()
     tasks: list[tuple[Path, Dataset, list[str]]] = []
     files: dict[str, range] = {}
@@ -49,5 +54,22 @@ def _write_part(task: tuple[Path, Dataset, list[str]]) -> Part:
     path, rows, columns = task
     with quiet():
         # The columns of a `Dataset` that was pickled may have another order.
-        num_bytes = rows.select_columns(columns).to_parquet(str(path))
+        num_bytes = _with_trainer_columns(rows.select_columns(columns)).to_parquet(str(path))
     return Part(path, num_bytes, compute_statistics({"": [path]})[""], sha256_file(path))
+
+
+def _with_trainer_columns(rows: Dataset) -> Dataset:
+    """Return the rows of one output file in memory, with `TRAINER_COLUMNS` at the end."""
+    features = folder_features(lists=isinstance(rows[0]["user_text"], list))
+    return rows.with_format("arrow").map(_add_trainer_columns, batched=True, features=features, keep_in_memory=True)
+
+
+def _add_trainer_columns(rows: pa.Table) -> pa.Table:
+    ids = rows["input_ids"].combine_chunks()
+    ones = pa.array(np.ones(len(ids.flatten()), np.int8))
+    lengths = pc.list_value_length(ids)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+    columns = (pa.ListArray.from_arrays(offsets, ones), lengths.cast(pa.int32()))
+    for name, column in zip(TRAINER_COLUMNS, columns, strict=True):
+        rows = rows.append_column(name, column)
+    return rows

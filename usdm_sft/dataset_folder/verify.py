@@ -13,6 +13,7 @@ import pyarrow as pa
 from huggingface_hub.repocard import metadata_load
 from yaml import YAMLError
 
+from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.corpus.problems import MAX_PROBLEMS_SHOWN
 from usdm_sft.dataset_folder.card import data_configs
 from usdm_sft.dataset_folder.compare import compare_with_text, describe_difference, first_difference
@@ -20,6 +21,7 @@ from usdm_sft.dataset_folder.layout import COUNTS, PICTURES, PREPARE_AGAIN, data
 from usdm_sft.dataset_folder.row_check import find_doubtful_rows, render
 from usdm_sft.dataset_folder.rows import iter_rows, open_rows
 from usdm_sft.dataset_folder.statistics import SplitStatistics
+from usdm_sft.dataset_folder.utterances import check_utterances
 from usdm_sft.template.config import Template
 from usdm_sft.template.encoder import IGNORE_INDEX, TemplateEncoder
 from usdm_sft.template.tokenizer import load_tokenizer
@@ -40,7 +42,8 @@ class VerificationError(ValueError):
 
 
 def verify(dataset_dir: str | Path, against: str | Path | None = None) -> dict[str, int]:
-    """Check a dataset folder: the digest of each file, the schema, the counts, each label, and each row against its columns.
+    """Check a dataset folder: the digest of each file, the schema, the counts, each label, and each row against its
+    columns. Where the folder keeps the audio, also each recording against its units, and the rows against the utterances.
 
     Args:
         dataset_dir: A folder that `prepare` made, or a copy of it.
@@ -60,6 +63,8 @@ def verify(dataset_dir: str | Path, against: str | Path | None = None) -> dict[s
     statistics: dict[str, SplitStatistics] = {}
     _raise_any(_check_rows(folder, counts, statistics))
     _raise_any(_check_counts(folder, counts, statistics))
+    if UTTERANCES in counts:
+        _raise_any(check_utterances(folder, counts))
     if against is not None:
         _raise_any(compare_with_text(data_files(folder, counts), Path(against), folder / "tokenizer"))
     return {split: values.summary()["rows"] for split, values in statistics.items()}
@@ -79,7 +84,7 @@ def _check_files(folder: Path, counts: Mapping[str, Any]) -> Iterator[str]:
             yield f"{folder / name} is missing"
         elif (found := sha256_file(folder / name)) != digest:
             yield f"{folder / name} was changed: its sha256 is {found}, not {digest}"
-    for part in (counts["config"], "tokenizer", PICTURES):
+    for part in (counts["config"], "tokenizer", PICTURES, UTTERANCES):
         for path in sorted((folder / part).rglob("*")):
             if path.is_file() and path.relative_to(folder).as_posix() not in counts["files"]:
                 yield f"{path} does not belong to the folder: remove it"
@@ -147,6 +152,10 @@ def _check_row(row: Mapping[str, Any], encoder: TemplateEncoder, settings: Mappi
         return
     if len(ids) > settings["max_length"]:
         yield f"{len(ids)} tokens, more than max_length {settings['max_length']}"
+    if row["attention_mask"] != [1] * len(ids):
+        yield f"attention_mask is not {len(ids)} ones, one per token"
+    if row["length"] != len(ids):
+        yield f"length is {row['length']}, but the row has {len(ids)} tokens"
     if (wrong := np.flatnonzero((labels != ids) & (labels != IGNORE_INDEX))).size:
         yield f"label {labels[wrong[0]]} of token {wrong[0]} is neither {IGNORE_INDEX} nor the token's id {ids[wrong[0]]}"
         return
@@ -186,7 +195,7 @@ def _read_card(folder: Path, counts: Mapping[str, Any]) -> datasets.DatasetInfo:
     """
     path = folder / "README.md"
     try:
-        if (metadata_load(path) or {}).get("configs") != data_configs(counts["config"], counts["splits"]):
+        if (metadata_load(path) or {}).get("configs") != data_configs(counts):
             raise ValueError("its configs are not the data files of counts.json")
         info = datasets.load_dataset_builder(str(folder), counts["config"]).info
         if info.features is None or info.splits is None:

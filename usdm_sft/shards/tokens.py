@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
+from usdm_sft.corpus.features import TRAINER_COLUMNS, folder_features
 from usdm_sft.shards.mapping import map_shard
 from usdm_sft.shards.plan import Shard
 from usdm_sft.utils.cache import ShardCache
@@ -25,12 +26,6 @@ if TYPE_CHECKING:
     from usdm_sft.template.encoder import TemplateEncoder
 
 _TEXT_COLUMNS = ["id", "user_text", "agent_text"]  # columns of a row that the encoder needs beside the units
-OUTPUT_COLUMNS = (
-    "id", "dialog_id", "turn",
-    "user_speaker", "user_text", "user_emotion", "user_units", "user_seconds",
-    "agent_speaker", "agent_text", "agent_emotion", "agent_units", "agent_seconds",
-    "input_ids", "labels",
-)  # fmt: skip
 
 
 def make_tokens(
@@ -61,7 +56,7 @@ def make_tokens(
     parts = [
         (shard, texts[shard.split].select(range(shard.start, shard.stop)), units[shard.units_key]) for shard in missing
     ]
-    with progress_bar(len(missing), "template", "shard", disable=not missing) as bar:
+    with progress_bar(len(missing), "tokens", "work shards", disable=not missing) as bar:
         for index, path in pool.map(partial(_make_token_shard, encoder, level), parts, name="token shards"):
             files[missing[index].tokens_key] = path
             bar.update()
@@ -93,7 +88,7 @@ def unit_columns(shard: Shard, file: Path) -> Dataset:
 
 
 def join_shards(rows: Dataset, tokens: Sequence[Path]) -> Dataset:
-    """Join the examples of a split with its token shards: `OUTPUT_COLUMNS`, that is all columns but the audio.
+    """Join the examples of a split with its token shards: all columns of a dataset folder but `TRAINER_COLUMNS`.
 
     Args:
         rows: The builder's examples of the split.
@@ -101,4 +96,5 @@ def join_shards(rows: Dataset, tokens: Sequence[Path]) -> Dataset:
     """
     encoded = concatenate_datasets([Dataset.from_file(str(file)) for file in tokens])
     parts = [rows.remove_columns(["user_audio", "agent_audio"]), encoded]
-    return concatenate_datasets(parts, axis=1).select_columns(list(OUTPUT_COLUMNS))
+    names = [name for name in folder_features(lists=False) if name not in TRAINER_COLUMNS]
+    return concatenate_datasets(parts, axis=1).select_columns(names)

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
@@ -59,6 +60,8 @@ def load_tokenizer(
     *,
     revision: str | None = None,
     token: str | None = None,
+    subfolder: str | None = None,
+    repo_type: Literal["model", "dataset"] = "model",
 ) -> PreTrainedTokenizerFast:
     """Load the USTM tokenizer and check that it gives the reference's ids.
 
@@ -67,6 +70,9 @@ def load_tokenizer(
         cache_dir: Folder for downloads; the Hub's own cache by default.
         revision: Branch, tag or commit of the repository; its main branch by default.
         token: Token of the Hub, for a private repository; by default HF_TOKEN, or the one that `hf auth login` saved.
+        subfolder: Folder of the tokenizer inside the repository or the folder, such as "tokenizer" in a dataset folder.
+        repo_type: "dataset" for a repository that `push` filled: `load_tokenizer("USER/NAME", subfolder="tokenizer",
+            repo_type="dataset")`.
 
     Raises:
         OSError: The tokenizer cannot be found or downloaded.
@@ -74,39 +80,65 @@ def load_tokenizer(
     """
     if str(name_or_path) == OFFLINE:
         return build_tokenizer()
-    _require_tokenizer_json(str(name_or_path), cache_dir, revision, token)
+    place = f"{name_or_path}/{subfolder}" if subfolder else str(name_or_path)
+    hub = {"cache_dir": cache_dir, "revision": revision, "token": token, "repo_type": repo_type}
+    _require_tokenizer_json(str(name_or_path), subfolder, hub)
     from transformers import PreTrainedTokenizerFast
 
     try:
         tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
-            name_or_path, cache_dir=cache_dir, revision=revision or "main", token=token
+            _find_folder(str(name_or_path), subfolder, hub),
+            cache_dir=cache_dir,
+            revision=revision or "main",
+            token=token,
         )
     except OSError:
         raise
     except Exception as error:  # transformers and tokenizers raise many types for a malformed file
         raise ValueError(
-            f"{name_or_path} has a tokenizer that cannot be opened ({first_line(error)}): download it again, "
+            f"{place} has a tokenizer that cannot be opened ({first_line(error)}): download it again, "
             f"or use {OFFLINE!r}"
         ) from error
-    check_tokenizer(tokenizer.backend_tokenizer, str(name_or_path))
+    check_tokenizer(tokenizer.backend_tokenizer, place)
     return tokenizer
 
 
-def _require_tokenizer_json(
-    name_or_path: str, cache_dir: str | Path | None, revision: str | None, token: str | None
-) -> None:
+def _require_tokenizer_json(name_or_path: str, subfolder: str | None, hub: dict[str, Any]) -> None:
     """Refuse a source without tokenizer.json, for which transformers would convert other files, to other ids."""
     if Path(name_or_path).is_dir():
-        if not (Path(name_or_path) / "tokenizer.json").is_file():
-            raise FileNotFoundError(f"{name_or_path} has no tokenizer.json: name a folder with a fast tokenizer")
+        if not (folder := Path(name_or_path, subfolder or "")).joinpath("tokenizer.json").is_file():
+            raise FileNotFoundError(f"{folder} has no tokenizer.json: name a folder with a fast tokenizer")
         return
     try:
-        hf_hub_download(name_or_path, "tokenizer.json", cache_dir=cache_dir, revision=revision, token=token)
+        hf_hub_download(name_or_path, "tokenizer.json", subfolder=subfolder, **hub)
     except (OSError, HFValidationError) as error:
         raise OSError(
             f"tokenizer {name_or_path} is not a folder and cannot be fetched from the Hub ({first_line(error)}): check the "
             f"name and the network, or use {OFFLINE!r}, which is built offline"
         ) from error
+
+
+def _find_folder(name_or_path: str, subfolder: str | None, hub: dict[str, Any]) -> str:
+    """Return what transformers opens: a folder, or the name of a model repository. It has no names for dataset repositories."""
+    if Path(name_or_path).is_dir():
+        return str(Path(name_or_path, subfolder or ""))
+    if subfolder is None and hub["repo_type"] == "model":
+        return name_or_path
+    files = f"{subfolder}/*.json" if subfolder else "*.json"
+    return str(Path(snapshot_download(name_or_path, allow_patterns=files, **hub), subfolder or ""))
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save a tokenizer so that `AutoTokenizer` of transformers 4 and 5 opens it as it is.
+
+    transformers 5 writes the class `TokenizersBackend`, which transformers 4 does not know. Under `PreTrainedTokenizerFast`, both
+    take the pipeline of tokenizer.json; under `LlamaTokenizerFast`, transformers 5 would build another one.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def plain_copy(tokenizer: Tokenizer) -> Tokenizer:

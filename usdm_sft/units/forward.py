@@ -38,7 +38,8 @@ def start_units(
     Raises:
         MemoryError: The device has too little memory; the message names the setting to change.
     """
-    batches = plan_batches([waveform.num_samples for waveform in waveforms], batch_seconds)
+    device = model.centroids.device.type
+    batches = plan_batches([waveform.num_samples for waveform in waveforms], batch_seconds, device)
     # Submit all batches before reading any result, so that the device never waits.
     results = [
         _forward(model, [waveforms[row] for row in rows], [names[row] for row in rows], batch_seconds)
