@@ -18,8 +18,8 @@ from usdm_sft.template.tokenizer import UNIT_0
 def find_doubtful_rows(batch: pa.RecordBatch, encoder: TemplateEncoder, max_length: int) -> set[int]:
     """Find the rows of a batch in which something may be wrong; the others are correct.
 
-    A row is correct if its ids and labels are those of its encoded columns, each label is the id or -100, and the ids decode
-    to the template. To decode fast, each run of unit tokens is compared as numbers and shortened to its first token, in the
+    A row is correct if its ids and labels are those of its encoded columns, each label is the id or -100, the attention mask
+    is ones, the length is right, and the ids decode to the template. To decode fast, each run of unit tokens is compared as numbers and shortened to its first token, in the
     ids and in the template alike. `check_tokenizer` has checked the name of every unit token.
 
     Args:
@@ -30,7 +30,9 @@ def find_doubtful_rows(batch: pa.RecordBatch, encoder: TemplateEncoder, max_leng
     Returns:
         The positions of these rows in the batch.
     """
-    columns = {name: _to_lists(batch[name]) for name in ("id", *COLUMNS, "input_ids", "labels")}
+    columns = {
+        name: _to_lists(batch[name]) for name in ("id", *COLUMNS, "input_ids", "labels", "attention_mask", "length")
+    }
     try:
         encoded = encoder({name: columns[name] for name in ("id", *COLUMNS)})
     except ValueError:  # of one row, or of several
@@ -39,6 +41,8 @@ def find_doubtful_rows(batch: pa.RecordBatch, encoder: TemplateEncoder, max_leng
     for row, (ids, labels) in enumerate(zip(columns["input_ids"], columns["labels"], strict=True)):
         if (
             len(ids) > max_length
+            or columns["length"][row] != len(ids)
+            or columns["attention_mask"][row].tolist() != [1] * len(ids)
             or not np.array_equal(ids, encoded["input_ids"][row])
             or not np.array_equal(labels, encoded["labels"][row])
             or ((labels != ids) & (labels != IGNORE_INDEX)).any()

@@ -120,7 +120,8 @@ def _check_rows(folder: Path, counts: Mapping[str, Any], statistics: dict[str, S
                         [row] = batch.slice(position, 1).to_pylist()
                         yield from (f"{place}: {problem}" for problem in _check_row(row, encoder, counts["settings"]))
                 number += len(batch)
-                statistics[split].add(batch)
+                if not doubtful:  # else there was a problem, and nobody reads the statistics
+                    statistics[split].add(batch)
 
 
 def _make_encoder(folder: Path, counts: Mapping[str, Any]) -> TemplateEncoder:
