@@ -19,7 +19,6 @@ from datasets import Dataset
 from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.dataset_folder.layout import check_output, clear_unfinished, is_up_to_date, read_counts
 from usdm_sft.dataset_folder.writer import write_folder
-from usdm_sft.run import Run, describe_run, open_run
 from usdm_sft.shards.counts import count_rows
 from usdm_sft.shards.overflow import fit_rows
 from usdm_sft.shards.plan import Shard
@@ -27,6 +26,7 @@ from usdm_sft.shards.rows import load_rows
 from usdm_sft.shards.tokens import join_shards, make_tokens
 from usdm_sft.shards.units import find_fp32_fallback, make_units
 from usdm_sft.shards.utterances import iter_utterances
+from usdm_sft.stages.run import Run, describe_run, open_run
 from usdm_sft.units.agreement import measure_agreement, pick_sample
 from usdm_sft.units.batches import padding_share
 from usdm_sft.utils.cache import path_lock
