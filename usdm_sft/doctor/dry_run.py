@@ -25,11 +25,11 @@ from usdm_sft.convert.published import PUBLISHED, locate_unit_model
 from usdm_sft.doctor.findings import format_bytes
 from usdm_sft.doctor.machine import CACHE_BYTES, FOLDER_BYTES, TOKENIZER_BYTES
 from usdm_sft.executors.devices import choose_devices
-from usdm_sft.prepare import fit_splits
 from usdm_sft.shards.mapping import map_shard
 from usdm_sft.shards.plan import Shard
 from usdm_sft.shards.rows import load_rows
 from usdm_sft.shards.tokens import make_tokens
+from usdm_sft.stages.fit import fit_splits
 from usdm_sft.stages.run import Run, open_run
 from usdm_sft.units.settings import make_settings
 from usdm_sft.units.tokenizer import UnitTokenizer
