@@ -131,7 +131,8 @@ def _write_units(shard: Shard, run: Run) -> Path:
 
 def _find_missing(folder: Path, plan: Sequence[Shard], key: str) -> list[Shard]:
     """Return the work shards that have no file in the cache; unlike `ShardCache.find`, this removes no damaged file."""
-    return [shard for shard in plan if not any(folder.glob(f"{getattr(shard, key)}.*.arrow"))]
+    cached = {path.name.partition(".")[0] for path in folder.glob("*.arrow")}
+    return [shard for shard in plan if getattr(shard, key) not in cached]
 
 
 def _count_seconds(shards: Sequence[Shard]) -> float:
