@@ -30,13 +30,18 @@ def file_lock(path: Path, *, option: str = "--cache_dir or HF_HOME", thread_loca
     Raises:
         OSError: Locks do not work in the folder.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if (problem := _remembered_problem(path.parent)) is not None:
+    require_locks(path.parent, option=option)
+    return FileLock(path, thread_local=thread_local)
+
+
+def require_locks(folder: Path, *, option: str = "--cache_dir or HF_HOME") -> None:
+    """Check that locks work in a folder, which is created if it does not exist; arguments and errors as of `file_lock`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (problem := _remembered_problem(folder)) is not None:
         raise OSError(
-            f"{path.parent} is on a file system without working file locks (flock: {problem}), so two runs could write one "
+            f"{folder} is on a file system without working file locks (flock: {problem}), so two runs could write one "
             f"file at the same time: name a folder on another file system with {option}"
         )
-    return FileLock(path, thread_local=thread_local)
 
 
 def lock_problem(folder: Path) -> str | None:
