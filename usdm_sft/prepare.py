@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from usdm_sft.shards.tokens import make_tokens
 from usdm_sft.shards.units import make_units
 from usdm_sft.shards.utterances import iter_utterances
 from usdm_sft.stages.fit import fit_splits
+from usdm_sft.stages.record import mark_in_use
 from usdm_sft.stages.run import Run, describe_run, open_run
 from usdm_sft.units.agreement import measure_agreement, pick_sample
 from usdm_sft.units.batches import padding_share
@@ -73,8 +74,8 @@ def prepare(config: PrepareConfig | None = None, /, **fields: Any) -> dict[str, 
         config = PrepareConfig(**fields)
     elif fields:
         raise TypeError(f"prepare() takes a config or fields, not both: put {', '.join(fields)} into the config")
-    with Stages(STAGES) as stages, _open_pool(config) as (engine, pool):
-        counts, is_new = _make(config, stages, engine, pool)
+    with Stages(STAGES) as stages, ExitStack() as held:
+        counts, is_new = _make(config, stages, held)
     if is_new and stages.shown:
         logger.info("%s", stages.summary())
     return counts
@@ -107,16 +108,18 @@ def _go_on(data: Any, rank: int, world_size: int, *, config: PrepareConfig, dire
         prepare(config)
 
 
-def _make(config: PrepareConfig, stages: Stages, engine: Engine | None, pool: Pool) -> tuple[dict[str, Any], bool]:
-    """Run the stages.
+def _make(config: PrepareConfig, stages: Stages, held: ExitStack) -> tuple[dict[str, Any], bool]:
+    """Run the stages. `held` ends the processes, and keeps what the run uses of the cache from being removed.
 
     Returns:
         The counts, and whether this run made the folder; otherwise it was finished already.
     """
+    engine, pool = held.enter_context(_open_pool(config))
     run = open_run(config, stages)
     counts = describe_run(run)
     if (finished := _find_finished(run, counts["key"])) is not None:
         return finished, False
+    held.enter_context(mark_in_use(run))
     stages.start("rows")
     pool.start(sum(shard.stop - shard.start for shard in run.plan) // ROWS_PER_PROCESS)
     rows, settings = load_rows(run.builder), run.unit_tokenizer.settings
