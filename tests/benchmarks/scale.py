@@ -70,6 +70,7 @@ class Spent:
     """What a stage took."""
 
     seconds: float = 0.0
+    processor: float = 0.0  # seconds of all threads; another program does not change it as much
     opens: int = 0
     anonymous: int = 0  # peak of RssAnon, bytes
 
@@ -81,13 +82,14 @@ class Meter:
     stages: dict[str, Spent] = field(default_factory=dict)
     running: list[str] = field(default_factory=lambda: [OTHER])
     opened: int = 0
-    since: float = 0.0
+    since: tuple[float, float] = (0.0, 0.0)
 
     def switch(self, enter: str | None) -> None:
         """Begin the stage `enter`, or end the current one."""
-        now = time.perf_counter()
+        now = time.perf_counter(), time.process_time()
         spent = self.stages.setdefault(self.running[-1], Spent())
-        spent.seconds += now - self.since
+        spent.seconds += now[0] - self.since[0]
+        spent.processor += now[1] - self.since[1]
         spent.opens += self.opened
         spent.anonymous = max(spent.anonymous, anonymous_bytes())
         self.since, self.opened = now, 0
@@ -107,7 +109,7 @@ class Meter:
                 spent.anonymous = max(spent.anonymous, anonymous_bytes())
 
         thread = threading.Thread(target=sample, daemon=True)
-        self.since, _meter = time.perf_counter(), self
+        self.since, _meter = (time.perf_counter(), time.process_time()), self
         thread.start()
         try:
             yield
@@ -264,10 +266,11 @@ def report(results: Sequence[Mapping[str, Any]]) -> None:
         return [*(f"{rate:.1f}" for rate in rates), *([f"{rates[-1] / rates[-2]:.2f}"] if len(rates) > 1 else [])]
 
     head = [f"{size:,}" for size in sizes]
-    rows = [[stage, *per_thousand([s["seconds"] for s in spent])] for stage, spent in zip(stages, each, strict=True)]
-    sums = [sum(spent["seconds"] for spent in result["stages"].values()) for result in results]
-    print("\nmilliseconds per 1,000 utterances\n")
-    table(["stage", *head, *last], [*rows, ["sum", *per_thousand(sums)]])
+    for name, title in (("seconds", "milliseconds"), ("processor", "milliseconds of processor time")):
+        rows = [[stage, *per_thousand([s[name] for s in spent])] for stage, spent in zip(stages, each, strict=True)]
+        sums = [sum(spent[name] for spent in result["stages"].values()) for result in results]
+        print(f"\n{title} per 1,000 utterances\n")
+        table(["stage", *head, *last], [*rows, ["sum", *per_thousand(sums)]])
     print("\npeak of RssAnon, MB\n")
     rows = [["imports", *(f"{result['imported'] / MEGABYTE:.0f}" for result in results)]]
     rows += [["imports and tokenizer", *(f"{result['base'] / MEGABYTE:.0f}" for result in results)]]
