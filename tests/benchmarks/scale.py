@@ -35,6 +35,7 @@ import pyarrow.parquet as pq
 import usdm_sft.prepare as pipeline
 import usdm_sft.stages.run as opening
 from tests.benchmarks.common import TURNS, WORDS, lengths, machine, table
+from tests.benchmarks.template import VOCABULARY
 from tests.helpers import DEMO
 from usdm_sft.audio.addresses import parse_address
 from usdm_sft.audio.frames import SAMPLE_RATE, num_frames
@@ -62,7 +63,6 @@ OTHER = "everything else"
 RECORDING_SECONDS, RATE = 600, 1000  # the lowest rate that is accepted: the files are hashed, and nothing is decoded
 TEST_SHARE = 20  # every twentieth dialog belongs to the test split
 MEGABYTE = 1_000_000
-_VOCABULARY = "the you to i a and it is of that in what do have for we can your this be with are coffee tomorrow".split()
 
 
 @dataclass
@@ -165,7 +165,9 @@ class RandomUnits(UnitTokenizer):
     def forget(self, sources: Any) -> None:
         pass
 
-    def start_files(self, sources: Any, digests: Mapping[str, str] | None = None) -> Callable[[], tuple[list[Any], Any]]:
+    def start_files(
+        self, sources: Any, digests: Mapping[str, str] | None = None
+    ) -> Callable[[], tuple[list[Any], Any]]:
         assert digests is not None
         seconds = [stretch.end - stretch.start for source in sources for stretch in parse_address(source)]
         starts = [int(digests[source][:5], 16) >> 1 for source in sources]
@@ -188,13 +190,13 @@ def make_turns(num: int) -> Iterator[dict[str, Any]]:
             length = max(next(seconds), 0.3)
             if start + length > RECORDING_SECONDS:
                 recording, start = recording + 1, 0.0
-            chosen = rng.integers(0, len(_VOCABULARY), words[number])
+            chosen = rng.integers(0, len(VOCABULARY), words[number])
             yield {
                 "split": "train" if dialog % TEST_SHARE else "test",
                 "dialog": f"call_{dialog:07d}",
                 "turn": turn,
                 "speaker": "AB"[turn % 2],
-                "text": " ".join(_VOCABULARY[index] for index in chosen) + ".",
+                "text": " ".join(VOCABULARY[index] for index in chosen) + ".",
                 "audio": f"recordings/{recording:06d}.wav",
                 "start": round(start, 2),
                 "end": round(start + length, 2),
@@ -297,7 +299,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for size in args.utterances:
         with tempfile.TemporaryDirectory() as work:
             recordings = write_inputs(Path(work), size, f".{args.manifest}")
-            command = [sys.executable, "-m", "tests.benchmarks.scale", f"--folder={work}", f"--num_proc={args.num_proc}"]
+            command = [
+                sys.executable,
+                "-m",
+                "tests.benchmarks.scale",
+                f"--folder={work}",
+                f"--num_proc={args.num_proc}",
+            ]
             printed = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
         results.append({"utterances": size, "recordings": recordings, **json.loads(printed.splitlines()[-1])})
     print(machine())
