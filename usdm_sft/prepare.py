@@ -10,6 +10,7 @@ tokenizer or length limit needs no forward pass.
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from usdm_sft.shards.tokens import make_tokens
 from usdm_sft.shards.units import make_units
 from usdm_sft.shards.utterances import iter_utterances
 from usdm_sft.stages.fit import fit_splits
+from usdm_sft.stages.record import mark_in_use
 from usdm_sft.stages.run import Run, describe_run, open_run
 from usdm_sft.units.agreement import measure_agreement, pick_sample
 from usdm_sft.units.batches import padding_share
@@ -64,15 +66,15 @@ def prepare(config: PrepareConfig | None = None, /, **fields: Any) -> dict[str, 
         config = PrepareConfig(**fields)
     elif fields:
         raise TypeError(f"prepare() takes a config or fields, not both: put {', '.join(fields)} into the config")
-    with Stages(STAGES) as stages:
-        counts, is_new = _make(config, stages)
+    with Stages(STAGES) as stages, ExitStack() as held:
+        counts, is_new = _make(config, stages, held)
     if is_new and stages.shown:
         logger.info("%s", stages.summary())
     return counts
 
 
-def _make(config: PrepareConfig, stages: Stages) -> tuple[dict[str, Any], bool]:
-    """Run the stages.
+def _make(config: PrepareConfig, stages: Stages, held: ExitStack) -> tuple[dict[str, Any], bool]:
+    """Run the stages. `held` keeps what the run uses of the cache from being removed.
 
     Returns:
         The counts, and whether this run made the folder; otherwise it was finished already.
@@ -81,6 +83,7 @@ def _make(config: PrepareConfig, stages: Stages) -> tuple[dict[str, Any], bool]:
     counts = describe_run(run)
     if (finished := _find_finished(run, counts["key"])) is not None:
         return finished, False
+    held.enter_context(mark_in_use(run))
     stages.start("rows")
     rows, settings = load_rows(run.builder), run.unit_tokenizer.settings
     stages.start("units")

@@ -22,6 +22,7 @@ from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer
 from usdm_sft.units.tokenizer import UnitTokenizer, open_for
 from usdm_sft.utils.cache import cache_key, cache_root
+from usdm_sft.utils.locks import require_locks
 from usdm_sft.utils.progress import Stages
 
 # counts.json names the versions of the packages that decide the content of the folder.
@@ -59,6 +60,7 @@ def open_run(config: PrepareConfig, stages: Stages, unit_tokenizer: UnitTokenize
     output = Path(config.output_path).expanduser()
     check_output(output, overwrite=config.overwrite, finished_too=False)
     cache = cache_root(config.cache_dir)
+    require_locks(cache / "locks")
     stages.start("tokenizer")
     tokenizer = load_tokenizer(config.pretrained_model_name_or_path, config.model_cache_dir)
     encoder = TemplateEncoder(tokenizer, config.template, last_exchange_only=config.history > 0)
