@@ -115,7 +115,7 @@ def _make(config: PrepareConfig, stages: Stages, held: ExitStack) -> tuple[dict[
         The counts, and whether this run made the folder; otherwise it was finished already.
     """
     engine, pool = held.enter_context(_open_pool(config))
-    run = open_run(config, stages)
+    run = open_run(config, stages, pool=pool)
     counts = describe_run(run)
     if (finished := _find_finished(run, counts["key"])) is not None:
         return finished, False

@@ -28,6 +28,12 @@ def write_function(folder: Path, function: Callable[[Any], Any]) -> None:
     _write(folder / "function.pickle", [(function, os.getcwd())])
 
 
+def enter(directory: str) -> None:
+    """Enter the working directory of the caller, where relative paths start."""
+    with suppress(OSError):  # machines may share the data but not this directory
+        os.chdir(directory)
+
+
 def write_items(folder: Path, rank: int, items: Iterable[Any]) -> None:
     """Write the items of a task."""
     _write(_items_file(folder, rank), items)
@@ -47,8 +53,7 @@ def run_calls(data: Any, rank: int, world_size: int, *, folder: str, device: str
         if _is_whole(Path(folder), rank):  # another run made them
             return
         ((function, directory),) = _read(Path(folder, "function.pickle"))
-        with suppress(OSError):  # machines may share the data but not this directory, where relative paths start
-            os.chdir(directory)
+        enter(directory)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have tasks of their own
         results = _results_file(Path(folder), rank)
         _write(results, map(function, _read(_items_file(Path(folder), rank))))
