@@ -82,6 +82,11 @@ def write_folder(
     counts = counts | {"files": {name: digests.get(path) or sha256_file(path) for name, path in paths.items()}}
     replace_text(unfinished / COUNTS, _to_json(counts))
 
+    _move_into_place(unfinished, folder)
+    return counts
+
+
+def _move_into_place(unfinished: Path, folder: Path) -> None:
     _remove_utterances(folder)
     (folder / COUNTS).unlink(missing_ok=True)  # a folder without counts.json is unfinished
     for entry in sorted(unfinished.iterdir(), key=lambda path: path.name == COUNTS):
@@ -90,7 +95,6 @@ def write_folder(
             shutil.rmtree(target)
         os.replace(entry, target)
     unfinished.rmdir()
-    return counts
 
 
 def _remove_utterances(folder: Path) -> None:
