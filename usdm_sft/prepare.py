@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +209,7 @@ def _describe_run(run: _Run) -> dict[str, Any]:
             "history": config.history,
             "agent": config.agent,
             "merge_speaker_turns": config.merge_speaker_turns,
-            "template": asdict(config.template) | {"loss": list(config.template.loss)},
+            "template": config.template.settings(),
             "max_length": config.max_length,
             "overflow": run.overflow,
             "shuffle_seed": config.shuffle_seed,

@@ -1,8 +1,8 @@
-"""The USTM tokenizer: Mistral-7B-v0.1's vocabulary in its legacy form, then 10,003 tokens for units and turns.
+"""Tokenizers with tokens for units: USTM's, which the reference uses, and those of other base models.
 
-Legacy means that every run of text between special tokens gets a leading "▁" and keeps its spaces. `AutoTokenizer` of
+USTM's is Mistral-7B-v0.1's vocabulary in its legacy form, then 10,003 tokens for units and turns. Legacy means that every run of text between special tokens gets a leading "▁" and keeps its spaces. `AutoTokenizer` of
 transformers 5 rebuilds the tokenizer and loses that silently; `PreTrainedTokenizerFast` keeps the pipeline of
-tokenizer.json. `check_tokenizer` therefore checks every loaded tokenizer.
+tokenizer.json. `check_tokenizer` therefore checks every loaded tokenizer that has USTM's ids.
 
 transformers is imported inside the functions that need it: readers of a dataset folder use only the constants.
 """
@@ -18,7 +18,16 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
+from usdm_sft.template.base import add_units
 from usdm_sft.template.config import MAX_LENGTH, OFFLINE, USTM
+from usdm_sft.template.tokens import (
+    CONTINUE_TOKEN,
+    CORRESPOND_TOKEN,
+    TemplateTokens,
+    plain_copy,
+    read_tokens,
+    unit_token,
+)
 from usdm_sft.utils.texts import first_line
 
 if TYPE_CHECKING:
@@ -47,7 +56,7 @@ _PROBES = (
     ("Below is a conversation between the user and the agent.",
      [20811, 349, 264, 7114, 1444, 272, 2188, 304, 272, 8073, 28723], _NOT_MISTRAL),
     ("<|correspond|>yes<|correspond|>", [CORRESPOND, 5081, CORRESPOND], _NOT_LEGACY),
-    ("<|unit5|>\n</s>", [UNIT_0 + 5, SPACE, NEWLINE, EOS], _NOT_LEGACY),
+    ("<|unit0|>\n</s>", [UNIT_0, SPACE, NEWLINE, EOS], _NOT_LEGACY),
     (" yes", [SPACE, 5081], _REBUILT),
     ("     x", [355, 1318], _REBUILT),
 )  # fmt: skip
@@ -60,20 +69,33 @@ def load_tokenizer(
     revision: str | None = None,
     token: str | None = None,
 ) -> PreTrainedTokenizerFast:
-    """Load the USTM tokenizer and check that it gives the reference's ids.
+    """Load a tokenizer with tokens for units, and check its ids.
+
+    A tokenizer that has the ids of USTM's tokens must give the reference's ids for texts as well.
 
     Args:
-        name_or_path: A repository of the Hub, a folder, or "mistral-common" for `build_tokenizer()`.
+        name_or_path: A repository of the Hub, a folder, or "mistral-common" for USTM's tokenizer, built offline.
         cache_dir: Folder for downloads; the Hub's own cache by default.
         revision: Branch, tag or commit of the repository; its main branch by default.
         token: Token of the Hub, for a private repository; by default HF_TOKEN, or the one that `hf auth login` saved.
 
     Raises:
         OSError: The tokenizer cannot be found or downloaded.
-        ValueError: The tokenizer cannot be opened, or gives other ids; the message says why.
+        ValueError: The tokenizer cannot be opened, has no tokens for units, or gives other ids; the message says why.
     """
     if str(name_or_path) == OFFLINE:
         return build_tokenizer()
+    tokenizer = _open(name_or_path, cache_dir, revision, token)
+    if is_ustm(tokenizer.backend_tokenizer):
+        check_tokenizer(tokenizer.backend_tokenizer, str(name_or_path))
+    else:
+        read_tokens(tokenizer, str(name_or_path))
+    return tokenizer
+
+
+def _open(
+    name_or_path: str | Path, cache_dir: str | Path | None, revision: str | None, token: str | None
+) -> PreTrainedTokenizerFast:
     _require_tokenizer_json(str(name_or_path), cache_dir, revision, token)
     from transformers import PreTrainedTokenizerFast
 
@@ -88,7 +110,6 @@ def load_tokenizer(
             f"{name_or_path} has a tokenizer that cannot be opened ({first_line(error)}): download it again, "
             f"or use {OFFLINE!r}"
         ) from error
-    check_tokenizer(tokenizer.backend_tokenizer, str(name_or_path))
     return tokenizer
 
 
@@ -109,23 +130,21 @@ def _require_tokenizer_json(
         ) from error
 
 
-def plain_copy(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy without padding and truncation."""
-    tokenizer = Tokenizer.from_str(tokenizer.to_str())
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
+def is_ustm(tokenizer: Tokenizer) -> bool:
+    """Whether the tokens that USTM adds have USTM's ids; `build_tokenizer` puts them in another order for other bases."""
+    expected = {CONTINUE_TOKEN: CONTINUE, CORRESPOND_TOKEN: CORRESPOND, unit_token(0): UNIT_0}
+    return all(tokenizer.token_to_id(token) == token_id for token, token_id in expected.items())
 
 
-def check_tokenizer(tokenizer: Tokenizer, name: str = "this tokenizer") -> int:
-    """Check that a tokenizer gives the reference's ids for a few strings.
+def check_tokenizer(tokenizer: Tokenizer, name: str = "this tokenizer") -> TemplateTokens:
+    """Check that a tokenizer is USTM's: that it gives the reference's ids for a few strings.
 
     Args:
         tokenizer: The tokenizer; its padding and truncation do not matter.
         name: Its name in error messages.
 
     Returns:
-        The number of units in the vocabulary.
+        The ids of the template.
 
     Raises:
         ValueError: An id differs.
@@ -135,10 +154,10 @@ def check_tokenizer(tokenizer: Tokenizer, name: str = "this tokenizer") -> int:
         f"load naver-ai/USTM, or a folder that this package saved, with load_tokenizer ({OFFLINE!r} builds it offline)"
     )
     num_units = 0
-    while tokenizer.token_to_id(f"<|unit{num_units}|>") == UNIT_0 + num_units:
+    while tokenizer.token_to_id(unit_token(num_units)) == UNIT_0 + num_units:
         num_units += 1
-    expected = {"<unk>": UNK, "<s>": BOS, "</s>": EOS, "<|continue|>": CONTINUE, "<|correspond|>": CORRESPOND}
-    expected |= {"<|unit0|>": UNIT_0, "<pad>": UNIT_0 + num_units}
+    expected = {"<unk>": UNK, "<s>": BOS, "</s>": EOS, CONTINUE_TOKEN: CONTINUE, CORRESPOND_TOKEN: CORRESPOND}
+    expected |= {unit_token(0): UNIT_0, "<pad>": UNIT_0 + num_units}
     for token, token_id in expected.items():
         if (found := tokenizer.token_to_id(token)) != token_id:
             raise ValueError(f"{name} is not USTM's tokenizer: {token} has id {found} instead of {token_id}; {remedy}")
@@ -148,22 +167,34 @@ def check_tokenizer(tokenizer: Tokenizer, name: str = "this tokenizer") -> int:
             raise ValueError(
                 f"{name} gives {found_ids[:20]} for {text!r} instead of {expected_ids}: {meaning}; {remedy}"
             )
-    return num_units
+    return TemplateTokens((BOS,), (EOS,), NEWLINE, (SPACE, NEWLINE), CORRESPOND, UNIT_0, num_units)
 
 
-def build_tokenizer(num_units: int = NUM_UNITS) -> PreTrainedTokenizerFast:
-    """Build the tokenizer offline from the Mistral-7B-v0.1 model in the package mistral-common.
+def build_tokenizer(
+    base: str | Path = OFFLINE, num_units: int = NUM_UNITS, *, cache_dir: str | Path | None = None
+) -> PreTrainedTokenizerFast:
+    """Give the tokenizer of a base model the tokens for units: `<|correspond|>`, `<|continue|>` and `<|unit0|>`, `<|unit1|>`, ...
 
-    It equals naver-ai/USTM as transformers 4.40.2 saves it, including the order of merges (transformers 5 converts the
-    same model to 29,609 merges at other ranks).
+    The new tokens follow those of the base model; its own ids stay as they are. Encode with the template
+    `Template(tokenization="separate")`.
 
     Args:
-        num_units: Number of `<|unitN|>` tokens to add after `<|correspond|>`.
+        base: A folder or a Hub repository with a tokenizer.json. By default "mistral-common" for USTM's tokenizer, which is built
+            offline from the package mistral-common. It equals naver-ai/USTM as transformers 4.40.2 saves it, including the order
+            of merges (transformers 5 converts the same model to 29,609 merges at other ranks).
+        num_units: Number of units.
+        cache_dir: Folder for downloads; the Hub's own cache by default.
 
     Raises:
         ImportError: mistral-common or sentencepiece is not installed.
-        ValueError: The model in mistral-common is not Mistral-7B-v0.1's.
+        OSError: The base cannot be found or downloaded.
+        ValueError: num_units is out of range, the base cannot be opened or has one of the new tokens already, or the model in
+            mistral-common is not Mistral-7B-v0.1's.
     """
+    if not 1 <= num_units <= MAX_UNITS:
+        raise ValueError(f"num_units is {num_units}: give a number from 1 to {MAX_UNITS}")
+    if str(base) != OFFLINE:
+        return add_units(_open(base, cache_dir, None, None), num_units, str(base))
     try:
         import sentencepiece  # an optional dependency, like mistral-common
 
@@ -218,8 +249,8 @@ def _legacy_tokenizer(processor: SentencePieceProcessor, num_units: int) -> Toke
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", BOS)]
     )
-    units = [f"<|unit{unit}|>" for unit in range(num_units)]
-    added = ["<unk>", "<s>", "</s>", "<|continue|>", "<|correspond|>", *units, "<pad>"]
+    units = [unit_token(unit) for unit in range(num_units)]
+    added = ["<unk>", "<s>", "</s>", CONTINUE_TOKEN, CORRESPOND_TOKEN, *units, "<pad>"]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in added])
     return tokenizer
 
