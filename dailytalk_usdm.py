@@ -27,7 +27,7 @@ from usdm_sft.utils.cache import sha256_file
 if TYPE_CHECKING:
     from usdm_sft.config.prepare_config import PrepareConfig as PrepareConfig
     from usdm_sft.convert.convert import convert as convert
-    from usdm_sft.dataset_folder.export import export_text as export
+    from usdm_sft.dataset_folder.export import export as export
     from usdm_sft.dataset_folder.push import push as push
     from usdm_sft.dataset_folder.verify import verify as verify
     from usdm_sft.prepare import Submitted as Submitted
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from usdm_sft.training.generation import STEPS as STEPS
     from usdm_sft.training.generation import StepLogitsProcessor as StepLogitsProcessor
     from usdm_sft.training.generation import next_prompt as next_prompt
+    from usdm_sft.training.shifted import ShiftedLabels as ShiftedLabels
     from usdm_sft.units.tokenizer import UnitTokenizer as UnitTokenizer
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "PaddingCollator",
     "PaddingFreeCollator",
     "PrepareConfig",
+    "ShiftedLabels",
     "StepLogitsProcessor",
     "Submitted",
     "Template",
@@ -72,7 +74,7 @@ _VERSION = datasets.Version("1.0.0")
 _LAZY = {
     "PrepareConfig": "usdm_sft.config.prepare_config",
     "convert": "usdm_sft.convert.convert",
-    "export": "usdm_sft.dataset_folder.export:export_text",
+    "export": "usdm_sft.dataset_folder.export",
     "push": "usdm_sft.dataset_folder.push",
     "verify": "usdm_sft.dataset_folder.verify",
     "Submitted": "usdm_sft.prepare",
@@ -86,6 +88,7 @@ _LAZY = {
     "STEPS": "usdm_sft.training.generation",
     "StepLogitsProcessor": "usdm_sft.training.generation",
     "next_prompt": "usdm_sft.training.generation",
+    "ShiftedLabels": "usdm_sft.training.shifted",
     "UnitTokenizer": "usdm_sft.units.tokenizer",
 }
 
@@ -135,13 +138,13 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
             beside the folder, or else DailyTalk's own lists, which are downloaded once.
         base_path: As in `datasets.DatasetBuilder`.
         digest_cache_dir: Where digests of audio files are remembered; this package's cache by default.
-        on_bad_audio: If audio cannot become units, "error" stops and names every file; "skip" leaves out the pairs that use it,
-            which `corpus[split].pairs_left_out` lists.
+        on_bad_audio: "error" stops and names every bad file; "skip" leaves out its pairs (`corpus[split].pairs_left_out`).
         args: Positional arguments of `datasets.DatasetBuilder`.
         kwargs: Fields of `DailyTalkUSDMConfig`, and keyword arguments of `datasets.DatasetBuilder`.
 
     Attributes:
         corpus: The `usdm_sft.corpus.dialogs.Split` of each split.
+        whole_corpus: The same, before bad audio was left out.
         split_lists: The path of each split's list.
         list_digests: The sha256 of each split's list.
         audio_digests: The `usdm_sft.audio.digests.AudioDigest` of each recording that a pair uses.
@@ -180,9 +183,7 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
             self.split_lists = find.find_lists(data_dir, data_files, cache_dir=digest_cache_dir, resolved=resolved)
         self.is_dailytalk = not (self.split_lists and all(map(is_manifest, self.split_lists.values())))
         if data_dir is None and self.is_dailytalk:
-            raise ValueError(
-                "data_dir is missing: name the folder that DailyTalk was unpacked into, or its zip archive"
-            )
+            raise ValueError("data_dir is missing: name the folder that DailyTalk was unpacked to, or its zip archive")
         rules = read.Rules(kwargs.get("agent"), kwargs.get("merge_speaker_turns") or False)
         self.corpus = read.read_corpus(self.split_lists, rules, data_dir=data_dir)
         for split in self.corpus.values():
@@ -191,6 +192,7 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
                 raise CorpusError([f"{self.split_lists[split.name]}: not one pair: {reasons}: name another split list"])
         self.list_digests = {split: sha256_file(path) for split, path in self.split_lists.items()}
         published_lists.check_not_swapped(self.split_lists, self.list_digests)
+        self.whole_corpus = self.corpus
         self.corpus, self.audio_digests = bad_audio.screen_audio(self.corpus, on_bad_audio, digest_cache_dir)
         kwargs |= {"hash": _code_digest(), "on_bad_audio": on_bad_audio, "corpus_digest": self._corpus_digest()}
         folder = next(iter(self.split_lists.values())).parent if data_dir is None else Path(data_dir).expanduser()
@@ -272,11 +274,11 @@ def load_dataset(
         lists = find.find_lists(data_dir, cache_dir=cache_dir)
     if on_hub or data_files is None:
         data_files = {split: str(path.resolve()) for split, path in lists.items()}
-    options = {"data_dir": None if on_hub else data_dir, "data_files": data_files}
+    folder = None if on_hub else data_dir
     counting = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # otherwise datasets reports the call to Hugging Face
     try:
-        return datasets.load_dataset("dailytalk_usdm", name, **options, **kwargs)
+        return datasets.load_dataset("dailytalk_usdm", name, data_dir=folder, data_files=data_files, **kwargs)
     finally:
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counting
 

@@ -9,16 +9,27 @@ import argparse
 from pathlib import Path
 
 from usdm_sft.cli.main import make_parser
+from usdm_sft.config.help import format_default
 
 DOCS = Path(__file__).resolve().parent
 HEAD = """\
 # Command line
 
 `dailytalk-usdm COMMAND --help` prints the same tables. Options of `prepare` can also stand in a YAML file that `--config`
-names, under the same names. `docs/make_cli.py` writes this page from the parser.
+names, under the same names. On the command line, `--data-dir` and `--data_dir` are the same. `docs/make_cli.py` writes this page from the parser.
 
 The exit status is 0 if the command is done, 1 if the input is bad or a check failed (a message on stderr, no traceback), 2 for
 wrong usage, and 130 if the command was interrupted.
+
+With the extra `completion`, `--print_completion` prints a script that completes commands, options and file names in the shell:
+
+```bash
+pip install 'dailytalk-usdm[completion]'
+mkdir -p ~/.local/share/bash-completion/completions
+dailytalk-usdm --print_completion shtab-bash > ~/.local/share/bash-completion/completions/dailytalk-usdm
+```
+
+`shtab-zsh` prints the script for zsh; put it as `_dailytalk-usdm` into a folder of `$fpath`.
 """
 
 
@@ -30,11 +41,11 @@ def make_cli() -> str:
 
 def _section(name: str, parser: argparse.ArgumentParser) -> str:
     actions = [action for action in parser._actions if action.dest not in ("help", "print_config")]
-    positional = [_metavar(action) for action in actions if not action.option_strings]
-    usage = " ".join(["dailytalk-usdm", name, *positional, *(["[options]"] if len(positional) < len(actions) else [])])
+    usage = f"```text\n{parser.usage}\n```\n"
+    examples = [line.strip() for line in (parser.epilog or "").splitlines()[1:]]
     rows = [f"| {_name(action)} | {_cell(_default(action))} | {_cell(action.help or '')} |" for action in actions]
     table = ["| option | default | meaning |", "|---|---|---|", *rows, ""]
-    return "\n".join([f"## {name}", "", _cell(parser.description), "", "```text", usage, "```", "", *table])
+    return "\n".join([f"## {name}", "", _cell(parser.description), "", usage, "```bash", *examples, "```", "", *table])
 
 
 def _metavar(action: argparse.Action) -> str:
@@ -47,12 +58,11 @@ def _name(action: argparse.Action) -> str:
 
 
 def _default(action: argparse.Action) -> str:
-    if action.required or not action.option_strings:
+    if action.required or not (action.option_strings or action.nargs == "?"):
         return "required"
     if action.default is None or action.default is False or action.default == argparse.SUPPRESS:
         return ""
-    value = ", ".join(action.default) if isinstance(action.default, tuple) else str(action.default).strip()
-    return f"`{value}`"
+    return f"`{format_default(action.default)}`"
 
 
 def _cell(text: str) -> str:

@@ -14,11 +14,11 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.helpers import FIXTURES, REPOSITORY
+from tests.helpers import DEMO, REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 MARKER = re.compile(r"<!-- (not run|names): (.+) -->")
-_BLOCK = re.compile(r"(?:^(<!-- .* -->)\n)?^```(\w+)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"(?:^(<!-- [^\n]* -->)\n)?^```(\w+)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 
 
 class Block(NamedTuple):
@@ -60,9 +60,9 @@ def make_workplace(root: Path, dataset_folder: Path, unit_model: Path, model) ->
     shutil.copytree(dataset_folder, root / "dailytalk-usdm-data")
     shutil.copytree(unit_model, root / "unit_model")
     shutil.copytree(REPOSITORY / "configs", root / "configs")
-    shutil.copytree(FIXTURES / "mini" / "corpus", root / "DailyTalk")
-    shutil.copytree(FIXTURES / "mini" / "expected", root / "preprocessed")
-    shutil.copy(FIXTURES / "mini" / "corpus" / "data" / "3" / "0_0_d3.wav", root / "hello.wav")
+    shutil.copytree(DEMO / "corpus", root / "DailyTalk")
+    shutil.copytree(DEMO / "expected", root / "preprocessed")
+    shutil.copy(DEMO / "corpus" / "data" / "3" / "0_0_d3.wav", root / "hello.wav")
     model.save_pretrained(root / "naver-ai" / "USTM")
     load_tokenizer(dataset_folder / "tokenizer").save_pretrained(root / "naver-ai" / "USTM")
     return root

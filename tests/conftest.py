@@ -23,7 +23,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
-from tests.helpers import FIXTURES, SHARED, content, options  # noqa: E402 - torch reads the environment when it is imported
+from tests.helpers import DEMO, SHARED, content, options  # noqa: E402 - torch reads the environment when it is imported
 
 
 def pytest_collection_modifyitems(items):
@@ -43,7 +43,8 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def mini() -> Path:
-    return FIXTURES / "mini"
+    """The files of the demo: `corpus`, `unit_model`, and `expected`, the output of the reference for them."""
+    return DEMO
 
 
 @pytest.fixture(scope="session")

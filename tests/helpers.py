@@ -1,7 +1,9 @@
 """Paths and functions that several test modules share."""
 
 import contextlib
+import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FIXTURES = REPOSITORY / "tests" / "fixtures"
+DEMO = REPOSITORY / "usdm_sft" / "demo" / "files"
 SHARED = Path(os.environ.get("USDM_SHARED", REPOSITORY.parent / "shared"))
 
 
@@ -23,6 +26,11 @@ def content(folder):
 def inodes(folder, pattern):
     """The inode of every matching file; a file that is written again gets another one."""
     return {path: path.stat().st_ino for path in folder.glob(pattern)}
+
+
+def page_data(page):
+    """The data of a page of examples."""
+    return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page.read_text())[1])
 
 
 def wait_for(happened, run, seconds=300):

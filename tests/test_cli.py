@@ -1,22 +1,27 @@
 import contextlib
+import importlib.util
 import json
 import os
 import pty
 import re
+import shlex
 import subprocess
 import sys
 import termios
 
 import pytest
 
-from usdm_sft.cli.main import main
+from usdm_sft.cli.main import main, make_parser
+from usdm_sft.config.parser import _use_underscores
 from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.dataset_folder.summary import summarize_split
 from usdm_sft.template.config import Template
 
 HEAVY = ("torch", "transformers", "datasets", "soundfile", "matplotlib", "pyarrow")
-COMMANDS = ("prepare", "convert", "units", "export", "show", "stats", "verify", "push")
+COMMANDS = ("demo", "doctor", "prepare", "convert", "units", "export", "show", "stats", "verify", "push")
 
+
+SHTAB = importlib.util.find_spec("shtab") is not None  # extra completion
 
 # conftest.py switches progress bars off; these processes show them.
 WITH_BARS = {name: value for name, value in os.environ.items() if name != "HF_DATASETS_DISABLE_PROGRESS_BARS"}
@@ -97,7 +102,10 @@ def prepare_mini(mini, unit_model, folder, *more):
 def test_second_run_says_that_everything_is_finished(mini, unit_model, tmp_path):
     arguments = prepare_mini(mini, unit_model, tmp_path)
     first, second = command(*arguments), command(*arguments)
-    assert (first.returncode, first.stderr) == (0, "")  # stderr is not a terminal: no progress bars
+    assert first.returncode == 0
+    stages = ["tokenizer", "corpus", "unit model", "rows", "units", "tokens", "folder"]
+    times = ", ".join(rf"{name} \d+ s( \([\d.]+ s of audio per second\))?" for name in stages)
+    assert re.fullmatch(rf"{times}: \d+ s in all\n", first.stderr)  # stderr is not a terminal: no progress bars
     assert (second.returncode, second.stdout) == (0, first.stdout)
     assert (
         second.stderr == f"{tmp_path / 'out'} is finished already, with the same settings and data: nothing was done\n"
@@ -119,7 +127,14 @@ def test_quiet_shows_no_progress_bars_in_a_terminal(mini, unit_model, tmp_path):
                 while part := terminal.read(1 << 16):
                     shown[name] += part
             assert run.wait() == 0
-    assert b"units: 100%" in shown["bars"] and b"template: 100%" in shown["bars"]
+    for text in (
+        b"[1/7] tokenizer ...",
+        b"[2/7] corpus ...",
+        b"[5/7] units:   0%|",
+        b"[6/7] tokens:   0%|",
+        b" in all\r\n",
+    ):
+        assert text in shown["bars"]
     assert shown["quiet"] == b""
 
 
@@ -238,12 +253,22 @@ def test_bad_input_gives_one_line_on_stderr(tmp_path):
         (["prepare", "--template", "Robot"], "template is 'Robot': give names and values, such as {user_role: Caller}"),
         (
             ["prepare", "--template.loss", "user_text"],
-            "template.loss is 'user_text': give a list of one or more of user_text, agent_text, agent_units, "
+            "template.loss is 'user_text': give a list of names, "
             "such as [user_text, agent_text]",
         ),
         (["prepare", "--config", "{number}"], "max_length is 'big': give a whole number"),
         (["show", "d", "--index", "first"], "index is 'first': give a whole number"),
-        (["perpare"], "invalid choice"),
+        (["perpare"], "there is no command 'perpare' (did you mean prepare?): choose one of demo, doctor, prepare, "),
+        (["xyz"], "there is no command 'xyz': choose one of demo, doctor, prepare, "),
+        ([], "the command is missing: name one of demo, doctor, prepare, "),
+        (["prepare", "--bach-seconds", "3"], "did you mean batch_seconds?"),
+        (["prepare", "--template.user-rule", "3"], "did you mean template.user_role?"),
+        (["show", "d", "--dat-dir", "3"], "did you mean data_dir?"),
+        (["prepare", "--config", "{kebab}"], "did you mean max_length?"),
+        (
+            ["--print_completion", "shtab-fish9"],
+            "choose from" if SHTAB else "completion needs shtab: pip install 'dailytalk-",
+        ),
         (["prepare", "--config", "{unknown}"], "did you mean max_length?"),
         (["prepare", "--config", "{nested}"], "did you mean template.user_role?"),
         (["prepare", "--config", "{tag}"], "could not determine a constructor for the tag"),
@@ -251,7 +276,7 @@ def test_bad_input_gives_one_line_on_stderr(tmp_path):
         (["prepare", "--config", "{binary}"], "can't decode byte 0xff"),
         (["prepare", "--config", "{nul}"], "control characters are not allowed"),
         (["prepare", "--config", "a\0b"], "embedded null byte"),
-        (["prepare", "--batch_seconds", "1" * 400], "too large"),
+        (["prepare", "--batch_seconds", "1" * 400], "111': give a number"),
     ],
 )
 def test_wrong_usage_gives_a_hint_and_a_reason(tmp_path, capsys, args, message):
@@ -262,6 +287,8 @@ def test_wrong_usage_gives_a_hint_and_a_reason(tmp_path, capsys, args, message):
     (tmp_path / "nul.yaml").write_bytes(b"max_length: 3\0\n")
     (tmp_path / "number.yaml").write_text("max_length: big\n")
     files = {f"{{{name}}}": str(tmp_path / f"{name}.yaml") for name in ("binary", "nul", "number")}
+    (tmp_path / "kebab.yaml").write_text("max-length: 3\n")
+    files |= {"{kebab}": str(tmp_path / "kebab.yaml")}
     files |= {"{nested}": str(tmp_path / "nested.yaml")}
     files |= {"{unknown}": str(tmp_path / "unknown.yaml"), "{tag}": str(tmp_path / "tag.yaml")}
     with pytest.raises(SystemExit, match="2"):
@@ -271,3 +298,103 @@ def test_wrong_usage_gives_a_hint_and_a_reason(tmp_path, capsys, args, message):
     assert re.fullmatch(r"usage: see dailytalk-usdm( [a-z]+)? --help", hint)
     assert reason.startswith(f"{hint.removeprefix('usage: see ').removesuffix(' --help')}: ") and message in reason
     assert "hello" not in captured.out
+
+
+def test_every_option_of_every_command_has_two_spellings():
+    [commands] = [action.choices for action in make_parser()._actions if isinstance(action.choices, dict)]
+    names = {option for parser in commands.values() for option in parser._option_string_actions if "_" in option}
+    assert len(names) > 25
+    for name in names:
+        assert _use_underscores([name.replace("_", "-")]) == [name]
+        assert _use_underscores([name.replace("_", "-") + "=a-b_c"]) == [f"{name}=a-b_c"]
+
+
+def test_options_may_be_written_with_hyphens():
+    words = ["--data-dir", "my-corpus", "--output-path=my-out-put", "--template.user-role", "Call-er", "--keep-audio"]
+    options = make_parser().parse_args(["prepare", *words, "--max-len", "300"]).prepare
+    assert (options.data_dir, options.output_path, options.template.user_role) == ("my-corpus", "my-out-put", "Call-er")
+    assert options.keep_audio is True and options.max_length == 300
+    units = make_parser().parse_args(["units", "model-dir", "--device", "cpu", "--", "--odd-name.wav", "b-c.wav"]).units
+    assert (units.unit_model_dir, units.file) == ("model-dir", ["--odd-name.wav", "b-c.wav"])
+    assert _use_underscores(["a-b", "--c-d=e-f", "-g", "--", "--h-i"]) == ["a-b", "--c_d=e-f", "-g", "--", "--h-i"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_each_command_has_a_usage_and_examples_that_the_parser_accepts(name, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--help"])
+    text = capsys.readouterr().out
+    assert re.match(rf"usage: dailytalk-usdm {name}( [\[\]A-Za-z_.-]+)* \[options\]\n\n", text)
+    assert "type: " not in text and "null" not in text
+    _, _, examples = text.partition("\nexamples:\n")
+    lines = [line for line in examples.splitlines() if line]
+    assert lines and all(line.startswith(f"  dailytalk-usdm {name}") for line in lines)
+    for line in lines:
+        assert make_parser().parse_args(shlex.split(line)[1:]).command == name
+
+
+def test_help_of_the_program_names_each_command(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert text.startswith("usage: dailytalk-usdm COMMAND [options]\n")
+    assert [line.split()[0] for line in text.splitlines() if re.match(r"    [a-z]+ ", line)] == [*COMMANDS]
+    assert "examples:\n  dailytalk-usdm demo  " in text
+
+
+def test_defaults_are_shown_as_they_are_given(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["prepare", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "(default: 8192)",
+        "without loss. (default: 0)",
+        "(default: [user_text, agent_text, agent_units])",
+        "(required)",
+    ):
+        assert part in text
+    assert "--overflow {drop,truncate,split}" in text and "--executor {local,slurm,ray}" in text
+
+
+def test_stats_and_verify_print_json(folder_copy, capsys):
+    counts = json.loads((folder_copy / "counts.json").read_text())
+    main(["stats", str(folder_copy), "--json"])
+    assert json.loads(capsys.readouterr().out) == {"num_units": 100, "splits": counts["statistics"]}
+    main(["verify", str(folder_copy), "--json"])
+    assert json.loads(capsys.readouterr().out) == {"correct": True, "rows": {"train": 10, "test": 3}}
+    (folder_copy / "README.md").write_text("other")
+    with pytest.raises(SystemExit, match="1"):
+        main(["verify", str(folder_copy), "--json"])
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert found["correct"] is False and len(found["problems"]) == 1
+    assert captured.err == f"dailytalk-usdm verify: {found['problems'][0]}\n"
+    assert found["problems"][0].startswith(f"{folder_copy / 'README.md'} was changed: its sha256 is")
+
+
+def test_quiet_is_an_option_of_each_command_with_progress():
+    [commands] = [action.choices for action in make_parser()._actions if isinstance(action.choices, dict)]
+    quiet = {name for name, parser in commands.items() if "--quiet" in parser._option_string_actions}
+    assert quiet == {"demo", "doctor", "prepare", "units", "show", "push"}
+
+
+COMPLETE = """
+source "$1"
+COMP_WORDS=(dailytalk-usdm "${@:2}") COMP_CWORD=$(($# - 1)) COMPREPLY=()
+_shtab_dailytalk_usdm dailytalk-usdm "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD-1]}"
+echo "${COMPREPLY[*]}"
+"""
+
+
+def test_completion_in_bash(tmp_path, capsys):
+    pytest.importorskip("shtab", reason="needs the extra 'completion'")
+    with pytest.raises(SystemExit, match="0"):
+        main(["--print_completion", "shtab-bash"])
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+    for words, expected in (
+        (["pre"], "prepare"),
+        (["prepare", "--max"], "--max_length"),
+        (["prepare", "--on_bad_audio", "s"], "skip"),
+    ):
+        command = ["bash", "-c", COMPLETE, "bash", str(tmp_path / "script"), *words]
+        assert subprocess.run(command, capture_output=True, text=True).stdout.strip() == expected

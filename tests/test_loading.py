@@ -312,7 +312,7 @@ def test_public_names():
     assert set(dailytalk_usdm.__all__) <= set(dir(dailytalk_usdm))
     for name in dailytalk_usdm.__all__:
         value = getattr(dailytalk_usdm, name)
-        assert getattr(value, "__name__", name) in (name, "export_text")
+        assert getattr(value, "__name__", name) == name
     assert dailytalk_usdm.__version__ == usdm_sft.__version__
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         dailytalk_usdm.nothing  # noqa: B018

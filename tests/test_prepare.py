@@ -5,7 +5,7 @@ import datasets
 import pytest
 from transformers import AutoTokenizer
 
-from tests.helpers import FIXTURES
+from tests.helpers import DEMO
 from usdm_sft.convert.convert import convert
 from usdm_sft.dataset_folder.export import export_text
 from usdm_sft.prepare import prepare
@@ -18,6 +18,7 @@ from usdm_sft.units.model import UnitModel
 COLUMNS = [
     "id", "dialog_id", "turn", "user_speaker", "user_text", "user_emotion", "user_units", "user_seconds", "agent_speaker",
     "agent_text", "agent_emotion", "agent_units", "agent_seconds", "input_ids", "labels",
+    "attention_mask", "length",
 ]  # fmt: skip
 
 
@@ -131,6 +132,8 @@ def test_counts_describe_the_splits(run, mini):
 @pytest.mark.slow
 def test_tokenizer_is_saved_beside_the_data(run, tokenizer):
     output, _ = run()
+    config = json.loads((output / "tokenizer" / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     text = "<|correspond|> yes.\n### Agent\n no<|unit5|>\n</s>"
     for loaded in (AutoTokenizer.from_pretrained(output / "tokenizer"), load_tokenizer(output / "tokenizer")):
         assert loaded(text).input_ids == tokenizer(text).input_ids
@@ -417,7 +420,7 @@ def test_dataset_folder_contains_no_paths(run, tmp_path):
     output, _ = run()
     for name, data in content(output).items():
         assert str(tmp_path).encode() not in data, name
-        assert str(FIXTURES).encode() not in data, name
+        assert str(DEMO).encode() not in data, name
 
 
 def test_metadata_paths_with_a_dataset_of_the_hub_are_refused(run):

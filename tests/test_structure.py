@@ -13,6 +13,8 @@ PACKAGES = [
     "convert",
     "corpus",
     "dataset_folder",
+    "demo",
+    "doctor",
     "executors",
     "shards",
     "template",
@@ -25,7 +27,7 @@ MODULES = [REPOSITORY / "dailytalk_usdm.py", *sorted((REPOSITORY / "usdm_sft").r
 
 def test_packages():
     names = {path.name for path in (REPOSITORY / "usdm_sft").iterdir()} - {"__pycache__"}
-    assert names == {*PACKAGES, "__init__.py", "prepare.py", "py.typed"}
+    assert names == {*PACKAGES, "__init__.py", "prepare.py", "py.typed", "run.py"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(REPOSITORY).as_posix())

@@ -11,7 +11,7 @@ import soundfile
 from usdm_sft.audio import addresses, digests
 from usdm_sft.audio.addresses import AddressError, Stretch, format_address, join_addresses, parse_address, zip_address
 from usdm_sft.audio.check import check_audio
-from usdm_sft.audio.digests import audio_digests, check_unchanged
+from usdm_sft.audio.digests import audio_digests, read_file, read_unchanged
 from usdm_sft.audio.reading import AudioError, read_audio, read_waveform
 from usdm_sft.utils.once import once_per_key
 
@@ -116,13 +116,28 @@ def test_digests_are_of_content_and_stretch(call, tmp_path, monkeypatch):
     copy.write_bytes(Path(call).read_bytes())
     other = audio_digests([format_address(str(copy), 0.1, 0.6, 1)], tmp_path / "cache")
     assert next(iter(other.values())).sha256 == found[format_address(call, 0.1, 0.6, 1)].sha256
-    known = {address: digest.sha256 for address, digest in found.items()}
-    check_unchanged(known)
+
+
+def test_unchanged_stretches_are_read_from_one_reading_of_the_recording(call, tmp_path):
+    addresses = [call, format_address(call, 0.1, 0.6, 1), f"{format_address(call, 1, 2)}\n{format_address(call, 0, 1)}"]
+    known = audio_digests(addresses, tmp_path / "cache")
+    shared_reads = []
+
+    def read_shared(file):
+        shared_reads.append(file)
+        return read_file(file)
+
+    for address in addresses:
+        contents = read_unchanged(address, known[address].sha256, read_shared)
+        assert contents == {call: Path(call).read_bytes()}
+        assert np.array_equal(read_waveform(address, contents), read_waveform(address))
+    assert shared_reads == [call] * 3  # `read_shared` remembers it
     with open(call, "r+b") as file:
         file.seek(2000)
         file.write(b"\1\2\3")
-    with pytest.raises(AudioError, match="was changed during the run"):
-        check_unchanged(known)
+    for address in addresses:
+        with pytest.raises(AudioError, match="was changed during the run: let nothing write to it, and run again"):
+            read_unchanged(address, known[address].sha256, read_shared)
 
 
 def test_threads_hash_a_long_recording_once(call, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import soundfile
 
 from usdm_sft.audio import digests
 from usdm_sft.audio.check import AudioCheck
-from usdm_sft.audio.digests import audio_digests, check_unchanged, file_digest
+from usdm_sft.audio.digests import audio_digests, file_digest, read_file, read_unchanged
 from usdm_sft.audio.reading import AudioError
 
 
@@ -102,15 +102,32 @@ def test_digests_of_an_older_version_are_not_used(tmp_path, settled):
 
 def test_a_file_that_changes_after_the_first_pass(tmp_path):
     path = write_wav(tmp_path / "a.wav")
-    known = {path: audio_digests([path], tmp_path / "cache")[path].sha256}
+    sha256 = audio_digests([path], tmp_path / "cache")[path].sha256
     os.utime(path)
-    check_unchanged(known)  # touched, but the same bytes
+    content = (tmp_path / "a.wav").read_bytes()
+    assert read_unchanged(path, sha256, read_file) == {path: content}  # touched, but the same bytes
     write_wav(tmp_path / "a.wav", seed=1)
     with pytest.raises(AudioError, match=r"a\.wav was changed during the run: let nothing write to it, and run again"):
-        check_unchanged(known)
+        read_unchanged(path, sha256, read_file)
+
+
+def test_a_file_that_cannot_be_read_after_the_first_pass(tmp_path, monkeypatch):
+    path = write_wav(tmp_path / "a.wav")
+    sha256 = audio_digests([path], tmp_path / "cache")[path].sha256
+    with monkeypatch.context() as patch:
+        patch.setattr(digests, "open_file", lambda file: os.listdir(file))  # not a folder
+        with pytest.raises(
+            AudioError, match=r"a\.wav was changed during the run \(it cannot be read \(Not a directory\)\)"
+        ):
+            read_unchanged(path, sha256, read_file)
     os.unlink(path)
-    with pytest.raises(AudioError, match=r"a\.wav was changed during the run"):
-        check_unchanged(known)
+    with pytest.raises(AudioError, match=r"a\.wav was changed during the run \(it does not exist\): let nothing write"):
+        read_unchanged(path, sha256, read_file)
+    os.mkfifo(path)
+    with pytest.raises(
+        AudioError, match=r"a\.wav was changed during the run \(it cannot be read \(it is not a regular file"
+    ):
+        read_unchanged(path, sha256, read_file)
 
 
 @pytest.mark.parametrize("kept", [0, 5000])

@@ -14,6 +14,7 @@ import soundfile
 from usdm_sft.audio.addresses import format_address, zip_address
 from usdm_sft.audio.check import AudioCheck, check_audio
 from usdm_sft.audio.reading import AudioError, read_audio, read_waveform
+from usdm_sft.audio.sound import read_frames
 from usdm_sft.prepare import prepare
 from usdm_sft.units.tokenizer import UnitTokenizer
 
@@ -179,3 +180,17 @@ def test_corpus_with_a_codec_that_cannot_seek(mini, unit_model, tmp_path, on_bad
     for split in ("train", "test"):
         assert rows["gsm"][split][:] == rows["decoded"][split][:]
     assert "d8_1" in rows["gsm"]["train"]["id"][:]
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("kind", ["WAV", "WAVEX", "RF64"])
+def test_16_bits_read_at_once_are_the_samples_of_libsndfile(tmp_path, kind, channels):
+    path = tmp_path / "all.wav"
+    values = np.arange(-32_768, 32_768, dtype=np.int16).reshape(-1, channels)
+    soundfile.write(path, values, 16_000, subtype="PCM_16", format=kind)
+    expected, _ = soundfile.read(path, dtype="float32")
+    with soundfile.SoundFile(path) as sound:
+        found = read_frames(sound, 0, len(values))
+    assert found.dtype == np.float32 and np.array_equal(found, expected)
+    with soundfile.SoundFile(path) as sound:
+        assert np.array_equal(read_frames(sound, 100, 200), expected[100:200])

@@ -1,11 +1,13 @@
-"""The whole of prepare() by stage, on a synthetic corpus in DailyTalk's layout: what bounds it?
+"""The whole of prepare() and verify() by stage, on a synthetic corpus in DailyTalk's layout: what bounds them?
 
-    python -m tests.benchmarks.prepare [--dialogs 200] [--unit_model FOLDER]
+    python -m tests.benchmarks.prepare [--dialogs 200] [--clip_seconds 0.5] [--unit_model FOLDER]
 
-Without --unit_model the toy of the tests is used, so that the time of all but the forward passes shows.
+Without --unit_model the toy of the tests is used, so that the time of all but the forward passes shows. With --clip_seconds, all
+utterances have this length; `--dialogs 2532 --clip_seconds 0.1` has DailyTalk's number of files and few forward passes.
 """
 
 import argparse
+import functools
 import tempfile
 import time
 from pathlib import Path
@@ -13,80 +15,99 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-import dailytalk_usdm
+import usdm_sft.prepare as pipeline
+import usdm_sft.run as opening
 from tests.benchmarks.common import TURNS, lengths, machine, speechlike, table
+from tests.helpers import DEMO
 from usdm_sft.convert.convert import convert
-from usdm_sft.dataset_folder import writer
-from usdm_sft.prepare import prepare
-from usdm_sft.shards import rows, tokens, units
+from usdm_sft.dataset_folder import verify, writer
+from usdm_sft.template.tokenizer import load_tokenizer
 
-REPOSITORY = Path(__file__).parents[2]
+STAGES = (
+    (opening, "_open_corpus", "split lists, digests and headers of the audio"),
+    (opening, "plan_shards", "plan"),
+    (pipeline, "load_rows", "builder (Arrow)"),
+    (pipeline, "_tokenize_audio", "units"),
+    (pipeline, "make_tokens", "template"),
+    (pipeline, "fit_splits", "max_length and counts"),
+    (writer, "write_parquet", "Parquet files with statistics and digests"),
+    (writer, "draw_pictures", "pictures"),
+    (pipeline, "write_folder", "card, tokenizer and digests"),
+    (verify, "verify", "verify"),
+)
 
 
-def write_corpus(root: Path, num_dialogs: int) -> float:
-    """-> hours"""
+def write_corpus(root: Path, num_dialogs: int, clip_seconds: float | None) -> tuple[int, float]:
+    """-> utterances, hours"""
     rng, seconds = np.random.default_rng(0), iter(lengths(num_dialogs * 30))
-    lists, total = {"train": [], "test": []}, 0.0
+    lists, num, total = {"train": [], "test": []}, 0, 0.0
     for dialog in range(num_dialogs):
         (root / "data" / str(dialog)).mkdir(parents=True)
         for turn in range(max(2, rng.poisson(TURNS))):
-            name, length = f"{turn}_{turn % 2}_d{dialog}", next(seconds)
+            name, length = f"{turn}_{turn % 2}_d{dialog}", clip_seconds or next(seconds)
             soundfile.write(root / "data" / str(dialog) / f"{name}.wav", speechlike(int(length * 22_050), rng), 22_050)
             lists["test" if dialog % 20 == 0 else "train"].append(
                 f"{name}|{turn % 2}|{{P}}|how about some coffee.|none"
             )
-            total += length
+            num, total = num + 1, total + length
     for split, lines in lists.items():
         (root / f"{split}.txt").write_text("\n".join(lines) + "\n")
-    return total / 3600
+    return num, total / 3600
+
+
+def watch(owner: object, name: str, stage: str, spent: dict[str, float], running: list[float]) -> None:
+    """Add the seconds of each call to `spent`, without those of watched calls inside it."""
+    function = getattr(owner, name)
+
+    @functools.wraps(function)
+    def timed(*positional, **named):
+        start = time.perf_counter()
+        running.append(0.0)
+        try:
+            return function(*positional, **named)
+        finally:
+            whole, inside = time.perf_counter() - start, running.pop()
+            spent[stage] = spent.get(stage, 0.0) + whole - inside
+            if running:
+                running[-1] += whole
+
+    setattr(owner, name, timed)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dialogs", type=int, default=200)
+    parser.add_argument("--clip_seconds", type=float)
     parser.add_argument("--unit_model")
     args = parser.parse_args()
     spent: dict[str, float] = {}
-
-    def watch(owner: object, name: str, stage: str) -> None:
-        function = getattr(owner, name)
-
-        def timed(*positional, **named):
-            start = time.perf_counter()
-            try:
-                return function(*positional, **named)
-            finally:
-                spent[stage] = spent.get(stage, 0.0) + time.perf_counter() - start
-
-        setattr(owner, name, timed)
-
-    watch(dailytalk_usdm.DailyTalkUSDM, "__init__", "split lists, digests and headers of the audio")
-    watch(rows, "load_rows", "builder (Arrow)")
-    watch(units, "make_units", "units")
-    watch(tokens, "make_tokens", "template")
-    watch(writer, "write_folder", "dataset folder")
+    running: list[float] = []
+    for owner, name, stage in STAGES:
+        watch(owner, name, stage, spent, running)
 
     with tempfile.TemporaryDirectory() as work:
         root = Path(work)
-        hours = write_corpus(root / "corpus", args.dialogs)
-        mini = REPOSITORY / "tests" / "fixtures" / "mini" / "unit_model"
+        num, hours = write_corpus(root / "corpus", args.dialogs, args.clip_seconds)
+        toy = DEMO / "unit_model"
         unit_model = args.unit_model or convert(
-            mini / "checkpoint.pt", mini / "kmeans.npy", root / "model", model_config=mini / "config.json"
+            toy / "checkpoint.pt", toy / "kmeans.npy", root / "model", model_config=toy / "config.json"
         )
+        load_tokenizer("mistral-common")  # its imports are no stage
         results = []
         for run in ("first", "second, other folder"):
             spent.clear()
             start = time.perf_counter()
-            prepare(
+            pipeline.prepare(
                 data_dir=str(root / "corpus"),
                 output_path=str(root / run),
                 unit_model=str(unit_model),
                 pretrained_model_name_or_path="mistral-common",
                 cache_dir=str(root / "cache"),
             )
+            verify.verify(root / run)
             whole = time.perf_counter() - start
-            results.append(spent | {"imports, tokenizer and the rest": whole - sum(spent.values()), "whole": whole})
-    print(f"{machine()}\n{args.dialogs} dialogs, {hours:.2f} h\n")
+            results.append(spent | {"everything else": whole - sum(spent.values()), "whole": whole})
+    print(f"{machine()}\n{args.dialogs} dialogs, {num:,} utterances, {hours:.2f} h\n")
     stages = list(results[0])
     table(["stage", "first run, s", "second run, s"], [[s, *(f"{r.get(s, 0):.2f}" for r in results)] for s in stages])
 

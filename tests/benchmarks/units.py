@@ -11,48 +11,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModel, Wav2Vec2Config
 
 from tests.benchmarks.common import alternate, lengths, machine, speechlike, table, timed
-from usdm_sft.audio.frames import num_frames
-from usdm_sft.convert.convert import XLSR_1B, XLSR_LAYER
+from tests.benchmarks.unit_models import centroids, cut, flops, matmul_rate, random_model
+from usdm_sft.convert.model_config import XLSR_1B, XLSR_LAYER
 from usdm_sft.units import model as unit_model
 from usdm_sft.units.batches import padding_share, prepare_waveform
 from usdm_sft.units.model import UnitModel
 from usdm_sft.units.precision import Precision
+from usdm_sft.units.settings import BATCH_SECONDS
 from usdm_sft.units.tokenizer import UnitTokenizer
 
-NUM_UNITS = 10_000
 SHARD_UTTERANCES = 600  # 64 dialogs
 # Candidates besides the precisions of the package, with TF32 in the front.
 unit_model.PRECISIONS |= {
     "fp16, tf32 front": Precision(torch.float16, "tf32"),
     "bf16, tf32 front": Precision(torch.bfloat16, "tf32"),
 }
-
-
-def random_model(device: torch.device, layers: int) -> tuple[dict, dict[str, torch.Tensor]]:
-    config = XLSR_1B | {"num_hidden_layers": layers, "apply_spec_augment": False, "mask_time_prob": 0.0}
-    torch.manual_seed(0)
-    with device:
-        return config, AutoModel.from_config(Wav2Vec2Config(**config)).state_dict()
-
-
-def cut(config: dict, weights: dict, layers: int) -> tuple[dict, dict]:
-    dropped = {f"encoder.layers.{layer}." for layer in range(layers, config["num_hidden_layers"])}
-    kept = {key: tensor for key, tensor in weights.items() if not any(key.startswith(prefix) for prefix in dropped)}
-    return config | {"num_hidden_layers": layers}, kept
-
-
-def centroids(config: dict, weights: dict, device: torch.device) -> np.ndarray:
-    """Make centroids among the features: frames of the model itself with noise of half their spread."""
-    rng = np.random.default_rng(1)
-    model = UnitModel(config, dict(weights), np.zeros((1, config["hidden_size"]), np.float32)).to(device)
-    audio = torch.from_numpy(speechlike(20 * 16_000, rng))[None].to(device)
-    with torch.inference_mode():
-        features = model.features(audio, torch.tensor([num_frames(audio.shape[1])]))[0].cpu().numpy()
-    picked = features[rng.integers(len(features), size=NUM_UNITS)]
-    return (picked + 0.5 * features.std(axis=0) * rng.standard_normal(picked.shape)).astype(np.float32)
 
 
 def tokenizer(
@@ -70,46 +45,13 @@ def own_bytes(which: UnitTokenizer) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def flops(num_samples: int, config: dict) -> tuple[float, float]:
-    """Return the number of multiplications and additions in the front with k-means, and in the layers."""
-    width, frames = config["hidden_size"], num_frames(num_samples)
-    front, length, channels = 0.0, num_samples, 1
-    for out, kernel, stride in zip(config["conv_dim"], config["conv_kernel"], config["conv_stride"], strict=True):
-        length = (length - kernel) // stride + 1
-        front += 2 * length * out * channels * kernel
-        channels = out
-    groups, kernel = config["num_conv_pos_embedding_groups"], config["num_conv_pos_embeddings"]
-    front += 2 * frames * (channels * width + width * (width // groups) * kernel + width * NUM_UNITS)
-    layer = 2 * frames * (4 * width * width + 2 * width * config["intermediate_size"]) + 4 * frames * frames * width
-    return front, layer * config["num_hidden_layers"]
-
-
-def matmul_rate(dtype: torch.dtype, tf32: bool, device: torch.device) -> float:
-    """Measure the FLOP/s of a large matrix product, the median of five."""
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-
-    def run():
-        with unit_model.fp32_precision("tf32" if tf32 else "ieee"):
-            a @ b
-        synchronize(device)
-
-    run()
-    return 2 * size**3 / alternate({"": lambda: timed(run)}, 5)[""]
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
     parser.add_argument("--utterances", type=int, default=2000 if cuda else 10)
     parser.add_argument("--baseline_utterances", type=int, default=60 if cuda else 10)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch_seconds", type=float, default=160.0)
+    parser.add_argument("--batch_seconds", type=float, default=BATCH_SECONDS["cuda" if cuda else "cpu"])
     parser.add_argument("--precisions", nargs="+", default=list(unit_model.PRECISIONS) if cuda else ["fp32", "bf16"])
     args = parser.parse_args()
     device = torch.device("cuda" if cuda else "cpu")
@@ -157,7 +99,10 @@ def main() -> None:
     rates = {}
     for name in args.precisions:
         precision = unit_model.PRECISIONS[name]
-        for part in ((precision.layers, precision.front == "tf32"), (torch.float32, precision.front == "tf32")):
+        for part in (
+            (precision.split or precision.layers, precision.front == "tf32"),
+            (torch.float32, precision.front == "tf32"),
+        ):
             rates.setdefault(part, matmul_rate(*part, device))
     rows = []
     baseline = cost["48 layers, one at a time"]
@@ -167,14 +112,19 @@ def main() -> None:
             precision = unit_model.PRECISIONS[name]
             front, layers = np.sum([flops(length, config) for length in samples], axis=0) / seconds
             tf32 = precision.front == "tf32"
-            floor = front / rates[(torch.float32, tf32)] + layers / rates[(precision.layers, tf32)]
+            floor = front / rates[(torch.float32, tf32)]
+            floor += (
+                layers / rates[(precision.layers, tf32)]
+                if precision.split is None
+                else 3 * layers / rates[(precision.split, tf32)]
+            )
             row += [f"{floor / each:.0%}", memory[name], f"{agreement[name]:.2%}"]
         rows.append(row + ["-"] * (6 - len(row)))
 
     print(f"{machine()}; torch {torch.__version__}" + (f", {torch.cuda.get_device_name()}" if cuda else ""))
     print(f"{len(waveforms)} utterances, {seconds:,.0f} s; {len(short)} of {short_seconds:,.0f} s one at a time")
     print(
-        f"padding {padding_share((samples[part] for part in work_shards), args.batch_seconds):.1%} in batches of {args.batch_seconds:g} s; ",
+        f"padding {padding_share((samples[part] for part in work_shards), args.batch_seconds, device.type):.1%} in batches of {args.batch_seconds:g} s; ",
         end="",
     )
     print("; ".join(f"{d} {'tf32 ' if t else ''}{rate / 1e12:.2f} TFLOP/s" for (d, t), rate in rates.items()))

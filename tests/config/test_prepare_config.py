@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import REPOSITORY
-from usdm_sft import cli
+from usdm_sft.cli.main import make_parser
 from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.prepare import prepare
 from usdm_sft.template.config import Template
@@ -14,7 +14,7 @@ REQUIRED = {"data_dir": "d", "output_path": "o"}
 
 
 def parse(*arguments):
-    return cli.make_parser().parse_args(["prepare", *arguments]).prepare
+    return make_parser().parse_args(["prepare", *arguments]).prepare
 
 
 def test_config_is_frozen():
@@ -92,7 +92,7 @@ def test_paths_may_be_path_objects():
 def test_command_line_has_each_field_with_its_default():
     options = parse("--data_dir", "d", "--output_path", "o").as_dict()
     template = Template(**options.pop("template"))
-    assert options.pop("config") is None and options.pop("quiet") is False
+    assert options.pop("config") is None and options.pop("quiet") is options.pop("dry_run") is False
     assert PrepareConfig(**options, template=template) == PrepareConfig(**REQUIRED)
 
 

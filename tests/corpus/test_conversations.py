@@ -6,9 +6,9 @@ import datasets
 import pytest
 
 from tests.helpers import FIXTURES, REPOSITORY
-from usdm_sft import prepare as pipeline
 from usdm_sft.cli.main import main
 from usdm_sft.dataset_folder.export import export_text
+from usdm_sft.executors import devices
 from usdm_sft.prepare import prepare
 from usdm_sft.template.config import Template
 from usdm_sft.template.encoder import COLUMNS, TemplateEncoder
@@ -222,6 +222,6 @@ def test_export(multi, tmp_path):
     ],
 )
 def test_bad_settings_are_refused_before_any_work(run, monkeypatch, options, message):
-    monkeypatch.setattr(pipeline, "_find_devices", None)
+    monkeypatch.setattr(devices, "find_devices", None)
     with pytest.raises(ValueError, match=message):
         run("refused", **options)

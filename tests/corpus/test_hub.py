@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import soundfile
 from huggingface_hub import constants
@@ -52,7 +53,9 @@ def snapshot(tmp_path, monkeypatch):
 def replace_builder(monkeypatch, loaded):
     """The Hub serves a dataset with these splits."""
     config = SimpleNamespace(data_files=None)
-    builder = SimpleNamespace(config=config, download_and_prepare=lambda: None, as_dataset=lambda: loaded)
+    builder = SimpleNamespace(
+        config=config, builder_configs={}, download_and_prepare=lambda: None, as_dataset=lambda: loaded
+    )
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, revision: builder)
 
 
@@ -131,6 +134,27 @@ def test_text_in_the_place_of_bytes_is_refused(snapshot, tmp_path, monkeypatch):
         CorpusError, match=r"row 0: audio is a str, not the bytes of a recording: put the recording into"
     ):
         fetch_corpus("hub:user/calls", tmp_path / "cache")
+
+
+def test_folder_with_the_name_of_the_dataset_is_refused(tmp_path, monkeypatch):
+    """datasets reads ./user/calls where it exists."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "user" / "calls").mkdir(parents=True)
+    with pytest.raises(
+        ValueError,
+        match=r"^hub:user/calls names a dataset of the Hub, but .*/user/calls exists here and would be read in its place: run",
+    ):
+        fetch_corpus("hub:user/calls@v1", tmp_path / "cache")
+
+
+def test_row_without_a_recording_names_a_file_that_does_not_exist(snapshot, tmp_path, monkeypatch):
+    features = datasets.Features(
+        {name: datasets.Value("string") for name in ROW} | {"turn": datasets.Value("int32"), "audio": datasets.Audio()}
+    )
+    table = pa.Table.from_pylist([ROW | {"audio": None}], schema=features.arrow_schema)
+    replace_builder(monkeypatch, datasets.DatasetDict(train=datasets.Dataset(table)))
+    [manifest] = fetch_corpus("hub:user/calls", tmp_path / "cache").values()
+    assert json.loads(manifest.read_text())["audio"] == "no recording in row 0"
 
 
 def test_the_first_twenty_bad_rows_are_named(snapshot, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+from xml.etree import ElementTree
 
 import datasets
 import pytest
@@ -79,6 +80,14 @@ def test_left_out_dialogs_and_labelled_tokens_are_shown(card):
     assert "- d11: one speaker speaks twice in a row" in card.text
     assert "Nothing was left out of test." in card.text
     assert "loss   did you water the plants on the balcony?⏎" in card.text
+
+
+def test_picture_of_the_example_counts_its_labelled_tokens(card, dataset_folder):
+    assert "](pictures/example.svg)" in card.text and card.text.count("<details>") == card.text.count("</details>") == 3
+    svg = ElementTree.parse(dataset_folder / "pictures" / "example.svg").getroot()
+    assert svg[0].text == "One training example: 305 tokens. The loss counts the 148 highlighted ones."
+    names = [element.text for element in svg.iter() if element.get("class") == "name"]
+    assert names == ["instruction", "user's speech", "transcript", "heading", "answer", "agent's speech", "end"]
 
 
 def test_card_has_no_placeholders_and_complete_tables(card):

@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from tests.mini_hub import serve
-from usdm_sft import cli
+from usdm_sft.cli.main import make_parser
 from usdm_sft.dataset_folder.push import push
 from usdm_sft.dataset_folder.verify import VerificationError
 from usdm_sft.prepare import prepare
@@ -113,13 +113,13 @@ def test_visibility_follows_the_option_or_else_the_owners_default(hub, dataset_f
 
 def test_private_and_public_exclude_each_other(capsys):
     with pytest.raises(SystemExit, match="2"):
-        cli.make_parser().parse_args(["push", "folder", "tester/pairs", "--private", "--public"])
+        make_parser().parse_args(["push", "folder", "tester/pairs", "--private", "--public"])
     assert "--public: not allowed with argument --private" in capsys.readouterr().err
 
 
 def test_command_line_has_no_token_option(capsys):
     with pytest.raises(SystemExit, match="2"):
-        cli.make_parser().parse_args(["push", "folder", "tester/pairs", "--token", "x"])
+        make_parser().parse_args(["push", "folder", "tester/pairs", "--token", "x"])
     assert "--token" in capsys.readouterr().err
 
 

@@ -1,5 +1,6 @@
 import json
 from collections import Counter
+from itertools import groupby
 
 import datasets
 import matplotlib
@@ -33,6 +34,21 @@ def test_statistics_equal_those_of_the_rows(dataset_folder, rows):
         assert found["tokens"] == sum(len(row["input_ids"]) for row in split_rows)
         assert found["labelled_tokens"] == sum(map(len, labelled))
         assert found["labelled_units"] == sum(len(row["agent_units"]) for row in split_rows)
+        assert found["labelled_parts"] == {
+            "frame": 0,
+            "user_units": 0,
+            "user_text": sum(labels.index(13) + 1 for labels in labelled),  # with the newline
+            "agent_text": sum(labels.index(32001) - labels.index(13) for labels in labelled),  # with <|correspond|>
+            "agent_units": sum(len(row["agent_units"]) + 1 for row in split_rows),  # with the "▁"
+        }
+        runs = [
+            len(list(run))
+            for row in split_rows
+            for role in ("user", "agent")
+            for _, run in groupby(row[f"{role}_units"])
+        ]
+        assert found["distributions"]["units in a run"]["max"] == max(runs)
+        assert found["distributions"]["units in a run"]["mean"] == pytest.approx(np.mean(runs), abs=1e-4)
         assert (found["units"], found["distinct_units"]) == (units.total(), len(units))
         assert found["emotions"] == Counter(row[f"{role}_emotion"] for row in split_rows for role in ("user", "agent"))
         seconds = [row["agent_seconds"] for row in split_rows]
@@ -59,6 +75,8 @@ def test_stats_prints_the_numbers_and_draws_the_pictures_of_the_card(folder_copy
     main(["stats", str(folder_copy)])
     out = capsys.readouterr().out.splitlines()
     assert ["rows", "10", "3"] in [line.split() for line in out]
+    bars = out[out.index("tokens per row, train") + 1 : out.index("tokens per row, test") - 1]
+    assert sum(int(bar.split()[-1]) for bar in bars) == 10 and max(bar.count("#") for bar in bars) == 40
     tokens = sum(len(row["input_ids"]) for row in rows["train"])
     assert next(line.split() for line in out if line.startswith("tokens "))[1] == f"{tokens:,}"
     assert {name: (folder_copy / "pictures" / name).read_bytes() for name in CAPTIONS} == before

@@ -75,6 +75,9 @@ def test_extra_file_is_found(folder_copy, name):
         (lambda rows: relabel(rows[0], 0, 1), "labels differ from the encoded columns: token 0 is 1, not -100"),
         (lambda rows: relabel(rows[0], -3, -100), r"labels differ from the encoded columns: token \d+ is -100, not 28705"),
         (lambda rows: rows[0]["labels"].pop(), r"\d+ input_ids, but \d+ labels"),
+        (lambda rows: rows[0]["attention_mask"].pop(), r"attention_mask is not \d+ ones, one per token"),
+        (lambda rows: rows[0]["attention_mask"].__setitem__(5, 0), r"attention_mask is not \d+ ones, one per token"),
+        (lambda rows: rows[0].update(length=7), r"length is 7, but the row has \d+ tokens"),
         (lambda rows: rows[0].update(agent_text="other"), "input_ids differ from the encoded columns: token"),
         (lambda rows: rows[0].update(user_units=[60_000]), "user_units contains unit 60000"),
         (lambda rows: rows[0].update(user_text="<|correspond|>"), "part of a special token"),
@@ -112,7 +115,10 @@ def replace_table(folder, change):
     ("change", "what"),
     [
         (lambda table: table.append_column("more", pa.array([1])), "more"),
-        (lambda table: table.select(table.column_names[::-1]), "their order is labels, input_ids, "),
+        (
+            lambda table: table.select(table.column_names[::-1]),
+            "their order is length, attention_mask, labels, input_ids, ",
+        ),
     ],
 )
 def test_other_columns_are_found(folder_copy, change, what):
@@ -134,6 +140,9 @@ INT32S = pa.list_(pa.int32())
     ("change", "message"),
     [
         (lambda table: table.drop_columns(["labels"]), "has no column labels"),
+        # a folder of an earlier version
+        (lambda table: table.drop_columns(["attention_mask", "length"]), "has no column attention_mask"),
+        (set_column("attention_mask", [[1]]), r"column attention_mask is of type list<\w+: int64>"),
         (lambda table: pa.table({"x": [1]}), "has no column id"),
         (set_column("input_ids", [5]), "column input_ids is of type int64"),
         (set_column("input_ids", [["a"]]), r"column input_ids is of type list<\w+: string>"),

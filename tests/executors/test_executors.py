@@ -378,6 +378,14 @@ BAD_OPTIONS = [
     ({"executor": "slurm"}, "slurm lacks partition and time: give --slurm"),
     ({"executor": "slurm", "slurm": {"time": "1:00:00"}}, "slurm lacks partition: give --slurm"),
     ({"executor": "slurm", "slurm": SLURM | {"time": 86400}}, "slurm.time is 86400, a number: quote it"),
+    (
+        {"executor": "slurm", "slurm": SLURM | {"requeue": "[no"}},
+        "slurm.requeue is '[no': give a whole number, or true or",
+    ),
+    (
+        {"executor": "slurm", "slurm": SLURM | {"cpus_per_task": "many"}},
+        "slurm.cpus_per_task is 'many': give a whole numb",
+    ),
     ({"executor": "slurm", "slurm": SLURM | {"tasks": 2, "node": 1}}, "slurm has node, tasks, but takes only cond"),
 ]
 

@@ -1,26 +1,31 @@
+import errno
 import os
 import queue
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from dailytalk_usdm import DailyTalkUSDM
 from tests.helpers import REPOSITORY, command, content, inodes, options, wait_for, wait_for_end_of_group
-from usdm_sft import prepare as pipeline
 from usdm_sft.audio.reading import AudioError
+from usdm_sft.executors import devices
 from usdm_sft.prepare import prepare
 from usdm_sft.shards import workers
+from usdm_sft.units import reading
 from usdm_sft.units.model import UnitModel
+from usdm_sft.utils import processes
+from usdm_sft.utils.cache import ShardCache
 
 
 @pytest.fixture
 def two_processes(monkeypatch):
     """Two processes on the CPU in place of two GPUs."""
-    monkeypatch.setattr(pipeline, "_find_devices", lambda num_gpus: ["cpu", "cpu:0"])
+    monkeypatch.setattr(devices, "find_devices", lambda num_gpus: ["cpu", "cpu:0"])
 
 
 @pytest.mark.slow
@@ -50,7 +55,7 @@ def test_error_in_a_process_reaches_the_caller_and_prints_no_traceback(
     corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
     path = corpus / "data" / "8" / "0_1_d8.wav"
     after_the_first_pass(path, path.read_bytes()[:244])
-    with pytest.raises(AudioError, match=r"0_1_d8\.wav has 73 samples at 16 kHz") as caught:
+    with pytest.raises(AudioError, match=r"0_1_d8\.wav was changed during the run") as caught:
         prepare(**options(mini, unit_model, tmp_path, data_dir=str(corpus)))
     assert "in _run_process" in caught.value.__notes__[0]  # the traceback
     assert capfd.readouterr().err == ""
@@ -71,6 +76,25 @@ def test_audio_that_changes_during_the_run_is_refused_and_makes_no_unit_shard(
     assert content(tmp_path / "out") == undisturbed
 
 
+def test_audio_that_is_swapped_while_it_is_decoded_has_the_units_of_its_digest(
+    mini, unit_model, tmp_path, undisturbed, monkeypatch
+):
+    corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
+    path, other = corpus / "data" / "8" / "0_1_d8.wav", corpus / "data" / "3" / "0_0_d3.wav"
+    check, swapped = reading.read_unchanged, []
+
+    def swap_after_the_check(address, *rest):
+        contents = check(address, *rest)
+        if address == str(path):
+            swapped.append(path.write_bytes(other.read_bytes()))
+        return contents
+
+    monkeypatch.setattr(reading, "read_unchanged", swap_after_the_check)
+    prepare(**options(mini, unit_model, tmp_path, data_dir=str(corpus)))
+    assert len(swapped) == 1  # read once
+    assert content(tmp_path / "out") == undisturbed
+
+
 @pytest.mark.slow
 def test_process_that_dies_is_named_and_finished_work_is_kept(
     mini, unit_model, tmp_path, two_processes, undisturbed, monkeypatch
@@ -88,7 +112,7 @@ def test_process_that_dies_is_named_and_finished_work_is_kept(
     )
     with monkeypatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(REPOSITORY)]))
-        with pytest.raises(RuntimeError, match=r"the process on cpu.* died \(exit code -9\): start the run again"):
+        with pytest.raises(RuntimeError, match=r"a process died \(units on cpu.*, exit code -9\): start the run again"):
             prepare(**options(mini, unit_model, tmp_path))
     finished = inodes(tmp_path, "cache/units/*.arrow")
     assert finished
@@ -155,6 +179,92 @@ def test_more_gpus_than_this_machine_has(mini, unit_model, tmp_path):
         prepare(**options(mini, unit_model, tmp_path, num_gpus=99))
 
 
+def test_work_shards_that_overlap_give_the_bytes_of_one_after_the_other(
+    mini, unit_model, tmp_path, undisturbed, monkeypatch
+):
+    pipeline = workers._Pipeline
+    monkeypatch.setattr(workers, "_Pipeline", lambda *args, ahead: pipeline(*args, ahead=1))
+    prepare(**options(mini, unit_model, tmp_path))
+    assert content(tmp_path / "out") == undisturbed
+    assert not list(tmp_path.rglob("*.unfinished"))
+
+
+class Device:
+    """A `UnitTokenizer` that writes down what is asked of it."""
+
+    def __init__(self, done):
+        self.settings, self.fp32_fallback = {"device": "cuda"}, set()
+        self.done = done
+
+    def read_ahead(self, sources, digests):
+        self.done.append(f"read {sources[0]}")
+
+    def forget(self, sources):
+        self.done.append(f"forget {sources[0]}")
+
+    def start_files(self, sources, digests):
+        self.done.append(f"start {sources[0]}")
+
+        def finish():
+            self.done.append(f"finish {sources[0]}")
+            if "bad" in sources:
+                raise ValueError("bad")
+            return [[1, 2]] * len(sources), [0.5] * len(sources)
+
+        return finish
+
+
+def unit_shards(*names):
+    """Work shards of one file each; their keys begin with the name and therefore have different locks."""
+    return [workers.UnitShard(name * 16, [name], {name: "0" * 64}) for name in names]
+
+
+def test_device_gets_the_next_work_shard_before_the_file_of_this_one_is_written(tmp_path):
+    done = []
+    for shard, path in workers.make_unit_shards(
+        unit_shards("a", "b", "c", "d"), Device(done), ["cuda"], ShardCache(tmp_path)
+    ):
+        assert path.name.startswith(shard.key)
+        done.append(f"yield {shard.audio[0]}")
+    assert done == [
+        "read a", "read b", "start a", "read c", "start b", "finish a", "read d", "start c", "finish b", "yield a",
+        "start d", "finish c", "yield b", "finish d", "yield c", "yield d",
+    ]  # fmt: skip
+    assert len(list(tmp_path.glob("*.arrow"))) == 4
+
+
+@pytest.mark.parametrize(("names", "error", "kept"), [("ab", OSError, ""), (("a", "b", "bad", "c"), ValueError, "ab")])
+def test_errors_of_device_and_writer_surface_and_later_runs_are_not_blocked(tmp_path, monkeypatch, names, error, kept):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    level, shards = ShardCache(tmp_path), unit_shards(*names)
+    with monkeypatch.context() as patch:
+        if error is OSError:
+            patch.setattr(workers, "map_shard", full)
+        with pytest.raises(error, match=r"No space left on device|bad"):
+            list(workers.make_unit_shards(shards, Device([]), ["cuda"], level))
+    assert sorted(path.name[0] for path in tmp_path.glob("*.arrow")) == list(kept)
+    for shard in shards:
+        with level.claim(shard.key, wait=False) as claim:  # None would mean that a lock is still held
+            assert (claim.finished is not None) == (shard.audio[0] in kept)
+
+
+def test_run_that_waits_for_another_one_gives_up_its_own_claims_first(tmp_path):
+    level, done = ShardCache(tmp_path), []
+    shards = unit_shards("a", "b", "c")
+    other = level.claim(shards[1].key)
+    made = workers.make_unit_shards(shards, Device(done), ["cuda"], level)
+    assert next(made)[0] == shards[0]  # written although the second work shard is not available
+    with level.claim(shards[0].key, wait=False) as claim:
+        assert claim.finished is not None
+    path = other.write(lambda path: Path(path).write_bytes(b"of the other run"))
+    other.release()
+    assert [shard.audio[0] for shard, _ in made] == ["b", "c"]
+    assert path.read_bytes() == b"of the other run"
+    assert "start b" not in done and "forget b" in done
+
+
 class TwoArguments(Exception):
     def __init__(self, one, two):
         super().__init__(one)
@@ -164,12 +274,12 @@ class TwoArguments(Exception):
     "error", [TwoArguments("what was wrong", 2), type("Local", (ValueError,), {})("what was wrong")]
 )
 def test_error_that_cannot_be_pickled_keeps_its_message(error):
-    sent = workers._sendable(error)
+    sent = processes.sendable(error)
     assert type(sent) is RuntimeError and str(sent) == f"{type(error).__name__}: what was wrong"
 
 
 def test_error_that_can_be_pickled_keeps_its_class():
-    assert isinstance(workers._sendable(AudioError("bad")), AudioError)
+    assert isinstance(processes.sendable(AudioError("bad")), AudioError)
 
 
 class Queue:
@@ -188,24 +298,24 @@ class Queue:
 def test_processes_that_end_before_their_work_is_done():
     ended, running = SimpleNamespace(exitcode=0), SimpleNamespace(exitcode=None)
     results = Queue(lambda: None, lambda: (0, "a"))
-    assert list(workers._receive(results, {"cuda:0": ended, "cuda:1": running}, 1)) == [(0, "a")]
+    assert list(processes.receive(results, {"cuda:0": ended, "cuda:1": running}, 1)) == [(0, "a")]
     with pytest.raises(RuntimeError, match="the processes ended before their work was done"):
-        next(workers._receive(Queue(lambda: None), {"cuda:0": ended, "cuda:1": ended}, 1))
+        next(processes.receive(Queue(lambda: None), {"cuda:0": ended, "cuda:1": ended}, 1))
 
 
 def test_last_result_sent_right_before_the_exit_is_received():
     process = SimpleNamespace(exitcode=None)
     # The process sends its result and ends just after the timeout.
     late = Queue(lambda: setattr(process, "exitcode", 0), lambda: (0, "a"))
-    assert list(workers._receive(late, {"cuda:0": process}, 1)) == [(0, "a")]
+    assert list(processes.receive(late, {"cuda:0": process}, 1)) == [(0, "a")]
 
 
 SCRIPT = """
 import os
-from usdm_sft import prepare as pipeline
+from usdm_sft.executors import devices
 from usdm_sft.utils import processes
 
-pipeline._find_devices = lambda num_gpus: ["cpu", "cpu:0"]
+devices.find_devices = lambda num_gpus: ["cpu", "cpu:0"]
 print("the script runs")
 """
 
@@ -220,7 +330,7 @@ def script(folder, *lines):
 @pytest.mark.parametrize("executor", [{}, {"executor": "local", "tasks": 2}], ids=["processes", "tasks"])
 def test_script_without_a_main_guard(mini, unit_model, tmp_path, undisturbed, executor):
     given = options(mini, unit_model, tmp_path, **executor)
-    run = script(tmp_path, f"pipeline.prepare(**{given!r})")
+    run = script(tmp_path, "from usdm_sft.prepare import prepare", f"prepare(**{given!r})")
     done = subprocess.run(run, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "the script runs\n", "")
     assert content(tmp_path / "out") == undisturbed
@@ -261,8 +371,8 @@ def test_ctrl_c_with_several_processes_prints_one_line(mini, unit_model, tmp_pat
 @pytest.mark.slow
 def test_processes_end_when_their_parent_is_killed(mini, unit_model, tmp_path):
     code = (
-        "from usdm_sft import prepare as pipeline\n"
-        "pipeline._find_devices = lambda num_gpus: ['cpu', 'cpu:0']\n"
+        "from usdm_sft.executors import devices\n"
+        "devices.find_devices = lambda num_gpus: ['cpu', 'cpu:0']\n"
         "from usdm_sft.cli.main import main\n"
         "if __name__ == '__main__':\n"
         f"    main({command(mini, unit_model, tmp_path)[3:]!r})\n"

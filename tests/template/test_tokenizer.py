@@ -4,12 +4,13 @@ import shutil
 import subprocess
 import sys
 
+import datasets
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.mini_hub import serve
 from usdm_sft.template import tokenizer as module
-from usdm_sft.template.tokenizer import build_tokenizer, check_tokenizer, load_tokenizer
+from usdm_sft.template.tokenizer import build_tokenizer, check_tokenizer, load_tokenizer, save_tokenizer
 
 # Texts whose ids in the legacy form differ from those in any other form.
 HOSTILE = [
@@ -38,13 +39,41 @@ def test_folder_of_the_reference_gives_the_same_ids(tokenizer, shared):
 
 @pytest.mark.parametrize("model_config", [None, {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}])
 def test_auto_tokenizer_gives_the_same_ids_from_a_saved_folder(tokenizer, tmp_path, model_config):
-    tokenizer.save_pretrained(tmp_path)
+    save_tokenizer(tokenizer, tmp_path)
     if model_config:  # as in a training checkpoint
         (tmp_path / "config.json").write_text(json.dumps(model_config))
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert [loaded(text).input_ids for text in HOSTILE] == [tokenizer(text).input_ids for text in HOSTILE]
     assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id, len(loaded)) == (1, 2, 42002, 42003)
     assert load_tokenizer(tmp_path).backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+
+
+def test_a_saved_folder_names_a_class_that_transformers_4_knows(tokenizer, tmp_path):
+    save_tokenizer(tokenizer, tmp_path)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+TRANSFORMERS_4 = """
+import json, sys, transformers
+assert transformers.__version__.startswith("4.")
+loaded = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+print(json.dumps([len(loaded), [loaded(text).input_ids for text in json.load(sys.stdin)]]))
+"""
+
+
+@pytest.mark.skipif("USDM_TRANSFORMERS_4" not in os.environ, reason="needs a Python with transformers 4.57 (.ci/run)")
+def test_auto_tokenizer_of_transformers_4_gives_the_same_ids(encoder, dataset_folder):
+    rows = datasets.load_dataset("parquet", data_files=str(dataset_folder / "single_turn" / "*.parquet"), split="train")
+    texts = [*HOSTILE, *map(encoder.decode, rows["input_ids"])]
+    done = subprocess.run(
+        [os.environ["USDM_TRANSFORMERS_4"], "-c", TRANSFORMERS_4, str(dataset_folder / "tokenizer")],
+        input=json.dumps(texts), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    tokenizer = load_tokenizer(dataset_folder / "tokenizer")
+    size, ids = json.loads(done.stdout)
+    assert size == 42_003 and ids == [tokenizer(text).input_ids for text in texts]
+    assert ids[len(HOSTILE) :] == rows["input_ids"][:]
 
 
 def test_offline_tokenizer_is_loaded_by_its_name(tokenizer):
@@ -75,7 +104,7 @@ def test_tokenizer_without_units_is_refused(tokenizer, tmp_path):
     serialized = json.loads(tokenizer.backend_tokenizer.to_str())
     serialized["added_tokens"] = serialized["added_tokens"][:3]
     (tmp_path / "tokenizer.json").write_text(json.dumps(serialized))
-    with pytest.raises(ValueError, match=r"is not USTM's tokenizer: <\|continue\|> has id None instead of 32000"):
+    with pytest.raises(ValueError, match=r"has no <\|correspond\|>: add the tokens for units with `dailytalk-usdm tokenizer`"):
         load_tokenizer(tmp_path)
 
 
@@ -135,7 +164,7 @@ def test_error_for_a_tokenizer_with_huge_output_is_short(tokenizer, tmp_path):
 
 
 def test_check_returns_the_number_of_units():
-    assert check_tokenizer(build_tokenizer(num_units=100).backend_tokenizer) == 100
+    assert check_tokenizer(build_tokenizer(num_units=100).backend_tokenizer).num_units == 100
 
 
 def test_another_model_in_mistral_common_is_refused(tmp_path, monkeypatch):
@@ -154,7 +183,7 @@ import json, sys
 from usdm_sft.template.tokenizer import check_tokenizer, load_tokenizer
 token = sys.stdin.read()
 sizes = [
-    check_tokenizer(load_tokenizer("tester/tokenizer", sys.argv[1], revision=revision, token=token).backend_tokenizer)
+    check_tokenizer(load_tokenizer("tester/tokenizer", sys.argv[1], revision=revision, token=token).backend_tokenizer)[6]
     for revision in (None, "v1")
 ]
 print(json.dumps(sizes))

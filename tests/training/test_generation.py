@@ -48,7 +48,7 @@ def test_answer_to_an_empty_transcript(encoder, tokenizer):
 
 
 def test_bad_prompts(encoder):
-    with pytest.raises(ValueError, match="agent_text comes without user_text: give the transcript as well"):
+    with pytest.raises(ValueError, match="agent_text comes without user_text: give user_text as well"):
         encoder.prompt([1], agent_text="yes.")
     with pytest.raises(ValueError, match="user_units contains unit 10000"):
         encoder.prompt([10_000])

@@ -66,7 +66,8 @@ def test_an_utterance_that_overflows_gets_the_units_of_fp32(loud, mini, caplog):
     found, _ = tokenizer.tokenize_files([others[0], path, others[1], path])
     assert tokenizer.fp32_fallback == {path}
     warning = f"audio file {path}: the features are not finite in fp16: its units are computed in fp32"
-    assert [record.getMessage() for record in caplog.records] == [warning, warning]
+    own = [record.getMessage() for record in caplog.records if record.name == "usdm_sft.units.tokenizer"]
+    assert own == [warning, warning]
     [expected], _ = UnitTokenizer.from_pretrained(folder, device="cpu").tokenize_files([path])
     assert found[1].tolist() == found[3].tolist() == expected.tolist()
     beside, _ = tokenizer.tokenize_files(others)

@@ -162,6 +162,7 @@ CALLERS_SETTINGS = {
     "deterministic algorithms": lambda: setting(torch.use_deterministic_algorithms, True, False),
     "matmul precision high": lambda: setting(torch.set_float32_matmul_precision, "high", "highest"),
     "matmul precision medium": lambda: setting(torch.set_float32_matmul_precision, "medium", "highest"),
+    "attention": lambda: torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
     "oneDNN": lambda: setting(fp32_precision_of(torch.backends.mkldnn), "bf16", "none"),
     "oneDNN matmul": lambda: setting(fp32_precision_of(torch.backends.mkldnn.matmul), "bf16", "none"),
     "oneDNN conv": lambda: setting(fp32_precision_of(torch.backends.mkldnn.conv), "bf16", "none"),
@@ -179,7 +180,8 @@ def test_units_do_not_depend_on_the_callers_settings_of_torch(converted, wavefor
 
 
 @pytest.mark.parametrize(
-    ("precision", "front"), [("fp32", "ieee"), ("tf32", "tf32"), ("fp16", "ieee"), ("bf16", "ieee")]
+    ("precision", "front"),
+    [("fp32", "ieee"), ("tf32", "tf32"), ("fp16", "ieee"), ("bf16", "ieee"), ("fp16x3", "ieee"), ("bf16x3", "ieee")],
 )
 def test_float32_operations_run_in_the_precision_of_the_front(converted, monkeypatch, precision, front):
     model = UnitModel.from_pretrained(converted, precision)
@@ -194,6 +196,29 @@ def test_float32_operations_run_in_the_precision_of_the_front(converted, monkeyp
     with setting(fp32_precision_of(torch.backends.mkldnn.matmul), "bf16", "none"):
         model(torch.zeros(1, 400), torch.tensor([1]))
     assert found == [front, front, "ieee"]
+
+
+def test_settings_of_torch_in_a_forward_pass_are_its_own_and_the_callers_afterwards(converted, monkeypatch):
+    """cuDNN's attention builds a graph for each shape; products in float16 could be summed in float16."""
+    cublas = torch.backends.cuda.matmul
+    backends = [torch.nn.attention.SDPBackend.MATH, torch.nn.attention.SDPBackend.CUDNN_ATTENTION]
+
+    def settings():
+        attention = torch.backends.cuda
+        flags = [attention.cudnn_sdp_enabled(), attention.flash_sdp_enabled(), attention.math_sdp_enabled()]
+        return [*flags, cublas.allow_fp16_accumulation, torch.is_autocast_enabled("cpu")]
+
+    model = UnitModel.from_pretrained(converted)
+    found = []
+    monkeypatch.setattr(model, "nearest", lambda features: found.append(settings()) or features)
+    with (
+        torch.nn.attention.sdpa_kernel(backends),
+        torch.autocast("cpu"),
+        setting(lambda value: setattr(cublas, "allow_fp16_accumulation", value), True, False),
+    ):
+        model(torch.zeros(1, 400), torch.tensor([1]))
+        assert settings() == [True, False, True, True, True]
+    assert found == [[False, True, True, False, False]]
 
 
 def test_resampler_on_the_device_runs_without_the_callers_autocast(converted, monkeypatch, tmp_path):

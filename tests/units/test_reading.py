@@ -138,10 +138,10 @@ def test_cuda_tokenizer_that_is_pickled_into_a_forked_process(unit_model, monkey
 
 def test_sources_that_wait_are_not_read_after_an_error(monkeypatch):
     one_thread = ThreadPoolExecutor(1)
-    monkeypatch.setattr(reading, "ThreadPoolExecutor", lambda **options: one_thread)
+    monkeypatch.setattr(reading, "ThreadPoolExecutor", lambda *_, **__: one_thread)
     begun, held = [], threading.Event()
 
-    def read(source):
+    def read(source, contents):
         begun.append(source)
         if source == "held":
             held.wait(60)
@@ -158,6 +158,31 @@ def test_sources_that_wait_are_not_read_after_an_error(monkeypatch):
     held.set()
     reader._threads.shutdown()
     assert begun[0] == "bad" and not {"waiting", "forgotten"} & set(begun)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux lists them")
+def test_reader_threads_start_no_team_of_openmp_threads(tmp_path):
+    path = str(tmp_path / "odd.wav")
+    soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(80_001), 16_000)
+    counted = []
+
+    def read(source, contents):
+        before = len(os.listdir("/proc/self/task"))
+        waveform = reading.read_and_prepare(source, contents, normalization="fairseq")
+        counted.append(len(os.listdir("/proc/self/task")) - before)
+        return waveform
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        [waveform] = AudioReader(read).take([path])
+    finally:
+        torch.set_num_threads(num_threads)
+    assert counted == [0]
+    samples = torch.from_numpy(reading.read_waveform(path))
+    padded = torch.nn.functional.pad(samples, (0, 1), value=1.0)  # as the reference does
+    assert torch.equal(waveform.samples, torch.nn.functional.layer_norm(padded, padded.shape))
+    assert waveform.num_samples == 80_001
 
 
 def test_audio_seconds_is_the_length_in_the_header(tmp_path, two_seconds):
@@ -190,7 +215,7 @@ def test_streaming_reads_at_most_two_groups_ahead(unit_model, two_seconds, monke
     tokenizer = UnitTokenizer.from_pretrained(unit_model, device="cpu", batch_seconds=4)
     given = []
     read = reading.read_waveform
-    monkeypatch.setattr(reading, "read_waveform", lambda source: given.append(source) or read(source))
+    monkeypatch.setattr(reading, "read_waveform", lambda source, contents: given.append(source) or read(source))
     stream = stream_units(tokenizer, two_seconds)
     expected, _ = UnitTokenizer.from_pretrained(unit_model, device="cpu").tokenize_files(two_seconds)
     given.clear()
@@ -209,7 +234,7 @@ def test_a_bad_file_ends_the_stream_after_those_before_it(unit_model, two_second
     expected, _ = tokenizer.tokenize_files(two_seconds[:4])
     given = []
     read = reading.read_waveform
-    monkeypatch.setattr(reading, "read_waveform", lambda source: given.append(source) or read(source))
+    monkeypatch.setattr(reading, "read_waveform", lambda source, contents: given.append(source) or read(source))
     stream = stream_units(tokenizer, two_seconds)
     for units in expected:
         assert np.array_equal(next(stream), units)

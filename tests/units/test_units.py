@@ -26,6 +26,7 @@ from usdm_sft.convert.convert import convert
 from usdm_sft.units import process, reading
 from usdm_sft.units import tokenizer as module
 from usdm_sft.units.batches import normalize, padding_share, plan_batches
+from usdm_sft.units.columns import distinct_audio
 from usdm_sft.units.model import UnitModel
 from usdm_sft.units.precision import fp32_precision
 from usdm_sft.units.tokenizer import UnitTokenizer
@@ -90,6 +91,16 @@ def test_units_in_padded_batches_equal_the_reference(tokenizer, golden):
     for names in batches:
         for name, found in zip(names, tokenizer.tokenize_waveforms([waveforms[name] for name in names]), strict=True):
             assert_units(found, cases[name], name)
+
+
+@pytest.mark.parametrize("precision", ["fp16x3", "bf16x3"])
+def test_units_of_split_products_equal_the_reference(tokenizer, golden, precision):
+    cases, waveforms, _ = golden
+    split = tokenizer.with_settings(precision=precision)
+    for (name, case), found in zip(
+        cases.items(), split.tokenize_waveforms([waveforms[name] for name in cases]), strict=True
+    ):
+        assert_units(found, case, name)
 
 
 @pytest.mark.parametrize("batch_seconds", [0.5, 4, 1000])
@@ -159,7 +170,7 @@ def rows(mini):
 def test_each_audio_of_a_batch_is_tokenized_once(tokenizer, rows, monkeypatch):
     read = []
     real = reading.read_waveform
-    monkeypatch.setattr(reading, "read_waveform", lambda source: read.append(source) or real(source))
+    monkeypatch.setattr(reading, "read_waveform", lambda source, contents: read.append(source) or real(source))
     out = tokenizer(
         {"user_audio": rows["user_audio"], "agent_audio": [{"bytes": None, "path": p} for p in rows["agent_audio"]]}
     )
@@ -198,11 +209,12 @@ def test_the_same_file_twice_gives_its_units_twice(tokenizer, rows):
 
 
 def test_audio_that_was_read_ahead_is_used_or_forgotten(tokenizer, rows):
-    tokenizer.read_ahead_rows(rows)
+    sources, _ = distinct_audio(rows)
+    tokenizer.read_ahead(sources)
     assert len(tokenizer._reader) == 4
-    tokenizer.forget_rows(rows)
+    tokenizer.forget(sources)
     assert len(tokenizer._reader) == 0
-    tokenizer.read_ahead_rows(rows)
+    tokenizer.read_ahead(sources)
     tokenizer(rows)
     assert len(tokenizer._reader) == 0
 
@@ -261,8 +273,9 @@ def test_bad_settings_and_folders_are_refused(fairseq, tmp_path):
         UnitTokenizer.from_pretrained(fairseq, precision="fp8")
     with pytest.raises(ValueError, match="resampler 'sinc' is unknown: choose one of soxr, torchaudio"):
         UnitTokenizer.from_pretrained(fairseq, resampler="sinc")
-    with pytest.raises(ValueError, match="tf32 exists on CUDA only: use fp32 or bf16"):
-        UnitTokenizer.from_pretrained(fairseq, device="cpu", precision="tf32")
+    for precision in ("tf32", "fp16x3"):
+        with pytest.raises(ValueError, match=f"precision {precision} exists on CUDA only: use fp32 or bf16 on the CPU"):
+            UnitTokenizer.from_pretrained(fairseq, device="cpu", precision=precision)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device is cuda:1, but torch finds no CUDA device"):
             UnitTokenizer.from_pretrained(fairseq, device="cuda:1")
@@ -291,7 +304,7 @@ def test_out_of_memory_names_the_setting_to_change(fairseq, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(UnitModel, "forward", fail)
-    waveforms = [np.zeros(16_000 * seconds, np.float32) for seconds in (3, 4)]
+    waveforms = [np.zeros(num_samples, np.float32) for num_samples in (64_000, 63_999)]
     message = r"out of memory on cpu with a batch of 2 utterances and 8 s of audio: set --batch_seconds \(now 10\) to 4 or less"
     with pytest.raises(MemoryError, match=message):
         tokenizer.tokenize_waveforms(waveforms)
@@ -354,16 +367,37 @@ def test_rank_chooses_the_gpu(fairseq, rows, monkeypatch):
     assert Hasher.hash(tokenizer) == before
 
 
-def test_plan_is_by_length_and_fills_batches():
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_plan_is_by_length_and_fills_batches(device):
     seconds = 16_000
     lengths = [1 * seconds, 5 * seconds, 2 * seconds, 2 * seconds, 30 * seconds, 1 * seconds]
-    assert plan_batches(lengths, 10) == [[4], [1], [2, 3], [0, 5]]
-    assert plan_batches([7, 10, 9, 6, 10], 100) == [[1, 4, 2, 0], [3]]  # 6 is less than 0.7 of 10
-    assert plan_batches([100, 70], 100) == [[0, 1]] and plan_batches([100, 69], 100) == [[0], [1]]
-    assert plan_batches([16_000] * 5, 2) == [[0, 1], [2, 3], [4]]
-    assert plan_batches([], 10) == []
-    assert padding_share([[10, 9, 7]], 10) == 1 - 26 / 30
-    assert padding_share([[1], [1, 1]], 10) == padding_share([], 10) == 0
+    assert plan_batches(lengths, 10, device) == [[4], [1], [2, 3], [0, 5]]
+    assert plan_batches([16_000] * 5, 2, device) == [[0, 1], [2, 3], [4]]
+    assert plan_batches([], 10, device) == []
+    assert padding_share([[720], [400, 400]], 10, device) == padding_share([], 10, device) == 0
+
+
+def test_batch_on_cuda_holds_no_row_shorter_than_85_percent_of_its_longest():
+    assert plan_batches([9_000, 10_000, 8_600, 8_400, 10_000], 100, "cuda") == [[1, 4, 0, 2], [3]]
+    assert plan_batches([10_000, 8_500], 100, "cuda") == [[0, 1]]
+    assert plan_batches([10_000, 8_499], 100, "cuda") == [[0], [1]]
+    assert padding_share([[7_120, 6_800, 6_480]], 10, "cuda") == 1 - (22 + 21 + 20) / 66
+
+
+def test_batch_on_the_cpu_holds_rows_with_one_number_of_frames():
+    """720 to 1,039 samples make 2 frames."""
+    assert plan_batches([720, 1_040, 1_039, 719, 800], 100, "cpu") == [[1], [2, 4, 0], [3]]
+    assert padding_share([[720, 1_040, 1_039, 719, 800]], 100, "cpu") == 0
+
+
+def test_seconds_of_a_batch_depend_on_the_device(fairseq, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for device, seconds in (("cpu", 160.0), ("cuda", 320.0), ("cuda:1", 320.0)):
+        tokenizers = (
+            UnitTokenizer.from_pretrained(fairseq, device=device),
+            module.open_for(device, fairseq, precision="fp32", batch_seconds=None, resampler="soxr"),
+        )
+        assert [each.settings["batch_seconds"] for each in tokenizers] == [seconds, seconds]
 
 
 def test_fp32_precision_restores_the_callers_settings():

@@ -12,13 +12,13 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from usdm_sft.audio.addresses import disk_files, file_problem, open_file, parse_address
+from usdm_sft.audio.addresses import AddressError, disk_files, file_problem, open_file, parse_address
 from usdm_sft.audio.check import AudioCheck, check_audio
 from usdm_sft.audio.frames import resampled_length
 from usdm_sft.audio.reading import AudioError
@@ -92,19 +92,55 @@ def audio_digests(
     return {path: found(path, row) for path, row in zip(paths, rows, strict=True)}
 
 
-def check_unchanged(audio: Mapping[str, str]) -> None:
-    """Check that audio files still have the digests of the first pass, so that the cache holds no units of other audio.
+def read_unchanged(address: str, sha256: str, read_shared: Callable[[str], tuple[bytes, str]]) -> dict[str, bytes]:
+    """Read the files of an address and check their bytes against the digest of the first pass.
+
+    Units that are made from these bytes belong to the digest, whatever happens to the files meanwhile.
 
     Args:
-        audio: Address -> sha256.
+        address: Address of audio.
+        sha256: Its digest, as `audio_digests` found it.
+        read_shared: `read_file` with a cache, for recordings of which the address names a stretch.
+
+    Returns:
+        The bytes of each file, by its name in the address.
 
     Raises:
         AudioError: A file was changed or removed meanwhile.
     """
-    files = once_per_key(_digest_file)
-    for path, sha256 in audio.items():
-        if any(file_problem(stretch.file) for stretch in parse_address(path)) or _address_digest(path, files) != sha256:
-            raise AudioError(f"audio file {path} was changed during the run: let nothing write to it, and run again")
+    contents: dict[str, bytes] = {}
+    read = read_file if all(stretch.is_whole for stretch in parse_address(address)) else read_shared
+
+    def digest(file: str) -> str:
+        contents[file], found = read(file)
+        return found
+
+    reason = ""
+    try:
+        unchanged = _address_digest(address, digest) == sha256
+    except AddressError as error:
+        unchanged, reason = False, f" (it {error})"
+    if not unchanged:
+        raise AudioError(
+            f"audio file {address} was changed during the run{reason}: let nothing write to it, and run again"
+        )
+    return contents
+
+
+def read_file(file: str) -> tuple[bytes, str]:
+    """Return the bytes of a file or a member of an archive, and their sha256.
+
+    Raises:
+        AddressError: The file does not exist, is not a regular file, or cannot be read.
+    """
+    if problem := file_problem(file):
+        raise AddressError(problem)
+    try:
+        with open_file(file) as opened:
+            content = opened.read()
+    except OSError as error:
+        raise AddressError(f"cannot be read ({error.strerror})") from error
+    return content, hashlib.sha256(content).hexdigest()
 
 
 def _digest(
@@ -114,7 +150,7 @@ def _digest(
         remembered = memo.read(paths)
         found = {path: row for path in paths if (row := remembered.get(path)) and _is_valid(row, audio)}
         missing = [path for path in paths if path not in found]
-        bar = progress_bar(len(missing), "reading audio digests", "file", disable=len(missing) < _BATCH)
+        bar = progress_bar(len(missing), "reading recordings", "files", disable=len(missing) < _BATCH)
         files = once_per_key(_digest_file)  # a telephone call with a hundred turns is hashed once
         with bar, ThreadPoolExecutor(num_threads) as threads:
             for start in range(0, len(missing), _BATCH):

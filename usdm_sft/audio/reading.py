@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,14 @@ class AudioError(ValueError):
     """Audio that cannot become units. The message names file, reason and remedy."""
 
 
-def read_audio(source: str | Path | bytes) -> tuple[npt.NDArray[np.float32], int]:
+def read_audio(
+    source: str | Path | bytes, contents: Mapping[str, bytes] | None = None
+) -> tuple[npt.NDArray[np.float32], int]:
     """Read audio at its own sample rate.
 
     Args:
         source: A path or another address (`usdm_sft.audio.addresses`), or the bytes of an audio file.
+        contents: The bytes of each file of the address, if they were read already; no file is opened then.
 
     Returns:
         (num_samples,) float32 mono, and the sample rate in Hz.
@@ -38,7 +42,7 @@ def read_audio(source: str | Path | bytes) -> tuple[npt.NDArray[np.float32], int
         AudioError: soundfile cannot read the file, or a sample is NaN or infinite.
     """
     stretches = [Stretch("")] if isinstance(source, bytes) else parse_address(source)
-    read = [_read_stretch(source, stretch) for stretch in stretches]
+    read = [_read_stretch(source, stretch, contents) for stretch in stretches]
     if len({rate for _, rate in read}) > 1:
         raise AudioError(f"{describe(source)} has several sample rates: bring the recordings to one")
     samples = np.concatenate([samples for samples, _ in read]) if len(read) > 1 else read[0][0]
@@ -47,8 +51,10 @@ def read_audio(source: str | Path | bytes) -> tuple[npt.NDArray[np.float32], int
     return samples, read[0][1]
 
 
-def _read_stretch(source: str | Path | bytes, stretch: Stretch) -> tuple[npt.NDArray[np.float32], int]:
-    with _open(source, stretch.file) as file:
+def _read_stretch(
+    source: str | Path | bytes, stretch: Stretch, contents: Mapping[str, bytes] | None
+) -> tuple[npt.NDArray[np.float32], int]:
+    with _open(source, stretch.file) if contents is None else io.BytesIO(contents[stretch.file]) as file:
         try:
             with soundfile.SoundFile(skip_tags(file)) as sound:
                 samples = read_frames(sound, *find_frames(stretch, sound.samplerate, sound.frames))
@@ -62,11 +68,12 @@ def _read_stretch(source: str | Path | bytes, stretch: Stretch) -> tuple[npt.NDA
     return samples, rate
 
 
-def read_waveform(source: str | Path | bytes) -> npt.NDArray[np.float32]:
+def read_waveform(source: str | Path | bytes, contents: Mapping[str, bytes] | None = None) -> npt.NDArray[np.float32]:
     """Read audio at 16 kHz.
 
     Args:
         source: A path or another address (`usdm_sft.audio.addresses`), or the bytes of an audio file.
+        contents: As in `read_audio`.
 
     Returns:
         (num_samples,) float32 mono.
@@ -75,7 +82,7 @@ def read_waveform(source: str | Path | bytes) -> npt.NDArray[np.float32]:
         FileNotFoundError: The file does not exist.
         AudioError: soundfile cannot read the file, or a sample is NaN or infinite.
     """
-    samples, rate = read_audio(source)
+    samples, rate = read_audio(source, contents)
     if rate == SAMPLE_RATE:
         return samples
     resampled = soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ")

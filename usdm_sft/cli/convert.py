@@ -13,6 +13,10 @@ def convert(
 ) -> None:
     """Make a unit model folder from a wav2vec 2.0 or HuBERT checkpoint and k-means centroids.
 
+    Examples:
+        dailytalk-usdm convert xlsr2_1b_v2.pt kmeans_10k.npy unit_model
+        dailytalk-usdm convert hubert-large kmeans.npy unit_model --layer 18
+
     Args:
         checkpoint: A folder that transformers saved, or a .pt file of fairseq or fairseq2.
         kmeans: A .npy file of float32 centroids, one per row, at most 65,536.

@@ -14,23 +14,28 @@ from typing import Any
 
 from usdm_sft import __version__
 from usdm_sft.cli.convert import convert
+from usdm_sft.cli.demo import demo
+from usdm_sft.cli.doctor import doctor
 from usdm_sft.cli.prepare import prepare
 from usdm_sft.cli.share import export, push
 from usdm_sft.cli.show import show, stats
 from usdm_sft.cli.units import units
 from usdm_sft.cli.verify import verify
+from usdm_sft.config.help import finish_help, split_docstring
 from usdm_sft.config.parser import ConfigAction, Parser, add_config_arguments, add_function_arguments
 from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.utils.errors import find_full_disk
 from usdm_sft.utils.texts import printable
 
-_QUIET = "Show no progress bars. They are also off where stderr is not a terminal."
+_QUIET = "Show no progress: neither bars nor, where stderr is not a terminal, lines at intervals."
 
 _COMMANDS: dict[Callable[..., None], str] = {
+    demo: "the whole pipeline on a small corpus that the package ships",
+    doctor: "check the set-up before a run",
     prepare: "corpus folder -> dataset folder",
     convert: "checkpoint -> unit model folder",
     units: "audio files -> units",
-    export: "dataset folder -> the reference's text files",
+    export: "dataset folder -> files for other trainers",
     show: "examples, with the labelled tokens marked",
     stats: "numbers and pictures of a dataset folder",
     verify: "check a dataset folder",
@@ -38,22 +43,43 @@ _COMMANDS: dict[Callable[..., None], str] = {
 }
 
 
+_DRY_RUN = (
+    "Print what would be done and write nothing: rows, hours, what would be left out, work in the cache, bytes, and time "
+    "where a rate is known. No audio is computed, and the unit model is not downloaded."
+)
+
+# Commands that show progress bars, of their own or of a download.
+_WITH_PROGRESS = (demo, doctor, prepare, units, show, push)
+
+_EXAMPLES = [
+    "dailytalk-usdm demo                                  a first look, offline, without data",
+    "dailytalk-usdm prepare --help                        all options of a command",
+    "dailytalk-usdm --print_completion shtab-bash         a script for the shell (also shtab-zsh): docs/cli.md",
+]
+
+
 def make_parser() -> Parser:
     parser = Parser(prog="dailytalk-usdm", description="DailyTalk as training data for spoken-dialog language models.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subcommands(dest="command", required=True)
+    commands = parser.add_subcommands(
+        dest="command",
+        required=True,
+        title="commands",
+        description="'dailytalk-usdm COMMAND --help' explains each one.",
+    )
     for function, summary in _COMMANDS.items():
-        command = Parser(description=(function.__doc__ or "").split("\n\n    Args:")[0])
-        if function is prepare:
+        description, examples = split_docstring(function)
+        command = Parser(description=description)
+        if function in (prepare, doctor):
             command.add_argument(
                 "--config",
                 action=ConfigAction,
                 help="YAML file with any of the options below, or the name of one that the package ships: single_turn, "
                 "multi_turn.",
             )
-            add_config_arguments(command, PrepareConfig)
+            add_config_arguments(command, PrepareConfig, required=function is prepare)
         else:
-            add_function_arguments(command, function, skip={"private"})
+            add_function_arguments(command, function, skip={"private"}, positional={"demo_dir"})
         if function is push:
             private = command.add_mutually_exclusive_group()  # without either, the owner's default visibility holds
             private.add_argument(
@@ -65,9 +91,13 @@ def make_parser() -> Parser:
             private.add_argument(
                 "--public", dest="private", action="store_false", default=None, help="Create it public."
             )
-        if function in (prepare, push):
+        if function is prepare:
+            command.add_argument("--dry_run", action="store_true", help=_DRY_RUN)
+        if function in _WITH_PROGRESS:
             command.add_argument("--quiet", action="store_true", help=_QUIET)
+        finish_help(command, f"{parser.prog} {function.__name__}", examples)
         commands.add_subcommand(function.__name__, command, help=summary)
+    finish_help(parser, f"{parser.prog} COMMAND", _EXAMPLES)
     return parser
 
 
@@ -92,7 +122,7 @@ def main(args: list[str] | None = None) -> None:
             from usdm_sft.utils.progress import disable_progress_bars
 
             disable_progress_bars()
-        _check_names(options, "\0\ud800-\udfff" if command == "prepare" else "\0")
+        _check_names(options, "\0\ud800-\udfff" if command in ("prepare", "doctor") else "\0")
         {function.__name__: function for function in _COMMANDS}[command](**options)
     except KeyboardInterrupt:
         print(f"dailytalk-usdm {command}: interrupted; start it again, finished work is kept", file=sys.stderr)

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from usdm_sft.utils.texts import count_noun
 
 
-def export(dataset_dir: str, text_dir: str) -> None:
-    """Write train.txt and test.txt as train_sft.py of naver-ai/usdm reads them.
+def export(dataset_dir: str, output_dir: str, format: Literal["usdm", "arrow", "megatron"] = "usdm") -> None:
+    """Write the ids and labels of a dataset folder in the format of another trainer.
+
+    Examples:
+        dailytalk-usdm export dailytalk-usdm-data preprocessed
 
     Args:
         dataset_dir: A folder that prepare made.
-        text_dir: Where the text files go. Files of the same names are replaced.
+        output_dir: Where the files go. usdm and megatron replace files of the same names; arrow needs an empty folder.
+        format: usdm writes train.txt and test.txt as train_sft.py of naver-ai/usdm reads them; arrow a folder for tokenized_path of
+            LLaMA-Factory; megatron packed Parquet files for Megatron-Bridge.
     """
-    from usdm_sft.dataset_folder.export import export_text
+    from usdm_sft.dataset_folder import export as exporting
 
-    for split, num_lines in export_text(dataset_dir, text_dir).items():
-        print(f"{split}.txt: {count_noun(num_lines, 'line')}")
+    for split, num_rows in exporting.export(dataset_dir, output_dir, format=format).items():
+        print(
+            f"{split}.txt: {count_noun(num_rows, 'line')}"
+            if format == "usdm"
+            else f"{split}: {count_noun(num_rows, 'row')}"
+        )
 
 
 def push(
@@ -29,6 +40,10 @@ def push(
     """Verify a dataset folder and upload it to the Hub in one commit.
 
     It needs `hf auth login` or HF_TOKEN; a token on the command line would stay in the history of the shell.
+
+    Examples:
+        dailytalk-usdm push dailytalk-usdm-data USER/NAME --private
+        dailytalk-usdm push dailytalk-usdm-data USER/NAME --create_pr
 
     Args:
         dataset_dir: A folder that prepare made.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from usdm_sft.utils.json_files import print_json
 from usdm_sft.utils.texts import count_noun
 
 
@@ -18,6 +19,10 @@ def show(
     ids: bool = False,
 ) -> None:
     """Print examples with the labelled tokens marked, or write them to an HTML page.
+
+    Examples:
+        dailytalk-usdm show dailytalk-usdm-data --split test --index 7
+        dailytalk-usdm show dailytalk-usdm-data --html page.html --data_dir DailyTalk
 
     Args:
         dataset_dir: A folder that prepare made.
@@ -47,15 +52,29 @@ def show(
     print("\n\n".join(format_example(row, tokenizer, color=color, ids=ids) for row in rows))
 
 
-def stats(dataset_dir: str) -> None:
+def stats(dataset_dir: str, json: bool = False) -> None:
     """Print the numbers of a dataset folder, and draw the pictures of its card.
+
+    Examples:
+        dailytalk-usdm stats dailytalk-usdm-data
+        dailytalk-usdm stats dailytalk-usdm-data --json
 
     Args:
         dataset_dir: A folder that prepare made.
+        json: Print one JSON object with the numbers, as counts.json has them.
     """
+    from usdm_sft.corpus.manifest import UTTERANCES
     from usdm_sft.dataset_folder.layout import PICTURES, read_counts
-    from usdm_sft.dataset_folder.statistics import format_table
+    from usdm_sft.dataset_folder.statistics import format_histograms, format_table
     from usdm_sft.dataset_folder.writer import replace_pictures
 
-    print(format_table(replace_pictures(dataset_dir), read_counts(dataset_dir)["num_units"]))
+    statistics, counts = replace_pictures(dataset_dir), read_counts(dataset_dir)
+    summaries = {split: values.summary() for split, values in statistics.items()}
+    utterances = counts.get(UTTERANCES)
+    if json:
+        found = {"num_units": counts["num_units"], "splits": summaries}
+        print_json(found if utterances is None else found | {UTTERANCES: utterances})
+        return
+    print(format_table(summaries, counts["num_units"], utterances))
+    print(f"\n{format_histograms(statistics)}\n")
     print(f"pictures: {os.path.join(dataset_dir, PICTURES)}")

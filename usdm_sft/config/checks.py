@@ -15,6 +15,7 @@ MINIMUM = {
     "max_length": 1,
     "shard_dialogs": 1,
     "num_output_shards": 1,
+    "num_proc": 1,
     "agreement_utterances": 1,
     "tasks": 1,
     "num_gpus": 0,

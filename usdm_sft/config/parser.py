@@ -6,7 +6,8 @@ import difflib
 import importlib.resources
 import inspect
 import re
-from collections.abc import Callable, Collection
+import sys
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, get_origin, get_type_hints
@@ -15,14 +16,26 @@ from docstring_parser import parse_from_object
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings  # type: ignore[attr-defined]  # a re-export
 
 from usdm_sft.config.checks import describe_type
+from usdm_sft.config.help import HelpFormatter
 from usdm_sft.utils.texts import printable
 
 # A YAML file names values, not code to import; the docstrings of fields are their help.
-set_parsing_settings(import_path_denylist=["*"], docstring_parse_attribute_docstrings=True)
+set_parsing_settings(
+    import_path_denylist=["*"], docstring_parse_attribute_docstrings=True, add_print_completion_argument=True
+)
 
 
 class Parser(ArgumentParser):
-    """Tells wrong usage in two lines: where the options are explained, and the reason."""
+    """Takes options with - as well as with _, and tells wrong usage in two lines: where the options are explained, and the reason."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        options: dict[str, Any] = {"formatter_class": HelpFormatter, "allow_abbrev": True}
+        super().__init__(*args, **options | kwargs)
+
+    def parse_args(  # type: ignore[override]  # as in ArgumentParser of jsonargparse
+        self, args: Sequence[str] | None = None, *more: Any, **options: Any
+    ) -> Any:
+        return super().parse_args(_use_underscores(sys.argv[1:] if args is None else args), *more, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # jsonargparse tries something out
@@ -44,16 +57,48 @@ class Parser(ArgumentParser):
             return f"{name} is {value!r}: give {describe_type(hints[0])}" if hints else message
         if config := re.match(r'Parser key "(template)":\s+Unable to load config (.*)', message):
             return f"{config[1]} is {config[2]}: give names and values, such as {{user_role: Caller}}, or a YAML file such as ./template.yaml"
-        unknown = re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)", message)
+        if command := re.match(r"argument command: invalid choice: '(.*)' \(choose from ", message, re.DOTALL):
+            return f"there is no command {command[1]!r}{_did_you_mean(command[1], self._commands())}: choose one of {', '.join(self._commands())}"
+        if 'expected "command" to be one of' in message:
+            return f"the command is missing: name one of {', '.join(self._commands())}"
+        if (
+            message.startswith("argument --print_completion: invalid choice: 'shtab-")
+            and "shtab-bash" not in message[60:]
+        ):
+            return "completion needs shtab: pip install 'dailytalk-usdm[completion]'"
+        unknown = re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.-]+)", message)
         options = [option.removeprefix("--") for action in actions for option in action.option_strings]
-        if unknown and (near := difflib.get_close_matches(unknown[1], options, n=1)):
-            return f"{message.rstrip()} (did you mean {near[0]}?)"
+        if unknown:
+            return message.rstrip() + _did_you_mean(unknown[1].replace("-", "_"), options)
         return message
+
+    def _commands(self) -> list[str]:
+        return [name for action in self._actions if isinstance(action.choices, dict) for name in action.choices]
 
     def _command_parsers(self) -> list[ArgumentParser]:
         return [
             parser for action in self._actions if isinstance(action.choices, dict) for parser in action.choices.values()
         ]
+
+
+def _use_underscores(words: Sequence[str]) -> list[str]:
+    """Replace - by _ in the names of options, which are defined with _; values and what follows -- stay as they are."""
+    end = list(words).index("--") if "--" in words else len(words)
+    options = [re.sub(r"(?<=\w)-", "_", name) + rest for name, rest in (_split_option(word) for word in words[:end])]
+    return [*options, *words[end:]]
+
+
+def _split_option(word: str) -> tuple[str, str]:
+    """Split a word into the name of an option ("" if it is none) and the rest; the rest of an option begins with =."""
+    if not word.startswith("--"):
+        return "", word
+    name, equals, value = word.partition("=")
+    return name, equals + value
+
+
+def _did_you_mean(word: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, names, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 class ConfigAction(ActionConfigFile):
@@ -66,11 +111,16 @@ class ConfigAction(ActionConfigFile):
         super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]  # jsonargparse has no annotation
 
 
-def add_config_arguments(parser: ArgumentParser, config: type) -> None:
+def add_config_arguments(parser: ArgumentParser, config: type, *, required: bool = True) -> None:
     """Add an option for each field of a config dataclass, in one group for each of its base classes.
 
     The docstring of a base class is the title of its group, and the docstring of a field is its help. A field of type bool is
     a flag.
+
+    Args:
+        parser: The parser of the command.
+        config: The dataclass.
+        required: Whether fields without a default are required on the command line.
     """
     for group in config.__bases__:
         hints = get_type_hints(group)
@@ -81,12 +131,30 @@ def add_config_arguments(parser: ArgumentParser, config: type) -> None:
         helps = _help_texts(group)
         for name in flags:
             container.add_argument(f"--{name}", action="store_true", help=helps[name])
+    for action in parser._actions:
+        if action.option_strings == ["--template"]:
+            action.help = "The four options below in one: a YAML file, or names and values such as {user_role: Caller}."
+    if not required:
+        for action in parser._actions:
+            action.required = False
 
 
-def add_function_arguments(parser: ArgumentParser, function: Callable[..., Any], *, skip: Collection[str] = ()) -> None:
+def add_function_arguments(
+    parser: ArgumentParser,
+    function: Callable[..., Any],
+    *,
+    skip: Collection[str] = (),
+    positional: Collection[str] = (),
+) -> None:
     """Add the parameters of a function: positional ones where they have no default, flags for bool, options for the rest.
 
     The docstring of the function is the help.
+
+    Args:
+        parser: The parser of the command.
+        function: The function of the command.
+        skip: Parameters to leave out.
+        positional: Parameters with a default that are positional all the same; they may be left out on the command line.
     """
     hints, helps = get_type_hints(function), _help_texts(function)
     done: set[str | int] = set(skip)
@@ -96,12 +164,14 @@ def add_function_arguments(parser: ArgumentParser, function: Callable[..., Any],
         if parameter.default is parameter.empty:
             several = {"nargs": "+", "type": str} if get_origin(hints[name]) is list else {"type": hints[name]}
             parser.add_argument(name, help=helps[name], **several)
+        elif name in positional:
+            parser.add_argument(name, help=helps[name], nargs="?", type=hints[name], default=parameter.default)
         elif hints[name] is bool:
             parser.add_argument(f"--{name}", action="store_true", help=helps[name])
         else:
             continue
         done.add(name)
-    parser.add_function_arguments(function, skip=done)
+    parser.add_function_arguments(function, as_group=False, skip=done)
 
 
 def _help_texts(documented: Any) -> dict[str, str]:

@@ -12,8 +12,9 @@ from typing import Literal, get_type_hints
 
 from usdm_sft.config.checks import check_settings
 from usdm_sft.corpus.examples import SINGLE_TURN, check_config
+from usdm_sft.corpus.hub import is_hub_corpus
 from usdm_sft.template.config import MAX_LENGTH, REFERENCE, USTM, Template
-from usdm_sft.units.settings import BATCH_SECONDS, PrecisionName, ResamplerName
+from usdm_sft.units.settings import PrecisionName, ResamplerName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +77,14 @@ class UnitModelOptions:
     one."""
 
     precision: PrecisionName = "fp32"
-    """fp32 (as the reference), tf32, fp16 or bf16."""
+    """fp32 (as the reference), tf32, fp16, bf16, fp16x3 or bf16x3."""
 
     resampler: ResamplerName = "soxr"
     """soxr (as the reference) or torchaudio (on the device; needs the extra torchaudio)."""
 
-    batch_seconds: float = BATCH_SECONDS
-    """Seconds of audio, padding included, in one forward pass."""
+    batch_seconds: float | None = None
+    """Seconds of audio, padding included, in one forward pass. By default 160 on the CPU, where only utterances with the same
+    number of frames share a pass, and 320 on CUDA."""
 
     agreement_utterances: int = 64
     """Number of utterances on which the share of units equal to those of fp32 and soxr is measured, where precision or
@@ -96,6 +98,10 @@ class ComputeOptions:
     num_gpus: int | None = None
     """GPUs to use, one process each; all of them by default. 0 means the CPU. With the executors ray and slurm each task
     has one GPU, unless this is 0."""
+
+    num_proc: int | None = None
+    """Largest number of processes that make token shards and Parquet files. By default one per core that this process may
+    use. A small corpus needs none."""
 
     shard_dialogs: int = 64
     """Number of dialogs in a work shard. A crash loses at most the work shards in progress."""
@@ -121,9 +127,14 @@ class OutputOptions:
     shuffle_seed: int | None = None
     """Shuffle the rows of each split with this seed. By default rows are in order of dialog and turn."""
 
+    keep_audio: bool = False
+    """Put the recordings into the folder as well, as a second config named utterances: one row for each turn, with text, audio and
+    units. The pushed folder is then a corpus (data_dir hub:USER/NAME), and the viewer of the Hub plays it. It has the size of
+    the audio. The card says what publishing it means."""
+
     overwrite: bool = False
-    """Write into an output folder that holds something else. Its README.md, counts.json, pictures, tokenizer and the folder
-    of the config are replaced."""
+    """Write into an output folder that holds something else. Its README.md, counts.json, pictures, tokenizer, utterances and the
+    folder of the config are replaced."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,3 +169,14 @@ class PrepareConfig(CorpusOptions, TokenizerOptions, UnitModelOptions, ComputeOp
         check_config(self.config_name, self.history)
         if self.executor is None and (self.tasks != 1 or self.slurm is not None):
             raise ValueError("tasks and slurm are options of an executor: name one with --executor")
+        if self.data_files and is_hub_corpus(self.data_dir):
+            raise ValueError(
+                f"data_dir is {self.data_dir}, a dataset of the Hub with splits of its own: leave out the metadata paths"
+            )
+
+    @property
+    def data_files(self) -> dict[str, str] | None:
+        """The absolute path of each split list or manifest that is named, or None if none is."""
+        lists = {"train": self.train_metadata_path, "test": self.test_metadata_path}
+        named = {split: str(Path(path).expanduser().resolve()) for split, path in lists.items() if path is not None}
+        return named or None

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.convert.keys import to_transformers
-from usdm_sft.convert.model_config import cut_config
+from usdm_sft.convert.model_config import XLSR_1B, XLSR_LAYER, cut_config
 from usdm_sft.convert.transformers_folder import (
     read_folder_config,
     read_folder_weights,
@@ -33,28 +33,6 @@ from usdm_sft.units.model import empty_model
 from usdm_sft.utils.cache import cache_root, path_lock, sha256_file
 from usdm_sft.utils.json_files import read_json
 from usdm_sft.utils.texts import first_line
-
-# The layer that the reference's k-means was fit on; its 34 counts from 0.
-XLSR_LAYER = 35
-
-# transformers' config of XLS-R 1B (facebook/wav2vec2-xls-r-1b).
-XLSR_1B = {
-    "hidden_size": 1280,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 16,
-    "intermediate_size": 5120,
-    "hidden_act": "gelu",
-    "feat_extract_norm": "layer",
-    "feat_extract_activation": "gelu",
-    "do_stable_layer_norm": True,
-    "conv_bias": True,
-    "conv_dim": [512] * 7,
-    "conv_kernel": [10, 3, 3, 3, 3, 2, 2],
-    "conv_stride": [5, 2, 2, 2, 2, 2, 2],
-    "num_conv_pos_embeddings": 128,
-    "num_conv_pos_embedding_groups": 16,
-    "layer_norm_eps": 1e-5,
-}
 
 
 def convert(

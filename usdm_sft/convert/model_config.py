@@ -9,6 +9,28 @@ from usdm_sft.audio.frames import FRAME_SAMPLES, MIN_SAMPLES
 
 MODEL_TYPES = {"wav2vec2": "Wav2Vec2Model", "hubert": "HubertModel"}
 
+# The layer that the reference's k-means was fit on; its 34 counts from 0.
+XLSR_LAYER = 35
+
+# transformers' config of XLS-R 1B (facebook/wav2vec2-xls-r-1b).
+XLSR_1B = {
+    "hidden_size": 1280,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 16,
+    "intermediate_size": 5120,
+    "hidden_act": "gelu",
+    "feat_extract_norm": "layer",
+    "feat_extract_activation": "gelu",
+    "do_stable_layer_norm": True,
+    "conv_bias": True,
+    "conv_dim": [512] * 7,
+    "conv_kernel": [10, 3, 3, 3, 3, 2, 2],
+    "conv_stride": [5, 2, 2, 2, 2, 2, 2],
+    "num_conv_pos_embeddings": 128,
+    "num_conv_pos_embedding_groups": 16,
+    "layer_norm_eps": 1e-5,
+}
+
 
 def cut_config(config: dict[str, Any], path: str | Path | None, layer: int, *, final_norm: bool) -> dict[str, Any]:
     """Return the config of the model cut to `layer` layers, for inference only.

@@ -10,9 +10,10 @@ from typing import Any
 
 from filelock import FileLock
 
-from usdm_sft.convert.convert import XLSR_LAYER, convert
+from usdm_sft.convert.convert import convert
+from usdm_sft.convert.model_config import XLSR_LAYER
 from usdm_sft.units.folder import DESCRIPTION, read_description
-from usdm_sft.units.hub import find_folder
+from usdm_sft.units.hub import find_cached_folder, find_folder
 from usdm_sft.utils.atomic import replace_text
 from usdm_sft.utils.cache import cache_root, sha256_file
 from usdm_sft.utils.download import download
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 PUBLISHED = "xlsr2_1b_v2"
 PUBLISHED_URL = "https://dl.fbaipublicfiles.com/seamlessM4T/models/unit_extraction"
 PUBLISHED_FILES = ("xlsr2_1b_v2.pt", "kmeans_10k.npy")
+CONVERTED_BYTES = 2_800_000_000  # the unit model folder that is made from them
 KNOWN_DIGESTS: dict[str, str] = {}  # file name -> sha256, checked before the file is opened
 
 
@@ -41,13 +43,26 @@ def find_unit_model(name_or_path: str | Path, model_cache_dir: str | Path | None
     """
     folder = Path(name_or_path).expanduser()
     if str(name_or_path) == PUBLISHED and not folder.is_dir():
-        cache = cache_root() / "unit_models" if model_cache_dir is None else Path(model_cache_dir).expanduser()
+        cache = model_cache(model_cache_dir)
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{PUBLISHED}.lock"):
             return _download_and_convert(cache / PUBLISHED, cache)
     folder = find_folder(name_or_path, cache_dir=model_cache_dir)
     read_description(folder)
     return folder
+
+
+def model_cache(model_cache_dir: str | Path | None = None) -> Path:
+    """Return `model_cache_dir`, or by default the folder `unit_models` in this package's cache."""
+    return cache_root() / "unit_models" if model_cache_dir is None else Path(model_cache_dir).expanduser()
+
+
+def locate_unit_model(name_or_path: str | Path, model_cache_dir: str | Path | None = None) -> Path | None:
+    """Return the unit model folder that `find_unit_model` would return without a download, or None."""
+    if str(name_or_path) == PUBLISHED and not Path(name_or_path).is_dir():
+        folder = model_cache(model_cache_dir) / PUBLISHED
+        return folder if (folder / DESCRIPTION).is_file() else None
+    return find_cached_folder(name_or_path, cache_dir=model_cache_dir)
 
 
 def _download_and_convert(folder: Path, cache: Path) -> Path:

@@ -5,6 +5,8 @@ from typing import Any
 import datasets
 
 ROLES = ("user", "agent")
+# Columns of a dataset folder that follow from `input_ids`. Some trainers require them (axolotl), others sample rows by length.
+TRAINER_COLUMNS = ("attention_mask", "length")
 
 
 class StoredAudio(datasets.Audio):  # type: ignore[misc]  # datasets has no types
@@ -54,6 +56,8 @@ def folder_features(*, lists: bool) -> datasets.Features:
     | `*_seconds` | float32 | duration of the recording |
     | `input_ids` | list of int32 | token ids of the row |
     | `labels` | list of int32 | the token id where it is labelled, otherwise -100 |
+    | `attention_mask` | list of int8 | 1 for every token |
+    | `length` | int32 | number of tokens |
 
     `*` is `user` or `agent`.
 
@@ -62,7 +66,34 @@ def folder_features(*, lists: bool) -> datasets.Features:
     """
     units = {"units": datasets.Sequence(datasets.Value("uint16")), "seconds": datasets.Value("float32")}
     tokens = {name: datasets.Sequence(datasets.Value("int32")) for name in ("input_ids", "labels")}
-    return datasets.Features({**_features({**_texts(), **units}, lists=lists), **tokens})
+    trainer = {"attention_mask": datasets.Sequence(datasets.Value("int8")), "length": datasets.Value("int32")}
+    return datasets.Features({**_features({**_texts(), **units}, lists=lists), **tokens, **trainer})
+
+
+def utterance_features() -> datasets.Features:
+    """Return the columns of the config `utterances` of a dataset folder: those of a manifest, with the recording, and its units.
+
+    | column | type | meaning |
+    |---|---|---|
+    | `dialog` | string | the dialog, such as "d23" |
+    | `turn` | int32 | the turn in its dialog |
+    | `speaker`, `text`, `emotion` | string | as in the corpus |
+    | `audio` | Audio | the recording, in a form that browsers play (`usdm_sft.audio.playable`) |
+    | `units` | list of uint16 | one unit per 20 ms frame |
+    | `seconds` | float32 | duration of the recording |
+
+    `audio`, `units` and `seconds` are null where bad audio was left out.
+    """
+    return datasets.Features(
+        {
+            "dialog": datasets.Value("string"),
+            "turn": datasets.Value("int32"),
+            **_texts(),
+            "audio": datasets.Audio(),
+            "units": datasets.Sequence(datasets.Value("uint16")),
+            "seconds": datasets.Value("float32"),
+        }
+    )
 
 
 def _texts() -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """A corpus on the Hub as manifests and recordings in the cache.
 
-The dataset has the columns of a manifest. Its audio is in the rows, or in files of the dataset repository. Other files are
-refused: an untrusted dataset could otherwise read files of the user and put their sound into the output.
+The dataset has the columns of a manifest; of a dataset folder that was prepared with `--keep_audio`, the config `utterances` is
+read. Its audio is in the rows, or in files of the dataset repository. Other files are refused: an untrusted dataset could
+otherwise read files of the user and put their sound into the output.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usdm_sft.audio.addresses import absolute_file, disk_files
-from usdm_sft.corpus.manifest import OPTIONAL, REQUIRED
+from usdm_sft.corpus.manifest import OPTIONAL, REQUIRED, UTTERANCES
 from usdm_sft.corpus.problems import CorpusError, add_problem
 from usdm_sft.utils.atomic import write_then_replace
 from usdm_sft.utils.cache import cache_root, path_lock
@@ -45,7 +46,7 @@ def fetch_corpus(name: str, cache_dir: str | Path | None = None) -> dict[str, Pa
 
     Raises:
         OSError: The dataset cannot be loaded.
-        ValueError: A column of a manifest is missing.
+        ValueError: A column of a manifest is missing, or a folder here has the name of the dataset.
         CorpusError: A row names audio outside the dataset; the message names each such row.
     """
     import datasets  # slow to import, and needed for a corpus on the Hub only
@@ -53,8 +54,15 @@ def fetch_corpus(name: str, cache_dir: str | Path | None = None) -> dict[str, Pa
     from huggingface_hub.file_download import repo_folder_name
 
     repository, _, revision = name.removeprefix(PREFIX).partition("@")
+    if Path(repository).exists():  # datasets would read it in place of the dataset on the Hub
+        raise ValueError(
+            f"{PREFIX}{repository} names a dataset of the Hub, but {Path(repository).resolve()} exists here and would be "
+            "read in its place: run the command in another folder"
+        )
     try:
         builder = datasets.load_dataset_builder(repository, revision=revision or None)
+        if UTTERANCES in builder.builder_configs:
+            builder = datasets.load_dataset_builder(repository, UTTERANCES, revision=revision or None)
         check_data_files(repository, builder.config.data_files)
         builder.download_and_prepare()
         splits = builder.as_dataset()
@@ -107,7 +115,7 @@ def _write_manifest(rows: Dataset, name: str, files: Path, cache: Path) -> Path:
         problems: list[str] = []
         with write_then_replace(manifest) as file:
             for number, row in enumerate(rows):
-                row["audio"], problem = _write_audio(row["audio"], folder, files)
+                row["audio"], problem = _write_audio(row["audio"], number, folder, files)
                 if problem is not None:
                     add_problem(problems, f"{name}, row {number}: {problem}")
                 file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
@@ -116,8 +124,14 @@ def _write_manifest(rows: Dataset, name: str, files: Path, cache: Path) -> Path:
     return manifest
 
 
-def _write_audio(audio: Any, folder: Path, files: Path) -> tuple[Any, str | None]:
-    """Return the path of a recording and what is wrong with it; bytes become a file with their sha256 as its name."""
+def _write_audio(audio: Any, number: int, folder: Path, files: Path) -> tuple[Any, str | None]:
+    """Return the path of the recording of a row and what is wrong with it.
+
+    Bytes become a file with their sha256 as its name. A row without a recording gets the name of a file that does not exist, which
+    `on_bad_audio` then decides about as it does about any missing file.
+    """
+    if audio is None:
+        return f"no recording in row {number}", None
     content, path = (audio.get("bytes"), audio.get("path")) if isinstance(audio, dict) else (None, audio)
     if isinstance(path, bytes):  # a column of type binary
         content = path

@@ -23,6 +23,7 @@ from usdm_sft.utils.texts import CONTROL, LineError, first_line, quote, read_lim
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 REQUIRED = ("dialog", "turn", "speaker", "text", "audio")
 OPTIONAL = ("start", "end", "channel", "emotion")
+UTTERANCES = "utterances"  # the config of a dataset folder with these columns, and audio in them (--keep_audio)
 MAX_TURN = 2**31 - 1
 MAX_NAME = 200  # characters of a dialog or speaker
 

@@ -55,6 +55,16 @@ def fetch_split_lists(cache_dir: str | Path | None = None, *, url: str | None = 
     return lists
 
 
+def cached_split_lists(cache_dir: str | Path | None = None) -> dict[str, Path] | None:
+    """Return the lists that `fetch_split_lists` would return without a download, or None."""
+    folder = cache_root(cache_dir) / "split_lists"
+    lists = {split: folder / name for split, (name, _) in SPLIT_LISTS.items()}
+    complete = all(
+        lists[split].is_file() and sha256_file(lists[split]) == sha256 for split, (_, sha256) in SPLIT_LISTS.items()
+    )
+    return lists if complete else None
+
+
 def are_published_lists(digests: Mapping[str, str]) -> bool:
     """Return True if every list is one that DailyTalk publishes, under any name.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import importlib.resources
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,13 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from tokenizers import Tokenizer
 
 from usdm_sft.corpus.examples import MULTI_TURN, has_lists
+from usdm_sft.corpus.features import folder_features
+from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.corpus.published_lists import DAILYTALK
+from usdm_sft.dataset_folder.example_picture import EXAMPLE
 from usdm_sft.dataset_folder.pictures import CAPTIONS
 from usdm_sft.template.config import OFFLINE, REFERENCE
+from usdm_sft.template.parts import ROW_PARTS
 from usdm_sft.template.tokenizer import NUM_UNITS
 from usdm_sft.template.view import format_example
 from usdm_sft.utils.texts import count_noun
@@ -53,6 +57,8 @@ MEANINGS = {
     "seconds": "length of the audio in seconds",
     "input_ids": "the row in the template, BOS and EOS included",
     "labels": "the id of each labelled token, -100 for all others; not shifted",
+    "attention_mask": "1 for every token, for trainers that require the column",
+    "length": "number of tokens, for sampling by length",
 }
 
 
@@ -63,6 +69,7 @@ def make_card(
     counts: Mapping[str, Any],
     files: Mapping[str, Sequence[Path]],
     tokenizer: Tokenizer,
+    other_info: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """README.md of a dataset folder.
 
@@ -73,18 +80,23 @@ def make_card(
         counts: The content of counts.json, with the statistics.
         files: The Parquet files of each split.
         tokenizer: Spells the ids of the example.
+        other_info: Entries of `dataset_info` for other configs of the folder.
     """
-    data = _make_metadata(config_name, splits, num_bytes, counts, files)
-    features = next(iter(splits.values())).features
+    lists = has_lists(config_name, counts["settings"]["history"])
+    features = folder_features(lists=lists)
+    data = _make_metadata(config_name, features, splits, num_bytes, counts, files)
+    if other_info:
+        data["dataset_info"] = [data["dataset_info"], *other_info]
     [first, *_] = files.values()
     template = importlib.resources.files("usdm_sft.dataset_card") / "template.md"
     card = DatasetCard.from_template(
         data,
         template_str=template.read_text(encoding="utf-8"),
         config_name=config_name,
-        columns=_columns(features, config_name, counts["settings"]["history"]),
+        columns=_columns(features, config_name, lists=lists),
         counts=counts,
         settings=counts["settings"],
+        utterances=counts.get(UTTERANCES),
         is_dailytalk=counts["corpus"] == DAILYTALK,
         lists={"manifest": "manifests", "manifest and split list": "lists"}.get(counts["corpus"], "split lists"),
         has_reference_words=_words(counts["settings"]["template"]) == _words(vars(REFERENCE)),
@@ -98,12 +110,15 @@ def make_card(
         plain=_plain,
         example=format_example(pq.ParquetFile(first[0]).read_row_group(0)[:1].to_pylist()[0], tokenizer, color=False),
         pictures=CAPTIONS,
+        parts=ROW_PARTS,
+        example_picture=EXAMPLE,
     )
     return f"{card}\n"
 
 
 def _make_metadata(
     config_name: str,
+    features: Features,
     splits: Mapping[str, Dataset],
     num_bytes: Mapping[str, int],
     counts: Mapping[str, Any],
@@ -114,7 +129,7 @@ def _make_metadata(
     for split, rows in splits.items():
         split_infos.add(SplitInfo(split, num_bytes[split], len(rows)))
     info = DatasetInfo(
-        features=next(iter(splits.values())).features,
+        features=features,
         splits=split_infos,
         download_size=sum(path.stat().st_size for paths in files.values() for path in paths),
         dataset_size=sum(num_bytes.values()),
@@ -126,21 +141,27 @@ def _make_metadata(
         "task_categories": [task for part, task in TASKS.items() if part in loss],
         "tags": TAGS,
         "size_categories": next((name for limit, name in SIZES.items() if num_rows < limit), LARGEST),
-        "configs": data_configs(config_name, splits),
+        "configs": data_configs(counts),
         "dataset_info": {"config_name": config_name, **info._to_yaml_dict()},
     }
     return DatasetCardData(**metadata)
 
 
-def data_configs(config_name: str, splits: Iterable[str]) -> list[dict[str, Any]]:
+def data_configs(counts: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The `configs` of the YAML: the data files of this folder and no others."""
-    data_files = [{"split": split, "path": f"{config_name}/{split}-*.parquet"} for split in splits]
-    return [{"config_name": config_name, "data_files": data_files, "default": True}]
+    configs = [
+        {
+            "config_name": name,
+            "data_files": [{"split": split, "path": f"{name}/{split}-*.parquet"} for split in counts["splits"]],
+        }
+        for name in (counts["config"], UTTERANCES)
+        if name == counts["config"] or name in counts
+    ]
+    return [configs[0] | {"default": True}, *configs[1:]]
 
 
-def _columns(features: Features, config_name: str, history: int) -> list[tuple[str, str, str]]:
+def _columns(features: Features, config_name: str, *, lists: bool) -> list[tuple[str, str, str]]:
     """Name, type and meaning of every column."""
-    lists = has_lists(config_name, history)
     which = "first user turn of the row" if config_name == MULTI_TURN else "last user turn of the row"
     meanings = MEANINGS | ({"turn": f"number of the {which} in its dialog"} if lists else {})
 

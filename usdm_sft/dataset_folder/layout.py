@@ -3,8 +3,9 @@
     README.md                                    dataset card; its YAML names the files and the features
     counts.json                                  counts, statistics, what was left out and why, digests, versions
     single_turn/train-00000-of-00064.parquet     ...
+    utterances/train-00000-of-00012.parquet      with keep_audio: each recording once, with its text and units
     tokenizer/                                   for `AutoTokenizer.from_pretrained` and the trainers
-    pictures/                                    plots of the statistics, which the card shows
+    pictures/                                    an example and plots of the statistics, which the card shows
 
 counts.json is written last: a folder that has it is complete. No file depends on the time or on paths.
 """
@@ -18,7 +19,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from usdm_sft.template.tokenizer import MAX_UNITS
+from usdm_sft.corpus.manifest import UTTERANCES
+from usdm_sft.template.config import Template
+from usdm_sft.template.parts import RowLayout
+from usdm_sft.template.tokenizer import MAX_UNITS, ustm_tokens
+from usdm_sft.template.tokens import TemplateTokens
 from usdm_sft.utils.cache import sha256_file
 
 COUNTS = "counts.json"
@@ -65,8 +70,18 @@ def _is_counts(counts: Any) -> bool:
         and 0 < counts["num_units"] <= MAX_UNITS
         and bool(counts["splits"])
         and all(isinstance(split, dict) for split in counts["splits"].values())
+        and _has_splits(counts.get(UTTERANCES, counts["splits"]), counts["splits"])
         and isinstance(counts["settings"].get("template"), dict)
         and all(isinstance(counts["settings"].get(name), int) for name in ("history", "max_length"))
+    )
+
+
+def _has_splits(utterances: Any, splits: Mapping[str, Any]) -> bool:
+    """True if the counts of the utterances are those of the same splits."""
+    return (
+        isinstance(utterances, dict)
+        and utterances.keys() == splits.keys()
+        and all(isinstance(split, dict) for split in utterances.values())
     )
 
 
@@ -76,15 +91,53 @@ def _is_inside(name: str) -> bool:
     return name.isprintable() and "\\" not in name and not {"", ".", ".."} & {*parts}
 
 
-def data_files(folder: str | Path, counts: Mapping[str, Any]) -> dict[str, list[Path]]:
+def read_template(path: Path, counts: Mapping[str, Any]) -> Template:
+    """The template of a dataset folder.
+
+    Args:
+        path: Of counts.json, for error messages.
+        counts: Its content.
+
+    Raises:
+        ValueError: The settings are not those of a template.
+    """
+    try:
+        return Template(**counts["settings"]["template"])
+    except TypeError as error:  # an unknown field
+        raise ValueError(f"{path}: settings.template is not a template ({error}): {PREPARE_AGAIN}") from error
+
+
+def read_layout(path: Path, counts: Mapping[str, Any]) -> RowLayout:
+    """What tells the parts of the rows of a dataset folder; arguments and errors as of `read_template`."""
+    template, tokenizer = read_template(path, counts), counts.get("tokenizer")
+    if not isinstance(tokenizer, dict) or "ids" not in tokenizer:
+        return RowLayout(ustm_tokens(MAX_UNITS), template)
+    ids = tokenizer["ids"]
+    if (
+        not isinstance(ids, dict)
+        or ids.keys() != {*TemplateTokens._fields}
+        or not all(
+            isinstance(i, int) for each in ids.values() for i in (each if isinstance(each, list | tuple) else [each])
+        )
+    ):
+        raise ValueError(f"{path}: tokenizer.ids is {ids!r}, not the ids of a template: {PREPARE_AGAIN}")
+    return RowLayout(TemplateTokens(**ids), template)
+
+
+def data_files(folder: str | Path, counts: Mapping[str, Any], config: str | None = None) -> dict[str, list[Path]]:
     """The Parquet files of each split, in the order of the rows.
+
+    Args:
+        folder: A dataset folder.
+        counts: Its counts.json.
+        config: `UTTERANCES`, or by default the config of the rows.
 
     Raises:
         FileNotFoundError: A file is missing.
     """
     files = {}
     for split in counts["splits"]:
-        prefix = f"{counts['config']}/{split}-"
+        prefix = f"{config or counts['config']}/{split}-"
         files[split] = [Path(folder) / name for name in sorted(counts["files"]) if name.startswith(prefix)]
         for path in files[split]:
             if not path.is_file():

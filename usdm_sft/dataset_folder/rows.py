@@ -10,18 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from usdm_sft.corpus.features import folder_features
 from usdm_sft.dataset_folder.layout import PREPARE_AGAIN, data_files, read_counts
 from usdm_sft.utils.texts import first_line
-
-# Column, or its name without the role -> type of the innermost values, and number of lists around them in a row of one
-# exchange.
-_TYPES = {
-    "id": (pa.string(), 0), "dialog_id": (pa.string(), 0), "turn": (pa.int32(), 0),
-    "speaker": (pa.string(), 0), "text": (pa.string(), 0), "emotion": (pa.string(), 0),
-    "units": (pa.uint16(), 1), "seconds": (pa.float32(), 0),
-    "input_ids": (pa.int32(), 1), "labels": (pa.int32(), 1),
-}  # fmt: skip
-_ROLES = ("user_", "agent_")
 
 
 def open_rows(path: Path) -> pq.ParquetFile:
@@ -35,15 +26,13 @@ def open_rows(path: Path) -> pq.ParquetFile:
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a Parquet file ({first_line(error)}): {PREPARE_AGAIN}") from error
     schema = file.schema_arrow
-    nested = int("user_text" in schema.names and pa.types.is_list(schema.field("user_text").type))
-    for ending, (innermost, depth) in _TYPES.items():
-        per_role = ending in ("speaker", "text", "emotion", "units", "seconds")
-        for name in [role + ending for role in _ROLES] if per_role else [ending]:
-            if name not in schema.names:
-                raise ValueError(f"{path} has no column {name}: {PREPARE_AGAIN}")
-            found = schema.field(name).type
-            if _unwrap(found) != (innermost, depth + nested * per_role):
-                raise ValueError(f"{path}: column {name} is of type {found}: {PREPARE_AGAIN}")
+    lists = "user_text" in schema.names and pa.types.is_list(schema.field("user_text").type)
+    for expected in folder_features(lists=lists).arrow_schema:
+        if expected.name not in schema.names:
+            raise ValueError(f"{path} has no column {expected.name}: {PREPARE_AGAIN}")
+        found = schema.field(expected.name).type
+        if _unwrap(found) != _unwrap(expected.type):
+            raise ValueError(f"{path}: column {expected.name} is of type {found}: {PREPARE_AGAIN}")
     return file
 
 

@@ -13,14 +13,16 @@ import pyarrow as pa
 from huggingface_hub.repocard import metadata_load
 from yaml import YAMLError
 
+from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.corpus.problems import MAX_PROBLEMS_SHOWN
 from usdm_sft.dataset_folder.card import data_configs
 from usdm_sft.dataset_folder.compare import compare_with_text, describe_difference, first_difference
-from usdm_sft.dataset_folder.layout import COUNTS, PICTURES, PREPARE_AGAIN, data_files, read_counts
+from usdm_sft.dataset_folder.layout import COUNTS, PICTURES, PREPARE_AGAIN, data_files, read_counts, read_template
+from usdm_sft.dataset_folder.row_check import find_doubtful_rows, render
 from usdm_sft.dataset_folder.rows import iter_rows, open_rows
 from usdm_sft.dataset_folder.statistics import SplitStatistics
-from usdm_sft.template.config import Template
-from usdm_sft.template.encoder import COLUMNS, IGNORE_INDEX, TemplateEncoder
+from usdm_sft.dataset_folder.utterances import check_utterances
+from usdm_sft.template.encoder import IGNORE_INDEX, TemplateEncoder
 from usdm_sft.template.tokenizer import load_tokenizer
 from usdm_sft.utils.cache import sha256_file
 from usdm_sft.utils.texts import first_line
@@ -39,7 +41,8 @@ class VerificationError(ValueError):
 
 
 def verify(dataset_dir: str | Path, against: str | Path | None = None) -> dict[str, int]:
-    """Check a dataset folder: the digest of each file, the schema, the counts, each label, and each row against its columns.
+    """Check a dataset folder: the digest of each file, the schema, the counts, each label, and each row against its
+    columns. Where the folder keeps the audio, also each recording against its units, and the rows against the utterances.
 
     Args:
         dataset_dir: A folder that `prepare` made, or a copy of it.
@@ -59,6 +62,8 @@ def verify(dataset_dir: str | Path, against: str | Path | None = None) -> dict[s
     statistics: dict[str, SplitStatistics] = {}
     _raise_any(_check_rows(folder, counts, statistics))
     _raise_any(_check_counts(folder, counts, statistics))
+    if UTTERANCES in counts:
+        _raise_any(check_utterances(folder, counts))
     if against is not None:
         _raise_any(compare_with_text(data_files(folder, counts), Path(against), folder / "tokenizer"))
     return {split: values.summary()["rows"] for split, values in statistics.items()}
@@ -78,7 +83,7 @@ def _check_files(folder: Path, counts: Mapping[str, Any]) -> Iterator[str]:
             yield f"{folder / name} is missing"
         elif (found := sha256_file(folder / name)) != digest:
             yield f"{folder / name} was changed: its sha256 is {found}, not {digest}"
-    for part in (counts["config"], "tokenizer", PICTURES):
+    for part in (counts["config"], "tokenizer", PICTURES, UTTERANCES):
         for path in sorted((folder / part).rglob("*")):
             if path.is_file() and path.relative_to(folder).as_posix() not in counts["files"]:
                 yield f"{path} does not belong to the folder: remove it"
@@ -95,7 +100,7 @@ def _check_rows(folder: Path, counts: Mapping[str, Any], statistics: dict[str, S
     schema = _read_card(folder, counts).features.arrow_schema.remove_metadata()
     seen: dict[str, str] = {}
     for split, paths in data_files(folder, counts).items():
-        statistics[split] = SplitStatistics()
+        statistics[split] = SplitStatistics(layout=encoder.layout)
         for path in paths:
             found = open_rows(path).schema_arrow.remove_metadata()
             if not found.equals(schema):
@@ -104,27 +109,24 @@ def _check_rows(folder: Path, counts: Mapping[str, Any], statistics: dict[str, S
                 continue
             number = 0
             for batch in iter_rows(path, batch_size=_BATCH):
-                for position, row in enumerate(batch.to_pylist(), start=number):
-                    place = f"{path}: row {position} ({row['id']})"
-                    if row["id"] in seen:
-                        yield f"{place}: the same id is at {seen[row['id']]}"
-                    seen[row["id"]] = place
-                    yield from (f"{place}: {problem}" for problem in _check_row(row, encoder, counts["settings"]))
+                doubtful = find_doubtful_rows(batch, encoder, counts["settings"]["max_length"])
+                for position, row_id in enumerate(batch["id"].to_pylist()):
+                    place = f"{path}: row {number + position} ({row_id})"
+                    if row_id in seen:
+                        yield f"{place}: the same id is at {seen[row_id]}"
+                    seen[row_id] = place
+                    if position in doubtful:
+                        [row] = batch.slice(position, 1).to_pylist()
+                        yield from (f"{place}: {problem}" for problem in _check_row(row, encoder, counts["settings"]))
                 number += len(batch)
                 statistics[split].add(batch)
 
 
 def _make_encoder(folder: Path, counts: Mapping[str, Any]) -> TemplateEncoder:
     """The encoder with the tokenizer of the folder and the settings of counts.json."""
-    settings = counts["settings"]
-    try:
-        template = Template(**settings["template"])
-    except TypeError as error:  # an unknown field
-        raise ValueError(
-            f"{folder / COUNTS}: settings.template is not a template ({error}): {PREPARE_AGAIN}"
-        ) from error
+    template = read_template(folder / COUNTS, counts)
     tokenizer = load_tokenizer(folder / "tokenizer")
-    return TemplateEncoder(tokenizer, template, last_exchange_only=settings["history"] > 0)
+    return TemplateEncoder(tokenizer, template, last_exchange_only=counts["settings"]["history"] > 0)
 
 
 def _describe_columns(found: pa.Schema, expected: pa.Schema) -> str:
@@ -143,6 +145,10 @@ def _check_row(row: Mapping[str, Any], encoder: TemplateEncoder, settings: Mappi
         return
     if len(ids) > settings["max_length"]:
         yield f"{len(ids)} tokens, more than max_length {settings['max_length']}"
+    if row["attention_mask"] != [1] * len(ids):
+        yield f"attention_mask is not {len(ids)} ones, one per token"
+    if row["length"] != len(ids):
+        yield f"length is {row['length']}, but the row has {len(ids)} tokens"
     if (wrong := np.flatnonzero((labels != ids) & (labels != IGNORE_INDEX))).size:
         yield f"label {labels[wrong[0]]} of token {wrong[0]} is neither {IGNORE_INDEX} nor the token's id {ids[wrong[0]]}"
         return
@@ -156,20 +162,8 @@ def _check_row(row: Mapping[str, Any], encoder: TemplateEncoder, settings: Mappi
         if (at := first_difference(found, expected)) is not None:
             yield f"{name} differ from the encoded columns: {describe_difference(found, expected, at)}"
             return
-    if encoder.decode(ids) != (text := _render(row, encoder.template)):
+    if encoder.decode(ids) != (text := render(row, encoder)):
         yield f"input_ids do not decode to the template: {encoder.decode(ids)!r}, not {text!r}"
-
-
-def _render(row: Mapping[str, Any], template: Template) -> str:
-    """The text of the template for one row, written independently of the encoder. A "▁" becomes a space, as in `decode`."""
-    columns = [row[name] for name in COLUMNS]
-    exchanges = zip(*columns, strict=True) if isinstance(row["user_text"], list) else [columns]
-    blocks = []
-    for user_units, user_text, agent_text, agent_units in exchanges:
-        user, agent = ("".join(f"<|unit{unit}|>" for unit in units) for units in (user_units, agent_units))
-        texts = f"{user_text.lower()}\n{template.agent_heading}{agent_text.lower()}"
-        blocks.append(f"{template.user_heading}{user}<|correspond|>{texts}<|correspond|>{agent}\n")
-    return f"{template.instruction}{''.join(blocks)}</s>".replace("▁", " ")
 
 
 def _check_counts(folder: Path, counts: Mapping[str, Any], statistics: Mapping[str, SplitStatistics]) -> Iterator[str]:
@@ -194,7 +188,7 @@ def _read_card(folder: Path, counts: Mapping[str, Any]) -> datasets.DatasetInfo:
     """
     path = folder / "README.md"
     try:
-        if (metadata_load(path) or {}).get("configs") != data_configs(counts["config"], counts["splits"]):
+        if (metadata_load(path) or {}).get("configs") != data_configs(counts):
             raise ValueError("its configs are not the data files of counts.json")
         info = datasets.load_dataset_builder(str(folder), counts["config"]).info
         if info.features is None or info.splits is None:

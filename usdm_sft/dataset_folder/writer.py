@@ -5,14 +5,28 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.dataset_folder.card import make_card
-from usdm_sft.dataset_folder.layout import COUNTS, PICTURES, UNFINISHED, clear_unfinished, data_files, read_counts
-from usdm_sft.dataset_folder.pictures import draw_pictures
-from usdm_sft.dataset_folder.statistics import compute_statistics
+from usdm_sft.dataset_folder.example_picture import draw_example
+from usdm_sft.dataset_folder.layout import (
+    COUNTS,
+    PICTURES,
+    UNFINISHED,
+    clear_unfinished,
+    data_files,
+    read_counts,
+    read_layout,
+)
+from usdm_sft.dataset_folder.parquet import write_parquet
+from usdm_sft.dataset_folder.pictures import CAPTIONS, draw_pictures
+from usdm_sft.dataset_folder.statistics import SplitStatistics, compute_statistics, merge_statistics
+from usdm_sft.dataset_folder.utterances import write_utterances
+from usdm_sft.template.tokenizer import save_tokenizer
 from usdm_sft.utils.atomic import replace_text
 from usdm_sft.utils.cache import sha256_file
 
@@ -20,7 +34,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
-NUM_OUTPUT_SHARDS = {"train": 64, "test": 8}
+    from usdm_sft.utils.processes import ProcessPool
 
 
 def write_folder(
@@ -29,8 +43,10 @@ def write_folder(
     splits: dict[str, Dataset],
     tokenizer: PreTrainedTokenizerFast,
     counts: dict[str, Any],
+    pool: ProcessPool,
     *,
     num_output_shards: int | None = None,
+    utterances: Mapping[str, Iterable[Mapping[str, Any]]] | None = None,
 ) -> dict[str, Any]:
     """Write all files into a hidden folder inside the output folder, then move them into place, counts.json last.
 
@@ -40,7 +56,9 @@ def write_folder(
         splits: The finished rows.
         tokenizer: The tokenizer to save in `tokenizer/`.
         counts: The counts so far; statistics and digests of the files are added.
+        pool: Processes that share out the Parquet files.
         num_output_shards: Parquet files per split, never more than rows. By default 64 for train and 8 for others.
+        utterances: The rows of the config `utterances` by split, if the folder keeps the audio.
 
     Returns:
         The counts as written.
@@ -48,17 +66,30 @@ def write_folder(
     clear_unfinished(folder)
     unfinished = folder / UNFINISHED
     unfinished.mkdir(parents=True)
-    num_bytes, files = _write_parquet(unfinished / config_name, splits, num_output_shards)
-    tokenizer.save_pretrained(unfinished / "tokenizer")
-    statistics = compute_statistics(files)
+    layout = read_layout(folder / COUNTS, counts)
+    parts = write_parquet(unfinished / config_name, splits, num_output_shards, layout, pool)
+    files = {split: [part.path for part in split_parts] for split, split_parts in parts.items()}
+    num_bytes = {split: sum(part.num_bytes for part in split_parts) for split, split_parts in parts.items()}
+    statistics = {
+        split: merge_statistics(part.statistics for part in split_parts) for split, split_parts in parts.items()
+    }
+    digests = {part.path: part.sha256 for split_parts in parts.values() for part in split_parts}
+    save_tokenizer(tokenizer, unfinished / "tokenizer")
     draw_pictures(statistics, counts["num_units"], unfinished / PICTURES)
     counts = counts | {"statistics": {split: values.summary() for split, values in statistics.items()}}
-    card = make_card(config_name, splits, num_bytes, counts, files, tokenizer.backend_tokenizer)
+    draw_example(files, tokenizer.backend_tokenizer, unfinished / PICTURES, layout)
+    other_info = []
+    if utterances is not None:
+        counts[UTTERANCES], info = write_utterances(unfinished / UTTERANCES, utterances)
+        other_info = [info]
+    card = make_card(config_name, splits, num_bytes, counts, files, tokenizer.backend_tokenizer, other_info)
     (unfinished / "README.md").write_text(card, encoding="utf-8")
     names = sorted(path.relative_to(unfinished).as_posix() for path in unfinished.rglob("*") if path.is_file())
-    counts = counts | {"files": {name: sha256_file(unfinished / name) for name in names}}
+    paths = {name: unfinished / name for name in names}
+    counts = counts | {"files": {name: digests.get(path) or sha256_file(path) for name, path in paths.items()}}
     replace_text(unfinished / COUNTS, _to_json(counts))
 
+    _remove_utterances(folder)
     (folder / COUNTS).unlink(missing_ok=True)  # a folder without counts.json is unfinished
     for entry in sorted(unfinished.iterdir(), key=lambda path: path.name == COUNTS):
         target = folder / entry.name
@@ -69,37 +100,27 @@ def write_folder(
     return counts
 
 
-def _write_parquet(
-    folder: Path, splits: Mapping[str, Dataset], num_output_shards: int | None
-) -> tuple[dict[str, int], dict[str, list[Path]]]:
-    """Write the rows; returns the bytes in memory and the files of each split."""
-    folder.mkdir()
-    num_bytes: dict[str, int] = {}
-    files: dict[str, list[Path]] = {}
-    for split, rows in splits.items():
-        num_files = max(1, min(num_output_shards or NUM_OUTPUT_SHARDS.get(split, 8), len(rows)))
-        files[split] = [folder / f"{split}-{index:05d}-of-{num_files:05d}.parquet" for index in range(num_files)]
-        num_bytes[split] = sum(
-            rows.shard(num_files, index, contiguous=True).to_parquet(str(path))
-            for index, path in enumerate(files[split])
-        )
-    return num_bytes, files
+def _remove_utterances(folder: Path) -> None:
+    """Remove the utterances of an earlier run, which a run without `keep_audio` would not replace."""
+    with suppress(FileNotFoundError, ValueError):  # not a finished dataset folder
+        if UTTERANCES in read_counts(folder):
+            shutil.rmtree(folder / UTTERANCES)
 
 
-def replace_pictures(folder: str | Path) -> dict[str, Any]:
+def replace_pictures(folder: str | Path) -> dict[str, SplitStatistics]:
     """Draw the pictures of a finished folder again.
 
     Returns:
-        The summary of the statistics of each split.
+        The statistics of each split.
     """
     folder = Path(folder)
     counts = read_counts(folder)
-    statistics = compute_statistics(data_files(folder, counts))
+    statistics = compute_statistics(data_files(folder, counts), read_layout(folder / COUNTS, counts))
     draw_pictures(statistics, counts["num_units"], folder / PICTURES)
-    files = {f"{PICTURES}/{path.name}": sha256_file(path) for path in sorted((folder / PICTURES).iterdir())}
+    files = {f"{PICTURES}/{name}": sha256_file(folder / PICTURES / name) for name in CAPTIONS}
     if not files.items() <= counts["files"].items():  # another version of matplotlib draws other bytes
         replace_text(folder / COUNTS, _to_json(counts | {"files": counts["files"] | files}))
-    return {split: values.summary() for split, values in statistics.items()}
+    return statistics
 
 
 def _to_json(counts: Mapping[str, Any]) -> str:

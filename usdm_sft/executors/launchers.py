@@ -77,7 +77,7 @@ def run_here(folder: Path, tasks: int, ranks: Sequence[int], devices: Sequence[s
     waiting, free = deque(ranks), deque(devices)
     running: dict[Any, tuple[SpawnProcess, str]] = {}
     try:
-        with progress_bar(len(ranks), "tasks", "task") as bar:
+        with progress_bar(len(ranks), "tasks", "tasks") as bar:
             while waiting or running:
                 while waiting and free:
                     rank, device = waiting.popleft(), free.popleft()
@@ -152,7 +152,7 @@ def run_on_ray(folder: Path, tasks: int, ranks: Sequence[int], device: str) -> N
             _check_gpus(ray)
         run = ray.remote(num_cpus=1, num_gpus=num_gpus)(_run_ray_task)  # Ray retries it 3 times if its process dies
         waiting = [run.remote(str(folder), tasks, rank) for rank in ranks]
-        with progress_bar(len(ranks), "tasks", "task") as bar:
+        with progress_bar(len(ranks), "tasks", "tasks") as bar:
             while waiting:
                 (done,), waiting = ray.wait(waiting)
                 with contextlib.suppress(ray.exceptions.RayError):  # a failed task has no mark, which the caller checks
@@ -193,7 +193,7 @@ def submit(folder: Path, tasks: int, ranks: Sequence[int], device: str, options:
         "cpus_per_task": 4,
         "mem_per_cpu_gb": 4,
         "gpus_per_task": int(device == "cuda"),
-        **_convert_text(options),
+        **convert_text(options),
     }
     if not options.keys() & {"env_command", "condaenv", "venv_path"}:  # by default the environment of this process
         options["env_command"] = f'export PATH="{Path(sys.executable).parent}:$PATH"'
@@ -210,13 +210,28 @@ def submit(folder: Path, tasks: int, ranks: Sequence[int], device: str, options:
     return f"{len(ranks)} of {tasks} tasks were submitted to Slurm (job {job.job_id}; logs in {job.slurm_logs_folder})"
 
 
-def _convert_text(options: Mapping[str, Any]) -> dict[str, Any]:
+def convert_text(options: Mapping[str, Any]) -> dict[str, Any]:
     """Convert numbers and truth values that are given as text, as in `--slurm.requeue false`.
 
     An option that is text for datatrove, such as `time`, stays text.
+
+    Raises:
+        ValueError: The text is neither.
     """
     parameters = inspect.signature(SlurmPipelineExecutor).parameters
     return {
-        name: yaml.safe_load(value) if isinstance(value, str) and isinstance(parameters[name].default, int) else value
+        name: _read_number(name, value)
+        if isinstance(value, str) and isinstance(parameters[name].default, int)
+        else value
         for name, value in options.items()
     }
+
+
+def _read_number(name: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, int):
+        raise ValueError(f"slurm.{name} is {text!r}: give a whole number, or true or false")
+    return value

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usdm_sft.executors.extras import LocalPipelineExecutor, SlurmPipelineExecutor
-from usdm_sft.executors.launchers import find_ray_device, run_here, run_on_ray, submit
+from usdm_sft.executors.launchers import convert_text, find_ray_device, run_here, run_on_ray, submit
 from usdm_sft.executors.tasks import write_task
 from usdm_sft.units.agreement import agreement_file
 from usdm_sft.utils.cache import ShardCache, cache_key
@@ -51,6 +51,7 @@ def check_options(executor: str, num_gpus: int | None, slurm: Mapping[str, Any] 
     possible = inspect.signature(SlurmPipelineExecutor).parameters.keys() - _OURS
     if unknown := sorted(map(str, slurm.keys() - possible)):
         raise ValueError(f"slurm has {', '.join(unknown)}, but takes only {', '.join(sorted(possible))}")
+    convert_text(slurm)
     if shutil.which("sbatch") is None:
         raise FileNotFoundError("sbatch is not found: use --executor slurm on a machine that submits Slurm jobs")
 

@@ -15,25 +15,26 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
+from usdm_sft.corpus.features import TRAINER_COLUMNS, folder_features
 from usdm_sft.shards.mapping import map_shard
 from usdm_sft.shards.plan import Shard
 from usdm_sft.utils.cache import ShardCache
+from usdm_sft.utils.processes import ProcessPool
 from usdm_sft.utils.progress import progress_bar
 
 if TYPE_CHECKING:
     from usdm_sft.template.encoder import TemplateEncoder
 
 _TEXT_COLUMNS = ["id", "user_text", "agent_text"]  # columns of a row that the encoder needs beside the units
-OUTPUT_COLUMNS = (
-    "id", "dialog_id", "turn",
-    "user_speaker", "user_text", "user_emotion", "user_units", "user_seconds",
-    "agent_speaker", "agent_text", "agent_emotion", "agent_units", "agent_seconds",
-    "input_ids", "labels",
-)  # fmt: skip
 
 
 def make_tokens(
-    rows: dict[str, Dataset], shards: Sequence[Shard], encoder: TemplateEncoder, units: dict[str, Path], cache: Path
+    rows: dict[str, Dataset],
+    shards: Sequence[Shard],
+    encoder: TemplateEncoder,
+    units: dict[str, Path],
+    cache: Path,
+    pool: ProcessPool,
 ) -> dict[str, Path]:
     """Make the token shards that the cache lacks.
 
@@ -43,6 +44,7 @@ def make_tokens(
         encoder: Makes `input_ids` and `labels`.
         units: The file of each unit shard, by its key.
         cache: Folder of the cache.
+        pool: Processes that share out the shards.
 
     Returns:
         The file of each token shard, by `tokens_key`: one row per example, with units, seconds, `input_ids` and `labels`.
@@ -50,15 +52,26 @@ def make_tokens(
     level = ShardCache(cache / "tokens")
     files = level.find_all(shard.tokens_key for shard in shards)
     missing = [shard for shard in shards if shard.tokens_key not in files]
-    with progress_bar(len(missing), "template", "shard", disable=not missing) as bar:
-        for shard in missing:
-            texts = rows[shard.split].select_columns(_TEXT_COLUMNS).select(range(shard.start, shard.stop))
-            columns = unit_columns(shard, units[shard.units_key])
-            batch = concatenate_datasets([texts, columns], axis=1).with_format("numpy")
-            write = partial(map_shard, batch, encoder, fingerprint=shard.tokens_key, remove_columns=_TEXT_COLUMNS)
-            files[shard.tokens_key] = level.make(shard.tokens_key, write)
+    texts = {split: split_rows.select_columns(_TEXT_COLUMNS) for split, split_rows in rows.items()}
+    parts = [
+        (shard, texts[shard.split].select(range(shard.start, shard.stop)), units[shard.units_key]) for shard in missing
+    ]
+    with progress_bar(len(missing), "tokens", "work shards", disable=not missing) as bar:
+        for index, path in pool.map(partial(_make_token_shard, encoder, level), parts, name="token shards"):
+            files[missing[index].tokens_key] = path
             bar.update()
     return files
+
+
+def _make_token_shard(encoder: TemplateEncoder, level: ShardCache, part: tuple[Shard, Dataset, Path]) -> Path:
+    """Make the token shard of a work shard, the texts of its rows, and the file of its unit shard."""
+    shard, texts, units = part
+
+    def write(path: str) -> None:
+        batch = concatenate_datasets([texts, unit_columns(shard, units)], axis=1).with_format("numpy")
+        map_shard(batch, encoder, path, shard.tokens_key, remove_columns=_TEXT_COLUMNS)
+
+    return level.make(shard.tokens_key, write)
 
 
 def unit_columns(shard: Shard, file: Path) -> Dataset:
@@ -75,7 +88,7 @@ def unit_columns(shard: Shard, file: Path) -> Dataset:
 
 
 def join_shards(rows: Dataset, tokens: Sequence[Path]) -> Dataset:
-    """Join the examples of a split with its token shards: `OUTPUT_COLUMNS`, that is all columns but the audio.
+    """Join the examples of a split with its token shards: all columns of a dataset folder but `TRAINER_COLUMNS`.
 
     Args:
         rows: The builder's examples of the split.
@@ -83,4 +96,5 @@ def join_shards(rows: Dataset, tokens: Sequence[Path]) -> Dataset:
     """
     encoded = concatenate_datasets([Dataset.from_file(str(file)) for file in tokens])
     parts = [rows.remove_columns(["user_audio", "agent_audio"]), encoded]
-    return concatenate_datasets(parts, axis=1).select_columns(list(OUTPUT_COLUMNS))
+    names = [name for name in folder_features(lists=False) if name not in TRAINER_COLUMNS]
+    return concatenate_datasets(parts, axis=1).select_columns(names)

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 
 from datasets import Dataset
 
+from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.shards.plan import Shard
 from usdm_sft.shards.workers import FP32_FALLBACK, UnitShard, make_unit_shards
 from usdm_sft.utils.cache import ShardCache
-from usdm_sft.utils.progress import progress_bar
+from usdm_sft.utils.progress import AUDIO, progress_bar
 
 if TYPE_CHECKING:
     from usdm_sft.corpus.dialogs import Split
@@ -44,19 +45,15 @@ def make_units(
     missing = [shard for shard in shards if shard.units_key not in files]
     missing.sort(key=lambda shard: -max(shard.lengths))  # if memory runs out, it does so in the first shard
     to_make = [
-        UnitShard(
-            shard.units_key,
-            Dataset.from_dict({"audio": shard.audio}),
-            dict(zip(shard.audio, shard.digests, strict=True)),
-        )
-        for shard in missing
+        UnitShard(shard.units_key, shard.audio, dict(zip(shard.audio, shard.digests, strict=True))) for shard in missing
     ]
     made = make_unit_shards(to_make, unit_tokenizer, devices, level)
-    bar = progress_bar(sum(len(shard.utterances) for shard in to_make), "units", "utterance", disable=not to_make)
+    seconds = {shard.units_key: sum(shard.lengths) / SAMPLE_RATE for shard in missing}
+    bar = progress_bar(sum(seconds.values()), "units", AUDIO, disable=not to_make)
     with bar, closing(made):  # `closing` ends the processes at once if this loop is interrupted
         for shard, path in made:
             files[shard.key] = path
-            bar.update(len(shard.utterances))
+            bar.update(seconds[shard.key])
     return files
 
 

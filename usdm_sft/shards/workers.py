@@ -6,26 +6,24 @@ Each process takes the next work shard when it has finished one.
 from __future__ import annotations
 
 import multiprocessing
-import pickle
 import queue
-import traceback
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from functools import partial
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from datasets import Dataset
 
-from usdm_sft.audio.digests import check_unchanged
 from usdm_sft.shards.mapping import map_shard
-from usdm_sft.utils.cache import ShardCache
-from usdm_sft.utils.processes import start_process
+from usdm_sft.units.columns import distinct_audio, unit_columns
+from usdm_sft.utils.cache import Claim, ShardCache
+from usdm_sft.utils.processes import POLL_SECONDS, receive, sendable, start_process
 
 if TYPE_CHECKING:
     from usdm_sft.units.tokenizer import UnitTokenizer
 
-POLL_SECONDS = 1.0
 FP32_FALLBACK = (
     "fp32_fallback"  # bool column of a unit shard: the utterance overflowed, and its units are those of fp32
 )
@@ -35,7 +33,7 @@ class UnitShard(NamedTuple):
     """A unit shard to make."""
 
     key: str
-    utterances: Dataset  # one row per utterance, with the column `audio`
+    audio: list[str]  # address of the recording of each utterance, in order
     digests: dict[str, str]  # sha256 of each recording, by its address
 
 
@@ -69,8 +67,9 @@ def make_unit_shards(
         for device in devices[: len(shards)]:
             waiting.put(None)
             args = (unit_tokenizer, device, level, list(shards), waiting, done)
-            processes[device] = start_process(_run_process, args, name=f"units on {device}")
-        for index, path in _receive(done, processes, len(shards)):
+            name = f"units on {device}"
+            processes[name] = start_process(_run_process, args, name=name)
+        for index, path in receive(done, processes, len(shards)):
             yield shards[index], path
         for process in processes.values():
             process.join()
@@ -81,59 +80,107 @@ def make_unit_shards(
             process.join()
 
 
-def _receive(done: Any, processes: Mapping[str, Any], number: int) -> Iterator[tuple[int, Path]]:
-    """Yield `number` results. Raises the error that a process sent, or one that names a process that died."""
-    while number:
-        # Taken before the queue is read: a process that has ended by now has nothing more to send.
-        exit_codes = {device: process.exitcode for device, process in processes.items()}
-        try:
-            outcome = done.get(timeout=POLL_SECONDS)
-        except queue.Empty:
-            _check_alive(exit_codes)
-            continue
-        if isinstance(outcome, BaseException):
-            raise outcome
-        number -= 1
-        yield outcome
-
-
-def _check_alive(exit_codes: Mapping[str, int | None]) -> None:
-    for device, exit_code in exit_codes.items():
-        if exit_code not in (None, 0):
-            raise RuntimeError(
-                f"the process on {device} died (exit code {exit_code}): start the run again; "
-                "finished work shards are kept"
-            )
-    if all(exit_code == 0 for exit_code in exit_codes.values()):
-        raise RuntimeError("the processes ended before their work was done: start the run again")
-
-
 def _make_in_turn(
     shards: Iterator[UnitShard], unit_tokenizer: UnitTokenizer, level: ShardCache
 ) -> Iterator[tuple[UnitShard, Path]]:
-    """Make one shard after the other; the audio of the next is read while the units of this one are computed."""
-    shard = next(shards, None)
-    if shard is not None:
-        unit_tokenizer.read_ahead_rows(shard.utterances[:])
-    while shard is not None:
-        following = next(shards, None)
-        if following is not None:
-            unit_tokenizer.read_ahead_rows(following.utterances[:])
-        path = level.make(shard.key, partial(_write_shard, shard, unit_tokenizer))
-        unit_tokenizer.forget_rows(shard.utterances[:])  # still held if another run made the shard in the meantime
-        yield shard, path
-        shard = following
+    """Make one shard after the other, and yield each with its file, in order.
+
+    Threads read the audio of the next shard ahead, and another thread writes the files. On CUDA, the device gets the work of
+    the next shard before it has finished this one. On the CPU, each shard is written before the next one is computed: a
+    forward pass ends before this process goes on, and a finished shard shall not wait for it.
+    """
+    with _Pipeline(unit_tokenizer, level, ahead=int(unit_tokenizer.settings["device"] == "cuda")) as pipeline:
+        shard = next(shards, None)
+        if shard is not None:
+            pipeline.read_ahead(shard)
+        while shard is not None:
+            following = next(shards, None)
+            if following is not None:
+                pipeline.read_ahead(following)
+            yield from pipeline.make(shard)
+            shard = following
+        yield from pipeline.finish()
 
 
-def _write_shard(shard: UnitShard, unit_tokenizer: UnitTokenizer, path: str) -> None:
-    def tokenize(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        columns: dict[str, Any] = unit_tokenizer(batch)
-        if fallback := unit_tokenizer.fp32_fallback:  # a shard without overflow has no such column
-            columns[FP32_FALLBACK] = [audio in fallback for audio in batch["audio"]]
+class _Pipeline:
+    """The shards in progress: first the device computes them, then a thread writes them.
+
+    Args:
+        unit_tokenizer: Tokenizes the audio.
+        level: The cache level of unit shards.
+        ahead: Number of shards that the device, and likewise the thread, may hold when `make` returns.
+    """
+
+    def __init__(self, unit_tokenizer: UnitTokenizer, level: ShardCache, *, ahead: int):
+        self._unit_tokenizer, self._level, self._ahead = unit_tokenizer, level, ahead
+        self._computing: deque[tuple[UnitShard, Claim, Callable[[], Any]]] = deque()
+        self._writing: deque[tuple[UnitShard, Future[Path]]] = deque()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="write-units")
+
+    def __enter__(self) -> _Pipeline:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Finish the files that are being written, and give up the shards that the device computes."""
+        self._thread.shutdown()
+        for _, claim, _ in self._computing:
+            claim.release()
+
+    def read_ahead(self, shard: UnitShard) -> None:
+        self._unit_tokenizer.read_ahead(shard.audio, shard.digests)
+
+    def make(self, shard: UnitShard) -> Iterator[tuple[UnitShard, Path]]:
+        """Start a shard, and yield shards that are finished.
+
+        Raises:
+            AudioError: Audio cannot become units, or has another digest than in the first pass.
+            OSError: A file cannot be written.
+        """
+        claim = self._level.claim(shard.key, wait=False)
+        if claim is None:  # another run makes it, and may wait for a shard that is in progress here
+            yield from self.finish()
+            claim = self._level.claim(shard.key)
+            assert claim is not None  # it waited
+        if claim.finished is not None:
+            claim.release()
+            self._unit_tokenizer.forget(shard.audio)
+            yield from self.finish()
+            yield shard, claim.finished
+            return
+        try:
+            units = self._unit_tokenizer.start_files(list(shard.digests), shard.digests)
+        except BaseException:  # Ctrl-C as well; raised again
+            claim.release()
+            raise
+        self._computing.append((shard, claim, units))
+        yield from self._advance(self._ahead)
+
+    def finish(self) -> Iterator[tuple[UnitShard, Path]]:
+        """Finish all shards."""
+        yield from self._advance(0)
+
+    def _advance(self, ahead: int) -> Iterator[tuple[UnitShard, Path]]:
+        while len(self._computing) > ahead:
+            shard, claim, units = self._computing[0]
+            columns = self._columns(shard, *units())
+            self._writing.append((shard, self._thread.submit(_write_shard, shard, claim, columns)))
+            self._computing.popleft()  # from here on the thread releases the claim
+        while len(self._writing) > ahead:
+            shard, written = self._writing.popleft()
+            yield shard, written.result()
+
+    def _columns(self, shard: UnitShard, units: Sequence[Any], seconds: Any) -> dict[str, list[Any]]:
+        rows = distinct_audio({"audio": shard.audio})[1]
+        columns = unit_columns(rows, units, seconds)
+        if fallback := self._unit_tokenizer.fp32_fallback:  # a shard without overflow has no such column
+            columns[FP32_FALLBACK] = [audio in fallback for audio in shard.audio]
         return columns
 
-    map_shard(shard.utterances, tokenize, path, shard.key)
-    check_unchanged(shard.digests)  # before the file gets a name that states the digests of its audio
+
+def _write_shard(shard: UnitShard, claim: Claim, columns: dict[str, list[Any]]) -> Path:
+    rows = Dataset.from_dict({"audio": shard.audio})
+    with claim:
+        return claim.write(lambda path: map_shard(rows, lambda batch: columns, path, shard.key))
 
 
 def _run_process(
@@ -161,18 +208,4 @@ def _run_process(
         for _, path in _make_in_turn(take_shards(), unit_tokenizer, level):
             done.put((taken.pop(0), path))
     except Exception as error:  # raised again in the parent
-        done.put(_sendable(error))
-
-
-def _sendable(error: Exception) -> Exception:
-    """Return the error itself if it survives pickling, else a RuntimeError with its text.
-
-    The traceback is added as a note, which Python prints only where it prints the traceback of the parent.
-    """
-    sent: Exception
-    try:
-        sent = pickle.loads(pickle.dumps(error))
-    except Exception:  # the class of the error may raise anything here
-        sent = RuntimeError(f"{type(error).__name__}: {error}")
-    sent.add_note("In the process:\n" + "".join(traceback.format_exception(error)))
-    return sent
+        done.put(sendable(error))

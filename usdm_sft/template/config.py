@@ -65,7 +65,9 @@ class Template:
         # Equal settings give equal cache keys.
         object.__setattr__(self, "parts", _check_parts("parts", self.parts, PARTS))
         if len(self.parts) < 2:
-            raise ValueError(f"template.parts is {list(self.parts)}: give at least two, what is given and what is learned")
+            raise ValueError(
+                f"template.parts is {list(self.parts)}: give at least two, what is given and what is learned"
+            )
         allowed = tuple(part for part in LABELS if part in self.parts)
         loss = self.parts[1:] if self.loss is None else _check_parts("loss", self.loss, allowed)
         object.__setattr__(self, "loss", loss)

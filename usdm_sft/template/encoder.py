@@ -17,7 +17,8 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from usdm_sft.template.config import PARTS, REFERENCE, Template
-from usdm_sft.template.exchanges import COLUMNS, Exchange, ExchangeReader, match_other_tokens, row_name
+from usdm_sft.template.exchanges import Exchange, ExchangeReader, match_other_tokens, row_name
+from usdm_sft.template.parts import RowLayout
 from usdm_sft.template.steps import Step, make_steps
 from usdm_sft.template.stretches import Stretches
 from usdm_sft.template.tokenizer import check_tokenizer
@@ -31,6 +32,7 @@ __all__ = ["COLUMNS", "IGNORE_INDEX", "VERSION", "TemplateEncoder"]
 VERSION = "1"  # part of the cache key: change it when the ids or labels below change
 
 IGNORE_INDEX = -100
+COLUMNS = PARTS
 
 
 class TemplateEncoder:
@@ -107,7 +109,12 @@ class TemplateEncoder:
         return ids
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"tokenizer": self._tokenizer.to_str(), "tokens": tuple(self.tokens), "version": VERSION, **self._options}
+        return {
+            "tokenizer": self._tokenizer.to_str(),
+            "tokens": tuple(self.tokens),
+            "version": VERSION,
+            **self._options,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         tokenizer, template = Tokenizer.from_str(state["tokenizer"]), Template(**state["template"])
@@ -118,11 +125,21 @@ class TemplateEncoder:
         return {"template": self.template.settings(), "last_exchange_only": self.last_exchange_only}
 
     @property
+    def layout(self) -> RowLayout:
+        """Tells the part of each token of a row."""
+        return RowLayout(self.tokens, self.template)
+
+    @cached_property
+    def end(self) -> str:
+        """The text of EOS; empty if the tokenizer has none."""
+        return self.decode(self.tokens.closing)
+
+    @property
     def num_units(self) -> int:
         """Number of units in the vocabulary."""
         return self.tokens.num_units
 
-    @property
+    @cached_property
     def tokenizer_digest(self) -> str:
         """sha256 of the tokenizer, in hex."""
         return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
@@ -265,7 +282,11 @@ class TemplateEncoder:
         BOS, which the tokenizer adds, is left out. With USTM's tokenizer, a "▁" (U+2581) of a text becomes a space, because it
         encodes both alike.
         """
-        return self._stretches.decode(ids)
+        return self.decode_batch([ids])[0]
+
+    def decode_batch(self, rows: Iterable[Iterable[int]]) -> list[str]:
+        """Decode rows of ids as `decode` does, faster than one by one."""
+        return self._stretches.decode_batch(rows)
 
     def spell(self, text: str) -> str:
         """Return a text as it comes back from its ids."""

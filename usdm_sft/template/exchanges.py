@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from usdm_sft.template.config import PARTS as COLUMNS
 from usdm_sft.utils.texts import text_problem
 
 # A checked user turn and the answer to it, by part: texts lower-cased, units as (num_units,) int32 arrays of token ids.
@@ -50,7 +49,7 @@ class ExchangeReader:
         for part, value in values.items():
             if value is None:
                 raise ValueError(f"{row}: {part} is missing")
-        if not _has_lists(values):
+        if not has_lists(values):
             values = {part: [value] for part, value in values.items()}
         if len({len(value) for value in values.values()}) != 1:
             lengths = ", ".join(f"{part} {len(value)}" for part, value in values.items())
@@ -72,7 +71,9 @@ class ExchangeReader:
             ValueError: A text or unit is not allowed.
         """
         return {
-            part: self.text(value, f"{place}{part}") if part.endswith("_text") else self.unit_ids(value, f"{place}{part}")
+            part: self.text(value, f"{place}{part}")
+            if part.endswith("_text")
+            else self.unit_ids(value, f"{place}{part}")
             for part, value in values.items()
         }
 
@@ -118,8 +119,8 @@ def row_name(batch: Mapping[str, Sequence[Any]], i: int) -> str:
     return f"row {batch['id'][i]}" if "id" in batch else f"row {i} of the batch"
 
 
-def _has_lists(values: Mapping[str, Any]) -> bool:
-    """Whether each value is a list of exchanges. A list of units is one exchange; a list of lists is several."""
+def has_lists(values: Mapping[str, Any]) -> bool:
+    """True if each value, by part, is a list of exchanges. A list of units is one exchange; a list of lists is several."""
     for part, value in values.items():
         if part.endswith("_text"):
             return not isinstance(value, str)

@@ -22,7 +22,9 @@ class Step(NamedTuple):
 
     name: str
     stop_id: int  # ends the step; labelled in training
-    blocked: tuple[tuple[int, int | None], ...]  # ranges of ids that may not be generated: start and stop, None for no end
+    blocked: tuple[
+        tuple[int, int | None], ...
+    ]  # ranges of ids that may not be generated: start and stop, None for no end
     following: tuple[int, ...] = ()  # ids between the stop token and the next step
 
 

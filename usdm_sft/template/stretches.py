@@ -80,19 +80,23 @@ class Stretches:
                 return f"becomes {self._tokenizer.id_to_token(token_id)!r}, which does not stand for its characters"
         return None
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Decode ids to the text of the template, without what the tokenizer puts before every text."""
-        ids = [int(token_id) for token_id in ids]
-        if self._tokens.opening and tuple(ids[: len(self._tokens.opening)]) == self._tokens.opening:
-            ids = ids[len(self._tokens.opening) :]
-        parts: list[str] = []
-        for is_fixed, run in groupby(ids, key=self._decoded.__contains__):
-            # Decoding strips the "▁" that the tokenizer puts before a run of ordinary tokens.
-            if is_fixed:
-                parts += [self._decoded[token_id] for token_id in run]
-            else:
-                parts.append(self._tokenizer.decode(list(run), skip_special_tokens=False))
-        return "".join(parts)
+    def decode_batch(self, rows: Iterable[Iterable[int]]) -> list[str]:
+        """Decode rows of ids to the text of the template, without what the tokenizer puts before every text."""
+        opening = list(self._tokens.opening)
+        parts: list[list[str | int]] = []  # an int is the number of a run of ordinary tokens
+        runs: dict[tuple[int, ...], int] = {}  # the instruction begins every row, and is decoded once
+        for row in rows:
+            ids = [int(token_id) for token_id in row]
+            parts.append([])
+            start = len(opening) if ids[: len(opening)] == opening else 0
+            for is_fixed, run in groupby(ids[start:], key=self._decoded.__contains__):
+                # Decoding strips the "▁" that the tokenizer puts before a run of ordinary tokens.
+                if is_fixed:
+                    parts[-1] += [self._decoded[token_id] for token_id in run]
+                else:
+                    parts[-1].append(runs.setdefault(tuple(run), len(runs)))
+        texts = self._tokenizer.decode_batch(list(map(list, runs)), skip_special_tokens=False)
+        return ["".join([texts[part] if isinstance(part, int) else part for part in row]) for row in parts]
 
     def spell(self, text: str) -> str:
         """The text as it comes back from its ids; a tokenizer may change it, for example to lower case.
@@ -101,4 +105,4 @@ class Stretches:
         """
         if not self._separate:
             return text.replace("▁", " ")
-        return self.decode(self.encode([text], [True])[0])
+        return self.decode_batch(self.encode([text], [True]))[0]

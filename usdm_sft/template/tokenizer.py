@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +131,21 @@ def _require_tokenizer_json(
         ) from error
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save a tokenizer so that `AutoTokenizer` of transformers 4 and 5 opens it as it is.
+
+    transformers 5 writes the class `TokenizersBackend`, which transformers 4 does not know. Under `PreTrainedTokenizerFast`, both
+    take the pipeline of tokenizer.json; under `LlamaTokenizerFast`, transformers 5 would build another one.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 has another name for it
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def is_ustm(tokenizer: Tokenizer) -> bool:
     """Whether the tokens that USTM adds have USTM's ids; `build_tokenizer` puts them in another order for other bases."""
     expected = {CONTINUE_TOKEN: CONTINUE, CORRESPOND_TOKEN: CORRESPOND, unit_token(0): UNIT_0}
@@ -167,6 +183,11 @@ def check_tokenizer(tokenizer: Tokenizer, name: str = "this tokenizer") -> Templ
             raise ValueError(
                 f"{name} gives {found_ids[:20]} for {text!r} instead of {expected_ids}: {meaning}; {remedy}"
             )
+    return ustm_tokens(num_units)
+
+
+def ustm_tokens(num_units: int = NUM_UNITS) -> TemplateTokens:
+    """The ids of the template in USTM's tokenizer."""
     return TemplateTokens((BOS,), (EOS,), NEWLINE, (SPACE, NEWLINE), CORRESPOND, UNIT_0, num_units)
 
 
@@ -255,15 +276,16 @@ def _legacy_tokenizer(processor: SentencePieceProcessor, num_units: int) -> Toke
     return tokenizer
 
 
-def describe_tokenizer(name_or_path: str | Path, num_units: int) -> dict[str, Any]:
-    """Describe the source of a tokenizer.
+def describe_tokenizer(name_or_path: str | Path, tokens: TemplateTokens) -> dict[str, Any]:
+    """Describe a tokenizer.
 
     Args:
         name_or_path: The argument of `load_tokenizer`.
-        num_units: Number of units in the vocabulary.
+        tokens: Its ids of the template.
 
     Returns:
-        JSON values: `name` (None for a folder, because paths stay private) and `num_units`.
+        JSON values: `name` (None for a folder, because paths stay private), `num_units`, and `ids` where `tokens` are not USTM's.
     """
     is_folder = str(name_or_path) != OFFLINE and Path(name_or_path).is_dir()
-    return {"name": None if is_folder else str(name_or_path), "num_units": num_units}
+    ids = {} if tokens == ustm_tokens(tokens.num_units) else {"ids": tokens._asdict()}
+    return {"name": None if is_folder else str(name_or_path), "num_units": tokens.num_units, **ids}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 CORRESPOND_TOKEN, CONTINUE_TOKEN = "<|correspond|>", "<|continue|>"
-_NEWLINES = ("\n", "Ċ", "<0x0A>")  # an added token, of a byte-level tokenizer, and as a byte
+NEWLINE_TOKENS = ("\n", "Ċ", "<0x0A>")  # an added token, of a byte-level tokenizer, and as a byte
 _ADD_UNITS = "add the tokens for units with `dailytalk-usdm tokenizer`"
 
 
@@ -28,7 +28,9 @@ class TemplateTokens(NamedTuple):
     correspond: int
     unit_0: int
     num_units: int
-    unknown: tuple[int, ...] = ()  # stands for characters that the tokenizer does not know; byte-level tokenizers have none
+    unknown: tuple[
+        int, ...
+    ] = ()  # stands for characters that the tokenizer does not know; byte-level tokenizers have none
 
 
 def unit_token(unit: int) -> str:
@@ -87,7 +89,7 @@ def find_newline(tokenizer: Tokenizer) -> int | None:
     Many tokenizers put a space ("▁" or "Ġ") before every string, which is not part of the newline.
     """
     tokens = tokenizer.encode("\n", add_special_tokens=False).tokens
-    if not tokens or not {*tokens[:-1]} <= {"▁", "Ġ"} or tokens[-1] not in _NEWLINES:
+    if not tokens or not {*tokens[:-1]} <= {"▁", "Ġ"} or tokens[-1] not in NEWLINE_TOKENS:
         return None
     return tokenizer.token_to_id(tokens[-1])
 

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from usdm_sft.audio.digests import file_digest
 from usdm_sft.units.batches import NORMALIZATIONS
 from usdm_sft.utils.json_files import read_json
 
@@ -45,6 +44,8 @@ def unit_model_digest(folder: str | Path, cache_dir: str | Path | None = None) -
         FileNotFoundError: The folder is not a unit model folder.
         ValueError: A file differs from what `convert` wrote.
     """
+    from usdm_sft.audio.digests import file_digest  # imports soundfile, which tests.benchmarks.gpu does without
+
     folder = Path(folder)
     description = read_description(folder)
     for name, digest in description["files"].items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,38 +15,54 @@ from usdm_sft.units.model import UnitModel
 _OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
-def compute_units(
-    model: UnitModel, waveforms: Sequence[Waveform], names: Sequence[str], batch_seconds: float
-) -> tuple[list[np.ndarray], list[int]]:
-    """Run waveforms through the unit model.
+def start_units(
+    model: UnitModel,
+    waveforms: Sequence[Waveform],
+    names: Sequence[str],
+    batch_seconds: float,
+    in_fp32: Callable[[list[Waveform], list[str]], list[np.ndarray]],
+) -> Callable[[], tuple[list[np.ndarray], list[int]]]:
+    """Run waveforms through the unit model. On CUDA, this returns before the device has finished.
 
     Args:
         model: The unit model, on the device that computes.
         waveforms: Any number, in any order.
         names: Name of each waveform for error messages.
         batch_seconds: Seconds of audio, padding included, in one forward pass.
+        in_fp32: Returns the units of waveforms, given with their names, whose features are not finite in this model.
 
     Returns:
-        Units, one (num_frames,) uint16 array per waveform, and the indices of the waveforms whose features are not finite.
+        A function that waits for the device and returns the units, one (num_frames,) uint16 array per waveform, and the
+        indices of the waveforms whose units are those of `in_fp32`.
 
     Raises:
         MemoryError: The device has too little memory; the message names the setting to change.
     """
-    batches = plan_batches([waveform.num_samples for waveform in waveforms], batch_seconds)
+    device = model.centroids.device.type
+    batches = plan_batches([waveform.num_samples for waveform in waveforms], batch_seconds, device)
     # Submit all batches before reading any result, so that the device never waits.
     results = [
         _forward(model, [waveforms[row] for row in rows], [names[row] for row in rows], batch_seconds)
         for rows in batches
     ]
-    found: list[np.ndarray] = [np.zeros(0, np.uint16)] * len(waveforms)
-    not_finite = []
-    for rows, (units, finite) in zip(batches, results, strict=True):
-        for row, row_units, row_finite in zip(rows, units.cpu().numpy(), finite.cpu().numpy(), strict=True):
-            # The appended sample may complete a frame, whose unit the reference outputs as well.
-            found[row] = row_units[: num_frames(len(waveforms[row].samples))]
-            if not row_finite:
-                not_finite.append(row)
-    return found, sorted(not_finite)
+
+    def finish() -> tuple[list[np.ndarray], list[int]]:
+        found: list[np.ndarray] = [np.zeros(0, np.uint16)] * len(waveforms)
+        not_finite = []
+        for rows, (units, finite) in zip(batches, results, strict=True):
+            for row, row_units, row_finite in zip(rows, units.cpu().numpy(), finite.cpu().numpy(), strict=True):
+                # The appended sample may complete a frame, whose unit the reference outputs as well.
+                found[row] = row_units[: num_frames(len(waveforms[row].samples))]
+                if not row_finite:
+                    not_finite.append(row)
+        if not_finite:
+            not_finite.sort()
+            again = in_fp32([waveforms[row] for row in not_finite], [names[row] for row in not_finite])
+            for row, row_units in zip(not_finite, again, strict=True):
+                found[row] = row_units
+        return found, not_finite
+
+    return finish
 
 
 def _forward(

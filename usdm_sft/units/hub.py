@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # a re-export
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, but its stubs do not export it
 
@@ -38,6 +38,16 @@ def find_folder(
     if revision is not None:
         raise ValueError(f"revision is {revision!r}, but {folder} is not a repository of the Hub: leave it out")
     return folder.resolve()
+
+
+def find_cached_folder(name_or_path: str | Path, *, cache_dir: str | Path | None = None) -> Path | None:
+    """Return the folder that `find_folder` would return without a download; None if a repository is not in the cache."""
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir() or not _is_repository_id(str(name_or_path)):
+        return folder.resolve()
+    cached = [try_to_load_from_cache(str(name_or_path), file, cache_dir=cache_dir) for file in (DESCRIPTION, *FILES)]
+    found = [Path(file) for file in cached if isinstance(file, str)]
+    return found[0].parent if len(found) == len(cached) else None
 
 
 def _is_repository_id(name: str) -> bool:

@@ -21,7 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel
 
 from usdm_sft.units.folder import read_description
-from usdm_sft.units.precision import PRECISIONS, fp32_precision
+from usdm_sft.units.precision import PRECISIONS, own_settings
+from usdm_sft.units.split_linear import SplitLinear, split_linear_layers
 
 KMEANS_DISTANCES = 4096 * 10_000  # in memory at once, 160 MB: 4,096 frames times 10,000 centroids, or 625 times 65,536
 
@@ -36,6 +37,7 @@ class UnitModel(nn.Module):
         precision: "fp32" computes as the reference does. "fp16" and "bf16" run the layers' matrix products and attention
             in that type; convolutions, projection, positional convolution, norms, the residual stream and k-means
             stay float32. "tf32" lets CUDA round the inputs of all float32 matrix products and convolutions to TF32.
+            "fp16x3" and "bf16x3" compute linear layers and k-means as `SplitLinear` does, and the rest in float32.
         final_norm: Apply the norm that follows the last layer; only pre-norm models have one.
     """
 
@@ -74,6 +76,11 @@ class UnitModel(nn.Module):
             for layer in model.encoder.layers:
                 for part in (layer.attention, layer.feed_forward):
                     _compute_in(part, self.precision.layers)
+        self.products: nn.Module | None = None  # of features with centroids
+        if self.precision.split is not None:
+            for module in (self.feature_projection, self.layers):
+                split_linear_layers(module, self.precision.split)
+            self.products = SplitLinear(torch.from_numpy(centroids), None, self.precision.split)
         self.register_buffer("centroids", torch.from_numpy(centroids))
         self.register_buffer("centroid_norms", torch.from_numpy(np.square(centroids).sum(axis=1)))
         self.requires_grad_(False).eval()
@@ -115,8 +122,8 @@ class UnitModel(nn.Module):
             (batch, num_frames) uint16 units, and (batch,) bool: whether all features of the row's frames are finite. Both
             are on the model's device, which may still be computing them.
         """
-        # The caller's autocast would change units, which their cache key does not show.
-        with torch.autocast(self.centroids.device.type, enabled=False), fp32_precision(self.precision.front):
+        # The caller's settings would change units, which their cache key does not show.
+        with own_settings(self.centroids.device.type, self.precision.front):
             features = self.features(waveforms, frames)
             padding = self._padding(frames, features)
             finite = (torch.isfinite(features).all(dim=-1) | padding).all(dim=-1)
@@ -133,7 +140,7 @@ class UnitModel(nn.Module):
             extracted = self.feature_extractor(waveforms).transpose(1, 2)
         hidden = _first(self.feature_projection(extracted))
         mask = padding = None
-        if (frames < hidden.shape[1]).any():
+        if min(frames.tolist()) < hidden.shape[1]:
             padding = self._padding(frames, hidden)
             hidden = hidden.masked_fill(padding[:, :, None], 0.0)
             mask = ~padding[:, None, None, :]
@@ -165,7 +172,8 @@ class UnitModel(nn.Module):
         at_once = max(1, KMEANS_DISTANCES // len(self.centroids))
         for start in range(0, len(rows), at_once):
             some = rows[start : start + at_once]
-            distances = some.pow(2).sum(1, keepdim=True) - 2 * (some @ self.centroids.T) + self.centroid_norms
+            products = some @ self.centroids.T if self.products is None else self.products(some)
+            distances = some.pow(2).sum(1, keepdim=True) - 2 * products + self.centroid_norms
             units[start : start + at_once] = distances.argmin(dim=1)
         return units.to(torch.uint16).reshape(features.shape[:-1])
 

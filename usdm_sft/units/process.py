@@ -1,9 +1,16 @@
-"""Where the unit model folders are that this process has opened, and what a forked process has to change."""
+"""Where the unit model folders are that this process has opened, and what another process has to know or to change."""
 
 from __future__ import annotations
 
 import os
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import multiprocess.reduction
+
+if TYPE_CHECKING:
+    from usdm_sft.units.tokenizer import UnitTokenizer
 
 IMPORTED_IN = os.getpid()
 _folders: dict[str, Path] = {}  # digest of a unit model -> its folder
@@ -26,6 +33,24 @@ def recall_folder(digest: str) -> Path:
             "call UnitTokenizer.from_pretrained(folder) first"
         )
     return _folders[digest]
+
+
+def register_pickler(kind: type[UnitTokenizer]) -> None:
+    """Let pickles for another process contain the path and the GPU, which no fingerprint may depend on."""
+    # The picklers that start processes: torch's DataLoader and utils/processes.py use the first, `.map` the second.
+    ForkingPickler.register(kind, _reduce)
+    multiprocess.reduction.ForkingPickler.register(kind, _reduce)
+
+
+def _reduce(tokenizer: UnitTokenizer) -> tuple[Any, ...]:
+    more = {"folder": str(tokenizer.folder), "device": tokenizer.device}
+    return _open, (type(tokenizer), tokenizer.__getstate__() | more)
+
+
+def _open(kind: type[UnitTokenizer], state: dict[str, Any]) -> UnitTokenizer:
+    tokenizer = kind.__new__(kind)
+    tokenizer.__setstate__(state)
+    return tokenizer
 
 
 def is_forked(process: int, device: str) -> bool:

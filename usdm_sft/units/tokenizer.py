@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import multiprocess.reduction
 import numpy as np
 import torch
 
@@ -24,16 +22,17 @@ from usdm_sft.units.batches import Waveform, prepare_waveform
 from usdm_sft.units.columns import distinct_audio, unit_columns
 from usdm_sft.units.folder import read_description, unit_model_digest
 from usdm_sft.units.hub import find_folder
+from usdm_sft.units.precision import check_cpu
 from usdm_sft.units.reading import AudioReader, Source, read_and_prepare
 from usdm_sft.units.resample import resample_on
-from usdm_sft.units.settings import BATCH_SECONDS, make_settings
+from usdm_sft.units.settings import make_settings
 
 if TYPE_CHECKING:
     from usdm_sft.units.model import UnitModel
 
 logger = logging.getLogger(__name__)
 
-VERSION = "2"  # part of the cache key; change it whenever the code below makes other units
+VERSION = "3"  # part of the cache key; change it whenever the code below makes other units
 
 
 class UnitTokenizer:
@@ -74,7 +73,7 @@ class UnitTokenizer:
         device: str | torch.device | None = None,
         precision: str = "fp32",
         *,
-        batch_seconds: float = BATCH_SECONDS,
+        batch_seconds: float | None = None,
         resampler: str = "soxr",
         cache_dir: str | Path | None = None,
         revision: str | None = None,
@@ -86,8 +85,9 @@ class UnitTokenizer:
             name_or_path: A folder that `dailytalk-usdm convert` made, or a model repository of the Hub that holds the
                 files of one. Its files are checked against the sha256 in unit_model.json.
             device: Where to compute; by default CUDA if available, else the CPU.
-            precision: "fp32" (as the reference), "tf32", "fp16" or "bf16".
+            precision: "fp32" (as the reference), "tf32", "fp16", "bf16", "fp16x3" or "bf16x3".
             batch_seconds: Seconds of audio, padding included, in one forward pass; a longer utterance is computed alone.
+                By default 160 on the CPU and 320 on CUDA.
             resampler: "soxr" (as the reference, on the CPU) or "torchaudio" (on the device; needs the extra).
             cache_dir: Where digests of files are remembered. Downloads are kept in the Hub's own cache.
             revision: Branch, tag or commit of the repository.
@@ -96,7 +96,7 @@ class UnitTokenizer:
         Raises:
             FileNotFoundError: The folder, the repository's unit model or one of its files does not exist.
             OSError: The repository cannot be downloaded.
-            ValueError: A file differs from what `convert` wrote, a setting is unknown, or there is no such device.
+            ValueError: A file differs from what `convert` wrote, a setting is unknown, or the device lacks something.
         """
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
         if device.type == "cuda" and not torch.cuda.is_available():
@@ -104,6 +104,8 @@ class UnitTokenizer:
                 f"device is {device}, but torch finds no CUDA device: use the CPU, or install torch for CUDA"
             )
         settings = make_settings(device.type, precision, resampler, batch_seconds)
+        if device.type == "cpu":
+            check_cpu(precision)
         folder = find_folder(name_or_path, revision=revision, token=token)
         return cls(folder, unit_model_digest(folder, cache_dir), settings, str(device))
 
@@ -191,35 +193,42 @@ class UnitTokenizer:
         Returns:
             Units, one (num_frames,) uint16 array per file, and the lengths in seconds, (num_files,) float32.
         """
+        return self.start_files(sources)()
+
+    def start_files(
+        self, sources: Sequence[Source], digests: Mapping[str, str] | None = None
+    ) -> Callable[[], tuple[list[np.ndarray], np.ndarray]]:
+        """Start to tokenize audio whose sha256 may be given by address; on CUDA, this returns before the device has finished.
+
+        Returns:
+            A function that waits for the device, sets `fp32_fallback`, and returns the result of `tokenize_files`.
+        """
         self._notice_fork()
-        read = self._audio_reader().take(sources)
+        read = self._audio_reader().take(sources, digests)
         names = [describe(source) for source in sources]
         if self.settings["resampler"] == "soxr":
             waveforms = list(read)
         else:
             waveforms = self._prepare((resample_on(self.device, *each) for each in read), names)
         lengths = np.array([waveform.num_samples for waveform in waveforms], dtype=np.float32)
-        units, overflowed = self._tokenize(waveforms, names)
-        self.fp32_fallback = {sources[row] for row in overflowed}
-        return units, lengths / np.float32(SAMPLE_RATE)
+        finish_units = self._start(waveforms, names)
 
-    def read_ahead(self, sources: Sequence[Source]) -> None:
-        """Start to read audio in threads, for a later call or `tokenize_files` with the same sources."""
+        def finish() -> tuple[list[np.ndarray], np.ndarray]:
+            units, overflowed = finish_units()
+            self.fp32_fallback = {sources[row] for row in overflowed}
+            return units, lengths / np.float32(SAMPLE_RATE)
+
+        return finish
+
+    def read_ahead(self, sources: Sequence[Source], digests: Mapping[str, str] | None = None) -> None:
+        """Start to read audio in threads, for a later call of `start_files` with the same arguments."""
         self._notice_fork()
-        self._audio_reader().start(sources)
+        self._audio_reader().start(sources, digests)
 
     def forget(self, sources: Sequence[Source]) -> None:
         """Drop audio that was read ahead and is not needed."""
         if self._reader is not None:
             self._reader.forget(sources)
-
-    def read_ahead_rows(self, batch: Mapping[str, Sequence[Any]]) -> None:
-        """Start to read the audio of rows, for a later call with them."""
-        self.read_ahead(distinct_audio(batch)[0])
-
-    def forget_rows(self, batch: Mapping[str, Sequence[Any]]) -> None:
-        """Drop the audio of rows that was read ahead and is not needed."""
-        self.forget(distinct_audio(batch)[0])
 
     def _audio_reader(self) -> AudioReader:
         if self._reader is None:
@@ -239,14 +248,19 @@ class UnitTokenizer:
         with torch.autocast(self.settings["device"], enabled=False):
             return [prepare_waveform(*each, self.normalization) for each in zip(waveforms, names, strict=True)]
 
+    def _start(
+        self, waveforms: Sequence[Waveform], names: Sequence[str]
+    ) -> Callable[[], tuple[list[np.ndarray], list[int]]]:
+        from usdm_sft.units.forward import start_units  # imports transformers, as above
+
+        return start_units(self.model, waveforms, names, self.settings["batch_seconds"], self._tokenize_in_fp32)
+
     def _tokenize(self, waveforms: Sequence[Waveform], names: Sequence[str]) -> tuple[list[np.ndarray], list[int]]:
         """Return the units of each waveform, and the indices of those that overflowed and have the units of fp32."""
-        from usdm_sft.units.forward import compute_units  # imports transformers, as above
+        return self._start(waveforms, names)()
 
-        units, overflowed = compute_units(self.model, waveforms, names, self.settings["batch_seconds"])
-        if not overflowed:
-            return units, overflowed
-        names, precision = [names[row] for row in overflowed], self.settings["precision"]
+    def _tokenize_in_fp32(self, waveforms: Sequence[Waveform], names: Sequence[str]) -> list[np.ndarray]:
+        precision = self.settings["precision"]
         if precision == "fp32":
             raise ValueError(
                 f"{names[0]}: the features are not finite in fp32: leave out the utterance, or check the unit model"
@@ -255,10 +269,7 @@ class UnitTokenizer:
             logger.warning("%s: the features are not finite in %s: its units are computed in fp32", name, precision)
         if self._in_fp32 is None:
             self._in_fp32 = self.with_settings(precision="fp32")
-        again, _ = self._in_fp32._tokenize([waveforms[row] for row in overflowed], names)
-        for row, row_units in zip(overflowed, again, strict=True):
-            units[row] = row_units
-        return units, overflowed
+        return self._in_fp32._tokenize(waveforms, names)[0]
 
 
 def open_for(
@@ -266,7 +277,7 @@ def open_for(
     folder: Path,
     *,
     precision: str,
-    batch_seconds: float,
+    batch_seconds: float | None,
     resampler: str,
     cache_dir: str | Path | None = None,
 ) -> UnitTokenizer:
@@ -279,18 +290,4 @@ def open_for(
     return UnitTokenizer(folder, unit_model_digest(folder, cache_dir), settings, device)
 
 
-def _open_in_process(state: dict[str, Any]) -> UnitTokenizer:
-    tokenizer = UnitTokenizer.__new__(UnitTokenizer)
-    tokenizer.__setstate__(state)
-    return tokenizer
-
-
-def _reduce_for_process(tokenizer: UnitTokenizer) -> tuple[Any, ...]:
-    """Pickle for another process: with the path and the GPU, which no fingerprint may depend on."""
-    more = {"folder": str(tokenizer.folder), "device": tokenizer.device}
-    return _open_in_process, (tokenizer.__getstate__() | more,)
-
-
-# The picklers that start processes: torch's DataLoader and shards/workers.py use the first, `.map` the second.
-ForkingPickler.register(UnitTokenizer, _reduce_for_process)
-multiprocess.reduction.ForkingPickler.register(UnitTokenizer, _reduce_for_process)
+process.register_pickler(UnitTokenizer)

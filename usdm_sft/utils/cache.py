@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import BaseFileLock, FileLock, Timeout
 from huggingface_hub import constants
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,20 @@ class ShardCache:
 
     def find(self, key: str) -> Path | None:
         """Return the finished file of `key`, or None. A damaged file is removed with a warning."""
-        for path in sorted(self.folder.glob(f"{key}.*.arrow")):
+        return self.find_all([key]).get(key)
+
+    def find_all(self, keys: Iterable[str]) -> dict[str, Path]:
+        """Return the finished file of each key that has one. The folder is listed once."""
+        written: dict[str, list[str]] = {key: [] for key in keys}
+        for name in sorted(os.listdir(self.folder)) if self.folder.is_dir() else []:
+            key, _, rest = name.partition(".")
+            if rest.endswith(".arrow") and key in written:
+                written[key].append(name)
+        found = {key: self._first_whole(key, names) for key, names in written.items()}
+        return {key: path for key, path in found.items() if path is not None}
+
+    def _first_whole(self, key: str, names: Iterable[str]) -> Path | None:
+        for path in (self.folder / name for name in names):
             if sha256_file(path) == path.name.split(".")[1]:
                 # A run that was killed right after the rename leaves this folder.
                 shutil.rmtree(self.folder / f"{key}.unfinished", ignore_errors=True)
@@ -52,11 +65,6 @@ class ShardCache:
             logger.warning("%s was damaged after it was written: making it again", path)
             path.unlink(missing_ok=True)
         return None
-
-    def find_all(self, keys: Iterable[str]) -> dict[str, Path]:
-        """Return the finished file of each key that has one."""
-        found = {key: self.find(key) for key in keys}
-        return {key: path for key, path in found.items() if path is not None}
 
     def make(self, key: str, write: Callable[[str], Any]) -> Path:
         """Return the finished file of `key`, and make it first where there is none.
@@ -67,23 +75,76 @@ class ShardCache:
             key: Key of the work shard.
             write: Called with the path to write the file to.
         """
+        claim = self.claim(key)
+        assert claim is not None  # it waited
+        with claim:
+            return claim.finished or claim.write(write)
+
+    def claim(self, key: str, *, wait: bool = True) -> Claim | None:
+        """Claim the right to make the file of `key`.
+
+        A caller that holds a claim must not wait for another one: two runs that each wait for the other would wait forever.
+
+        Args:
+            key: Key of the work shard.
+            wait: Wait for another run that has the claim.
+
+        Returns:
+            The claim; None if another run has it and `wait` is false.
+        """
         (self.folder / "locks").mkdir(parents=True, exist_ok=True)
         # Lock files are never removed, so their number is bounded by the first characters of the key. With two characters,
-        # 64 tasks at the same time would often share a lock.
-        with FileLock(self.folder / "locks" / key[:4]):
-            if (found := self.find(key)) is not None:
-                return found
-            unfinished = self.folder / f"{key}.unfinished"
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
-            path = unfinished / "shard.arrow"
-            write(str(path))
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-            finished = self.folder / f"{key}.{sha256_file(path)}.arrow"
-            os.replace(path, finished)
-            shutil.rmtree(unfinished)
-            return finished
+        # 64 tasks at the same time would often share a lock. A claim may be released by another thread than its owner.
+        lock = FileLock(self.folder / "locks" / key[:4], thread_local=False)
+        try:
+            lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            return None
+        try:
+            return Claim(self.folder, key, lock, self.find(key))
+        except BaseException:
+            lock.release()
+            raise
+
+
+class Claim:
+    """The exclusive right to make the file of one key, until the `with` block ends or `release` is called.
+
+    Attributes:
+        finished: The file, if it is finished.
+    """
+
+    def __init__(self, folder: Path, key: str, lock: BaseFileLock, finished: Path | None):
+        self.finished = finished
+        self._folder, self._key, self._lock = folder, key, lock
+
+    def write(self, write: Callable[[str], Any]) -> Path:
+        """Make the file and return its path.
+
+        Args:
+            write: Called with the path to write the file to.
+        """
+        unfinished = self._folder / f"{self._key}.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        path = unfinished / "shard.arrow"
+        write(str(path))
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        finished = self._folder / f"{self._key}.{sha256_file(path)}.arrow"
+        os.replace(path, finished)
+        shutil.rmtree(unfinished)
+        return finished
+
+    def release(self) -> None:
+        """Let other runs make the file."""
+        self._lock.release()
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:

@@ -70,6 +70,30 @@ def download(url: str, path: str | Path, *, sha256: str | None = None) -> str:
     return digest
 
 
+def remote_size(url: str, *, timeout: float) -> int:
+    """Ask a server for the size of a file.
+
+    Args:
+        url: Address of the file.
+        timeout: Seconds without an answer after which the server counts as unreachable.
+
+    Returns:
+        The size in bytes, or 0 if the server does not say it.
+
+    Raises:
+        OSError: Offline mode (HF_HUB_OFFLINE) is on, or the server does not answer or refuses.
+    """
+    if constants.HF_HUB_OFFLINE:
+        raise OSError(
+            f"{url} is needed, and offline mode (HF_HUB_OFFLINE) forbids fetching it: run once without offline mode"
+        )
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout) as response:
+            return int(response.headers.get("Content-Length") or 0)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise OSError(f"{url} cannot be reached ({first_line(error)}): check the network and the proxy") from error
+
+
 class _Broken(Exception):
     """A failure that another try may overcome: the connection broke, or the server is busy."""
 
@@ -145,7 +169,7 @@ def _fetch(part: _Part) -> None:
         total = None if response.length is None else begin + response.length
         with (
             open(part.file, "r+b" if begin else "wb") as file,
-            progress_bar(total, part.path.name, "B", initial=begin, unit_scale=True) as bar,
+            progress_bar(total, part.path.name, "B", initial=begin) as bar,
         ):
             file.seek(begin)
             while chunk := _read(response):

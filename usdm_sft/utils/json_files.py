@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import Any
 
 
+def print_json(value: Any) -> None:
+    """Print a value as JSON in plain ASCII, which no terminal changes."""
+    print(json.dumps(value, indent=2))
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """Read a JSON file whose top-level value is an object.
 

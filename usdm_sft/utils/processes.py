@@ -1,19 +1,26 @@
-"""Spawned processes that do not import the calling script and ignore its Ctrl-C."""
+"""Spawned processes that do not import the calling script and ignore its Ctrl-C, alone or in a pool."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import pickle
+import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnProcess
 from types import ModuleType
 from typing import Any
 
 from tqdm import tqdm
+
+POLL_SECONDS = 1.0
 
 _lock = threading.Lock()  # only one thread at a time may replace __main__
 
@@ -39,6 +46,126 @@ def _call(target: Callable[..., object], args: tuple[Any, ...]) -> None:
     # tqdm's default lock contains a multiprocessing semaphore. A terminated process leaks it, and Python warns on stderr.
     tqdm.set_lock(threading.RLock())
     target(*args)
+
+
+class ProcessPool:
+    """Processes that share out the calls of a function. They start when `map` first needs them and end with the `with` block.
+
+    Args:
+        num_proc: Number of processes; with one or none, this process makes all calls.
+    """
+
+    def __init__(self, num_proc: int):
+        self._num_proc = num_proc
+        context = multiprocessing.get_context("spawn")
+        self._waiting: Any = context.Queue()
+        self._done: Any = context.Queue()
+        self._processes: dict[str, SpawnProcess] = {}
+
+    def __enter__(self) -> ProcessPool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._waiting.cancel_join_thread()
+        for process in self._processes.values():
+            process.terminate()
+            process.join()
+
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any], *, name: str) -> Iterator[tuple[int, Any]]:
+        """Call a function with each item.
+
+        Args:
+            function: Pickled once, with its arguments if it is a `partial`, and unpickled once in each process.
+            items: Pickled one by one.
+            name: Name of the work in errors.
+
+        Yields:
+            The index and the result of each item, in the order in which they are finished.
+
+        Raises:
+            RuntimeError: A process died.
+            Exception: The error of a call. The pool must not be used again then.
+        """
+        items = list(items)
+        if min(self._num_proc, len(items)) <= 1:
+            yield from ((index, function(item)) for index, item in enumerate(items))
+            return
+        pickled = pickle.dumps(function)
+        for index, item in enumerate(items):
+            self._waiting.put((index, pickled, pickle.dumps(item)))
+        for number in range(len(self._processes), min(self._num_proc, len(items))):
+            process_name = f"process {number + 1}"
+            self._processes[process_name] = start_process(_serve, (self._waiting, self._done), name=process_name)
+        yield from receive(self._done, {f"{name}, {key}": each for key, each in self._processes.items()}, len(items))
+
+
+def _serve(waiting: Any, done: Any) -> None:
+    """Make the calls of a `ProcessPool` for as long as the parent is there."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a spawned process
+    while parent.is_alive():
+        try:
+            index, function, item = waiting.get(timeout=POLL_SECONDS)
+        except queue.Empty:
+            continue
+        try:
+            done.put((index, _unpickle(function)(pickle.loads(item))))
+        except Exception as error:  # raised again in the parent
+            done.put(sendable(error))
+
+
+@lru_cache(maxsize=1)
+def _unpickle(function: bytes) -> Callable[[Any], Any]:
+    unpickled: Callable[[Any], Any] = pickle.loads(function)
+    return unpickled
+
+
+def receive(done: Any, processes: Mapping[str, Any], number: int) -> Iterator[Any]:
+    """Yield `number` results from a queue. Raises the error that a process sent, or one that names a process that died."""
+    while number:
+        # Taken before the queue is read: a process that has ended by now has nothing more to send.
+        exit_codes = {name: process.exitcode for name, process in processes.items()}
+        try:
+            outcome = done.get(timeout=POLL_SECONDS)
+        except queue.Empty:
+            _check_alive(exit_codes)
+            continue
+        if isinstance(outcome, BaseException):
+            raise outcome
+        number -= 1
+        yield outcome
+
+
+def _check_alive(exit_codes: Mapping[str, int | None]) -> None:
+    for name, exit_code in exit_codes.items():
+        if exit_code not in (None, 0):
+            raise RuntimeError(
+                f"a process died ({name}, exit code {exit_code}): start the run again; finished work shards are kept"
+            )
+    if all(exit_code == 0 for exit_code in exit_codes.values()):
+        raise RuntimeError("the processes ended before their work was done: start the run again")
+
+
+def sendable(error: Exception) -> Exception:
+    """Return the error itself if it survives pickling, else a RuntimeError with its text.
+
+    The traceback is added as a note, which Python prints only where it prints the traceback of the parent.
+    """
+    sent: Exception
+    try:
+        sent = pickle.loads(pickle.dumps(error))
+    except Exception:  # the class of the error may raise anything here
+        sent = RuntimeError(f"{type(error).__name__}: {error}")
+    sent.add_note("In the process:\n" + "".join(traceback.format_exception(error)))
+    return sent
+
+
+def num_cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS, Windows
 
 
 @contextmanager

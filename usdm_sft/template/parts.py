@@ -1,0 +1,73 @@
+"""The part of the template that each token of a row belongs to, read from the ids alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from usdm_sft.template.config import REFERENCE, Template
+from usdm_sft.template.tokenizer import MAX_UNITS, ustm_tokens
+from usdm_sft.template.tokens import TemplateTokens
+
+# In the order of a row. Each part but the frame includes the token that ends it.
+ROW_PARTS = {
+    "frame": "instruction and headings",
+    "user_units": "user's speech",
+    "user_text": "transcript",
+    "agent_text": "answer",
+    "agent_units": "agent's speech",
+}
+FRAME, USER_UNITS, USER_TEXT, AGENT_TEXT, AGENT_UNITS = range(len(ROW_PARTS))
+
+
+class RowLayout(NamedTuple):
+    """What tells the parts of a row apart: the ids of the template and its words."""
+
+    tokens: TemplateTokens
+    template: Template
+
+    def is_unit(self, ids: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
+        """True for each id that is a unit."""
+        return (ids >= self.tokens.unit_0) & (ids < self.tokens.unit_0 + self.tokens.num_units)
+
+
+REFERENCE_LAYOUT = RowLayout(ustm_tokens(MAX_UNITS), REFERENCE)
+
+
+def find_parts(
+    input_ids: Sequence[int] | npt.NDArray[np.integer], layout: RowLayout = REFERENCE_LAYOUT
+) -> npt.NDArray[np.int64]:
+    """Find the part of each token.
+
+    A newline or `<|correspond|>` ends every heading and every part, and neither is inside a part. So the number of both before a
+    token tells its part.
+
+    Args:
+        input_ids: (num_tokens,) ids of a row.
+        layout: The ids and the template of the row; by default the reference's.
+
+    Returns:
+        (num_tokens,) positions in `ROW_PARTS`.
+    """
+    tokens, template = layout
+    ids = np.asarray(input_ids)
+    is_end = (ids == tokens.newline) | (ids == tokens.correspond)
+    ends = np.cumsum(is_end) - is_end - template.instruction.count("\n")
+    exchange = np.array(_parts_of_exchange(template))
+    parts = np.where(ends < 0, FRAME, exchange[ends % len(exchange)])
+    if len(tokens.end_of_units) > 1:  # the newline after the stop token of units belongs to no part
+        parts[(ids == tokens.newline) & ((parts == USER_UNITS) | (parts == AGENT_UNITS))] = FRAME
+    return parts.astype(np.int64)
+
+
+def _parts_of_exchange(template: Template) -> list[int]:
+    """The part that each newline or `<|correspond|>` of an exchange ends, with the two newlines of its first heading."""
+    names = list(ROW_PARTS)
+    user, agent = (
+        [names.index(part) for part in template.parts if part.startswith(role)] for role in ("user", "agent")
+    )
+    between = [FRAME] if user and agent else []  # the agent's heading
+    return [FRAME, FRAME, *user, *between, *agent]
