@@ -70,7 +70,7 @@ __all__ = [
 ]
 
 _VERSION = datasets.Version("1.0.0")
-# Public name -> module (or module:name), imported at the first use: torch is slow. The same names as under TYPE_CHECKING above.
+# Public name -> module, imported at the first use: torch is slow. The same names as under TYPE_CHECKING above.
 _LAZY = {
     "PrepareConfig": "usdm_sft.config.prepare_config",
     "convert": "usdm_sft.convert.convert",
@@ -143,8 +143,7 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
         kwargs: Fields of `DailyTalkUSDMConfig`, and keyword arguments of `datasets.DatasetBuilder`.
 
     Attributes:
-        corpus: The `usdm_sft.corpus.dialogs.Split` of each split.
-        whole_corpus: The same, before bad audio was left out.
+        corpus, whole_corpus: The `usdm_sft.corpus.dialogs.Split` of each split, after and before bad audio was left out.
         split_lists: The path of each split's list.
         list_digests: The sha256 of each split's list.
         audio_digests: The `usdm_sft.audio.digests.AudioDigest` of each recording that a pair uses.
@@ -185,14 +184,13 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
         if data_dir is None and self.is_dailytalk:
             raise ValueError("data_dir is missing: name the folder that DailyTalk was unpacked to, or its zip archive")
         rules = read.Rules(kwargs.get("agent"), kwargs.get("merge_speaker_turns") or False)
-        self.corpus = read.read_corpus(self.split_lists, rules, data_dir=data_dir)
+        self.corpus = self.whole_corpus = read.read_corpus(self.split_lists, rules, data_dir=data_dir)
         for split in self.corpus.values():
             if not split.dialogs:
                 reasons = "; ".join(f"{dialog}: {reason}" for dialog, reason in split.left_out.items()) or "it is empty"
                 raise CorpusError([f"{self.split_lists[split.name]}: not one pair: {reasons}: name another split list"])
         self.list_digests = {split: sha256_file(path) for split, path in self.split_lists.items()}
         published_lists.check_not_swapped(self.split_lists, self.list_digests)
-        self.whole_corpus = self.corpus
         self.corpus, self.audio_digests = bad_audio.screen_audio(self.corpus, on_bad_audio, digest_cache_dir)
         kwargs |= {"hash": _code_digest(), "on_bad_audio": on_bad_audio, "corpus_digest": self._corpus_digest()}
         folder = next(iter(self.split_lists.values())).parent if data_dir is None else Path(data_dir).expanduser()
@@ -261,8 +259,7 @@ def load_dataset(
             of `DailyTalkUSDMConfig`, such as `history`.
 
     Returns:
-        The result of `datasets.load_dataset`: a `Dataset` if `split` is given, otherwise a `DatasetDict`; with `streaming`, their
-        iterable counterparts.
+        A `Dataset` if `split` is given, otherwise a `DatasetDict`; with `streaming`, their iterable counterparts.
 
     Raises:
         ValueError, OSError: As `DailyTalkUSDM`.
@@ -287,8 +284,7 @@ if not TYPE_CHECKING:  # a type checker takes a module with `__getattr__` to hav
 
     def __getattr__(name):
         if name in _LAZY:
-            module, _, attribute = _LAZY[name].partition(":")
-            return getattr(importlib.import_module(module), attribute or name)
+            return getattr(importlib.import_module(_LAZY[name]), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

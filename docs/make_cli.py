@@ -23,7 +23,7 @@ wrong usage, and 130 if the command was interrupted.
 
 With the extra `completion`, `--print_completion` prints a script that completes commands, options and file names in the shell:
 
-```bash
+```shell
 pip install 'dailytalk-usdm[completion]'
 mkdir -p ~/.local/share/bash-completion/completions
 dailytalk-usdm --print_completion shtab-bash > ~/.local/share/bash-completion/completions/dailytalk-usdm

@@ -74,4 +74,6 @@ def test_description_of_a_tokenizer_has_its_name_but_no_path(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     assert describe_tokenizer("naver-ai/USTM", ustm_tokens(10_000)) == {"name": "naver-ai/USTM", "num_units": 10_000}
     assert describe_tokenizer(str(tmp_path), ustm_tokens(100)) == {"name": None, "num_units": 100}
-    assert describe_tokenizer("mistral-common", ustm_tokens(100))["name"] == "mistral-common"  # what load_tokenizer builds
+    assert (
+        describe_tokenizer("mistral-common", ustm_tokens(100))["name"] == "mistral-common"
+    )  # what load_tokenizer builds

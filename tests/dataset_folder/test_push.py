@@ -14,6 +14,7 @@ from usdm_sft.cli.main import make_parser
 from usdm_sft.dataset_folder.push import push
 from usdm_sft.dataset_folder.verify import VerificationError
 from usdm_sft.prepare import prepare
+from usdm_sft.template.tokenizer import load_tokenizer
 
 TOKEN = "hf_aVerySecretToken"
 
@@ -64,6 +65,25 @@ print(json.dumps(rows))
 """
 
 
+# As in the card, and with this package.
+TOKENIZER = """
+import json
+from huggingface_hub import snapshot_download
+from transformers import PreTrainedTokenizerFast
+from dailytalk_usdm import load_tokenizer
+folder = snapshot_download("tester/pairs", repo_type="dataset", allow_patterns="tokenizer/*")
+tokenizers = [
+    PreTrainedTokenizerFast.from_pretrained(f"{folder}/tokenizer"),
+    load_tokenizer("tester/pairs", subfolder="tokenizer", repo_type="dataset"),
+]
+print(json.dumps([each("<|correspond|> yes.\\n### Agent\\n no<|unit5|>\\n</s>").input_ids for each in tokenizers]))
+"""
+WRONG_SUBFOLDER = """
+from dailytalk_usdm import load_tokenizer
+load_tokenizer("tester/pairs", subfolder="tokens", repo_type="dataset")
+"""
+
+
 def load(hub, tmp_path, **options):
     done = run(hub, tmp_path, "-c", LOAD, **options)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else done.stderr
@@ -83,6 +103,14 @@ def test_push_load_stream_and_push_again(hub, dataset_folder, folder_copy, mini,
 
     expected = list(datasets.load_dataset(str(dataset_folder), split="train", cache_dir=str(tmp_path / "datasets")))
     assert load(hub, tmp_path) == [expected, expected]
+    done = run(hub, tmp_path, "-c", TOKENIZER)
+    assert done.returncode == 0, done.stderr
+    text = "<|correspond|> yes.\n### Agent\n no<|unit5|>\n</s>"
+    assert (
+        json.loads(done.stdout.splitlines()[-1]) == [load_tokenizer(dataset_folder / "tokenizer")(text).input_ids] * 2
+    )
+    last_line = run(hub, tmp_path, "-c", WRONG_SUBFOLDER).stderr.splitlines()[-1]
+    assert last_line.startswith("OSError: tokenizer tester/pairs is not a folder and cannot be fetched from the Hub (")
 
     assert run_push(hub, tmp_path, folder_copy).returncode == 0  # unchanged
     assert len(commits(hub)) == 2

@@ -76,6 +76,13 @@ def test_auto_tokenizer_of_transformers_4_gives_the_same_ids(encoder, dataset_fo
     assert ids[len(HOSTILE) :] == rows["input_ids"][:]
 
 
+def test_tokenizer_in_a_folder_of_a_dataset_folder(tokenizer, dataset_folder):
+    loaded = load_tokenizer(dataset_folder, subfolder="tokenizer")
+    assert loaded.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    with pytest.raises(FileNotFoundError, match=r"dataset/pictures has no tokenizer\.json: name a folder"):
+        load_tokenizer(dataset_folder, subfolder="pictures")
+
+
 def test_offline_tokenizer_is_loaded_by_its_name(tokenizer):
     assert load_tokenizer("mistral-common").backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
 
@@ -104,7 +111,9 @@ def test_tokenizer_without_units_is_refused(tokenizer, tmp_path):
     serialized = json.loads(tokenizer.backend_tokenizer.to_str())
     serialized["added_tokens"] = serialized["added_tokens"][:3]
     (tmp_path / "tokenizer.json").write_text(json.dumps(serialized))
-    with pytest.raises(ValueError, match=r"has no <\|correspond\|>: add the tokens for units with `dailytalk-usdm tokenizer`"):
+    with pytest.raises(
+        ValueError, match=r"has no <\|correspond\|>: add the tokens for units with `dailytalk-usdm tokenizer`"
+    ):
         load_tokenizer(tmp_path)
 
 

@@ -18,6 +18,7 @@ from usdm_sft.dataset_folder.rows import iter_rows
 from usdm_sft.dataset_folder.text_lines import format_line
 from usdm_sft.template.encoder import IGNORE_INDEX
 from usdm_sft.utils.atomic import write_then_replace
+from usdm_sft.utils.progress import quiet
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -86,7 +87,8 @@ def _export_arrow(dataset_dir: Path, arrow_dir: Path) -> dict[str, int]:
     unfinished.mkdir(parents=True)
     try:
         splits = DatasetDict({split: _copy_rows(paths, unfinished / split) for split, paths in files.items()})
-        splits.save_to_disk(unfinished / "saved")
+        with quiet():
+            splits.save_to_disk(unfinished / "saved")
         for entry in sorted((unfinished / "saved").iterdir(), key=lambda path: path.is_file()):
             entry.rename(arrow_dir / entry.name)
     finally:

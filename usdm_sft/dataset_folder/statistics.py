@@ -49,11 +49,10 @@ class SplitStatistics:
         values = np.asarray(pc.list_flatten(labels))
         self.labelled.append(np.bincount(rows_of[values != IGNORE_INDEX], minlength=len(rows)))
         self.labelled_units += int(self.layout.is_unit(values).sum())
-        parts = [find_parts(ids, self.layout) for ids in _lists(rows["input_ids"])]
-        if parts:
-            self.labelled_parts += np.bincount(
-                np.concatenate(parts)[values != IGNORE_INDEX], minlength=len(self.labelled_parts)
-            )
+        for ids, row_labels in zip(_lists(rows["input_ids"]), _lists(labels), strict=True):
+            parts = find_parts(ids, self.layout)[: len(row_labels)]  # verify counts damaged rows as well
+            labelled = parts[row_labels[: len(parts)] != IGNORE_INDEX]
+            self.labelled_parts += np.bincount(labelled, minlength=len(self.labelled_parts))
         for role in ROLES:
             self.seconds[role].append(_values(rows[f"{role}_seconds"]))
             self.unit_counts += np.bincount(_values(rows[f"{role}_units"]), minlength=MAX_UNITS)

@@ -66,8 +66,9 @@ def write_folder(
     clear_unfinished(folder)
     unfinished = folder / UNFINISHED
     unfinished.mkdir(parents=True)
-    layout = read_layout(folder / COUNTS, counts)
-    parts = write_parquet(unfinished / config_name, splits, num_output_shards, layout, pool)
+    parts = write_parquet(
+        unfinished / config_name, splits, num_output_shards, read_layout(folder / COUNTS, counts), pool
+    )
     files = {split: [part.path for part in split_parts] for split, split_parts in parts.items()}
     num_bytes = {split: sum(part.num_bytes for part in split_parts) for split, split_parts in parts.items()}
     statistics = {
@@ -77,7 +78,7 @@ def write_folder(
     save_tokenizer(tokenizer, unfinished / "tokenizer")
     draw_pictures(statistics, counts["num_units"], unfinished / PICTURES)
     counts = counts | {"statistics": {split: values.summary() for split, values in statistics.items()}}
-    draw_example(files, tokenizer.backend_tokenizer, unfinished / PICTURES, layout)
+    draw_example(files, tokenizer.backend_tokenizer, unfinished / PICTURES, read_layout(folder / COUNTS, counts))
     other_info = []
     if utterances is not None:
         counts[UTTERANCES], info = write_utterances(unfinished / UTTERANCES, utterances)

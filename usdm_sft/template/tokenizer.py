@@ -13,13 +13,11 @@ import hashlib
 import importlib.resources
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
-from usdm_sft.template.base import add_units
+from usdm_sft.template.base import add_units, open_tokenizer
 from usdm_sft.template.config import MAX_LENGTH, OFFLINE, USTM
 from usdm_sft.template.tokens import (
     CONTINUE_TOKEN,
@@ -29,7 +27,6 @@ from usdm_sft.template.tokens import (
     read_tokens,
     unit_token,
 )
-from usdm_sft.utils.texts import first_line
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -69,6 +66,8 @@ def load_tokenizer(
     *,
     revision: str | None = None,
     token: str | None = None,
+    subfolder: str | None = None,
+    repo_type: Literal["model", "dataset"] = "model",
 ) -> PreTrainedTokenizerFast:
     """Load a tokenizer with tokens for units, and check its ids.
 
@@ -79,6 +78,9 @@ def load_tokenizer(
         cache_dir: Folder for downloads; the Hub's own cache by default.
         revision: Branch, tag or commit of the repository; its main branch by default.
         token: Token of the Hub, for a private repository; by default HF_TOKEN, or the one that `hf auth login` saved.
+        subfolder: Folder of the tokenizer inside the repository or the folder, such as "tokenizer" in a dataset folder.
+        repo_type: "dataset" for a repository that `push` filled: `load_tokenizer("USER/NAME", subfolder="tokenizer",
+            repo_type="dataset")`.
 
     Raises:
         OSError: The tokenizer cannot be found or downloaded.
@@ -86,49 +88,15 @@ def load_tokenizer(
     """
     if str(name_or_path) == OFFLINE:
         return build_tokenizer()
-    tokenizer = _open(name_or_path, cache_dir, revision, token)
+    place = f"{name_or_path}/{subfolder}" if subfolder else str(name_or_path)
+    tokenizer = open_tokenizer(
+        name_or_path, subfolder, cache_dir=cache_dir, revision=revision, token=token, repo_type=repo_type
+    )
     if is_ustm(tokenizer.backend_tokenizer):
-        check_tokenizer(tokenizer.backend_tokenizer, str(name_or_path))
+        check_tokenizer(tokenizer.backend_tokenizer, place)
     else:
-        read_tokens(tokenizer, str(name_or_path))
+        read_tokens(tokenizer, place)
     return tokenizer
-
-
-def _open(
-    name_or_path: str | Path, cache_dir: str | Path | None, revision: str | None, token: str | None
-) -> PreTrainedTokenizerFast:
-    _require_tokenizer_json(str(name_or_path), cache_dir, revision, token)
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
-            name_or_path, cache_dir=cache_dir, revision=revision or "main", token=token
-        )
-    except OSError:
-        raise
-    except Exception as error:  # transformers and tokenizers raise many types for a malformed file
-        raise ValueError(
-            f"{name_or_path} has a tokenizer that cannot be opened ({first_line(error)}): download it again, "
-            f"or use {OFFLINE!r}"
-        ) from error
-    return tokenizer
-
-
-def _require_tokenizer_json(
-    name_or_path: str, cache_dir: str | Path | None, revision: str | None, token: str | None
-) -> None:
-    """Refuse a source without tokenizer.json, for which transformers would convert other files, to other ids."""
-    if Path(name_or_path).is_dir():
-        if not (Path(name_or_path) / "tokenizer.json").is_file():
-            raise FileNotFoundError(f"{name_or_path} has no tokenizer.json: name a folder with a fast tokenizer")
-        return
-    try:
-        hf_hub_download(name_or_path, "tokenizer.json", cache_dir=cache_dir, revision=revision, token=token)
-    except (OSError, HFValidationError) as error:
-        raise OSError(
-            f"tokenizer {name_or_path} is not a folder and cannot be fetched from the Hub ({first_line(error)}): check the "
-            f"name and the network, or use {OFFLINE!r}, which is built offline"
-        ) from error
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -215,7 +183,7 @@ def build_tokenizer(
     if not 1 <= num_units <= MAX_UNITS:
         raise ValueError(f"num_units is {num_units}: give a number from 1 to {MAX_UNITS}")
     if str(base) != OFFLINE:
-        return add_units(_open(base, cache_dir, None, None), num_units, str(base))
+        return add_units(open_tokenizer(base, cache_dir=cache_dir), num_units, str(base))
     try:
         import sentencepiece  # an optional dependency, like mistral-common
 

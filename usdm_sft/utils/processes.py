@@ -113,6 +113,7 @@ def _serve(waiting: Any, done: Any) -> None:
             done.put((index, _unpickle(function)(pickle.loads(item))))
         except Exception as error:  # raised again in the parent
             done.put(sendable(error))
+    done.cancel_join_thread()  # a result that does not fit into the pipe would keep this process alive: nobody reads it
 
 
 @lru_cache(maxsize=1)
