@@ -86,10 +86,13 @@ def write_folder(
     card = make_card(config_name, splits, num_bytes, counts, files, tokenizer.backend_tokenizer, other_info)
     (unfinished / "README.md").write_text(card, encoding="utf-8")
     names = sorted(path.relative_to(unfinished).as_posix() for path in unfinished.rglob("*") if path.is_file())
-    paths = {name: unfinished / name for name in names}
-    counts = counts | {"files": {name: digests.get(path) or sha256_file(path) for name, path in paths.items()}}
+    counts["files"] = {name: digests.get(unfinished / name) or sha256_file(unfinished / name) for name in names}
     replace_text(unfinished / COUNTS, _to_json(counts))
+    _move_into_place(unfinished, folder)
+    return counts
 
+
+def _move_into_place(unfinished: Path, folder: Path) -> None:
     _remove_utterances(folder)
     (folder / COUNTS).unlink(missing_ok=True)  # a folder without counts.json is unfinished
     for entry in sorted(unfinished.iterdir(), key=lambda path: path.name == COUNTS):
@@ -98,7 +101,6 @@ def write_folder(
             shutil.rmtree(target)
         os.replace(entry, target)
     unfinished.rmdir()
-    return counts
 
 
 def _remove_utterances(folder: Path) -> None:
