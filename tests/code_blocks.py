@@ -55,6 +55,7 @@ def find_code(word: str) -> str:
 
 def make_workplace(root: Path, dataset_folder: Path, unit_model: Path, model) -> Path:
     """Fill a folder with the files that the pages use: data, configs, a unit model, and `model` as naver-ai/USTM."""
+    from usdm_sft.dataset_folder.export import export
     from usdm_sft.template.tokenizer import load_tokenizer
 
     shutil.copytree(dataset_folder, root / "dailytalk-usdm-data")
@@ -63,6 +64,7 @@ def make_workplace(root: Path, dataset_folder: Path, unit_model: Path, model) ->
     shutil.copytree(DEMO / "corpus", root / "DailyTalk")
     shutil.copytree(DEMO / "expected", root / "preprocessed")
     shutil.copy(DEMO / "corpus" / "data" / "3" / "0_0_d3.wav", root / "hello.wav")
+    export(dataset_folder, root / "arrow", format="arrow")
     model.save_pretrained(root / "naver-ai" / "USTM")
     load_tokenizer(dataset_folder / "tokenizer").save_pretrained(root / "naver-ai" / "USTM")
     return root

@@ -418,7 +418,9 @@ def test_skip_reads_no_bad_audio_and_makes_no_empty_units(run, corpus, monkeypat
 
     read = []
     real = reading.read_waveform
-    monkeypatch.setattr(reading, "read_waveform", lambda source: read.append(os.path.basename(source)) or real(source))
+    monkeypatch.setattr(
+        reading, "read_waveform", lambda source, *more: read.append(os.path.basename(source)) or real(source, *more)
+    )
     output, _ = run(corpus, on_bad_audio="skip")
     # 0_1_d20 is good, but no pair is left that it is in.
     assert not {"2_1_d8.wav", "0_0_d3.wav", "3_1_d3.wav", "1_0_d20.wav", "0_1_d20.wav"} & set(read)

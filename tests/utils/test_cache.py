@@ -1,3 +1,4 @@
+import os
 import threading
 
 import pytest
@@ -32,6 +33,29 @@ def test_find_all_returns_the_keys_that_have_a_file(tmp_path):
     level = ShardCache(tmp_path)
     made = level.make("one", writer(b"one"))
     assert level.find_all(["one", "two"]) == {"one": made}
+
+
+def test_folder_is_listed_once(tmp_path, monkeypatch):
+    level, listed, listdir = ShardCache(tmp_path), [], os.listdir
+    made = {key: level.make(key, writer(key.encode())) for key in ("one", "two", "three")}
+    monkeypatch.setattr(os, "listdir", lambda folder: listed.append(folder) or listdir(folder))
+    assert level.find_all([*made, "four"]) == made
+    assert listed == [tmp_path]
+
+
+def test_claim_is_exclusive_until_it_is_released(tmp_path):
+    level = ShardCache(tmp_path)
+    claim = level.claim("key")
+    assert claim.finished is None
+    assert level.claim("key", wait=False) is None
+    made = claim.write(writer(b"one"))
+    thread = threading.Thread(target=claim.release)  # another thread than the one that claimed
+    thread.start()
+    thread.join()
+    with level.claim("key", wait=False) as again:
+        assert again.finished == made
+    with level.claim("key", wait=False) as once_more:
+        assert once_more is not None
 
 
 def test_failed_write_leaves_no_finished_file_and_is_removed_by_the_next(tmp_path):

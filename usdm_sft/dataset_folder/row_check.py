@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from usdm_sft.corpus.features import TRAINER_COLUMNS
 from usdm_sft.template.encoder import IGNORE_INDEX, TemplateEncoder
 from usdm_sft.template.exchanges import has_lists
 from usdm_sft.template.parts import RowLayout
@@ -18,8 +19,8 @@ from usdm_sft.template.parts import RowLayout
 def find_doubtful_rows(batch: pa.RecordBatch, encoder: TemplateEncoder, max_length: int) -> set[int]:
     """Find the rows of a batch in which something may be wrong; the others are correct.
 
-    A row is correct if its ids and labels are those of its encoded columns, each label is the id or -100, and the ids decode
-    to the template. To decode fast, each run of unit tokens is compared as numbers and shortened to its first token, in the
+    A row is correct if its ids and labels are those of its encoded columns, each label is the id or -100, `TRAINER_COLUMNS`
+    fit, and the ids decode to the template. To decode fast, each run of unit tokens is compared as numbers and shortened to its first token, in the
     ids and in the template alike. `check_tokenizer` has checked the name of every unit token.
 
     Args:
@@ -31,7 +32,7 @@ def find_doubtful_rows(batch: pa.RecordBatch, encoder: TemplateEncoder, max_leng
         The positions of these rows in the batch.
     """
     names = encoder.template.parts
-    columns = {name: _to_lists(batch[name]) for name in ("id", *names, "input_ids", "labels")}
+    columns = {name: _to_lists(batch[name]) for name in ("id", *names, "input_ids", "labels", *TRAINER_COLUMNS)}
     try:
         encoded = encoder({name: columns[name] for name in ("id", *names)})
     except ValueError:  # of one row, or of several
@@ -40,6 +41,8 @@ def find_doubtful_rows(batch: pa.RecordBatch, encoder: TemplateEncoder, max_leng
     for row, (ids, labels) in enumerate(zip(columns["input_ids"], columns["labels"], strict=True)):
         if (
             len(ids) > max_length
+            or columns["length"][row] != len(ids)
+            or not np.array_equal(columns["attention_mask"][row], np.ones(len(ids), np.int8))
             or not np.array_equal(ids, encoded["input_ids"][row])
             or not np.array_equal(labels, encoded["labels"][row])
             or ((labels != ids) & (labels != IGNORE_INDEX)).any()

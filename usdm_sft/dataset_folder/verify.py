@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from huggingface_hub.repocard import metadata_load
 from yaml import YAMLError
 
@@ -119,7 +120,8 @@ def _check_rows(folder: Path, counts: Mapping[str, Any], statistics: dict[str, S
                         [row] = batch.slice(position, 1).to_pylist()
                         yield from (f"{place}: {problem}" for problem in _check_row(row, encoder, counts["settings"]))
                 number += len(batch)
-                statistics[split].add(batch)
+                if pc.list_value_length(batch["labels"]).equals(pc.list_value_length(batch["input_ids"])):
+                    statistics[split].add(batch)  # otherwise a row was reported
 
 
 def _make_encoder(folder: Path, counts: Mapping[str, Any]) -> TemplateEncoder:

@@ -132,11 +132,12 @@ def _plan_tasks(
 
     The marks follow the cache, because another run may have filled it or a user may have emptied it.
     """
-    level, agreement = ShardCache(cache / "units"), agreement_file(unit_tokenizer, sample, cache)
+    finished = ShardCache(cache / "units").find_all(shard.units_key for shard in shards)
+    agreement = agreement_file(unit_tokenizer, sample, cache)
     for rank in range(tasks):
         task_shards = shards[rank * len(shards) // tasks : (rank + 1) * len(shards) // tasks]
         measured = rank > 0 or agreement is None or agreement.is_file()
-        if measured and all(level.find(shard.units_key) for shard in task_shards):
+        if measured and all(shard.units_key in finished for shard in task_shards):
             marks.mark_rank_as_completed(rank)
         else:
             (folder / "completions" / f"{rank:05d}").unlink(missing_ok=True)

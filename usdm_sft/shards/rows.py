@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from datasets import Dataset
+from datasets.exceptions import DatasetGenerationError
 
 from usdm_sft.corpus.examples import has_lists, make_examples
 from usdm_sft.utils.progress import quiet
@@ -26,7 +27,9 @@ def load_rows(builder: DailyTalkUSDM) -> dict[str, Dataset]:
     """
     try:
         return _load(builder, "reuse_dataset_if_exists")
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowInvalid, OSError, DatasetGenerationError) as error:
+        if isinstance(error, DatasetGenerationError) and not isinstance(error.__cause__, OSError):
+            raise  # such as an error of the builder, which another try would repeat
         logger.warning("%s was damaged (%s): making it again", builder.cache_dir, error)
     return _load(builder, "force_redownload")
 

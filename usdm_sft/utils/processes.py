@@ -100,20 +100,23 @@ class ProcessPool:
 
 
 def _serve(waiting: Any, done: Any) -> None:
-    """Make the calls of a `ProcessPool` for as long as the parent is there."""
+    """Make the calls of a `ProcessPool` until the parent ends this process, or itself ends."""
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # this is a spawned process
-    while parent.is_alive():
-        try:
-            index, function, item = waiting.get(timeout=POLL_SECONDS)
-        except queue.Empty:
-            continue
+    while True:
+        index, function, item = waiting.get()
         try:
             done.put((index, _unpickle(function)(pickle.loads(item))))
         except Exception as error:  # raised again in the parent
             done.put(sendable(error))
-    done.cancel_join_thread()  # a result that does not fit into the pipe would keep this process alive: nobody reads it
+
+
+def _exit_with_parent() -> None:
+    """End this process when its parent is killed, even while it waits for the other half of a message."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a spawned process
+    parent.join()
+    os._exit(1)
 
 
 @lru_cache(maxsize=1)
