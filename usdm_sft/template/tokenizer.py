@@ -135,7 +135,8 @@ def check_tokenizer(tokenizer: Tokenizer, name: str = "this tokenizer") -> Templ
     """
     tokenizer = plain_copy(tokenizer)
     remedy = (
-        f"load naver-ai/USTM, or a folder that this package saved, with load_tokenizer ({OFFLINE!r} builds it offline)"
+        f"load naver-ai/USTM, or a folder that this package saved, with load_tokenizer ({OFFLINE!r} builds it offline); "
+        "the tokenizer of another base model needs template.tokenization separate"
     )
     num_units = 0
     while tokenizer.token_to_id(unit_token(num_units)) == UNIT_0 + num_units:
