@@ -121,17 +121,14 @@ def test_probes_name_what_fails(tmp_path):
     ):
         read_tokens(tokenizer)
 
-    serialized = json.loads(build_tokenizer(_saved(tmp_path / "base"), 5).backend_tokenizer.to_str())
-    token = serialized["added_tokens"].pop()  # in the vocabulary alone, a text never becomes the token
-    serialized["model"]["vocab"][token["content"]] = token["id"]
-    (tmp_path / "split").mkdir()
-    (tmp_path / "split" / "tokenizer.json").write_text(json.dumps(serialized))
+    vocab = {"<unk>": 0, "<|correspond|>": 1, "<|unit0|>": 2, "\n": 3}  # no added tokens: a text never becomes them
+    split = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="<unk>")))
     with pytest.raises(
-        ValueError, match=r"for '<\|unit4\|><\|unit4\|>' instead of .* does not read a token for units as one"
+        ValueError, match=r"gives \[0\] for '<\|unit0\|><\|correspond\|>' instead of \[2, 1\]: it does not read"
     ):
-        load_tokenizer(tmp_path / "split")
+        read_tokens(split)
 
-    serialized = json.loads(build_tokenizer(tmp_path / "base", 5).backend_tokenizer.to_str())
+    serialized = json.loads(build_tokenizer(_saved(tmp_path / "base"), 5).backend_tokenizer.to_str())
     serialized["normalizer"] = {"type": "Replace", "pattern": {"String": "\n"}, "content": "  "}
     (tmp_path / "lost").mkdir()
     (tmp_path / "lost" / "tokenizer.json").write_text(json.dumps(serialized))

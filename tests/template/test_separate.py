@@ -96,7 +96,7 @@ def test_prompts_are_prefixes_and_each_step_ends_in_one_known_id(encoder, base):
         following = next_prompt(step, torch.tensor([prompt]), torch.tensor(ids[len(prompt) : stop]))[0].tolist()
         assert ids[: len(following)] == following
         assert following[stop + 1 :] == (
-            base("### Agent", add_special_tokens=False).input_ids + [encoder.tokens.newline]
+            [*base("### Agent", add_special_tokens=False).input_ids, encoder.tokens.newline]
         ) * (step.name == "transcript")
 
 
@@ -181,7 +181,7 @@ def test_words_that_the_tokenizer_does_not_know_are_refused(base):
     if base.unk_token is None:
         assert "### 日本\n" in TemplateEncoder(base, template).decode(TemplateEncoder(base, template).prompt([1]))
         return
-    with pytest.raises(ValueError, match="the template's words .*日本.*: a part becomes .*: choose other words"):
+    with pytest.raises(ValueError, match=r"the template's words .*日本.*: a part becomes .*: choose other words"):
         TemplateEncoder(base, template)
 
 
