@@ -253,7 +253,7 @@ def test_bad_input_gives_one_line_on_stderr(tmp_path):
         (["prepare", "--template", "Robot"], "template is 'Robot': give names and values, such as {user_role: Caller}"),
         (
             ["prepare", "--template.loss", "user_text"],
-            "template.loss is 'user_text': give a list of names, such as [user_text, agent_text]",
+            "template.loss is 'user_text': give a list of one or more of user_text, agent_text, agent_units, ",
         ),
         (["prepare", "--config", "{number}"], "max_length is 'big': give a whole number"),
         (["show", "d", "--index", "first"], "index is 'first': give a whole number"),

@@ -56,13 +56,14 @@ def test_show_and_page_spell_the_tokens(root, capsys, tmp_path):
     assert "agent_units" in (tmp_path / "page.html").read_text()
 
 
-def test_changed_ids_of_the_tokenizer_are_found(root, tmp_path):
+def test_changed_ids_of_the_tokenizer_are_found(root, tmp_path, capsys):
     folder = shutil.copytree(root / "out", tmp_path / "out")
     counts = json.loads((folder / "counts.json").read_text())
     counts["tokenizer"]["ids"]["unit_0"] = "x"
     (folder / "counts.json").write_text(json.dumps(counts))
     with pytest.raises(SystemExit, match="1"):
         main(["show", str(folder), "--html", str(tmp_path / "page.html")])
+    assert "counts.json: tokenizer.ids is {" in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
 
 

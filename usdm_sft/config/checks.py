@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from usdm_sft.template.config import EXPECTED_PARTS, Template
+from usdm_sft.template.config import EXPECTED_LOSS, Template
 
 # The least value of settings that are whole numbers.
 MINIMUM = {
@@ -27,7 +27,7 @@ _EXPECTED = {
     str: "a text",
     bool: "True or False",
     dict: 'names and values, such as {partition: NAME, time: "04:00:00"}',
-    tuple: EXPECTED_PARTS,
+    tuple: EXPECTED_LOSS,
     Template: "a dailytalk_usdm.Template, such as Template(loss=('user_text',))",
 }
 

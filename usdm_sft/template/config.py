@@ -1,10 +1,10 @@
-"""The words and parts of the template, as data: a variant of the template needs no new code.
+"""The words of the template and its labelled parts, as data: a variant of the template needs no new code.
 
 Standard library only, so that the command line shows its options at once.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from usdm_sft.utils.texts import text_problem
 
@@ -20,35 +20,33 @@ INSTRUCTION = (
 PARTS = ("user_units", "user_text", "agent_text", "agent_units")  # in the order of an exchange
 LABELS = PARTS[1:]  # the user's speech is never labelled
 TOKENIZATIONS = ("reference", "separate")
-EXPECTED_PARTS = "a list of names, such as [user_text, agent_text]"
+EXPECTED_LOSS = f"a list of one or more of {', '.join(LABELS)}, such as [user_text, agent_text]"
 
 
 @dataclass(frozen=True)
 class Template:
-    """The words of the template, the parts of an exchange, and those that are labelled.
+    """The words of the template, the labelled parts of an exchange, and the form of tokenization.
 
     Args:
         instruction: Text before the first exchange, with its newline; not lower-cased.
         user_role: Name in the heading of the user's turn.
         agent_role: Name in the heading of the agent's turn.
-        parts: Parts of an exchange: some of user_units, user_text, agent_text and agent_units, at least two. The reference has all
-            four. [user_units, user_text] is recognition, [agent_text, agent_units] synthesis, [user_units, agent_text] answers in text.
         loss: Labelled parts, each with the stop token that follows it: user_text (with the newline), agent_text (with
-            <|correspond|>), agent_units (with "▁", or with the newline where tokenization is separate). By default all parts
-            but the first, as in the reference.
+            <|correspond|>), agent_units (with "▁", or with the newline where tokenization is separate). The reference labels all
+            three; user_text alone trains recognition, agent_units alone synthesis.
         tokenization: reference for USTM's tokenizer: ids as of the whole text of a row. separate for the tokenizer of another base
             model: each line of text is encoded on its own, so that no newline becomes one token with the text before it.
 
     Raises:
-        ValueError: A text contains a special token or a control character, or `parts` or `loss` name an unknown part or too few.
+        ValueError: A text contains a special token or a control character, or `loss` is empty or names an unknown part.
     """
 
     instruction: str = INSTRUCTION
     user_role: str = "User"
     agent_role: str = "Agent"
-    loss: tuple[str, ...] | None = None
-    parts: tuple[str, ...] = PARTS
+    loss: tuple[str, ...] = LABELS
     tokenization: Literal["reference", "separate"] = "reference"
+    parts: ClassVar[tuple[str, ...]] = PARTS  # every exchange has all of them
 
     def __post_init__(self) -> None:
         for name in ("instruction", "user_role", "agent_role"):
@@ -63,14 +61,7 @@ class Template:
         if self.tokenization not in TOKENIZATIONS:
             raise ValueError(f"template.tokenization is {self.tokenization!r}: give {' or '.join(TOKENIZATIONS)}")
         # Equal settings give equal cache keys.
-        object.__setattr__(self, "parts", _check_parts("parts", self.parts, PARTS))
-        if len(self.parts) < 2:
-            raise ValueError(
-                f"template.parts is {list(self.parts)}: give at least two, what is given and what is learned"
-            )
-        allowed = tuple(part for part in LABELS if part in self.parts)
-        loss = self.parts[1:] if self.loss is None else _check_parts("loss", self.loss, allowed)
-        object.__setattr__(self, "loss", loss)
+        object.__setattr__(self, "loss", _check_loss(self.loss))
 
     @property
     def user_heading(self) -> str:
@@ -80,34 +71,24 @@ class Template:
     def agent_heading(self) -> str:
         return f"### {self.agent_role}\n"
 
-    @property
-    def labelled(self) -> tuple[str, ...]:
-        """The labelled parts, in order."""
-        return self.loss or ()
-
     def settings(self) -> dict[str, Any]:
-        """The fields as JSON values. `parts` and `tokenization` are left out where they are the reference's."""
-        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        for name in ("parts", "tokenization"):
-            if getattr(self, name) == getattr(Template, name):
-                del values[name]
+        """The fields as JSON values. `tokenization` is left out where it is the reference's."""
+        values = asdict(self) | {"loss": list(self.loss)}
+        if self.tokenization == "reference":
+            del values["tokenization"]
         return values
 
 
-def _check_parts(name: str, parts: object, allowed: tuple[str, ...]) -> tuple[str, ...]:
-    """The parts in the order of an exchange."""
-    if not isinstance(parts, list | tuple) or not parts:
-        example = f"[{', '.join(allowed[:2])}]"
-        raise ValueError(
-            f"template.{name} is {parts!r}: give a list of one or more of {', '.join(allowed)}, such as {example}"
-        )
-    for part in parts:
-        if part not in allowed:
-            reason = "is not a part" if allowed == PARTS else "is left out" if part in LABELS else "cannot be labelled"
+def _check_loss(loss: object) -> tuple[str, ...]:
+    """The labelled parts in the order of an exchange."""
+    if not isinstance(loss, list | tuple) or not loss:
+        raise ValueError(f"template.loss is {loss!r}: give {EXPECTED_LOSS}")
+    for part in loss:
+        if part not in LABELS:
             raise ValueError(
-                f"template.{name} contains {part!r}, which {reason}: name one or more of {', '.join(allowed)}"
+                f"template.loss contains {part!r}, which cannot be labelled: name one or more of {', '.join(LABELS)}"
             )
-    return tuple(part for part in PARTS if part in parts)
+    return tuple(part for part in LABELS if part in loss)
 
 
 REFERENCE = Template()  # the template of the released model

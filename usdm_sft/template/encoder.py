@@ -50,12 +50,11 @@ class TemplateEncoder:
     length are encoded. (naver-ai/usdm, preprocess/fine-tuning/dailytalk_single_turn.py, `tokenize_speech`.)
 
     With `Template(tokenization="separate")`, for the tokenizer of another base model, each line is encoded on its own, the newline
-    after `A` takes the place of "▁", and BOS and EOS are there only if the tokenizer has them. A turn with speech alone or text alone
-    (`Template.parts`) has no <|correspond|> and ends with the newline; a turn without any part is left out with its heading.
+    after `A` takes the place of "▁", and BOS and EOS are there only if the tokenizer has them.
 
     Args:
         tokenizer: The result of `load_tokenizer` or `build_tokenizer`. It is checked again.
-        template: The words, the parts and the labelled parts; by default the reference's, as drawn above.
+        template: The words, the labelled parts and the form of tokenization; by default the reference's, as drawn above.
         last_exchange_only: Label the last exchange of a row only; earlier exchanges are context.
 
     Raises:
@@ -152,15 +151,15 @@ class TemplateEncoder:
 
     @cached_property
     def steps(self) -> tuple[Step, ...]:
-        """The steps of inference, one for each part but the first, for `StepLogitsProcessor` and `next_prompt`."""
+        """The steps of inference for `StepLogitsProcessor` and `next_prompt`: transcript, answer, speech."""
         return make_steps(self._tokenizer, self.tokens, self.template, tuple(self._agent_heading.tolist()))
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[npt.NDArray[np.int32]]]:
         """Encode a batch of rows.
 
         Args:
-            batch: The columns of `Template.parts`, by default `user_units`, `user_text`, `agent_text`, `agent_units` (and `id`, for
-                error messages). A row has one exchange, or a list of the same length in each column.
+            batch: Columns `user_units`, `user_text`, `agent_text`, `agent_units` (and `id`, for error messages). A row
+                has one exchange, or a list of the same length in each column.
 
         Returns:
             `input_ids` and `labels`, each one (num_tokens,) int32 array per row. Labels are not shifted; unlabelled
@@ -201,7 +200,7 @@ class TemplateEncoder:
         parts, labels = [self._opening], [np.full(len(self._opening), IGNORE_INDEX, dtype=np.int32)]
         for position, exchange in enumerate(row):
             is_context = self.last_exchange_only and position < len(row) - 1
-            loss = () if is_context else self.template.labelled
+            loss = () if is_context else self.template.loss
             for ids, part in self._pieces(exchange, first=position == 0):
                 parts.append(ids)
                 labels.append(ids if part in loss else np.full(len(ids), IGNORE_INDEX, dtype=np.int32))
@@ -235,7 +234,7 @@ class TemplateEncoder:
 
     def prompt(
         self,
-        user_units: npt.ArrayLike | None = None,
+        user_units: npt.ArrayLike,
         user_text: str | None = None,
         agent_text: str | None = None,
         *,
@@ -243,34 +242,31 @@ class TemplateEncoder:
     ) -> npt.NDArray[np.int32]:
         """The ids before a step of inference, an exact prefix of the training ids.
 
-        Give the first of `Template.parts`, and further ones as far as they are known.
+        Give the user's speech, and the texts as far as they are known.
 
         Args:
             user_units: The user's speech. Alone, it asks for the transcript.
             user_text: The transcript; with it, the prompt asks for the answer. A generated transcript may be empty.
             agent_text: The answer; with it, the prompt asks for speech.
-            history: Earlier exchanges, oldest first; each has the values of `Template.parts`, by default user_units, user_text,
-                agent_text and agent_units.
+            history: Earlier exchanges, oldest first: (user_units, user_text, agent_text, agent_units) each.
 
         Returns:
             (num_tokens,) int32 ids.
 
         Raises:
-            ValueError: A part is left out of the template, or comes without the part before it; or a unit or a text is not allowed.
+            ValueError: A part comes without the part before it, or a unit or a text is not allowed.
         """
-        given = dict(zip(PARTS, (user_units, user_text, agent_text), strict=False))
-        given = {part: value for part, value in given.items() if value is not None}
-        for part in given:
-            if part not in self.template.parts:
-                raise ValueError(f"the template has no {part}: its parts are {', '.join(self.template.parts)}")
+        values: dict[str, Any] = {"user_units": user_units, "user_text": user_text, "agent_text": agent_text}
+        given = {part: value for part, value in values.items() if value is not None}
         for before, part in zip(self.template.parts, self.template.parts[1:], strict=False):
             if part in given and before not in given:
                 raise ValueError(f"{part} comes without {before}: give {before} as well")
         exchanges = [self._reader.read(dict(zip(self.template.parts, each, strict=True))) for each in history]
-        exchanges.append(self._reader.read({part: value for part, value in given.items() if value != ""}))
+        checked = {part: value for part, value in given.items() if part != "user_text" or value}
+        exchanges.append(self._reader.read(checked))
         self._encode_texts([("", exchange) for exchange in exchanges])
-        if given.get("user_text") == "":
-            exchanges[-1]["user_text"] = self._stretches.encode([""], ["user_units" not in given])[0]
+        if user_text == "":
+            exchanges[-1]["user_text"] = self._stretches.encode([""], [False])[0]
         pieces = [self._opening]
         for position, exchange in enumerate(exchanges):
             pieces += [ids for ids, _ in self._pieces(exchange, first=position == 0)]
