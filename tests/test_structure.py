@@ -17,6 +17,7 @@ PACKAGES = [
     "doctor",
     "executors",
     "shards",
+    "stages",
     "template",
     "training",
     "units",
@@ -27,7 +28,7 @@ MODULES = [REPOSITORY / "dailytalk_usdm.py", *sorted((REPOSITORY / "usdm_sft").r
 
 def test_packages():
     names = {path.name for path in (REPOSITORY / "usdm_sft").iterdir()} - {"__pycache__"}
-    assert names == {*PACKAGES, "__init__.py", "prepare.py", "py.typed", "run.py"}
+    assert names == {*PACKAGES, "__init__.py", "prepare.py", "py.typed"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(REPOSITORY).as_posix())

@@ -10,23 +10,18 @@ tokenizer or length limit needs no forward pass.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from datasets import Dataset
 
 from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.dataset_folder.layout import check_output, clear_unfinished, is_up_to_date, read_counts
 from usdm_sft.dataset_folder.writer import write_folder
-from usdm_sft.run import Run, describe_run, open_run
-from usdm_sft.shards.counts import count_rows
-from usdm_sft.shards.overflow import fit_rows
-from usdm_sft.shards.plan import Shard
 from usdm_sft.shards.rows import load_rows
-from usdm_sft.shards.tokens import join_shards, make_tokens
-from usdm_sft.shards.units import find_fp32_fallback, make_units
+from usdm_sft.shards.tokens import make_tokens
+from usdm_sft.shards.units import make_units
 from usdm_sft.shards.utterances import iter_utterances
+from usdm_sft.stages.fit import fit_splits
+from usdm_sft.stages.run import Run, describe_run, open_run
 from usdm_sft.units.agreement import measure_agreement, pick_sample
 from usdm_sft.units.batches import padding_share
 from usdm_sft.utils.cache import path_lock
@@ -160,20 +155,3 @@ def _tokenize_audio(run: Run) -> tuple[dict[str, Any] | None, dict[str, Path]]:
             config.precision, config.resampler, 100 * agreement["share"], agreement["utterances"],
         )  # fmt: skip
     return agreement, make_units(run.plan, run.unit_tokenizer, run.devices, run.cache)
-
-
-def fit_splits(
-    run: Run, rows: Mapping[str, Dataset], units: dict[str, Path], tokens: Mapping[str, Path]
-) -> tuple[dict[str, Dataset], dict[str, Any]]:
-    """Join the token shards of each split, apply `max_length`, and count the rows."""
-    config = run.config
-    splits, counts = {}, {}
-    for split, split_rows in rows.items():
-        shards: Sequence[Shard] = [shard for shard in run.plan if shard.split == split]
-        joined = join_shards(split_rows, [tokens[shard.tokens_key] for shard in shards])
-        fitted = fit_rows(joined, run.encoder, config.max_length, run.overflow)
-        counts[split] = count_rows(joined, fitted, run.builder, split, config.max_length)
-        counts[split]["fp32_fallback"] = find_fp32_fallback(shards, units, run.builder.corpus[split])
-        shuffle = config.shuffle_seed is not None
-        splits[split] = fitted.rows.shuffle(seed=config.shuffle_seed) if shuffle else fitted.rows
-    return splits, counts

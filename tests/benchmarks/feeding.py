@@ -1,6 +1,8 @@
 """A device that never waits? The idle share of a simulated device, fed with real files.
 
-    python -m tests.benchmarks.feeding [--speeds 700 2000 4200] [--shards 12] [--shard_utterances 600]
+    python -m tests.benchmarks.feeding [--speeds 700 2000 4200] [--shards 12] [--shard_utterances 600] [--rounds 3]
+
+The goal is at most 5 % idle as long as this process could have the cores that it needs; on a busy machine it cannot.
 
 The device has a queue, as a CUDA stream has: a forward pass returns at once, its result comes when the device would have computed it
 and all passes before it. In between, this process sleeps and lets the reader threads work. All other work is that of `prepare`:
@@ -75,8 +77,8 @@ def write_shards(folder: Path, num_shards: int, shard_utterances: int) -> list[U
     return [UnitShard(f"{i:064x}", part, {p: digests[p].sha256 for p in part}) for i, part in enumerate(parts)]
 
 
-def feed(shards: list[UnitShard], speed: float, cache: Path) -> tuple[float, float, float]:
-    """Return the idle share, and the CPU seconds of this process per file and per second."""
+def feed(shards: list[UnitShard], speed: float, cache: Path) -> tuple[float, float, float, float]:
+    """Return the idle share, the CPU seconds of this process per file and per second, and the cores that it could have."""
     settings = {"device": "cuda", "precision": "fp32", "resampler": "soxr", "batch_seconds": 160.0}
     tokenizer = UnitTokenizer(Path(), "benchmark", settings, "cuda")
     tokenizer.normalization = "fairseq"  # this model has no folder that names it
@@ -85,16 +87,24 @@ def feed(shards: list[UnitShard], speed: float, cache: Path) -> tuple[float, flo
     with closing(make_unit_shards(shards, tokenizer, ["cuda"], ShardCache(cache))) as made:
         next(made)
         idle, busy, used, start = device.idle, device.busy, _cpu_seconds(), time.perf_counter()
+        unused = _unused_seconds()
         for _ in made:
             pass
     idle, busy, used = device.idle - idle, device.busy - busy, _cpu_seconds() - used
+    unused, elapsed = _unused_seconds() - unused, time.perf_counter() - start
     num_files = sum(len(shard.audio) for shard in shards[1:])
-    return idle / (idle + busy), used / num_files, used / (time.perf_counter() - start)
+    return idle / (idle + busy), used / num_files, used / elapsed, (used + unused) / elapsed
 
 
 def _cpu_seconds() -> float:
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
+
+
+def _unused_seconds() -> float:
+    """Seconds in which cores of the machine had nothing to do, since it started."""
+    with open("/proc/stat") as stat:
+        return float(stat.readline().split()[4]) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
@@ -109,12 +119,14 @@ def main() -> None:
         shards = write_shards(Path(work), args.shards, args.shard_utterances)
         for speed in args.speeds:
             runs = [feed(shards, speed, Path(work) / f"{speed}-{index}") for index in range(args.rounds)]
-            idle, per_file, cores = np.median(runs, axis=0)
+            idle, per_file, cores, available = np.median(runs, axis=0)
             needed = per_file * speed / MEAN_SECONDS
-            rows.append([f"{speed:,.0f}", f"{idle:.1%}", f"{per_file * 1000:.2f} ms", f"{cores:.2f}", f"{needed:.2f}"])
+            cells = [f"{idle:.1%}", f"{per_file * 1000:.2f} ms", f"{needed:.2f}", f"{cores:.2f}", f"{available:.2f}"]
+            rows.append([f"{speed:,.0f}", *cells])
     print(f"{machine()}\n{args.shards} work shards of {args.shard_utterances} files; median of {args.rounds} rounds\n")
-    table(["audio s / s of the device", "idle", "CPU per file", "cores used", "cores needed"], rows)
-    print(f"\ncores at hand: {len(os.sched_getaffinity(0))}")
+    table(
+        ["audio s / s of the device", "idle", "CPU per file", "cores needed", "cores used", "cores it could have"], rows
+    )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import numpy as np
 import soundfile
 
 import usdm_sft.prepare as pipeline
-import usdm_sft.run as opening
+import usdm_sft.stages.run as opening
 from tests.benchmarks.common import TURNS, lengths, machine, speechlike, table
 from tests.helpers import DEMO
 from usdm_sft.convert.convert import convert

@@ -135,7 +135,7 @@ def test_error_in_a_task_is_in_its_log(mini, unit_model, tmp_path, monkeypatch, 
     with pytest.raises(RuntimeError, match=r"1 of 2 tasks failed \(0\): see .*/logs; start the run again, finished"):
         prepare(**arguments)
     (log,) = tmp_path.glob("cache/executor/*/logs/task_00000.log")
-    assert "0_0_d3.wav is not audio that soundfile can read" in log.read_text()
+    assert "0_0_d3.wav was changed during the run" in log.read_text()
     assert "Traceback" not in capfd.readouterr().err
 
 

@@ -25,8 +25,9 @@ from usdm_sft.utils.once import once_per_key
 MISSING = "does not exist"
 MAX_MEMBER_BYTES = 1 << 30  # 90 minutes of stereo at 48 kHz; a larger member may be a zip bomb
 
-# Raised by zipfile for a bad checksum, a password, an unknown compression method, an early end, and by each decompressor.
-_UNPACKING = (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, OSError, zlib.error, lzma.LZMAError)
+# Raised by zipfile for a bad checksum, a password or an unknown compression method (both RuntimeError), an early end, and by
+# each decompressor.
+_UNPACKING = (zipfile.BadZipFile, RuntimeError, EOFError, OSError, zlib.error, lzma.LZMAError)
 
 _ZIP = re.compile(r"zip://(?P<member>[^\n]+?)::(?P<archive>[^\n]+)")
 _SECONDS = r"[0-9]+(?:\.[0-9]+)?"

@@ -36,7 +36,17 @@ class Part(NamedTuple):
 def write_parquet(
     folder: Path, splits: Mapping[str, Dataset], num_output_shards: int | None, layout: RowLayout, pool: ProcessPool
 ) -> dict[str, list[Part]]:
-    """Write the rows of each split, with `TRAINER_COLUMNS`, into files. The files do not depend on the number of processes."""
+    """Write the rows of each split, with `TRAINER_COLUMNS`, into files.
+
+    Args:
+        folder: Where the files go; it must not exist.
+        splits: The rows, at least one in each split.
+        num_output_shards: Files per split, never more than rows; by default those of `NUM_OUTPUT_SHARDS`.
+        pool: Processes that share out the files, whose bytes do not depend on their number.
+
+    Returns:
+        The files of each split, in order.
+    """
     folder.mkdir()
     tasks: list[tuple[Path, Dataset, list[str], RowLayout]] = []
     files: dict[str, range] = {}

@@ -20,8 +20,8 @@ def find_doubtful_rows(batch: pa.RecordBatch, encoder: TemplateEncoder, max_leng
     """Find the rows of a batch in which something may be wrong; the others are correct.
 
     A row is correct if its ids and labels are those of its encoded columns, each label is the id or -100, `TRAINER_COLUMNS`
-    fit, and the ids decode to the template. To decode fast, each run of unit tokens is compared as numbers and shortened to its first token, in the
-    ids and in the template alike. `check_tokenizer` has checked the name of every unit token.
+    fit, and the ids decode to the template. To decode fast, each run of unit tokens is compared as numbers and shortened to
+    its first token, in the ids and in the template alike. `check_tokenizer` has checked the name of every unit token.
 
     Args:
         batch: Rows with all columns of a dataset folder.

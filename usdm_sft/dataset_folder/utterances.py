@@ -24,9 +24,8 @@ from usdm_sft.dataset_folder.layout import COUNTS, PREPARE_AGAIN, data_files
 from usdm_sft.dataset_folder.rows import iter_rows
 from usdm_sft.utils.texts import first_line
 
-MAX_FILE_BYTES = (
-    500_000_000  # of recordings in a Parquet file, as `push_to_hub` of datasets; a larger recording is alone
-)
+# Of recordings in a Parquet file, as `push_to_hub` of datasets; a larger recording is alone.
+MAX_FILE_BYTES = 500_000_000
 _GROUP_BYTES = 50_000_000  # of recordings in a row group, which the viewer of the Hub reads whole
 _GROUP_ROWS = 100
 _TEXTS = ("speaker", "text", "emotion")

@@ -25,12 +25,12 @@ from usdm_sft.convert.published import PUBLISHED, locate_unit_model
 from usdm_sft.doctor.findings import format_bytes
 from usdm_sft.doctor.machine import CACHE_BYTES, FOLDER_BYTES, TOKENIZER_BYTES
 from usdm_sft.executors.devices import choose_devices
-from usdm_sft.prepare import fit_splits
-from usdm_sft.run import Run, open_run
 from usdm_sft.shards.mapping import map_shard
 from usdm_sft.shards.plan import Shard
 from usdm_sft.shards.rows import load_rows
 from usdm_sft.shards.tokens import make_tokens
+from usdm_sft.stages.fit import fit_splits
+from usdm_sft.stages.run import Run, open_run
 from usdm_sft.units.settings import make_settings
 from usdm_sft.units.tokenizer import UnitTokenizer
 from usdm_sft.utils.cache import ShardCache, cache_root
@@ -131,7 +131,8 @@ def _write_units(shard: Shard, run: Run) -> Path:
 
 def _find_missing(folder: Path, plan: Sequence[Shard], key: str) -> list[Shard]:
     """Return the work shards that have no file in the cache; unlike `ShardCache.find`, this removes no damaged file."""
-    return [shard for shard in plan if not any(folder.glob(f"{getattr(shard, key)}.*.arrow"))]
+    cached = {path.name.partition(".")[0] for path in folder.glob("*.arrow")}
+    return [shard for shard in plan if getattr(shard, key) not in cached]
 
 
 def _count_seconds(shards: Sequence[Shard]) -> float:

@@ -20,6 +20,7 @@ from usdm_sft.doctor.findings import Finding, Needs, format_bytes
 from usdm_sft.executors.devices import choose_devices, runs_elsewhere
 from usdm_sft.units.settings import PrecisionName, make_settings
 from usdm_sft.utils.cache import cache_root
+from usdm_sft.utils.texts import count_noun
 
 PACKAGE = "dailytalk-usdm"
 _NAMED = ("torch", "transformers", "datasets", "huggingface_hub")  # named with their versions
@@ -29,11 +30,8 @@ CACHE_BYTES = 1_400  # per second of recording
 FOLDER_BYTES = 600  # per second of recording
 TOKENIZER_BYTES = 10_000_000  # the tokenizer and the pictures of a dataset folder
 
-_CAPABILITY = {
-    "tf32": 8,
-    "bf16": 8,
-    "bf16x3": 8,
-}  # the first compute capability of CUDA whose tensor cores have the type
+# The first compute capability of CUDA whose tensor cores have the type.
+_CAPABILITY = {"tf32": 8, "bf16": 8, "bf16x3": 8}
 
 
 def check_packages() -> Iterator[Finding]:
@@ -95,8 +93,7 @@ def find_precisions(device: str) -> list[str]:
 def describe_device(device: str) -> str:
     """Return the name and the size of a device."""
     if device == "cpu":
-        threads = torch.get_num_threads()
-        return f"CPU, {threads} {'thread' if threads == 1 else 'threads'}, {torch.backends.cpu.get_cpu_capability()}"
+        return f"CPU, {count_noun(torch.get_num_threads(), 'thread')}, {torch.backends.cpu.get_cpu_capability()}"
     properties = torch.cuda.get_device_properties(device)
     return f"{device}, {properties.name}, {format_bytes(properties.total_memory)}"
 

@@ -57,7 +57,7 @@ def _run_process(folder: str, tasks: int, rank: int, device: str) -> None:
     executor = _make_executor(folder, tasks, device)
     try:
         _run_rank(executor, rank)
-    except Exception:  # datatrove writes it to the log of the task and raises it again
+    except Exception:  # any error of a task: datatrove has logged it, and the exit status tells the parent
         sys.exit(1)
 
 

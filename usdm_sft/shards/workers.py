@@ -149,7 +149,7 @@ class _Pipeline:
             return
         try:
             units = self._unit_tokenizer.start_files(list(shard.digests), shard.digests)
-        except BaseException:  # Ctrl-C as well; raised again
+        except BaseException:  # Ctrl-C as well, or another run would wait for this claim; raised again
             claim.release()
             raise
         self._computing.append((shard, claim, units))

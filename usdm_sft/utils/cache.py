@@ -102,7 +102,7 @@ class ShardCache:
             return None
         try:
             return Claim(self.folder, key, lock, self.find(key))
-        except BaseException:
+        except BaseException:  # Ctrl-C as well, or no other run could ever make the file; raised again
             lock.release()
             raise
 

@@ -159,7 +159,7 @@ def sendable(error: Exception) -> Exception:
     sent: Exception
     try:
         sent = pickle.loads(pickle.dumps(error))
-    except Exception:  # the class of the error may raise anything here
+    except Exception:  # code of any library runs here: pickling calls the class of the error, which may raise anything
         sent = RuntimeError(f"{type(error).__name__}: {error}")
     sent.add_note("In the process:\n" + "".join(traceback.format_exception(error)))
     return sent
