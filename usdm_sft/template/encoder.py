@@ -199,16 +199,22 @@ class TemplateEncoder:
 
     def _lay_out(self, row: Sequence[Exchange]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """`input_ids` and `labels` of a row of exchanges whose texts are ids."""
-        parts, labels = [self._opening], [np.full(len(self._opening), IGNORE_INDEX, dtype=np.int32)]
+        pieces = [self._opening]
+        labelled: list[tuple[int, int]] = []
+        end = len(self._opening)
         for position, exchange in enumerate(row):
             is_context = self.last_exchange_only and position < len(row) - 1
             loss = () if is_context else self.template.loss
             for ids, part in self._pieces(exchange, first=position == 0):
-                parts.append(ids)
-                labels.append(ids if part in loss else np.full(len(ids), IGNORE_INDEX, dtype=np.int32))
-        parts.append(self._closing)
-        labels.append(np.full(len(self._closing), IGNORE_INDEX, dtype=np.int32))
-        return np.concatenate(parts), np.concatenate(labels)
+                pieces.append(ids)
+                start, end = end, end + len(ids)
+                if part in loss:
+                    labelled.append((start, end))
+        input_ids = np.concatenate([*pieces, self._closing])
+        labels = np.full_like(input_ids, IGNORE_INDEX)
+        for start, end in labelled:
+            labels[start:end] = input_ids[start:end]
+        return input_ids, labels
 
     def _pieces(self, exchange: Exchange, *, first: bool) -> Iterator[tuple[npt.NDArray[np.int32], str | None]]:
         """The pieces of an exchange, each with the part that it belongs to, up to the first part that the exchange lacks.
