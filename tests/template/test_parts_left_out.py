@@ -46,7 +46,11 @@ def as_string(parts, exchanges, instruction=REFERENCE.instruction):
         }
         text += "\n"
         for role in ("user", "agent"):
-            names = [name for name in (("user_units", "user_text"), ("agent_text", "agent_units"))[role == "agent"] if name in parts]
+            names = [
+                name
+                for name in (("user_units", "user_text"), ("agent_text", "agent_units"))[role == "agent"]
+                if name in parts
+            ]
             if names:
                 text += f"### {role.capitalize()}\n{'<|correspond|>'.join(values[name] for name in names)}\n"
     return text
@@ -187,7 +191,9 @@ def test_presets_have_instructions_of_their_own():
     assert [file.stem for file in files] == list(PRESETS)
     assert len({preset(name).instruction for name in PRESETS} | {REFERENCE.instruction}) == 5
     for name in PRESETS:
-        assert preset(name) == Template(instruction=preset(name).instruction, parts=preset(name).parts)  # its loss is the default
+        assert preset(name) == Template(
+            instruction=preset(name).instruction, parts=preset(name).parts
+        )  # its loss is the default
 
 
 def test_loss_follows_the_parts():
