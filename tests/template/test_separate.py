@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.bases import BASES, byte_level
+from usdm_sft.dataset_folder.row_check import render
 from usdm_sft.template.base import add_units
 from usdm_sft.template.config import LABELS, Template
 from usdm_sft.template.encoder import COLUMNS, TemplateEncoder
@@ -212,6 +213,28 @@ def test_any_text_comes_back_from_the_ids_of_a_byte_level_tokenizer(byte_encoder
     for number in (1, 2, 3):
         prompt = encoder.prompt(*last[:number], history=history).tolist()
         assert ids[: len(prompt)] == prompt
+
+
+PLAIN_WORDS = st.text("abeotxyzABE .,!?'-", min_size=1, max_size=12).filter(str.strip)
+PLAIN_EXCHANGE = st.tuples(UNITS, PLAIN_WORDS, PLAIN_WORDS, UNITS)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(row=st.lists(PLAIN_EXCHANGE, min_size=1, max_size=3))
+def test_any_known_text_has_the_ids_of_its_line_and_decodes_to_the_template(encoder, base, row):
+    batch = {name: [list(values)] for name, values in zip(COLUMNS, zip(*row, strict=True), strict=True)}
+    encoded = encoder(batch)
+    ids, labels = encoded["input_ids"][0].tolist(), encoded["labels"][0].tolist()
+    expected = []
+    for _, user_text, agent_text, agent_units in row:
+        user, agent = (base(text.lower(), add_special_tokens=False).input_ids for text in (user_text, agent_text))
+        units = base.convert_tokens_to_ids([f"<|unit{unit}|>" for unit in agent_units])
+        newline = encoder.tokens.newline
+        expected += [*user, newline, *agent, encoder.tokens.correspond, *units, newline]
+    assert [label for label in labels if label != -100] == expected
+    assert encoder.decode(ids) == render({name: values[0] for name, values in batch.items()}, encoder)
+    prompt = encoder.prompt(*row[-1][:3], history=row[:-1]).tolist()
+    assert ids[: len(prompt)] == prompt
 
 
 @pytest.fixture(scope="module")

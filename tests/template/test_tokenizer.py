@@ -192,7 +192,7 @@ import json, sys
 from usdm_sft.template.tokenizer import check_tokenizer, load_tokenizer
 token = sys.stdin.read()
 sizes = [
-    check_tokenizer(load_tokenizer("tester/tokenizer", sys.argv[1], revision=revision, token=token).backend_tokenizer)[6]
+    check_tokenizer(load_tokenizer("tester/tokenizer", sys.argv[1], revision=revision, token=token).backend_tokenizer).num_units
     for revision in (None, "v1")
 ]
 print(json.dumps(sizes))

@@ -108,20 +108,23 @@ def read_template(path: Path, counts: Mapping[str, Any]) -> Template:
 
 
 def read_layout(path: Path, counts: Mapping[str, Any]) -> RowLayout:
-    """What tells the parts of the rows of a dataset folder; arguments and errors as of `read_template`."""
+    """Return what tells the parts of the rows of a dataset folder apart; arguments and errors as of `read_template`."""
     template, tokenizer = read_template(path, counts), counts.get("tokenizer")
     if not isinstance(tokenizer, dict) or "ids" not in tokenizer:
         return RowLayout(ustm_tokens(MAX_UNITS), template)
     ids = tokenizer["ids"]
-    if (
-        not isinstance(ids, dict)
-        or ids.keys() != {*TemplateTokens._fields}
-        or not all(
-            isinstance(i, int) for each in ids.values() for i in (each if isinstance(each, list | tuple) else [each])
-        )
-    ):
+    if not _are_ids(ids):
         raise ValueError(f"{path}: tokenizer.ids is {ids!r}, not the ids of a template: {PREPARE_AGAIN}")
     return RowLayout(TemplateTokens(**ids), template)
+
+
+def _are_ids(ids: object) -> bool:
+    """True for a value of each field of `TemplateTokens`: an id, or a list of ids."""
+    if not isinstance(ids, dict) or ids.keys() != {*TemplateTokens._fields}:
+        return False
+    return all(
+        isinstance(i, int) for value in ids.values() for i in (value if isinstance(value, list | tuple) else [value])
+    )
 
 
 def data_files(folder: str | Path, counts: Mapping[str, Any], config: str | None = None) -> dict[str, list[Path]]:

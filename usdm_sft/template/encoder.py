@@ -99,7 +99,9 @@ class TemplateEncoder:
                 )
         has_user_turn = template.parts[0].startswith("user_")
         heading = template.user_heading if has_user_turn else f"\n{template.agent_heading}"
-        self._opening = _array(tokens.opening)
+        self._opening, self._closing = _array(tokens.opening), _array(tokens.closing)
+        self._correspond, self._newline = _array([tokens.correspond]), _array([tokens.newline])
+        self._end_of_units, self._after_units = _array(tokens.end_of_units[:1]), _array(tokens.end_of_units[1:])
         self._open = self._encode_words(template.instruction + heading)
         self._next = self._encode_words(heading, after_newline=True)
         self._agent_heading = self._encode_words(template.agent_heading, after_newline=True)
@@ -155,7 +157,7 @@ class TemplateEncoder:
     @cached_property
     def steps(self) -> tuple[Step, ...]:
         """The steps of inference for `StepLogitsProcessor` and `next_prompt`: transcript, answer, speech."""
-        return make_steps(self._tokenizer, self.tokens, self.template, tuple(self._agent_heading.tolist()))
+        return make_steps(self.tokens, self.template, tuple(self._agent_heading.tolist()), self._tokenizer)
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[npt.NDArray[np.int32]]]:
         """Encode a batch of rows.
@@ -207,8 +209,8 @@ class TemplateEncoder:
             for ids, part in self._pieces(exchange, first=position == 0):
                 parts.append(ids)
                 labels.append(ids if part in loss else np.full(len(ids), IGNORE_INDEX, dtype=np.int32))
-        parts.append(_array(self.tokens.closing))
-        labels.append(np.full(len(self.tokens.closing), IGNORE_INDEX, dtype=np.int32))
+        parts.append(self._closing)
+        labels.append(np.full(len(self._closing), IGNORE_INDEX, dtype=np.int32))
         return np.concatenate(parts), np.concatenate(labels)
 
     def _pieces(self, exchange: Exchange, *, first: bool) -> Iterator[tuple[npt.NDArray[np.int32], str | None]]:
@@ -216,7 +218,7 @@ class TemplateEncoder:
 
         The stop token of a part belongs to it.
         """
-        tokens, heading = self.tokens, self._open if first else self._next
+        heading = self._open if first else self._next
         for role in ("user", "agent"):
             parts = [part for part in self.template.parts if part.startswith(role)]
             if not parts:
@@ -227,12 +229,12 @@ class TemplateEncoder:
                     return
                 yield exchange[part], part
                 if part != parts[-1]:
-                    yield _array((tokens.correspond,)), part
+                    yield self._correspond, part
                 elif part.endswith("_text"):
-                    yield _array((tokens.newline,)), part
+                    yield self._newline, part
                 else:
-                    yield _array(tokens.end_of_units[:1]), part
-                    yield _array(tokens.end_of_units[1:]), None
+                    yield self._end_of_units, part
+                    yield self._after_units, None
             heading = self._agent_heading
 
     def prompt(

@@ -1,8 +1,9 @@
 """Tokenizers with tokens for units: USTM's, which the reference uses, and those of other base models.
 
-USTM's is Mistral-7B-v0.1's vocabulary in its legacy form, then 10,003 tokens for units and turns. Legacy means that every run of text between special tokens gets a leading "▁" and keeps its spaces. `AutoTokenizer` of
-transformers 5 rebuilds the tokenizer and loses that silently; `PreTrainedTokenizerFast` keeps the pipeline of
-tokenizer.json. `check_tokenizer` therefore checks every loaded tokenizer that has USTM's ids.
+USTM's is Mistral-7B-v0.1's vocabulary in its legacy form, then 10,003 tokens for units and turns. Legacy means that every run of
+text between special tokens gets a leading "▁" and keeps its spaces. `AutoTokenizer` of transformers 5 rebuilds the tokenizer and
+loses that silently; `PreTrainedTokenizerFast` keeps the pipeline of tokenizer.json. `check_tokenizer` therefore checks every
+loaded tokenizer that has USTM's ids.
 
 transformers is imported inside the functions that need it: readers of a dataset folder use only the constants.
 """
@@ -115,7 +116,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 
 def is_ustm(tokenizer: Tokenizer) -> bool:
-    """Whether the tokens that USTM adds have USTM's ids; `build_tokenizer` puts them in another order for other bases."""
+    """True if the tokens that USTM adds have USTM's ids; `build_tokenizer` puts them in another order for other bases."""
     expected = {CONTINUE_TOKEN: CONTINUE, CORRESPOND_TOKEN: CORRESPOND, unit_token(0): UNIT_0}
     return all(tokenizer.token_to_id(token) == token_id for token, token_id in expected.items())
 
@@ -157,7 +158,7 @@ def check_tokenizer(tokenizer: Tokenizer, name: str = "this tokenizer") -> Templ
 
 def ustm_tokens(num_units: int = NUM_UNITS) -> TemplateTokens:
     """The ids of the template in USTM's tokenizer."""
-    return TemplateTokens((BOS,), (EOS,), NEWLINE, (SPACE, NEWLINE), CORRESPOND, UNIT_0, num_units)
+    return TemplateTokens((BOS,), (EOS,), NEWLINE, (SPACE, NEWLINE), CORRESPOND, CONTINUE, UNIT_0, num_units)
 
 
 def build_tokenizer(

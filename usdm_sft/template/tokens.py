@@ -14,23 +14,35 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 CORRESPOND_TOKEN, CONTINUE_TOKEN = "<|correspond|>", "<|continue|>"
-NEWLINE_TOKENS = ("\n", "Ċ", "<0x0A>")  # an added token, of a byte-level tokenizer, and as a byte
+BYTE_NEWLINE = "<0x0A>"
+NEWLINE_TOKENS = ("\n", "Ċ", BYTE_NEWLINE)  # as itself, in a byte-level tokenizer, and as a byte
 _ADD_UNITS = "add the tokens for units with `dailytalk-usdm tokenizer`"
 
 
 class TemplateTokens(NamedTuple):
-    """The ids around texts and units."""
+    """The ids around texts and units.
 
-    opening: tuple[int, ...]  # what the tokenizer puts before every text, such as BOS; or nothing
-    closing: tuple[int, ...]  # EOS, or nothing
+    Attributes:
+        opening: What the tokenizer puts before every text, such as BOS; or nothing.
+        closing: EOS, or nothing.
+        newline: A newline.
+        end_of_units: After units that end a turn; the first id is the stop token.
+        correspond: `<|correspond|>`.
+        continue_: `<|continue|>`.
+        unit_0: Unit 0; the other units follow.
+        num_units: Number of units.
+        unknown: What stands for characters that the tokenizer does not know; byte-level tokenizers have nothing.
+    """
+
+    opening: tuple[int, ...]
+    closing: tuple[int, ...]
     newline: int
-    end_of_units: tuple[int, ...]  # after units that end a turn; the first id is the stop token
+    end_of_units: tuple[int, ...]
     correspond: int
+    continue_: int
     unit_0: int
     num_units: int
-    unknown: tuple[
-        int, ...
-    ] = ()  # stands for characters that the tokenizer does not know; byte-level tokenizers have none
+    unknown: tuple[int, ...] = ()
 
 
 def unit_token(unit: int) -> str:
@@ -57,10 +69,12 @@ def read_tokens(tokenizer: PreTrainedTokenizerFast, name: str = "this tokenizer"
             one id. The message says which.
     """
     backend = plain_copy(tokenizer.backend_tokenizer)
-    correspond, unit_0 = (_require_token(backend, token, name) for token in (CORRESPOND_TOKEN, unit_token(0)))
+    correspond, continue_, unit_0 = (
+        _require_token(backend, token, name) for token in (CORRESPOND_TOKEN, CONTINUE_TOKEN, unit_token(0))
+    )
     num_units = _count_units(backend, unit_0, name)
     for text, expected in (
-        (unit_token(0) + CORRESPOND_TOKEN, [unit_0, correspond]),
+        (unit_token(0) + CORRESPOND_TOKEN + CONTINUE_TOKEN, [unit_0, correspond, continue_]),
         (unit_token(num_units - 1) * 2, [unit_0 + num_units - 1] * 2),
     ):
         if (found := backend.encode(text, add_special_tokens=False).ids) != expected:
@@ -77,6 +91,7 @@ def read_tokens(tokenizer: PreTrainedTokenizerFast, name: str = "this tokenizer"
         newline=newline,
         end_of_units=(newline,),
         correspond=correspond,
+        continue_=continue_,
         unit_0=unit_0,
         num_units=num_units,
         unknown=() if tokenizer.unk_token_id is None else (tokenizer.unk_token_id,),
