@@ -93,7 +93,8 @@ def _pad(samples: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
     """Return (batch, num_samples) rows padded with zeros, in pinned memory if they have to go to a GPU."""
     if samples[0].device.type != "cpu":
         return torch.nn.utils.rnn.pad_sequence(list(samples), batch_first=True)
-    padded = torch.empty(len(samples), max(map(len, samples)), pin_memory=device.type == "cuda")
+    shape, pinned = (len(samples), max(map(len, samples))), device.type == "cuda"
+    padded = torch.empty(shape, dtype=torch.float32, device="cpu", pin_memory=pinned)
     # NumPy copies with this thread alone. torch would use a team of threads, and take the cores of those who read.
     for row, each in zip(padded.numpy(), samples, strict=True):
         row[: len(each)] = each.numpy()
