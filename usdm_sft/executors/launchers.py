@@ -71,7 +71,7 @@ def run_here(folder: Path, tasks: int, ranks: Sequence[int], devices: Sequence[s
             while waiting or running:
                 while waiting and free:
                     rank, device = waiting.popleft(), free.popleft()
-                    process = start_process(_run_process, (str(folder), tasks, rank, device), daemon=False)
+                    process = start_process(_run_process, (str(folder), tasks, rank, device))
                     running[process.sentinel] = process, device
                 for sentinel in connection.wait(running):
                     process, device = running.pop(sentinel)

@@ -28,9 +28,10 @@ FP32_FALLBACK = (
 )
 
 
-# One process reads some 3,000 s of audio per second (WAV of one channel at 22.05 kHz), a GPU computes up to 8,000.
+# One process reads some 3,000 s of audio per second (WAV of one channel at 22.05 kHz; less of other formats). A GPU computes up to
+# 8,000, by the computation in tests/benchmarks/README.md.
 MAX_READERS = 8
-FILES_PER_READER = 256  # the start of a process takes as long as reading so many
+FILES_PER_READER = 256  # the start of a process takes as long as reading 150 files
 
 
 class UnitShard(NamedTuple):
@@ -72,7 +73,7 @@ def make_unit_shards(
             waiting.put(None)
             args = (unit_tokenizer, device, level, list(shards), count_readers(shards, devices), waiting, done)
             name = f"units on {device}"
-            processes[name] = start_process(_run_process, args, name=name, daemon=False)  # it starts readers
+            processes[name] = start_process(_run_process, args, name=name)
         for index, path in receive(done, processes, len(shards)):
             yield shards[index], path
         for process in processes.values():

@@ -28,22 +28,18 @@ POLL_SECONDS = 1.0
 _lock = threading.Lock()  # only one thread at a time may replace __main__
 
 
-def start_process(
-    target: Callable[..., object], args: tuple[Any, ...], *, name: str | None = None, daemon: bool = True
-) -> SpawnProcess:
-    """Start a spawned process that ends when this one is killed.
+def start_process(target: Callable[..., object], args: tuple[Any, ...], *, name: str | None = None) -> SpawnProcess:
+    """Start a spawned process that ends with this one.
 
     Args:
         target: A function of an importable module.
         args: Its arguments, which are pickled. They must not contain objects that the calling script defines.
         name: Name of the process.
-        daemon: Also end the process when this one exits. A daemon may not start processes itself.
 
     Returns:
-        The started process. SIGINT is blocked in it, so this process must end it.
+        The started process. It is a daemon with SIGINT blocked, so this process must end it.
     """
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=_call, args=(target, args), name=name, daemon=daemon)
+    process = multiprocessing.get_context("spawn").Process(target=_call, args=(target, args), name=name, daemon=True)
     with _lock, _main_hidden(), _interrupts_blocked():
         process.start()
     return process
@@ -51,6 +47,8 @@ def start_process(
 
 def _call(target: Callable[..., object], args: tuple[Any, ...]) -> None:
     threading.Thread(target=_exit_with_parent, daemon=True).start()
+    # A daemon may not start processes, because they would outlive it when it is terminated. Those of this module do not.
+    multiprocessing.current_process().daemon = False
     # tqdm's default lock contains a multiprocessing semaphore. A terminated process leaks it, and Python warns on stderr.
     tqdm.set_lock(threading.RLock())
     target(*args)

@@ -54,8 +54,8 @@ def receive_floats(connection: Connection) -> npt.NDArray[np.float32]:
     descriptor = reduction.recv_handle(connection)
     try:
         # By its path, because Python's mmap would keep the descriptor open, of which a process may have only 1,024.
-        path, kind = f"/proc/self/fd/{descriptor}", {"dtype": torch.float32, "device": "cpu"}
-        values = torch.from_file(path, shared=False, size=num_bytes // 4, **kind)
+        path, size = f"/proc/self/fd/{descriptor}", num_bytes // 4
+        values = torch.from_file(path, shared=False, size=size, dtype=torch.float32, device="cpu")
     finally:
         os.close(descriptor)
     return values.numpy()
