@@ -11,6 +11,7 @@ start and before which nothing can be read ahead, is not counted. The files are 
 """
 
 import argparse
+import hashlib
 import multiprocessing
 import os
 import resource
@@ -75,7 +76,8 @@ def write_shards(folder: Path, num_shards: int, shard_utterances: int) -> list[U
         soundfile.write(path, noise[start : start + int(length * 22_050)], 22_050)
     digests = audio_digests(paths, folder / "digests")
     parts = [paths[start : start + shard_utterances] for start in range(0, len(paths), shard_utterances)]
-    return [UnitShard(f"{i:064x}", part, {p: digests[p].sha256 for p in part}) for i, part in enumerate(parts)]
+    keys = [hashlib.sha256(part[0].encode()).hexdigest() for part in parts]  # by their beginnings, shards share lock files
+    return [UnitShard(key, part, {p: digests[p].sha256 for p in part}) for key, part in zip(keys, parts, strict=True)]
 
 
 def feed(shards: list[UnitShard], speed: float, cache: Path) -> tuple[float, float, float, float]:
