@@ -9,11 +9,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-import multiprocessing
 import os
 import subprocess
 import sys
-import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -46,14 +44,6 @@ def _run_rank(executor: LocalPipelineExecutor, rank: int) -> None:
 
 
 def _run_process(folder: str, tasks: int, rank: int, device: str) -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # this is a spawned process
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
     executor = _make_executor(folder, tasks, device)
     try:
         _run_rank(executor, rank)
