@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -10,7 +11,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from multiprocessing import resource_tracker
@@ -117,14 +118,16 @@ def _death(name: str, exit_code: int | None) -> RuntimeError:
 
 
 class ProcessPool:
-    """Processes that share out the calls of a function. They start when `map` first needs them and end with the `with` block.
+    """A `Pool` of processes on this machine. They start when `map` first needs them and end with the `with` block.
 
     Args:
         num_proc: Number of processes; with one or none, this process makes all calls.
+        modules: Modules that a process imports as soon as it has nothing else to do.
     """
 
-    def __init__(self, num_proc: int):
+    def __init__(self, num_proc: int, modules: Sequence[str] = ()):
         self._num_proc = num_proc
+        self._modules = tuple(modules)
         context = multiprocessing.get_context("spawn")
         self._waiting: Any = context.Queue()
         self._done: Any = context.Queue()
@@ -139,38 +142,49 @@ class ProcessPool:
             process.terminate()
             process.join()
 
-    def map(self, function: Callable[[Any], Any], items: Iterable[Any], *, name: str) -> Iterator[tuple[int, Any]]:
-        """Call a function with each item.
+    def start(self, num_proc: int) -> None:
+        """Start processes ahead of the calls, and no more than this number from now on, because more would not pay."""
+        self._num_proc = min(self._num_proc, num_proc)
+        if self._num_proc > 1:
+            self._start(self._num_proc)
 
-        Args:
-            function: Pickled once, with its arguments if it is a `partial`, and unpickled once in each process.
-            items: Pickled one by one.
-            name: Name of the work in errors.
+    def _start(self, num_proc: int) -> None:
+        for number in range(len(self._processes), num_proc):
+            name = f"process {number + 1}"
+            args = (self._waiting, self._done, self._modules)
+            self._processes[name] = start_process(_serve, args, name=name)
 
-        Yields:
-            The index and the result of each item, in the order in which they are finished.
+    def map(
+        self,
+        function: Callable[[Any], Any],
+        items: Sequence[Any],
+        *,
+        name: str,
+        keys: Sequence[str] = (),
+        holds: Callable[[Any], bool] | None = None,
+    ) -> Iterator[tuple[int, Any]]:
+        """As `Pool.map`. The results of earlier runs are not looked for, so that `keys` and `holds` are unused.
 
-        Raises:
-            RuntimeError: A process died.
-            Exception: The error of a call. The pool must not be used again then.
+        The function is pickled once, and unpickled once in each process. Results come in the order in which they are finished.
         """
-        items = list(items)
         if min(self._num_proc, len(items)) <= 1:
             yield from ((index, function(item)) for index, item in enumerate(items))
             return
         pickled = pickle.dumps(function)
         for index, item in enumerate(items):
             self._waiting.put((index, pickled, pickle.dumps(item)))
-        for number in range(len(self._processes), min(self._num_proc, len(items))):
-            process_name = f"process {number + 1}"
-            self._processes[process_name] = start_process(_serve, (self._waiting, self._done), name=process_name)
+        self._start(min(self._num_proc, len(items)))
         yield from receive(self._done, {f"{name}, {key}": each for key, each in self._processes.items()}, len(items))
 
 
-def _serve(waiting: Any, done: Any) -> None:
+def _serve(waiting: Any, done: Any, modules: Sequence[str]) -> None:
     """Make the calls of a `ProcessPool` until the parent ends this process, or itself ends."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
+    ahead = list(modules)
     while True:
+        if ahead and waiting.empty():
+            importlib.import_module(ahead.pop(0))
+            continue
         index, function, item = waiting.get()
         try:
             done.put((index, _unpickle(function)(pickle.loads(item))))
