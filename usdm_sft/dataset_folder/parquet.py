@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from usdm_sft.corpus.features import TRAINER_COLUMNS, folder_features
 from usdm_sft.dataset_folder.statistics import SplitStatistics, compute_statistics
+from usdm_sft.template.parts import RowLayout
 from usdm_sft.utils.atomic import SUFFIX
 from usdm_sft.utils.cache import cache_key, sha256_file
 from usdm_sft.utils.progress import quiet
@@ -35,7 +36,13 @@ class Part(NamedTuple):
 
 
 def write_parquet(
-    folder: Path, splits: Mapping[str, Dataset], num_output_shards: int | None, pool: Pool, *, key: str
+    folder: Path,
+    splits: Mapping[str, Dataset],
+    num_output_shards: int | None,
+    layout: RowLayout,
+    pool: Pool,
+    *,
+    key: str,
 ) -> dict[str, list[Part]]:
     """Write the rows of each split, with `TRAINER_COLUMNS`, into files.
 
@@ -58,7 +65,7 @@ def write_parquet(
         for index in range(num_files):
             path = folder / f"{split}-{index:05d}-of-{num_files:05d}.parquet"
             part = rows.shard(num_files, index, contiguous=True)
-            tasks.append(_Task(path, part, rows.column_names, cache_key(key, str(path))))
+            tasks.append(_Task(path, part, rows.column_names, layout, cache_key(key, str(path))))
     keys = [task.key for task in tasks]
     made = dict(pool.map(_write_part, tasks, name="Parquet files", keys=keys, holds=_is_whole))
     paths = {task.path for task in tasks}
@@ -74,18 +81,19 @@ class _Task(NamedTuple):
     path: Path
     rows: Dataset
     columns: list[str]
+    layout: RowLayout
     key: str
 
 
 def _write_part(task: _Task) -> Part:
     """Write one file; its statistics are those of the rows that can be read from it."""
-    path, rows, columns, key = task
+    path, rows, columns, layout, key = task
     # A task of a run with other options may write a file of this name at the same time. Each is complete when it gets the name.
     unfinished = path.with_name(f"{path.name}.{key[:16]}{SUFFIX}")
     with quiet():
         # The columns of a `Dataset` that was pickled may have another order.
         num_bytes = _with_trainer_columns(rows.select_columns(columns)).to_parquet(str(unfinished))
-    part = Part(path, num_bytes, compute_statistics({"": [unfinished]})[""], sha256_file(unfinished))
+    part = Part(path, num_bytes, compute_statistics({"": [unfinished]}, layout)[""], sha256_file(unfinished))
     os.replace(unfinished, path)
     return part
 

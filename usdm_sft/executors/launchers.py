@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import multiprocessing
 import os
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -41,14 +39,6 @@ def _run_rank(executor: LocalPipelineExecutor, rank: int) -> None:
 
 
 def _run_process(step: Step, folder: str, tasks: int, rank: int, device: str) -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # this is a spawned process
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
     executor = _make_executor(step, folder, tasks, device)
     try:
         _run_rank(executor, rank)

@@ -1,4 +1,4 @@
-"""Spawned processes that do not import the calling script and ignore its Ctrl-C, alone or in a pool."""
+"""Spawned processes that do not import the calling script and ignore its Ctrl-C: alone, with a pipe, or in a pool."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
+
+T = TypeVar("T")
 
 POLL_SECONDS = 1.0
 
@@ -44,9 +47,74 @@ def start_process(target: Callable[..., object], args: tuple[Any, ...], *, name:
 
 
 def _call(target: Callable[..., object], args: tuple[Any, ...]) -> None:
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    # A daemon may not start processes, because they would outlive it when it is terminated. Those of this module do not.
+    multiprocessing.current_process().daemon = False
     # tqdm's default lock contains a multiprocessing semaphore. A terminated process leaks it, and Python warns on stderr.
     tqdm.set_lock(threading.RLock())
     target(*args)
+
+
+def _exit_with_parent() -> None:
+    """End this process when its parent is killed, even while it waits for the other half of a message."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a spawned process
+    parent.join()
+    os._exit(1)
+
+
+class PipedProcess:
+    """A process at the other end of a pipe of its own, which serves one thread at a time.
+
+    Processes share neither a queue nor a lock: when one is killed, its own pipe ends, and no other process is held up.
+
+    Args:
+        target: Called in the process with the other end of the pipe and `args`, as in `start_process`.
+        args: Further arguments.
+        name: Name of the process in errors.
+    """
+
+    def __init__(self, target: Callable[..., object], args: tuple[Any, ...], *, name: str):
+        self._name = name
+        self._connection, theirs = multiprocessing.get_context("spawn").Pipe()
+        with theirs:
+            self._process = start_process(_use_pipe, (target, theirs, *args), name=name)
+
+    def call(self, function: Callable[[Connection], T]) -> T:
+        """Return what `function` makes of this end of the pipe.
+
+        Raises:
+            RuntimeError: The process died.
+        """
+        try:
+            return function(self._connection)
+        except (EOFError, ConnectionError) as error:
+            self._process.join()
+            raise _death(self._name, self._process.exitcode) from error
+        except Exception:  # raised again; the next call must not find the rest of an answer
+            self._process.terminate()
+            raise
+
+    def terminate(self) -> None:
+        """End the process. A thread that waits for it gets the RuntimeError."""
+        self._process.terminate()
+
+    def close(self) -> None:
+        """End the process and close the pipe, which no thread may use then."""
+        self._process.terminate()
+        self._process.join()
+        self._connection.close()
+
+
+def _use_pipe(target: Callable[..., object], connection: Connection, *args: Any) -> None:
+    with suppress(EOFError, ConnectionError):  # the parent has closed its end
+        target(connection, *args)
+
+
+def _death(name: str, exit_code: int | None) -> RuntimeError:
+    return RuntimeError(
+        f"a process died ({name}, exit code {exit_code}): start the run again; finished work shards are kept"
+    )
 
 
 class ProcessPool:
@@ -111,7 +179,6 @@ class ProcessPool:
 
 def _serve(waiting: Any, done: Any, modules: Sequence[str]) -> None:
     """Make the calls of a `ProcessPool` until the parent ends this process, or itself ends."""
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
     ahead = list(modules)
     while True:
@@ -123,14 +190,6 @@ def _serve(waiting: Any, done: Any, modules: Sequence[str]) -> None:
             done.put((index, _unpickle(function)(pickle.loads(item))))
         except Exception as error:  # raised again in the parent
             done.put(sendable(error))
-
-
-def _exit_with_parent() -> None:
-    """End this process when its parent is killed, even while it waits for the other half of a message."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # this is a spawned process
-    parent.join()
-    os._exit(1)
 
 
 @lru_cache(maxsize=1)
@@ -158,9 +217,7 @@ def receive(done: Any, processes: Mapping[str, Any], number: int) -> Iterator[An
 def _check_alive(exit_codes: Mapping[str, int | None]) -> None:
     for name, exit_code in exit_codes.items():
         if exit_code not in (None, 0):
-            raise RuntimeError(
-                f"a process died ({name}, exit code {exit_code}): start the run again; finished work shards are kept"
-            )
+            raise _death(name, exit_code)
     if all(exit_code == 0 for exit_code in exit_codes.values()):
         raise RuntimeError("the processes ended before their work was done: start the run again")
 
