@@ -76,7 +76,9 @@ def write_shards(folder: Path, num_shards: int, shard_utterances: int) -> list[U
         soundfile.write(path, noise[start : start + int(length * 22_050)], 22_050)
     digests = audio_digests(paths, folder / "digests")
     parts = [paths[start : start + shard_utterances] for start in range(0, len(paths), shard_utterances)]
-    keys = [hashlib.sha256(part[0].encode()).hexdigest() for part in parts]  # by their beginnings, shards share lock files
+    keys = [
+        hashlib.sha256(part[0].encode()).hexdigest() for part in parts
+    ]  # by their beginnings, shards share lock files
     return [UnitShard(key, part, {p: digests[p].sha256 for p in part}) for key, part in zip(keys, parts, strict=True)]
 
 
