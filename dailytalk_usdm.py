@@ -7,7 +7,6 @@ version of datasets. datasets 3 also takes the path of this file, and `DailyTalk
 import dataclasses
 import hashlib
 import importlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
