@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from usdm_sft.training.generation import next_prompt as next_prompt
     from usdm_sft.training.shifted import ShiftedLabels as ShiftedLabels
     from usdm_sft.units.tokenizer import UnitTokenizer as UnitTokenizer
+    from usdm_sft.utils.pool import Pool
 
 __all__ = [
     "STEPS",
@@ -137,6 +138,7 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
         base_path: As in `datasets.DatasetBuilder`.
         digest_cache_dir: Where digests of audio files are remembered; this package's cache by default.
         on_bad_audio: "error" stops and names every bad file; "skip" leaves out its pairs (`corpus[split].pairs_left_out`).
+        pool: Shares out recordings that are read for the first time; by default threads of this process read them.
         args: Positional arguments of `datasets.DatasetBuilder`.
         kwargs: Fields of `DailyTalkUSDMConfig`, and keyword arguments of `datasets.DatasetBuilder`.
 
@@ -169,6 +171,7 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
         base_path: str | None = None,
         digest_cache_dir: str | Path | None = None,
         on_bad_audio: str = "error",
+        pool: "Pool | None" = None,
         **kwargs: Any,
     ) -> None:
         examples.check_config(kwargs.get("config_name") or self.DEFAULT_CONFIG_NAME, kwargs.get("history") or 0)
@@ -189,7 +192,7 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
                 raise CorpusError([f"{self.split_lists[split.name]}: not one pair: {reasons}: name another split list"])
         self.list_digests = {split: sha256_file(path) for split, path in self.split_lists.items()}
         published_lists.check_not_swapped(self.split_lists, self.list_digests)
-        self.corpus, self.audio_digests = bad_audio.screen_audio(self.corpus, on_bad_audio, digest_cache_dir)
+        self.corpus, self.audio_digests = bad_audio.screen_audio(self.corpus, on_bad_audio, digest_cache_dir, pool)
         digest = bad_audio.corpus_digest(self.list_digests, self.audio_digests, self.corpus)
         kwargs |= {"hash": _code_digest(), "on_bad_audio": on_bad_audio, "corpus_digest": digest}
         folder = next(iter(self.split_lists.values())).parent if data_dir is None else Path(data_dir).expanduser()

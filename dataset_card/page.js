@@ -239,6 +239,7 @@ function showTurn(turn, number) {
     make("header", {},
       make("h3", {}, turn.role === "user" ? "User" : "Agent"),
       make("span", { dir: "auto" }, `speaker ${turn.speaker}`),
+      ...turn.left_out.map((name) => make("span", { className: "chip" }, `${name} not in input_ids`)),
       ...(turn.emotion ? [make("span", { className: "chip", dir: "auto" }, turn.emotion)] : []),
       make("span", {}, `${turn.seconds.toFixed(2)} s · ${count(turn.units.length, "unit")} · ${percent(repeated)} repeated`)),
     make("p", { className: "words", dir: "auto" }, turn.text),
@@ -298,7 +299,7 @@ function showRun(example, [part, start, length]) {
   const list = make("ol", { className: "tokens" });
   const show = (from, to) => { for (let i = from; i < to; i++) list.append(showToken(example, start + i)); };
   let folded = part === "frame" ? length : 0;
-  while (folded < length && example.ids[start + folded] >= data.first_unit) folded++;
+  while (folded < length && !(example.ids[start + folded] in data.pieces)) folded++;
   const hidden = folded - 2 * SHOWN_TOKENS;
   if (hidden > (part === "frame" ? 8 : 1)) {
     show(0, SHOWN_TOKENS);

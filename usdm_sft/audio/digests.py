@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -46,7 +47,11 @@ def file_digest(path: str | Path, cache_dir: str | Path | None = None) -> str:
 
 
 def audio_digests(
-    paths: Iterable[str], cache_dir: str | Path | None = None, *, num_threads: int | None = None
+    paths: Iterable[str],
+    cache_dir: str | Path | None = None,
+    *,
+    num_threads: int | None = None,
+    read_ahead: Callable[[Iterable[str], Memo], None] | None = None,
 ) -> AudioDigests:
     """Digest and check each audio file, in threads, with a progress bar for many files.
 
@@ -58,6 +63,8 @@ def audio_digests(
             is an iterator.
         cache_dir: Where digests are remembered; this package's cache by default.
         num_threads: Number of threads; as in `ThreadPoolExecutor` by default.
+        read_ahead: Called once, with all addresses and the memo, if an address is not remembered. What it does not add to the memo
+            is read here.
 
     Returns:
         Address -> digest, in the order of `paths`.
@@ -65,7 +72,8 @@ def audio_digests(
     found = AudioDigests(list(paths) if isinstance(paths, Iterator) else paths)
     with ExitStack() as stack:
         memo = stack.enter_context(closing(Memo(cache_root(cache_dir) / _MEMO)))
-        reader = _Reader(memo, stack.enter_context(ThreadPoolExecutor(num_threads)))
+        ahead = None if read_ahead is None else partial(read_ahead, found, memo)
+        reader = Reader(memo, stack.enter_context(ThreadPoolExecutor(num_threads)), ahead)
         bar = stack.enter_context(progress_bar(len(found), "reading recordings", "files", disable=len(found) < _BATCH))
         addresses = iter(found)
         while batch := list(islice(addresses, _BATCH)):
@@ -133,15 +141,20 @@ def read_file(file: str) -> tuple[bytes, str]:
     return content, hashlib.sha256(content).hexdigest()
 
 
-class _Reader:
+class Reader:
     """Digests and checks addresses in batches, and knows the recordings that several of them are cut from.
 
     A stretch of uncompressed audio is remembered nowhere: its digest and check follow from the digest and the header of its
     recording, which are found once.
+
+    Args:
+        memo: Where digests are remembered.
+        threads: Read the files.
+        read_ahead: Called once, if an address is not remembered; it may add to the memo.
     """
 
-    def __init__(self, memo: Memo, threads: ThreadPoolExecutor):
-        self._memo, self._threads = memo, threads
+    def __init__(self, memo: Memo, threads: ThreadPoolExecutor, read_ahead: Callable[[], None] | None = None):
+        self._memo, self._threads, self._read_ahead = memo, threads, read_ahead
         self._header = once_per_key(read_header)
         self._sha256 = once_per_key(lambda file: _digest_file(file))
         self._recordings: dict[str, str | None] = {}  # recording that is cut -> its remembered sha256
@@ -154,7 +167,7 @@ class _Reader:
         self._open_recordings({stretch.file for stretches in cut.values() for stretch in stretches}, settled)
         derived = {address for address, stretches in cut.items() if self._is_plain(stretches)}
         others = [address for address in addresses if address not in derived]
-        rows = {path: row for path, row in self._memo.read(others).items() if _is_valid(row, audio=True)}
+        rows = self._remember(others, audio=True)
         missing = [address for address in others if address not in rows]
         read = list(self._threads.map(lambda address: self._read(address, parsed[address]), missing))
         self._memo.write([row for row in read if row.problem is None and _newest(row) < settled])
@@ -168,11 +181,20 @@ class _Reader:
         plain = [
             file for file, is_plain in zip(new, self._threads.map(self._is_uncompressed, new), strict=True) if is_plain
         ]
-        known = {path: row for path, row in self._memo.read(plain).items() if _is_valid(row, audio=False)}
+        known = self._remember(plain, audio=False)
         self._recordings |= {file: known[file].sha256 if file in known else None for file in new}
         missing = [file for file in plain if file not in known]
         rows = [row for row in self._threads.map(self._read_recording, missing) if row is not None]
         self._memo.write([row for row in rows if _newest(row) < settled])
+
+    def _remember(self, paths: Sequence[str], *, audio: bool) -> dict[str, Row]:
+        """Return the remembered rows that are valid; if one is missing for the first time, others may read ahead."""
+        rows = {path: row for path, row in self._memo.read(paths).items() if _is_valid(row, audio=audio)}
+        if len(rows) == len(paths) or self._read_ahead is None:
+            return rows
+        read_ahead, self._read_ahead = self._read_ahead, None
+        read_ahead()
+        return self._remember(paths, audio=audio)
 
     def _read_recording(self, file: str) -> Row | None:
         try:

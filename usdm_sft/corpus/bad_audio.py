@@ -8,15 +8,21 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from usdm_sft.audio.addresses import MISSING
 from usdm_sft.audio.digest_table import AudioDigests
 from usdm_sft.audio.digests import audio_digests
+from usdm_sft.audio.first_pass import read_ahead
 from usdm_sft.audio.reading import AudioError
 from usdm_sft.corpus.dialogs import CompactDialogs, Split
 from usdm_sft.corpus.problems import join_problems
+
+if TYPE_CHECKING:
+    from usdm_sft.utils.pool import Pool
 
 ALL_BAD = "each of its pairs has bad audio"
 ON_BAD_AUDIO = ("error", "skip")
@@ -25,7 +31,7 @@ _REMEDY = "replace the file, or leave out its pairs with --on_bad_audio skip"
 
 
 def screen_audio(
-    splits: Mapping[str, Split], on_bad_audio: str, cache_dir: str | Path | None
+    splits: Mapping[str, Split], on_bad_audio: str, cache_dir: str | Path | None, pool: "Pool | None" = None
 ) -> tuple[dict[str, Split], AudioDigests]:
     """Check all audio of a corpus, and leave out the pairs with bad audio.
 
@@ -33,6 +39,7 @@ def screen_audio(
         splits: The corpus.
         on_bad_audio: "error" or "skip".
         cache_dir: Where digests are remembered; this package's cache by default.
+        pool: Shares out the recordings that are not remembered.
 
     Returns:
         The splits, and path -> digest of every recording that they use, in order.
@@ -45,7 +52,8 @@ def screen_audio(
     """
     if on_bad_audio not in ON_BAD_AUDIO:
         raise ValueError(f"on_bad_audio {on_bad_audio!r} is unknown: choose one of {', '.join(ON_BAD_AUDIO)}")
-    found = audio_digests(_Addresses(splits), cache_dir)
+    ahead = None if pool is None else partial(read_ahead, pool=pool)
+    found = audio_digests(_Addresses(splits), cache_dir, read_ahead=ahead)
     if not found.problems:
         return dict(splits), found
     paths = {
