@@ -94,6 +94,8 @@ class TemplateEncoder:
                 raise ValueError(
                     f"template.{name} contains {match.group()!r}, an added token of the tokenizer: remove it"
                 )
+        turns = (tuple(part for part in template.parts if part.startswith(role)) for role in ("user", "agent"))
+        self._turns = [parts for parts in turns if parts]
         has_user_turn = template.parts[0].startswith("user_")
         heading = template.user_heading if has_user_turn else f"\n{template.agent_heading}"
         self._opening, self._closing = _array(tokens.opening), _array(tokens.closing)
@@ -222,10 +224,7 @@ class TemplateEncoder:
         The stop token of a part belongs to it.
         """
         heading = self._open if first else self._next
-        for role in ("user", "agent"):
-            parts = [part for part in self.template.parts if part.startswith(role)]
-            if not parts:
-                continue
+        for parts in self._turns:
             yield heading, None
             for part in parts:
                 if part not in exchange:
