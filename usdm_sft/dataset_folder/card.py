@@ -20,7 +20,7 @@ from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.corpus.published_lists import DAILYTALK
 from usdm_sft.dataset_folder.example_picture import EXAMPLE
 from usdm_sft.dataset_folder.pictures import CAPTIONS
-from usdm_sft.template.config import OFFLINE, REFERENCE
+from usdm_sft.template.config import OFFLINE, PARTS, REFERENCE
 from usdm_sft.template.parts import ROW_PARTS
 from usdm_sft.template.tokenizer import NUM_UNITS
 from usdm_sft.template.view import format_example
@@ -88,6 +88,7 @@ def make_card(
     if other_info:
         data["dataset_info"] = [data["dataset_info"], *other_info]
     [first, *_] = files.values()
+    parts = counts["settings"]["template"].get("parts", PARTS)
     template = importlib.resources.files("usdm_sft.dataset_card") / "template.md"
     card = DatasetCard.from_template(
         data,
@@ -99,6 +100,8 @@ def make_card(
         utterances=counts.get(UTTERANCES),
         is_dailytalk=counts["corpus"] == DAILYTALK,
         lists={"manifest": "manifests", "manifest and split list": "lists"}.get(counts["corpus"], "split lists"),
+        template_parts=parts,
+        row_parts="both" if len(parts) == len(PARTS) else _list_parts(parts),
         has_reference_words=_words(counts["settings"]["template"]) == _words(REFERENCE.settings()),
         fits_ustm=_fits_ustm(counts),
         is_offline_tokenizer=counts["tokenizer"]["name"] == OFFLINE,
@@ -176,6 +179,12 @@ def _columns(features: Features, config_name: str, *, lists: bool) -> list[tuple
         return meanings[name.split("_")[-1]] + ("; one entry per exchange" if lists else "")
 
     return [(name, describe(feature), meaning(name)) for name, feature in features.items()]
+
+
+def _list_parts(parts: Sequence[str]) -> str:
+    """The parts of a template as words, such as "two parts of them (user's speech, transcript)"."""
+    numbers = {2: "two", 3: "three"}
+    return f"{numbers[len(parts)]} parts of them ({', '.join(ROW_PARTS[part] for part in parts)})"
 
 
 def _fits_ustm(counts: Mapping[str, Any]) -> bool:

@@ -52,9 +52,12 @@ class TemplateEncoder:
     With `Template(tokenization="separate")`, for the tokenizer of another base model, each line is encoded on its own, the newline
     after `A` takes the place of "▁", and BOS and EOS are there only if the tokenizer has them.
 
+    With `Template(parts=...)`, the other parts, and a heading without a turn below it, are left out. The turn that then ends with text
+    ends with a newline, and the one that ends with units as the agent's above.
+
     Args:
         tokenizer: The result of `load_tokenizer` or `build_tokenizer`. It is checked again.
-        template: The words, the labelled parts and the form of tokenization; by default the reference's, as drawn above.
+        template: The words, the parts, the labelled parts and the form of tokenization; by default the reference's, as drawn above.
         last_exchange_only: Label the last exchange of a row only; earlier exchanges are context.
 
     Raises:
@@ -162,8 +165,8 @@ class TemplateEncoder:
         """Encode a batch of rows.
 
         Args:
-            batch: Columns `user_units`, `user_text`, `agent_text`, `agent_units` (and `id`, for error messages). A row
-                has one exchange, or a list of the same length in each column.
+            batch: Columns of the template's parts: `user_units`, `user_text`, `agent_text`, `agent_units` (and `id`, for error
+                messages). A row has one exchange, or a list of the same length in each column.
 
         Returns:
             `input_ids` and `labels`, each one (num_tokens,) int32 array per row. Labels are not shifted; unlabelled
@@ -206,7 +209,7 @@ class TemplateEncoder:
         end = len(self._opening)
         for position, exchange in enumerate(row):
             is_context = self.last_exchange_only and position < len(row) - 1
-            loss = () if is_context else self.template.loss
+            loss = () if is_context else self.template.labelled
             for ids, part in self._pieces(exchange, first=position == 0):
                 pieces.append(ids)
                 start, end = end, end + len(ids)
@@ -241,7 +244,7 @@ class TemplateEncoder:
 
     def prompt(
         self,
-        user_units: npt.ArrayLike,
+        user_units: npt.ArrayLike | None = None,
         user_text: str | None = None,
         agent_text: str | None = None,
         *,
@@ -249,31 +252,25 @@ class TemplateEncoder:
     ) -> npt.NDArray[np.int32]:
         """The ids before a step of inference, an exact prefix of the training ids.
 
-        Give the user's speech, and the texts as far as they are known.
+        Give the first part of the template, and the parts after it as far as they are known. The prompt asks for the next one.
 
         Args:
             user_units: The user's speech. Alone, it asks for the transcript.
             user_text: The transcript; with it, the prompt asks for the answer. A generated transcript may be empty.
             agent_text: The answer; with it, the prompt asks for speech.
-            history: Earlier exchanges, oldest first: (user_units, user_text, agent_text, agent_units) each.
+            history: Earlier exchanges, oldest first: all parts of the template each, by default (user_units, user_text, agent_text,
+                agent_units).
 
         Returns:
             (num_tokens,) int32 ids.
 
         Raises:
-            ValueError: A part comes without the part before it, or a unit or a text is not allowed.
+            ValueError: The template does not have a part, a part comes without the part before it or leaves nothing to generate, or a
+                unit or a text is not allowed.
         """
         values: dict[str, Any] = {"user_units": user_units, "user_text": user_text, "agent_text": agent_text}
-        given = {part: value for part, value in values.items() if value is not None}
-        for before, part in zip(self.template.parts, self.template.parts[1:], strict=False):
-            if part in given and before not in given:
-                raise ValueError(f"{part} comes without {before}: give {before} as well")
-        exchanges = [self._reader.read(dict(zip(self.template.parts, each, strict=True))) for each in history]
-        checked = {part: value for part, value in given.items() if part != "user_text" or value}
-        exchanges.append(self._reader.read(checked))
+        exchanges = self._reader.prompt({part: value for part, value in values.items() if value is not None}, history)
         self._encode_texts([("", exchange) for exchange in exchanges])
-        if user_text == "":
-            exchanges[-1]["user_text"] = self._stretches.encode([""], [False])[0]
         pieces = [self._opening]
         for position, exchange in enumerate(exchanges):
             pieces += [ids for ids, _ in self._pieces(exchange, first=position == 0)]

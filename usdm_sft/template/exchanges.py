@@ -70,12 +70,43 @@ class ExchangeReader:
         Raises:
             ValueError: A text or unit is not allowed.
         """
-        return {
-            part: self.text(value, f"{place}{part}")
-            if part.endswith("_text")
-            else self.unit_ids(value, f"{place}{part}")
-            for part, value in values.items()
-        }
+        exchange: Exchange = {}
+        for part, value in values.items():
+            if part.endswith("_text"):
+                exchange[part] = self.text(value, f"{place}{part}")
+                continue
+            exchange[part] = self.unit_ids(value, f"{place}{part}")
+            if not len(exchange[part]) and part.replace("units", "text") not in self.parts:
+                # The ids of the turn would be those of a line with a space.
+                raise ValueError(f"{place}{part} is empty, and the template has no text in this turn: leave it out")
+        return exchange
+
+    def prompt(self, given: Mapping[str, Any], history: Sequence[Sequence[Any]]) -> list[Exchange]:
+        """Check the exchanges of a prompt. The last one has the leading parts only; its transcript, which a model generated, may be empty.
+
+        Args:
+            given: The parts of the last exchange.
+            history: All parts of each earlier exchange.
+
+        Raises:
+            ValueError: A part is missing, unknown or the last one, or a text or unit is not allowed.
+        """
+        for number, each in enumerate(history):
+            if len(each) != len(self.parts):
+                raise ValueError(f"history[{number}] has {len(each)} parts: give {', '.join(self.parts)}")
+        for part in given:
+            if part not in self.parts:
+                raise ValueError(f"the template has no {part}: give one or more of {', '.join(self.parts[:-1])}")
+        if self.parts[-1] in given:
+            raise ValueError(f"{self.parts[-1]} is the last part of the template: leave it out, the model generates it")
+        for before, part in zip(self.parts, self.parts[1:], strict=False):
+            if part in given and before not in given:
+                raise ValueError(f"{part} comes without {before}: give {before} as well")
+        if not given:
+            raise ValueError(f"{self.parts[0]} is missing: every prompt begins with it")
+        exchanges = [self.read(dict(zip(self.parts, each, strict=True))) for each in history]
+        empty = {"user_text": ""} if given.get("user_text") == "" and self.parts[0] != "user_text" else {}
+        return [*exchanges, self.read({part: value for part, value in given.items() if part not in empty}) | empty]
 
     def text(self, text: str, place: str) -> str:
         """The text lower-cased.
