@@ -29,11 +29,11 @@ THINKING = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
 
-# No system message; BOS and EOS around the turns, and headings of plain words.
+# No system message and no generation prompt; headings of plain words.
 PLAIN = """\
 {%- if messages[0].role == 'system' %}{{- raise_exception('no system message, please') }}{% endif %}
 {{- bos_token }}
 {%- for message in messages %}
-{%- if message.role == 'user' %}{{- '[INST] ' + message.content + ' [/INST]' }}
-{%- else %}{{- ' ' + message.content + eos_token }}{% endif %}
+{%- if message.role == 'user' %}{{- '[INST]' + message.content + '[/INST]' }}
+{%- else %}{{- message.content + eos_token }}{% endif %}
 {%- endfor %}"""

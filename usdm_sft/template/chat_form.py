@@ -49,8 +49,8 @@ def read_frames(tokenizer: Tokenizer, tokens: TemplateTokens, template: Template
 
     Raises:
         ValueError: The template refuses a conversation or changes its messages, lays out rows of different length differently, does not end
-            an answer with a special token, begins an answer in another way than its generation prompt, or marks other text as
-            generated. The message says which.
+            an answer with a special token, begins an answer in another way than its generation prompt, puts words before a text that become one
+            token with it, or marks other text as generated. The message says which.
     """
 
     def texts_of(number: int) -> list[str]:
@@ -70,7 +70,9 @@ def read_frames(tokenizer: Tokenizer, tokens: TemplateTokens, template: Template
     )
     spaced = _marked(template, 1, " a ")
     strips = chat.render(spaced) != _join(texts, [" a "] * 2)
-    return ChatFrames(replace(chat, name="this tokenizer"), texts, ChatIds(ids, stop_id), strips)
+    frames = ChatFrames(replace(chat, name="this tokenizer"), texts, ChatIds(ids, stop_id), strips)
+    ChatForm(tokenizer, tokens, template, frames).check_surroundings(chat.name)
+    return frames
 
 
 def _marked(template: Template, number: int, content: str = _MARK) -> list[Message]:
@@ -145,7 +147,7 @@ def _check_generation_prompt(chat: ChatTemplate, template: Template, texts: Fram
     *messages, _ = _marked(template, 1)
     found = chat.render(messages, add_generation_prompt=True)
     expected = texts.before_user[0] + _MARK + texts.before_assistant[0]
-    if not expected.startswith(found) or len(found) <= len(texts.before_user[0] + _MARK):
+    if not expected.startswith(found):
         raise ValueError(
             f"the chat template of {chat.name} begins an answer with {found[-40:]!r}, but in a whole conversation with "
             f"{expected[-40:]!r}: {_OTHER_FORM}"
@@ -224,6 +226,21 @@ class ChatForm:
         after = self._tokenizer.id_to_token(after_id)
         assert after is not None  # an added token
         return Surroundings(before, before_ids, after, after_id)
+
+    def check_surroundings(self, name: str) -> None:
+        """Check that an ordinary text does not become one token with the words before it.
+
+        Raises:
+            ValueError: It does. The message has the tokenizer's `name`.
+        """
+        for place, ids in zip(
+            self._surroundings, self.encode(["a"] * len(self._surroundings), [*self._surroundings]), strict=True
+        ):
+            if ids is None:
+                raise ValueError(
+                    f"the chat template of {name} puts words before a text that become one token with it "
+                    f"({self._surroundings[place].before[-20:]!r}): {_OTHER_FORM}"
+                )
 
     def encode(self, texts: Sequence[str], parts: Sequence[tuple[str, int]]) -> list[npt.NDArray[np.int32] | None]:
         """Encode texts as in the whole string of the template.
