@@ -19,7 +19,20 @@ from usdm_sft.dataset_folder.summary import summarize_split
 from usdm_sft.template.config import Template
 
 HEAVY = ("torch", "transformers", "datasets", "soundfile", "matplotlib", "pyarrow")
-COMMANDS = ("demo", "doctor", "prepare", "convert", "units", "tokenizer", "export", "show", "stats", "verify", "push")
+COMMANDS = (
+    "demo",
+    "doctor",
+    "prepare",
+    "convert",
+    "units",
+    "tokenizer",
+    "export",
+    "show",
+    "stats",
+    "verify",
+    "push",
+    "cache",
+)
 
 
 SHTAB = importlib.util.find_spec("shtab") is not None  # extra completion

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HTTPError
 from tests.bases import byte_level
 from tests.mini_hub import serve
 from usdm_sft.cli.main import main
+from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.corpus import published_lists
 from usdm_sft.doctor import machine
 from usdm_sft.doctor.findings import Finding, run_check
@@ -71,7 +72,7 @@ def test_good_set_up_without_a_gpu(doctor, mini, unit_model, no_network, tmp_pat
     corpus = mini / "corpus"
     assert status == 0
     assert [name for _, name, _ in found] == [
-        "packages", "device", "device", "Hub", "tokenizer", "unit model", "corpus", "corpus", "recordings", "disk"
+        "packages", "device", "device", "Hub", "tokenizer", "unit model", "corpus", "corpus", "recordings", "disk", "locks"
     ]  # fmt: skip
     assert [level for level, _, _ in found].count("warning") == 1
     [(level, packages)] = lines(found, "packages")
@@ -404,3 +405,20 @@ def test_prepare_points_to_the_doctor(mini, tmp_path, capsys):
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert error.endswith(" ('dailytalk-usdm doctor' with the same options checks the whole set-up)\n") == pointed
+
+
+def test_locks_of_the_cache(tmp_path, monkeypatch):
+    config = PrepareConfig(data_dir=".", output_path=".", cache_dir=tmp_path / "cache")
+    assert list(machine.check_locks(config)) == [("ok", "locks", f"file locks work in {tmp_path}")]
+    assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "find_local_locks", lambda folder: "nolock of nfs")
+        text = f"file locks in {tmp_path} hold on this machine only, because it is mounted with nolock of nfs"
+        assert list(machine.check_locks(config)) == [
+            ("warning", "locks", f"{text}: let no two machines share this cache")
+        ]
+    monkeypatch.setattr(machine, "lock_problem", lambda folder: "No locks available")
+    text = f"file locks do not work in {tmp_path} (flock: No locks available)"
+    assert list(machine.check_locks(config)) == [
+        ("error", "locks", f"{text}: name a cache on another file system with --cache_dir")
+    ]

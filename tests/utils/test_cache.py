@@ -43,6 +43,47 @@ def test_folder_is_listed_once(tmp_path, monkeypatch):
     assert listed == [tmp_path]
 
 
+def test_claim_lists_no_folder(tmp_path, monkeypatch):
+    level = ShardCache(tmp_path)
+    made = level.make("key", writer(b"one"))
+
+    def refuse(folder):
+        raise AssertionError(f"{folder} is listed")
+
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, refuse)
+    with level.claim("key") as claim:
+        assert claim.finished == made
+    with level.claim("key2") as claim:  # shares the lock and the list
+        assert claim.finished is None
+
+
+def test_claim_sees_what_another_process_finished_meanwhile(tmp_path):
+    level, other = ShardCache(tmp_path), ShardCache(tmp_path)
+    assert level.find_all(["one", "two"]) == {}
+    made = other.make("two", writer(b"two"))
+    with level.claim("two") as claim:
+        assert claim.finished == made
+
+
+def test_run_killed_around_the_rename_leaves_a_list_that_still_works(tmp_path, monkeypatch):
+    level, replace = ShardCache(tmp_path), os.replace
+
+    def kill(*paths):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", kill)
+    with pytest.raises(KeyboardInterrupt):
+        level.make("key", writer(b"one"))
+    with open(tmp_path / "locks" / "key.finished", "a") as listed:
+        listed.write("key.0a")  # half a line
+    monkeypatch.setattr(os, "replace", replace)
+    with level.claim("key") as claim:
+        assert claim.finished is None
+        made = claim.write(writer(b"one"))
+    assert level.make("key", writer(b"two")) == made
+
+
 def test_claim_is_exclusive_until_it_is_released(tmp_path):
     level = ShardCache(tmp_path)
     claim = level.claim("key")

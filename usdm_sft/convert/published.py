@@ -8,8 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from usdm_sft.convert.convert import convert
 from usdm_sft.convert.model_config import XLSR_LAYER
 from usdm_sft.units.folder import DESCRIPTION, read_description
@@ -18,6 +16,7 @@ from usdm_sft.utils.atomic import replace_text
 from usdm_sft.utils.cache import cache_root, sha256_file
 from usdm_sft.utils.download import download
 from usdm_sft.utils.json_files import read_json
+from usdm_sft.utils.locks import file_lock
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ def find_unit_model(name_or_path: str | Path, model_cache_dir: str | Path | None
     if str(name_or_path) == PUBLISHED and not folder.is_dir():
         cache = model_cache(model_cache_dir)
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f"{PUBLISHED}.lock"):
+        with file_lock(cache / f"{PUBLISHED}.lock", option="--model_cache_dir or HF_HOME"):
             return _download_and_convert(cache / PUBLISHED, cache)
     folder = find_folder(name_or_path, cache_dir=model_cache_dir)
     read_description(folder)

@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from filelock import FileLock
-
 from usdm_sft.corpus.manifest import is_manifest
 from usdm_sft.utils.cache import cache_root, sha256_file
 from usdm_sft.utils.download import download
+from usdm_sft.utils.locks import file_lock
 
 DAILYTALK = "DailyTalk"
 
@@ -47,7 +46,7 @@ def fetch_split_lists(cache_dir: str | Path | None = None, *, url: str | None = 
     folder = cache_root(cache_dir) / "split_lists"
     folder.mkdir(parents=True, exist_ok=True)
     lists = {}
-    with FileLock(folder / "lock"):
+    with file_lock(folder / "lock"):
         for split, (name, sha256) in SPLIT_LISTS.items():
             lists[split] = folder / name
             if not lists[split].is_file() or sha256_file(lists[split]) != sha256:

@@ -171,9 +171,22 @@ def is_up_to_date(folder: Path, key: str) -> bool:
     )
 
 
-def clear_unfinished(folder: Path) -> None:
-    """Remove the unfinished files of a killed run."""
-    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+def clear_unfinished(folder: Path, *, keep: str | None = None) -> None:
+    """Remove the unfinished files of a killed run.
+
+    Args:
+        folder: The output folder.
+        keep: Name of a folder among them that stays.
+    """
+    unfinished = folder / UNFINISHED
+    if keep is None or not (unfinished / keep).is_dir():
+        shutil.rmtree(unfinished, ignore_errors=True)
+        return
+    for entry in unfinished.iterdir():
+        if entry.is_dir() and entry.name != keep:
+            shutil.rmtree(entry)
+        elif entry.name != keep:
+            entry.unlink()
 
 
 def check_output(folder: Path, *, overwrite: bool, finished_too: bool) -> None:

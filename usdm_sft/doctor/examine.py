@@ -9,7 +9,7 @@ from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.doctor.corpus import check_corpus
 from usdm_sft.doctor.findings import Finding, Needs, run_check
 from usdm_sft.doctor.hub import check_hub
-from usdm_sft.doctor.machine import check_devices, check_disks, check_packages
+from usdm_sft.doctor.machine import check_devices, check_disks, check_locks, check_packages
 from usdm_sft.doctor.sources import check_tokenizer_source, check_unit_model
 
 
@@ -33,3 +33,4 @@ def examine(config: PrepareConfig, *, has_corpus: bool, has_output: bool) -> Ite
     if has_corpus:
         yield from run_check("corpus", partial(check_corpus, config, needs))
     yield from run_check("disk", partial(check_disks, config, needs, has_output=has_output))
+    yield from run_check("locks", partial(check_locks, config))

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
@@ -20,6 +21,7 @@ from usdm_sft.doctor.findings import Finding, Needs, format_bytes
 from usdm_sft.executors.devices import choose_devices, runs_elsewhere
 from usdm_sft.units.settings import PrecisionName, make_settings
 from usdm_sft.utils.cache import cache_root
+from usdm_sft.utils.locks import find_local_locks, lock_problem
 from usdm_sft.utils.texts import count_noun
 
 PACKAGE = "dailytalk-usdm"
@@ -118,7 +120,7 @@ def check_disks(config: PrepareConfig, needs: Needs, *, has_output: bool) -> Ite
         places.append(("the dataset folder", output, size + needs.audio_bytes * config.keep_audio))
     disks: dict[int, list[tuple[str, Path, float]]] = {}
     for name, folder, size in places:
-        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        existing = _find_existing(folder)
         disks.setdefault(os.stat(existing).st_dev, []).append((name, existing, size))
     for on_disk in disks.values():
         names, folders, sizes = zip(*on_disk, strict=True)
@@ -131,3 +133,23 @@ def check_disks(config: PrepareConfig, needs: Needs, *, has_output: bool) -> Ite
             yield Finding("error", "disk", f"{text}: make room, or name a folder on another disk with {options}")
         else:
             yield Finding("ok", "disk", text)
+
+
+def check_locks(config: PrepareConfig) -> Iterator[Finding]:
+    """Check that locks of files work where the cache is, and whether they hold among machines."""
+    existing = _find_existing(cache_root(config.cache_dir))
+    with tempfile.TemporaryDirectory(dir=existing) as folder:
+        problem = lock_problem(Path(folder))
+    if problem is not None:
+        text = f"file locks do not work in {existing} (flock: {problem})"
+        yield Finding("error", "locks", f"{text}: name a cache on another file system with --cache_dir")
+    elif (local := find_local_locks(existing)) is not None:
+        text = f"file locks in {existing} hold on this machine only, because it is mounted with {local}"
+        yield Finding("warning", "locks", f"{text}: let no two machines share this cache")
+    else:
+        yield Finding("ok", "locks", f"file locks work in {existing}")
+
+
+def _find_existing(folder: Path) -> Path:
+    """Return the folder itself, or the nearest one above it that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

@@ -19,7 +19,7 @@ from usdm_sft.corpus.features import TRAINER_COLUMNS, folder_features
 from usdm_sft.shards.mapping import map_shard
 from usdm_sft.shards.plan import Shard
 from usdm_sft.utils.cache import ShardCache
-from usdm_sft.utils.processes import ProcessPool
+from usdm_sft.utils.pool import Pool
 from usdm_sft.utils.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def make_tokens(
     encoder: TemplateEncoder,
     units: dict[str, Path],
     cache: Path,
-    pool: ProcessPool,
+    pool: Pool,
 ) -> dict[str, Path]:
     """Make the token shards that the cache lacks.
 
@@ -44,7 +44,7 @@ def make_tokens(
         encoder: Makes `input_ids` and `labels`.
         units: The file of each unit shard, by its key.
         cache: Folder of the cache.
-        pool: Processes that share out the shards.
+        pool: Shares out the shards.
 
     Returns:
         The file of each token shard, by `tokens_key`: one row per example, with units, seconds, `input_ids` and `labels`.
@@ -56,8 +56,12 @@ def make_tokens(
     parts = [
         (shard, texts[shard.split].select(range(shard.start, shard.stop)), units[shard.units_key]) for shard in missing
     ]
+    keys = [shard.tokens_key for shard in missing]
+    made = pool.map(
+        partial(_make_token_shard, encoder, level), parts, name="token shards", keys=keys, holds=Path.is_file
+    )
     with progress_bar(len(missing), "tokens", "work shards", disable=not missing) as bar:
-        for index, path in pool.map(partial(_make_token_shard, encoder, level), parts, name="token shards"):
+        for index, path in made:
             files[missing[index].tokens_key] = path
             bar.update()
     return files

@@ -2,6 +2,9 @@
 
 A file is named `<key>.<digest>.arrow`. The key identifies the inputs; the digest is the sha256 of the file and shows damage. A
 damaged file is made again. An unfinished shard is in the folder `<key>.unfinished`, which the next run removes.
+
+The folder `locks` of a level has one lock file for all keys with the same first characters, and beside it the list of their
+finished files. A claim therefore reads a short list and never lists the folder, whatever the number of shards.
 """
 
 from __future__ import annotations
@@ -18,7 +21,11 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, Timeout
 from huggingface_hub import constants
 
+from usdm_sft.utils.locks import file_lock
+
 logger = logging.getLogger(__name__)
+
+_PREFIX = 4  # characters of a key, which name its lock
 
 
 def cache_key(*parts: Any) -> str:
@@ -27,9 +34,12 @@ def cache_key(*parts: Any) -> str:
 
 
 def path_lock(path: str | Path, cache: Path) -> FileLock:
-    """Return a lock on writes to `path` among the runs that share the cache."""
-    (cache / "locks").mkdir(parents=True, exist_ok=True)
-    return FileLock(cache / "locks" / cache_key(str(Path(path).resolve()))[:2])
+    """Return a lock on writes to `path` among the runs that share the cache.
+
+    Raises:
+        OSError: The cache is on a file system without working locks.
+    """
+    return file_lock(cache / "locks" / cache_key(str(Path(path).resolve()))[:2])
 
 
 class ShardCache:
@@ -56,9 +66,21 @@ class ShardCache:
         found = {key: self._first_whole(key, names) for key, names in written.items()}
         return {key: path for key, path in found.items() if path is not None}
 
+    def _find_listed(self, key: str) -> Path | None:
+        """Return the finished file of a claimed key. That of an earlier version is on no list; `find_all` finds it."""
+        try:
+            names = _list_file(self.folder, key).read_text(encoding="utf-8").split()
+        except FileNotFoundError:
+            return None
+        return self._first_whole(key, sorted({name for name in names if name.startswith(f"{key}.")}))
+
     def _first_whole(self, key: str, names: Iterable[str]) -> Path | None:
         for path in (self.folder / name for name in names):
-            if sha256_file(path) == path.name.split(".")[1]:
+            try:
+                is_whole = sha256_file(path) == path.name.split(".")[1]
+            except FileNotFoundError:  # removed meanwhile, or a run was killed right before it got its name
+                continue
+            if is_whole:
                 # A run that was killed right after the rename leaves this folder.
                 shutil.rmtree(self.folder / f"{key}.unfinished", ignore_errors=True)
                 return path
@@ -91,20 +113,26 @@ class ShardCache:
 
         Returns:
             The claim; None if another run has it and `wait` is false.
+
+        Raises:
+            OSError: The cache is on a file system without working locks.
         """
-        (self.folder / "locks").mkdir(parents=True, exist_ok=True)
-        # Lock files are never removed, so their number is bounded by the first characters of the key. With two characters,
-        # 64 tasks at the same time would often share a lock. A claim may be released by another thread than its owner.
-        lock = FileLock(self.folder / "locks" / key[:4], thread_local=False)
+        lock = self.lock(key)
         try:
             lock.acquire(timeout=-1 if wait else 0)
         except Timeout:
             return None
         try:
-            return Claim(self.folder, key, lock, self.find(key))
+            return Claim(self.folder, key, lock, self._find_listed(key))
         except BaseException:  # Ctrl-C as well, or no other run could ever make the file; raised again
             lock.release()
             raise
+
+    def lock(self, key: str) -> FileLock:
+        """Return the lock that a claim of `key` holds."""
+        # Lock files are never removed, so their number is bounded by the first characters of the key. With two characters,
+        # 64 tasks at the same time would often share a lock. A claim may be released by another thread than its owner.
+        return file_lock(self.folder / "locks" / key[:_PREFIX], thread_local=False)
 
 
 class Claim:
@@ -132,6 +160,10 @@ class Claim:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         finished = self._folder / f"{self._key}.{sha256_file(path)}.arrow"
+        with open(
+            _list_file(self._folder, self._key), "a", encoding="utf-8"
+        ) as listed:  # the claim's lock covers the list
+            listed.write(f"\n{finished.name}\n")  # a killed run may have left half a line before
         os.replace(path, finished)
         shutil.rmtree(unfinished)
         return finished
@@ -145,6 +177,10 @@ class Claim:
 
     def __exit__(self, *error: object) -> None:
         self.release()
+
+
+def _list_file(folder: Path, key: str) -> Path:
+    return folder / "locks" / f"{key[:_PREFIX]}.finished"
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
