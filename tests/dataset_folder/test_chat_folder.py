@@ -68,6 +68,14 @@ def test_show_and_page_spell_the_messages(root, capsys, tmp_path):
     assert '"user_text",' in (tmp_path / "page.html").read_text()
 
 
+def test_card_says_that_messages_are_labelled(root):
+    card = (root / "out" / "README.md").read_text()
+    assert "Each exchange is a message of the user and one of the assistant in the tokenizer's chat template" in card
+    assert (
+        "the agent's text and the special token after it; the agent's units and the special token after them." in card
+    )
+
+
 def test_changed_ids_of_the_chat_template_are_found(root, tmp_path, capsys):
     folder = shutil.copytree(root / "out", tmp_path / "out")
     counts = json.loads((folder / "counts.json").read_text())

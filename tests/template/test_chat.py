@@ -12,11 +12,13 @@ from tokenizers import AddedToken
 
 from tests.bases import BASES
 from tests.chat_templates import CHAT_ML, HEADERS, PLAIN, THINKING
+from tests.helpers import REPOSITORY
 from usdm_sft.dataset_folder.row_check import render, stand_for
 from usdm_sft.template.base import add_units
 from usdm_sft.template.config import LABELS, PARTS, Template
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.parts import ROW_PARTS, find_parts
+from usdm_sft.template.view import format_example
 from usdm_sft.training.generation import StepLogitsProcessor, next_prompt
 
 CHAT = Template(tokenization="chat")
@@ -272,3 +274,13 @@ def test_roles_cannot_be_named():
         ValueError, match="user_role and agent_role are not in a chat template, whose roles are user and"
     ):
         Template(tokenization="chat", agent_role="Robot")
+
+
+def test_example_in_the_documentation_is_what_show_prints():
+    tokenizer = make_tokenizer()
+    row = ROW | {"user_units": [3, 3, 5, 5, 5, 7], "agent_units": [19, 0, 1, 1, 1, 2, 2]}
+    encoded = TemplateEncoder(tokenizer, CHAT)({name: [value] for name, value in row.items()})
+    ids, labels = (encoded[name][0].tolist() for name in ("input_ids", "labels"))
+    shown = format_example({"id": "d1_0", "input_ids": ids, "labels": labels}, tokenizer.backend_tokenizer, color=False)
+    _, example = shown.split("\n", 1)
+    assert f"```text\n{example}\n```" in (REPOSITORY / "docs/training/other-models.md").read_text()

@@ -34,7 +34,7 @@ class Template:
         agent_role: Name in the heading of the agent's turn.
         loss: Labelled parts, each with the stop token that follows it: user_text (with the newline), agent_text (with
             <|correspond|>, or with the newline where no speech follows), agent_units (with "▁", or with the newline where tokenization
-            is separate). By default every part but the first, which is given to the model; for the reference these are all three.
+            is separate; in a chat template a special token follows each). By default every part but the first, which is given to the model; for the reference these are all three.
         tokenization: reference for USTM's tokenizer: ids as of the whole text of a row. separate for the tokenizer of another base
             model: each line of text is encoded on its own, so that no newline becomes one token with the text before it. chat for the
             chat template of a base model: the instruction is its system message, and the roles are user and assistant.
