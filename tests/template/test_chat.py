@@ -3,6 +3,8 @@
 import functools
 import itertools
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -274,6 +276,33 @@ def test_roles_cannot_be_named():
         ValueError, match="user_role and agent_role are not in a chat template, whose roles are user and"
     ):
         Template(tokenization="chat", agent_role="Robot")
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llama3", "llama3_2", "phi3", "qwen2_5", "qwen3"])
+def test_published_chat_templates(name):
+    """Those that TRL ships, as published and with marks of the generated text."""
+    trl = pytest.importorskip("trl", reason="needs the extra 'train'")
+    for file in (f"{name}.jinja", f"{name}_training.jinja"):
+        path = Path(trl.__file__).parent / "chat_templates" / file
+        if not path.is_file():  # Llama 3.2's has no marks
+            continue
+        tokenizer = make_tokenizer(chat_template=path.read_text())
+        written = {*re.findall(r"<\|\w+\|>|</?[a-z]+_of_turn>", tokenizer.chat_template)}
+        tokenizer.add_tokens([AddedToken(token, normalized=False) for token in sorted(written)], special_tokens=True)
+        encoder = TemplateEncoder(tokenizer, CHAT)
+        for number in (1, 2, 5):
+            encoded = encoder(rows_of(number))
+            ids, labels = (encoded[column][0].tolist() for column in ("input_ids", "labels"))
+            text = render({column: values[0] for column, values in rows_of(number).items()}, encoder)
+            assert stand_for([ids], [text], encoder) == [True]
+            assert "where were you?<|continue|>at home." in text
+            if "{% generation %}" in tokenizer.chat_template:
+                chat = tokenizer.apply_chat_template(
+                    messages_by_hand(number), return_dict=True, return_assistant_tokens_mask=True
+                )
+                assert chat["input_ids"] == ids
+                mask = chat["assistant_masks"]
+                assert all(mask[i] for i, label in enumerate(labels) if label != -100)
 
 
 def test_example_in_the_documentation_is_what_show_prints():
