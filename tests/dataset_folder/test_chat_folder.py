@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from fnmatch import fnmatch
 
 import datasets
 import pytest
@@ -13,8 +14,9 @@ from tests.helpers import options
 from usdm_sft.cli.main import main
 from usdm_sft.dataset_folder.verify import VerificationError, verify
 from usdm_sft.prepare import prepare
+from usdm_sft.template import base
 from usdm_sft.template.config import Template
-from usdm_sft.template.tokenizer import build_tokenizer, save_tokenizer
+from usdm_sft.template.tokenizer import build_tokenizer, load_tokenizer, save_tokenizer
 from usdm_sft.utils.cache import sha256_file
 
 MAX_LENGTH = 600
@@ -24,11 +26,11 @@ MAX_LENGTH = 600
 def root(mini, unit_model, tmp_path_factory):
     """The mini corpus as conversations in a chat template whose last answer differs: the dataset folder `out`."""
     root = tmp_path_factory.mktemp("chat")
-    base = byte_level()
+    chat = byte_level()
     special = ["<|im_end|>", "<think>", "</think>"]
-    base.add_tokens([AddedToken(token, normalized=False, special=True) for token in special], special_tokens=True)
-    base.chat_template = THINKING
-    base.save_pretrained(root / "base")
+    chat.add_tokens([AddedToken(token, normalized=False, special=True) for token in special], special_tokens=True)
+    chat.chat_template = THINKING
+    chat.save_pretrained(root / "base")
     save_tokenizer(build_tokenizer(root / "base", 100), root / "tokenizer")
     chosen = {"config_name": "multi_turn", "max_length": MAX_LENGTH, "overflow": "split"}
     tokenizer = {"pretrained_model_name_or_path": root / "tokenizer", "template": Template(tokenization="chat")}
@@ -74,6 +76,20 @@ def test_card_says_that_messages_are_labelled(root):
     assert (
         "the agent's text and the special token after it; the agent's units and the special token after them." in card
     )
+
+
+def test_chat_template_comes_with_a_tokenizer_from_a_dataset_on_the_hub(root, tmp_path, monkeypatch):
+    def download(name, *, allow_patterns, **options):
+        for file in (root / "out" / "tokenizer").iterdir():
+            if any(fnmatch(f"tokenizer/{file.name}", pattern) for pattern in allow_patterns):
+                (tmp_path / "tokenizer").mkdir(exist_ok=True)
+                shutil.copy(file, tmp_path / "tokenizer")
+        return tmp_path
+
+    monkeypatch.setattr(base, "hf_hub_download", lambda *args, **options: None)
+    monkeypatch.setattr(base, "snapshot_download", download)
+    loaded = load_tokenizer("tester/pairs", subfolder="tokenizer", repo_type="dataset")
+    assert loaded.chat_template == THINKING
 
 
 def test_changed_ids_of_the_chat_template_are_found(root, tmp_path, capsys):
