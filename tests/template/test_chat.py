@@ -231,6 +231,7 @@ def chat_ml_encoder():
         (None, {}, "this tokenizer has no chat template: name the tokenizer of a chat model, or use template.tokenization sep"),
         (PLAIN, {}, r"refuses a conversation \(no system message, please\): if it takes no system message, set template.instr"),
         ("{{ messages[0].name.first }}", {}, "refuses a conversation .*: if it takes no system"),
+        ("{{ 1 / 0 }}", {}, r"refuses a conversation \(division by zero\)"),
         (HEADERS.replace("'%d %b %Y'", "message.format"), {}, "formats the time in a way that cannot be fixed: write a date"),
         (CHAT_ML.replace("message in messages", "message in messages[:3]"), {}, "leaves out a message or repeats one"),
         (CHAT_ML.replace("'\\n' }}\n{%- endfor", "'\\n' * messages | length }}\n{%- endfor"), {}, "puts different words around an exchange"),
@@ -258,7 +259,9 @@ def test_white_space_that_the_template_removes_is_refused():
         {"agent_text": " hello"},
         {"agent_text": "hello "},
     ):
-        with pytest.raises(ValueError, match=r"row 0 of the batch: .*_text ' ?hello ?' melts into the chat template"):
+        with pytest.raises(
+            ValueError, match=r"row 0 of the batch: .*_text ' ?hello ?' does not stay as it is in the chat template"
+        ):
             encoder({name: [value] for name, value in (ROW | change).items()})
     kept = TemplateEncoder(make_tokenizer(), template)
     assert " hello <|im_end|>" in kept.decode(kept({name: [v] for name, v in (ROW | {"user_text": " hello "}).items()})["input_ids"][0])  # fmt: skip
@@ -267,8 +270,17 @@ def test_white_space_that_the_template_removes_is_refused():
 def test_text_that_melts_into_the_words_before_it_is_refused():
     tokenizer = make_tokenizer(chat_template=PLAIN.replace("[/INST]", "[/INST]wher"))
     encoder = TemplateEncoder(tokenizer, Template(tokenization="chat", instruction=""))
-    with pytest.raises(ValueError, match=r"user_text 'e you' melts into the chat template: correct the text"):
+    with pytest.raises(
+        ValueError, match=r"user_text 'e you' does not stay as it is in the chat template, which .*: correct the text"
+    ):
         encoder({name: [value] for name, value in (ROW | {"user_text": "e you"}).items()})
+
+
+def test_instruction_with_unknown_characters_is_refused():
+    with pytest.raises(
+        ValueError, match=r"template.instruction '日本' has characters that the tokenizer does not know: c"
+    ):
+        TemplateEncoder(make_tokenizer("unigram"), Template(tokenization="chat", instruction="日本"))
 
 
 def test_roles_cannot_be_named():

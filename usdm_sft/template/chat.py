@@ -24,7 +24,7 @@ from datetime import date
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from usdm_sft.template.config import Template
-from usdm_sft.template.tokens import CONTINUE_TOKEN, CORRESPOND_TOKEN
+from usdm_sft.template.tokens import CONTINUE_TOKEN, CORRESPOND_TOKEN, unit_token
 from usdm_sft.utils.texts import first_line
 
 if TYPE_CHECKING:
@@ -33,15 +33,14 @@ if TYPE_CHECKING:
 Piece = TypeVar("Piece")
 Message = dict[str, str]
 
+MARK = unit_token(0)  # stands for a message in probes
+OTHER_FORM = "use template.tokenization separate"
+
 # Some templates tell the model the day, which would change the ids every day. This one is the default of Llama 3.1's template.
 TODAY = date(2024, 7, 26)
 _NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
-_PLACES = (
-    (True, True),
-    (True, False),
-    (False, False),
-    (False, True),
-)  # of an exchange: is it the first, is it the last
+# Of an exchange: is it the first of its row, and is it the last.
+_PLACES = ((True, True), (True, False), (False, False), (False, True))
 
 
 class Frames(NamedTuple, Generic[Piece]):
@@ -105,7 +104,6 @@ class ChatTemplate:
         return self._render(messages, return_assistant_tokens_mask=True)[1]
 
     def _render(self, messages: Sequence[Message], **options: bool) -> tuple[str, list[tuple[int, int]]]:
-        from jinja2 import TemplateError
         from transformers.utils import chat_template_utils
 
         render: Any = chat_template_utils.render_jinja_template  # typed as if it returned a string
@@ -113,7 +111,7 @@ class ChatTemplate:
             [text], spans = render(
                 conversations=[list(messages)], chat_template=self.source, **self.special_tokens, **options
             )
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # a template is code, which may raise anything
             raise ValueError(
                 f"the chat template of {self.name} refuses a conversation ({first_line(error)}): if it takes no system message, set "
                 "template.instruction to an empty text; otherwise use template.tokenization separate"
@@ -163,3 +161,51 @@ def make_messages(exchanges: Sequence[Mapping[str, str]], template: Template) ->
         messages.append({"role": "user", "content": pieces[0]})
         messages.append({"role": "assistant", "content": "".join(pieces[1:]) + exchange[template.parts[-1]]})
     return messages
+
+
+def mark_messages(template: Template, number: int, content: str = MARK) -> list[Message]:
+    """The messages of a number of exchanges, all with the same content."""
+    exchange = [{"role": role, "content": content} for role in ("user", "assistant")]
+    return [*make_messages([], template), *exchange * number]
+
+
+def join_frames(texts: Frames[str], contents: Sequence[str]) -> str:
+    """The string of a row from its frames and the contents of its messages."""
+    pieces = texts.around(len(contents) // 2)
+    return "".join(piece for pair in zip(pieces, [*contents, ""], strict=True) for piece in pair)
+
+
+def check_messages(chat: ChatTemplate, template: Template, texts: Frames[str]) -> None:
+    """Check that messages stay as they are, and that those of the assistant are what the template marks as generated."""
+    samples = [{part: f"{part} {number}, or?" for part in template.parts} for number in range(2)]
+    messages = make_messages(samples, template)
+    contents = [message["content"] for message in messages if message["role"] != "system"]
+    if chat.render(messages) != join_frames(texts, contents):
+        raise ValueError(f"the chat template of {chat.name} changes the messages: {OTHER_FORM}")
+    spans = chat.generated(messages)
+    if spans is None:
+        return
+    start = 0
+    for index, (piece, content) in enumerate(zip(texts.around(2), [*contents, ""], strict=True)):
+        start += len(piece)
+        stop = start + len(content)
+        is_inside = any(first <= start and stop <= last for first, last in spans)
+        overlaps = any(first < stop and start < last for first, last in spans)
+        if not is_inside if index % 2 else overlaps:
+            raise ValueError(
+                f"the chat template of {chat.name} marks other text as generated than the messages of the assistant "
+                f"({content!r}): correct its {{% generation %}}"
+            )
+        start = stop
+
+
+def check_generation_prompt(chat: ChatTemplate, template: Template, texts: Frames[str]) -> None:
+    """Check that the generation prompt is the beginning of what training puts before an answer."""
+    *messages, _ = mark_messages(template, 1)
+    found = chat.render(messages, add_generation_prompt=True)
+    expected = texts.before_user[0] + MARK + texts.before_assistant[0]
+    if not expected.startswith(found):
+        raise ValueError(
+            f"the chat template of {chat.name} begins an answer with {found[-40:]!r}, but in a whole conversation with "
+            f"{expected[-40:]!r}: {OTHER_FORM}"
+        )

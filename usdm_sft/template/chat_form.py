@@ -10,13 +10,28 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from usdm_sft.template.chat import ChatIds, ChatTemplate, Frames, Message, Piece, make_messages, place_of, separator
+from usdm_sft.template.chat import (
+    MARK,
+    OTHER_FORM,
+    ChatIds,
+    ChatTemplate,
+    Frames,
+    Piece,
+    check_generation_prompt,
+    check_messages,
+    join_frames,
+    mark_messages,
+    place_of,
+    separator,
+)
 from usdm_sft.template.config import Template
 from usdm_sft.template.exchanges import Exchange
-from usdm_sft.template.tokens import CONTINUE_TOKEN, CORRESPOND_TOKEN, TemplateTokens, unit_token
+from usdm_sft.template.tokens import CONTINUE_TOKEN, CORRESPOND_TOKEN, TemplateTokens
 
-_MARK = unit_token(0)  # stands for a message
-_OTHER_FORM = "use template.tokenization separate"
+# Why `ChatForm.encode` has no ids for a text.
+CHANGED = (
+    "does not stay as it is in the chat template, which joins it with its own words or removes white space around it"
+)
 
 Ids = tuple[int, ...]
 
@@ -48,37 +63,35 @@ def read_frames(tokenizer: Tokenizer, tokens: TemplateTokens, template: Template
         chat: The chat template of the tokenizer.
 
     Raises:
-        ValueError: The template refuses a conversation or changes its messages, lays out rows of different length differently, does not end
-            an answer with a special token, begins an answer in another way than its generation prompt, puts words before a text that become one
-            token with it, or marks other text as generated. The message says which.
+        ValueError: The tokenizer does not know a character of the instruction. Or the chat template refuses a conversation or changes its
+            messages, lays out rows of different length differently, does not end an answer with a special token, begins an answer in
+            another way than its generation prompt, puts words before a text that become one token with it, or marks other text as
+            generated. The message says which.
     """
 
     def texts_of(number: int) -> list[str]:
-        return chat.render(_marked(template, number)).split(_MARK)
+        return chat.render(mark_messages(template, number)).split(MARK)
 
     def ids_of(number: int) -> list[Ids]:
-        ids = tokenizer.encode(chat.render(_marked(template, number)), add_special_tokens=False).ids
+        ids = tokenizer.encode(chat.render(mark_messages(template, number)), add_special_tokens=False).ids
         return [tuple(run) for is_mark, run in _runs(ids, tokens.unit_0) if not is_mark]
 
+    if {*tokens.unknown} & {*tokenizer.encode(template.instruction, add_special_tokens=False).ids}:
+        raise ValueError(
+            f"template.instruction {template.instruction[:80]!r} has characters that the tokenizer does not know: choose other words"
+        )
     texts = _find_frames(texts_of, chat)
     ids = _find_frames(ids_of, chat)
-    _check_messages(chat, template, texts)
-    _check_generation_prompt(chat, template, texts)
+    check_messages(chat, template, texts)
+    check_generation_prompt(chat, template, texts)
     stop_id = _find_stop(tokenizer, chat, template, ids)
     ids = Frames(
         (*ids.before_user[:2], *(frame[1:] for frame in ids.before_user[2:])), ids.before_assistant, ids.closing[1:]
     )
-    spaced = _marked(template, 1, " a ")
-    strips = chat.render(spaced) != _join(texts, [" a "] * 2)
+    strips = chat.render(mark_messages(template, 1, " a ")) != join_frames(texts, [" a "] * 2)
     frames = ChatFrames(replace(chat, name="this tokenizer"), texts, ChatIds(ids, stop_id), strips)
     ChatForm(tokenizer, tokens, template, frames).check_surroundings(chat.name)
     return frames
-
-
-def _marked(template: Template, number: int, content: str = _MARK) -> list[Message]:
-    """The messages of a number of exchanges, all with the same content."""
-    exchange = [{"role": role, "content": content} for role in ("user", "assistant")]
-    return [*make_messages([], template), *exchange * number]
 
 
 def _runs(ids: Sequence[int], mark: int) -> Iterator[tuple[bool, list[int]]]:
@@ -98,7 +111,7 @@ def _find_frames(pieces_of: Callable[[int], list[Piece]], chat: ChatTemplate) ->
     """Find the frames of rows with one to three exchanges, and check that those of four follow from them."""
     one, two, three, four = map(pieces_of, (1, 2, 3, 4))
     if [len(pieces) for pieces in (one, two, three, four)] != [3, 5, 7, 9]:
-        raise ValueError(f"the chat template of {chat.name} leaves out a message or repeats one: {_OTHER_FORM}")
+        raise ValueError(f"the chat template of {chat.name} leaves out a message or repeats one: {OTHER_FORM}")
     frames = Frames((one[0], two[0], three[2], three[4]), (one[1], two[1], three[3], three[5]), one[-1])
     lengths = [len(user) + len(assistant) for user, assistant in zip(frames[0], frames[1], strict=True)]  # type: ignore[arg-type]
     rows = zip((1, 2, 3, 4), (one, two, three, four), strict=True)
@@ -108,50 +121,9 @@ def _find_frames(pieces_of: Callable[[int], list[Piece]], chat: ChatTemplate) ->
         or lengths[0] + lengths[2] != lengths[1] + lengths[3]
     ):
         raise ValueError(
-            f"the chat template of {chat.name} puts different words around an exchange in rows of different length: {_OTHER_FORM}"
+            f"the chat template of {chat.name} puts different words around an exchange in rows of different length: {OTHER_FORM}"
         )
     return frames
-
-
-def _join(texts: Frames[str], contents: Sequence[str]) -> str:
-    """The string of a row from its frames and the contents of its messages."""
-    pieces = texts.around(len(contents) // 2)
-    return "".join(piece for pair in zip(pieces, [*contents, ""], strict=True) for piece in pair)
-
-
-def _check_messages(chat: ChatTemplate, template: Template, texts: Frames[str]) -> None:
-    """Check that messages stay as they are, and that those of the assistant are what the template marks as generated."""
-    samples = [{part: f"{part} {number}, or?" for part in template.parts} for number in range(2)]
-    messages = make_messages(samples, template)
-    contents = [message["content"] for message in messages if message["role"] != "system"]
-    if chat.render(messages) != _join(texts, contents):
-        raise ValueError(f"the chat template of {chat.name} changes the messages: {_OTHER_FORM}")
-    spans = chat.generated(messages)
-    if spans is None:
-        return
-    start = 0
-    for index, (piece, content) in enumerate(zip(texts.around(2), [*contents, ""], strict=True)):
-        start += len(piece)
-        stop = start + len(content)
-        is_inside = any(first <= start and stop <= last for first, last in spans)
-        overlaps = any(first < stop and start < last for first, last in spans)
-        if not is_inside if index % 2 else overlaps:
-            raise ValueError(
-                f"the chat template of {chat.name} marks other text as generated than the messages of the assistant "
-                f"({content!r}): correct its {{% generation %}}"
-            )
-        start = stop
-
-
-def _check_generation_prompt(chat: ChatTemplate, template: Template, texts: Frames[str]) -> None:
-    *messages, _ = _marked(template, 1)
-    found = chat.render(messages, add_generation_prompt=True)
-    expected = texts.before_user[0] + _MARK + texts.before_assistant[0]
-    if not expected.startswith(found):
-        raise ValueError(
-            f"the chat template of {chat.name} begins an answer with {found[-40:]!r}, but in a whole conversation with "
-            f"{expected[-40:]!r}: {_OTHER_FORM}"
-        )
 
 
 def _find_stop(tokenizer: Tokenizer, chat: ChatTemplate, template: Template, ids: Frames[Ids]) -> int:
@@ -162,14 +134,14 @@ def _find_stop(tokenizer: Tokenizer, chat: ChatTemplate, template: Template, ids
         tokens = [tokenizer.id_to_token(frame[0]) if frame else "nothing" for frame in after]
         raise ValueError(
             f"the chat template of {chat.name} does not end every answer with the same special token (but with "
-            f"{', '.join(map(repr, tokens))}): {_OTHER_FORM}"
+            f"{', '.join(map(repr, tokens))}): {OTHER_FORM}"
         )
     first = template.parts[0]
     if first.endswith("_text") and separator(first, template) is None:
         for frame in ids.before_assistant:
             if not added & {*frame[:1]}:
                 raise ValueError(
-                    f"the chat template of {chat.name} does not end a message of the user with a special token: {_OTHER_FORM}"
+                    f"the chat template of {chat.name} does not end a message of the user with a special token: {OTHER_FORM}"
                 )
     return ids.closing[0]
 
@@ -239,7 +211,7 @@ class ChatForm:
             if ids is None:
                 raise ValueError(
                     f"the chat template of {name} puts words before a text that become one token with it "
-                    f"({self._surroundings[place].before[-20:]!r}): {_OTHER_FORM}"
+                    f"({self._surroundings[place].before[-20:]!r}): {OTHER_FORM}"
                 )
 
     def encode(self, texts: Sequence[str], parts: Sequence[tuple[str, int]]) -> list[npt.NDArray[np.int32] | None]:
@@ -250,7 +222,8 @@ class ChatForm:
             parts: The part of each text, and the place of its exchange in the row (`place_of`).
 
         Returns:
-            (num_tokens,) int32 ids of each text; None where it melts with the words around it, or where the template strips it.
+            (num_tokens,) int32 ids of each text; None where a token covers both the text and the words beside it, and where the template
+            removes white space of the text.
         """
         surroundings = [self._surroundings[each] for each in parts]
         strings = [around.before + text + around.after for text, around in zip(texts, surroundings, strict=True)]

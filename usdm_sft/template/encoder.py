@@ -17,7 +17,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from usdm_sft.template.chat import make_messages, place_of, read_chat_template
-from usdm_sft.template.chat_form import ChatForm, ChatFrames, read_frames
+from usdm_sft.template.chat_form import CHANGED, ChatForm, ChatFrames, read_frames
 from usdm_sft.template.config import PARTS, REFERENCE, Template
 from usdm_sft.template.exchanges import Exchange, ExchangeReader, match_other_tokens, row_name
 from usdm_sft.template.parts import RowLayout
@@ -209,7 +209,7 @@ class TemplateEncoder:
         texts = [exchange[part] for _, exchange, part, _ in places]
         encoded = self._form.encode(texts, [(part, index) for _, _, part, index in places])
         for (place, exchange, part, _), text, ids in zip(places, texts, encoded, strict=True):
-            if problem := "melts into the chat template" if ids is None else self._stretches.problem(text, ids):
+            if problem := CHANGED if ids is None else self._stretches.problem(text, ids):
                 raise ValueError(f"{place}{part} {text[:80]!r} {problem}: correct the text")
             exchange[part] = ids
 
