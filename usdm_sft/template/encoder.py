@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from usdm_sft.template.config import PARTS, REFERENCE, Template
+from usdm_sft.template.config import PARTS, REFERENCE, Template, UnitRepetition
 from usdm_sft.template.exchanges import Exchange, ExchangeReader, match_other_tokens, row_name
 from usdm_sft.template.parts import RowLayout
 from usdm_sft.template.steps import Step, make_steps
@@ -59,10 +59,11 @@ class TemplateEncoder:
         tokenizer: The result of `load_tokenizer` or `build_tokenizer`. It is checked again.
         template: The words, the parts, the labelled parts and the form of tokenization; by default the reference's, as drawn above.
         last_exchange_only: Label the last exchange of a row only; earlier exchanges are context.
+        unit_repetition: "collapse" encodes one unit for each run of equal units, in rows and prompts. Collapsed units stay as they are.
 
     Raises:
-        ValueError: The tokenizer does not give the ids of naver-ai/USTM, or with separate tokenization has no tokens for units; or
-            the template contains an added token.
+        ValueError: The tokenizer does not give the ids of naver-ai/USTM, or with separate tokenization has no tokens for units; the
+            template contains an added token; or `unit_repetition` is unknown.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class TemplateEncoder:
         template: Template = REFERENCE,
         *,
         last_exchange_only: bool = False,
+        unit_repetition: UnitRepetition = "keep",
     ):
         backend = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.backend_tokenizer
         name = getattr(tokenizer, "name_or_path", "") or "this tokenizer"
@@ -80,18 +82,22 @@ class TemplateEncoder:
             raise ValueError("tokenization is separate: give a tokenizer of transformers, which knows its EOS")
         else:
             tokens = read_tokens(tokenizer, name)
-        self._set_up(plain_copy(backend), tokens, template, last_exchange_only)
+        self._set_up(plain_copy(backend), tokens, template, last_exchange_only, unit_repetition)
 
     def _set_up(
-        self, tokenizer: Tokenizer, tokens: TemplateTokens, template: Template, last_exchange_only: bool
+        self,
+        tokenizer: Tokenizer,
+        tokens: TemplateTokens,
+        template: Template,
+        last_exchange_only: bool,
+        repetition: str,
     ) -> None:
-        self.tokens = tokens
-        self.template = template
-        self.last_exchange_only = last_exchange_only
+        self.tokens, self.template = tokens, template
+        self.last_exchange_only, self.unit_repetition = last_exchange_only, repetition
         self._tokenizer = tokenizer
         self._stretches = Stretches(tokenizer, tokens, separate=template.tokenization == "separate")
         other_tokens = match_other_tokens(tokenizer)
-        self._reader = ExchangeReader(template.parts, tokens.unit_0, tokens.num_units, other_tokens)
+        self._reader = ExchangeReader(template.parts, tokens.unit_0, tokens.num_units, other_tokens, repetition)
         for name in ("instruction", "user_role", "agent_role"):
             if other_tokens is not None and (match := other_tokens.search(getattr(template, name))):
                 raise ValueError(
@@ -122,11 +128,18 @@ class TemplateEncoder:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         tokenizer, template = Tokenizer.from_str(state["tokenizer"]), Template(**state["template"])
-        self._set_up(tokenizer, TemplateTokens(*state["tokens"]), template, state["last_exchange_only"])
+        self._set_up(
+            tokenizer,
+            TemplateTokens(*state["tokens"]),
+            template,
+            state["last_exchange_only"],
+            state.get("unit_repetition", "keep"),
+        )
 
     @property
     def _options(self) -> dict[str, Any]:
-        return {"template": self.template.settings(), "last_exchange_only": self.last_exchange_only}
+        options = {"template": self.template.settings(), "last_exchange_only": self.last_exchange_only}
+        return options if self.unit_repetition == "keep" else options | {"unit_repetition": self.unit_repetition}
 
     @property
     def layout(self) -> RowLayout:
