@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,11 +51,18 @@ def find_doubtful_rows(batch: pa.RecordBatch, encoder: TemplateEncoder, max_leng
         ):
             doubtful.add(row)
     rows = [row for row in range(len(batch)) if row not in doubtful]  # the ids of the others may be no tokens
-    decoded = encoder.decode_batch(_shorten_runs(columns["input_ids"][row], encoder.layout) for row in rows)
-    for row, text in zip(rows, decoded, strict=True):
-        if text != render({name: columns[name][row] for name in names}, encoder, max_units=1):
-            doubtful.add(row)
-    return doubtful
+    shortened = [_shorten_runs(columns["input_ids"][row], encoder.layout) for row in rows]
+    texts = [render({name: columns[name][row] for name in names}, encoder, max_units=1) for row in rows]
+    stand = stand_for(shortened, texts, encoder)
+    return doubtful | {row for row, is_right in zip(rows, stand, strict=True) if not is_right}
+
+
+def stand_for(rows: Sequence[Sequence[int]], texts: Sequence[str], encoder: TemplateEncoder) -> list[bool]:
+    """True for each row whose ids stand for its text: they decode to it, or are those of the whole text of a chat template."""
+    if encoder.template.tokenization == "chat":
+        encoded = encoder.encode_whole(texts)
+        return [list(ids) == whole for ids, whole in zip(rows, encoded, strict=True)]
+    return [found == text for found, text in zip(encoder.decode_batch(rows), texts, strict=True)]
 
 
 def render(row: Mapping[str, Any], encoder: TemplateEncoder, *, max_units: int | None = None) -> str:
@@ -70,12 +77,18 @@ def render(row: Mapping[str, Any], encoder: TemplateEncoder, *, max_units: int |
     values = {part: row[part] for part in template.parts}
     if not has_lists(values):
         values = {part: [value] for part, value in values.items()}
-    blocks = []
-    for exchange in zip(*values.values(), strict=True):
-        parts = {
-            part: encoder.spell(value.lower()) if isinstance(value, str) else _unit_tokens(value[:max_units])
+    exchanges = [
+        {
+            part: value.lower() if isinstance(value, str) else _unit_tokens(value[:max_units])
             for part, value in zip(template.parts, exchange, strict=True)
         }
+        for exchange in zip(*values.values(), strict=True)
+    ]
+    if template.tokenization == "chat":
+        return encoder.render_chat(exchanges)
+    blocks = []
+    for exchange in exchanges:
+        parts = {part: encoder.spell(text) if part.endswith("_text") else text for part, text in exchange.items()}
         turns = [
             (heading, "<|correspond|>".join(parts[name] for name in names if name in parts))
             for heading, names in (

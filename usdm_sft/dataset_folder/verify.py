@@ -20,7 +20,7 @@ from usdm_sft.dataset_folder.card import data_configs
 from usdm_sft.dataset_folder.compare import compare_with_text, describe_difference, first_difference
 from usdm_sft.dataset_folder.durations import describe_missing, duration_problems
 from usdm_sft.dataset_folder.layout import COUNTS, PICTURES, PREPARE_AGAIN, data_files, read_counts, read_template
-from usdm_sft.dataset_folder.row_check import find_doubtful_rows, render
+from usdm_sft.dataset_folder.row_check import find_doubtful_rows, render, stand_for
 from usdm_sft.dataset_folder.rows import iter_rows, open_rows
 from usdm_sft.dataset_folder.statistics import SplitStatistics
 from usdm_sft.dataset_folder.utterances import check_utterances
@@ -175,7 +175,7 @@ def _check_row(row: Mapping[str, Any], encoder: TemplateEncoder, settings: Mappi
         if (at := first_difference(found, expected)) is not None:
             yield f"{name} differ from the encoded columns: {describe_difference(found, expected, at)}"
             return
-    if encoder.decode(ids) != (text := render(row, encoder)):
+    if not stand_for([ids.tolist()], [text := render(row, encoder)], encoder)[0]:
         yield f"input_ids do not decode to the template: {encoder.decode(ids)!r}, not {text!r}"
 
 

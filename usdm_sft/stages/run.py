@@ -117,7 +117,9 @@ def describe_run(run: Run) -> dict[str, Any]:
         "config": config.config_name,
         "corpus": describe_corpus(builder.split_lists, builder.list_digests),
         "unit_model": describe_unit_model(run.unit_tokenizer.folder),
-        "tokenizer": describe_tokenizer(str(config.pretrained_model_name_or_path), run.encoder.tokens),
+        "tokenizer": describe_tokenizer(
+            str(config.pretrained_model_name_or_path), run.encoder.tokens, run.encoder.layout.chat
+        ),
         "num_units": run.unit_tokenizer.num_units,
         "settings": {
             "history": config.history,
