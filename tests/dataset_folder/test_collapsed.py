@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.helpers import content, options, page_data
+from tests.helpers import REPOSITORY, content, options, page_data
 from usdm_sft.cli.main import main
 from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.corpus.features import utterance_features
@@ -86,6 +86,17 @@ def test_counts_and_statistics_are_those_of_the_collapsed_units(root):
             counts["statistics"][split]["distributions"]["units in a run"]
             == kept["statistics"][split]["distributions"]["units in a run"]
         )
+
+
+def test_documentation_has_the_numbers_of_the_demo(root):
+    kept, rows = (
+        [read_counts(root / name)["splits"][split] for split in ("train", "test")] for name in ("keep", "collapse")
+    )
+    before, after = (sum(counts["tokens"] for counts in each) for each in (kept, rows))
+    units, runs = (sum(counts["units"] for counts in each) for each in (kept, rows))
+    page = (REPOSITORY / "docs" / "repeated-units.md").read_text()
+    assert f"| default | {before:,} | {after:,} | {(before - after) / before:.1%} |".replace("% |", " % |") in page
+    assert f"{units - runs} of the {units:,} units ({(units - runs) / units:.1%})".replace("%)", " %)") in page
 
 
 def test_verify_passes_with_recordings_and_in_conversations(root):

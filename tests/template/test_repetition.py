@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dailytalk_usdm import collapse_units, expand_units
-from tests.bases import byte_level
-from usdm_sft.template.base import add_units
+from tests.template.test_chat import make_tokenizer
 from usdm_sft.template.config import Template
 from usdm_sft.template.encoder import COLUMNS, TemplateEncoder
 from usdm_sft.template.repetition import find_problem
@@ -74,10 +73,9 @@ def test_problems_are_named(units, durations, problem):
     assert find_problem(units, durations) == problem
 
 
-@pytest.fixture(scope="module")
-def encoders():
-    tokenizer = add_units(byte_level(), 20, "base")
-    template = Template(tokenization="separate")
+@pytest.fixture(scope="module", params=["separate", "chat"])
+def encoders(request):
+    tokenizer, template = make_tokenizer(), Template(tokenization=request.param)
     return [TemplateEncoder(tokenizer, template, unit_repetition=each) for each in ("keep", "collapse")]
 
 
