@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from usdm_sft.corpus.features import TRAINER_COLUMNS
+from usdm_sft.dataset_folder.durations import find_wrong_durations
 from usdm_sft.template.encoder import IGNORE_INDEX, TemplateEncoder
 from usdm_sft.template.exchanges import has_lists
 from usdm_sft.template.parts import RowLayout
@@ -20,7 +21,7 @@ def find_doubtful_rows(batch: pa.RecordBatch, encoder: TemplateEncoder, max_leng
     """Find the rows of a batch in which something may be wrong; the others are correct.
 
     A row is correct if its ids and labels are those of its encoded columns, each label is the id or -100, `TRAINER_COLUMNS`
-    fit, and the ids decode to the template. To decode fast, each run of unit tokens is compared as numbers and shortened to
+    fit, and the ids decode to the template; collapsed units must restore the frames of their recordings as well. To decode fast, each run of unit tokens is compared as numbers and shortened to
     its first token, in the ids and in the template alike. `check_tokenizer` has checked the name of every unit token.
 
     Args:
@@ -37,7 +38,7 @@ def find_doubtful_rows(batch: pa.RecordBatch, encoder: TemplateEncoder, max_leng
         encoded = encoder({name: columns[name] for name in ("id", *names)})
     except ValueError:  # of one row, or of several
         return set(range(len(batch)))
-    doubtful = set()
+    doubtful = find_wrong_durations(batch) if encoder.unit_repetition == "collapse" else set()
     for row, (ids, labels) in enumerate(zip(columns["input_ids"], columns["labels"], strict=True)):
         if (
             len(ids) > max_length

@@ -20,6 +20,7 @@ INSTRUCTION = (
 PARTS = ("user_units", "user_text", "agent_text", "agent_units")  # in the order of an exchange
 LABELS = PARTS[1:]  # the user's speech is never labelled
 TOKENIZATIONS = ("reference", "separate", "chat")
+UnitRepetition = Literal["keep", "collapse"]
 EXPECTED_LOSS = f"a list of one or more of {', '.join(LABELS)}, such as [user_text, agent_text]"
 EXPECTED_PARTS = f"a list of two or more of {', '.join(PARTS)}, such as [user_units, user_text]"
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from usdm_sft.template.chat import make_messages, place_of, read_chat_template
 from usdm_sft.template.chat_form import CHANGED, ChatForm, ChatFrames, read_frames
-from usdm_sft.template.config import PARTS, REFERENCE, Template
+from usdm_sft.template.config import PARTS, REFERENCE, Template, UnitRepetition
 from usdm_sft.template.exchanges import Exchange, ExchangeReader, match_other_tokens, row_name
 from usdm_sft.template.parts import RowLayout
 from usdm_sft.template.steps import Step, make_steps
@@ -63,10 +63,11 @@ class TemplateEncoder:
         tokenizer: The result of `load_tokenizer` or `build_tokenizer`. It is checked again.
         template: The words, the parts, the labelled parts and the form of tokenization; by default the reference's, as drawn above.
         last_exchange_only: Label the last exchange of a row only; earlier exchanges are context.
+        unit_repetition: "collapse" encodes one unit for each run of equal units, in rows and prompts. Collapsed units stay as they are.
 
     Raises:
-        ValueError: The tokenizer does not give the ids of naver-ai/USTM, or with separate tokenization has no tokens for units; or
-            the template contains an added token.
+        ValueError: The tokenizer does not give the ids of naver-ai/USTM, or with separate tokenization has no tokens for units; the
+            template contains an added token; or `unit_repetition` is unknown.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class TemplateEncoder:
         template: Template = REFERENCE,
         *,
         last_exchange_only: bool = False,
+        unit_repetition: UnitRepetition = "keep",
     ):
         backend = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.backend_tokenizer
         name = getattr(tokenizer, "name_or_path", "") or "this tokenizer"
@@ -90,7 +92,7 @@ class TemplateEncoder:
             if template.tokenization == "chat":
                 tokens = tokens._replace(opening=(), closing=())  # the chat template has its own
                 frames = read_frames(plain_copy(backend), tokens, template, read_chat_template(tokenizer, name))
-        self._set_up(plain_copy(backend), tokens, template, last_exchange_only, frames)
+        self._set_up(plain_copy(backend), tokens, template, last_exchange_only, unit_repetition, frames)
 
     def _set_up(
         self,
@@ -98,16 +100,16 @@ class TemplateEncoder:
         tokens: TemplateTokens,
         template: Template,
         last_exchange_only: bool,
+        repetition: str,
         frames: ChatFrames | None,
     ) -> None:
-        self.tokens = tokens
-        self.template = template
-        self.last_exchange_only = last_exchange_only
+        self.tokens, self.template = tokens, template
+        self.last_exchange_only, self.unit_repetition = last_exchange_only, repetition
         self._tokenizer = tokenizer
         self._frames = frames
         self._stretches = Stretches(tokenizer, tokens, separate=template.tokenization != "reference")
         other_tokens = match_other_tokens(tokenizer)
-        self._reader = ExchangeReader(template.parts, tokens.unit_0, tokens.num_units, other_tokens)
+        self._reader = ExchangeReader(template.parts, tokens.unit_0, tokens.num_units, other_tokens, repetition)
         for name in ("instruction", "user_role", "agent_role"):
             if other_tokens is not None and (match := other_tokens.search(getattr(template, name))):
                 raise ValueError(
@@ -130,12 +132,13 @@ class TemplateEncoder:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         tokenizer, template = Tokenizer.from_str(state["tokenizer"]), Template(**state["template"])
-        tokens = TemplateTokens(*state["tokens"])
-        self._set_up(tokenizer, tokens, template, state["last_exchange_only"], state["frames"])
+        tokens, repetition = TemplateTokens(*state["tokens"]), state.get("unit_repetition", "keep")
+        self._set_up(tokenizer, tokens, template, state["last_exchange_only"], repetition, state["frames"])
 
     @property
     def _options(self) -> dict[str, Any]:
-        return {"template": self.template.settings(), "last_exchange_only": self.last_exchange_only}
+        options = {"template": self.template.settings(), "last_exchange_only": self.last_exchange_only}
+        return options if self.unit_repetition == "keep" else options | {"unit_repetition": self.unit_repetition}
 
     @property
     def layout(self) -> RowLayout:
