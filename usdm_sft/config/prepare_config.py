@@ -13,7 +13,7 @@ from typing import Literal, get_type_hints
 from usdm_sft.config.checks import check_settings
 from usdm_sft.corpus.examples import SINGLE_TURN, check_config
 from usdm_sft.corpus.hub import is_hub_corpus
-from usdm_sft.template.config import MAX_LENGTH, REFERENCE, USTM, Template
+from usdm_sft.template.config import MAX_LENGTH, REFERENCE, USTM, Template, UnitRepetition
 from usdm_sft.units.settings import PrecisionName, ResamplerName
 
 
@@ -59,6 +59,10 @@ class TokenizerOptions:
 
     template: Template = REFERENCE
     """The words of the template, and the parts that are labelled."""
+
+    unit_repetition: UnitRepetition = "keep"
+    """keep (as the reference: one unit per 20 ms frame) or collapse (one unit per run of equal units; the columns user_durations and
+    agent_durations restore the frames)."""
 
     max_length: int = MAX_LENGTH
     """Largest number of tokens in a row, BOS and EOS included."""
