@@ -84,7 +84,7 @@ class SplitStatistics:
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """1-D arrays by name.
 
-        One value per row (tokens, labelled share), recording (seconds), dialog (pairs) or run of equal units (repeats).
+        One value per row (tokens, labelled share), recording (seconds) or dialog (pairs).
         """
         tokens, labelled = np.concatenate(self.tokens), np.concatenate(self.labelled)
         return {
@@ -92,11 +92,10 @@ class SplitStatistics:
             "labelled share": labelled / tokens,
             **{f"{role} seconds": np.concatenate(self.seconds[role]) for role in ROLES},
             "pairs per dialog": np.array(list(self.pairs.values())),
-            "units in a run": np.repeat(*np.array(sorted(self.run_counts.items()) or [(0, 1)]).T),
         }
 
     def summary(self) -> dict[str, Any]:
-        """The statistics as JSON values; `distributions` has mean and quantiles of every array."""
+        """The statistics as JSON values; `distributions` has mean and quantiles of every array, and of the runs of equal units."""
         labelled = int(np.concatenate(self.labelled).sum())
         arrays = self.arrays()
         return {
@@ -108,7 +107,10 @@ class SplitStatistics:
             "labelled_parts": dict(zip(ROW_PARTS, self.labelled_parts.tolist(), strict=True)),
             "units": int(self.unit_counts.sum()),
             "distinct_units": int((self.unit_counts > 0).sum()),
-            "distributions": {name: _distribution(values) for name, values in arrays.items()},
+            "distributions": {
+                **{name: _distribution(values) for name, values in arrays.items()},
+                "units in a run": _counted_distribution(self.run_counts or {0: 1}),
+            },
             "emotions": dict(sorted(self.emotions.items(), key=lambda item: (-item[1], item[0]))),
         }
 
@@ -201,6 +203,22 @@ def format_histograms(statistics: Mapping[str, SplitStatistics]) -> str:
 def _distribution(values: npt.NDArray[Any]) -> dict[str, float]:
     found = {"mean": values.mean(dtype=np.float64)}
     found |= {name: np.quantile(values.astype(np.float64), quantile) for name, quantile in QUANTILES.items()}
+    return {name: round(float(value), 4) for name, value in found.items()}
+
+
+def _counted_distribution(counts: Mapping[int, int]) -> dict[str, float]:
+    """Return what `_distribution` returns for an array that has each value as often as `counts` says.
+
+    There are 80 runs of equal units in a row, so that an array of them would be larger than everything else.
+    """
+    values, numbers = np.array(sorted(counts.items())).T
+    ends = np.cumsum(numbers)
+    found = {"mean": (values * numbers).sum() / ends[-1]}
+    for name, quantile in QUANTILES.items():
+        place = quantile * (ends[-1] - 1)
+        lower = math.floor(place)
+        neighbours = values[np.searchsorted(ends, [lower, min(lower + 1, ends[-1] - 1)], side="right")]
+        found[name] = np.interp(place, [lower, lower + 1], neighbours)
     return {name: round(float(value), 4) for name, value in found.items()}
 
 
