@@ -298,7 +298,7 @@ function showRun(example, [part, start, length]) {
   const list = make("ol", { className: "tokens" });
   const show = (from, to) => { for (let i = from; i < to; i++) list.append(showToken(example, start + i)); };
   let folded = part === "frame" ? length : 0;
-  while (folded < length && example.ids[start + folded] >= data.first_unit) folded++;
+  while (folded < length && !(example.ids[start + folded] in data.pieces)) folded++;
   const hidden = folded - 2 * SHOWN_TOKENS;
   if (hidden > (part === "frame" ? 8 : 1)) {
     show(0, SHOWN_TOKENS);

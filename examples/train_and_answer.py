@@ -11,7 +11,7 @@ from datasets import load_dataset
 from torch.utils.data import DataLoader
 from transformers import MistralConfig, MistralForCausalLM
 
-from dailytalk_usdm import STEPS, PaddingCollator, StepLogitsProcessor, TemplateEncoder, load_tokenizer, next_prompt
+from dailytalk_usdm import PaddingCollator, StepLogitsProcessor, TemplateEncoder, load_tokenizer, next_prompt
 
 DATASET = "dailytalk-usdm-demo/dataset"
 EPOCHS = 3
@@ -44,9 +44,10 @@ for epoch in range(1, EPOCHS + 1):
     print(f"epoch {epoch}: loss {total / len(batches):.2f}")
 
 units = load_dataset(DATASET, split="test")[0]["user_units"]
-prompt = torch.tensor(TemplateEncoder(tokenizer).prompt(units))[None].long()
+encoder = TemplateEncoder(tokenizer)
+prompt = torch.tensor(encoder.prompt(units))[None].long()
 model.eval()
-for step in STEPS:
+for step in encoder.steps:
     generated = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),

@@ -8,7 +8,7 @@ import pytest
 from usdm_sft.convert.published import describe_unit_model
 from usdm_sft.corpus import published_lists
 from usdm_sft.corpus.published_lists import describe_corpus
-from usdm_sft.template.tokenizer import describe_tokenizer
+from usdm_sft.template.tokenizer import describe_tokenizer, ustm_tokens
 
 TRAIN, TEST = (sha256 for _, sha256 in published_lists.SPLIT_LISTS.values())
 OTHER = "0" * 64
@@ -72,6 +72,8 @@ def test_unit_model_is_not_recognized_by_the_name_of_its_folder(tmp_path):
 def test_description_of_a_tokenizer_has_its_name_but_no_path(tmp_path, monkeypatch):
     (tmp_path / "mistral-common").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert describe_tokenizer("naver-ai/USTM", 10_000) == {"name": "naver-ai/USTM", "num_units": 10_000}
-    assert describe_tokenizer(str(tmp_path), 100) == {"name": None, "num_units": 100}
-    assert describe_tokenizer("mistral-common", 100)["name"] == "mistral-common"  # what load_tokenizer builds
+    assert describe_tokenizer("naver-ai/USTM", ustm_tokens(10_000)) == {"name": "naver-ai/USTM", "num_units": 10_000}
+    assert describe_tokenizer(str(tmp_path), ustm_tokens(100)) == {"name": None, "num_units": 100}
+    assert (
+        describe_tokenizer("mistral-common", ustm_tokens(100))["name"] == "mistral-common"
+    )  # what load_tokenizer builds

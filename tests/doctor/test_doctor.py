@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HTTPError
 
+from tests.bases import byte_level
 from tests.mini_hub import serve
 from usdm_sft.cli.main import main
 from usdm_sft.config.prepare_config import PrepareConfig
@@ -18,6 +19,7 @@ from usdm_sft.corpus import published_lists
 from usdm_sft.doctor import machine
 from usdm_sft.doctor.findings import Finding, run_check
 from usdm_sft.executors import devices
+from usdm_sft.template.tokenizer import build_tokenizer, save_tokenizer
 from usdm_sft.utils import download
 from usdm_sft.utils.cache import sha256_file
 
@@ -270,6 +272,18 @@ def test_models_that_are_missing_offline(doctor, no_network):
     )
     found, _ = doctor("--unit_model", "user/model", data_dir=None)
     assert lines(found, "unit model") == [("error", f"user/model {missing} --unit_model and a folder")]
+
+
+def test_tokenizer_of_another_base_model(doctor, tmp_path):
+    byte_level().save_pretrained(tmp_path / "base")
+    save_tokenizer(build_tokenizer(tmp_path / "base", 200), tmp_path / "units")
+    chosen = "--pretrained_model_name_or_path", str(tmp_path / "units")
+    found, status = doctor(*chosen, "--template.tokenization", "separate", data_dir=None)
+    assert (lines(found, "tokenizer"), status) == ([("ok", f"{tmp_path / 'units'} has tokens for 200 units")], 0)
+    found, status = doctor(*chosen, data_dir=None)
+    [(level, message)] = lines(found, "tokenizer")
+    assert (level, status) == ("error", 1)
+    assert message.endswith("the tokenizer of another base model needs template.tokenization separate")
 
 
 def test_unit_model_that_is_damaged_or_none(doctor, unit_model, tmp_path):

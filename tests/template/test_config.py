@@ -9,9 +9,9 @@ from datasets.fingerprint import Hasher
 from tokenizers import AddedToken, Tokenizer
 
 from tests.helpers import FIXTURES, REPOSITORY
-from usdm_sft.template.config import PARTS, REFERENCE, Template
+from usdm_sft.template.config import LABELS, REFERENCE, Template
 from usdm_sft.template.encoder import COLUMNS, TemplateEncoder
-from usdm_sft.training.generation import AGENT_IDS, STEPS, next_prompt
+from usdm_sft.training.generation import STEPS, next_prompt
 
 EXAMPLES = [json.loads(line) for line in (FIXTURES / "multi-turn" / "examples.jsonl").read_text().splitlines()]
 BATCH = {name: [[exchange[name] for exchange in e["exchanges"]] for e in EXAMPLES] for name in COLUMNS}
@@ -58,13 +58,13 @@ def header(encoder):
 
 @pytest.mark.parametrize(
     "loss",
-    [["user_text"], ["agent_units"], ["user_text", "agent_text"], ["agent_text"], ["agent_units", "user_text"], PARTS],
+    [["user_text"], ["agent_units"], ["user_text", "agent_text"], ["agent_text"], ["agent_units", "user_text"], LABELS],
 )
 def test_each_variant_has_the_labels_of_the_reference_in_its_parts(tokenizer, header, loss):
     encoded = TemplateEncoder(tokenizer, Template(loss=loss))(BATCH)
     for ids, labels, example in zip(encoded["input_ids"], encoded["labels"], EXAMPLES, strict=True):
         assert ids.tolist() == example["input_ids"]
-        assert labels_of(example["input_ids"], header, PARTS) == example["labels"]
+        assert labels_of(example["input_ids"], header, LABELS) == example["labels"]
         assert labels.tolist() == labels_of(example["input_ids"], header, loss)
         assert {*labels.tolist()} > {-100}
 
@@ -72,7 +72,7 @@ def test_each_variant_has_the_labels_of_the_reference_in_its_parts(tokenizer, he
 def test_stop_tokens_are_labelled_with_their_parts(tokenizer):
     batch = {"user_units": [[1]], "user_text": ["no"], "agent_text": ["yes"], "agent_units": [[2, 3]]}
     labels = {
-        part: TemplateEncoder(tokenizer, Template(loss=[part]))(batch)["labels"][0].tolist()[-13:] for part in PARTS
+        part: TemplateEncoder(tokenizer, Template(loss=[part]))(batch)["labels"][0].tolist()[-13:] for part in LABELS
     }
     assert labels == {
         #            no   \n | ### Agent \n | yes   <|correspond|> <|unit2|> <|unit3|> ▁ | \n </s>
@@ -86,7 +86,7 @@ def test_labels_in_the_last_exchange_only(tokenizer, header):
     encoded = TemplateEncoder(tokenizer, last_exchange_only=True)(BATCH)
     for ids, labels, example in zip(encoded["input_ids"], encoded["labels"], EXAMPLES, strict=True):
         assert ids.tolist() == example["input_ids"]
-        assert labels.tolist() == labels_of(example["input_ids"], header, PARTS, exchanges=1)
+        assert labels.tolist() == labels_of(example["input_ids"], header, LABELS, exchanges=1)
         assert (labels.tolist() == example["labels"]) == (len(example["exchanges"]) == 1)
 
 
@@ -123,7 +123,7 @@ def test_ids_equal_those_of_the_whole_string(tokenizer, template):
             )
             ids, labels = encoded["input_ids"][0].tolist(), encoded["labels"][0].tolist()
             assert ids == tokenizer(as_string(template, row)).input_ids
-            assert labels == labels_of(ids, header, PARTS)
+            assert labels == labels_of(ids, header, LABELS)
             assert encoder.decode(ids) == as_string(template, row)
 
 
@@ -137,16 +137,15 @@ def test_prompts_follow_the_template(tokenizer, template):
         assert ids[: len(prompt)] == prompt
     generated = ids[len(encoder.prompt(row[0])) : ids.index(NEWLINE, len(encoder.prompt(row[0]))) + 1]
     after = next_prompt(
-        STEPS[0],
+        encoder.steps[0],
         torch.tensor(encoder.prompt(row[0]))[None],
         torch.tensor(generated),
-        agent_heading_ids=encoder.agent_heading_ids,
     )
     assert after[0].tolist() == encoder.prompt(*row[:2]).tolist()
 
 
-def test_agent_heading_ids_equal_those_of_the_reference(encoder):
-    assert encoder.agent_heading_ids == AGENT_IDS
+def test_steps_of_the_reference_template_are_those_of_the_reference(encoder):
+    assert encoder.steps == STEPS
 
 
 @pytest.mark.parametrize(
@@ -157,6 +156,7 @@ def test_agent_heading_ids_equal_those_of_the_reference(encoder):
         ({"user_role": ""}, r"template\.user_role '' is empty or white space only: give one line of plain text"),
         ({"agent_role": "A\nB"}, r"template\.agent_role 'A\\nB' holds the control character '\\n': give one line"),
         ({"agent_role": "</s>"}, r"template\.agent_role '</s>' holds '</s>'"),
+        ({"tokenization": "whole"}, r"template\.tokenization is 'whole': give reference or separate"),
         ({"loss": []}, r"template\.loss is \[\]: give a list of one or more of user_text, agent_text, agent_units, "),
         ({"loss": "user_text"}, r"template\.loss is 'user_text': give a list of .*, such as \[user_text, agent_text\]"),
         ({"loss": ["user_text", "user_units"]}, r"template\.loss contains 'user_units', which cannot be labelled: name one or more of user_text, ag"),

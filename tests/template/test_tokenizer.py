@@ -111,7 +111,9 @@ def test_tokenizer_without_units_is_refused(tokenizer, tmp_path):
     serialized = json.loads(tokenizer.backend_tokenizer.to_str())
     serialized["added_tokens"] = serialized["added_tokens"][:3]
     (tmp_path / "tokenizer.json").write_text(json.dumps(serialized))
-    with pytest.raises(ValueError, match=r"is not USTM's tokenizer: <\|continue\|> has id None instead of 32000"):
+    with pytest.raises(
+        ValueError, match=r"has no <\|correspond\|>: add the tokens for units with `dailytalk-usdm tokenizer`"
+    ):
         load_tokenizer(tmp_path)
 
 
@@ -171,7 +173,7 @@ def test_error_for_a_tokenizer_with_huge_output_is_short(tokenizer, tmp_path):
 
 
 def test_check_returns_the_number_of_units():
-    assert check_tokenizer(build_tokenizer(num_units=100).backend_tokenizer) == 100
+    assert check_tokenizer(build_tokenizer(num_units=100).backend_tokenizer).num_units == 100
 
 
 def test_another_model_in_mistral_common_is_refused(tmp_path, monkeypatch):
@@ -190,7 +192,7 @@ import json, sys
 from usdm_sft.template.tokenizer import check_tokenizer, load_tokenizer
 token = sys.stdin.read()
 sizes = [
-    check_tokenizer(load_tokenizer("tester/tokenizer", sys.argv[1], revision=revision, token=token).backend_tokenizer)
+    check_tokenizer(load_tokenizer("tester/tokenizer", sys.argv[1], revision=revision, token=token).backend_tokenizer).num_units
     for revision in (None, "v1")
 ]
 print(json.dumps(sizes))

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -43,13 +44,15 @@ def test_prompts_after_earlier_exchanges_are_prefixes_too(encoder):
 
 
 def test_answer_to_an_empty_transcript(encoder, tokenizer):
-    text = encoder.decode(encoder.prompt([1], ""))
+    text = encoder.decode(encoder.prompt(np.array([1, 1], np.uint16), ""))
     assert text.endswith("<|correspond|>\n### Agent\n")
 
 
 def test_bad_prompts(encoder):
-    with pytest.raises(ValueError, match="agent_text comes without user_text: give the transcript as well"):
+    with pytest.raises(ValueError, match="agent_text comes without user_text: give user_text as well"):
         encoder.prompt([1], agent_text="yes.")
+    with pytest.raises(ValueError, match="agent_text '' is empty or white space only: correct the text"):
+        encoder.prompt([1], "hm.", "")
     with pytest.raises(ValueError, match="user_units contains unit 10000"):
         encoder.prompt([10_000])
     with pytest.raises(ValueError, match="user_text 'a\\\\tb' holds the control character"):

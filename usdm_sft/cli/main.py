@@ -20,6 +20,7 @@ from usdm_sft.cli.doctor import doctor
 from usdm_sft.cli.prepare import prepare
 from usdm_sft.cli.share import export, push
 from usdm_sft.cli.show import show, stats
+from usdm_sft.cli.tokenizer import tokenizer
 from usdm_sft.cli.units import units
 from usdm_sft.cli.verify import verify
 from usdm_sft.config.help import finish_help, split_docstring
@@ -36,6 +37,7 @@ _COMMANDS: dict[Callable[..., None], str] = {
     prepare: "corpus folder -> dataset folder",
     convert: "checkpoint -> unit model folder",
     units: "audio files -> units",
+    tokenizer: "base model -> tokenizer with tokens for units",
     export: "dataset folder -> files for other trainers",
     show: "examples, with the labelled tokens marked",
     stats: "numbers and pictures of a dataset folder",

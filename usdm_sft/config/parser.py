@@ -133,7 +133,7 @@ def add_config_arguments(parser: ArgumentParser, config: type, *, required: bool
             container.add_argument(f"--{name}", action="store_true", help=helps[name])
     for action in parser._actions:
         if action.option_strings == ["--template"]:
-            action.help = "The four options below in one: a YAML file, or names and values such as {user_role: Caller}."
+            action.help = "The options below in one: a YAML file, or names and values such as {user_role: Caller}."
     if not required:
         for action in parser._actions:
             action.required = False

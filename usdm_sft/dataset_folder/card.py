@@ -99,8 +99,8 @@ def make_card(
         utterances=counts.get(UTTERANCES),
         is_dailytalk=counts["corpus"] == DAILYTALK,
         lists={"manifest": "manifests", "manifest and split list": "lists"}.get(counts["corpus"], "split lists"),
-        has_reference_words=_words(counts["settings"]["template"]) == _words(vars(REFERENCE)),
-        fits_ustm=counts["unit_model"]["name"] is not None and counts["tokenizer"]["num_units"] == NUM_UNITS,
+        has_reference_words=_words(counts["settings"]["template"]) == _words(REFERENCE.settings()),
+        fits_ustm=_fits_ustm(counts),
         is_offline_tokenizer=counts["tokenizer"]["name"] == OFFLINE,
         vocabulary=tokenizer.get_vocab_size(),
         has_emotions=any(emotion for summary in counts["statistics"].values() for emotion in summary["emotions"]),
@@ -176,6 +176,12 @@ def _columns(features: Features, config_name: str, *, lists: bool) -> list[tuple
         return meanings[name.split("_")[-1]] + ("; one entry per exchange" if lists else "")
 
     return [(name, describe(feature), meaning(name)) for name, feature in features.items()]
+
+
+def _fits_ustm(counts: Mapping[str, Any]) -> bool:
+    """True for the units and the ids of naver-ai/USTM."""
+    tokenizer = counts["tokenizer"]
+    return counts["unit_model"]["name"] is not None and tokenizer["num_units"] == NUM_UNITS and "ids" not in tokenizer
 
 
 def _words(template: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
 from usdm_sft.template.encoder import IGNORE_INDEX
-from usdm_sft.template.parts import FRAME, ROW_PARTS, find_parts
+from usdm_sft.template.parts import FRAME, REFERENCE_LAYOUT, ROW_PARTS, RowLayout, find_parts
 from usdm_sft.template.view import split_parts
 
 EXAMPLE = "example.svg"
@@ -43,12 +43,14 @@ class Section(NamedTuple):
     labels: Sequence[int]
 
 
-def split_sections(input_ids: Sequence[int], labels: Sequence[int]) -> list[Section]:
+def split_sections(
+    input_ids: Sequence[int], labels: Sequence[int], layout: RowLayout = REFERENCE_LAYOUT
+) -> list[Section]:
     """Cut a row where its parts begin."""
     names = tuple(ROW_PARTS.values())
     sections: list[Section] = []
     start = 0
-    for part, run in groupby(find_parts(input_ids).tolist()):
+    for part, run in groupby(find_parts(input_ids, layout).tolist()):
         stop = start + sum(1 for _ in run)
         name = names[part]
         if part == FRAME:
@@ -58,13 +60,16 @@ def split_sections(input_ids: Sequence[int], labels: Sequence[int]) -> list[Sect
     return sections
 
 
-def render_svg(input_ids: Sequence[int], labels: Sequence[int], tokenizer: Tokenizer) -> str:
+def render_svg(
+    input_ids: Sequence[int], labels: Sequence[int], tokenizer: Tokenizer, layout: RowLayout = REFERENCE_LAYOUT
+) -> str:
     """Draw a row, at most its first two exchanges.
 
     Args:
         input_ids: The ids of a row.
         labels: The labels of the row, -100 where no loss falls.
         tokenizer: A `tokenizers.Tokenizer` that spells the ids.
+        layout: Tells the parts of the row.
 
     Returns:
         The text of an SVG file.
@@ -72,7 +77,7 @@ def render_svg(input_ids: Sequence[int], labels: Sequence[int], tokenizer: Token
     labelled = sum(label != IGNORE_INDEX for label in labels)
     title = f"One training example: {len(input_ids)} tokens. The loss counts the {labelled} highlighted ones."
     body, y = [f'<text class="title" x="{MARGIN}" y="{MARGIN + SIZE}" font-size="14">{escape(title)}</text>'], 62
-    sections = split_sections(input_ids, labels)
+    sections = split_sections(input_ids, labels, layout)
     for section in sections[:MAX_SECTIONS]:
         body.append(f'<text class="name" x="{MARGIN}" y="{y}">{escape(section.name)}</text>')
         for part in split_parts(section.input_ids, section.labels, tokenizer):
@@ -115,15 +120,16 @@ def _draw(line: str, y: int, labelled: bool) -> str:
     return mark + text if labelled else text
 
 
-def draw_example(files: Mapping[str, Sequence[Path]], tokenizer: Tokenizer, folder: Path) -> None:
+def draw_example(files: Mapping[str, Sequence[Path]], tokenizer: Tokenizer, folder: Path, layout: RowLayout) -> None:
     """Draw the first row of the first split.
 
     Args:
         files: The Parquet files of each split.
         tokenizer: Spells the ids.
         folder: Gets the file `EXAMPLE`.
+        layout: Tells the parts of the row.
     """
     [first, *_] = files.values()
     [row] = pq.ParquetFile(first[0]).read_row_group(0, columns=["input_ids", "labels"])[:1].to_pylist()
-    svg = render_svg(row["input_ids"], row["labels"], tokenizer)
+    svg = render_svg(row["input_ids"], row["labels"], tokenizer, layout)
     (folder / EXAMPLE).write_text(svg, encoding="utf-8", newline="\n")

@@ -20,7 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from usdm_sft.corpus.manifest import UTTERANCES
-from usdm_sft.template.tokenizer import MAX_UNITS
+from usdm_sft.template.config import Template
+from usdm_sft.template.parts import RowLayout
+from usdm_sft.template.tokenizer import MAX_UNITS, ustm_tokens
+from usdm_sft.template.tokens import TemplateTokens
 from usdm_sft.utils.cache import sha256_file
 
 COUNTS = "counts.json"
@@ -86,6 +89,42 @@ def _is_inside(name: str) -> bool:
     """True if `name`, with "/" between its parts, is a path inside a folder."""
     parts = name.split("/")
     return name.isprintable() and "\\" not in name and not {"", ".", ".."} & {*parts}
+
+
+def read_template(path: Path, counts: Mapping[str, Any]) -> Template:
+    """The template of a dataset folder.
+
+    Args:
+        path: Of counts.json, for error messages.
+        counts: Its content.
+
+    Raises:
+        ValueError: The settings are not those of a template.
+    """
+    try:
+        return Template(**counts["settings"]["template"])
+    except TypeError as error:  # an unknown field
+        raise ValueError(f"{path}: settings.template is not a template ({error}): {PREPARE_AGAIN}") from error
+
+
+def read_layout(path: Path, counts: Mapping[str, Any]) -> RowLayout:
+    """Return what tells the parts of the rows of a dataset folder apart; arguments and errors as of `read_template`."""
+    template, tokenizer = read_template(path, counts), counts.get("tokenizer")
+    if not isinstance(tokenizer, dict) or "ids" not in tokenizer:
+        return RowLayout(ustm_tokens(MAX_UNITS), template)
+    ids = tokenizer["ids"]
+    if not _are_ids(ids):
+        raise ValueError(f"{path}: tokenizer.ids is {ids!r}, not the ids of a template: {PREPARE_AGAIN}")
+    return RowLayout(TemplateTokens(**ids), template)
+
+
+def _are_ids(ids: object) -> bool:
+    """True for a value of each field of `TemplateTokens`: an id, or a list of ids."""
+    if not isinstance(ids, dict) or ids.keys() != {*TemplateTokens._fields}:
+        return False
+    return all(
+        isinstance(i, int) for value in ids.values() for i in (value if isinstance(value, list | tuple) else [value])
+    )
 
 
 def data_files(folder: str | Path, counts: Mapping[str, Any], config: str | None = None) -> dict[str, list[Path]]:

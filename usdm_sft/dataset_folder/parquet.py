@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from usdm_sft.corpus.features import TRAINER_COLUMNS, folder_features
 from usdm_sft.dataset_folder.statistics import SplitStatistics, compute_statistics
+from usdm_sft.template.parts import RowLayout
 from usdm_sft.utils.cache import sha256_file
 from usdm_sft.utils.progress import quiet
 
@@ -33,7 +34,7 @@ class Part(NamedTuple):
 
 
 def write_parquet(
-    folder: Path, splits: Mapping[str, Dataset], num_output_shards: int | None, pool: ProcessPool
+    folder: Path, splits: Mapping[str, Dataset], num_output_shards: int | None, layout: RowLayout, pool: ProcessPool
 ) -> dict[str, list[Part]]:
     """Write the rows of each split, with `TRAINER_COLUMNS`, into files.
 
@@ -47,25 +48,25 @@ def write_parquet(
         The files of each split, in order.
     """
     folder.mkdir()
-    tasks: list[tuple[Path, Dataset, list[str]]] = []
+    tasks: list[tuple[Path, Dataset, list[str], RowLayout]] = []
     files: dict[str, range] = {}
     for split, rows in splits.items():
         num_files = max(1, min(num_output_shards or NUM_OUTPUT_SHARDS.get(split, 8), len(rows)))
         files[split] = range(len(tasks), len(tasks) + num_files)
         for index in range(num_files):
             path = folder / f"{split}-{index:05d}-of-{num_files:05d}.parquet"
-            tasks.append((path, rows.shard(num_files, index, contiguous=True), rows.column_names))
+            tasks.append((path, rows.shard(num_files, index, contiguous=True), rows.column_names, layout))
     made = dict(pool.map(_write_part, tasks, name="Parquet files"))
     return {split: [made[index] for index in indices] for split, indices in files.items()}
 
 
-def _write_part(task: tuple[Path, Dataset, list[str]]) -> Part:
+def _write_part(task: tuple[Path, Dataset, list[str], RowLayout]) -> Part:
     """Write one file; its statistics are those of the rows that can be read from it."""
-    path, rows, columns = task
+    path, rows, columns, layout = task
     with quiet():
         # The columns of a `Dataset` that was pickled may have another order.
         num_bytes = _with_trainer_columns(rows.select_columns(columns)).to_parquet(str(path))
-    return Part(path, num_bytes, compute_statistics({"": [path]})[""], sha256_file(path))
+    return Part(path, num_bytes, compute_statistics({"": [path]}, layout)[""], sha256_file(path))
 
 
 def _with_trainer_columns(rows: Dataset) -> Dataset:

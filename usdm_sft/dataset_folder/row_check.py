@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from usdm_sft.corpus.features import TRAINER_COLUMNS
-from usdm_sft.template.config import Template
-from usdm_sft.template.encoder import COLUMNS, IGNORE_INDEX, TemplateEncoder
-from usdm_sft.template.tokenizer import UNIT_0
+from usdm_sft.template.encoder import IGNORE_INDEX, TemplateEncoder
+from usdm_sft.template.exchanges import has_lists
+from usdm_sft.template.parts import RowLayout
 
 
 def find_doubtful_rows(batch: pa.RecordBatch, encoder: TemplateEncoder, max_length: int) -> set[int]:
@@ -31,9 +31,10 @@ def find_doubtful_rows(batch: pa.RecordBatch, encoder: TemplateEncoder, max_leng
     Returns:
         The positions of these rows in the batch.
     """
-    columns = {name: _to_lists(batch[name]) for name in ("id", *COLUMNS, "input_ids", "labels", *TRAINER_COLUMNS)}
+    names = encoder.template.parts
+    columns = {name: _to_lists(batch[name]) for name in ("id", *names, "input_ids", "labels", *TRAINER_COLUMNS)}
     try:
-        encoded = encoder({name: columns[name] for name in ("id", *COLUMNS)})
+        encoded = encoder({name: columns[name] for name in ("id", *names)})
     except ValueError:  # of one row, or of several
         return set(range(len(batch)))
     doubtful = set()
@@ -45,57 +46,68 @@ def find_doubtful_rows(batch: pa.RecordBatch, encoder: TemplateEncoder, max_leng
             or not np.array_equal(ids, encoded["input_ids"][row])
             or not np.array_equal(labels, encoded["labels"][row])
             or ((labels != ids) & (labels != IGNORE_INDEX)).any()
-            or not _same_units(ids, [columns[name][row] for name in COLUMNS], encoder.num_units)
+            or not _same_units(ids, {name: columns[name][row] for name in names}, encoder.layout)
         ):
             doubtful.add(row)
     rows = [row for row in range(len(batch)) if row not in doubtful]  # the ids of the others may be no tokens
-    decoded = encoder.decode_batch(_shorten_runs(columns["input_ids"][row], encoder.num_units) for row in rows)
+    decoded = encoder.decode_batch(_shorten_runs(columns["input_ids"][row], encoder.layout) for row in rows)
     for row, text in zip(rows, decoded, strict=True):
-        if text != render({name: columns[name][row] for name in COLUMNS}, encoder.template, max_units=1):
+        if text != render({name: columns[name][row] for name in names}, encoder, max_units=1):
             doubtful.add(row)
     return doubtful
 
 
-def render(row: Mapping[str, Any], template: Template, *, max_units: int | None = None) -> str:
-    """The text of the template for one row, written independently of the encoder. A "▁" becomes a space, as in `decode`.
+def render(row: Mapping[str, Any], encoder: TemplateEncoder, *, max_units: int | None = None) -> str:
+    """The text of the template for one row, written independently of the encoder's ids.
 
     Args:
-        row: The `COLUMNS`.
-        template: The words of the template.
+        row: The columns of the template's parts.
+        encoder: Has the words of the template, and says how a text comes back from its ids.
         max_units: Leave out the units after the first ones of each turn; by default none.
     """
-    columns = [row[name] for name in COLUMNS]
-    exchanges = zip(*columns, strict=True) if isinstance(row["user_text"], list) else [columns]
+    template = encoder.template
+    values = {part: row[part] for part in template.parts}
+    if not has_lists(values):
+        values = {part: [value] for part, value in values.items()}
     blocks = []
-    for user_units, user_text, agent_text, agent_units in exchanges:
-        user, agent = ("".join(f"<|unit{unit}|>" for unit in units[:max_units]) for units in (user_units, agent_units))
-        texts = f"{user_text.lower()}\n{template.agent_heading}{agent_text.lower()}"
-        blocks.append(f"{template.user_heading}{user}<|correspond|>{texts}<|correspond|>{agent}\n")
-    return f"{template.instruction}{''.join(blocks)}</s>".replace("▁", " ")
+    for exchange in zip(*values.values(), strict=True):
+        parts = {
+            part: encoder.spell(value.lower()) if isinstance(value, str) else _unit_tokens(value[:max_units])
+            for part, value in zip(template.parts, exchange, strict=True)
+        }
+        turns = [
+            (heading, "<|correspond|>".join(parts[name] for name in names if name in parts))
+            for heading, names in (
+                (template.user_heading.strip("\n"), ("user_units", "user_text")),
+                (template.agent_heading.strip("\n"), ("agent_text", "agent_units")),
+            )
+            if any(name in parts for name in names)
+        ]
+        blocks.append("\n" + "".join(f"{encoder.spell(heading)}\n{turn}\n" for heading, turn in turns))
+    instruction = "\n".join(encoder.spell(line) for line in template.instruction.split("\n"))
+    return f"{instruction}{''.join(blocks)}{encoder.end}"
 
 
-def _is_unit(ids: npt.NDArray[np.int32], num_units: int) -> npt.NDArray[np.bool_]:
-    return (ids >= UNIT_0) & (ids < UNIT_0 + num_units)
+def _unit_tokens(units: Iterable[int]) -> str:
+    return "".join(f"<|unit{unit}|>" for unit in units)
 
 
-def _shorten_runs(ids: npt.NDArray[np.int32], num_units: int) -> list[int]:
+def _shorten_runs(ids: npt.NDArray[np.int32], layout: RowLayout) -> list[int]:
     """The ids without the unit tokens that follow another unit token."""
-    units = _is_unit(ids, num_units)
+    units = layout.is_unit(ids)
     follows = np.zeros_like(units)
     follows[1:] = units[1:] & units[:-1]
     shortened: list[int] = ids[~follows].tolist()
     return shortened
 
 
-def _same_units(ids: npt.NDArray[np.int32], columns: list[Any], num_units: int) -> bool:
+def _same_units(ids: npt.NDArray[np.int32], columns: Mapping[str, Any], layout: RowLayout) -> bool:
     """True if the unit tokens are the units of the user's and the agent's turns, in order."""
-    user_units, user_text, _, agent_units = columns
-    if isinstance(user_text, list):
-        expected = [units for exchange in zip(user_units, agent_units, strict=True) for units in exchange]
-    else:
-        expected = [user_units, agent_units]
-    found = ids[_is_unit(ids, num_units)] - UNIT_0
-    return np.array_equal(found, np.concatenate(expected))
+    spoken = [columns[name] for name in columns if name.endswith("_units")]
+    if spoken and has_lists(columns):
+        spoken = [units for exchange in zip(*spoken, strict=True) for units in exchange]
+    found = ids[layout.is_unit(ids)] - layout.tokens.unit_0
+    return np.array_equal(found, np.concatenate([np.zeros(0, np.int64), *spoken]))
 
 
 def _to_lists(column: pa.Array) -> list[Any]:

@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 
 from usdm_sft.dataset_folder.rows import iter_rows
 from usdm_sft.template.encoder import IGNORE_INDEX
-from usdm_sft.template.parts import ROW_PARTS, find_parts
-from usdm_sft.template.tokenizer import MAX_UNITS, UNIT_0
+from usdm_sft.template.parts import REFERENCE_LAYOUT, ROW_PARTS, RowLayout, find_parts
+from usdm_sft.template.tokenizer import MAX_UNITS
 from usdm_sft.utils.texts import printable
 
 ROLES = ("user", "agent")
@@ -39,6 +39,7 @@ class SplitStatistics:
     unit_counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(MAX_UNITS, np.int64))
     pairs: Counter[str] = field(default_factory=Counter)  # dialog -> exchanges in its rows
     emotions: Counter[str] = field(default_factory=Counter)  # of the user's and agent's turns
+    layout: RowLayout = REFERENCE_LAYOUT
 
     def add(self, rows: pa.RecordBatch) -> None:
         """Count a batch of rows with all columns of a dataset folder."""
@@ -47,12 +48,11 @@ class SplitStatistics:
         rows_of = np.asarray(pc.list_parent_indices(labels))
         values = np.asarray(pc.list_flatten(labels))
         self.labelled.append(np.bincount(rows_of[values != IGNORE_INDEX], minlength=len(rows)))
-        self.labelled_units += int((values >= UNIT_0).sum())
-        parts = [find_parts(ids) for ids in _lists(rows["input_ids"])]
-        if parts:
-            self.labelled_parts += np.bincount(
-                np.concatenate(parts)[values != IGNORE_INDEX], minlength=len(self.labelled_parts)
-            )
+        self.labelled_units += int(self.layout.is_unit(values).sum())
+        for ids, row_labels in zip(_lists(rows["input_ids"]), _lists(labels), strict=True):
+            parts = find_parts(ids, self.layout)[: len(row_labels)]  # verify counts damaged rows as well
+            labelled = parts[row_labels[: len(parts)] != IGNORE_INDEX]
+            self.labelled_parts += np.bincount(labelled, minlength=len(self.labelled_parts))
         for role in ROLES:
             self.seconds[role].append(_values(rows[f"{role}_seconds"]))
             self.unit_counts += np.bincount(_values(rows[f"{role}_units"]), minlength=MAX_UNITS)
@@ -117,11 +117,11 @@ def merge_statistics(parts: Iterable[SplitStatistics]) -> SplitStatistics:
     return merged
 
 
-def compute_statistics(files: Mapping[str, Sequence[Path]]) -> dict[str, SplitStatistics]:
+def compute_statistics(files: Mapping[str, Sequence[Path]], layout: RowLayout) -> dict[str, SplitStatistics]:
     """The statistics of each split, from its Parquet files, with one batch of rows in memory at a time."""
     statistics = {}
     for split, paths in files.items():
-        statistics[split] = SplitStatistics()
+        statistics[split] = SplitStatistics(layout=layout)
         for path in paths:
             for rows in iter_rows(path, batch_size=_BATCH):
                 statistics[split].add(rows)

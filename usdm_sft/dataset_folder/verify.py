@@ -18,12 +18,11 @@ from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.corpus.problems import MAX_PROBLEMS_SHOWN
 from usdm_sft.dataset_folder.card import data_configs
 from usdm_sft.dataset_folder.compare import compare_with_text, describe_difference, first_difference
-from usdm_sft.dataset_folder.layout import COUNTS, PICTURES, PREPARE_AGAIN, data_files, read_counts
+from usdm_sft.dataset_folder.layout import COUNTS, PICTURES, PREPARE_AGAIN, data_files, read_counts, read_template
 from usdm_sft.dataset_folder.row_check import find_doubtful_rows, render
 from usdm_sft.dataset_folder.rows import iter_rows, open_rows
 from usdm_sft.dataset_folder.statistics import SplitStatistics
 from usdm_sft.dataset_folder.utterances import check_utterances
-from usdm_sft.template.config import Template
 from usdm_sft.template.encoder import IGNORE_INDEX, TemplateEncoder
 from usdm_sft.template.tokenizer import load_tokenizer
 from usdm_sft.utils.cache import sha256_file
@@ -102,7 +101,7 @@ def _check_rows(folder: Path, counts: Mapping[str, Any], statistics: dict[str, S
     schema = _read_card(folder, counts).features.arrow_schema.remove_metadata()
     seen: dict[str, str] = {}
     for split, paths in data_files(folder, counts).items():
-        statistics[split] = SplitStatistics()
+        statistics[split] = SplitStatistics(layout=encoder.layout)
         for path in paths:
             found = open_rows(path).schema_arrow.remove_metadata()
             if not found.equals(schema):
@@ -127,15 +126,9 @@ def _check_rows(folder: Path, counts: Mapping[str, Any], statistics: dict[str, S
 
 def _make_encoder(folder: Path, counts: Mapping[str, Any]) -> TemplateEncoder:
     """The encoder with the tokenizer of the folder and the settings of counts.json."""
-    settings = counts["settings"]
-    try:
-        template = Template(**settings["template"])
-    except TypeError as error:  # an unknown field
-        raise ValueError(
-            f"{folder / COUNTS}: settings.template is not a template ({error}): {PREPARE_AGAIN}"
-        ) from error
+    template = read_template(folder / COUNTS, counts)
     tokenizer = load_tokenizer(folder / "tokenizer")
-    return TemplateEncoder(tokenizer, template, last_exchange_only=settings["history"] > 0)
+    return TemplateEncoder(tokenizer, template, last_exchange_only=counts["settings"]["history"] > 0)
 
 
 def _describe_columns(found: pa.Schema, expected: pa.Schema) -> str:
@@ -171,7 +164,7 @@ def _check_row(row: Mapping[str, Any], encoder: TemplateEncoder, settings: Mappi
         if (at := first_difference(found, expected)) is not None:
             yield f"{name} differ from the encoded columns: {describe_difference(found, expected, at)}"
             return
-    if encoder.decode(ids) != (text := render(row, encoder.template)):
+    if encoder.decode(ids) != (text := render(row, encoder)):
         yield f"input_ids do not decode to the template: {encoder.decode(ids)!r}, not {text!r}"
 
 

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.dataset_folder.card import make_card
 from usdm_sft.dataset_folder.example_picture import draw_example
-from usdm_sft.dataset_folder.layout import COUNTS, PICTURES, UNFINISHED, clear_unfinished, data_files, read_counts
+from usdm_sft.dataset_folder.layout import (
+    COUNTS,
+    PICTURES,
+    UNFINISHED,
+    clear_unfinished,
+    data_files,
+    read_counts,
+    read_layout,
+)
 from usdm_sft.dataset_folder.parquet import write_parquet
 from usdm_sft.dataset_folder.pictures import CAPTIONS, draw_pictures
 from usdm_sft.dataset_folder.statistics import SplitStatistics, compute_statistics, merge_statistics
@@ -58,7 +66,9 @@ def write_folder(
     clear_unfinished(folder)
     unfinished = folder / UNFINISHED
     unfinished.mkdir(parents=True)
-    parts = write_parquet(unfinished / config_name, splits, num_output_shards, pool)
+    parts = write_parquet(
+        unfinished / config_name, splits, num_output_shards, read_layout(folder / COUNTS, counts), pool
+    )
     files = {split: [part.path for part in split_parts] for split, split_parts in parts.items()}
     num_bytes = {split: sum(part.num_bytes for part in split_parts) for split, split_parts in parts.items()}
     statistics = {
@@ -68,7 +78,7 @@ def write_folder(
     save_tokenizer(tokenizer, unfinished / "tokenizer")
     draw_pictures(statistics, counts["num_units"], unfinished / PICTURES)
     counts = counts | {"statistics": {split: values.summary() for split, values in statistics.items()}}
-    draw_example(files, tokenizer.backend_tokenizer, unfinished / PICTURES)
+    draw_example(files, tokenizer.backend_tokenizer, unfinished / PICTURES, read_layout(folder / COUNTS, counts))
     other_info = []
     if utterances is not None:
         counts[UTTERANCES], info = write_utterances(unfinished / UTTERANCES, utterances)
@@ -76,10 +86,13 @@ def write_folder(
     card = make_card(config_name, splits, num_bytes, counts, files, tokenizer.backend_tokenizer, other_info)
     (unfinished / "README.md").write_text(card, encoding="utf-8")
     names = sorted(path.relative_to(unfinished).as_posix() for path in unfinished.rglob("*") if path.is_file())
-    paths = {name: unfinished / name for name in names}
-    counts = counts | {"files": {name: digests.get(path) or sha256_file(path) for name, path in paths.items()}}
+    counts["files"] = {name: digests.get(unfinished / name) or sha256_file(unfinished / name) for name in names}
     replace_text(unfinished / COUNTS, _to_json(counts))
+    _move_into_place(unfinished, folder)
+    return counts
 
+
+def _move_into_place(unfinished: Path, folder: Path) -> None:
     _remove_utterances(folder)
     (folder / COUNTS).unlink(missing_ok=True)  # a folder without counts.json is unfinished
     for entry in sorted(unfinished.iterdir(), key=lambda path: path.name == COUNTS):
@@ -88,7 +101,6 @@ def write_folder(
             shutil.rmtree(target)
         os.replace(entry, target)
     unfinished.rmdir()
-    return counts
 
 
 def _remove_utterances(folder: Path) -> None:
@@ -106,7 +118,7 @@ def replace_pictures(folder: str | Path) -> dict[str, SplitStatistics]:
     """
     folder = Path(folder)
     counts = read_counts(folder)
-    statistics = compute_statistics(data_files(folder, counts))
+    statistics = compute_statistics(data_files(folder, counts), read_layout(folder / COUNTS, counts))
     draw_pictures(statistics, counts["num_units"], folder / PICTURES)
     files = {f"{PICTURES}/{name}": sha256_file(folder / PICTURES / name) for name in CAPTIONS}
     if not files.items() <= counts["files"].items():  # another version of matplotlib draws other bytes

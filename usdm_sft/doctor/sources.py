@@ -13,7 +13,8 @@ from usdm_sft.convert.published import CONVERTED_BYTES, PUBLISHED, PUBLISHED_FIL
 from usdm_sft.doctor.findings import Finding, Needs, format_bytes
 from usdm_sft.doctor.hub import TIMEOUT
 from usdm_sft.template.config import OFFLINE
-from usdm_sft.template.tokenizer import check_tokenizer, load_tokenizer
+from usdm_sft.template.encoder import TemplateEncoder
+from usdm_sft.template.tokenizer import load_tokenizer
 from usdm_sft.units.folder import DESCRIPTION, FILES, read_description, unit_model_digest
 from usdm_sft.utils.download import remote_size
 
@@ -50,8 +51,9 @@ def check_tokenizer_source(config: PrepareConfig, needs: Needs) -> Iterator[Find
         cached = try_to_load_from_cache(name, "tokenizer.json", cache_dir=config.model_cache_dir)
         folder = str(Path(cached).parent) if isinstance(cached, str) else None
     if folder is not None:
-        num_units = check_tokenizer(load_tokenizer(folder).backend_tokenizer, name)
-        yield Finding("ok", "tokenizer", f"{name} gives the ids of the reference, for {num_units:,} units")
+        encoder = TemplateEncoder(load_tokenizer(folder), config.template)
+        ids = "gives the ids of the reference, for" if config.template.tokenization == "reference" else "has tokens for"
+        yield Finding("ok", "tokenizer", f"{name} {ids} {encoder.num_units:,} units")
     elif not needs.online:
         yield _unreachable("tokenizer", name, f"--pretrained_model_name_or_path and a folder, or {OFFLINE}")
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,13 +114,13 @@ def describe_run(run: Run) -> dict[str, Any]:
         "config": config.config_name,
         "corpus": describe_corpus(builder.split_lists, builder.list_digests),
         "unit_model": describe_unit_model(run.unit_tokenizer.folder),
-        "tokenizer": describe_tokenizer(str(config.pretrained_model_name_or_path), run.encoder.num_units),
+        "tokenizer": describe_tokenizer(str(config.pretrained_model_name_or_path), run.encoder.tokens),
         "num_units": run.unit_tokenizer.num_units,
         "settings": {
             "history": config.history,
             "agent": config.agent,
             "merge_speaker_turns": config.merge_speaker_turns,
-            "template": asdict(config.template) | {"loss": list(config.template.loss)},
+            "template": config.template.settings(),
             "max_length": config.max_length,
             "overflow": run.overflow,
             "shuffle_seed": config.shuffle_seed,

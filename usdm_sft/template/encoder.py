@@ -1,27 +1,28 @@
 """Units and texts -> `input_ids` and `labels` of the USDM template, built together in one pass.
 
 The reference writes one string, tokenizes it, and then searches the ids for the parts to label. Here each part is added
-with its label: units by offset, fixed parts as constants, and the two texts in one tokenizer call, cut by character
-offsets. The reference takes 25 ms per example, this about a tenth of that.
+with its label: units by offset, fixed parts as constants, and all texts of a batch in one tokenizer call. The reference takes
+25 ms per example, this about a tenth of that.
 """
 
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import cached_property
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
-from usdm_sft.template.config import REFERENCE, Template
-from usdm_sft.template.exchanges import COLUMNS, Exchange, ExchangeReader, match_other_tokens
-from usdm_sft.template.tokenizer import BOS, CORRESPOND, EOS, NEWLINE, SPACE, check_tokenizer, plain_copy
+from usdm_sft.template.config import PARTS, REFERENCE, Template
+from usdm_sft.template.exchanges import Exchange, ExchangeReader, match_other_tokens, row_name
+from usdm_sft.template.parts import RowLayout
+from usdm_sft.template.steps import Step, make_steps
+from usdm_sft.template.stretches import Stretches
+from usdm_sft.template.tokenizer import check_tokenizer
+from usdm_sft.template.tokens import TemplateTokens, plain_copy, read_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -31,6 +32,7 @@ __all__ = ["COLUMNS", "IGNORE_INDEX", "VERSION", "TemplateEncoder"]
 VERSION = "1"  # part of the cache key: change it when the ids or labels below change
 
 IGNORE_INDEX = -100
+COLUMNS = PARTS
 
 
 class TemplateEncoder:
@@ -47,13 +49,17 @@ class TemplateEncoder:
     Both texts are lower-cased. Further exchanges follow as `\\n### User\\n ...` blocks before the one `</s>`. Rows of any
     length are encoded. (naver-ai/usdm, preprocess/fine-tuning/dailytalk_single_turn.py, `tokenize_speech`.)
 
+    With `Template(tokenization="separate")`, for the tokenizer of another base model, each line is encoded on its own, the newline
+    after `A` takes the place of "▁", and BOS and EOS are there only if the tokenizer has them.
+
     Args:
         tokenizer: The result of `load_tokenizer` or `build_tokenizer`. It is checked again.
-        template: The words and the labelled parts; by default the reference's, as drawn above.
+        template: The words, the labelled parts and the form of tokenization; by default the reference's, as drawn above.
         last_exchange_only: Label the last exchange of a row only; earlier exchanges are context.
 
     Raises:
-        ValueError: The tokenizer does not give the ids of naver-ai/USTM, or the template contains an added token.
+        ValueError: The tokenizer does not give the ids of naver-ai/USTM, or with separate tokenization has no tokens for units; or
+            the template contains an added token.
     """
 
     def __init__(
@@ -64,43 +70,75 @@ class TemplateEncoder:
         last_exchange_only: bool = False,
     ):
         backend = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.backend_tokenizer
-        num_units = check_tokenizer(backend, getattr(tokenizer, "name_or_path", "") or "this tokenizer")
-        self._set_up(plain_copy(backend), num_units, template, last_exchange_only)
+        name = getattr(tokenizer, "name_or_path", "") or "this tokenizer"
+        if template.tokenization == "reference":
+            tokens = check_tokenizer(backend, name)
+        elif isinstance(tokenizer, Tokenizer):
+            raise ValueError("tokenization is separate: give a tokenizer of transformers, which knows its EOS")
+        else:
+            tokens = read_tokens(tokenizer, name)
+        self._set_up(plain_copy(backend), tokens, template, last_exchange_only)
 
-    def _set_up(self, tokenizer: Tokenizer, num_units: int, template: Template, last_exchange_only: bool) -> None:
-        self.num_units = num_units
+    def _set_up(
+        self, tokenizer: Tokenizer, tokens: TemplateTokens, template: Template, last_exchange_only: bool
+    ) -> None:
+        self.tokens = tokens
         self.template = template
         self.last_exchange_only = last_exchange_only
         self._tokenizer = tokenizer
-        self._special_ids = frozenset(tokenizer.get_added_tokens_decoder())
+        self._stretches = Stretches(tokenizer, tokens, separate=template.tokenization == "separate")
         other_tokens = match_other_tokens(tokenizer)
-        self._reader = ExchangeReader(num_units, other_tokens)
+        self._reader = ExchangeReader(template.parts, tokens.unit_0, tokens.num_units, other_tokens)
         for name in ("instruction", "user_role", "agent_role"):
             if other_tokens is not None and (match := other_tokens.search(getattr(template, name))):
                 raise ValueError(
                     f"template.{name} contains {match.group()!r}, an added token of the tokenizer: remove it"
                 )
-        opening = self._encode_text(template.instruction + template.user_heading)
-        self._open = np.concatenate([np.array([BOS], dtype=np.int32), opening])
-        # The tokenizer puts "▁" before a string that begins with a newline. After an exchange, that "▁" is the labelled
-        # stop token of the agent's units, which `_lay_out` adds.
-        self._next = self._encode_text("\n" + template.user_heading)[1:]
-        # The heading as it follows the newline of a text: without that newline and the "▁" before it.
-        self.agent_heading_ids = tuple(self._encode_text("\n" + template.agent_heading)[2:].tolist())
-        self._close = np.array([NEWLINE, EOS], dtype=np.int32)
-        self._correspond = np.array([CORRESPOND], dtype=np.int32)
-        self._space = np.array([SPACE], dtype=np.int32)
+        has_user_turn = template.parts[0].startswith("user_")
+        heading = template.user_heading if has_user_turn else f"\n{template.agent_heading}"
+        self._opening, self._closing = _array(tokens.opening), _array(tokens.closing)
+        self._correspond, self._newline = _array([tokens.correspond]), _array([tokens.newline])
+        self._end_of_units, self._after_units = _array(tokens.end_of_units[:1]), _array(tokens.end_of_units[1:])
+        self._open = self._encode_words(template.instruction + heading)
+        self._next = self._encode_words(heading, after_newline=True)
+        self._agent_heading = self._encode_words(template.agent_heading, after_newline=True)
+
+    def _encode_words(self, text: str, *, after_newline: bool = False) -> npt.NDArray[np.int32]:
+        ids = self._stretches.encode_words(text, after_newline=after_newline)
+        if problem := self._stretches.problem(text, ids):
+            raise ValueError(f"the template's words {text!r}: a part {problem}: choose other words")
+        return ids
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"tokenizer": self._tokenizer.to_str(), "num_units": self.num_units, "version": VERSION, **self._options}
+        return {
+            "tokenizer": self._tokenizer.to_str(),
+            "tokens": tuple(self.tokens),
+            "version": VERSION,
+            **self._options,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         tokenizer, template = Tokenizer.from_str(state["tokenizer"]), Template(**state["template"])
-        self._set_up(tokenizer, state["num_units"], template, state["last_exchange_only"])
+        self._set_up(tokenizer, TemplateTokens(*state["tokens"]), template, state["last_exchange_only"])
 
     @property
     def _options(self) -> dict[str, Any]:
-        return {"template": asdict(self.template), "last_exchange_only": self.last_exchange_only}
+        return {"template": self.template.settings(), "last_exchange_only": self.last_exchange_only}
+
+    @property
+    def layout(self) -> RowLayout:
+        """Tells the part of each token of a row."""
+        return RowLayout(self.tokens, self.template)
+
+    @cached_property
+    def end(self) -> str:
+        """The text of EOS; empty if the tokenizer has none."""
+        return self.decode(self.tokens.closing)
+
+    @property
+    def num_units(self) -> int:
+        """Number of units in the vocabulary."""
+        return self.tokens.num_units
 
     @cached_property
     def tokenizer_digest(self) -> str:
@@ -110,7 +148,13 @@ class TemplateEncoder:
     @property
     def key(self) -> tuple[Any, ...]:
         """Everything besides a row's columns that its ids and labels depend on; JSON values."""
-        return VERSION, self.tokenizer_digest, self._options
+        separate = self.template.tokenization == "separate"
+        return VERSION, self.tokenizer_digest, self._options, *([list(self.tokens)] if separate else [])
+
+    @cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """The steps of inference for `StepLogitsProcessor` and `next_prompt`: transcript, answer, speech."""
+        return make_steps(self.tokens, self.template, tuple(self._agent_heading.tolist()), self._tokenizer)
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[npt.NDArray[np.int32]]]:
         """Encode a batch of rows.
@@ -124,47 +168,71 @@ class TemplateEncoder:
             tokens have -100.
 
         Raises:
-            ValueError: A text is empty or contains a control character or a special token, or a unit is out of range.
-                The message names row and column.
+            ValueError: A text is empty, contains a control character or a special token, or has characters that the tokenizer does
+                not know; or a unit is out of range. The message names row and column.
         """
-        rows = [self._reader.exchanges(batch, i) for i in range(len(batch["user_text"]))]
-        heading = self.template.agent_heading
-        texts = [f"{exchange.user_text}\n{heading}{exchange.agent_text}" for row in rows for exchange in row]
-        encodings = iter(self._tokenizer.encode_batch(texts, add_special_tokens=False))
-        encoded = [self._lay_out(row, encodings) for row in rows]
+        num_rows = len(batch[self.template.parts[0]])
+        rows = [self._reader.exchanges(batch, i) for i in range(num_rows)]
+        self._encode_texts([(row_name(batch, i) + ": ", exchange) for i in range(num_rows) for exchange in rows[i]])
+        encoded = [self._lay_out(row) for row in rows]
         return {"input_ids": [ids for ids, _ in encoded], "labels": [labels for _, labels in encoded]}
 
-    def _lay_out(
-        self, row: Sequence[Exchange], encodings: Iterator[Encoding]
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """`input_ids` and `labels` of a row; takes one encoding per exchange."""
-        parts: list[npt.NDArray[np.int32]] = []
-        labels: list[npt.NDArray[np.int32]] = []
+    def _encode_texts(self, exchanges: Sequence[tuple[str, Exchange]]) -> None:
+        """Replace the texts of exchanges by their ids, in one call of the tokenizer.
 
-        def add(ids: npt.NDArray[np.int32], labelled: bool) -> None:
-            parts.append(ids)
-            labels.append(ids if labelled else np.full(len(ids), IGNORE_INDEX, dtype=np.int32))
+        Args:
+            exchanges: Pairs of the place for error messages and the exchange.
+        """
+        # A transcript follows the user's speech; every other text follows the newline of a heading.
+        places = [
+            (place, exchange, part, part == "agent_text" or "user_units" not in self.template.parts)
+            for place, exchange in exchanges
+            for part in exchange
+            if part.endswith("_text")
+        ]
+        texts = [exchange[part] for _, exchange, part, _ in places]
+        encoded = self._stretches.encode(texts, [after_newline for *_, after_newline in places])
+        for (place, exchange, part, _), text, ids in zip(places, texts, encoded, strict=True):
+            if problem := self._stretches.problem(text, ids):
+                raise ValueError(f"{place}{part} {text[:80]!r} {problem}: correct the text")
+            exchange[part] = ids
 
+    def _lay_out(self, row: Sequence[Exchange]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """`input_ids` and `labels` of a row of exchanges whose texts are ids."""
+        parts, labels = [self._opening], [np.full(len(self._opening), IGNORE_INDEX, dtype=np.int32)]
         for position, exchange in enumerate(row):
-            encoding = next(encodings)
-            ids = np.array(encoding.ids, dtype=np.int32)
-            starts = [start for start, _ in encoding.offsets]
-            # Both cuts follow a newline, which is always a token of its own.
-            heading = bisect_left(starts, len(exchange.user_text) + 1)
-            agent_text = bisect_left(starts, len(exchange.user_text) + 1 + len(self.template.agent_heading))
             is_context = self.last_exchange_only and position < len(row) - 1
             loss = () if is_context else self.template.loss
-            add(self._next if position else self._open, False)
-            add(exchange.user_units, False)
-            add(self._correspond, False)
-            add(ids[:heading], "user_text" in loss)
-            add(ids[heading:agent_text], False)
-            add(ids[agent_text:], "agent_text" in loss)
-            add(self._correspond, "agent_text" in loss)
-            add(exchange.agent_units, "agent_units" in loss)
-            add(self._space, "agent_units" in loss)
-        add(self._close, False)
+            for ids, part in self._pieces(exchange, first=position == 0):
+                parts.append(ids)
+                labels.append(ids if part in loss else np.full(len(ids), IGNORE_INDEX, dtype=np.int32))
+        parts.append(self._closing)
+        labels.append(np.full(len(self._closing), IGNORE_INDEX, dtype=np.int32))
         return np.concatenate(parts), np.concatenate(labels)
+
+    def _pieces(self, exchange: Exchange, *, first: bool) -> Iterator[tuple[npt.NDArray[np.int32], str | None]]:
+        """The pieces of an exchange, each with the part that it belongs to, up to the first part that the exchange lacks.
+
+        The stop token of a part belongs to it.
+        """
+        heading = self._open if first else self._next
+        for role in ("user", "agent"):
+            parts = [part for part in self.template.parts if part.startswith(role)]
+            if not parts:
+                continue
+            yield heading, None
+            for part in parts:
+                if part not in exchange:
+                    return
+                yield exchange[part], part
+                if part != parts[-1]:
+                    yield self._correspond, part
+                elif part.endswith("_text"):
+                    yield self._newline, part
+                else:
+                    yield self._end_of_units, part
+                    yield self._after_units, None
+            heading = self._agent_heading
 
     def prompt(
         self,
@@ -172,9 +240,11 @@ class TemplateEncoder:
         user_text: str | None = None,
         agent_text: str | None = None,
         *,
-        history: Sequence[tuple[npt.ArrayLike, str, str, npt.ArrayLike]] = (),
+        history: Sequence[tuple[Any, ...]] = (),
     ) -> npt.NDArray[np.int32]:
-        """The ids before each of the three steps of inference, an exact prefix of the training ids.
+        """The ids before a step of inference, an exact prefix of the training ids.
+
+        Give the user's speech, and the texts as far as they are known.
 
         Args:
             user_units: The user's speech. Alone, it asks for the transcript.
@@ -186,47 +256,40 @@ class TemplateEncoder:
             (num_tokens,) int32 ids.
 
         Raises:
-            ValueError: A unit is out of range, a text is not allowed in the template, or agent_text comes without
-                user_text.
+            ValueError: A part comes without the part before it, or a unit or a text is not allowed.
         """
-        if agent_text is not None and user_text is None:
-            raise ValueError("agent_text comes without user_text: give the transcript as well")
-        parts = [self._open]
-        if history:
-            columns = {name: [list(values)] for name, values in zip(COLUMNS, zip(*history, strict=True), strict=True)}
-            parts = [self(columns)["input_ids"][0][: -len(self._close)], self._next]
-        parts += [self._reader.unit_ids(user_units, "user_units"), self._correspond]
-        if user_text is not None:
-            text = f"{user_text and self._reader.text(user_text, 'user_text')}\n{self.template.agent_heading}"
-            text += "" if agent_text is None else self._reader.text(agent_text, "agent_text")
-            parts.append(self._encode_text(text))
-        if agent_text is not None:
-            parts.append(self._correspond)
-        return np.concatenate(parts)
-
-    def _encode_text(self, text: str) -> npt.NDArray[np.int32]:
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        values: dict[str, Any] = {"user_units": user_units, "user_text": user_text, "agent_text": agent_text}
+        given = {part: value for part, value in values.items() if value is not None}
+        for before, part in zip(self.template.parts, self.template.parts[1:], strict=False):
+            if part in given and before not in given:
+                raise ValueError(f"{part} comes without {before}: give {before} as well")
+        exchanges = [self._reader.read(dict(zip(self.template.parts, each, strict=True))) for each in history]
+        checked = {part: value for part, value in given.items() if part != "user_text" or value}
+        exchanges.append(self._reader.read(checked))
+        self._encode_texts([("", exchange) for exchange in exchanges])
+        if user_text == "":
+            exchanges[-1]["user_text"] = self._stretches.encode([""], [False])[0]
+        pieces = [self._opening]
+        for position, exchange in enumerate(exchanges):
+            pieces += [ids for ids, _ in self._pieces(exchange, first=position == 0)]
+        return np.concatenate(pieces)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decode ids to the text of the template, for people.
 
-        BOS, which the tokenizer adds, is left out. A "▁" (U+2581) of a text becomes a space, because the tokenizer
+        BOS, which the tokenizer adds, is left out. With USTM's tokenizer, a "▁" (U+2581) of a text becomes a space, because it
         encodes both alike.
         """
         return self.decode_batch([ids])[0]
 
     def decode_batch(self, rows: Iterable[Iterable[int]]) -> list[str]:
         """Decode rows of ids as `decode` does, faster than one by one."""
-        parts: list[list[str | int]] = []  # an int is the number of a run of ordinary tokens
-        runs: dict[tuple[int, ...], int] = {}  # the instruction begins every row, and is decoded once
-        for row in rows:
-            ids = [int(token_id) for token_id in row]
-            parts.append([])
-            for is_special, run in groupby(ids[1:] if ids[:1] == [BOS] else ids, key=self._special_ids.__contains__):
-                # Decoding strips the "▁" that the tokenizer puts before a run of ordinary tokens.
-                if is_special:
-                    parts[-1] += [self._tokenizer.id_to_token(token_id) or "" for token_id in run]
-                else:
-                    parts[-1].append(runs.setdefault(tuple(run), len(runs)))
-        texts = self._tokenizer.decode_batch(list(map(list, runs)), skip_special_tokens=False)
-        return ["".join([texts[part] if isinstance(part, int) else part for part in row]) for row in parts]
+        return self._stretches.decode_batch(rows)
+
+    def spell(self, text: str) -> str:
+        """Return a text as it comes back from its ids."""
+        return self._stretches.spell(text)
+
+
+def _array(ids: Sequence[int]) -> npt.NDArray[np.int32]:
+    return np.array(ids, dtype=np.int32)

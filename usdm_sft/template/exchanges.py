@@ -5,25 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from usdm_sft.template.tokenizer import UNIT_0
 from usdm_sft.utils.texts import text_problem
 
-COLUMNS = ("user_units", "user_text", "agent_text", "agent_units")
-
-
-class Exchange(NamedTuple):
-    """A checked user turn and the answer to it: texts lower-cased, units as (num_units,) arrays of token ids."""
-
-    user_units: npt.NDArray[np.int32]
-    user_text: str
-    agent_text: str
-    agent_units: npt.NDArray[np.int32]
+# A checked user turn and the answer to it, by part: texts lower-cased, units as (num_units,) int32 arrays of token ids.
+Exchange = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -31,10 +22,14 @@ class ExchangeReader:
     """Reads the exchanges of a row and refuses what a tokenizer would turn into other ids.
 
     Args:
+        parts: The columns to read, some of `COLUMNS`.
+        unit_0: The id of unit 0.
         num_units: Number of units in the vocabulary.
         other_tokens: Matches added tokens of the tokenizer that `text_problem` does not know, or None.
     """
 
+    parts: tuple[str, ...]
+    unit_0: int
     num_units: int
     other_tokens: re.Pattern[str] | None
 
@@ -49,27 +44,38 @@ class ExchangeReader:
             ValueError: A value is missing, the columns have different numbers of exchanges, or a text or unit is not
                 allowed.
         """
-        row = f"row {batch['id'][i]}" if "id" in batch else f"row {i} of the batch"
-        values = [batch[column][i] for column in COLUMNS]
-        for column, value in zip(COLUMNS, values, strict=True):
+        row = row_name(batch, i)
+        values = {part: batch[part][i] for part in self.parts}
+        for part, value in values.items():
             if value is None:
-                raise ValueError(f"{row}: {column} is missing")
-        if isinstance(values[1], str):
-            values = [[value] for value in values]
-        if len({len(value) for value in values}) != 1:
-            lengths = ", ".join(f"{column} {len(value)}" for column, value in zip(COLUMNS, values, strict=True))
+                raise ValueError(f"{row}: {part} is missing")
+        if not has_lists(values):
+            values = {part: [value] for part, value in values.items()}
+        if len({len(value) for value in values.values()}) != 1:
+            lengths = ", ".join(f"{part} {len(value)}" for part, value in values.items())
             raise ValueError(f"{row}: the columns have different numbers of exchanges ({lengths})")
-        if not len(values[1]):
+        exchanges = zip(*values.values(), strict=True)
+        read = [self.read(dict(zip(self.parts, exchange, strict=True)), f"{row}: ") for exchange in exchanges]
+        if not read:
             raise ValueError(f"{row}: it has no exchange")
-        return [
-            Exchange(
-                self.unit_ids(user_units, f"{row}: user_units"),
-                self.text(user_text, f"{row}: user_text"),
-                self.text(agent_text, f"{row}: agent_text"),
-                self.unit_ids(agent_units, f"{row}: agent_units"),
-            )
-            for user_units, user_text, agent_text, agent_units in zip(*values, strict=True)
-        ]
+        return read
+
+    def read(self, values: Mapping[str, Any], place: str = "") -> Exchange:
+        """Check the parts of one exchange.
+
+        Args:
+            values: A text or a list of units for each part.
+            place: What error messages begin with.
+
+        Raises:
+            ValueError: A text or unit is not allowed.
+        """
+        return {
+            part: self.text(value, f"{place}{part}")
+            if part.endswith("_text")
+            else self.unit_ids(value, f"{place}{part}")
+            for part, value in values.items()
+        }
 
     def text(self, text: str, place: str) -> str:
         """The text lower-cased.
@@ -104,12 +110,27 @@ class ExchangeReader:
                 f"{place} contains unit {low if low < 0 else high}, but the tokenizer has units 0 to "
                 f"{self.num_units - 1}: use the unit model and the tokenizer that belong together"
             )
-        ids: npt.NDArray[np.int32] = units.astype(np.int32) + UNIT_0
+        ids: npt.NDArray[np.int32] = units.astype(np.int32) + self.unit_0
         return ids
+
+
+def row_name(batch: Mapping[str, Sequence[Any]], i: int) -> str:
+    """The name of row `i` of a batch in error messages."""
+    return f"row {batch['id'][i]}" if "id" in batch else f"row {i} of the batch"
+
+
+def has_lists(values: Mapping[str, Any]) -> bool:
+    """True if each value, by part, is a list of exchanges. A list of units is one exchange; a list of lists is several."""
+    for part, value in values.items():
+        if part.endswith("_text"):
+            return not isinstance(value, str)
+    first = next(iter(values.values()))
+    return len(first) > 0 and np.ndim(first[0]) > 0
 
 
 def match_other_tokens(tokenizer: Tokenizer) -> re.Pattern[str] | None:
     """A pattern for the added tokens that `text_problem` lets through, the longest first; None where there are none."""
     added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
-    other = [content for content in added if text_problem(f"a{content}") is None]
+    # Added tokens for white space, which some tokenizers have, belong to texts.
+    other = [content for content in added if content.strip("▁ ") and text_problem(f"a{content}") is None]
     return re.compile("|".join(map(re.escape, sorted(other, key=len, reverse=True)))) if other else None

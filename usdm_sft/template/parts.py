@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from usdm_sft.template.tokenizer import CORRESPOND, NEWLINE, SPACE, UNIT_0
+from usdm_sft.template.config import REFERENCE, Template
+from usdm_sft.template.tokenizer import MAX_UNITS, ustm_tokens
+from usdm_sft.template.tokens import TemplateTokens
 
 # In the order of a row. Each part but the frame includes the token that ends it.
 ROW_PARTS = {
@@ -20,34 +23,51 @@ ROW_PARTS = {
 FRAME, USER_UNITS, USER_TEXT, AGENT_TEXT, AGENT_UNITS = range(len(ROW_PARTS))
 
 
-def find_parts(input_ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+class RowLayout(NamedTuple):
+    """What tells the parts of a row apart: the ids of the template and its words."""
+
+    tokens: TemplateTokens
+    template: Template
+
+    def is_unit(self, ids: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
+        """True for each id that is a unit."""
+        return (ids >= self.tokens.unit_0) & (ids < self.tokens.unit_0 + self.tokens.num_units)
+
+
+REFERENCE_LAYOUT = RowLayout(ustm_tokens(MAX_UNITS), REFERENCE)
+
+
+def find_parts(
+    input_ids: Sequence[int] | npt.NDArray[np.integer], layout: RowLayout = REFERENCE_LAYOUT
+) -> npt.NDArray[np.int64]:
     """Find the part of each token.
 
-    `<|correspond|>` alternates between the end of the user's speech and the end of the answer, and a text has no newline. So
-    the number of both before a token tells its part.
+    A newline or `<|correspond|>` ends every heading and every part, and neither is inside a part. So the number of both before a
+    token tells its part.
 
     Args:
         input_ids: (num_tokens,) ids of a row.
+        layout: The ids and the template of the row; by default the reference's.
 
     Returns:
         (num_tokens,) positions in `ROW_PARTS`.
     """
+    tokens, template = layout
     ids = np.asarray(input_ids)
-    is_mark, is_newline, is_unit = ids == CORRESPOND, ids == NEWLINE, ids >= UNIT_0
-    marks = np.cumsum(is_mark) - is_mark
-    newlines = np.cumsum(is_newline) - is_newline
-    # Newlines between the last mark and the token; a mark itself needs no count.
-    lines = newlines - np.maximum.accumulate(np.where(is_mark, newlines, 0))
-    in_texts = marks % 2 == 1
-    follows_answer = (marks > 0) & (lines == 0)
-    return np.select(
-        [
-            in_texts & (is_mark | (lines > 1)),
-            in_texts & (lines == 0),
-            in_texts,
-            is_mark | (is_unit & ~follows_answer),
-            (is_unit | (ids == SPACE)) & follows_answer,
-        ],
-        [AGENT_TEXT, USER_TEXT, FRAME, USER_UNITS, AGENT_UNITS],
-        FRAME,
+    is_end = (ids == tokens.newline) | (ids == tokens.correspond)
+    ends = np.cumsum(is_end) - is_end - template.instruction.count("\n")
+    exchange = np.array(_parts_of_exchange(template))
+    parts = np.where(ends < 0, FRAME, exchange[ends % len(exchange)])
+    if len(tokens.end_of_units) > 1:  # the newline after the stop token of units belongs to no part
+        parts[(ids == tokens.newline) & ((parts == USER_UNITS) | (parts == AGENT_UNITS))] = FRAME
+    return parts.astype(np.int64)
+
+
+def _parts_of_exchange(template: Template) -> list[int]:
+    """The part that each newline or `<|correspond|>` of an exchange ends, with the two newlines of its first heading."""
+    names = list(ROW_PARTS)
+    user, agent = (
+        [names.index(part) for part in template.parts if part.startswith(role)] for role in ("user", "agent")
     )
+    between = [FRAME] if user and agent else []  # the agent's heading
+    return [FRAME, FRAME, *user, *between, *agent]

@@ -1,8 +1,9 @@
-"""The USTM tokenizer: Mistral-7B-v0.1's vocabulary in its legacy form, then 10,003 tokens for units and turns.
+"""Tokenizers with tokens for units: USTM's, which the reference uses, and those of other base models.
 
-Legacy means that every run of text between special tokens gets a leading "▁" and keeps its spaces. `AutoTokenizer` of
-transformers 5 rebuilds the tokenizer and loses that silently; `PreTrainedTokenizerFast` keeps the pipeline of
-tokenizer.json. `check_tokenizer` therefore checks every loaded tokenizer.
+USTM's is Mistral-7B-v0.1's vocabulary in its legacy form, then 10,003 tokens for units and turns. Legacy means that every run of
+text between special tokens gets a leading "▁" and keeps its spaces. `AutoTokenizer` of transformers 5 rebuilds the tokenizer and
+loses that silently; `PreTrainedTokenizerFast` keeps the pipeline of tokenizer.json. `check_tokenizer` therefore checks every
+loaded tokenizer that has USTM's ids.
 
 transformers is imported inside the functions that need it: readers of a dataset folder use only the constants.
 """
@@ -15,12 +16,18 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HFValidationError
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
+from usdm_sft.template.base import add_units, open_tokenizer
 from usdm_sft.template.config import MAX_LENGTH, OFFLINE, USTM
-from usdm_sft.utils.texts import first_line
+from usdm_sft.template.tokens import (
+    CONTINUE_TOKEN,
+    CORRESPOND_TOKEN,
+    TemplateTokens,
+    plain_copy,
+    read_tokens,
+    unit_token,
+)
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -48,7 +55,7 @@ _PROBES = (
     ("Below is a conversation between the user and the agent.",
      [20811, 349, 264, 7114, 1444, 272, 2188, 304, 272, 8073, 28723], _NOT_MISTRAL),
     ("<|correspond|>yes<|correspond|>", [CORRESPOND, 5081, CORRESPOND], _NOT_LEGACY),
-    ("<|unit5|>\n</s>", [UNIT_0 + 5, SPACE, NEWLINE, EOS], _NOT_LEGACY),
+    ("<|unit0|>\n</s>", [UNIT_0, SPACE, NEWLINE, EOS], _NOT_LEGACY),
     (" yes", [SPACE, 5081], _REBUILT),
     ("     x", [355, 1318], _REBUILT),
 )  # fmt: skip
@@ -63,10 +70,12 @@ def load_tokenizer(
     subfolder: str | None = None,
     repo_type: Literal["model", "dataset"] = "model",
 ) -> PreTrainedTokenizerFast:
-    """Load the USTM tokenizer and check that it gives the reference's ids.
+    """Load a tokenizer with tokens for units, and check its ids.
+
+    A tokenizer that has the ids of USTM's tokens must give the reference's ids for texts as well.
 
     Args:
-        name_or_path: A repository of the Hub, a folder, or "mistral-common" for `build_tokenizer()`.
+        name_or_path: A repository of the Hub, a folder, or "mistral-common" for USTM's tokenizer, built offline.
         cache_dir: Folder for downloads; the Hub's own cache by default.
         revision: Branch, tag or commit of the repository; its main branch by default.
         token: Token of the Hub, for a private repository; by default HF_TOKEN, or the one that `hf auth login` saved.
@@ -76,56 +85,19 @@ def load_tokenizer(
 
     Raises:
         OSError: The tokenizer cannot be found or downloaded.
-        ValueError: The tokenizer cannot be opened, or gives other ids; the message says why.
+        ValueError: The tokenizer cannot be opened, has no tokens for units, or gives other ids; the message says why.
     """
     if str(name_or_path) == OFFLINE:
         return build_tokenizer()
     place = f"{name_or_path}/{subfolder}" if subfolder else str(name_or_path)
-    hub = {"cache_dir": cache_dir, "revision": revision, "token": token, "repo_type": repo_type}
-    _require_tokenizer_json(str(name_or_path), subfolder, hub)
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
-            _find_folder(str(name_or_path), subfolder, hub),
-            cache_dir=cache_dir,
-            revision=revision or "main",
-            token=token,
-        )
-    except OSError:
-        raise
-    except Exception as error:  # transformers and tokenizers raise many types for a malformed file
-        raise ValueError(
-            f"{place} has a tokenizer that cannot be opened ({first_line(error)}): download it again, "
-            f"or use {OFFLINE!r}"
-        ) from error
-    check_tokenizer(tokenizer.backend_tokenizer, place)
+    tokenizer = open_tokenizer(
+        name_or_path, subfolder, cache_dir=cache_dir, revision=revision, token=token, repo_type=repo_type
+    )
+    if is_ustm(tokenizer.backend_tokenizer):
+        check_tokenizer(tokenizer.backend_tokenizer, place)
+    else:
+        read_tokens(tokenizer, place)
     return tokenizer
-
-
-def _require_tokenizer_json(name_or_path: str, subfolder: str | None, hub: dict[str, Any]) -> None:
-    """Refuse a source without tokenizer.json, for which transformers would convert other files, to other ids."""
-    if Path(name_or_path).is_dir():
-        if not (folder := Path(name_or_path, subfolder or "")).joinpath("tokenizer.json").is_file():
-            raise FileNotFoundError(f"{folder} has no tokenizer.json: name a folder with a fast tokenizer")
-        return
-    try:
-        hf_hub_download(name_or_path, "tokenizer.json", subfolder=subfolder, **hub)
-    except (OSError, HFValidationError) as error:
-        raise OSError(
-            f"tokenizer {name_or_path} is not a folder and cannot be fetched from the Hub ({first_line(error)}): check the "
-            f"name and the network, or use {OFFLINE!r}, which is built offline"
-        ) from error
-
-
-def _find_folder(name_or_path: str, subfolder: str | None, hub: dict[str, Any]) -> str:
-    """Return what transformers opens: a folder, or the name of a model repository. It has no names for dataset repositories."""
-    if Path(name_or_path).is_dir():
-        return str(Path(name_or_path, subfolder or ""))
-    if subfolder is None and hub["repo_type"] == "model":
-        return name_or_path
-    files = f"{subfolder}/*.json" if subfolder else "*.json"
-    return str(Path(snapshot_download(name_or_path, allow_patterns=files, **hub), subfolder or ""))
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -138,39 +110,40 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 has another name for it
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
     path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def plain_copy(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy without padding and truncation."""
-    tokenizer = Tokenizer.from_str(tokenizer.to_str())
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
+def is_ustm(tokenizer: Tokenizer) -> bool:
+    """True if the tokens that USTM adds have USTM's ids; `build_tokenizer` puts them in another order for other bases."""
+    expected = {CONTINUE_TOKEN: CONTINUE, CORRESPOND_TOKEN: CORRESPOND, unit_token(0): UNIT_0}
+    return all(tokenizer.token_to_id(token) == token_id for token, token_id in expected.items())
 
 
-def check_tokenizer(tokenizer: Tokenizer, name: str = "this tokenizer") -> int:
-    """Check that a tokenizer gives the reference's ids for a few strings.
+def check_tokenizer(tokenizer: Tokenizer, name: str = "this tokenizer") -> TemplateTokens:
+    """Check that a tokenizer is USTM's: that it gives the reference's ids for a few strings.
 
     Args:
         tokenizer: The tokenizer; its padding and truncation do not matter.
         name: Its name in error messages.
 
     Returns:
-        The number of units in the vocabulary.
+        The ids of the template.
 
     Raises:
         ValueError: An id differs.
     """
     tokenizer = plain_copy(tokenizer)
     remedy = (
-        f"load naver-ai/USTM, or a folder that this package saved, with load_tokenizer ({OFFLINE!r} builds it offline)"
+        f"load naver-ai/USTM, or a folder that this package saved, with load_tokenizer ({OFFLINE!r} builds it offline); "
+        "the tokenizer of another base model needs template.tokenization separate"
     )
     num_units = 0
-    while tokenizer.token_to_id(f"<|unit{num_units}|>") == UNIT_0 + num_units:
+    while tokenizer.token_to_id(unit_token(num_units)) == UNIT_0 + num_units:
         num_units += 1
-    expected = {"<unk>": UNK, "<s>": BOS, "</s>": EOS, "<|continue|>": CONTINUE, "<|correspond|>": CORRESPOND}
-    expected |= {"<|unit0|>": UNIT_0, "<pad>": UNIT_0 + num_units}
+    expected = {"<unk>": UNK, "<s>": BOS, "</s>": EOS, CONTINUE_TOKEN: CONTINUE, CORRESPOND_TOKEN: CORRESPOND}
+    expected |= {unit_token(0): UNIT_0, "<pad>": UNIT_0 + num_units}
     for token, token_id in expected.items():
         if (found := tokenizer.token_to_id(token)) != token_id:
             raise ValueError(f"{name} is not USTM's tokenizer: {token} has id {found} instead of {token_id}; {remedy}")
@@ -180,22 +153,39 @@ def check_tokenizer(tokenizer: Tokenizer, name: str = "this tokenizer") -> int:
             raise ValueError(
                 f"{name} gives {found_ids[:20]} for {text!r} instead of {expected_ids}: {meaning}; {remedy}"
             )
-    return num_units
+    return ustm_tokens(num_units)
 
 
-def build_tokenizer(num_units: int = NUM_UNITS) -> PreTrainedTokenizerFast:
-    """Build the tokenizer offline from the Mistral-7B-v0.1 model in the package mistral-common.
+def ustm_tokens(num_units: int = NUM_UNITS) -> TemplateTokens:
+    """The ids of the template in USTM's tokenizer."""
+    return TemplateTokens((BOS,), (EOS,), NEWLINE, (SPACE, NEWLINE), CORRESPOND, CONTINUE, UNIT_0, num_units)
 
-    It equals naver-ai/USTM as transformers 4.40.2 saves it, including the order of merges (transformers 5 converts the
-    same model to 29,609 merges at other ranks).
+
+def build_tokenizer(
+    base: str | Path = OFFLINE, num_units: int = NUM_UNITS, *, cache_dir: str | Path | None = None
+) -> PreTrainedTokenizerFast:
+    """Give the tokenizer of a base model the tokens for units: `<|correspond|>`, `<|continue|>` and `<|unit0|>`, `<|unit1|>`, ...
+
+    The new tokens follow those of the base model; its own ids stay as they are. Encode with the template
+    `Template(tokenization="separate")`.
 
     Args:
-        num_units: Number of `<|unitN|>` tokens to add after `<|correspond|>`.
+        base: A folder or a Hub repository with a tokenizer.json. By default "mistral-common" for USTM's tokenizer, which is built
+            offline from the package mistral-common. It equals naver-ai/USTM as transformers 4.40.2 saves it, including the order
+            of merges (transformers 5 converts the same model to 29,609 merges at other ranks).
+        num_units: Number of units.
+        cache_dir: Folder for downloads; the Hub's own cache by default.
 
     Raises:
         ImportError: mistral-common or sentencepiece is not installed.
-        ValueError: The model in mistral-common is not Mistral-7B-v0.1's.
+        OSError: The base cannot be found or downloaded.
+        ValueError: num_units is out of range, the base cannot be opened or has one of the new tokens already, or the model in
+            mistral-common is not Mistral-7B-v0.1's.
     """
+    if not 1 <= num_units <= MAX_UNITS:
+        raise ValueError(f"num_units is {num_units}: give a number from 1 to {MAX_UNITS}")
+    if str(base) != OFFLINE:
+        return add_units(open_tokenizer(base, cache_dir=cache_dir), num_units, str(base))
     try:
         import sentencepiece  # an optional dependency, like mistral-common
 
@@ -250,21 +240,22 @@ def _legacy_tokenizer(processor: SentencePieceProcessor, num_units: int) -> Toke
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", BOS)]
     )
-    units = [f"<|unit{unit}|>" for unit in range(num_units)]
-    added = ["<unk>", "<s>", "</s>", "<|continue|>", "<|correspond|>", *units, "<pad>"]
+    units = [unit_token(unit) for unit in range(num_units)]
+    added = ["<unk>", "<s>", "</s>", CONTINUE_TOKEN, CORRESPOND_TOKEN, *units, "<pad>"]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in added])
     return tokenizer
 
 
-def describe_tokenizer(name_or_path: str | Path, num_units: int) -> dict[str, Any]:
-    """Describe the source of a tokenizer.
+def describe_tokenizer(name_or_path: str | Path, tokens: TemplateTokens) -> dict[str, Any]:
+    """Describe a tokenizer.
 
     Args:
         name_or_path: The argument of `load_tokenizer`.
-        num_units: Number of units in the vocabulary.
+        tokens: Its ids of the template.
 
     Returns:
-        JSON values: `name` (None for a folder, because paths stay private) and `num_units`.
+        JSON values: `name` (None for a folder, because paths stay private), `num_units`, and `ids` where `tokens` are not USTM's.
     """
     is_folder = str(name_or_path) != OFFLINE and Path(name_or_path).is_dir()
-    return {"name": None if is_folder else str(name_or_path), "num_units": num_units}
+    ids = {} if tokens == ustm_tokens(tokens.num_units) else {"ids": tokens._asdict()}
+    return {"name": None if is_folder else str(name_or_path), "num_units": tokens.num_units, **ids}

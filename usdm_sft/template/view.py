@@ -12,7 +12,6 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from usdm_sft.template.encoder import IGNORE_INDEX
-from usdm_sft.template.tokenizer import SPACE, UNIT_0
 from usdm_sft.utils.texts import printable
 
 if TYPE_CHECKING:
@@ -94,11 +93,32 @@ def _text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
 
 
 def _is_unit(token_id: int, tokenizer: Tokenizer) -> bool:
-    return token_id >= UNIT_0 and (tokenizer.id_to_token(token_id) or "").startswith("<|unit")
+    return token_id >= 0 and (tokenizer.id_to_token(token_id) or "").startswith("<|unit")
+
+
+def has_own_decoder(tokenizer: Tokenizer) -> bool:
+    """True if tokens of text are no text themselves, as "Ġyes" of a byte-level tokenizer and "##ing" of WordPiece."""
+    decoder = tokenizer.decoder.__getstate__() if tokenizer.decoder is not None else b""
+    return b"ByteLevel" in decoder or b"WordPiece" in decoder
+
+
+def _spell_run(are_added: bool, ids: list[int], tokenizer: Tokenizer) -> str:
+    """The text of tokens that are all added tokens, or all not."""
+    size = tokenizer.get_vocab_size()
+    if are_added:
+        text = "".join(tokenizer.id_to_token(token_id) or "" for token_id in ids)
+    elif all(0 <= token_id < size for token_id in ids):
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+    else:
+        text = "".join(tokenizer.id_to_token(i) or "" if 0 <= i < size else f"<no token {i}>" for i in ids)
+    return printable(text).replace("\n", "⏎\n")
 
 
 def _spell(ids: Sequence[int], tokenizer: Tokenizer) -> str:
     """The text of tokens that are not units; an id outside the vocabulary becomes "<no token N>"."""
+    if has_own_decoder(tokenizer):
+        added = tokenizer.get_added_tokens_decoder()
+        return "".join(_spell_run(kind, list(run), tokenizer) for kind, run in groupby(ids, key=added.__contains__))
     spelled = b""
     for position, token_id in enumerate(ids):
         token = tokenizer.id_to_token(token_id) if token_id >= 0 else None
@@ -107,5 +127,5 @@ def _spell(ids: Sequence[int], tokenizer: Tokenizer) -> str:
         if byte := _BYTE.fullmatch(token):
             spelled += bytes([int(byte[1], 16)])
         else:
-            spelled += (token if token_id == SPACE and not position else token.replace("▁", " ")).encode()
+            spelled += (token if token == "▁" and not position else token.replace("▁", " ")).encode()
     return printable(spelled.decode(errors="backslashreplace")).replace("\n", "⏎\n")

@@ -8,18 +8,19 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from usdm_sft.template.parts import ROW_PARTS, find_parts
-from usdm_sft.template.tokenizer import UNIT_0
+from usdm_sft.template.parts import REFERENCE_LAYOUT, ROW_PARTS, RowLayout, find_parts
+from usdm_sft.template.tokens import NEWLINE_TOKENS
 from usdm_sft.utils.texts import printable
 
 ROLES = ("user", "agent")
 
 
-def describe_row(row: Mapping[str, Any]) -> dict[str, Any]:
+def describe_row(row: Mapping[str, Any], layout: RowLayout = REFERENCE_LAYOUT) -> dict[str, Any]:
     """A row of a dataset folder as the page shows it.
 
     Args:
         row: The columns of a dataset folder.
+        layout: Tells the parts of the row.
 
     Returns:
         `id`; `turns`, user and agent in turn; `ids` and `labels`; `parts`, the runs of tokens of one part as
@@ -33,7 +34,7 @@ def describe_row(row: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"a row has {len(ids)} input_ids, but {len(labels)} labels: verify its folder")
     names = tuple(ROW_PARTS)
     parts, start = [], 0
-    for part, run in groupby(find_parts(ids).tolist()):
+    for part, run in groupby(find_parts(ids, layout).tolist()):
         parts.append([names[part], start, length := sum(1 for _ in run)])
         start += length
     return {"id": row["id"], "turns": _describe_turns(row), "ids": ids, "labels": labels, "parts": parts}
@@ -53,9 +54,12 @@ def _describe_turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def spell_tokens(examples: Iterable[Mapping[str, Any]], tokenizer: Tokenizer) -> dict[int, str]:
+def spell_tokens(
+    examples: Iterable[Mapping[str, Any]], tokenizer: Tokenizer, layout: RowLayout = REFERENCE_LAYOUT
+) -> dict[int, str]:
     """The spelling of every id of the examples that is not a unit, with nothing hidden."""
-    ids = sorted({token_id for example in examples for token_id in example["ids"] if token_id < UNIT_0})
+    first, stop = layout.tokens.unit_0, layout.tokens.unit_0 + layout.tokens.num_units
+    ids = sorted({token_id for example in examples for token_id in example["ids"] if not first <= token_id < stop})
     return {token_id: _spell(token_id, tokenizer) for token_id in ids}
 
 
@@ -63,7 +67,7 @@ def _spell(token_id: int, tokenizer: Tokenizer) -> str:
     token = tokenizer.id_to_token(token_id) if token_id >= 0 else None
     if token is None:
         return f"no token {token_id}"
-    return "⏎" if token == "<0x0A>" else printable(token)
+    return "⏎" if token in NEWLINE_TOKENS else printable(token)
 
 
 def list_left_out(split: Mapping[str, Any]) -> list[list[str]]:

@@ -16,12 +16,12 @@ from markupsafe import Markup
 
 from usdm_sft.corpus.published_lists import DAILYTALK
 from usdm_sft.dataset_folder.card import DAILYTALK_METADATA, OTHER_METADATA
-from usdm_sft.dataset_folder.layout import COUNTS, read_counts
+from usdm_sft.dataset_folder.layout import COUNTS, read_counts, read_layout
 from usdm_sft.dataset_folder.page.examples import describe_row, list_left_out, spell_tokens
 from usdm_sft.dataset_folder.page.recordings import Recordings, encode_recording
 from usdm_sft.dataset_folder.rows import read_rows
 from usdm_sft.template.parts import ROW_PARTS
-from usdm_sft.template.tokenizer import UNIT_0, load_tokenizer
+from usdm_sft.template.tokenizer import load_tokenizer
 from usdm_sft.utils.atomic import replace_text
 
 UNITS_PER_SECOND = 50
@@ -60,16 +60,17 @@ def write_page(
     counts = read_counts(dataset_dir)
     rows = read_rows(dataset_dir, split, index, num_examples)
     tokenizer = load_tokenizer(str(Path(dataset_dir) / "tokenizer")).backend_tokenizer
-    examples = [describe_row(row) for row in rows]
+    layout = read_layout(Path(dataset_dir) / COUNTS, counts)
+    examples = [describe_row(row, layout) for row in rows]
     recordings = [] if data_dir is None else _add_recordings(examples, rows, data_dir, split, counts)
     page = Path(html).expanduser()
     data = {
         "examples": examples,
         "recordings": recordings,
-        "pieces": spell_tokens(examples, tokenizer),
+        "pieces": spell_tokens(examples, tokenizer, layout),
         "parts": ROW_PARTS,
         "left_out": list_left_out(counts["splits"][split]),
-        "first_unit": UNIT_0,
+        "first_unit": layout.tokens.unit_0,
         "units_per_second": UNITS_PER_SECOND,
     }
     replace_text(page, _render(data, split, counts, _links(Path(dataset_dir), page)))

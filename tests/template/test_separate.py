@@ -1,0 +1,261 @@
+"""The template with the tokenizer of another base model: `tokenization="separate"`."""
+
+import importlib.util
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.bases import BASES, byte_level
+from usdm_sft.dataset_folder.row_check import render
+from usdm_sft.template.base import add_units
+from usdm_sft.template.config import LABELS, Template
+from usdm_sft.template.encoder import COLUMNS, TemplateEncoder
+from usdm_sft.template.parts import ROW_PARTS, find_parts
+from usdm_sft.template.view import format_example
+from usdm_sft.training.generation import StepLogitsProcessor, next_prompt
+
+SEPARATE = Template(tokenization="separate")
+ROW = {"user_units": [3, 3, 5], "user_text": "Where were you?", "agent_text": "at home.", "agent_units": [19, 0]}
+
+
+def columns(*rows):
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+@pytest.fixture(scope="module", params=BASES)
+def base(request):
+    return add_units(BASES[request.param](), 20, request.param)
+
+
+@pytest.fixture(scope="module")
+def encoder(base):
+    return TemplateEncoder(base, SEPARATE)
+
+
+def by_hand(tokenizer, row):
+    """Ids and labels of a row of one exchange, from the tokenizer alone: each line encoded on its own."""
+
+    def line(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    def ids(*tokens):
+        return tokenizer.convert_tokens_to_ids(list(tokens))
+
+    newline = [next(i for t, i in tokenizer.get_vocab().items() if t in ("Ċ", "\n"))]
+    units = [ids(*(f"<|unit{unit}|>" for unit in row[name])) for name in ("user_units", "agent_units")]
+    before = tokenizer("x").input_ids[: tokenizer("x").input_ids.index(line("x")[0])]
+    parts = [
+        (before + line(SEPARATE.instruction.strip()) + 2 * newline + line("### User") + newline, False),
+        (units[0] + ids("<|correspond|>"), False),
+        (line(row["user_text"].lower()) + newline, True),
+        (line("### Agent") + newline, False),
+        (line(row["agent_text"].lower()) + ids("<|correspond|>") + units[1] + newline, True),
+        ([tokenizer.eos_token_id] if tokenizer.eos_token else [], False),
+    ]
+    whole = [i for part, _ in parts for i in part]
+    return whole, [i if labelled else -100 for part, labelled in parts for i in part]
+
+
+def test_ids_and_labels_are_those_of_the_lines_encoded_on_their_own(base, encoder):
+    encoded = encoder(columns(ROW))
+    assert (encoded["input_ids"][0].tolist(), encoded["labels"][0].tolist()) == by_hand(base, ROW)
+
+
+def test_a_newline_does_not_melt_into_the_question_mark_before_it(encoder, base):
+    question = base("you?\n", add_special_tokens=False)
+    ids = encoder(columns(ROW))["input_ids"][0].tolist()
+    assert ids.count(encoder.tokens.newline) == 6
+    if "?Ċ" in base.get_vocab():
+        assert question.tokens()[-1] == "?Ċ" and base.convert_tokens_to_ids("?Ċ") not in ids
+
+
+def test_decoded_text_is_the_template(encoder, base):
+    text = encoder.decode(encoder(columns(ROW))["input_ids"][0])
+    units = "<|unit3|><|unit3|><|unit5|>", "<|unit19|><|unit0|>"
+    lines = [
+        *(SEPARATE.instruction, "### User"),
+        *(f"{units[0]}<|correspond|>where were you?", "### Agent", f"at home.<|correspond|>{units[1]}"),
+    ]
+    expected = "\n".join(lines) + "\n" + (base.eos_token or "")
+    if base.unk_token == "[UNK]":  # WordPiece lower-cases and decodes with spaces of its own
+        text, expected = (each.lower().replace(" ", "") for each in (text, expected))
+    assert text == expected
+
+
+def test_prompts_are_prefixes_and_each_step_ends_in_one_known_id(encoder, base):
+    ids, labels = (encoder(columns(ROW))[name][0].tolist() for name in ("input_ids", "labels"))
+    given = [ROW["user_units"]], [ROW["user_units"], ROW["user_text"]], [*ROW.values()][:3]
+    for step, values in zip(encoder.steps, given, strict=True):
+        prompt = encoder.prompt(*values).tolist()
+        assert ids[: len(prompt)] == prompt
+        stop = ids.index(step.stop_id, len(prompt))
+        assert labels[len(prompt) : stop + 1] == ids[len(prompt) : stop + 1]
+        following = next_prompt(step, torch.tensor([prompt]), torch.tensor(ids[len(prompt) : stop]))[0].tolist()
+        assert ids[: len(following)] == following
+        assert following[stop + 1 :] == (
+            [*base("### Agent", add_special_tokens=False).input_ids, encoder.tokens.newline]
+        ) * (step.name == "transcript")
+
+
+def test_steps_allow_what_training_teaches_and_no_other_kind_of_token(encoder, base):
+    size = len(base) + 7  # embeddings of a model may have more rows than the tokenizer has tokens
+    added = {i for i, token in base.added_tokens_decoder.items() if token.content.strip()}
+    units = set(range(encoder.tokens.unit_0, encoder.tokens.unit_0 + 20))
+    newline, correspond = encoder.tokens.newline, encoder.tokens.correspond
+    melted = {i for token, i in base.get_vocab().items() if "Ċ" in token} - {newline}
+    text = set(range(len(base))) - added - melted - {newline}
+    allowed = [
+        set(torch.isfinite(StepLogitsProcessor(step)(None, torch.zeros(1, size))[0]).nonzero().flatten().tolist())
+        for step in encoder.steps
+    ]
+    assert allowed == [text | {newline}, text | {correspond}, units | {newline}]
+    assert [step.stop_id for step in encoder.steps] == [newline, correspond, newline]
+
+
+def test_parts_are_those_that_the_template_labels(base):
+    row = {name: [value, value] for name, value in ROW.items()}
+    for part in LABELS:
+        encoder = TemplateEncoder(base, Template(tokenization="separate", loss=(part,)))
+        encoded = encoder(columns(row))
+        found = find_parts(encoded["input_ids"][0], encoder.layout)
+        assert (found == list(ROW_PARTS).index(part)).tolist() == (encoded["labels"][0] != -100).tolist()
+
+
+def test_example_for_the_terminal_hides_nothing(encoder, base):
+    encoded = encoder(columns(ROW))
+    row = {"id": "d1_0", "input_ids": encoded["input_ids"][0].tolist(), "labels": encoded["labels"][0].tolist()}
+    shown = format_example(row, base.backend_tokenizer, color=False).splitlines()
+    spaces = "".join(shown).replace(" ", "")
+    for text in (
+        "wherewereyou?⏎",
+        "athome.<|correspond|><|unit19|><|unit0|>⏎",
+        "<|unit3|><|unit3|><|unit5|><|correspond|>",
+    ):
+        assert text in spaces
+    assert [line.split()[0] for line in shown if "you?" in line or "home" in line] == ["loss", "loss"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"user_text": "naïve 日本"}, r"row 0 of the batch: user_text 'naïve 日本' becomes '(<unk>|\[UNK\])', which does not stand"),
+        ({"id": "d1_0", "agent_text": "go <|unit5|>"}, "row d1_0: agent_text .*part of a special token"),
+        ({"agent_text": "<|end|> </s>"}, "agent_text .*part of a special token"),
+        ({"user_units": [20]}, "user_units contains unit 20, but the tokenizer has units 0 to 19"),
+    ],
+)  # fmt: skip
+def test_texts_that_the_tokenizer_cannot_hold_are_refused(encoder, base, change, message):
+    if "naïve" in str(change) and base.unk_token is None:  # a byte-level tokenizer knows every text
+        text = change["user_text"]
+        assert text in encoder.decode(encoder(columns(ROW | change))["input_ids"][0])
+        return
+    with pytest.raises(ValueError, match=message):
+        encoder(columns(ROW | change))
+
+
+def test_encoder_survives_pickling(encoder):
+    copy = pickle.loads(pickle.dumps(encoder))
+    assert copy(columns(ROW))["input_ids"][0].tolist() == encoder(columns(ROW))["input_ids"][0].tolist()
+    assert copy.key == encoder.key and copy.steps == encoder.steps
+
+
+def test_key_depends_on_eos(base):
+    other = add_units(byte_level(), 20, "base")
+    other.eos_token = "<|im_start|>"
+    first = TemplateEncoder(add_units(byte_level(), 20, "base"), SEPARATE)
+    assert first.key != TemplateEncoder(other, SEPARATE).key
+
+
+def test_wrong_form_for_a_tokenizer_is_refused(base):
+    with pytest.raises(ValueError, match=r"is not USTM's tokenizer: .*template.tokenization separate"):
+        TemplateEncoder(base)
+    with pytest.raises(ValueError, match="give a tokenizer of transformers, which knows its EOS"):
+        TemplateEncoder(base.backend_tokenizer, SEPARATE)
+
+
+def test_words_that_the_tokenizer_does_not_know_are_refused(base):
+    template = Template(tokenization="separate", user_role="日本")
+    if base.unk_token is None:
+        assert "### 日本\n" in TemplateEncoder(base, template).decode(TemplateEncoder(base, template).prompt([1]))
+        return
+    with pytest.raises(ValueError, match=r"the template's words .*日本.*: a part becomes .*: choose other words"):
+        TemplateEncoder(base, template)
+
+
+WORDS = st.text(st.characters(categories=["L", "N", "P", "S", "Zs"], exclude_characters="▁"), min_size=1, max_size=12)
+UNITS = st.lists(st.integers(0, 19), max_size=6)
+EXCHANGE = st.tuples(UNITS, WORDS, WORDS, UNITS)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(row=st.lists(EXCHANGE, min_size=1, max_size=3))
+def test_any_text_comes_back_from_the_ids_of_a_byte_level_tokenizer(byte_encoder, row):
+    encoder, eos = byte_encoder
+    batch = {name: [list(values)] for name, values in zip(COLUMNS, zip(*row, strict=True), strict=True)}
+    try:
+        encoded = encoder(batch)
+    except ValueError as error:
+        assert "special token" in str(error) or "white space" in str(error) or "added token" in str(error)
+        return
+    ids, labels = encoded["input_ids"][0].tolist(), encoded["labels"][0].tolist()
+    assert all(label in (-100, i) for i, label in zip(ids, labels, strict=True))
+    blocks = []
+    for user_units, user_text, agent_text, agent_units in row:
+        user, agent = ("".join(f"<|unit{unit}|>" for unit in units) for units in (user_units, agent_units))
+        blocks.append(f"\n### User\n{user}<|correspond|>{user_text.lower()}\n")
+        blocks.append(f"### Agent\n{agent_text.lower()}<|correspond|>{agent}\n")
+    assert encoder.decode(ids) == SEPARATE.instruction + "".join(blocks) + eos
+    history, last = row[:-1], row[-1]
+    for number in (1, 2, 3):
+        prompt = encoder.prompt(*last[:number], history=history).tolist()
+        assert ids[: len(prompt)] == prompt
+
+
+PLAIN_WORDS = st.text("abeotxyzABE .,!?'-", min_size=1, max_size=12).filter(str.strip)
+PLAIN_EXCHANGE = st.tuples(UNITS, PLAIN_WORDS, PLAIN_WORDS, UNITS)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(row=st.lists(PLAIN_EXCHANGE, min_size=1, max_size=3))
+def test_any_known_text_has_the_ids_of_its_line_and_decodes_to_the_template(encoder, base, row):
+    batch = {name: [list(values)] for name, values in zip(COLUMNS, zip(*row, strict=True), strict=True)}
+    encoded = encoder(batch)
+    ids, labels = encoded["input_ids"][0].tolist(), encoded["labels"][0].tolist()
+    expected = []
+    for _, user_text, agent_text, agent_units in row:
+        user, agent = (base(text.lower(), add_special_tokens=False).input_ids for text in (user_text, agent_text))
+        units = base.convert_tokens_to_ids([f"<|unit{unit}|>" for unit in agent_units])
+        newline = encoder.tokens.newline
+        expected += [*user, newline, *agent, encoder.tokens.correspond, *units, newline]
+    assert [label for label in labels if label != -100] == expected
+    assert encoder.decode(ids) == render({name: values[0] for name, values in batch.items()}, encoder)
+    prompt = encoder.prompt(*row[-1][:3], history=row[:-1]).tolist()
+    assert ids[: len(prompt)] == prompt
+
+
+@pytest.fixture(scope="module")
+def byte_encoder():
+    tokenizer = add_units(byte_level(), 20, "base")
+    return TemplateEncoder(tokenizer, SEPARATE), tokenizer.eos_token
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mistral_common") is None, reason="needs the extra demo")
+@pytest.mark.slow
+def test_a_published_tokenizer_of_131072_tokens(tmp_path):
+    """Tekken, Mistral Nemo's byte-level tokenizer, has "?\\n" as one token and 1,188 tokens with a newline."""
+    import mistral_common
+    from transformers.integrations.mistral import convert_tekken_tokenizer
+
+    file = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
+    tokenizer = add_units(convert_tekken_tokenizer(str(file)), 10_000, "tekken")
+    assert tokenizer("you?\n", add_special_tokens=False).tokens()[-1] == "?Ċ"
+    encoder = TemplateEncoder(tokenizer, SEPARATE)
+    ids, labels = by_hand(tokenizer, ROW)
+    encoded = encoder(columns(ROW))
+    assert (encoded["input_ids"][0].tolist(), encoded["labels"][0].tolist()) == (ids, labels)
+    blocked = torch.isinf(StepLogitsProcessor(encoder.steps[0])(None, torch.zeros(1, len(tokenizer)))[0])
+    assert blocked[tokenizer.convert_tokens_to_ids("?Ċ")] and not blocked[encoder.tokens.newline]
