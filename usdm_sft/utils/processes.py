@@ -99,6 +99,17 @@ class ProcessPool:
         yield from receive(self._done, {f"{name}, {key}": each for key, each in self._processes.items()}, len(items))
 
 
+def in_order(results: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    """Yield the results of `ProcessPool.map` in the order of the items; only results that wait for an earlier one are kept."""
+    waiting: dict[int, Any] = {}
+    following = 0
+    for index, result in results:
+        waiting[index] = result
+        while following in waiting:
+            yield following, waiting.pop(following)
+            following += 1
+
+
 def _serve(waiting: Any, done: Any) -> None:
     """Make the calls of a `ProcessPool` until the parent ends this process, or itself ends."""
     threading.Thread(target=_exit_with_parent, daemon=True).start()
