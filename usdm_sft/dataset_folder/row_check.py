@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,17 +10,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from usdm_sft.corpus.features import TRAINER_COLUMNS
 from usdm_sft.template.encoder import IGNORE_INDEX, TemplateEncoder
 from usdm_sft.template.exchanges import has_lists
-from usdm_sft.template.parts import RowLayout
+
+_LINE_END = "\n"
 
 
 def find_doubtful_rows(batch: pa.RecordBatch, encoder: TemplateEncoder, max_length: int) -> set[int]:
     """Find the rows of a batch in which something may be wrong; the others are correct.
 
-    A row is correct if its ids and labels are those of its encoded columns, each label is the id or -100, `TRAINER_COLUMNS`
-    fit, and the ids decode to the template. To decode fast, each run of unit tokens is compared as numbers and shortened to
+    A row is correct if its ids and labels are those of its encoded columns, each label is the id or -100, `attention_mask`
+    and `length` fit, and the ids decode to the template. To decode fast, each run of unit tokens is compared as numbers and shortened to
     its first token, in the ids and in the template alike. `check_tokenizer` has checked the name of every unit token.
 
     Args:
@@ -32,82 +32,148 @@ def find_doubtful_rows(batch: pa.RecordBatch, encoder: TemplateEncoder, max_leng
         The positions of these rows in the batch.
     """
     names = encoder.template.parts
-    columns = {name: _to_lists(batch[name]) for name in ("id", *names, "input_ids", "labels", *TRAINER_COLUMNS)}
+    columns = {name: _to_lists(batch[name]) for name in ("id", *names)}
     try:
-        encoded = encoder({name: columns[name] for name in ("id", *names)})
+        encoded = encoder(columns)
     except ValueError:  # of one row, or of several
         return set(range(len(batch)))
-    doubtful = set()
-    for row, (ids, labels) in enumerate(zip(columns["input_ids"], columns["labels"], strict=True)):
-        if (
-            len(ids) > max_length
-            or columns["length"][row] != len(ids)
-            or not np.array_equal(columns["attention_mask"][row], np.ones(len(ids), np.int8))
-            or not np.array_equal(ids, encoded["input_ids"][row])
-            or not np.array_equal(labels, encoded["labels"][row])
-            or ((labels != ids) & (labels != IGNORE_INDEX)).any()
-            or not _same_units(ids, {name: columns[name][row] for name in names}, encoder.layout)
-        ):
-            doubtful.add(row)
-    rows = [row for row in range(len(batch)) if row not in doubtful]  # the ids of the others may be no tokens
-    decoded = encoder.decode_batch(_shorten_runs(columns["input_ids"][row], encoder.layout) for row in rows)
+    ids, lengths = _flat(batch["input_ids"])
+    doubtful = lengths > max_length
+    for name in ("input_ids", "labels"):
+        doubtful |= _differ(batch[name], np.concatenate(encoded[name]), _sizes(encoded[name]))
+    doubtful |= batch["length"].to_numpy() != lengths
+    doubtful |= _differ(batch["attention_mask"], np.ones(len(ids), np.int8), lengths)
+    labels, label_lengths = _flat(batch["labels"])
+    if np.array_equal(lengths, label_lengths):  # the others are doubtful already
+        doubtful |= _any_in_row((labels != ids) & (labels != IGNORE_INDEX), lengths)
+    is_unit = encoder.layout.is_unit(ids)
+    doubtful |= _have_other_units(ids[is_unit] - encoder.layout.tokens.unit_0, _count_in_row(is_unit, lengths), columns)
+    rows = np.flatnonzero(~doubtful)  # the ids of the others may be no tokens
+    shortened = _shorten_runs(ids, is_unit, lengths)
+    decoded = encoder.decode_batch([shortened[row] for row in rows])
+    words = _Words(encoder)
     for row, text in zip(rows, decoded, strict=True):
-        if text != render({name: columns[name][row] for name in names}, encoder, max_units=1):
-            doubtful.add(row)
-    return doubtful
+        doubtful[row] = text != words.render({name: columns[name][row] for name in names}, max_units=1)
+    return set(np.flatnonzero(doubtful).tolist())
 
 
-def render(row: Mapping[str, Any], encoder: TemplateEncoder, *, max_units: int | None = None) -> str:
+def render(row: Mapping[str, Any], encoder: TemplateEncoder) -> str:
     """The text of the template for one row, written independently of the encoder's ids.
 
     Args:
         row: The columns of the template's parts.
         encoder: Has the words of the template, and says how a text comes back from its ids.
-        max_units: Leave out the units after the first ones of each turn; by default none.
     """
-    template = encoder.template
-    values = {part: row[part] for part in template.parts}
-    if not has_lists(values):
-        values = {part: [value] for part, value in values.items()}
-    blocks = []
-    for exchange in zip(*values.values(), strict=True):
-        parts = {
-            part: encoder.spell(value.lower()) if isinstance(value, str) else _unit_tokens(value[:max_units])
-            for part, value in zip(template.parts, exchange, strict=True)
-        }
-        turns = [
-            (heading, "<|correspond|>".join(parts[name] for name in names if name in parts))
+    return _Words(encoder).render(row)
+
+
+class _Words:
+    """The fixed words of a template as they come back from their ids."""
+
+    def __init__(self, encoder: TemplateEncoder):
+        template = encoder.template
+        self._encoder = encoder
+        self._instruction = "\n".join(encoder.spell(line) for line in template.instruction.split("\n"))
+        self._turns = [
+            (f"{encoder.spell(heading.strip(_LINE_END))}\n", parts)
             for heading, names in (
-                (template.user_heading.strip("\n"), ("user_units", "user_text")),
-                (template.agent_heading.strip("\n"), ("agent_text", "agent_units")),
+                (template.user_heading, ("user_units", "user_text")),
+                (template.agent_heading, ("agent_text", "agent_units")),
             )
-            if any(name in parts for name in names)
+            if (parts := [name for name in names if name in template.parts])
         ]
-        blocks.append("\n" + "".join(f"{encoder.spell(heading)}\n{turn}\n" for heading, turn in turns))
-    instruction = "\n".join(encoder.spell(line) for line in template.instruction.split("\n"))
-    return f"{instruction}{''.join(blocks)}{encoder.end}"
+
+    def render(self, row: Mapping[str, Any], *, max_units: int | None = None) -> str:
+        """The text of one row; `max_units` leaves out the units after the first ones of each turn."""
+        parts = self._encoder.template.parts
+        values = {part: row[part] for part in parts}
+        if not has_lists(values):
+            values = {part: [value] for part, value in values.items()}
+        blocks = []
+        for exchange in zip(*values.values(), strict=True):
+            texts = {
+                part: self._encoder.spell(value.lower()) if isinstance(value, str) else _unit_tokens(value[:max_units])
+                for part, value in zip(parts, exchange, strict=True)
+            }
+            turns = (
+                f"{heading}{'<|correspond|>'.join([texts[name] for name in names])}\n" for heading, names in self._turns
+            )
+            blocks.append("\n" + "".join(turns))
+        return f"{self._instruction}{''.join(blocks)}{self._encoder.end}"
 
 
 def _unit_tokens(units: Iterable[int]) -> str:
-    return "".join(f"<|unit{unit}|>" for unit in units)
+    return "".join([f"<|unit{unit}|>" for unit in units])
 
 
-def _shorten_runs(ids: npt.NDArray[np.int32], layout: RowLayout) -> list[int]:
-    """The ids without the unit tokens that follow another unit token."""
-    units = layout.is_unit(ids)
-    follows = np.zeros_like(units)
-    follows[1:] = units[1:] & units[:-1]
-    shortened: list[int] = ids[~follows].tolist()
-    return shortened
+def _shorten_runs(
+    ids: npt.NDArray[np.int32], is_unit: npt.NDArray[np.bool_], lengths: npt.NDArray[np.int64]
+) -> list[list[int]]:
+    """The ids of each row without the unit tokens that follow another unit token."""
+    kept = np.append(True, ~(is_unit[1:] & is_unit[:-1]))[: len(ids)]
+    starts = np.cumsum(lengths) - lengths
+    kept[starts[starts < len(ids)]] = True
+    flat: list[int] = ids[kept].tolist()
+    ends = np.cumsum(_count_in_row(kept, lengths)).tolist()
+    return [flat[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _same_units(ids: npt.NDArray[np.int32], columns: Mapping[str, Any], layout: RowLayout) -> bool:
-    """True if the unit tokens are the units of the user's and the agent's turns, in order."""
-    spoken = [columns[name] for name in columns if name.endswith("_units")]
-    if spoken and has_lists(columns):
-        spoken = [units for exchange in zip(*spoken, strict=True) for units in exchange]
-    found = ids[layout.is_unit(ids)] - layout.tokens.unit_0
-    return np.array_equal(found, np.concatenate([np.zeros(0, np.int64), *spoken]))
+def _have_other_units(
+    found: npt.NDArray[np.int32], counts: npt.NDArray[np.int64], columns: Mapping[str, Sequence[Any]]
+) -> npt.NDArray[np.bool_]:
+    """True for each row whose unit tokens are not the units of the user's and the agent's turns, in order.
+
+    Args:
+        found: The units of all rows, one after the other.
+        counts: (num_rows,) number of units of each row.
+        columns: The columns of the batch.
+    """
+    names = [name for name in columns if name.endswith("_units")]
+    rows = zip(*(columns[name] for name in names), strict=True) if names else [()] * len(counts)
+    if names and len(counts) and has_lists({name: column[0] for name, column in columns.items() if name != "id"}):
+        turns = [[units for exchange in zip(*row, strict=True) for units in exchange] for row in rows]
+    else:
+        turns = [list(row) for row in rows]
+    flat = [units for row in turns for units in row]
+    expected = np.concatenate([np.zeros(0, np.int32), *flat])
+    sizes = np.array([sum(map(len, row)) for row in turns], np.int64)
+    return _compare(found, counts, expected, sizes)
+
+
+def _differ(column: pa.Array, expected: npt.NDArray[Any], sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """True for each row of a column of lists that differs from the expected values, whose rows have these sizes."""
+    return _compare(*_flat(column), expected, sizes)
+
+
+def _compare(
+    found: npt.NDArray[Any], lengths: npt.NDArray[np.int64], expected: npt.NDArray[Any], sizes: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    if np.array_equal(lengths, sizes):
+        return _any_in_row(found != expected, lengths)
+    ends, expected_ends = np.cumsum(lengths), np.cumsum(sizes)
+    rows = zip(np.split(found, ends[:-1]), np.split(expected, expected_ends[:-1]), strict=True)
+    return np.array([not np.array_equal(*row) for row in rows])
+
+
+def _any_in_row(marks: npt.NDArray[np.bool_], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    if not marks.any():
+        return np.zeros(len(lengths), np.bool_)
+    return _count_in_row(marks, lengths) > 0
+
+
+def _count_in_row(marks: npt.NDArray[np.bool_], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    sums = np.append(0, np.cumsum(marks))
+    ends = np.cumsum(lengths)
+    return sums[ends] - sums[ends - lengths]
+
+
+def _sizes(lists: Sequence[Any]) -> npt.NDArray[np.int64]:
+    return np.array([len(each) for each in lists], np.int64)
+
+
+def _flat(column: pa.Array) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """The values of a column of lists, one list after the other, and the length of each list."""
+    return pc.list_flatten(column).to_numpy(), pc.list_value_length(column).to_numpy().astype(np.int64)
 
 
 def _to_lists(column: pa.Array) -> list[Any]:
