@@ -7,7 +7,6 @@ version of datasets. datasets 3 also takes the path of this file, and `DailyTalk
 import dataclasses
 import hashlib
 import importlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,6 @@ import datasets.packaged_modules
 
 from usdm_sft import __version__ as __version__
 from usdm_sft.corpus import bad_audio, examples, features, find, hub, published_lists, read
-from usdm_sft.corpus.dialogs import Dialog
 from usdm_sft.corpus.manifest import is_manifest
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.utils import texts
@@ -34,6 +32,8 @@ if TYPE_CHECKING:
     from usdm_sft.prepare import prepare as prepare
     from usdm_sft.template.config import Template as Template
     from usdm_sft.template.encoder import TemplateEncoder as TemplateEncoder
+    from usdm_sft.template.repetition import collapse_units as collapse_units
+    from usdm_sft.template.repetition import expand_units as expand_units
     from usdm_sft.template.tokenizer import build_tokenizer as build_tokenizer
     from usdm_sft.template.tokenizer import load_tokenizer as load_tokenizer
     from usdm_sft.training.collate import PaddingCollator as PaddingCollator
@@ -43,31 +43,14 @@ if TYPE_CHECKING:
     from usdm_sft.training.generation import next_prompt as next_prompt
     from usdm_sft.training.shifted import ShiftedLabels as ShiftedLabels
     from usdm_sft.units.tokenizer import UnitTokenizer as UnitTokenizer
+    from usdm_sft.utils.pool import Pool
 
 __all__ = [
-    "STEPS",
-    "DailyTalkUSDM",
-    "DailyTalkUSDMConfig",
-    "PaddingCollator",
-    "PaddingFreeCollator",
-    "PrepareConfig",
-    "ShiftedLabels",
-    "StepLogitsProcessor",
-    "Submitted",
-    "Template",
-    "TemplateEncoder",
-    "UnitTokenizer",
-    "__version__",
-    "build_tokenizer",
-    "convert",
-    "export",
-    "load_dataset",
-    "load_tokenizer",
-    "next_prompt",
-    "prepare",
-    "push",
-    "verify",
-]
+    "STEPS", "DailyTalkUSDM", "DailyTalkUSDMConfig", "PaddingCollator", "PaddingFreeCollator", "PrepareConfig",
+    "ShiftedLabels", "StepLogitsProcessor", "Submitted", "Template", "TemplateEncoder", "UnitTokenizer",
+    "__version__", "build_tokenizer", "collapse_units", "convert", "expand_units", "export", "load_dataset",
+    "load_tokenizer", "next_prompt", "prepare", "push", "verify",
+]  # fmt: skip
 
 _VERSION = datasets.Version("1.0.0")
 # Public name -> module, imported at the first use: torch is slow. The same names as under TYPE_CHECKING above.
@@ -81,6 +64,8 @@ _LAZY = {
     "prepare": "usdm_sft.prepare",
     "Template": "usdm_sft.template.config",
     "TemplateEncoder": "usdm_sft.template.encoder",
+    "collapse_units": "usdm_sft.template.repetition",
+    "expand_units": "usdm_sft.template.repetition",
     "build_tokenizer": "usdm_sft.template.tokenizer",
     "load_tokenizer": "usdm_sft.template.tokenizer",
     "PaddingCollator": "usdm_sft.training.collate",
@@ -139,6 +124,7 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
         base_path: As in `datasets.DatasetBuilder`.
         digest_cache_dir: Where digests of audio files are remembered; this package's cache by default.
         on_bad_audio: "error" stops and names every bad file; "skip" leaves out its pairs (`corpus[split].pairs_left_out`).
+        pool: Shares out recordings that are read for the first time; by default threads of this process read them.
         args: Positional arguments of `datasets.DatasetBuilder`.
         kwargs: Fields of `DailyTalkUSDMConfig`, and keyword arguments of `datasets.DatasetBuilder`.
 
@@ -146,7 +132,7 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
         corpus, whole_corpus: The `usdm_sft.corpus.dialogs.Split` of each split, after and before bad audio was left out.
         split_lists: The path of each split's list.
         list_digests: The sha256 of each split's list.
-        audio_digests: The `usdm_sft.audio.digests.AudioDigest` of each recording that a pair uses.
+        audio_digests: The `usdm_sft.audio.digest_table.AudioDigest` of each recording that a pair uses.
         is_dailytalk: True if the lists are DailyTalk's split lists, False for manifests.
 
     Raises:
@@ -171,6 +157,7 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
         base_path: str | None = None,
         digest_cache_dir: str | Path | None = None,
         on_bad_audio: str = "error",
+        pool: "Pool | None" = None,
         **kwargs: Any,
     ) -> None:
         examples.check_config(kwargs.get("config_name") or self.DEFAULT_CONFIG_NAME, kwargs.get("history") or 0)
@@ -191,18 +178,14 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
                 raise CorpusError([f"{self.split_lists[split.name]}: not one pair: {reasons}: name another split list"])
         self.list_digests = {split: sha256_file(path) for split, path in self.split_lists.items()}
         published_lists.check_not_swapped(self.split_lists, self.list_digests)
-        self.corpus, self.audio_digests = bad_audio.screen_audio(self.corpus, on_bad_audio, digest_cache_dir)
-        kwargs |= {"hash": _code_digest(), "on_bad_audio": on_bad_audio, "corpus_digest": self._corpus_digest()}
+        self.corpus, self.audio_digests = bad_audio.screen_audio(self.corpus, on_bad_audio, digest_cache_dir, pool)
+        digest = bad_audio.corpus_digest(self.list_digests, self.audio_digests, self.corpus)
+        kwargs |= {"hash": _code_digest(), "on_bad_audio": on_bad_audio, "corpus_digest": digest}
         folder = next(iter(self.split_lists.values())).parent if data_dir is None else Path(data_dir).expanduser()
         if self.is_dailytalk and folder.is_dir():
             folder = find.find_data_folder(folder)  # one cache for both spellings of data_dir
         super().__init__(*args, data_dir=str(folder.resolve()), base_path=base_path, **kwargs)
         self.info.features = self._info().features  # an existing cache restores plain Audio, which needs torchcodec
-
-    def _corpus_digest(self) -> str:
-        audio = [digest.sha256 for digest in self.audio_digests.values()]
-        left_out = [dict(split.pairs_left_out) for split in self.corpus.values() if split.pairs_left_out]
-        return hashlib.sha256(json.dumps([self.list_digests, audio, *left_out]).encode()).hexdigest()
 
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(
@@ -219,14 +202,16 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
         # datasets divides the lists in gen_kwargs over processes and streaming workers.
         return [
-            datasets.SplitGenerator(name=split.name, gen_kwargs={"dialogs": list(split.dialogs)})
-            for split in self.corpus.values()
+            datasets.SplitGenerator(
+                name=split, gen_kwargs={"split": split, "dialogs": list(range(len(content.dialogs)))}
+            )
+            for split, content in self.corpus.items()
         ]
 
-    def _generate_examples(self, dialogs: list[Dialog]) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _generate_examples(self, split: str, dialogs: list[int]) -> Iterator[tuple[str, dict[str, Any]]]:
         name, history = self.config.name, self.config.history
         lists = examples.has_lists(name, history)
-        for dialog in dialogs:
+        for dialog in map(self.corpus[split].dialogs.__getitem__, dialogs):
             for example in examples.make_examples(dialog, name, history):
                 row: dict[str, Any] = {"id": example.id, "dialog_id": dialog.id, "turn": example.turn}
                 for role, utterances in zip(features.ROLES, zip(*example.exchanges, strict=True), strict=True):

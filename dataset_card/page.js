@@ -239,6 +239,7 @@ function showTurn(turn, number) {
     make("header", {},
       make("h3", {}, turn.role === "user" ? "User" : "Agent"),
       make("span", { dir: "auto" }, `speaker ${turn.speaker}`),
+      ...turn.left_out.map((name) => make("span", { className: "chip" }, `${name} not in input_ids`)),
       ...(turn.emotion ? [make("span", { className: "chip", dir: "auto" }, turn.emotion)] : []),
       make("span", {}, `${turn.seconds.toFixed(2)} s · ${count(turn.units.length, "unit")} · ${percent(repeated)} repeated`)),
     make("p", { className: "words", dir: "auto" }, turn.text),

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
@@ -19,8 +20,19 @@ from usdm_sft.template.config import Template
 
 HEAVY = ("torch", "transformers", "datasets", "soundfile", "matplotlib", "pyarrow")
 COMMANDS = (
-    "demo", "doctor", "prepare", "convert", "units", "tokenizer", "export", "show", "stats", "verify", "push", "cache",
-)  # fmt: skip
+    "demo",
+    "doctor",
+    "prepare",
+    "convert",
+    "units",
+    "tokenizer",
+    "export",
+    "show",
+    "stats",
+    "verify",
+    "push",
+    "cache",
+)
 
 
 SHTAB = importlib.util.find_spec("shtab") is not None  # extra completion
@@ -170,6 +182,28 @@ def test_template_may_be_a_yaml_file(tmp_path, monkeypatch):
     assert given[0].template == Template(user_role="Caller")
 
 
+def test_template_may_be_a_preset_and_its_loss_follows_the_parts(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr("usdm_sft.prepare.prepare", lambda config: given.append(config) or {"splits": {}})
+    (tmp_path / "run.yaml").write_text("data_dir: d\ntemplate: tts\n")
+    monkeypatch.chdir(tmp_path)
+    required = ["prepare", "--data_dir", "d", "--output_path", "o"]
+    recognition = Template("Below is the user's speech and its transcript.\n", parts=("user_units", "user_text"))
+    main([*required, "--template", "asr"])
+    assert given[-1].template == recognition and recognition.loss == ("user_text",)
+    main([*required, "--config", "single_turn", "--template", "asr"])
+    assert given[-1].template == recognition
+    main([*required, "--template", "asr", "--template.user_role", "Caller", "--template.tokenization", "separate"])
+    assert given[-1].template == dataclasses.replace(recognition, user_role="Caller", tokenization="separate")
+    main(["prepare", "--config", "run.yaml", "--output_path", "o"])
+    assert given[-1].template.parts == ("agent_text", "agent_units") and given[-1].template.loss == ("agent_units",)
+    main([*required, "--template.parts", "[user_text, agent_text]"])
+    assert given[-1].template == Template(parts=("user_text", "agent_text"), loss=("agent_text",))
+    (tmp_path / "asr").write_text("user_role: Robot\n")  # a file goes before a preset of its name
+    main([*required, "--template", "asr"])
+    assert given[-1].template == Template(user_role="Robot")
+
+
 def test_null_in_a_yaml_file_means_the_default(tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr("usdm_sft.prepare.prepare", lambda config: given.append(config) or {"splits": {}})
@@ -252,7 +286,15 @@ def test_bad_input_gives_one_line_on_stderr(tmp_path):
         (["prepare", "--batch_seconds", "many"], "batch_seconds is 'many': give a number"),
         (["prepare", "--executor", "k8s"], "executor is 'k8s': give one of local, slurm, ray"),
         (["prepare", "--slurm", "gpu"], "slurm is 'gpu': give names and values, such as {partition: NAME, time: "),
-        (["prepare", "--template", "Robot"], "template is 'Robot': give names and values, such as {user_role: Caller}"),
+        (
+            ["prepare", "--template", "Robot"],
+            "template is 'Robot': give names and values, such as {user_role: Caller}, a YAML file such as ./template.yaml, "
+            "or one of asr, s2t, t2t, tts",
+        ),
+        (
+            ["prepare", "--template.parts", "user_text"],
+            "template.parts is 'user_text': give a list of two or more of user_units, user_text, ",
+        ),
         (
             ["prepare", "--template.loss", "user_text"],
             "template.loss is 'user_text': give a list of one or more of user_text, agent_text, agent_units, ",

@@ -10,9 +10,12 @@ tokenizer or length limit needs no forward pass.
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.dataset_folder.layout import check_output, clear_unfinished, is_up_to_date, read_counts
@@ -26,9 +29,15 @@ from usdm_sft.stages.record import mark_in_use
 from usdm_sft.stages.run import Run, describe_run, open_run
 from usdm_sft.units.agreement import measure_agreement, pick_sample
 from usdm_sft.units.batches import padding_share
-from usdm_sft.utils.cache import path_lock
+from usdm_sft.utils.cache import cache_key, cache_root, path_lock
+from usdm_sft.utils.pool import Pool, Submitted
 from usdm_sft.utils.processes import ProcessPool, num_cores
 from usdm_sft.utils.progress import Stages, quiet
+
+if TYPE_CHECKING:
+    from usdm_sft.executors.engine import Engine
+
+__all__ = ["Submitted", "prepare"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +47,8 @@ STAGES = ("tokenizer", "corpus", "unit model", "rows", "units", "tokens", "folde
 # A process takes a second to start, in which this one encodes and writes about as many rows.
 ROWS_PER_PROCESS = 5_000
 
-
-class Submitted(Exception):
-    """Slurm makes the units; prepare continues when it is called again after the job."""
+# What the processes need for token shards and Parquet files; they import it while this process reads the corpus.
+_MODULES = ("usdm_sft.shards.tokens", "usdm_sft.dataset_folder.parquet", "usdm_sft.template.encoder")
 
 
 def prepare(config: PrepareConfig | None = None, /, **fields: Any) -> dict[str, Any]:
@@ -56,7 +64,7 @@ def prepare(config: PrepareConfig | None = None, /, **fields: Any) -> dict[str, 
         The counts, as in counts.json.
 
     Raises:
-        Submitted: Slurm makes the units. This is not an error: call prepare again when the job has ended.
+        Submitted: Slurm makes a stage, and its jobs go on until the folder is finished. This is not an error.
         FileNotFoundError: Data, a split list, an audio file or a model is missing.
         FileExistsError: The output folder holds something else, and `overwrite` is false.
         TypeError: Both `config` and fields are given, or a field is unknown.
@@ -73,48 +81,76 @@ def prepare(config: PrepareConfig | None = None, /, **fields: Any) -> dict[str, 
     return counts
 
 
+@contextmanager
+def _open_pool(config: PrepareConfig) -> Iterator[tuple[Engine | None, Pool]]:
+    """Yield the engine, if there is an executor, and the tasks or processes that share out the work of all stages but the units."""
+    num_proc = config.num_proc or num_cores()
+    if config.executor is None:
+        with ProcessPool(num_proc, _MODULES) as processes:
+            yield None, processes
+        return
+    from usdm_sft.executors.engine import Engine  # datatrove is an optional dependency
+    from usdm_sft.executors.pool import TaskPool
+
+    go_on = partial(_go_on, config=config, directory=os.getcwd())
+    cache = cache_root(config.cache_dir)
+    with Engine(config.executor, config.tasks, cache, num_proc=num_proc, slurm=config.slurm, go_on=go_on) as engine:
+        yield engine, TaskPool(engine)
+
+
+def _go_on(data: Any, rank: int, world_size: int, *, config: PrepareConfig, directory: str) -> None:
+    """Call prepare again, in a job that Slurm starts when the tasks of a stage have ended.
+
+    datatrove calls this as the only step of its pipeline.
+    """
+    os.chdir(directory)
+    with suppress(Submitted):  # the next stage
+        prepare(config)
+
+
 def _make(config: PrepareConfig, stages: Stages, held: ExitStack) -> tuple[dict[str, Any], bool]:
-    """Run the stages. `held` keeps what the run uses of the cache from being removed.
+    """Run the stages. `held` ends the processes, and keeps what the run uses of the cache from being removed.
 
     Returns:
         The counts, and whether this run made the folder; otherwise it was finished already.
     """
-    run = open_run(config, stages)
+    engine, pool = held.enter_context(_open_pool(config))
+    run = open_run(config, stages, pool=pool)
     counts = describe_run(run)
     if (finished := _find_finished(run, counts["key"])) is not None:
         return finished, False
     held.enter_context(mark_in_use(run))
     stages.start("rows")
+    pool.start(sum(shard.stop - shard.start for shard in run.plan) // ROWS_PER_PROCESS)
     rows, settings = load_rows(run.builder), run.unit_tokenizer.settings
     stages.start("units")
-    agreement, units = _tokenize_audio(run)
-    num_proc = min(config.num_proc or num_cores(), sum(map(len, rows.values())) // ROWS_PER_PROCESS)
-    with ProcessPool(num_proc) as pool:
-        stages.start("tokens")
-        tokens = make_tokens(rows, run.plan, run.encoder, units, run.cache, pool)
-        stages.start("folder")
-        splits, split_counts = fit_splits(run, rows, units, tokens)
-        counts |= {
-            "padding_share": round(
-                padding_share((shard.lengths for shard in run.plan), settings["batch_seconds"], settings["device"]), 4
-            ),
-            "agreement": agreement,
-            "splits": split_counts,
-        }
-        if (finished := _find_finished(run, counts["key"])) is not None:  # another run was faster
-            return finished, False
-        utterances = {split: iter_utterances(run.builder, split, run.plan, units) for split in splits}
-        with path_lock(run.output, run.cache), quiet():
-            counts = write_folder(
-                run.output,
-                config.config_name,
-                splits,
-                run.tokenizer,
-                counts,
-                pool,
-                num_output_shards=config.num_output_shards,
-                utterances=utterances if config.keep_audio else None,
-            )
+    agreement, units = _tokenize_audio(run, engine)
+    stages.start("tokens")
+    tokens = make_tokens(rows, run.plan, run.encoder, units, run.cache, pool)
+    stages.start("folder")
+    splits, split_counts = fit_splits(run, rows, units, tokens)
+    counts |= {
+        "padding_share": round(
+            padding_share((shard.lengths for shard in run.plan), settings["batch_seconds"], settings["device"]), 4
+        ),
+        "agreement": agreement,
+        "splits": split_counts,
+    }
+    if (finished := _find_finished(run, counts["key"])) is not None:  # another run was faster
+        return finished, False
+    utterances = {split: iter_utterances(run.builder, split, run.plan, units) for split in splits}
+    with path_lock(run.output, run.cache), quiet():
+        counts = write_folder(
+            run.output,
+            config.config_name,
+            splits,
+            run.tokenizer,
+            counts,
+            pool,
+            key=cache_key(counts["key"], sorted(path.name for path in tokens.values())),
+            num_output_shards=config.num_output_shards,
+            utterances=utterances if config.keep_audio else None,
+        )
     return counts, True
 
 
@@ -129,28 +165,23 @@ def _find_finished(run: Run, key: str) -> dict[str, Any] | None:
         return None
 
 
-def _tokenize_audio(run: Run) -> tuple[dict[str, Any] | None, dict[str, Path]]:
+def _tokenize_audio(run: Run, engine: Engine | None) -> tuple[dict[str, Any] | None, dict[str, Path]]:
     """Make the unit shards that the cache lacks.
 
     Returns:
         The agreement with fp32 and soxr, or None where these are in use, and the file of each unit shard by its key.
     """
     config = run.config
-    if config.executor is not None:
-        from usdm_sft.executors import run as executors  # datatrove is an optional dependency
+    if engine is not None:
+        from usdm_sft.executors.run import run_tasks
 
-        submitted = executors.run_tasks(
-            config.executor,
+        run_tasks(
+            engine,
             run.plan,
             run.unit_tokenizer,
             run.devices if run.devices[0] != "cpu" else ["cpu"] * config.tasks,
-            run.cache,
-            tasks=config.tasks,
             sample=pick_sample(run.builder.audio_digests, config.agreement_utterances),
-            slurm=config.slurm,
         )
-        if submitted:
-            raise Submitted(f"{submitted}: run the same command again when it has ended")
     agreement = measure_agreement(run.unit_tokenizer, run.builder.audio_digests, run.cache, config.agreement_utterances)
     if agreement is not None:
         logger.warning(

@@ -10,6 +10,7 @@ import soundfile
 from usdm_sft.audio import digests
 from usdm_sft.audio.check import AudioCheck
 from usdm_sft.audio.digests import audio_digests, file_digest, read_file, read_unchanged
+from usdm_sft.audio.memo import TABLE
 from usdm_sft.audio.reading import AudioError
 
 
@@ -82,7 +83,7 @@ def test_bad_audio_is_not_remembered(tmp_path, settled, monkeypatch):
         patch.setattr(digests, "check_audio", lambda path: AudioCheck(problem="cannot be read"))
         assert audio_digests([path], tmp_path / "cache")[path].problem == "cannot be read"
     with closing(sqlite3.connect(tmp_path / "cache" / "digests.sqlite")) as memo:
-        assert memo.execute(f"SELECT COUNT(*) FROM {digests._TABLE}").fetchone() == (0,)
+        assert memo.execute(f"SELECT COUNT(*) FROM {TABLE}").fetchone() == (0,)
     assert audio_digests([path], tmp_path / "cache")[path].problem is None
 
 

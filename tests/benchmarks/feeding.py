@@ -2,15 +2,17 @@
 
     python -m tests.benchmarks.feeding [--speeds 700 2000 4200] [--shards 12] [--shard_utterances 600] [--rounds 3]
 
-The goal is at most 5 % idle as long as this process could have the cores that it needs; on a busy machine it cannot.
+The goal is at most 5 % idle as long as the readers could have the cores that they need; on a busy machine they cannot.
 
 The device has a queue, as a CUDA stream has: a forward pass returns at once, its result comes when the device would have computed it
-and all passes before it. In between, this process sleeps and lets the reader threads work. All other work is that of `prepare`:
-digests, decoding, resampling, normalization, padding, and the unit shards that are written. The first work shard, before which
-nothing can be read ahead, is not counted. The files are 16-bit WAV at 22.05 kHz with DailyTalk's distribution of lengths.
+and all passes before it. In between, this process sleeps and lets the readers work. All other work is that of `prepare`:
+digests, decoding, resampling, normalization, padding, and the unit shards that are written. The first work shard, in which the readers
+start and before which nothing can be read ahead, is not counted. The files are 16-bit WAV at 22.05 kHz with DailyTalk's distribution of lengths.
 """
 
 import argparse
+import hashlib
+import multiprocessing
 import os
 import resource
 import tempfile
@@ -74,11 +76,14 @@ def write_shards(folder: Path, num_shards: int, shard_utterances: int) -> list[U
         soundfile.write(path, noise[start : start + int(length * 22_050)], 22_050)
     digests = audio_digests(paths, folder / "digests")
     parts = [paths[start : start + shard_utterances] for start in range(0, len(paths), shard_utterances)]
-    return [UnitShard(f"{i:064x}", part, {p: digests[p].sha256 for p in part}) for i, part in enumerate(parts)]
+    keys = [
+        hashlib.sha256(part[0].encode()).hexdigest() for part in parts
+    ]  # by their beginnings, shards share lock files
+    return [UnitShard(key, part, {p: digests[p].sha256 for p in part}) for key, part in zip(keys, parts, strict=True)]
 
 
 def feed(shards: list[UnitShard], speed: float, cache: Path) -> tuple[float, float, float, float]:
-    """Return the idle share, the CPU seconds of this process per file and per second, and the cores that it could have."""
+    """Return the idle share, the CPU seconds per file and per second, readers included, and the cores that there were for them."""
     settings = {"device": "cuda", "precision": "fp32", "resampler": "soxr", "batch_seconds": 160.0}
     tokenizer = UnitTokenizer(Path(), "benchmark", settings, "cuda")
     tokenizer.normalization = "fairseq"  # this model has no folder that names it
@@ -97,8 +102,12 @@ def feed(shards: list[UnitShard], speed: float, cache: Path) -> tuple[float, flo
 
 
 def _cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
+    """CPU seconds of this process and of its children, those that have ended and those that run."""
+    ended = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in ended) + sum(
+        sum(map(int, Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+        for child in multiprocessing.active_children()
+    ) / os.sysconf("SC_CLK_TCK")
 
 
 def _unused_seconds() -> float:
@@ -124,9 +133,7 @@ def main() -> None:
             cells = [f"{idle:.1%}", f"{per_file * 1000:.2f} ms", f"{needed:.2f}", f"{cores:.2f}", f"{available:.2f}"]
             rows.append([f"{speed:,.0f}", *cells])
     print(f"{machine()}\n{args.shards} work shards of {args.shard_utterances} files; median of {args.rounds} rounds\n")
-    table(
-        ["audio s / s of the device", "idle", "CPU per file", "cores needed", "cores used", "cores it could have"], rows
-    )
+    table(["audio s / s of the device", "idle", "CPU per file", "cores needed", "cores used", "cores at hand"], rows)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,31 +14,38 @@ import torch
 import usdm_sft.executors
 from dailytalk_usdm import DailyTalkUSDM
 from tests.helpers import REPOSITORY, command, content, inodes, options, wait_for, wait_for_end_of_group
+from usdm_sft.audio import digests, first_pass
 from usdm_sft.cli.main import main
-from usdm_sft.executors import launchers, tasks
-from usdm_sft.prepare import Submitted, prepare
+from usdm_sft.dataset_folder import parquet
+from usdm_sft.executors import launchers
+from usdm_sft.executors import tasks as unit_tasks
+from usdm_sft.prepare import prepare
+from usdm_sft.shards import tokens
 from usdm_sft.units.model import UnitModel
 from usdm_sft.units.tokenizer import UnitTokenizer
 
-# Runs in every process that this one starts: if the file `armed` exists, the first to finish a shard removes it and dies.
+# Runs in every process that this one starts: if the file `armed` exists, the first process that finishes a file whose path
+# contains its text removes it and dies.
 KILLER = """
 import os, signal
 real = os.replace
 def replace(source, target):
     real(source, target)
-    if str(target).endswith(".arrow"):
-        try:
-            os.unlink({armed!r})
-        except FileNotFoundError:
-            return
-        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        with open({armed!r}) as file:
+            if file.read() not in str(target):
+                return
+        os.unlink({armed!r})
+    except FileNotFoundError:
+        return
+    os.kill(os.getpid(), signal.SIGKILL)
 os.replace = replace
 """
 
 
 @pytest.fixture(scope="module")
 def armed(tmp_path_factory):
-    """The path of a file; once it exists, the process that finishes the next shard dies."""
+    """The path of a file; the process that finishes the next file with the text of this one in its path dies."""
     folder = tmp_path_factory.mktemp("killer")
     (folder / "sitecustomize.py").write_text(KILLER.format(armed=str(folder / "armed")))
     with pytest.MonkeyPatch.context() as patch:
@@ -47,8 +55,13 @@ def armed(tmp_path_factory):
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-    """Let this process make no units."""
+    """Let this process read few recordings, and make no units, token shards and Parquet files."""
     monkeypatch.setattr(UnitModel, "forward", None)
+    monkeypatch.setattr(tokens, "map_shard", None)
+    monkeypatch.setattr(parquet, "_with_trainer_columns", None)
+    monkeypatch.setattr(first_pass, "FEW", 1)
+    monkeypatch.setattr(first_pass, "BATCH", 8)
+    monkeypatch.setattr(digests, "check_audio", None)
 
 
 def times(folder, pattern):
@@ -56,27 +69,34 @@ def times(folder, pattern):
     return {path: path.stat().st_mtime_ns for path in folder.glob(pattern)}
 
 
-def check_killed_task_is_resumed(mini, unit_model, folder, armed, undisturbed, executor):
-    arguments = options(mini, unit_model, folder, executor=executor, tasks=2, num_gpus=0)
-    armed.touch()
-    with pytest.raises(RuntimeError, match=r"1 of 2 tasks failed \([01]\): see .*/logs; start the run again"):
-        prepare(**arguments)
-    finished = inodes(folder, "cache/units/*.arrow")
-    assert len(finished) == 4  # one by the task that died, three by the other
-    (mark,) = folder.glob("cache/executor/*/completions/*")
-    log = times(folder, f"cache/executor/*/logs/task_{mark.name}.log")
-    assert len(log) == 1
+def check_killed_tasks_are_resumed(mini, unit_model, folder, armed, undisturbed, executor):
+    """Kill a task of each stage once."""
+    arguments = options(mini, unit_model, folder, executor=executor, tasks=3, num_gpus=0)
+    for path in ("/results/", "cache/units/", "cache/tokens/", "out/.unfinished/single_turn/"):
+        armed.write_text(path)
+        with pytest.raises(
+            RuntimeError, match=r"1 of 3 tasks failed \([012]\): see .*/logs; start the run again"
+        ) as error:
+            prepare(**arguments)
+        stage = Path(re.search("see (.*)/logs", str(error.value))[1])
+        assert len(list(stage.glob("completions/*"))) == 2
+    finished = inodes(folder, "cache/*/*.arrow")
+    parts = set(inodes(folder, "out/.unfinished/single_turn/*.parquet").values())
+    logs = times(stage, "logs/*")
     prepare(**arguments)
     assert content(folder / "out") == undisturbed
-    assert inodes(folder, "cache/units/*.arrow").items() > finished.items()
-    assert times(folder, f"cache/executor/*/logs/task_{mark.name}.log") == log  # the finished task was skipped
-    assert sorted(path.name for path in mark.parent.iterdir()) == ["00000", "00001"]
-    assert not list(folder.rglob("*.unfinished"))
+    assert inodes(folder, "cache/*/*.arrow") == finished
+    assert len(finished) == 12
+    assert len(parts & set(inodes(folder, "out/single_turn/*").values())) >= len(parts) / 2  # of the two finished tasks
+    after = times(stage, "logs/*")
+    assert sum(after[log] != written for log, written in logs.items()) == 1  # finished tasks were skipped
+    assert len(list(folder.glob("cache/executor/*/completions/*"))) == 12
+    assert not [path for path in folder.rglob("*.unfinished") if "executor" not in path.parts]
 
 
 @pytest.mark.slow
-def test_killed_local_task_is_resumed(mini, unit_model, tmp_path, armed, undisturbed, elsewhere):
-    check_killed_task_is_resumed(mini, unit_model, tmp_path, armed, undisturbed, "local")
+def test_killed_local_tasks_are_resumed(mini, unit_model, tmp_path, armed, undisturbed, elsewhere):
+    check_killed_tasks_are_resumed(mini, unit_model, tmp_path, armed, undisturbed, "local")
 
 
 @pytest.mark.slow
@@ -143,8 +163,8 @@ def write_changed_task(mini, unit_model, folder, **changes):
     """Write the file of task 3 with `changes`; return the folder of the plan."""
     prepare(**options(mini, unit_model, folder))
     tokenizer = UnitTokenizer.from_pretrained(unit_model, device="cpu")
-    tasks.write_task(folder / "plan", 3, [], tokenizer, folder / "cache", {})
-    path = tasks.task_file(folder / "plan", 3)
+    unit_tasks.write_task(folder / "plan", 3, [], tokenizer, folder / "cache", {})
+    path = unit_tasks.task_file(folder / "plan", 3)
     work = json.loads(path.read_text())
     path.write_text(json.dumps(work | changes))
     return str(folder / "plan")
@@ -153,7 +173,7 @@ def write_changed_task(mini, unit_model, folder, **changes):
 def test_task_refuses_a_unit_model_that_changed_after_the_plan(mini, unit_model, tmp_path):
     folder = write_changed_task(mini, unit_model, tmp_path, key=["1", "another digest", {}])
     with pytest.raises(ValueError, match="changed after the tasks were planned: run again"):
-        tasks.run_task(None, 3, 4, folder=folder)
+        unit_tasks.run_task(None, 3, 4, folder=folder)
 
 
 @pytest.mark.slow
@@ -172,7 +192,7 @@ def test_task_chooses_a_gpu_by_its_rank(mini, unit_model, tmp_path, monkeypatch,
 
     monkeypatch.setattr(UnitTokenizer, "from_pretrained", stop)
     with pytest.raises(InterruptedError):
-        tasks.run_task(None, 3, 4, folder=folder, device=given)
+        unit_tasks.run_task(None, 3, 4, folder=folder, device=given)
     assert chosen == [expected, expected]
 
 
@@ -189,11 +209,11 @@ def test_own_ray_cluster_restarts_a_killed_task(
     ray, mini, unit_model, tmp_path, armed, undisturbed, elsewhere, monkeypatch
 ):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    armed.touch()
+    armed.write_text("cache/units/")
     prepare(**options(mini, unit_model, tmp_path, executor="ray", tasks=2, num_gpus=0))
     assert not armed.exists()
     assert content(tmp_path / "out") == undisturbed
-    assert len(inodes(tmp_path, "cache/executor/*/completions/*")) == 2
+    assert len(inodes(tmp_path, "cache/executor/*/completions/*")) == 8
     assert not ray.is_initialized()
 
 
@@ -207,11 +227,11 @@ def ray_cluster(ray, monkeypatch, armed):
 
 
 @pytest.mark.slow
-def test_killed_ray_task_is_resumed(
+def test_killed_ray_tasks_are_resumed(
     mini, unit_model, tmp_path, armed, undisturbed, elsewhere, ray_cluster, monkeypatch, caplog
 ):
     monkeypatch.setenv("RAY_TASK_MAX_RETRIES", "0")
-    check_killed_task_is_resumed(mini, unit_model, tmp_path, armed, undisturbed, "ray")
+    check_killed_tasks_are_resumed(mini, unit_model, tmp_path, armed, undisturbed, "ray")
     assert not caplog.text
 
 
@@ -222,7 +242,7 @@ def test_users_ray_cluster_without_a_gpu_is_refused_before_any_work(ray_cluster,
     with pytest.raises(ValueError, match=NO_GPU):
         prepare(data_dir="no data", output_path="no output", executor="ray", tasks=2)
     with pytest.raises(ValueError, match=NO_GPU):  # the cluster lost its GPUs later: no task waits for one
-        launchers.run_on_ray(tmp_path, 1, [0], "cuda")
+        launchers.run_on_ray(unit_tasks.run_task, tmp_path, 1, [0], "cuda")
 
 
 @pytest.mark.slow
@@ -253,115 +273,7 @@ def test_unreachable_ray_cluster(ray, monkeypatch):
         launchers.find_ray_device()
 
 
-# Slurm
-
 SLURM = {"partition": "gpu", "time": "24:00:00", "sbatch_args": {"account": "speech"}}
-
-
-@pytest.fixture
-def slurm(tmp_path, monkeypatch):
-    """A folder on PATH with an sbatch that copies each job script into it."""
-    folder = tmp_path / "slurm"
-    folder.mkdir()
-    (folder / "sbatch").write_text(
-        f'#!/bin/sh\nfor script; do :; done\ncp "$script" "{folder}/script.$(ls {folder} | grep -c script)"\n'
-        "echo Submitted batch job 4711\n"
-    )
-    (folder / "scontrol").write_text("#!/bin/sh\necho node1\n")
-    for name in ("sbatch", "scontrol"):
-        (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
-    return folder
-
-
-def directives(script):
-    return dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", script, re.MULTILINE))
-
-
-def run_job(script):
-    """Run the tasks of an array job one after the other, as Slurm would; yield the finished processes."""
-    (pickled,) = re.findall(r"^srun .* launch_pickled_pipeline (.*)$", script, re.MULTILINE)
-    launch = [sys.executable, "-m", "datatrove.tools.launch_pickled_pipeline", pickled]
-    first, last = map(int, directives(script)["array"].split("-"))
-    common = os.environ | {"SLURM_NODELIST": "node1", "RUN_OFFSET": "0"}
-    for number in range(first, last + 1):
-        environment = common | {"SLURM_ARRAY_TASK_ID": str(number)}
-        yield subprocess.run(launch, env=environment, capture_output=True, text=True)
-
-
-def test_slurm_run_is_submitted_until_its_tasks_are_finished(
-    mini, unit_model, tmp_path, slurm, undisturbed, elsewhere, capfd
-):
-    arguments = command(mini, unit_model, tmp_path, "--executor", "slurm", "--tasks", "2", "--num_gpus", "0")[3:]
-    arguments += ["--slurm", json.dumps(SLURM)]
-    main(arguments)
-    printed = capfd.readouterr()
-    assert re.fullmatch(
-        r"2 of 2 tasks were submitted to Slurm \(job 4711; logs in .*/slurm_logs\): "
-        r"run the same command again when it has ended\n",
-        printed.out,
-    )
-    assert "datatrove" not in printed.err
-    (script,) = slurm.glob("script.*")  # and no job that merges statistics
-    script = script.read_text()
-    found = directives(script)
-    expected = {
-        "partition": "gpu",
-        "time": "24:00:00",
-        "account": "speech",
-        "array": "0-1",
-        "job-name": "dailytalk-usdm",
-    }
-    expected |= {"cpus-per-task": "4", "mem-per-cpu": "4G"}
-    assert found.items() >= expected.items()
-    assert "gpus" not in found
-    assert f'export PATH="{os.path.dirname(sys.executable)}:$PATH"' in script
-    first = next(run_job(script))
-    assert first.returncode == 0, first.stderr
-    assert len(inodes(tmp_path, "cache/units/*.arrow")) == 3
-
-    main(arguments)
-    assert capfd.readouterr().out.startswith("1 of 2 tasks were submitted to Slurm")
-    script = (slurm / "script.1").read_text()
-    assert directives(script)["array"] == "0-0"
-    (second,) = run_job(script)
-    assert second.returncode == 0, second.stderr
-    main(arguments)
-    assert content(tmp_path / "out") == undisturbed
-    assert len(list(slurm.glob("script.*"))) == 2
-
-
-def test_slurm_tasks_get_a_gpu_although_this_machine_has_none(mini, unit_model, tmp_path, slurm, elsewhere):
-    with pytest.raises(Submitted, match="6 of 6 tasks were submitted"):
-        prepare(**options(mini, unit_model, tmp_path, executor="slurm", tasks=9, slurm=SLURM, precision="tf32"))
-    assert directives((slurm / "script.0").read_text())["gpus"] == "1"
-    (task,) = tmp_path.glob("cache/executor/*/tasks/00000.json")
-    assert json.loads(task.read_text())["settings"]["device"] == "cuda"
-
-
-def test_slurm_environment_can_be_chosen(tmp_path, slurm):
-    launchers.submit(tmp_path / "plan", 1, [0], "cpu", SLURM | {"venv_path": "/opt/venv/bin/activate"})
-    script = (slurm / "script.0").read_text()
-    assert "source /opt/venv/bin/activate" in script
-    assert "export PATH" not in script
-
-
-def test_numbers_and_truth_values_of_slurm_given_as_text(tmp_path, slurm):
-    text = {"partition": "gpu", "time": "2:00:00", "gpus_per_task": "2", "requeue": "false", "mem_per_cpu_gb": "8"}
-    launchers.submit(tmp_path / "plan", 1, [0], "cpu", text)
-    found = directives((slurm / "script.0").read_text())
-    assert (found["gpus"], found["mem-per-cpu"], found["time"]) == ("2", "8G", "2:00:00")
-    assert "requeue" not in found
-
-
-def test_sbatch_that_fails(tmp_path, slurm):
-    (slurm / "sbatch").write_text("#!/bin/sh\nexit 3\n")
-    with pytest.raises(
-        RuntimeError, match="sbatch ended with exit status 3: read its message above and correct --slurm"
-    ):
-        launchers.submit(tmp_path / "plan", 1, [0], "cpu", SLURM)
-
 
 # Errors
 
@@ -422,7 +334,7 @@ def test_bad_slurm_options_on_the_command_line(capsys, given, message):
 @pytest.mark.parametrize("module", ["datatrove.executor.local", "datatrove.executor.slurm"])
 def test_without_datatrove(monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
-    for name in ("extras", "launchers", "run"):  # to be imported again
+    for name in ("extras", "launchers", "run", "slurm", "engine", "pool"):  # to be imported again
         monkeypatch.delitem(sys.modules, f"usdm_sft.executors.{name}", raising=False)
         monkeypatch.delattr(usdm_sft.executors, name, raising=False)
     with pytest.raises(ImportError, match=r"--executor needs datatrove .*pip install 'dailytalk-usdm\[executors\]'"):
@@ -432,4 +344,4 @@ def test_without_datatrove(monkeypatch, module):
 def test_without_ray(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"--executor ray needs Ray .*pip install 'dailytalk-usdm\[executors\]'"):
-        launchers.run_on_ray(tmp_path, 1, [0], "cpu")
+        launchers.run_on_ray(unit_tasks.run_task, tmp_path, 1, [0], "cpu")

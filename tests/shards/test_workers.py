@@ -1,4 +1,5 @@
 import errno
+import multiprocessing
 import os
 import queue
 import shutil
@@ -28,8 +29,65 @@ def two_processes(monkeypatch):
     monkeypatch.setattr(devices, "find_devices", lambda num_gpus: ["cpu", "cpu:0"])
 
 
+@pytest.fixture
+def two_readers(monkeypatch):
+    """For each device, two processes read the audio, as for a GPU and a larger corpus."""
+    monkeypatch.setattr(workers, "count_readers", lambda shards, devices: 2)
+
+
+def test_processes_that_read_audio_give_the_bytes_of_threads(
+    mini, unit_model, tmp_path, two_readers, undisturbed, monkeypatch
+):
+    monkeypatch.setattr(reading, "_read_here", None)  # this process reads nothing
+    prepare(**options(mini, unit_model, tmp_path))
+    assert content(tmp_path / "out") == undisturbed
+    assert multiprocessing.active_children() == []
+
+
+def read_or_be_killed(source, contents):
+    if source.endswith("0_1_d8.wav"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return reading.read_at_16_khz(source, contents)
+
+
 @pytest.mark.slow
-def test_two_processes_give_the_bytes_of_one(mini, unit_model, tmp_path, two_processes, undisturbed, monkeypatch):
+def test_killed_reader_ends_the_run_and_finished_work_is_kept(
+    mini, unit_model, tmp_path, two_readers, undisturbed, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setitem(reading.READS, "soxr", read_or_be_killed)
+        with pytest.raises(
+            RuntimeError, match=r"a process died \(reads audio, process \d, exit code -9\): start the run"
+        ):
+            prepare(**options(mini, unit_model, tmp_path))
+    assert multiprocessing.active_children() == []
+    finished = inodes(tmp_path, "cache/units/*.arrow")
+    assert 0 < len(finished) < 6
+    prepare(**options(mini, unit_model, tmp_path))
+    assert inodes(tmp_path, "cache/units/*.arrow").items() >= finished.items()
+    assert content(tmp_path / "out") == undisturbed
+
+
+def test_number_of_readers(monkeypatch):
+    def count(num_files, devices):
+        return workers.count_readers(
+            [workers.UnitShard("", [], dict.fromkeys(map(str, range(num_files)), ""))], devices
+        )
+
+    monkeypatch.setattr(workers, "num_cores", lambda: 24)
+    gpus = [f"cuda:{index}" for index in range(4)]
+    assert [count(num_files, gpus[:1]) for num_files in (0, 255, 256, 1_000, 100_000)] == [0, 0, 1, 3, 8]
+    assert [count(100_000, gpus), count(2_100, gpus), count(100_000, ["cpu"])] == [6, 2, 0]
+    monkeypatch.setattr(workers, "num_cores", lambda: 2)
+    assert [count(100_000, gpus[:1]), count(100_000, gpus)] == [2, 1]
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # which may not start processes
+    assert count(100_000, gpus) == 0
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_bytes_of_one(
+    mini, unit_model, tmp_path, two_processes, two_readers, undisturbed, monkeypatch
+):
     monkeypatch.setattr(UnitModel, "forward", None)  # this process computes no units
     prepare(**options(mini, unit_model, tmp_path))
     assert content(tmp_path / "out") == undisturbed
@@ -50,14 +108,15 @@ def after_the_first_pass(monkeypatch):
 
 @pytest.mark.slow
 def test_error_in_a_process_reaches_the_caller_and_prints_no_traceback(
-    mini, unit_model, tmp_path, two_processes, after_the_first_pass, capfd
+    mini, unit_model, tmp_path, two_processes, two_readers, after_the_first_pass, capfd
 ):
     corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
     path = corpus / "data" / "8" / "0_1_d8.wav"
     after_the_first_pass(path, path.read_bytes()[:244])
     with pytest.raises(AudioError, match=r"0_1_d8\.wav was changed during the run") as caught:
         prepare(**options(mini, unit_model, tmp_path, data_dir=str(corpus)))
-    assert "in _run_process" in caught.value.__notes__[0]  # the traceback
+    assert "in read_unchanged" in caught.value.__notes__[0]  # the traceback in the process that reads
+    assert "in _run_process" in caught.value.__notes__[1]  # and in that of the device
     assert capfd.readouterr().err == ""
 
 
@@ -183,7 +242,7 @@ def test_work_shards_that_overlap_give_the_bytes_of_one_after_the_other(
     mini, unit_model, tmp_path, undisturbed, monkeypatch
 ):
     pipeline = workers._Pipeline
-    monkeypatch.setattr(workers, "_Pipeline", lambda *args, ahead: pipeline(*args, ahead=1))
+    monkeypatch.setattr(workers, "_Pipeline", lambda *args, ahead, num_readers: pipeline(*args, ahead=1, num_readers=0))
     prepare(**options(mini, unit_model, tmp_path))
     assert content(tmp_path / "out") == undisturbed
     assert not list(tmp_path.rglob("*.unfinished"))
@@ -195,6 +254,12 @@ class Device:
     def __init__(self, done):
         self.settings, self.fp32_fallback = {"device": "cuda"}, set()
         self.done = done
+
+    def start_reader(self, num_processes):
+        self.reading = True
+
+    def end_reader(self):
+        self.reading = False
 
     def read_ahead(self, sources, digests):
         self.done.append(f"read {sources[0]}")
@@ -221,9 +286,11 @@ def unit_shards(*names):
 
 def test_device_gets_the_next_work_shard_before_the_file_of_this_one_is_written(tmp_path):
     done = []
+    device = Device(done)
     for shard, path in workers.make_unit_shards(
-        unit_shards("a", "b", "c", "d"), Device(done), ["cuda"], ShardCache(tmp_path)
+        unit_shards("a", "b", "c", "d"), device, ["cuda"], ShardCache(tmp_path)
     ):
+        assert device.reading
         assert path.name.startswith(shard.key)
         done.append(f"yield {shard.audio[0]}")
     assert done == [
@@ -231,6 +298,7 @@ def test_device_gets_the_next_work_shard_before_the_file_of_this_one_is_written(
         "start d", "finish c", "yield b", "finish d", "yield c", "yield d",
     ]  # fmt: skip
     assert len(list(tmp_path.glob("*.arrow"))) == 4
+    assert not device.reading
 
 
 @pytest.mark.parametrize(("names", "error", "kept"), [("ab", OSError, ""), (("a", "b", "bad", "c"), ValueError, "ab")])
@@ -313,9 +381,11 @@ def test_last_result_sent_right_before_the_exit_is_received():
 SCRIPT = """
 import os
 from usdm_sft.executors import devices
+from usdm_sft.shards import workers
 from usdm_sft.utils import processes
 
 devices.find_devices = lambda num_gpus: ["cpu", "cpu:0"]
+workers.count_readers = lambda shards, devices: 1
 print("the script runs")
 """
 
@@ -364,6 +434,7 @@ def test_ctrl_c_with_several_processes_prints_one_line(mini, unit_model, tmp_pat
         "dailytalk-usdm prepare: interrupted; start it again, finished work is kept\n"
     )
     assert run.returncode == 130
+    wait_for_end_of_group(run.pid)
     subprocess.run(command(mini, unit_model, tmp_path), check=True, capture_output=True)
     assert content(tmp_path / "out") == undisturbed
 
@@ -372,7 +443,9 @@ def test_ctrl_c_with_several_processes_prints_one_line(mini, unit_model, tmp_pat
 def test_processes_end_when_their_parent_is_killed(mini, unit_model, tmp_path):
     code = (
         "from usdm_sft.executors import devices\n"
+        "from usdm_sft.shards import workers\n"
         "devices.find_devices = lambda num_gpus: ['cpu', 'cpu:0']\n"
+        "workers.count_readers = lambda shards, devices: 1\n"
         "from usdm_sft.cli.main import main\n"
         "if __name__ == '__main__':\n"
         f"    main({command(mini, unit_model, tmp_path)[3:]!r})\n"

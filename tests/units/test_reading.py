@@ -1,4 +1,4 @@
-"""Audio is read ahead in threads, in forked processes, and by the command that prints units as files finish."""
+"""Audio is read ahead in threads, in processes, in forked processes, and by the command that prints units as files finish."""
 
 import json
 import math
@@ -18,6 +18,7 @@ from usdm_sft.audio.addresses import format_address
 from usdm_sft.audio.reading import AudioError
 from usdm_sft.cli.main import main
 from usdm_sft.units import process, reading
+from usdm_sft.units.batches import prepare_waveform
 from usdm_sft.units.reading import AudioReader
 from usdm_sft.units.stream import audio_seconds, group_by_seconds, stream_units
 from usdm_sft.units.tokenizer import UnitTokenizer
@@ -168,19 +169,20 @@ def test_reader_threads_start_no_team_of_openmp_threads(tmp_path):
 
     def read(source, contents):
         before = len(os.listdir("/proc/self/task"))
-        waveform = reading.read_and_prepare(source, contents, normalization="fairseq")
+        audio = reading.read_at_16_khz(source, contents)
         counted.append(len(os.listdir("/proc/self/task")) - before)
-        return waveform
+        return audio
 
     num_threads = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        [waveform] = AudioReader(read).take([path])
+        [(samples, rate)] = AudioReader(read).take([path])
     finally:
         torch.set_num_threads(num_threads)
     assert counted == [0]
-    samples = torch.from_numpy(reading.read_waveform(path))
-    padded = torch.nn.functional.pad(samples, (0, 1), value=1.0)  # as the reference does
+    assert np.array_equal(samples, reading.read_waveform(path)) and (len(samples), rate) == (80_001, 16_000)
+    waveform = prepare_waveform(torch.from_numpy(samples), "")
+    padded = torch.nn.functional.pad(torch.from_numpy(samples), (0, 1), value=1.0)  # as the reference does
     assert torch.equal(waveform.samples, torch.nn.functional.layer_norm(padded, padded.shape))
     assert waveform.num_samples == 80_001
 

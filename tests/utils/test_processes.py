@@ -5,11 +5,12 @@ import operator
 import os
 import signal
 import sys
+import threading
 import time
 
 import pytest
 
-from usdm_sft.utils.processes import ProcessPool, num_cores, start_process
+from usdm_sft.utils.processes import PipedProcess, ProcessPool, num_cores, start_process
 
 
 def test_starting_a_process_restores_main_and_the_signal_mask():
@@ -65,3 +66,75 @@ def test_death_of_a_process_of_a_pool_is_an_error():
     ):
         list(pool.map(os._exit, [3, 3], name="exits"))
     assert multiprocessing.active_children() == []
+
+
+def add_up(connection, start):
+    """Answer numbers with their sum so far; die of a negative one."""
+    while True:
+        number = connection.recv()
+        if number < 0:
+            os._exit(7)
+        start += number
+        connection.send(start)
+
+
+def ask(connection, number):
+    connection.send(number)
+    return connection.recv()
+
+
+def test_process_with_a_pipe_serves_until_it_is_closed_or_dies():
+    process = PipedProcess(add_up, (10,), name="sums")
+    assert [process.call(functools.partial(ask, number=number)) for number in (1, 2)] == [11, 13]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"a process died \(sums, exit code 7\): start the run again; finished"):
+            process.call(functools.partial(ask, number=-1))
+    process.close()
+    assert multiprocessing.active_children() == []
+
+
+def test_process_with_a_pipe_is_not_used_after_half_an_answer():
+    process = PipedProcess(add_up, (10,), name="sums")
+    with pytest.raises(ZeroDivisionError):
+        process.call(lambda connection: connection.send(1) or 1 / 0)
+    with pytest.raises(RuntimeError, match=r"a process died \(sums, exit code -15\)"):
+        process.call(lambda connection: connection.recv() + connection.recv())
+    process.close()
+
+
+def test_process_ends_when_its_pipe_is_closed(capfd):
+    process = PipedProcess(add_up, (0,), name="sums")
+    assert process.call(functools.partial(ask, number=1)) == 1
+    process._connection.close()  # as when the parent is killed
+    process._process.join(60)
+    assert process._process.exitcode == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_thread_that_waits_for_a_terminated_process_goes_on():
+    process, caught = PipedProcess(add_up, (0,), name="sums"), []
+
+    def wait():
+        with pytest.raises(RuntimeError, match="exit code -15") as error:
+            process.call(lambda connection: connection.recv())
+        caught.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    process.terminate()
+    thread.join(60)
+    assert len(caught) == 1
+    process.close()
+
+
+def start_another():
+    another = start_process(time.sleep, (0,))
+    another.join()
+    sys.exit(another.exitcode)
+
+
+def test_started_process_may_start_others():
+    process = start_process(start_another, ())
+    process.join()
+    assert process.daemon  # it ends when this process exits
+    assert process.exitcode == 0

@@ -10,6 +10,8 @@ from __future__ import annotations
 import io
 import os
 import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,10 +46,39 @@ class AudioCheck(NamedTuple):
     problem: str | None = None
 
 
+class Header(NamedTuple):
+    """What the header of an audio file says.
+
+    Attributes:
+        frames: Number of frames at the file's own rate.
+        rate: Sample rate in Hz.
+        channels: Number of channels.
+        needs_decoding: False where the header is enough to know that the samples are good.
+    """
+
+    frames: int
+    rate: int
+    channels: int
+    needs_decoding: bool
+
+
+HEADER_ERRORS = (AudioError, AddressError, soundfile.LibsndfileError, OSError)  # what `read_header` raises
+
+
 def check_audio(address: str | Path) -> AudioCheck:
     """Return the number of frames and the sample rate at an address, or what is wrong with the audio. Raises nothing."""
+    return check_stretches(parse_address(address), read_header)
+
+
+def check_stretches(stretches: Sequence[Stretch], read_header: Callable[[str], Header]) -> AudioCheck:
+    """Return the result of `check_audio` for a parsed address.
+
+    Args:
+        stretches: The parsed address.
+        read_header: `read_header`, or the same with a cache for recordings with many stretches.
+    """
     try:
-        frames, rates = zip(*map(_check_stretch, parse_address(address)), strict=True)
+        frames, rates = zip(*(_check_stretch(stretch, read_header) for stretch in stretches), strict=True)
         if len(set(rates)) > 1:
             raise AudioError(f"has several sample rates ({', '.join(map(str, sorted(set(rates))))} Hz)")
         num_frames, rate = sum(frames), rates[0]
@@ -65,31 +96,62 @@ def check_audio(address: str | Path) -> AudioCheck:
     return AudioCheck(num_frames, rate)
 
 
-def _check_stretch(stretch: Stretch) -> tuple[int, int]:
-    """Return the number of frames and the sample rate of a stretch."""
-    if problem := file_problem(stretch.file):
+def read_header(file: str) -> Header:
+    """Read the header of a file or a member of an archive.
+
+    Raises:
+        AudioError, AddressError, soundfile.LibsndfileError, OSError: The file cannot be read, or is not audio.
+    """
+    with _open_sound(file) as (_, sound):
+        return _describe(sound)
+
+
+@contextmanager
+def _open_sound(file: str) -> Iterator[tuple[io.BufferedIOBase, soundfile.SoundFile]]:
+    if problem := file_problem(file):
         raise AudioError(problem)
-    with open_file(stretch.file) as file:
-        if not file.seek(0, os.SEEK_END):
+    with open_file(file) as opened:
+        if not opened.seek(0, os.SEEK_END):
             raise AudioError("is empty (0 bytes)")
-        content = skip_tags(file)
+        content = skip_tags(opened)
         _check_riff(content)
         content.seek(0)
         with soundfile.SoundFile(content) as sound:
-            frames, rate = sound.frames, sound.samplerate
-            if rate < MIN_RATE:
-                raise AudioError(f"has a sample rate of {rate} Hz, less than {MIN_RATE}")
-            if stretch.channel is not None and stretch.channel >= sound.channels:
-                raise AudioError(f"has no channel {stretch.channel} (its channels are 0 to {sound.channels - 1})")
-            needs_decoding = not (sound.format in ("WAV", "WAVEX") and sound.subtype.startswith("PCM_"))
-            if stretch.start is not None and stretch.end is not None:
-                _check_bounds(stretch.start, stretch.end, frames / rate)
-                frames = _count_frames(stretch, sound, needs_decoding)
-            elif needs_decoding:
-                frames = _decode(sound, file)
+            yield opened, sound
+
+
+def _describe(sound: soundfile.SoundFile) -> Header:
+    needs_decoding = not (sound.format in ("WAV", "WAVEX") and sound.subtype.startswith("PCM_"))
+    return Header(sound.frames, sound.samplerate, sound.channels, needs_decoding)
+
+
+def _check_stretch(stretch: Stretch, read_header: Callable[[str], Header]) -> tuple[int, int]:
+    """Return the number of frames and the sample rate of a stretch."""
+    if stretch.start is None or stretch.end is None:
+        with _open_sound(stretch.file) as (file, sound):
+            header = _describe(sound)
+            _check_header(stretch, header)
+            frames = _decode(sound, file) if header.needs_decoding else header.frames
+    else:
+        header = read_header(stretch.file)
+        _check_header(stretch, header)
+        _check_bounds(stretch.start, stretch.end, header.frames / header.rate)
+        first, stop = find_frames(stretch, header.rate, header.frames)
+        frames = stop - first
+        if header.needs_decoding:
+            with _open_sound(stretch.file) as (_, sound):
+                if len(_finite(read_frames(sound, first, stop))) < frames:
+                    raise AudioError("is cut short")
     if not frames:
         raise AudioError("holds no samples")
-    return frames, rate
+    return frames, header.rate
+
+
+def _check_header(stretch: Stretch, header: Header) -> None:
+    if header.rate < MIN_RATE:
+        raise AudioError(f"has a sample rate of {header.rate} Hz, less than {MIN_RATE}")
+    if stretch.channel is not None and stretch.channel >= header.channels:
+        raise AudioError(f"has no channel {stretch.channel} (its channels are 0 to {header.channels - 1})")
 
 
 def _check_bounds(start: float, end: float, seconds: float) -> None:
@@ -97,13 +159,6 @@ def _check_bounds(start: float, end: float, seconds: float) -> None:
         raise AudioError(f"is to be cut from {start:g} to {end:g} s, which is nothing")
     if end > seconds + END_TOLERANCE:
         raise AudioError(f"is to be cut up to {end:g} s, but has {seconds:g} s")
-
-
-def _count_frames(stretch: Stretch, sound: soundfile.SoundFile, needs_decoding: bool) -> int:
-    first, stop = find_frames(stretch, sound.samplerate, sound.frames)
-    if needs_decoding and len(_finite(read_frames(sound, first, stop))) < stop - first:
-        raise AudioError("is cut short")
-    return stop - first
 
 
 def _finite(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from usdm_sft.template.config import EXPECTED_LOSS, Template
+from usdm_sft.template.config import EXPECTED_LOSS, EXPECTED_PARTS, Template
 
 # The least value of settings that are whole numbers.
 MINIMUM = {
@@ -32,8 +32,15 @@ _EXPECTED = {
 }
 
 
-def describe_type(hint: Any) -> str:
-    """Say what a type hint asks for, such as "a whole number" for `int | None`."""
+def describe_type(hint: Any, name: str = "") -> str:
+    """Say what a type hint asks for, such as "a whole number" for `int | None`.
+
+    Args:
+        hint: The type hint of a setting.
+        name: The setting, of which two lists have the same type.
+    """
+    if name == "template.parts":
+        return EXPECTED_PARTS
     hint = _alternatives(hint)[0]
     if get_origin(hint) is Literal:
         return f"one of {', '.join(get_args(hint))}"

@@ -24,6 +24,8 @@ set_parsing_settings(
     import_path_denylist=["*"], docstring_parse_attribute_docstrings=True, add_print_completion_argument=True
 )
 
+PRESETS = "templates"  # folder in configs/ of the values of `--template`
+
 
 class Parser(ArgumentParser):
     """Takes options with - as well as with _, and tells wrong usage in two lines: where the options are explained, and the reason."""
@@ -54,9 +56,12 @@ class Parser(ArgumentParser):
         if wrong := re.match(r'Parser key "([\w.]+)":.*\b(?:Got|Given) value: (.*)', message, re.DOTALL):
             name, value = wrong.groups()
             hints = [action._typehint for action in actions if action.dest == name and hasattr(action, "_typehint")]
-            return f"{name} is {value!r}: give {describe_type(hints[0])}" if hints else message
+            return f"{name} is {value!r}: give {describe_type(hints[0], name)}" if hints else message
         if config := re.match(r'Parser key "(template)":\s+Unable to load config (.*)', message):
-            return f"{config[1]} is {config[2]}: give names and values, such as {{user_role: Caller}}, or a YAML file such as ./template.yaml"
+            return (
+                f"{config[1]} is {config[2]}: give names and values, such as {{user_role: Caller}}, a YAML file such as "
+                f"./template.yaml, or one of {', '.join(list_presets())}"
+            )
         if command := re.match(r"argument command: invalid choice: '(.*)' \(choose from ", message, re.DOTALL):
             return f"there is no command {command[1]!r}{_did_you_mean(command[1], self._commands())}: choose one of {', '.join(self._commands())}"
         if 'expected "command" to be one of' in message:
@@ -105,10 +110,27 @@ class ConfigAction(ActionConfigFile):
     """The option `--config`: a YAML file, or the name of one that the package ships, such as single_turn."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        shipped = importlib.resources.files("usdm_sft.configs") / f"{values}.yaml"
-        if re.fullmatch(r"\w+", str(values)) and not Path(values).exists() and shipped.is_file():
-            values = str(shipped)
+        values = find_shipped(values, "")
         super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]  # jsonargparse has no annotation
+
+
+def find_shipped(value: Any, folder: str) -> Any:
+    """Return the path of a YAML file that the package ships, if `value` is its name and not a file; otherwise `value` itself.
+
+    Args:
+        value: The value of an option.
+        folder: A folder in configs/, or "" for configs/ itself.
+    """
+    if not re.fullmatch(r"\w+", str(value)) or Path(value).exists():
+        return value
+    shipped = importlib.resources.files("usdm_sft.configs").joinpath(folder, f"{value}.yaml")
+    return str(shipped) if shipped.is_file() else value
+
+
+def list_presets() -> list[str]:
+    """Return the names of the templates that the package ships."""
+    files = importlib.resources.files("usdm_sft.configs").joinpath(PRESETS).iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
 
 def add_config_arguments(parser: ArgumentParser, config: type, *, required: bool = True) -> None:
@@ -133,10 +155,21 @@ def add_config_arguments(parser: ArgumentParser, config: type, *, required: bool
             container.add_argument(f"--{name}", action="store_true", help=helps[name])
     for action in parser._actions:
         if action.option_strings == ["--template"]:
-            action.help = "The options below in one: a YAML file, or names and values such as {user_role: Caller}."
+            _find_presets(action)
+            parser.set_defaults({"template.loss": None})  # follows template.parts
     if not required:
         for action in parser._actions:
             action.required = False
+
+
+def _find_presets(template: Any) -> None:
+    """Let the option `--template`, and `template` in a YAML file, name a template that the package ships."""
+    template.help = (
+        "The options below in one: a YAML file, names and values such as {user_role: Caller}, or the name of a template that the "
+        f"package ships: {', '.join(list_presets())}."
+    )
+    load = template._load_config
+    template._load_config = lambda value, parser: load(find_shipped(value, PRESETS), parser)
 
 
 def add_function_arguments(

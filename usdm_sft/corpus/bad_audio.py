@@ -4,16 +4,25 @@ Nothing replaces a bad utterance. A dialog with a bad utterance in the middle is
 the same id.
 """
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from usdm_sft.audio.addresses import MISSING
-from usdm_sft.audio.digests import AudioDigest, audio_digests
+from usdm_sft.audio.digest_table import AudioDigests
+from usdm_sft.audio.digests import audio_digests
+from usdm_sft.audio.first_pass import read_ahead
 from usdm_sft.audio.reading import AudioError
-from usdm_sft.corpus.dialogs import Dialog, Split
+from usdm_sft.corpus.dialogs import CompactDialogs, Split
 from usdm_sft.corpus.problems import join_problems
+
+if TYPE_CHECKING:
+    from usdm_sft.utils.pool import Pool
 
 ALL_BAD = "each of its pairs has bad audio"
 ON_BAD_AUDIO = ("error", "skip")
@@ -22,14 +31,15 @@ _REMEDY = "replace the file, or leave out its pairs with --on_bad_audio skip"
 
 
 def screen_audio(
-    splits: Mapping[str, Split], on_bad_audio: str, cache_dir: str | Path | None
-) -> tuple[dict[str, Split], dict[str, AudioDigest]]:
+    splits: Mapping[str, Split], on_bad_audio: str, cache_dir: str | Path | None, pool: "Pool | None" = None
+) -> tuple[dict[str, Split], AudioDigests]:
     """Check all audio of a corpus, and leave out the pairs with bad audio.
 
     Args:
         splits: The corpus.
         on_bad_audio: "error" or "skip".
         cache_dir: Where digests are remembered; this package's cache by default.
+        pool: Shares out the recordings that are not remembered.
 
     Returns:
         The splits, and path -> digest of every recording that they use, in order.
@@ -42,22 +52,38 @@ def screen_audio(
     """
     if on_bad_audio not in ON_BAD_AUDIO:
         raise ValueError(f"on_bad_audio {on_bad_audio!r} is unknown: choose one of {', '.join(ON_BAD_AUDIO)}")
-    utterances = {u.id: u for split in splits.values() for dialog in split.dialogs for u in dialog.utterances}
-    paths = {utterance.id: utterance.audio for utterance in utterances.values()}
-    found = audio_digests(paths.values(), cache_dir)
-    bad = {name: problem for name, path in paths.items() if (problem := found[path].problem) is not None}
-    if bad and on_bad_audio == "error":
+    ahead = None if pool is None else partial(read_ahead, pool=pool)
+    found = audio_digests(_Addresses(splits), cache_dir, read_ahead=ahead)
+    if not found.problems:
+        return dict(splits), found
+    paths = {
+        utterance.id: utterance.audio
+        for split in splits.values()
+        for utterance in split.utterances()
+        if utterance.audio in found.problems
+    }
+    bad = {name: found.problems[path] for name, path in paths.items()}
+    if on_bad_audio == "error":
         error = FileNotFoundError if all(map(_is_missing, bad.values())) else AudioError
         raise error(join_problems([f"{_name(name, paths)} {problem}: {_REMEDY}" for name, problem in bad.items()]))
-    left = {name: leave_out(split, bad) for name, split in splits.items()} if bad else dict(splits)
+    left = {name: leave_out(split, bad) for name, split in splits.items()}
     for name, split in left.items():
         if not split.dialogs:
-            split_ids = {u.id for dialog in splits[name].dialogs for u in dialog.utterances}
+            split_ids = {utterance.id for utterance in splits[name].utterances()}
             problems = [f"{_name(each, paths)} {problem}" for each, problem in bad.items() if each in split_ids]
             head = f"bad audio leaves no pair of {name}: replace files, or name another split list"
             raise AudioError(join_problems([head, *problems]))
-    used = [paths[u.id] for split in left.values() for dialog in split.dialogs for u in dialog.utterances]
-    return left, {path: found[path] for path in used}
+    return left, found.select(_Addresses(left))
+
+
+class _Addresses:
+    """The address of each utterance of some splits, as often as one iterates over them."""
+
+    def __init__(self, splits: Mapping[str, Split]):
+        self._splits = splits
+
+    def __iter__(self) -> Iterator[str]:
+        return (utterance.audio for split in self._splits.values() for utterance in split.utterances())
 
 
 def leave_out(split: Split, bad: Mapping[str, str]) -> Split:
@@ -67,7 +93,7 @@ def leave_out(split: Split, bad: Mapping[str, str]) -> Split:
         split: A split.
         bad: Utterance id -> what is wrong with its audio.
     """
-    dialogs: list[Dialog] = []
+    dialogs = CompactDialogs()
     left_out = dict(split.left_out)
     pairs_left_out: dict[str, str] = {}
     for dialog in split.dialogs:
@@ -77,13 +103,24 @@ def leave_out(split: Split, bad: Mapping[str, str]) -> Split:
             if not is_bad
         ]
         parts = [part for part in parts if any(part.pairs())]
-        dialogs += parts
+        for part in parts:
+            dialogs.append(part)
         if not parts:
             left_out[dialog.id] = ALL_BAD
         for pair in dialog.pairs():
             if reasons := [f"audio of {each.id}: {bad[each.id]}" for each in pair if each.id in bad]:
                 pairs_left_out[f"{dialog.id}_{pair[0].turn}"] = "; ".join(reasons)
-    return replace(split, dialogs=tuple(dialogs), left_out=left_out, pairs_left_out=pairs_left_out)
+    return replace(split, dialogs=dialogs, left_out=left_out, pairs_left_out=pairs_left_out)
+
+
+def corpus_digest(lists: Mapping[str, str], audio: AudioDigests, splits: Mapping[str, Split]) -> str:
+    """Return the sha256 of a JSON list: digests of the lists by split, digests of the audio, pairs left out of each split."""
+    digest = hashlib.sha256(f"[{json.dumps(lists)}, [".encode())
+    for number, sha256 in enumerate(audio.iter_sha256()):
+        digest.update(f'{", " if number else ""}"{sha256}"'.encode())
+    left_out = [json.dumps(dict(split.pairs_left_out)) for split in splits.values() if split.pairs_left_out]
+    digest.update("".join(["]", *(f", {pairs}" for pairs in left_out), "]"]).encode())
+    return digest.hexdigest()
 
 
 def _name(utterance_id: str, paths: Mapping[str, str]) -> str:

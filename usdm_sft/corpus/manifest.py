@@ -18,6 +18,7 @@ from typing import Any
 from usdm_sft.audio.addresses import absolute_file, format_address
 from usdm_sft.corpus.dialogs import Utterance
 from usdm_sft.corpus.problems import add_problem
+from usdm_sft.corpus.turns import Turns
 from usdm_sft.utils.texts import CONTROL, LineError, first_line, quote, read_limited_lines, text_problem
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
@@ -27,7 +28,7 @@ UTTERANCES = "utterances"  # the config of a dataset folder with these columns, 
 MAX_TURN = 2**31 - 1
 MAX_NAME = 200  # characters of a dialog or speaker
 
-_Rows = Iterator[tuple[str, dict[str, Any]]]  # (place, such as file:line, and row)
+_Rows = Iterator[tuple[int, dict[str, Any]]]  # (number of the line or row, and row)
 
 
 def is_manifest(path: str | Path) -> bool:
@@ -35,8 +36,8 @@ def is_manifest(path: str | Path) -> bool:
     return Path(path).suffix.lower() in SUFFIXES
 
 
-def read_manifest(path: Path, problems: list[str], folder: Path) -> dict[str, dict[Utterance, str]]:
-    """Read the dialogs of a manifest, in its order.
+def read_manifest(path: Path, problems: list[str], folder: Path) -> Turns:
+    """Read the turns of a manifest, whose dialogs keep its order.
 
     Args:
         path: The manifest.
@@ -44,29 +45,31 @@ def read_manifest(path: Path, problems: list[str], folder: Path) -> dict[str, di
         folder: Relative paths of recordings and archives (`zip://member::archive`) start here.
 
     Returns:
-        Dialog id -> {utterance: its place, as file:line, or the row of a Parquet file}.
+        The turns, each with its line, or its row in a Parquet file.
     """
-    read = {".jsonl": _read_json_lines, ".csv": _read_csv, ".parquet": _read_parquet}[path.suffix.lower()]
-    dialogs: dict[str, dict[Utterance, str]] = {}
-    seen: dict[str, str] = {}
+    suffix = path.suffix.lower()
+    read = {".jsonl": _read_json_lines, ".csv": _read_csv, ".parquet": _read_parquet}[suffix]
+    turns = Turns(
+        (lambda number: f"{path}: row {number}") if suffix == ".parquet" else lambda number: f"{path}:{number}"
+    )
     try:
-        for place, row in read(path, problems):
+        for number, row in read(path, problems):
             if wrong := list(_row_problems(row)):
                 for problem in wrong:
-                    add_problem(problems, f"{place}: {problem}")
+                    add_problem(problems, f"{turns.place(number)}: {problem}")
                 continue
             utterance = _make_utterance(row, folder)
-            if (first := seen.setdefault(utterance.id, place)) != place:
+            if (first := turns.find(utterance.dialog_id, utterance.turn)) is not None:
                 add_problem(
                     problems,
-                    f"{place}: turn {utterance.turn} of {quote(utterance.dialog_id)} stands already at {first}: "
-                    "delete one of the two",
+                    f"{turns.place(number)}: turn {utterance.turn} of {quote(utterance.dialog_id)} stands already at "
+                    f"{turns.place(first)}: delete one of the two",
                 )
                 continue
-            dialogs.setdefault(utterance.dialog_id, {})[utterance] = place
+            turns.add(utterance, number)
     except LineError as error:
         add_problem(problems, str(error))
-    return dialogs
+    return turns
 
 
 def _make_utterance(row: dict[str, Any], folder: Path) -> Utterance:
@@ -158,7 +161,7 @@ def _read_json_lines(path: Path, problems: list[str]) -> _Rows:
             add_problem(problems, f"{place}: {quote(line)} is not JSON: write one object per line")
             continue
         if isinstance(row, dict):
-            yield place, row
+            yield number, row
         else:
             add_problem(problems, f"{place}: {quote(line)} is not a JSON object: write one object per line")
 
@@ -173,7 +176,7 @@ def _read_csv(path: Path, problems: list[str]) -> _Rows:
         for fields in filter(None, table):  # csv gives an empty list for a blank line
             place = f"{path}:{table.line_num}"
             if len(fields) == len(names):
-                yield place, dict(zip(names, fields, strict=True))
+                yield table.line_num, dict(zip(names, fields, strict=True))
                 continue
             add_problem(
                 problems,
@@ -197,9 +200,8 @@ def _read_parquet(path: Path, problems: list[str]) -> _Rows:
     if problem := _column_problem(file.schema_arrow.names):
         add_problem(problems, f"{path}: {problem}")
         return
-    rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
-    for number, row in enumerate(rows):
-        yield f"{path}: row {number}", row
+    columns = [name for name in file.schema_arrow.names if name in (*REQUIRED, *OPTIONAL)]
+    yield from enumerate(row for batch in file.iter_batches(1024, columns=columns) for row in batch.to_pylist())
 
 
 def _column_problem(names: list[str]) -> str | None:

@@ -5,17 +5,18 @@ opened, and are reported together with file and line.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 from usdm_sft.audio.addresses import join_addresses
-from usdm_sft.corpus.dialogs import Dialog, Split, Utterance
+from usdm_sft.corpus.dialogs import CompactDialogs, Dialog, Split, Utterance
 from usdm_sft.corpus.find import find_recordings
 from usdm_sft.corpus.manifest import is_manifest, read_manifest
 from usdm_sft.corpus.problems import CorpusError, add_problem
 from usdm_sft.corpus.split_list import read_split_list
+from usdm_sft.corpus.turns import Turns
 from usdm_sft.utils.texts import quote
 
 # Why a dialog is left out; counts.json and the card show these texts.
@@ -68,11 +69,10 @@ def read_corpus(
         if not path.is_file():
             raise FileNotFoundError(f"the {name} split list {path} is not a file: name an existing split list")
         if manifest := is_manifest(path):
-            dialogs = read_manifest(path, problems, path.parent if data_dir is None else Path(data_dir).expanduser())
+            turns = read_manifest(path, problems, path.parent if data_dir is None else Path(data_dir).expanduser())
         else:
-            dialogs = read_split_list(path, problems, str if data_dir is None else find_recordings(data_dir))
-        for dialog_id, lines in dialogs.items():
-            place = next(iter(lines.values()))
+            turns = read_split_list(path, problems, str if data_dir is None else find_recordings(data_dir))
+        for dialog_id, place in turns.first_places():
             if dialog_id in origin:
                 add_problem(
                     problems,
@@ -80,27 +80,27 @@ def read_corpus(
                     "delete its lines from one of the lists",
                 )
             origin.setdefault(dialog_id, place)
-        splits[name] = _make_split(name, dialogs, problems, rules, is_dailytalk=not manifest)
+        splits[name] = _make_split(name, turns, problems, rules, is_dailytalk=not manifest)
     if problems:
         raise CorpusError(problems)
     return splits
 
 
-def _make_split(
-    name: str, dialogs: dict[str, dict[Utterance, str]], problems: list[str], rules: Rules, *, is_dailytalk: bool
-) -> Split:
-    kept: list[Dialog] = []
+def _make_split(name: str, turns: Turns, problems: list[str], rules: Rules, *, is_dailytalk: bool) -> Split:
+    kept = CompactDialogs()
+    dialog_ids: list[str] = []
     left_out: dict[str, str] = {}
-    for dialog_id, lines in dialogs.items():
-        utterances = sorted(lines, key=lambda utterance: utterance.turn)
-        if problem := _turn_problem(utterances, lines, 0 if is_dailytalk else utterances[0].turn):
-            add_problem(problems, problem)
+    for dialog_id, lines in turns.dialogs():
+        utterances = [utterance for utterance, _ in lines]
+        if wrong := _turn_problem(lines, 0 if is_dailytalk else utterances[0].turn):
+            number, problem = wrong
+            add_problem(problems, f"{turns.place(number)}: dialog {dialog_id} {problem}")
             continue
         speakers = sorted({utterance.speaker for utterance in utterances})
         if len(speakers) > 2 and rules.agent is None and not is_dailytalk:  # the reference does not count speakers
             add_problem(
                 problems,
-                f"{lines[utterances[0]]}: dialog {dialog_id} has {len(speakers)} speakers "
+                f"{turns.place(lines[0][1])}: dialog {dialog_id} has {len(speakers)} speakers "
                 f"({quote(', '.join(speakers))}): say with --agent which of them is the agent",
             )
             continue
@@ -115,19 +115,18 @@ def _make_split(
             left_out[dialog_id] = NO_ANSWER
         else:
             kept.append(dialog)
-    return Split(name, tuple(kept), left_out, tuple(dialog.id for dialog in kept))
+            dialog_ids.append(dialog_id)
+    return Split(name, kept, left_out, tuple(dialog_ids))
 
 
-def _turn_problem(utterances: list[Utterance], lines: dict[Utterance, str], first: int) -> str | None:
-    """Return what is wrong with the sorted turns of a dialog, or None if they count up from `first`."""
-    for expected, (position, utterance) in enumerate(enumerate(utterances), start=first):
+def _turn_problem(lines: Sequence[tuple[Utterance, int]], first: int) -> tuple[int, str] | None:
+    """Return the line and the problem of the sorted turns of a dialog, or None if they count up from `first`."""
+    for expected, (position, (utterance, number)) in enumerate(enumerate(lines), start=first):
         if utterance.turn == expected:
             continue
-        if position and utterance.turn == utterances[position - 1].turn:
-            problem = f"has turn {utterance.turn} twice: delete one of the two lines"
-        else:
-            problem = f"has no turn {expected}: add the line, or delete the dialog"
-        return f"{lines[utterance]}: dialog {utterance.dialog_id} {problem}"
+        if position and utterance.turn == lines[position - 1][0].turn:
+            return number, f"has turn {utterance.turn} twice: delete one of the two lines"
+        return number, f"has no turn {expected}: add the line, or delete the dialog"
     return None
 
 

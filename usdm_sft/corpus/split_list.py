@@ -6,13 +6,14 @@ from pathlib import Path
 
 from usdm_sft.corpus.dialogs import Utterance
 from usdm_sft.corpus.problems import add_problem
+from usdm_sft.corpus.turns import Turns
 from usdm_sft.utils.texts import LineError, quote, read_limited_lines, text_problem
 
 _UTTERANCE_ID = re.compile(r"([0-9]{1,9})_([0-9]{1,9})_d([0-9]{1,9})")
 
 
-def read_split_list(path: Path, problems: list[str], address: Callable[[str], str]) -> dict[str, dict[Utterance, str]]:
-    """Read the dialogs of a split list, in order of their number.
+def read_split_list(path: Path, problems: list[str], address: Callable[[str], str]) -> Turns:
+    """Read the turns of a split list, whose dialogs are in order of their number.
 
     Args:
         path: The list.
@@ -20,10 +21,10 @@ def read_split_list(path: Path, problems: list[str], address: Callable[[str], st
         address: From an audio name, such as "23/0_1_d23.wav", to the address of the recording.
 
     Returns:
-        Dialog id -> {utterance: its place, as file:line}. A dialog with an unreadable line is absent, so that its other lines
-        cause no further problems.
+        The turns, each with its line. A dialog with an unreadable line is absent, so that its other lines cause no further
+        problems.
     """
-    dialogs: dict[str, dict[Utterance, str]] = {}
+    turns = Turns(lambda number: f"{path}:{number}")
     seen: dict[str, int] = {}
     broken: set[str] = set()
     before = len(problems)
@@ -42,13 +43,15 @@ def read_split_list(path: Path, problems: list[str], address: Callable[[str], st
                 )
             else:
                 seen[utterance.id] = number
-                dialogs.setdefault(utterance.dialog_id, {})[utterance] = place
+                turns.add(utterance, number)
     except LineError as error:
         problems[before:] = []  # earlier problems of the file may be a consequence
         add_problem(problems, str(error))
-        return {}
-    whole = [dialog_id for dialog_id in dialogs if dialog_id not in broken]
-    return {dialog_id: dialogs[dialog_id] for dialog_id in sorted(whole, key=lambda name: (int(name[1:]), name))}
+        turns.arrange([])
+        return turns
+    whole = (dialog_id for dialog_id, _ in turns.first_places() if dialog_id not in broken)
+    turns.arrange(sorted(whole, key=lambda name: (int(name[1:]), name)))
+    return turns
 
 
 def _parse_line(line: str, place: str, problems: list[str], address: Callable[[str], str]) -> Utterance | None:

@@ -15,12 +15,12 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from tokenizers import Tokenizer
 
 from usdm_sft.corpus.examples import MULTI_TURN, has_lists
-from usdm_sft.corpus.features import folder_features
+from usdm_sft.corpus.features import are_collapsed, folder_features
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.corpus.published_lists import DAILYTALK
 from usdm_sft.dataset_folder.example_picture import EXAMPLE
 from usdm_sft.dataset_folder.pictures import CAPTIONS
-from usdm_sft.template.config import OFFLINE, REFERENCE
+from usdm_sft.template.config import OFFLINE, PARTS, REFERENCE
 from usdm_sft.template.parts import ROW_PARTS
 from usdm_sft.template.tokenizer import NUM_UNITS
 from usdm_sft.template.view import format_example
@@ -54,6 +54,7 @@ MEANINGS = {
     "text": "transcript as in the corpus; only the template lower-cases it",
     "emotion": "emotion as in the corpus",
     "units": "the speech as discrete units, 50 per second",
+    "durations": "number of 20 ms frames of each unit; repeating each unit as often restores 50 per second",
     "seconds": "length of the audio in seconds",
     "input_ids": "the row in the template, BOS and EOS included",
     "labels": "the id of each labelled token, -100 for all others; not shifted",
@@ -83,11 +84,13 @@ def make_card(
         other_info: Entries of `dataset_info` for other configs of the folder.
     """
     lists = has_lists(config_name, counts["settings"]["history"])
-    features = folder_features(lists=lists)
+    collapsed = counts["settings"].get("unit_repetition") == "collapse"
+    features = folder_features(lists=lists, collapsed=collapsed)
     data = _make_metadata(config_name, features, splits, num_bytes, counts, files)
     if other_info:
         data["dataset_info"] = [data["dataset_info"], *other_info]
     [first, *_] = files.values()
+    parts = counts["settings"]["template"].get("parts", PARTS)
     template = importlib.resources.files("usdm_sft.dataset_card") / "template.md"
     card = DatasetCard.from_template(
         data,
@@ -99,6 +102,9 @@ def make_card(
         utterances=counts.get(UTTERANCES),
         is_dailytalk=counts["corpus"] == DAILYTALK,
         lists={"manifest": "manifests", "manifest and split list": "lists"}.get(counts["corpus"], "split lists"),
+        template_parts=parts,
+        collapsed=collapsed,
+        row_parts="both" if len(parts) == len(PARTS) else _list_parts(parts),
         has_reference_words=_words(counts["settings"]["template"]) == _words(REFERENCE.settings()),
         fits_ustm=_fits_ustm(counts),
         is_offline_tokenizer=counts["tokenizer"]["name"] == OFFLINE,
@@ -163,7 +169,10 @@ def data_configs(counts: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _columns(features: Features, config_name: str, *, lists: bool) -> list[tuple[str, str, str]]:
     """Name, type and meaning of every column."""
     which = "first user turn of the row" if config_name == MULTI_TURN else "last user turn of the row"
-    meanings = MEANINGS | ({"turn": f"number of the {which} in its dialog"} if lists else {})
+    collapsed = (
+        {"units": "the speech as discrete units, one for each run of equal units"} if are_collapsed(features) else {}
+    )
+    meanings = MEANINGS | collapsed | ({"turn": f"number of the {which} in its dialog"} if lists else {})
 
     def describe(feature: Any) -> str:
         if isinstance(feature, list):
@@ -176,6 +185,12 @@ def _columns(features: Features, config_name: str, *, lists: bool) -> list[tuple
         return meanings[name.split("_")[-1]] + ("; one entry per exchange" if lists else "")
 
     return [(name, describe(feature), meaning(name)) for name, feature in features.items()]
+
+
+def _list_parts(parts: Sequence[str]) -> str:
+    """The parts of a template as words, such as "two parts of them (user's speech, transcript)"."""
+    numbers = {2: "two", 3: "three"}
+    return f"{numbers[len(parts)]} parts of them ({', '.join(ROW_PARTS[part] for part in parts)})"
 
 
 def _fits_ustm(counts: Mapping[str, Any]) -> bool:

@@ -18,7 +18,7 @@ from usdm_sft.template.parts import FRAME, REFERENCE_LAYOUT, ROW_PARTS, RowLayou
 from usdm_sft.template.view import split_parts
 
 EXAMPLE = "example.svg"
-MAX_SECTIONS = 13  # two exchanges; later tokens are counted in a last line
+MAX_SECTIONS = 13  # two exchanges with all parts; later tokens are counted in a last line
 
 COLUMNS = 86  # characters in a line of tokens
 CHAR, LINE, SIZE = 7.8, 22, 13  # pixels: width of a character, height of a line, size of the font
@@ -63,7 +63,7 @@ def split_sections(
 def render_svg(
     input_ids: Sequence[int], labels: Sequence[int], tokenizer: Tokenizer, layout: RowLayout = REFERENCE_LAYOUT
 ) -> str:
-    """Draw a row, at most its first two exchanges.
+    """Draw a row, at most its first `MAX_SECTIONS` sections.
 
     Args:
         input_ids: The ids of a row.

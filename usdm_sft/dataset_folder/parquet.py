@@ -1,7 +1,8 @@
-"""Write the rows into Parquet files, which processes share out."""
+"""Write the rows into Parquet files, which processes or tasks share out."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,16 +11,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from usdm_sft.corpus.features import TRAINER_COLUMNS, folder_features
+from usdm_sft.corpus.features import TRAINER_COLUMNS, are_collapsed, folder_features
 from usdm_sft.dataset_folder.statistics import SplitStatistics, compute_statistics
 from usdm_sft.template.parts import RowLayout
-from usdm_sft.utils.cache import sha256_file
+from usdm_sft.utils.atomic import SUFFIX
+from usdm_sft.utils.cache import cache_key, sha256_file
 from usdm_sft.utils.progress import quiet
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from usdm_sft.utils.processes import ProcessPool
+    from usdm_sft.utils.pool import Pool
 
 NUM_OUTPUT_SHARDS = {"train": 64, "test": 8}
 
@@ -34,44 +36,77 @@ class Part(NamedTuple):
 
 
 def write_parquet(
-    folder: Path, splits: Mapping[str, Dataset], num_output_shards: int | None, layout: RowLayout, pool: ProcessPool
+    folder: Path,
+    splits: Mapping[str, Dataset],
+    num_output_shards: int | None,
+    layout: RowLayout,
+    pool: Pool,
+    *,
+    key: str,
 ) -> dict[str, list[Part]]:
     """Write the rows of each split, with `TRAINER_COLUMNS`, into files.
 
     Args:
-        folder: Where the files go; it must not exist.
+        folder: Where the files go. It may hold files of an interrupted run; those that have another name are removed.
         splits: The rows, at least one in each split.
         num_output_shards: Files per split, never more than rows; by default those of `NUM_OUTPUT_SHARDS`.
-        pool: Processes that share out the files, whose bytes do not depend on their number.
+        pool: Shares out the files, whose bytes do not depend on it.
+        key: Key of the rows and of all else that decides the files.
 
     Returns:
         The files of each split, in order.
     """
-    folder.mkdir()
-    tasks: list[tuple[Path, Dataset, list[str], RowLayout]] = []
+    folder.mkdir(exist_ok=True)
+    tasks: list[_Task] = []
     files: dict[str, range] = {}
     for split, rows in splits.items():
         num_files = max(1, min(num_output_shards or NUM_OUTPUT_SHARDS.get(split, 8), len(rows)))
         files[split] = range(len(tasks), len(tasks) + num_files)
         for index in range(num_files):
             path = folder / f"{split}-{index:05d}-of-{num_files:05d}.parquet"
-            tasks.append((path, rows.shard(num_files, index, contiguous=True), rows.column_names, layout))
-    made = dict(pool.map(_write_part, tasks, name="Parquet files"))
+            part = rows.shard(num_files, index, contiguous=True)
+            tasks.append(_Task(path, part, rows.column_names, layout, cache_key(key, str(path))))
+    keys = [task.key for task in tasks]
+    made = dict(pool.map(_write_part, tasks, name="Parquet files", keys=keys, holds=_is_whole))
+    paths = {task.path for task in tasks}
+    for path in folder.iterdir():
+        if path not in paths:
+            path.unlink()
     return {split: [made[index] for index in indices] for split, indices in files.items()}
 
 
-def _write_part(task: tuple[Path, Dataset, list[str], RowLayout]) -> Part:
+class _Task(NamedTuple):
+    """An output file to write."""
+
+    path: Path
+    rows: Dataset
+    columns: list[str]
+    layout: RowLayout
+    key: str
+
+
+def _write_part(task: _Task) -> Part:
     """Write one file; its statistics are those of the rows that can be read from it."""
-    path, rows, columns, layout = task
+    path, rows, columns, layout, key = task
+    # A task of a run with other options may write a file of this name at the same time. Each is complete when it gets the name.
+    unfinished = path.with_name(f"{path.name}.{key[:16]}{SUFFIX}")
     with quiet():
         # The columns of a `Dataset` that was pickled may have another order.
-        num_bytes = _with_trainer_columns(rows.select_columns(columns)).to_parquet(str(path))
-    return Part(path, num_bytes, compute_statistics({"": [path]}, layout)[""], sha256_file(path))
+        num_bytes = _with_trainer_columns(rows.select_columns(columns)).to_parquet(str(unfinished))
+    part = Part(path, num_bytes, compute_statistics({"": [unfinished]}, layout)[""], sha256_file(unfinished))
+    os.replace(unfinished, path)
+    return part
+
+
+def _is_whole(part: Part) -> bool:
+    """Return True if the file that an earlier run wrote is still there, unchanged."""
+    return part.path.is_file() and sha256_file(part.path) == part.sha256
 
 
 def _with_trainer_columns(rows: Dataset) -> Dataset:
     """Return the rows of one output file in memory, with `TRAINER_COLUMNS` at the end."""
-    features = folder_features(lists=isinstance(rows[0]["user_text"], list))
+    lists = isinstance(rows[0]["user_text"], list)
+    features = folder_features(lists=lists, collapsed=are_collapsed(rows.column_names))
     return rows.with_format("arrow").map(_add_trainer_columns, batched=True, features=features, keep_in_memory=True)
 
 

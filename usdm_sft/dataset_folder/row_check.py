@@ -10,18 +10,18 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from usdm_sft.dataset_folder.durations import find_wrong_durations
 from usdm_sft.template.encoder import IGNORE_INDEX, TemplateEncoder
 from usdm_sft.template.exchanges import has_lists
-
-_LINE_END = "\n"
 
 
 def find_doubtful_rows(batch: pa.RecordBatch, encoder: TemplateEncoder, max_length: int) -> set[int]:
     """Find the rows of a batch in which something may be wrong; the others are correct.
 
-    A row is correct if its ids and labels are those of its encoded columns, each label is the id or -100, `attention_mask`
-    and `length` fit, and the ids decode to the template. To decode fast, each run of unit tokens is compared as numbers and shortened to
-    its first token, in the ids and in the template alike. `check_tokenizer` has checked the name of every unit token.
+    A row is correct if its ids and labels are those of its encoded columns, each label is the id or -100, `attention_mask` and
+    `length` fit, and the ids decode to the template; collapsed units must restore the frames of their recordings as well. To
+    decode fast, each run of unit tokens is compared as numbers and shortened to its first token, in the ids and in the template
+    alike. `check_tokenizer` has checked the name of every unit token.
 
     Args:
         batch: Rows with all columns of a dataset folder.
@@ -39,71 +39,71 @@ def find_doubtful_rows(batch: pa.RecordBatch, encoder: TemplateEncoder, max_leng
         return set(range(len(batch)))
     ids, lengths = _flat(batch["input_ids"])
     doubtful = lengths > max_length
+    if encoder.unit_repetition == "collapse":
+        doubtful[list(find_wrong_durations(batch))] = True
     for name in ("input_ids", "labels"):
-        doubtful |= _differ(batch[name], np.concatenate(encoded[name]), _sizes(encoded[name]))
+        doubtful |= _compare(*_flat(batch[name]), np.concatenate(encoded[name]), _sizes(encoded[name]))
     doubtful |= batch["length"].to_numpy() != lengths
-    doubtful |= _differ(batch["attention_mask"], np.ones(len(ids), np.int8), lengths)
+    doubtful |= _compare(*_flat(batch["attention_mask"]), np.ones(len(ids), np.int8), lengths)
     labels, label_lengths = _flat(batch["labels"])
     if np.array_equal(lengths, label_lengths):  # the others are doubtful already
         doubtful |= _any_in_row((labels != ids) & (labels != IGNORE_INDEX), lengths)
     is_unit = encoder.layout.is_unit(ids)
     doubtful |= _have_other_units(ids[is_unit] - encoder.layout.tokens.unit_0, _count_in_row(is_unit, lengths), columns)
-    rows = np.flatnonzero(~doubtful)  # the ids of the others may be no tokens
+    rows = np.flatnonzero(~doubtful).tolist()  # the ids of the others may be no tokens
     shortened = _shorten_runs(ids, is_unit, lengths)
-    decoded = encoder.decode_batch([shortened[row] for row in rows])
-    words = _Words(encoder)
-    for row, text in zip(rows, decoded, strict=True):
-        doubtful[row] = text != words.render({name: columns[name][row] for name in names}, max_units=1)
+    texts = [render({name: columns[name][row] for name in names}, encoder, max_units=1) for row in rows]
+    doubtful[rows] = ~np.array(stand_for([shortened[row] for row in rows], texts, encoder), np.bool_)
     return set(np.flatnonzero(doubtful).tolist())
 
 
-def render(row: Mapping[str, Any], encoder: TemplateEncoder) -> str:
+def stand_for(rows: Sequence[Sequence[int]], texts: Sequence[str], encoder: TemplateEncoder) -> list[bool]:
+    """True for each row whose ids stand for its text: they decode to it, or are those of the whole text of a chat template."""
+    if encoder.template.tokenization == "chat":
+        encoded = encoder.encode_whole(texts)
+        return [list(ids) == whole for ids, whole in zip(rows, encoded, strict=True)]
+    return [found == text for found, text in zip(encoder.decode_batch(rows), texts, strict=True)]
+
+
+def render(row: Mapping[str, Any], encoder: TemplateEncoder, *, max_units: int | None = None) -> str:
     """The text of the template for one row, written independently of the encoder's ids.
 
     Args:
         row: The columns of the template's parts.
         encoder: Has the words of the template, and says how a text comes back from its ids.
+        max_units: Leave out the units after the first ones of each turn; by default none.
     """
-    return _Words(encoder).render(row)
-
-
-class _Words:
-    """The fixed words of a template as they come back from their ids."""
-
-    def __init__(self, encoder: TemplateEncoder):
-        template = encoder.template
-        self._encoder = encoder
-        self._instruction = "\n".join(encoder.spell(line) for line in template.instruction.split("\n"))
-        self._turns = [
-            (f"{encoder.spell(heading.strip(_LINE_END))}\n", parts)
+    template = encoder.template
+    values = {part: row[part] for part in template.parts}
+    if not has_lists(values):
+        values = {part: [value] for part, value in values.items()}
+    exchanges = [
+        {
+            part: value.lower() if isinstance(value, str) else _unit_tokens(value[:max_units])
+            for part, value in zip(template.parts, exchange, strict=True)
+        }
+        for exchange in zip(*values.values(), strict=True)
+    ]
+    if template.tokenization == "chat":
+        return encoder.render_chat(exchanges)
+    blocks = []
+    for exchange in exchanges:
+        parts = {part: encoder.spell(text) if part.endswith("_text") else text for part, text in exchange.items()}
+        turns = [
+            (heading, "<|correspond|>".join(parts[name] for name in names if name in parts))
             for heading, names in (
-                (template.user_heading, ("user_units", "user_text")),
-                (template.agent_heading, ("agent_text", "agent_units")),
+                (template.user_heading.strip("\n"), ("user_units", "user_text")),
+                (template.agent_heading.strip("\n"), ("agent_text", "agent_units")),
             )
-            if (parts := [name for name in names if name in template.parts])
+            if any(name in parts for name in names)
         ]
-
-    def render(self, row: Mapping[str, Any], *, max_units: int | None = None) -> str:
-        """The text of one row; `max_units` leaves out the units after the first ones of each turn."""
-        parts = self._encoder.template.parts
-        values = {part: row[part] for part in parts}
-        if not has_lists(values):
-            values = {part: [value] for part, value in values.items()}
-        blocks = []
-        for exchange in zip(*values.values(), strict=True):
-            texts = {
-                part: self._encoder.spell(value.lower()) if isinstance(value, str) else _unit_tokens(value[:max_units])
-                for part, value in zip(parts, exchange, strict=True)
-            }
-            turns = (
-                f"{heading}{'<|correspond|>'.join([texts[name] for name in names])}\n" for heading, names in self._turns
-            )
-            blocks.append("\n" + "".join(turns))
-        return f"{self._instruction}{''.join(blocks)}{self._encoder.end}"
+        blocks.append("\n" + "".join(f"{encoder.spell(heading)}\n{turn}\n" for heading, turn in turns))
+    instruction = "\n".join(encoder.spell(line) for line in template.instruction.split("\n"))
+    return f"{instruction}{''.join(blocks)}{encoder.end}"
 
 
 def _unit_tokens(units: Iterable[int]) -> str:
-    return "".join([f"<|unit{unit}|>" for unit in units])
+    return "".join(f"<|unit{unit}|>" for unit in units)
 
 
 def _shorten_runs(
@@ -138,11 +138,6 @@ def _have_other_units(
     expected = np.concatenate([np.zeros(0, np.int32), *flat])
     sizes = np.array([sum(map(len, row)) for row in turns], np.int64)
     return _compare(found, counts, expected, sizes)
-
-
-def _differ(column: pa.Array, expected: npt.NDArray[Any], sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """True for each row of a column of lists that differs from the expected values, whose rows have these sizes."""
-    return _compare(*_flat(column), expected, sizes)
 
 
 def _compare(

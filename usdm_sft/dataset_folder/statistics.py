@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from usdm_sft.corpus.features import are_collapsed
 from usdm_sft.dataset_folder.ranges import RowRange, count_processes, divide_rows
 from usdm_sft.template.encoder import IGNORE_INDEX
 from usdm_sft.template.parts import REFERENCE_LAYOUT, ROW_PARTS, RowLayout, find_parts_of_rows
@@ -77,7 +78,9 @@ class SplitStatistics:
             _count(self.seconds[role], _values(rows[f"{role}_seconds"]))
             self.unit_counts += np.bincount(_values(rows[f"{role}_units"]), minlength=MAX_UNITS)
             self.emotions.update(_values(rows[f"{role}_emotion"]).tolist())
-            _count(self.run_counts, _run_lengths(rows[f"{role}_units"]))
+            collapsed = are_collapsed(rows.schema.names)
+            runs = _values(rows[f"{role}_durations"]) if collapsed else _run_lengths(rows[f"{role}_units"])
+            _count(self.run_counts, runs)
         texts = rows["user_text"]
         exchanges = pc.list_value_length(texts).to_pylist() if pa.types.is_list(texts.type) else [1] * len(rows)
         for dialog, count in zip(rows["dialog_id"].to_pylist(), exchanges, strict=True):

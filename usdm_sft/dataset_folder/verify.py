@@ -116,7 +116,12 @@ def _make_encoder(folder: Path, counts: Mapping[str, Any]) -> TemplateEncoder:
     """The encoder with the tokenizer of the folder and the settings of counts.json."""
     template = read_template(folder / COUNTS, counts)
     tokenizer = load_tokenizer(folder / "tokenizer")
-    return TemplateEncoder(tokenizer, template, last_exchange_only=counts["settings"]["history"] > 0)
+    return TemplateEncoder(
+        tokenizer,
+        template,
+        last_exchange_only=counts["settings"]["history"] > 0,
+        unit_repetition=counts["settings"].get("unit_repetition", "keep"),
+    )
 
 
 def _check_counts(folder: Path, counts: Mapping[str, Any], statistics: Mapping[str, SplitStatistics]) -> Iterator[str]:

@@ -16,9 +16,10 @@ import pyarrow.compute as pc
 
 from usdm_sft.corpus.problems import MAX_PROBLEMS_SHOWN
 from usdm_sft.dataset_folder.compare import describe_difference, first_difference
+from usdm_sft.dataset_folder.durations import describe_missing, duration_problems
 from usdm_sft.dataset_folder.ranges import RowRange, count_processes, divide_rows
 from usdm_sft.dataset_folder.repeated_ids import Place, digest_ids, find_repeated, write_digests
-from usdm_sft.dataset_folder.row_check import find_doubtful_rows, render
+from usdm_sft.dataset_folder.row_check import find_doubtful_rows, render, stand_for
 from usdm_sft.dataset_folder.rows import open_rows
 from usdm_sft.dataset_folder.statistics import SplitStatistics
 from usdm_sft.template.encoder import IGNORE_INDEX, TemplateEncoder
@@ -61,7 +62,7 @@ def check_rows(
     Raises:
         ValueError: A file cannot be read.
     """
-    plan = list(_plan(files, schema))
+    plan = list(_plan(files, schema, encoder.unit_repetition))
     ranges = [each for each in plan if isinstance(each, RowRange)]
     statistics.update({split: SplitStatistics(layout=encoder.layout) for split in files})
     problems: dict[int, list[tuple[int, int, str]]] = defaultdict(list)  # by range: row, order in the row, problem
@@ -71,7 +72,7 @@ def check_rows(
         ProcessPool(count_processes(ranges, num_proc)) as pool,
     ):
         check = partial(_check_range, encoder, settings, folder)
-        for index, report in in_order(pool.map(check, enumerate(ranges), name="rows")):
+        for index, report in in_order(pool.map(check, list(enumerate(ranges)), name="rows")):
             statistics[ranges[index].split].merge(report.statistics)
             problems[index] += [(row, 1, problem) for row, problem in report.problems]
             if report.error is not None:
@@ -84,17 +85,21 @@ def check_rows(
     yield from _in_order(plan, problems, errors)
 
 
-def _plan(files: Mapping[str, Sequence[Path]], schema: pa.Schema) -> Iterator[RowRange | str | ValueError]:
+def _plan(
+    files: Mapping[str, Sequence[Path]], schema: pa.Schema, unit_repetition: str
+) -> Iterator[RowRange | str | ValueError]:
     """Yield ranges of rows, and in their places the files that cannot be checked: a problem, or at the end an error."""
     for split, paths in files.items():
         for path in paths:
             try:
                 found = open_rows(path).schema_arrow.remove_metadata()
-                if found.equals(schema):
-                    yield from divide_rows(path, split)
-                else:
+                if not found.equals(schema):
                     difference = _describe_columns(found, schema)
                     yield f"{path} has other columns than the README.md beside it says: {difference}"
+                elif problem := describe_missing(found, unit_repetition):
+                    yield f"{path}: {problem}"
+                else:
+                    yield from divide_rows(path, split)
             except ValueError as error:
                 yield error
                 return
@@ -185,6 +190,8 @@ def _check_row(row: Mapping[str, Any], encoder: TemplateEncoder, settings: Mappi
     if (wrong := np.flatnonzero((labels != ids) & (labels != IGNORE_INDEX))).size:
         yield f"label {labels[wrong[0]]} of token {wrong[0]} is neither {IGNORE_INDEX} nor the token's id {ids[wrong[0]]}"
         return
+    if encoder.unit_repetition == "collapse":
+        yield from duration_problems(row)
     try:
         encoded = encoder({column: [value] for column, value in row.items()})
     except ValueError as error:
@@ -195,5 +202,5 @@ def _check_row(row: Mapping[str, Any], encoder: TemplateEncoder, settings: Mappi
         if (at := first_difference(found, expected)) is not None:
             yield f"{name} differ from the encoded columns: {describe_difference(found, expected, at)}"
             return
-    if encoder.decode(ids) != (text := render(row, encoder)):
+    if not stand_for([ids.tolist()], [text := render(row, encoder)], encoder)[0]:
         yield f"input_ids do not decode to the template: {encoder.decode(ids)!r}, not {text!r}"

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
-    from usdm_sft.utils.processes import ProcessPool
+    from usdm_sft.utils.pool import Pool
 
 
 def write_folder(
@@ -43,8 +43,9 @@ def write_folder(
     splits: dict[str, Dataset],
     tokenizer: PreTrainedTokenizerFast,
     counts: dict[str, Any],
-    pool: ProcessPool,
+    pool: Pool,
     *,
+    key: str,
     num_output_shards: int | None = None,
     utterances: Mapping[str, Iterable[Mapping[str, Any]]] | None = None,
 ) -> dict[str, Any]:
@@ -56,18 +57,19 @@ def write_folder(
         splits: The finished rows.
         tokenizer: The tokenizer to save in `tokenizer/`.
         counts: The counts so far; statistics and digests of the files are added.
-        pool: Processes that share out the Parquet files.
+        pool: Shares out the Parquet files.
+        key: Key of the rows. Parquet files of an interrupted run that had the same key are kept, if the pool finds them.
         num_output_shards: Parquet files per split, never more than rows. By default 64 for train and 8 for others.
         utterances: The rows of the config `utterances` by split, if the folder keeps the audio.
 
     Returns:
         The counts as written.
     """
-    clear_unfinished(folder)
-    unfinished = folder / UNFINISHED
-    unfinished.mkdir(parents=True)
+    clear_unfinished(folder, keep=config_name)
+    unfinished = (folder / UNFINISHED).absolute()  # tasks run in other working directories
+    unfinished.mkdir(parents=True, exist_ok=True)
     parts = write_parquet(
-        unfinished / config_name, splits, num_output_shards, read_layout(folder / COUNTS, counts), pool
+        unfinished / config_name, splits, num_output_shards, read_layout(folder / COUNTS, counts), pool, key=key
     )
     files = {split: [part.path for part in split_parts] for split, split_parts in parts.items()}
     num_bytes = {split: sum(part.num_bytes for part in split_parts) for split, split_parts in parts.items()}

@@ -1,8 +1,4 @@
-"""Unit shards made in datatrove tasks: on this machine, on a Ray cluster, or by Slurm.
-
-A task is a contiguous range of all work shards, not of the missing ones, so that a completion mark means the same in every
-run.
-"""
+"""The options of an executor, and unit shards made in its tasks."""
 
 from __future__ import annotations
 
@@ -12,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from usdm_sft.executors.extras import LocalPipelineExecutor, SlurmPipelineExecutor
-from usdm_sft.executors.launchers import convert_text, find_ray_device, run_here, run_on_ray, submit
-from usdm_sft.executors.tasks import write_task
+from usdm_sft.executors.engine import Engine, Stage
+from usdm_sft.executors.extras import SlurmPipelineExecutor
+from usdm_sft.executors.launchers import find_ray_device
+from usdm_sft.executors.slurm import convert_text
+from usdm_sft.executors.tasks import run_task, write_task
 from usdm_sft.units.agreement import agreement_file
-from usdm_sft.utils.cache import ShardCache, cache_key
+from usdm_sft.utils.cache import ShardCache
 
 if TYPE_CHECKING:
     from usdm_sft.audio.digests import AudioDigest
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
     from usdm_sft.units.tokenizer import UnitTokenizer
 
 _OURS = {"pipeline", "tasks", "logging_dir", "skip_completed", "depends"}  # options of datatrove that we set
-_NUM_NAMED = 10  # failed tasks that an error lists
 
 
 def check_options(executor: str, num_gpus: int | None, slurm: Mapping[str, Any] | None) -> None:
@@ -68,65 +65,33 @@ def find_device(executor: str, num_gpus: int | None) -> str:
 
 
 def run_tasks(
-    executor: str,
+    engine: Engine,
     shards: Sequence[Shard],
     unit_tokenizer: UnitTokenizer,
     devices: Sequence[str],
-    cache: Path,
     *,
-    tasks: int,
     sample: Mapping[str, AudioDigest],
-    slurm: Mapping[str, Any] | None = None,
-) -> str | None:
+) -> None:
     """Make the unit shards that the cache lacks, and measure the agreement, in tasks.
 
     Args:
-        executor: local, ray or slurm.
+        engine: Runs the tasks.
         shards: All work shards of the plan.
         unit_tokenizer: Its folder and settings; each task opens the folder itself.
         devices: Devices of local tasks, one task at a time on each.
-        cache: Folder of the cache, which all machines see under this path.
-        tasks: Number of ranges that the plan is divided into, at most one per shard.
         sample: Audio on which the first task measures the agreement.
-        slurm: Options of datatrove's SlurmPipelineExecutor.
-
-    Returns:
-        None if all shards are finished; else a sentence on the tasks that were submitted to Slurm.
 
     Raises:
+        Submitted: Slurm runs the tasks.
         RuntimeError: Tasks or sbatch failed. Finished shards are kept.
     """
-    cache, tasks = cache.resolve(), min(tasks, len(shards))
-    folder = cache / "executor" / cache_key([shard.units_key for shard in shards], tasks)
-    marks = LocalPipelineExecutor([], tasks=tasks, logging_dir=str(folder))
-    _plan_tasks(folder, marks, shards, unit_tokenizer, cache, tasks=tasks, sample=sample)
-    if not (ranks := marks.get_incomplete_ranks()):
-        return None
-    device = unit_tokenizer.settings["device"]
-    if executor == "slurm":
-        return submit(folder, tasks, ranks, device, slurm or {})
-    if executor == "ray":
-        run_on_ray(folder, tasks, ranks, device)
-    else:
-        run_here(folder, tasks, ranks, devices)
-    if failed := marks.get_incomplete_ranks():
-        names = ", ".join(map(str, failed[:_NUM_NAMED])) + (", ..." if len(failed) > _NUM_NAMED else "")
-        raise RuntimeError(
-            f"{len(failed)} of {tasks} tasks failed ({names}): see {folder / 'logs'}; start the run again, "
-            "finished work shards are kept"
-        )
-    return None
+    stage = engine.open_stage(len(shards), "units", *(shard.units_key for shard in shards))
+    _plan_tasks(stage, shards, unit_tokenizer, engine.cache, sample)
+    engine.run(stage, run_task, device=unit_tokenizer.settings["device"], devices=devices)
 
 
 def _plan_tasks(
-    folder: Path,
-    marks: LocalPipelineExecutor,
-    shards: Sequence[Shard],
-    unit_tokenizer: UnitTokenizer,
-    cache: Path,
-    *,
-    tasks: int,
-    sample: Mapping[str, AudioDigest],
+    stage: Stage, shards: Sequence[Shard], unit_tokenizer: UnitTokenizer, cache: Path, sample: Mapping[str, AudioDigest]
 ) -> None:
     """Mark the tasks whose shards are in the cache as completed; write a file for each of the others.
 
@@ -134,12 +99,12 @@ def _plan_tasks(
     """
     finished = ShardCache(cache / "units").find_all(shard.units_key for shard in shards)
     agreement = agreement_file(unit_tokenizer, sample, cache)
-    for rank in range(tasks):
-        task_shards = shards[rank * len(shards) // tasks : (rank + 1) * len(shards) // tasks]
+    for rank, indices in enumerate(stage.ranges):
+        task_shards = [shards[index] for index in indices]
         measured = rank > 0 or agreement is None or agreement.is_file()
         if measured and all(shard.units_key in finished for shard in task_shards):
-            marks.mark_rank_as_completed(rank)
+            stage.mark(rank)
         else:
-            (folder / "completions" / f"{rank:05d}").unlink(missing_ok=True)
+            stage.unmark(rank)
             task_sample = {} if rank > 0 or agreement is None else sample
-            write_task(folder, rank, task_shards, unit_tokenizer, cache, task_sample)
+            write_task(stage.folder, rank, task_shards, unit_tokenizer, cache, task_sample)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from usdm_sft.audio.digests import AudioDigest
+from usdm_sft.executors.calls import enter
 from usdm_sft.shards.plan import Shard
 from usdm_sft.shards.units import make_units
 from usdm_sft.units.agreement import measure_agreement
@@ -44,17 +45,14 @@ def write_task(
         cache: Folder of the cache.
         sample: Audio on which the task measures the agreement first; empty if it measures none.
     """
-
-    def absolute(path: str) -> str:  # the machines share paths, but not the working directory
-        return os.path.abspath(path) if os.path.exists(path) else path
-
     work = {
         "unit_model": str(unit_tokenizer.folder),
         "key": unit_tokenizer.key,
         "settings": unit_tokenizer.settings,
         "cache": str(cache),
-        "shards": [shard._replace(audio=[absolute(path) for path in shard.audio], rows=[]) for shard in shards],
-        "sample": {absolute(path): digest for path, digest in sample.items()},
+        "shards": [shard._replace(rows=[]) for shard in shards],
+        "sample": dict(sample),
+        "directory": os.getcwd(),
     }
     replace_text(task_file(folder, rank), json.dumps(work))
 
@@ -73,6 +71,7 @@ def run_task(data: Any, rank: int, world_size: int, *, folder: str, device: str 
         ValueError: The unit model or its code changed after the task file was written.
     """
     work = json.loads(task_file(folder, rank).read_text(encoding="utf-8"))
+    enter(work["directory"])
     settings = work["settings"]
     if settings["device"] == "cuda" and torch.cuda.is_available():
         device = device or f"cuda:{rank % torch.cuda.device_count()}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -13,6 +15,7 @@ from usdm_sft.template.encoder import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from dailytalk_usdm import DailyTalkUSDM
+    from usdm_sft.audio.digest_table import AudioDigests
 
 
 def count_rows(rows: Dataset, fitted: Fitted, builder: DailyTalkUSDM, split: str, max_length: int) -> dict[str, Any]:
@@ -35,13 +38,12 @@ def count_rows(rows: Dataset, fitted: Fitted, builder: DailyTalkUSDM, split: str
             f"{list_lengths(rows, 'input_ids').min()} tokens: raise it"
         )
     corpus = builder.corpus[split]
-    dialog_ids = set(kept["dialog_id"][:])  # a dialog may have lost all its rows to max_length
-    dialogs = [dialog for dialog in corpus.dialogs if dialog.id in dialog_ids]
-    utterances = [utterance for dialog in dialogs for utterance in dialog.utterances]
-    seconds = sum(builder.audio_digests[utterance.audio].seconds for utterance in utterances)
+    dialog_ids = _distinct(kept, "dialog_id")  # a dialog may have lost all its rows to max_length
+    utterances = (utterance for dialog in corpus.dialogs if dialog.id in dialog_ids for utterance in dialog.utterances)
+    num_utterances, seconds = _measure((utterance.audio for utterance in utterances), builder.audio_digests)
     return {
         "dialogs": len(dialog_ids),
-        "utterances": len(utterances),
+        "utterances": num_utterances,
         "hours": round(seconds / 3600, 6),
         "pairs": corpus.num_pairs + len(corpus.pairs_left_out),
         "pairs_with_bad_audio": len(corpus.pairs_left_out),
@@ -53,6 +55,27 @@ def count_rows(rows: Dataset, fitted: Fitted, builder: DailyTalkUSDM, split: str
         "pairs_left_out": dict(corpus.pairs_left_out) | fitted.left_out,
         "rows_cut": fitted.cut,
     }
+
+
+def _distinct(rows: Dataset, column: str) -> set[str]:
+    found: set[str] = set()
+    for batch in rows.select_columns([column]).with_format("arrow").iter(batch_size=1000):
+        found.update(batch[column].unique().to_pylist())
+    return found
+
+
+def _measure(audio: Iterator[str], digests: AudioDigests) -> tuple[int, float]:
+    """Return the number of utterances and the sum of their seconds."""
+    num_utterances = 0
+
+    def seconds() -> Iterator[float]:
+        nonlocal num_utterances
+        while batch := list(islice(audio, 1000)):
+            num_utterances += len(batch)
+            yield from (digest.seconds for digest in digests.find_all(batch))
+
+    total = sum(seconds())
+    return num_utterances, total
 
 
 def count_values(rows: Dataset, column: str) -> int:

@@ -65,8 +65,9 @@ def _plan_shard(
     ids = [utterance.id for utterance in utterances]
     texts = [utterance.text for utterance in utterances]
     audio = [utterance.audio for utterance in utterances]
-    digests = [builder.audio_digests[address].sha256 for address in audio]
-    lengths = [builder.audio_digests[address].num_samples for address in audio]
+    found = builder.audio_digests.find_all(audio)
+    digests = [digest.sha256 for digest in found]
+    lengths = [digest.num_samples for digest in found]
     positions = {utterance_id: position for position, utterance_id in enumerate(ids)}
     rows = [
         [(positions[user.id], positions[agent.id]) for user, agent in example.exchanges]

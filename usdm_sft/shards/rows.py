@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 
-from usdm_sft.corpus.examples import has_lists, make_examples
+from usdm_sft.corpus.examples import Example, has_lists, make_examples
+from usdm_sft.corpus.features import ROLES
 from usdm_sft.utils.progress import quiet
 
 if TYPE_CHECKING:
     from dailytalk_usdm import DailyTalkUSDM
 
 logger = logging.getLogger(__name__)
+
+_BATCH = 1000
 
 
 def load_rows(builder: DailyTalkUSDM) -> dict[str, Dataset]:
@@ -50,18 +55,28 @@ def _check_rows(rows: Dataset, builder: DailyTalkUSDM, split: str) -> None:
     A flipped byte in a text leaves a valid Arrow file, which `validate` cannot find.
 
     Raises:
-        OSError: A column differs.
+        OSError: A column or the number of rows differs.
     """
     name, history = builder.config.name, builder.config.history
-    dialogs = builder.corpus[split].dialogs
-    examples = [example for dialog in dialogs for example in make_examples(dialog, name, history)]
-    expected: dict[str, list[Any]] = {
+    rows = rows.remove_columns([f"{role}_audio" for role in ROLES])
+    examples = (example for dialog in builder.corpus[split].dialogs for example in make_examples(dialog, name, history))
+    start = 0
+    while batch := list(islice(examples, _BATCH)):
+        found = rows[start : start + len(batch)]
+        for column, values in _make_columns(batch, lists=has_lists(name, history)).items():
+            if found[column] != values:
+                raise OSError(f"column {column} of {split} differs from the corpus")
+        start += len(batch)
+    if start != len(rows):
+        raise OSError(f"{split} has {len(rows):,} rows, but the corpus makes {start:,}")
+
+
+def _make_columns(examples: Sequence[Example], *, lists: bool) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = {
         column: [getattr(example, column) for example in examples] for column in ("id", "dialog_id", "turn")
     }
-    for side, role in enumerate(("user", "agent")):
+    for side, role in enumerate(ROLES):
         for field in ("speaker", "text", "emotion"):
             values = [[getattr(exchange[side], field) for exchange in example.exchanges] for example in examples]
-            expected[f"{role}_{field}"] = values if has_lists(name, history) else [value for [value] in values]
-    for column, values in expected.items():
-        if rows[column][:] != values:
-            raise OSError(f"column {column} of {split} differs from the corpus")
+            columns[f"{role}_{field}"] = values if lists else [value for [value] in values]
+    return columns

@@ -68,7 +68,7 @@ def find_fp32_fallback(shards: Sequence[Shard], units: dict[str, Path], split: S
     Returns:
         The ids of these utterances, in order.
     """
-    ids = (utterance.id for dialog in split.dialogs for utterance in dialog.utterances)
+    ids = (utterance.id for utterance in split.utterances())
     fallback: list[str] = []
     for shard in shards:
         rows = Dataset.from_file(str(units[shard.units_key]))

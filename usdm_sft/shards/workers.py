@@ -6,7 +6,6 @@ Each process takes the next work shard when it has finished one.
 from __future__ import annotations
 
 import multiprocessing
-import queue
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +18,7 @@ from datasets import Dataset
 from usdm_sft.shards.mapping import map_shard
 from usdm_sft.units.columns import distinct_audio, unit_columns
 from usdm_sft.utils.cache import Claim, ShardCache
-from usdm_sft.utils.processes import POLL_SECONDS, receive, sendable, start_process
+from usdm_sft.utils.processes import num_cores, receive, sendable, start_process
 
 if TYPE_CHECKING:
     from usdm_sft.units.tokenizer import UnitTokenizer
@@ -27,6 +26,12 @@ if TYPE_CHECKING:
 FP32_FALLBACK = (
     "fp32_fallback"  # bool column of a unit shard: the utterance overflowed, and its units are those of fp32
 )
+
+
+# One process reads some 3,000 s of audio per second (WAV of one channel at 22.05 kHz; less of other formats). A GPU computes up to
+# 8,000, by the computation in tests/benchmarks/README.md.
+MAX_READERS = 8
+FILES_PER_READER = 256  # the start of a process takes as long as reading 150 files
 
 
 class UnitShard(NamedTuple):
@@ -54,7 +59,7 @@ def make_unit_shards(
     """
     if len(devices) == 1:
         unit_tokenizer.device = devices[0]
-        yield from _make_in_turn(iter(shards), unit_tokenizer, level)
+        yield from _make_in_turn(iter(shards), unit_tokenizer, level, count_readers(shards, devices))
         return
     unit_tokenizer.release()  # free the memory that this process uses on the first GPU
     context = multiprocessing.get_context("spawn")
@@ -66,7 +71,7 @@ def make_unit_shards(
     try:
         for device in devices[: len(shards)]:
             waiting.put(None)
-            args = (unit_tokenizer, device, level, list(shards), waiting, done)
+            args = (unit_tokenizer, device, level, list(shards), count_readers(shards, devices), waiting, done)
             name = f"units on {device}"
             processes[name] = start_process(_run_process, args, name=name)
         for index, path in receive(done, processes, len(shards)):
@@ -80,16 +85,29 @@ def make_unit_shards(
             process.join()
 
 
+def count_readers(shards: Sequence[UnitShard], devices: Sequence[str]) -> int:
+    """Return the number of processes that read audio for each device; 0 if threads read it.
+
+    On the CPU, threads read much faster than the unit model computes.
+    """
+    if not devices[0].startswith("cuda") or multiprocessing.current_process().daemon:  # a daemon may not start any
+        return 0
+    num_files = sum(len(shard.digests) for shard in shards)
+    wanted = min(MAX_READERS, num_files // len(devices) // FILES_PER_READER)
+    return min(wanted, max(1, num_cores() // len(devices)))
+
+
 def _make_in_turn(
-    shards: Iterator[UnitShard], unit_tokenizer: UnitTokenizer, level: ShardCache
+    shards: Iterator[UnitShard], unit_tokenizer: UnitTokenizer, level: ShardCache, num_readers: int
 ) -> Iterator[tuple[UnitShard, Path]]:
     """Make one shard after the other, and yield each with its file, in order.
 
-    Threads read the audio of the next shard ahead, and another thread writes the files. On CUDA, the device gets the work of
+    Threads or processes read the audio of the next shard ahead, and another thread writes the files. On CUDA, the device gets the work of
     the next shard before it has finished this one. On the CPU, each shard is written before the next one is computed: a
     forward pass ends before this process goes on, and a finished shard shall not wait for it.
     """
-    with _Pipeline(unit_tokenizer, level, ahead=int(unit_tokenizer.settings["device"] == "cuda")) as pipeline:
+    ahead = int(unit_tokenizer.settings["device"] == "cuda")
+    with _Pipeline(unit_tokenizer, level, ahead=ahead, num_readers=num_readers) as pipeline:
         shard = next(shards, None)
         if shard is not None:
             pipeline.read_ahead(shard)
@@ -109,19 +127,22 @@ class _Pipeline:
         unit_tokenizer: Tokenizes the audio.
         level: The cache level of unit shards.
         ahead: Number of shards that the device, and likewise the thread, may hold when `make` returns.
+        num_readers: Number of processes that read audio; 0 if threads read it.
     """
 
-    def __init__(self, unit_tokenizer: UnitTokenizer, level: ShardCache, *, ahead: int):
+    def __init__(self, unit_tokenizer: UnitTokenizer, level: ShardCache, *, ahead: int, num_readers: int):
         self._unit_tokenizer, self._level, self._ahead = unit_tokenizer, level, ahead
         self._computing: deque[tuple[UnitShard, Claim, Callable[[], Any]]] = deque()
         self._writing: deque[tuple[UnitShard, Future[Path]]] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="write-units")
+        unit_tokenizer.start_reader(num_readers)
 
     def __enter__(self) -> _Pipeline:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Finish the files that are being written, and give up the shards that the device computes."""
+        """Finish the files that are being written, and give up the shards that are read or computed."""
+        self._unit_tokenizer.end_reader()
         self._thread.shutdown()
         for _, claim, _ in self._computing:
             claim.release()
@@ -184,20 +205,18 @@ def _write_shard(shard: UnitShard, claim: Claim, columns: dict[str, list[Any]]) 
 
 
 def _run_process(
-    unit_tokenizer: UnitTokenizer, device: str, level: ShardCache, shards: list[UnitShard], waiting: Any, done: Any
+    unit_tokenizer: UnitTokenizer,
+    device: str,
+    level: ShardCache,
+    shards: list[UnitShard],
+    num_readers: int,
+    waiting: Any,
+    done: Any,
 ) -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # this is a spawned process
     taken: list[int] = []
 
     def take_shards() -> Iterator[UnitShard]:
-        while parent.is_alive():
-            try:
-                index = waiting.get(timeout=POLL_SECONDS)
-            except queue.Empty:
-                continue
-            if index is None:
-                return
+        for index in iter(waiting.get, None):
             taken.append(index)
             yield shards[index]
 
@@ -205,7 +224,7 @@ def _run_process(
         unit_tokenizer.device = device
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
-        for _, path in _make_in_turn(take_shards(), unit_tokenizer, level):
+        for _, path in _make_in_turn(take_shards(), unit_tokenizer, level, num_readers):
             done.put((taken.pop(0), path))
     except Exception as error:  # raised again in the parent
         done.put(sendable(error))

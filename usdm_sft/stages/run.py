@@ -23,6 +23,7 @@ from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer
 from usdm_sft.units.tokenizer import UnitTokenizer, open_for
 from usdm_sft.utils.cache import cache_key, cache_root
 from usdm_sft.utils.locks import require_locks
+from usdm_sft.utils.pool import Pool
 from usdm_sft.utils.progress import Stages
 
 # counts.json names the versions of the packages that decide the content of the folder.
@@ -47,13 +48,19 @@ class Run:
     plan: list[Shard]
 
 
-def open_run(config: PrepareConfig, stages: Stages, unit_tokenizer: UnitTokenizer | None = None) -> Run:
+def open_run(
+    config: PrepareConfig, stages: Stages, unit_tokenizer: UnitTokenizer | None = None, *, pool: Pool | None = None
+) -> Run:
     """Open corpus, tokenizer and unit model, and plan the work shards; everything that can be refused is refused here.
 
     Args:
         config: The options.
         stages: Learns when a stage begins.
         unit_tokenizer: Takes the place of the unit model of the config, which is then not looked for.
+        pool: Shares out recordings that are read for the first time.
+
+    Raises:
+        Submitted: Slurm reads the recordings.
     """
     overflow = choose_overflow(config.overflow, config.config_name, config.history)
     devices = choose_devices(config)
@@ -63,9 +70,14 @@ def open_run(config: PrepareConfig, stages: Stages, unit_tokenizer: UnitTokenize
     require_locks(cache / "locks")
     stages.start("tokenizer")
     tokenizer = load_tokenizer(config.pretrained_model_name_or_path, config.model_cache_dir)
-    encoder = TemplateEncoder(tokenizer, config.template, last_exchange_only=config.history > 0)
+    encoder = TemplateEncoder(
+        tokenizer,
+        config.template,
+        last_exchange_only=config.history > 0,
+        unit_repetition=config.unit_repetition,
+    )
     stages.start("corpus")
-    builder = _open_corpus(config, cache)
+    builder = _open_corpus(config, cache, pool)
     stages.start("unit model")
     if unit_tokenizer is None:
         unit_tokenizer = _open_unit_model(config, devices[0], cache)
@@ -89,7 +101,7 @@ def _open_unit_model(config: PrepareConfig, device: str, cache: Path) -> UnitTok
     )
 
 
-def _open_corpus(config: PrepareConfig, cache: Path) -> DailyTalkUSDM:
+def _open_corpus(config: PrepareConfig, cache: Path, pool: Pool | None) -> DailyTalkUSDM:
     """Read the split lists or manifests, and check all audio."""
     return DailyTalkUSDM(
         config_name=config.config_name,
@@ -101,6 +113,7 @@ def _open_corpus(config: PrepareConfig, cache: Path) -> DailyTalkUSDM:
         cache_dir=str(cache / "builder"),
         digest_cache_dir=cache,
         on_bad_audio=config.on_bad_audio,
+        pool=pool,
     )
 
 
@@ -114,7 +127,9 @@ def describe_run(run: Run) -> dict[str, Any]:
         "config": config.config_name,
         "corpus": describe_corpus(builder.split_lists, builder.list_digests),
         "unit_model": describe_unit_model(run.unit_tokenizer.folder),
-        "tokenizer": describe_tokenizer(str(config.pretrained_model_name_or_path), run.encoder.tokens),
+        "tokenizer": describe_tokenizer(
+            str(config.pretrained_model_name_or_path), run.encoder.tokens, run.encoder.layout.chat
+        ),
         "num_units": run.unit_tokenizer.num_units,
         "settings": {
             "history": config.history,
@@ -126,6 +141,7 @@ def describe_run(run: Run) -> dict[str, Any]:
             "shuffle_seed": config.shuffle_seed,
             "num_output_shards": config.num_output_shards,
             "shard_dialogs": config.shard_dialogs,
+            **({} if config.unit_repetition == "keep" else {"unit_repetition": config.unit_repetition}),
             **({"keep_audio": True} if config.keep_audio else {}),
             **run.unit_tokenizer.settings,
             **({} if is_reference else {"agreement_utterances": config.agreement_utterances}),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from usdm_sft.template.config import UnitRepetition
+from usdm_sft.template.repetition import drop_repeats
 from usdm_sft.utils.texts import text_problem
 
 # A checked user turn and the answer to it, by part: texts lower-cased, units as (num_units,) int32 arrays of token ids.
@@ -26,12 +28,23 @@ class ExchangeReader:
         unit_0: The id of unit 0.
         num_units: Number of units in the vocabulary.
         other_tokens: Matches added tokens of the tokenizer that `text_problem` does not know, or None.
+        unit_repetition: "keep", or "collapse" to read one unit for each run of equal units.
+
+    Raises:
+        ValueError: `unit_repetition` is unknown.
     """
 
     parts: tuple[str, ...]
     unit_0: int
     num_units: int
     other_tokens: re.Pattern[str] | None
+    unit_repetition: str = "keep"
+
+    def __post_init__(self) -> None:
+        if self.unit_repetition not in get_args(UnitRepetition):
+            raise ValueError(
+                f"unit_repetition is {self.unit_repetition!r}: give {' or '.join(get_args(UnitRepetition))}"
+            )
 
     def exchanges(self, batch: Mapping[str, Sequence[Any]], i: int) -> list[Exchange]:
         """The exchanges of row `i` of a batch.
@@ -70,12 +83,43 @@ class ExchangeReader:
         Raises:
             ValueError: A text or unit is not allowed.
         """
-        return {
-            part: self.text(value, f"{place}{part}")
-            if part.endswith("_text")
-            else self.unit_ids(value, f"{place}{part}")
-            for part, value in values.items()
-        }
+        exchange: Exchange = {}
+        for part, value in values.items():
+            if part.endswith("_text"):
+                exchange[part] = self.text(value, f"{place}{part}")
+                continue
+            exchange[part] = self.unit_ids(value, f"{place}{part}")
+            if not len(exchange[part]) and part.replace("units", "text") not in self.parts:
+                # The ids of the turn would be those of a line with a space.
+                raise ValueError(f"{place}{part} is empty, and the template has no text in this turn: leave it out")
+        return exchange
+
+    def prompt(self, given: Mapping[str, Any], history: Sequence[Sequence[Any]]) -> list[Exchange]:
+        """Check the exchanges of a prompt. The last one has the leading parts only; its transcript, which a model generated, may be empty.
+
+        Args:
+            given: The parts of the last exchange.
+            history: All parts of each earlier exchange.
+
+        Raises:
+            ValueError: A part is missing, unknown or the last one, or a text or unit is not allowed.
+        """
+        for number, each in enumerate(history):
+            if len(each) != len(self.parts):
+                raise ValueError(f"history[{number}] has {len(each)} parts: give {', '.join(self.parts)}")
+        for part in given:
+            if part not in self.parts:
+                raise ValueError(f"the template has no {part}: give one or more of {', '.join(self.parts[:-1])}")
+        if self.parts[-1] in given:
+            raise ValueError(f"{self.parts[-1]} is the last part of the template: leave it out, the model generates it")
+        for before, part in zip(self.parts, self.parts[1:], strict=False):
+            if part in given and before not in given:
+                raise ValueError(f"{part} comes without {before}: give {before} as well")
+        if not given:
+            raise ValueError(f"{self.parts[0]} is missing: every prompt begins with it")
+        exchanges = [self.read(dict(zip(self.parts, each, strict=True))) for each in history]
+        empty = {"user_text": ""} if given.get("user_text") == "" and self.parts[0] != "user_text" else {}
+        return [*exchanges, self.read({part: value for part, value in given.items() if part not in empty}) | empty]
 
     def text(self, text: str, place: str) -> str:
         """The text lower-cased.
@@ -94,7 +138,7 @@ class ExchangeReader:
         return text
 
     def unit_ids(self, units: npt.ArrayLike, place: str) -> npt.NDArray[np.int32]:
-        """(num_units,) int32 token ids of units.
+        """(num_units,) int32 token ids of units; where they are collapsed, of each run of equal units.
 
         Raises:
             ValueError: They are not a flat list of integers, or the tokenizer does not have one of them.
@@ -110,6 +154,8 @@ class ExchangeReader:
                 f"{place} contains unit {low if low < 0 else high}, but the tokenizer has units 0 to "
                 f"{self.num_units - 1}: use the unit model and the tokenizer that belong together"
             )
+        if self.unit_repetition == "collapse":
+            units = drop_repeats(units)
         ids: npt.NDArray[np.int32] = units.astype(np.int32) + self.unit_0
         return ids
 

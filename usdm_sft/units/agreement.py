@@ -21,9 +21,9 @@ NUM_UTTERANCES = 64
 
 def pick_sample(audio: Mapping[str, AudioDigest], num_utterances: int = NUM_UTTERANCES) -> dict[str, AudioDigest]:
     """Pick files that are spread evenly over the corpus; all files if there are no more than `num_utterances`."""
-    paths = list(audio)
-    picked = np.unique(np.linspace(0, len(paths) - 1, min(num_utterances, len(paths))).round().astype(int))
-    return {paths[i]: audio[paths[i]] for i in picked}
+    num = len(audio)
+    picked = set(np.linspace(0, num - 1, min(num_utterances, num)).round().astype(int).tolist())
+    return {path: audio[path] for position, path in enumerate(audio) if position in picked}
 
 
 def agreement_file(unit_tokenizer: UnitTokenizer, sample: Mapping[str, AudioDigest], cache: Path) -> Path | None:

@@ -78,7 +78,7 @@ def normalize(samples: torch.Tensor) -> torch.Tensor:
     The reference's collater appends one sample of value 1.0 to an odd number of samples before it normalizes.
     """
     if len(samples) % 2 and samples.device.type == "cpu":
-        # torch's pad would start a team of OpenMP threads in each thread that reads audio. Its layer_norm of one row does not.
+        # torch's pad would use a team of threads, and take the cores of those who read. Its layer_norm of one row does not.
         samples = torch.from_numpy(np.append(samples.numpy(), np.float32(1)))
     elif len(samples) % 2:
         samples = torch.nn.functional.pad(samples, (0, 1), value=1.0)

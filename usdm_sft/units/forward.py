@@ -69,11 +69,9 @@ def _forward(
     model: UnitModel, batch: Sequence[Waveform], names: Sequence[str], batch_seconds: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     device = model.centroids.device
-    padded = torch.nn.utils.rnn.pad_sequence([waveform.samples for waveform in batch], batch_first=True)
+    padded = _pad([waveform.samples for waveform in batch], device)
     frames = torch.tensor([num_frames(waveform.num_samples) for waveform in batch], device="cpu")
     try:
-        if device.type == "cuda" and padded.device.type == "cpu":
-            padded = padded.pin_memory()
         padded = padded.to(device, non_blocking=True)
         if not model.rows_alone:
             return model.forward(padded, frames)
@@ -89,3 +87,16 @@ def _forward(
         raise MemoryError(
             f"out of memory on {device} with a batch of {len(batch)} utterances and {seconds:.0f} s of audio: {remedy}"
         ) from error
+
+
+def _pad(samples: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Return (batch, num_samples) rows padded with zeros, in pinned memory if they have to go to a GPU."""
+    if samples[0].device.type != "cpu":
+        return torch.nn.utils.rnn.pad_sequence(list(samples), batch_first=True)
+    shape, pinned = (len(samples), max(map(len, samples))), device.type == "cuda"
+    padded = torch.empty(shape, dtype=torch.float32, device="cpu", pin_memory=pinned)
+    # NumPy copies with this thread alone. torch would use a team of threads, and take the cores of those who read.
+    for row, each in zip(padded.numpy(), samples, strict=True):
+        row[: len(each)] = each.numpy()
+        row[len(each) :] = 0
+    return padded

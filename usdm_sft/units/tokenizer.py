@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +16,14 @@ import numpy as np
 import torch
 
 from usdm_sft.audio.frames import SAMPLE_RATE
-from usdm_sft.audio.reading import describe, read_audio
+from usdm_sft.audio.reading import describe
 from usdm_sft.units import process
 from usdm_sft.units.batches import Waveform, prepare_waveform
 from usdm_sft.units.columns import distinct_audio, unit_columns
 from usdm_sft.units.folder import read_description, unit_model_digest
 from usdm_sft.units.hub import find_folder
 from usdm_sft.units.precision import check_cpu
-from usdm_sft.units.reading import AudioReader, Source, read_and_prepare
+from usdm_sft.units.reading import READS, AudioReader, Source
 from usdm_sft.units.resample import resample_on
 from usdm_sft.units.settings import make_settings
 
@@ -203,11 +203,10 @@ class UnitTokenizer:
         Returns:
             A function that waits for the device, sets `fp32_fallback`, and returns the result of `tokenize_files`.
         """
-        self._notice_fork()
         read = self._audio_reader().take(sources, digests)
         names = [describe(source) for source in sources]
         if self.settings["resampler"] == "soxr":
-            waveforms = list(read)
+            waveforms = self._prepare((torch.from_numpy(samples) for samples, _ in read), names)
         else:
             waveforms = self._prepare((resample_on(self.device, *each) for each in read), names)
         lengths = np.array([waveform.num_samples for waveform in waveforms], dtype=np.float32)
@@ -221,20 +220,28 @@ class UnitTokenizer:
         return finish
 
     def read_ahead(self, sources: Sequence[Source], digests: Mapping[str, str] | None = None) -> None:
-        """Start to read audio in threads, for a later call of `start_files` with the same arguments."""
-        self._notice_fork()
+        """Start to read audio, for a later call of `start_files` with the same arguments."""
         self._audio_reader().start(sources, digests)
 
     def forget(self, sources: Sequence[Source]) -> None:
         """Drop audio that was read ahead and is not needed."""
+        self._audio_reader().forget(sources)
+
+    def start_reader(self, num_processes: int = 0) -> AudioReader:
+        """Read audio in this number of processes until `end_reader`; in threads if it is 0, as without this call."""
+        self.end_reader()
+        self._reader = AudioReader(READS[self.settings["resampler"]], num_processes)
+        return self._reader
+
+    def end_reader(self) -> None:
+        """Drop audio that was read ahead, and end the threads or processes that read."""
         if self._reader is not None:
-            self._reader.forget(sources)
+            self._reader.close()
+            self._reader = None
 
     def _audio_reader(self) -> AudioReader:
-        if self._reader is None:
-            prepare = partial(read_and_prepare, normalization=self.normalization)
-            self._reader = AudioReader(prepare if self.settings["resampler"] == "soxr" else read_audio)
-        return self._reader
+        self._notice_fork()
+        return self.start_reader() if self._reader is None else self._reader
 
     def tokenize_waveforms(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Return the units of (num_samples,) float32 mono waveforms at 16 kHz, one (num_frames,) uint16 array each."""

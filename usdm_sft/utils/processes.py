@@ -1,7 +1,8 @@
-"""Spawned processes that do not import the calling script and ignore its Ctrl-C, alone or in a pool."""
+"""Spawned processes that do not import the calling script and ignore its Ctrl-C: alone, with a pipe, or in a pool."""
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -10,15 +11,18 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
+
+T = TypeVar("T")
 
 POLL_SECONDS = 1.0
 
@@ -43,20 +47,87 @@ def start_process(target: Callable[..., object], args: tuple[Any, ...], *, name:
 
 
 def _call(target: Callable[..., object], args: tuple[Any, ...]) -> None:
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    # A daemon may not start processes, because they would outlive it when it is terminated. Those of this module do not.
+    multiprocessing.current_process().daemon = False
     # tqdm's default lock contains a multiprocessing semaphore. A terminated process leaks it, and Python warns on stderr.
     tqdm.set_lock(threading.RLock())
     target(*args)
 
 
+def _exit_with_parent() -> None:
+    """End this process when its parent is killed, even while it waits for the other half of a message."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a spawned process
+    parent.join()
+    os._exit(1)
+
+
+class PipedProcess:
+    """A process at the other end of a pipe of its own, which serves one thread at a time.
+
+    Processes share neither a queue nor a lock: when one is killed, its own pipe ends, and no other process is held up.
+
+    Args:
+        target: Called in the process with the other end of the pipe and `args`, as in `start_process`.
+        args: Further arguments.
+        name: Name of the process in errors.
+    """
+
+    def __init__(self, target: Callable[..., object], args: tuple[Any, ...], *, name: str):
+        self._name = name
+        self._connection, theirs = multiprocessing.get_context("spawn").Pipe()
+        with theirs:
+            self._process = start_process(_use_pipe, (target, theirs, *args), name=name)
+
+    def call(self, function: Callable[[Connection], T]) -> T:
+        """Return what `function` makes of this end of the pipe.
+
+        Raises:
+            RuntimeError: The process died.
+        """
+        try:
+            return function(self._connection)
+        except (EOFError, ConnectionError) as error:
+            self._process.join()
+            raise _death(self._name, self._process.exitcode) from error
+        except Exception:  # raised again; the next call must not find the rest of an answer
+            self._process.terminate()
+            raise
+
+    def terminate(self) -> None:
+        """End the process. A thread that waits for it gets the RuntimeError."""
+        self._process.terminate()
+
+    def close(self) -> None:
+        """End the process and close the pipe, which no thread may use then."""
+        self._process.terminate()
+        self._process.join()
+        self._connection.close()
+
+
+def _use_pipe(target: Callable[..., object], connection: Connection, *args: Any) -> None:
+    with suppress(EOFError, ConnectionError):  # the parent has closed its end
+        target(connection, *args)
+
+
+def _death(name: str, exit_code: int | None) -> RuntimeError:
+    return RuntimeError(
+        f"a process died ({name}, exit code {exit_code}): start the run again; finished work shards are kept"
+    )
+
+
 class ProcessPool:
-    """Processes that share out the calls of a function. They start when `map` first needs them and end with the `with` block.
+    """A `Pool` of processes on this machine. They start when `map` first needs them and end with the `with` block.
 
     Args:
         num_proc: Number of processes; with one or none, this process makes all calls.
+        modules: Modules that a process imports as soon as it has nothing else to do.
     """
 
-    def __init__(self, num_proc: int):
+    def __init__(self, num_proc: int, modules: Sequence[str] = ()):
         self._num_proc = num_proc
+        self._modules = tuple(modules)
         context = multiprocessing.get_context("spawn")
         self._waiting: Any = context.Queue()
         self._done: Any = context.Queue()
@@ -71,31 +142,38 @@ class ProcessPool:
             process.terminate()
             process.join()
 
-    def map(self, function: Callable[[Any], Any], items: Iterable[Any], *, name: str) -> Iterator[tuple[int, Any]]:
-        """Call a function with each item.
+    def start(self, num_proc: int) -> None:
+        """Start processes ahead of the calls, and no more than this number from now on, because more would not pay."""
+        self._num_proc = min(self._num_proc, num_proc)
+        if self._num_proc > 1:
+            self._start(self._num_proc)
 
-        Args:
-            function: Pickled once, with its arguments if it is a `partial`, and unpickled once in each process.
-            items: Pickled one by one.
-            name: Name of the work in errors.
+    def _start(self, num_proc: int) -> None:
+        for number in range(len(self._processes), num_proc):
+            name = f"process {number + 1}"
+            args = (self._waiting, self._done, self._modules)
+            self._processes[name] = start_process(_serve, args, name=name)
 
-        Yields:
-            The index and the result of each item, in the order in which they are finished.
+    def map(
+        self,
+        function: Callable[[Any], Any],
+        items: Sequence[Any],
+        *,
+        name: str,
+        keys: Sequence[str] = (),
+        holds: Callable[[Any], bool] | None = None,
+    ) -> Iterator[tuple[int, Any]]:
+        """As `Pool.map`. The results of earlier runs are not looked for, so that `keys` and `holds` are unused.
 
-        Raises:
-            RuntimeError: A process died.
-            Exception: The error of a call. The pool must not be used again then.
+        The function is pickled once, and unpickled once in each process. Results come in the order in which they are finished.
         """
-        items = list(items)
         if min(self._num_proc, len(items)) <= 1:
             yield from ((index, function(item)) for index, item in enumerate(items))
             return
         pickled = pickle.dumps(function)
         for index, item in enumerate(items):
             self._waiting.put((index, pickled, pickle.dumps(item)))
-        for number in range(len(self._processes), min(self._num_proc, len(items))):
-            process_name = f"process {number + 1}"
-            self._processes[process_name] = start_process(_serve, (self._waiting, self._done), name=process_name)
+        self._start(min(self._num_proc, len(items)))
         yield from receive(self._done, {f"{name}, {key}": each for key, each in self._processes.items()}, len(items))
 
 
@@ -110,24 +188,19 @@ def in_order(results: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
             following += 1
 
 
-def _serve(waiting: Any, done: Any) -> None:
+def _serve(waiting: Any, done: Any, modules: Sequence[str]) -> None:
     """Make the calls of a `ProcessPool` until the parent ends this process, or itself ends."""
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
+    ahead = list(modules)
     while True:
+        if ahead and waiting.empty():
+            importlib.import_module(ahead.pop(0))
+            continue
         index, function, item = waiting.get()
         try:
             done.put((index, _unpickle(function)(pickle.loads(item))))
         except Exception as error:  # raised again in the parent
             done.put(sendable(error))
-
-
-def _exit_with_parent() -> None:
-    """End this process when its parent is killed, even while it waits for the other half of a message."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # this is a spawned process
-    parent.join()
-    os._exit(1)
 
 
 @lru_cache(maxsize=1)
@@ -155,9 +228,7 @@ def receive(done: Any, processes: Mapping[str, Any], number: int) -> Iterator[An
 def _check_alive(exit_codes: Mapping[str, int | None]) -> None:
     for name, exit_code in exit_codes.items():
         if exit_code not in (None, 0):
-            raise RuntimeError(
-                f"a process died ({name}, exit code {exit_code}): start the run again; finished work shards are kept"
-            )
+            raise _death(name, exit_code)
     if all(exit_code == 0 for exit_code in exit_codes.values()):
         raise RuntimeError("the processes ended before their work was done: start the run again")
 

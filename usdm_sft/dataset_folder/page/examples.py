@@ -8,6 +8,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from usdm_sft.corpus.features import are_collapsed
+from usdm_sft.dataset_folder.durations import expand_rows
 from usdm_sft.template.parts import REFERENCE_LAYOUT, ROW_PARTS, RowLayout, find_parts
 from usdm_sft.template.tokens import NEWLINE_TOKENS
 from usdm_sft.utils.texts import printable
@@ -23,12 +25,13 @@ def describe_row(row: Mapping[str, Any], layout: RowLayout = REFERENCE_LAYOUT) -
         layout: Tells the parts of the row.
 
     Returns:
-        `id`; `turns`, user and agent in turn; `ids` and `labels`; `parts`, the runs of tokens of one part as
-        [name, first token, number of tokens].
+        `id`; `turns`, user and agent in turn, each with `left_out`, those of text and units that the template leaves out; `ids` and
+        `labels`; `parts`, the runs of tokens of one part as [name, first token, number of tokens].
 
     Raises:
         ValueError: The numbers of ids and labels differ.
     """
+    row = expand_rows(row) if are_collapsed(row) else row  # a unit of a turn is 20 ms of its sound
     ids, labels = row["input_ids"], row["labels"]
     if len(ids) != len(labels):
         raise ValueError(f"a row has {len(ids)} input_ids, but {len(labels)} labels: verify its folder")
@@ -37,18 +40,20 @@ def describe_row(row: Mapping[str, Any], layout: RowLayout = REFERENCE_LAYOUT) -
     for part, run in groupby(find_parts(ids, layout).tolist()):
         parts.append([names[part], start, length := sum(1 for _ in run)])
         start += length
-    return {"id": row["id"], "turns": _describe_turns(row), "ids": ids, "labels": labels, "parts": parts}
+    turns = _describe_turns(row, layout.template.parts)
+    return {"id": row["id"], "turns": turns, "ids": ids, "labels": labels, "parts": parts}
 
 
-def _describe_turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The turns of all exchanges. A row holds one value or one list per column."""
+def _describe_turns(row: Mapping[str, Any], parts: Sequence[str]) -> list[dict[str, Any]]:
+    """The turns of all exchanges. A row holds one value or one list per column. `parts` are those of the template."""
     columns = {
         (role, name): row[f"{role}_{name}"] if isinstance(row["user_text"], list) else [row[f"{role}_{name}"]]
         for role in ROLES
         for name in ("speaker", "text", "emotion", "units", "seconds")
     }
     return [
-        {"role": role} | {name: values[exchange] for (owner, name), values in columns.items() if owner == role}
+        {"role": role, "left_out": [name for name in ("text", "units") if f"{role}_{name}" not in parts]}
+        | {name: values[exchange] for (owner, name), values in columns.items() if owner == role}
         for exchange in range(len(columns["user", "text"]))
         for role in ROLES
     ]

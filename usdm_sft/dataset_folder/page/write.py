@@ -68,7 +68,7 @@ def write_page(
         "examples": examples,
         "recordings": recordings,
         "pieces": spell_tokens(examples, tokenizer, layout),
-        "parts": ROW_PARTS,
+        "parts": {name: ROW_PARTS[name] for name in ("frame", *layout.template.parts)},
         "left_out": list_left_out(counts["splits"][split]),
         "first_unit": layout.tokens.unit_0,
         "units_per_second": UNITS_PER_SECOND,
