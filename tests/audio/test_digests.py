@@ -1,4 +1,5 @@
 import hashlib
+import json
 import os
 import sqlite3
 from contextlib import closing
@@ -148,3 +149,41 @@ def test_run_goes_on_without_a_digest_file(tmp_path, caplog):
     path = write_wav(tmp_path / "a.wav")
     assert audio_digests([path], tmp_path / "cache")[path].num_samples == 3200
     assert "digests are not remembered this time" in caplog.text
+
+
+def test_stretches_open_their_recording_once_and_are_hashed_once_in_all_runs(tmp_path, reads, settled, monkeypatch):
+    """Their digest is that of their recording's digest, start, end and channel."""
+    path = tmp_path / "call.wav"
+    soundfile.write(path, np.zeros((32_000, 2)), 16_000)
+    cut = [f"{path}#t={start / 100:g},{start / 100 + 0.05:g}&channel={start % 2}" for start in range(100, 130)]
+    headers = []
+    read = digests.read_header
+    monkeypatch.setattr(digests, "read_header", lambda file: headers.append(file) or read(file))
+    found = audio_digests([*cut, cut[0]], tmp_path / "cache")
+    assert audio_digests(cut, tmp_path / "cache") == found
+    assert reads == ["call.wav"] and headers == [str(path)] * 2
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert found[cut[3]] == (
+        hashlib.sha256(json.dumps([[sha256, 1.03, 1.08, 1]]).encode()).hexdigest(),
+        800,
+        0.05,
+        None,
+    )
+    with closing(sqlite3.connect(tmp_path / "cache" / "digests.sqlite")) as memo:
+        assert memo.execute(f"SELECT path, sha256, frames FROM {TABLE}").fetchall() == [(str(path), sha256, 0)]
+    soundfile.write(path, np.ones((32_000, 2)) / 2, 16_000)
+    assert audio_digests(cut, tmp_path / "cache")[cut[3]].sha256 != found[cut[3]].sha256
+
+
+def test_stretches_of_compressed_audio_are_remembered(tmp_path, settled, monkeypatch):
+    """Only decoding shows whether they are good."""
+    path = tmp_path / "call.flac"
+    soundfile.write(path, np.zeros(32_000), 16_000)
+    cut = [f"{path}#t={start},{start + 0.5}" for start in (0, 1)]
+    found = audio_digests(cut, tmp_path / "cache")
+    with closing(sqlite3.connect(tmp_path / "cache" / "digests.sqlite")) as memo:
+        assert memo.execute(f"SELECT path, frames FROM {TABLE} ORDER BY path").fetchall() == [
+            (each, 8000) for each in cut
+        ]
+    monkeypatch.setattr(digests, "check_audio", None)
+    assert audio_digests(cut, tmp_path / "cache") == found

@@ -109,7 +109,9 @@ def test_processes(mini, tmp_path, monkeypatch):
     expected = dict(audio_digests(corpus, tmp_path / "here"))
     monkeypatch.setattr(first_pass, "FEW", 1)
     monkeypatch.setattr(first_pass, "BATCH", 8)
-    monkeypatch.setattr(digests, "check_audio", None)  # nothing is read here
+    checked, check_audio = [], digests.check_audio
+    monkeypatch.setattr(digests, "check_audio", lambda address: checked.append(address) or check_audio(address))
     with ProcessPool(2) as pool:
         assert dict(audio_digests(corpus, tmp_path / "cache", read_ahead=partial(read_ahead, pool=pool))) == expected
-    assert len(expected) == len(corpus) > 16
+    assert len(expected) == len(corpus) == len(set(corpus)) > 16
+    assert sorted(checked) == corpus[16:]  # the first two batches wait for the other process

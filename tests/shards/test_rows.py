@@ -4,6 +4,7 @@ import pytest
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 
+from dailytalk_usdm import DailyTalkUSDM
 from usdm_sft.shards import rows
 
 
@@ -42,3 +43,25 @@ def test_other_errors_of_the_builder_are_not_tried_again(builder):
     with pytest.raises(DatasetGenerationError, match="An error occurred"):
         rows.load_rows(builder)
     assert builder.modes == ["reuse_dataset_if_exists"]
+
+
+@pytest.mark.parametrize("change", ["none", "text", "fewer", "more"])
+def test_rows_are_compared_with_the_corpus_in_batches(mini, tmp_path, monkeypatch, change):
+    builder = DailyTalkUSDM(data_dir=mini / "corpus", cache_dir=str(tmp_path / "b"), digest_cache_dir=tmp_path / "c")
+    builder.download_and_prepare()
+    made = builder.as_dataset(split="train")
+    monkeypatch.setattr(rows, "_BATCH", 4)  # ten rows: the last batch has two
+    if change == "text":
+        made = made.map(lambda row: {"agent_text": row["agent_text"] + "!" * (row["id"] == made[9]["id"])})
+    elif change != "none":
+        made = made.select(range(9)) if change == "fewer" else made.select([*range(10), 9])
+    said = {
+        "text": "column agent_text of train differs from the corpus",
+        "fewer": "column id of train differs from the corpus",
+        "more": "train has 11 rows, but the corpus makes 10",
+    }
+    if change == "none":
+        rows._check_rows(made, builder, "train")
+    else:
+        with pytest.raises(OSError, match=said[change]):
+            rows._check_rows(made, builder, "train")

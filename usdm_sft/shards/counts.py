@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from usdm_sft.shards.overflow import Fitted, list_lengths
+from usdm_sft.shards.overflow import Fitted, iter_column, list_lengths
 from usdm_sft.template.encoder import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -58,10 +58,7 @@ def count_rows(rows: Dataset, fitted: Fitted, builder: DailyTalkUSDM, split: str
 
 
 def _distinct(rows: Dataset, column: str) -> set[str]:
-    found: set[str] = set()
-    for batch in rows.select_columns([column]).with_format("arrow").iter(batch_size=1000):
-        found.update(batch[column].unique().to_pylist())
-    return found
+    return {value for values in iter_column(rows, column) for value in values.unique().to_pylist()}
 
 
 def _measure(audio: Iterator[str], digests: AudioDigests) -> tuple[int, float]:
@@ -81,8 +78,7 @@ def _measure(audio: Iterator[str], digests: AudioDigests) -> tuple[int, float]:
 def count_values(rows: Dataset, column: str) -> int:
     """Count the values in a column of lists, or of lists of lists."""
     num_values = 0
-    for batch in rows.select_columns([column]).with_format("arrow").iter(batch_size=1000):
-        values = batch[column]
+    for values in iter_column(rows, column):
         while pa.types.is_list(values.type):
             values = pc.list_flatten(values)
         num_values += len(values)
@@ -91,5 +87,5 @@ def count_values(rows: Dataset, column: str) -> int:
 
 def count_labels(rows: Dataset) -> int:
     """Count the labelled tokens."""
-    batches = rows.select_columns(["labels"]).with_format("arrow").iter(batch_size=1000)
-    return sum(pc.sum(pc.not_equal(pc.list_flatten(batch["labels"]), IGNORE_INDEX)).as_py() or 0 for batch in batches)
+    labelled = (pc.not_equal(pc.list_flatten(labels), IGNORE_INDEX) for labels in iter_column(rows, "labels"))
+    return sum(pc.sum(each).as_py() or 0 for each in labelled)

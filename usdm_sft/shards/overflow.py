@@ -10,10 +10,11 @@ therefore depends on its neighbours, and one encoding of each exchange gives the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 
@@ -100,8 +101,21 @@ def fit_rows(rows: Dataset, encoder: TemplateEncoder, max_length: int, overflow:
 
 def list_lengths(rows: Dataset, column: str) -> NDArray[np.int64]:
     """Return the (num_rows,) lengths of the lists in a column."""
-    batches = rows.select_columns([column]).with_format("arrow").iter(batch_size=1000)
-    return np.concatenate([np.zeros(0, np.int64)] + [pc.list_value_length(b[column]).to_numpy() for b in batches])
+    lengths = [pc.list_value_length(values).to_numpy() for values in iter_column(rows, column)]
+    return np.concatenate([np.zeros(0, np.int64), *lengths])
+
+
+def iter_column(rows: Dataset, column: str) -> Iterator[pa.Array]:
+    """Yield a column in parts.
+
+    `Dataset.iter`, `with_format` and `select_columns` copy a description of every file below the rows, which would take most of
+    the time with thousands of work shards. They are used for a selection of the rows only.
+    """
+    if rows.data.num_rows == len(rows):
+        yield from rows.data.table[column].chunks
+        return
+    for batch in rows.select_columns([column]).with_format("arrow").iter(batch_size=1000):
+        yield from batch[column].chunks
 
 
 def _lengths_alone(row: dict[str, Any], encoder: TemplateEncoder) -> NDArray[np.int64]:

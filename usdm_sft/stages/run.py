@@ -32,6 +32,11 @@ _VERSIONED = (
 )  # fmt: skip
 
 
+# A process takes two seconds to start, in which this one encodes and writes the rows of about 10,000 utterances. It starts as soon
+# as the corpus is read, so that it is ready when there is work.
+UTTERANCES_PER_PROCESS = 5_000
+
+
 @dataclass(frozen=True)
 class Run:
     """Everything that the steps of one run share."""
@@ -78,6 +83,8 @@ def open_run(
     )
     stages.start("corpus")
     builder = _open_corpus(config, cache, pool)
+    if pool is not None:
+        pool.start(len(builder.audio_digests) // UTTERANCES_PER_PROCESS)
     stages.start("unit model")
     if unit_tokenizer is None:
         unit_tokenizer = _open_unit_model(config, devices[0], cache)
