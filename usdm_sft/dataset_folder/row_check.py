@@ -159,7 +159,8 @@ def _any_in_row(marks: npt.NDArray[np.bool_], lengths: npt.NDArray[np.int64]) ->
 def _count_in_row(marks: npt.NDArray[np.bool_], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     sums = np.append(0, np.cumsum(marks))
     ends = np.cumsum(lengths)
-    return sums[ends] - sums[ends - lengths]
+    counts: npt.NDArray[np.int64] = sums[ends] - sums[ends - lengths]
+    return counts
 
 
 def _sizes(lists: Sequence[Any]) -> npt.NDArray[np.int64]:

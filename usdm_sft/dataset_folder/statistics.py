@@ -271,7 +271,8 @@ def _align(
 
     def keep(own: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.bool_]:
         place = np.arange(own.sum()) - np.repeat(np.cumsum(own) - own, own)
-        return place < np.repeat(np.minimum(lengths, label_lengths), own)
+        kept: npt.NDArray[np.bool_] = place < np.repeat(np.minimum(lengths, label_lengths), own)
+        return kept
 
     return parts[keep(lengths)], labels[keep(label_lengths)]
 
