@@ -1,4 +1,4 @@
-"""verify(), the statistics and the exports of a dataset folder: milliseconds per row, and memory of the calling process.
+"""verify() and the statistics of a dataset folder: milliseconds per row, and memory of the calling process.
 
     python -m tests.benchmarks.folder [--rows 21100] [--num_proc 1 2] [--folder FOLDER]
 
@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import resource
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +21,6 @@ from tests.benchmarks.template import VOCABULARY
 from tests.helpers import DEMO
 from usdm_sft.convert.convert import convert
 from usdm_sft.corpus.features import TRAINER_COLUMNS, folder_features
-from usdm_sft.dataset_folder.export import export
 from usdm_sft.dataset_folder.verify import verify
 from usdm_sft.dataset_folder.writer import replace_pictures, write_folder
 from usdm_sft.prepare import prepare
@@ -103,14 +101,9 @@ def main() -> None:
         counts = json.loads((folder / "counts.json").read_text())
         num_rows = sum(split["rows"] for split in counts["statistics"].values())
 
-        def export_to(format: str, num_proc: int) -> None:
-            export(folder, Path(work) / format, format=format, num_proc=num_proc)
-            shutil.rmtree(Path(work) / format)
-
         runs = {
             "verify": lambda num_proc: verify(folder, num_proc=num_proc),
             "statistics and pictures": lambda num_proc: replace_pictures(folder, num_proc=num_proc),
-            **{f"export {name}": lambda n, name=name: export_to(name, n) for name in ("usdm", "arrow", "megatron")},
         }
         results = []
         for name, run in runs.items():

@@ -64,7 +64,7 @@ def show(
     print("\n\n".join(format_example(row, tokenizer, color=color, ids=ids) for row in rows))
 
 
-def stats(dataset_dir: str, json: bool = False) -> None:
+def stats(dataset_dir: str, num_proc: int | None = None, json: bool = False) -> None:
     """Print the numbers of a dataset folder, and draw the pictures of its card.
 
     Examples:
@@ -73,6 +73,7 @@ def stats(dataset_dir: str, json: bool = False) -> None:
 
     Args:
         dataset_dir: A folder that prepare made.
+        num_proc: Largest number of processes. By default one per core that this process may use; a small folder needs none.
         json: Print one JSON object with the numbers, as counts.json has them.
     """
     from usdm_sft.corpus.manifest import UTTERANCES
@@ -80,7 +81,7 @@ def stats(dataset_dir: str, json: bool = False) -> None:
     from usdm_sft.dataset_folder.statistics import format_histograms, format_table
     from usdm_sft.dataset_folder.writer import replace_pictures
 
-    statistics, counts = replace_pictures(dataset_dir), read_counts(dataset_dir)
+    statistics, counts = replace_pictures(dataset_dir, num_proc=num_proc), read_counts(dataset_dir)
     summaries = {split: values.summary() for split, values in statistics.items()}
     utterances = counts.get(UTTERANCES)
     if json:

@@ -8,7 +8,7 @@ from usdm_sft.utils.json_files import print_json
 from usdm_sft.utils.texts import count_noun
 
 
-def verify(dataset_dir: str, against: str | None = None, json: bool = False) -> None:
+def verify(dataset_dir: str, against: str | None = None, num_proc: int | None = None, json: bool = False) -> None:
     """Check a dataset folder: files, schema, counts, labels, and every row against the template.
 
     The exit status is 1 if a check fails.
@@ -20,12 +20,13 @@ def verify(dataset_dir: str, against: str | None = None, json: bool = False) -> 
     Args:
         dataset_dir: A folder that prepare made, or a copy of it.
         against: A folder with the reference's train.txt and test.txt, whose lines must be the rows in any order.
+        num_proc: Largest number of processes. By default one per core that this process may use; a small folder needs none.
         json: Print one JSON object: whether the folder is correct, and the number of rows of each split or the problems.
     """
     from usdm_sft.dataset_folder.verify import VerificationError, verify
 
     try:
-        rows = verify(dataset_dir, against)
+        rows = verify(dataset_dir, against, num_proc=num_proc)
     except VerificationError as error:
         if json:
             print_json({"correct": False, "problems": error.problems})

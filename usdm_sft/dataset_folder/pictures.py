@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from usdm_sft.dataset_folder.statistics import ROLES, SplitStatistics
+from usdm_sft.dataset_folder.statistics import ROLES, SplitStatistics, Weighted
 from usdm_sft.template.parts import ROW_PARTS
 from usdm_sft.utils.texts import printable
 
@@ -58,31 +58,34 @@ def draw_pictures(statistics: Mapping[str, SplitStatistics], num_units: int, fol
 
 def _plot_lengths(figure: Figure, statistics: Mapping[str, SplitStatistics], num_units: int) -> None:
     tokens, *recordings = figure.subplots(1, 3)
-    arrays = {split: split_statistics.arrays() for split, split_statistics in statistics.items()}
+    numbers = {split: split_statistics.distributions() for split, split_statistics in statistics.items()}
     _histogram(
-        tokens, {split: values["tokens"] for split, values in arrays.items()}, "Length of the rows", "tokens per row"
+        tokens, {split: values["tokens"] for split, values in numbers.items()}, "Length of the rows", "tokens per row"
     )
     tokens.set_ylabel("share of rows")
     for axes, role in zip(recordings, ROLES, strict=True):
-        seconds = {split: values[f"{role} seconds"] for split, values in arrays.items()}
+        seconds = {split: values[f"{role} seconds"] for split, values in numbers.items()}
         _histogram(axes, seconds, f"The {role}'s recordings", "seconds per recording")
         axes.set_ylabel("share of recordings")
 
 
 def _plot_labels(figure: Figure, statistics: Mapping[str, SplitStatistics], num_units: int) -> None:
     loss, share, pairs = figure.subplots(1, 3)
-    arrays = {split: split_statistics.arrays() for split, split_statistics in statistics.items()}
+    numbers = {split: split_statistics.distributions() for split, split_statistics in statistics.items()}
     parts = {split: values.labelled_parts / max(values.labelled_parts.sum(), 1) for split, values in statistics.items()}
     _bars_across(loss, list(ROW_PARTS.values()), parts)
     loss.set(title="Where the loss falls", xlabel="share of the labelled tokens")
-    shares = {split: values["labelled share"] for split, values in arrays.items()}
+    shares = {split: values["labelled share"] for split, values in numbers.items()}
     _histogram(share, shares, "Labelled tokens", "labelled share of a row's tokens")
     share.set_ylabel("share of rows")
     share.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    dialogs = {split: values["pairs per dialog"] for split, values in arrays.items()}
-    top = int(max(counts.max() for counts in dialogs.values()))
+    dialogs = {split: values["pairs per dialog"] for split, values in numbers.items()}
+    top = int(max(each.values.max() for each in dialogs.values()))
     if top <= MAX_BINS:
-        counts = {split: np.bincount(values, minlength=top + 1)[1:] / len(values) for split, values in dialogs.items()}
+        counts = {
+            split: np.bincount(each.values, each.counts, minlength=top + 1)[1:] / len(each)
+            for split, each in dialogs.items()
+        }
         _bars(pairs, np.arange(1, top + 1), counts)
         pairs.set(title="Pairs", xlabel="pairs per dialog")
     else:
@@ -152,12 +155,12 @@ def _bars_across(axes: Axes, names: list[str], shares: Mapping[str, npt.NDArray[
     axes.legend(loc="best")
 
 
-def _histogram(axes: Axes, values: Mapping[str, npt.NDArray[Any]], title: str, label: str) -> None:
+def _histogram(axes: Axes, numbers: Mapping[str, Weighted], title: str, label: str) -> None:
     """Plot shares, so that splits of different sizes can be compared. All splits have the same bins, and none hides another."""
-    together = np.concatenate(list(values.values()))
-    edges = np.histogram_bin_edges(together, min(MAX_BINS, math.isqrt(len(together)) + 1))
-    for number, (name, array) in enumerate(values.items()):
-        weights = np.full(len(array), 1 / len(array))
+    together = np.concatenate([each.values for each in numbers.values()])
+    edges = np.histogram_bin_edges(together, min(MAX_BINS, math.isqrt(sum(map(len, numbers.values()))) + 1))
+    for number, (name, each) in enumerate(numbers.items()):
+        array, weights = each.values, each.counts / len(each)
         if number == 0:
             axes.hist(array, edges.tolist(), weights=weights, color=_color(0), alpha=0.3)
         axes.hist(

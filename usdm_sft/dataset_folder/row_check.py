@@ -10,19 +10,18 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from usdm_sft.corpus.features import TRAINER_COLUMNS
 from usdm_sft.dataset_folder.durations import find_wrong_durations
 from usdm_sft.template.encoder import IGNORE_INDEX, TemplateEncoder
 from usdm_sft.template.exchanges import has_lists
-from usdm_sft.template.parts import RowLayout
 
 
 def find_doubtful_rows(batch: pa.RecordBatch, encoder: TemplateEncoder, max_length: int) -> set[int]:
     """Find the rows of a batch in which something may be wrong; the others are correct.
 
-    A row is correct if its ids and labels are those of its encoded columns, each label is the id or -100, `TRAINER_COLUMNS`
-    fit, and the ids decode to the template; collapsed units must restore the frames of their recordings as well. To decode fast, each run of unit tokens is compared as numbers and shortened to
-    its first token, in the ids and in the template alike. `check_tokenizer` has checked the name of every unit token.
+    A row is correct if its ids and labels are those of its encoded columns, each label is the id or -100, `attention_mask` and
+    `length` fit, and the ids decode to the template; collapsed units must restore the frames of their recordings as well. To
+    decode fast, each run of unit tokens is compared as numbers and shortened to its first token, in the ids and in the template
+    alike. `check_tokenizer` has checked the name of every unit token.
 
     Args:
         batch: Rows with all columns of a dataset folder.
@@ -33,28 +32,29 @@ def find_doubtful_rows(batch: pa.RecordBatch, encoder: TemplateEncoder, max_leng
         The positions of these rows in the batch.
     """
     names = encoder.template.parts
-    columns = {name: _to_lists(batch[name]) for name in ("id", *names, "input_ids", "labels", *TRAINER_COLUMNS)}
+    columns = {name: _to_lists(batch[name]) for name in ("id", *names)}
     try:
-        encoded = encoder({name: columns[name] for name in ("id", *names)})
+        encoded = encoder(columns)
     except ValueError:  # of one row, or of several
         return set(range(len(batch)))
-    doubtful = find_wrong_durations(batch) if encoder.unit_repetition == "collapse" else set()
-    for row, (ids, labels) in enumerate(zip(columns["input_ids"], columns["labels"], strict=True)):
-        if (
-            len(ids) > max_length
-            or columns["length"][row] != len(ids)
-            or not np.array_equal(columns["attention_mask"][row], np.ones(len(ids), np.int8))
-            or not np.array_equal(ids, encoded["input_ids"][row])
-            or not np.array_equal(labels, encoded["labels"][row])
-            or ((labels != ids) & (labels != IGNORE_INDEX)).any()
-            or not _same_units(ids, {name: columns[name][row] for name in names}, encoder.layout)
-        ):
-            doubtful.add(row)
-    rows = [row for row in range(len(batch)) if row not in doubtful]  # the ids of the others may be no tokens
-    shortened = [_shorten_runs(columns["input_ids"][row], encoder.layout) for row in rows]
+    ids, lengths = _flat(batch["input_ids"])
+    doubtful = lengths > max_length
+    if encoder.unit_repetition == "collapse":
+        doubtful[list(find_wrong_durations(batch))] = True
+    for name in ("input_ids", "labels"):
+        doubtful |= _compare(*_flat(batch[name]), np.concatenate(encoded[name]), _sizes(encoded[name]))
+    doubtful |= batch["length"].to_numpy() != lengths
+    doubtful |= _compare(*_flat(batch["attention_mask"]), np.ones(len(ids), np.int8), lengths)
+    labels, label_lengths = _flat(batch["labels"])
+    if np.array_equal(lengths, label_lengths):  # the others are doubtful already
+        doubtful |= _any_in_row((labels != ids) & (labels != IGNORE_INDEX), lengths)
+    is_unit = encoder.layout.is_unit(ids)
+    doubtful |= _have_other_units(ids[is_unit] - encoder.layout.tokens.unit_0, _count_in_row(is_unit, lengths), columns)
+    rows = np.flatnonzero(~doubtful).tolist()  # the ids of the others may be no tokens
+    shortened = _shorten_runs(ids, is_unit, lengths)
     texts = [render({name: columns[name][row] for name in names}, encoder, max_units=1) for row in rows]
-    stand = stand_for(shortened, texts, encoder)
-    return doubtful | {row for row, is_right in zip(rows, stand, strict=True) if not is_right}
+    doubtful[rows] = ~np.array(stand_for([shortened[row] for row in rows], texts, encoder), np.bool_)
+    return set(np.flatnonzero(doubtful).tolist())
 
 
 def stand_for(rows: Sequence[Sequence[int]], texts: Sequence[str], encoder: TemplateEncoder) -> list[bool]:
@@ -106,22 +106,70 @@ def _unit_tokens(units: Iterable[int]) -> str:
     return "".join(f"<|unit{unit}|>" for unit in units)
 
 
-def _shorten_runs(ids: npt.NDArray[np.int32], layout: RowLayout) -> list[int]:
-    """The ids without the unit tokens that follow another unit token."""
-    units = layout.is_unit(ids)
-    follows = np.zeros_like(units)
-    follows[1:] = units[1:] & units[:-1]
-    shortened: list[int] = ids[~follows].tolist()
-    return shortened
+def _shorten_runs(
+    ids: npt.NDArray[np.int32], is_unit: npt.NDArray[np.bool_], lengths: npt.NDArray[np.int64]
+) -> list[list[int]]:
+    """The ids of each row without the unit tokens that follow another unit token."""
+    kept = np.append(True, ~(is_unit[1:] & is_unit[:-1]))[: len(ids)]
+    starts = np.cumsum(lengths) - lengths
+    kept[starts[starts < len(ids)]] = True
+    flat: list[int] = ids[kept].tolist()
+    ends = np.cumsum(_count_in_row(kept, lengths)).tolist()
+    return [flat[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _same_units(ids: npt.NDArray[np.int32], columns: Mapping[str, Any], layout: RowLayout) -> bool:
-    """True if the unit tokens are the units of the user's and the agent's turns, in order."""
-    spoken = [columns[name] for name in columns if name.endswith("_units")]
-    if spoken and has_lists(columns):
-        spoken = [units for exchange in zip(*spoken, strict=True) for units in exchange]
-    found = ids[layout.is_unit(ids)] - layout.tokens.unit_0
-    return np.array_equal(found, np.concatenate([np.zeros(0, np.int64), *spoken]))
+def _have_other_units(
+    found: npt.NDArray[np.int32], counts: npt.NDArray[np.int64], columns: Mapping[str, Sequence[Any]]
+) -> npt.NDArray[np.bool_]:
+    """True for each row whose unit tokens are not the units of the user's and the agent's turns, in order.
+
+    Args:
+        found: The units of all rows, one after the other.
+        counts: (num_rows,) number of units of each row.
+        columns: The columns of the batch.
+    """
+    names = [name for name in columns if name.endswith("_units")]
+    rows = zip(*(columns[name] for name in names), strict=True) if names else [()] * len(counts)
+    if names and len(counts) and has_lists({name: column[0] for name, column in columns.items() if name != "id"}):
+        turns = [[units for exchange in zip(*row, strict=True) for units in exchange] for row in rows]
+    else:
+        turns = [list(row) for row in rows]
+    flat = [units for row in turns for units in row]
+    expected = np.concatenate([np.zeros(0, np.int32), *flat])
+    sizes = np.array([sum(map(len, row)) for row in turns], np.int64)
+    return _compare(found, counts, expected, sizes)
+
+
+def _compare(
+    found: npt.NDArray[Any], lengths: npt.NDArray[np.int64], expected: npt.NDArray[Any], sizes: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    if np.array_equal(lengths, sizes):
+        return _any_in_row(found != expected, lengths)
+    ends, expected_ends = np.cumsum(lengths), np.cumsum(sizes)
+    rows = zip(np.split(found, ends[:-1]), np.split(expected, expected_ends[:-1]), strict=True)
+    return np.array([not np.array_equal(*row) for row in rows])
+
+
+def _any_in_row(marks: npt.NDArray[np.bool_], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    if not marks.any():
+        return np.zeros(len(lengths), np.bool_)
+    return _count_in_row(marks, lengths) > 0
+
+
+def _count_in_row(marks: npt.NDArray[np.bool_], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    sums = np.append(0, np.cumsum(marks))
+    ends = np.cumsum(lengths)
+    counts: npt.NDArray[np.int64] = sums[ends] - sums[ends - lengths]
+    return counts
+
+
+def _sizes(lists: Sequence[Any]) -> npt.NDArray[np.int64]:
+    return np.array([len(each) for each in lists], np.int64)
+
+
+def _flat(column: pa.Array) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """The values of a column of lists, one list after the other, and the length of each list."""
+    return pc.list_flatten(column).to_numpy(), pc.list_value_length(column).to_numpy().astype(np.int64)
 
 
 def _to_lists(column: pa.Array) -> list[Any]:

@@ -36,20 +36,28 @@ def open_rows(path: Path) -> pq.ParquetFile:
     return file
 
 
-def iter_rows(path: Path, *, batch_size: int = 256, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+def iter_rows(
+    path: Path,
+    *,
+    batch_size: int = 256,
+    columns: Sequence[str] | None = None,
+    row_groups: Sequence[int] | None = None,
+) -> Iterator[pa.RecordBatch]:
     """Yield the rows of a Parquet file in batches.
 
     Args:
         path: The file.
         batch_size: Largest number of rows in a batch.
         columns: Columns to read; all by default.
+        row_groups: Row groups to read; all by default.
 
     Raises:
         ValueError: The error of `open_rows`, or the file is damaged, or a value is missing.
     """
     file = open_rows(path)
+    groups = None if row_groups is None else list(row_groups)
     try:
-        for batch in file.iter_batches(batch_size=batch_size, columns=columns):
+        for batch in file.iter_batches(batch_size=batch_size, columns=columns, row_groups=groups):
             for name in batch.schema.names:
                 if _has_nulls(batch[name]):
                     raise ValueError(f"{path}: a value of column {name} is missing: {PREPARE_AGAIN}")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,28 +16,47 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from usdm_sft.corpus.features import are_collapsed
-from usdm_sft.dataset_folder.rows import iter_rows
+from usdm_sft.dataset_folder.ranges import RowRange, count_processes, divide_rows
 from usdm_sft.template.encoder import IGNORE_INDEX
-from usdm_sft.template.parts import REFERENCE_LAYOUT, ROW_PARTS, RowLayout, find_parts
+from usdm_sft.template.parts import REFERENCE_LAYOUT, ROW_PARTS, RowLayout, find_parts_of_rows
 from usdm_sft.template.tokenizer import MAX_UNITS
+from usdm_sft.utils.processes import ProcessPool, in_order
 from usdm_sft.utils.texts import printable
 
 ROLES = ("user", "agent")
 QUANTILES = {"min": 0.0, "median": 0.5, "95 %": 0.95, "max": 1.0}
 _BATCH = 512
+_SHIFT = 32  # bits of the labelled tokens in a key of `SplitStatistics.rows`
 _BINS, _BAR = 10, 40  # bars of a histogram in the terminal, and characters of the longest
+
+
+class Weighted(NamedTuple):
+    """Numbers of which many are equal.
+
+    Attributes:
+        values: (num_values,) different numbers, in ascending order.
+        counts: (num_values,) int64, how often each occurs.
+    """
+
+    values: npt.NDArray[Any]
+    counts: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return int(self.counts.sum())
 
 
 @dataclass
 class SplitStatistics:
-    """Counts of one split, added up batch by batch. A recording in several rows counts several times."""
+    """Counts of one split, added up batch by batch. A recording in several rows counts several times.
 
-    tokens: list[npt.NDArray[np.integer[Any]]] = field(default_factory=list)  # number per row
-    labelled: list[npt.NDArray[np.integer[Any]]] = field(default_factory=list)  # labelled tokens per row
+    Their size follows from the number of dialogs and of different lengths, not from the number of rows.
+    """
+
+    rows: Counter[int] = field(default_factory=Counter)  # tokens of a row << 32 | labelled tokens -> rows
     labelled_units: int = 0
     labelled_parts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(ROW_PARTS), np.int64))
     run_counts: Counter[int] = field(default_factory=Counter)  # length of a run of one unit -> number of runs
-    seconds: dict[str, list[npt.NDArray[np.float32]]] = field(default_factory=lambda: {role: [] for role in ROLES})
+    seconds: dict[str, Counter[float]] = field(default_factory=lambda: {role: Counter() for role in ROLES})
     unit_counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(MAX_UNITS, np.int64))
     pairs: Counter[str] = field(default_factory=Counter)  # dialog -> exchanges in its rows
     emotions: Counter[str] = field(default_factory=Counter)  # of the user's and agent's turns
@@ -44,25 +64,23 @@ class SplitStatistics:
 
     def add(self, rows: pa.RecordBatch) -> None:
         """Count a batch of rows with all columns of a dataset folder."""
-        labels = rows["labels"]
-        self.tokens.append(np.asarray(pc.list_value_length(rows["input_ids"])))
+        labels, tokens = rows["labels"], np.asarray(pc.list_value_length(rows["input_ids"]))
+        values, ids = np.asarray(pc.list_flatten(labels)), np.asarray(pc.list_flatten(rows["input_ids"]))
         rows_of = np.asarray(pc.list_parent_indices(labels))
-        values = np.asarray(pc.list_flatten(labels))
-        self.labelled.append(np.bincount(rows_of[values != IGNORE_INDEX], minlength=len(rows)))
+        labelled = np.bincount(rows_of[values != IGNORE_INDEX], minlength=len(rows))
+        _count(self.rows, tokens.astype(np.int64) << _SHIFT | labelled)
         self.labelled_units += int(self.layout.is_unit(values).sum())
-        for ids, row_labels in zip(_lists(rows["input_ids"]), _lists(labels), strict=True):
-            parts = find_parts(ids, self.layout)[: len(row_labels)]  # verify counts damaged rows as well
-            labelled = parts[row_labels[: len(parts)] != IGNORE_INDEX]
-            self.labelled_parts += np.bincount(labelled, minlength=len(self.labelled_parts))
+        parts = find_parts_of_rows(ids, tokens, self.layout)
+        if len(parts) != len(values):  # a damaged row
+            parts, values = _align(parts, tokens, values, np.asarray(pc.list_value_length(labels)))
+        self.labelled_parts += np.bincount(parts[values != IGNORE_INDEX], minlength=len(self.labelled_parts))
         for role in ROLES:
-            self.seconds[role].append(_values(rows[f"{role}_seconds"]))
+            _count(self.seconds[role], _values(rows[f"{role}_seconds"]))
             self.unit_counts += np.bincount(_values(rows[f"{role}_units"]), minlength=MAX_UNITS)
             self.emotions.update(_values(rows[f"{role}_emotion"]).tolist())
-            if are_collapsed(rows.schema.names):
-                self.run_counts.update(_values(rows[f"{role}_durations"]).tolist())
-                continue
-            for units in _lists(rows[f"{role}_units"]):
-                self.run_counts.update(_run_lengths(units).tolist())
+            collapsed = are_collapsed(rows.schema.names)
+            runs = _values(rows[f"{role}_durations"]) if collapsed else _run_lengths(rows[f"{role}_units"])
+            _count(self.run_counts, runs)
         texts = rows["user_text"]
         exchanges = pc.list_value_length(texts).to_pylist() if pa.types.is_list(texts.type) else [1] * len(rows)
         for dialog, count in zip(rows["dialog_id"].to_pylist(), exchanges, strict=True):
@@ -70,47 +88,44 @@ class SplitStatistics:
 
     def merge(self, following: SplitStatistics) -> None:
         """Add the counts of the rows that follow."""
-        self.tokens += following.tokens
-        self.labelled += following.labelled
+        self.rows.update(following.rows)
         self.labelled_units += following.labelled_units
         self.labelled_parts += following.labelled_parts
         self.run_counts.update(following.run_counts)
         for role in ROLES:
-            self.seconds[role] += following.seconds[role]
+            self.seconds[role].update(following.seconds[role])
         self.unit_counts += following.unit_counts
         self.pairs.update(following.pairs)
         self.emotions.update(following.emotions)
 
-    def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """1-D arrays by name.
+    def distributions(self) -> dict[str, Weighted]:
+        """The numbers by name.
 
-        One value per row (tokens, labelled share), recording (seconds) or dialog (pairs).
+        One per row (tokens, labelled share), recording (seconds), dialog (pairs) or run of equal units (repeats).
         """
-        tokens, labelled = np.concatenate(self.tokens), np.concatenate(self.labelled)
+        keys, counts = _arrays(self.rows)
+        tokens, labelled = keys >> _SHIFT, keys & (1 << _SHIFT) - 1
         return {
-            "tokens": tokens,
-            "labelled share": labelled / tokens,
-            **{f"{role} seconds": np.concatenate(self.seconds[role]) for role in ROLES},
-            "pairs per dialog": np.array(list(self.pairs.values())),
+            "tokens": _weigh(tokens, counts),
+            "labelled share": _weigh(labelled / np.maximum(tokens, 1), counts),
+            **{f"{role} seconds": _weigh(*_arrays(self.seconds[role], np.float32)) for role in ROLES},
+            "pairs per dialog": _weigh(*_arrays(Counter(self.pairs.values()))),
+            "units in a run": _weigh(*_arrays(self.run_counts or Counter({0: 1}))),
         }
 
     def summary(self) -> dict[str, Any]:
-        """The statistics as JSON values; `distributions` has mean and quantiles of every array, and of the runs of equal units."""
-        labelled = int(np.concatenate(self.labelled).sum())
-        arrays = self.arrays()
+        """The statistics as JSON values; `distributions` has mean and quantiles of each."""
+        keys, counts = _arrays(self.rows)
         return {
-            "rows": len(arrays["tokens"]),
+            "rows": self.rows.total(),
             "dialogs": len(self.pairs),
-            "tokens": int(arrays["tokens"].sum()),
-            "labelled_tokens": labelled,
+            "tokens": int(((keys >> _SHIFT) * counts).sum()),
+            "labelled_tokens": int(((keys & (1 << _SHIFT) - 1) * counts).sum()),
             "labelled_units": self.labelled_units,
             "labelled_parts": dict(zip(ROW_PARTS, self.labelled_parts.tolist(), strict=True)),
             "units": int(self.unit_counts.sum()),
             "distinct_units": int((self.unit_counts > 0).sum()),
-            "distributions": {
-                **{name: _distribution(values) for name, values in arrays.items()},
-                "units in a run": _counted_distribution(self.run_counts or {0: 1}),
-            },
+            "distributions": {name: _distribution(numbers) for name, numbers in self.distributions().items()},
             "emotions": dict(sorted(self.emotions.items(), key=lambda item: (-item[1], item[0]))),
         }
 
@@ -123,14 +138,28 @@ def merge_statistics(parts: Iterable[SplitStatistics]) -> SplitStatistics:
     return merged
 
 
-def compute_statistics(files: Mapping[str, Sequence[Path]], layout: RowLayout) -> dict[str, SplitStatistics]:
-    """The statistics of each split, from its Parquet files, with one batch of rows in memory at a time."""
-    statistics = {}
-    for split, paths in files.items():
-        statistics[split] = SplitStatistics(layout=layout)
-        for path in paths:
-            for rows in iter_rows(path, batch_size=_BATCH):
-                statistics[split].add(rows)
+def compute_statistics(
+    files: Mapping[str, Sequence[Path]], layout: RowLayout, *, num_proc: int | None = 1
+) -> dict[str, SplitStatistics]:
+    """The statistics of each split, from its Parquet files, with one batch of rows in memory at a time.
+
+    Args:
+        files: The files of each split.
+        layout: The ids and the template of the rows.
+        num_proc: Largest number of processes; None means one per core that this process may use. The result does not depend on it.
+    """
+    statistics = {split: SplitStatistics(layout=layout) for split in files}
+    ranges = [each for split, paths in files.items() for path in paths for each in divide_rows(path, split)]
+    with ProcessPool(count_processes(ranges, num_proc)) as pool:
+        for index, found in in_order(pool.map(partial(_add_range, layout), ranges, name="statistics")):
+            statistics[ranges[index].split].merge(found)
+    return statistics
+
+
+def _add_range(layout: RowLayout, rows: RowRange) -> SplitStatistics:
+    statistics = SplitStatistics(layout=layout)
+    for batch in rows.read(batch_size=_BATCH):
+        statistics.add(batch)
     return statistics
 
 
@@ -190,9 +219,10 @@ def format_histograms(statistics: Mapping[str, SplitStatistics]) -> str:
     """A small histogram of the tokens per row of each split, for the terminal."""
     lines = []
     for split, split_statistics in statistics.items():
-        tokens = np.concatenate(split_statistics.tokens)
+        numbers = split_statistics.distributions()["tokens"]
+        tokens = numbers.values
         edges = np.unique(np.linspace(tokens.min(), tokens.max() + 1, _BINS + 1).astype(int))
-        counts, _ = np.histogram(tokens, edges)
+        counts = np.histogram(tokens, edges, weights=numbers.counts)[0].astype(int)
         lines += ["", f"tokens per row, {split}"]
         for first, stop, count in zip(edges[:-1], edges[1:], counts, strict=True):
             bar = "#" * math.ceil(_BAR * count / counts.max())
@@ -200,26 +230,51 @@ def format_histograms(statistics: Mapping[str, SplitStatistics]) -> str:
     return "\n".join(lines[1:])
 
 
-def _distribution(values: npt.NDArray[Any]) -> dict[str, float]:
-    found = {"mean": values.mean(dtype=np.float64)}
-    found |= {name: np.quantile(values.astype(np.float64), quantile) for name, quantile in QUANTILES.items()}
+def _distribution(numbers: Weighted) -> dict[str, float]:
+    values, counts = numbers.values.astype(np.float64), numbers.counts
+    found = {"mean": (values * counts).sum() / len(numbers)}
+    found |= {name: _quantile(values, counts, quantile) for name, quantile in QUANTILES.items()}
     return {name: round(float(value), 4) for name, value in found.items()}
 
 
-def _counted_distribution(counts: Mapping[int, int]) -> dict[str, float]:
-    """Return what `_distribution` returns for an array that has each value as often as `counts` says.
+def _quantile(values: npt.NDArray[np.float64], counts: npt.NDArray[np.int64], quantile: float) -> np.float64:
+    """As `np.quantile` of the repeated values, which interpolates between two neighbours."""
+    place = (int(counts.sum()) - 1) * quantile
+    last = np.cumsum(counts) - 1  # place of the last of each group of equal values
+    neighbours = values[np.searchsorted(last, [math.floor(place), math.ceil(place)])]
+    return np.float64(np.quantile(neighbours, place - math.floor(place)))
 
-    There are 80 runs of equal units in a row, so that an array of them would be larger than everything else.
-    """
-    values, numbers = np.array(sorted(counts.items())).T
-    ends = np.cumsum(numbers)
-    found = {"mean": (values * numbers).sum() / ends[-1]}
-    for name, quantile in QUANTILES.items():
-        place = quantile * (ends[-1] - 1)
-        lower = math.floor(place)
-        neighbours = values[np.searchsorted(ends, [lower, min(lower + 1, ends[-1] - 1)], side="right")]
-        found[name] = np.interp(place, [lower, lower + 1], neighbours)
-    return {name: round(float(value), 4) for name, value in found.items()}
+
+def _count(counter: Counter[Any], values: npt.NDArray[Any]) -> None:
+    """Add up how often each value occurs."""
+    found, counts = np.unique(values, return_counts=True)
+    counter.update(dict(zip(found.tolist(), counts.tolist(), strict=True)))
+
+
+def _arrays(counter: Counter[Any], dtype: Any = np.int64) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    return np.array(list(counter), dtype), np.array(list(counter.values()), np.int64)
+
+
+def _weigh(values: npt.NDArray[Any], counts: npt.NDArray[np.int64]) -> Weighted:
+    """Sort values and add up the counts of equal ones."""
+    different, places = np.unique(values, return_inverse=True)
+    return Weighted(different, np.bincount(places, weights=counts, minlength=len(different)).astype(np.int64))
+
+
+def _align(
+    parts: npt.NDArray[np.int64],
+    lengths: npt.NDArray[np.integer[Any]],
+    labels: npt.NDArray[np.int32],
+    label_lengths: npt.NDArray[np.integer[Any]],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+    """Cut the parts and the labels of each row to the shorter of both."""
+
+    def keep(own: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.bool_]:
+        place = np.arange(own.sum()) - np.repeat(np.cumsum(own) - own, own)
+        kept: npt.NDArray[np.bool_] = place < np.repeat(np.minimum(lengths, label_lengths), own)
+        return kept
+
+    return parts[keep(lengths)], labels[keep(label_lengths)]
 
 
 def _values(column: pa.Array) -> npt.NDArray[Any]:
@@ -230,17 +285,14 @@ def _values(column: pa.Array) -> npt.NDArray[Any]:
     return values
 
 
-def _lists(column: pa.Array) -> Iterator[npt.NDArray[Any]]:
-    """The innermost lists of a column, each as an array."""
+def _run_lengths(column: pa.Array) -> npt.NDArray[np.int64]:
+    """Lengths of the runs of equal neighbours within the innermost lists of a column."""
     while pa.types.is_list(column.type.value_type):
         column = pc.list_flatten(column)
-    values, ends = np.asarray(pc.list_flatten(column)), np.cumsum(np.asarray(pc.list_value_length(column)))
-    yield from np.split(values, ends[:-1]) if len(ends) else ()
-
-
-def _run_lengths(units: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Lengths of the runs of equal neighbours."""
-    if not len(units):
+    values, lengths = np.asarray(pc.list_flatten(column)), np.asarray(pc.list_value_length(column))
+    if not len(values):
         return np.zeros(0, np.int64)
-    starts = np.flatnonzero(np.concatenate([[True], units[1:] != units[:-1]]))
-    return np.diff(np.append(starts, len(units)))
+    is_start = np.append(True, values[1:] != values[:-1])
+    starts = np.cumsum(lengths) - lengths
+    is_start[starts[starts < len(values)]] = True
+    return np.diff(np.append(np.flatnonzero(is_start), len(values)))

@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from huggingface_hub.repocard import metadata_load
 from yaml import YAMLError
 
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.corpus.problems import MAX_PROBLEMS_SHOWN
 from usdm_sft.dataset_folder.card import data_configs
-from usdm_sft.dataset_folder.compare import compare_with_text, describe_difference, first_difference
-from usdm_sft.dataset_folder.durations import describe_missing, duration_problems
+from usdm_sft.dataset_folder.compare import compare_with_text
 from usdm_sft.dataset_folder.layout import COUNTS, PICTURES, PREPARE_AGAIN, data_files, read_counts, read_template
-from usdm_sft.dataset_folder.row_check import find_doubtful_rows, render, stand_for
-from usdm_sft.dataset_folder.rows import iter_rows, open_rows
 from usdm_sft.dataset_folder.statistics import SplitStatistics
 from usdm_sft.dataset_folder.utterances import check_utterances
-from usdm_sft.template.encoder import IGNORE_INDEX, TemplateEncoder
+from usdm_sft.dataset_folder.verify_rows import check_rows
+from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import load_tokenizer
 from usdm_sft.utils.cache import sha256_file
+from usdm_sft.utils.processes import num_cores
 from usdm_sft.utils.texts import first_line
 
 COUNTED = ("rows", "tokens", "labelled_tokens", "units")
-_BATCH = 256
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -42,13 +39,17 @@ class VerificationError(ValueError):
         self.problems = list(problems)
 
 
-def verify(dataset_dir: str | Path, against: str | Path | None = None) -> dict[str, int]:
+def verify(
+    dataset_dir: str | Path, against: str | Path | None = None, *, num_proc: int | None = None
+) -> dict[str, int]:
     """Check a dataset folder: the digest of each file, the schema, the counts, each label, and each row against its
     columns. Where the folder keeps the audio, also each recording against its units, and the rows against the utterances.
 
     Args:
         dataset_dir: A folder that `prepare` made, or a copy of it.
         against: A folder with the reference's train.txt and test.txt; their lines must equal the rows, in any order.
+        num_proc: Largest number of processes that check rows. By default one per core that this process may use. A small folder needs
+            none. What is found does not depend on it.
 
     Returns:
         The number of rows of each split.
@@ -62,7 +63,7 @@ def verify(dataset_dir: str | Path, against: str | Path | None = None) -> dict[s
     counts = read_counts(folder)
     _raise_any(_check_files(folder, counts))  # raises before a damaged file is read
     statistics: dict[str, SplitStatistics] = {}
-    _raise_any(_check_rows(folder, counts, statistics))
+    _raise_any(_check_rows(folder, counts, statistics, num_proc))
     _raise_any(_check_counts(folder, counts, statistics))
     if UTTERANCES in counts:
         _raise_any(check_utterances(folder, counts))
@@ -78,13 +79,8 @@ def _raise_any(problems: Iterator[str]) -> None:
 
 
 def _check_files(folder: Path, counts: Mapping[str, Any]) -> Iterator[str]:
-    for name, digest in counts["files"].items():
-        if not _DIGEST.fullmatch(str(digest)):
-            yield f"{folder / COUNTS}: {name!r} has {digest!r} instead of a sha256"
-        elif not (folder / name).is_file():
-            yield f"{folder / name} is missing"
-        elif (found := sha256_file(folder / name)) != digest:
-            yield f"{folder / name} was changed: its sha256 is {found}, not {digest}"
+    with ThreadPoolExecutor(num_cores()) as threads:  # hashing lets other threads run
+        yield from filter(None, threads.map(partial(_check_file, folder), counts["files"], counts["files"].values()))
     for part in (counts["config"], "tokenizer", PICTURES, UTTERANCES):
         for path in sorted((folder / part).rglob("*")):
             if path.is_file() and path.relative_to(folder).as_posix() not in counts["files"]:
@@ -94,38 +90,26 @@ def _check_files(folder: Path, counts: Mapping[str, Any]) -> Iterator[str]:
             yield f"{folder / COUNTS} names no file of split {split}"
 
 
-def _check_rows(folder: Path, counts: Mapping[str, Any], statistics: dict[str, SplitStatistics]) -> Iterator[str]:
-    """Check the columns of every file and every row; fills `statistics` on the way."""
+def _check_file(folder: Path, name: str, digest: Any) -> str | None:
+    if not _DIGEST.fullmatch(str(digest)):
+        return f"{folder / COUNTS}: {name!r} has {digest!r} instead of a sha256"
+    if not (folder / name).is_file():
+        return f"{folder / name} is missing"
+    if (found := sha256_file(folder / name)) != digest:
+        return f"{folder / name} was changed: its sha256 is {found}, not {digest}"
+    return None
+
+
+def _check_rows(
+    folder: Path, counts: Mapping[str, Any], statistics: dict[str, SplitStatistics], num_proc: int | None
+) -> Iterator[str]:
+    """Check the tokenizer, the columns of every file and every row; fills `statistics` on the way."""
     encoder = _make_encoder(folder, counts)
     if encoder.tokenizer_digest != counts["digests"].get("tokenizer"):
         yield f"{folder / 'tokenizer'} is not the tokenizer that {COUNTS} names"
     schema = _read_card(folder, counts).features.arrow_schema.remove_metadata()
-    seen: dict[str, str] = {}
-    for split, paths in data_files(folder, counts).items():
-        statistics[split] = SplitStatistics(layout=encoder.layout)
-        for path in paths:
-            found = open_rows(path).schema_arrow.remove_metadata()
-            if not found.equals(schema):
-                difference = _describe_columns(found, schema)
-                yield f"{path} has other columns than the README.md beside it says: {difference}"
-                continue
-            if problem := describe_missing(found, encoder.unit_repetition):
-                yield f"{path}: {problem}"
-                continue
-            number = 0
-            for batch in iter_rows(path, batch_size=_BATCH):
-                doubtful = find_doubtful_rows(batch, encoder, counts["settings"]["max_length"])
-                for position, row_id in enumerate(batch["id"].to_pylist()):
-                    place = f"{path}: row {number + position} ({row_id})"
-                    if row_id in seen:
-                        yield f"{place}: the same id is at {seen[row_id]}"
-                    seen[row_id] = place
-                    if position in doubtful:
-                        [row] = batch.slice(position, 1).to_pylist()
-                        yield from (f"{place}: {problem}" for problem in _check_row(row, encoder, counts["settings"]))
-                number += len(batch)
-                if pc.list_value_length(batch["labels"]).equals(pc.list_value_length(batch["input_ids"])):
-                    statistics[split].add(batch)  # otherwise a row was reported
+    files = data_files(folder, counts)
+    yield from check_rows(files, schema, encoder, counts["settings"], statistics, num_proc=num_proc)
 
 
 def _make_encoder(folder: Path, counts: Mapping[str, Any]) -> TemplateEncoder:
@@ -138,45 +122,6 @@ def _make_encoder(folder: Path, counts: Mapping[str, Any]) -> TemplateEncoder:
         last_exchange_only=counts["settings"]["history"] > 0,
         unit_repetition=counts["settings"].get("unit_repetition", "keep"),
     )
-
-
-def _describe_columns(found: pa.Schema, expected: pa.Schema) -> str:
-    """The differences of two schemas."""
-    if different := sorted({*found.names} ^ {*expected.names}):
-        return ", ".join(different)
-    types = [f"{field.name} is {field.type}" for field in found if not field.equals(expected.field(field.name))]
-    return ", ".join(types) or f"their order is {', '.join(found.names)}"
-
-
-def _check_row(row: Mapping[str, Any], encoder: TemplateEncoder, settings: Mapping[str, Any]) -> Iterator[str]:
-    """Check ids and labels of one row, and compare them with those of its other columns."""
-    ids, labels = np.array(row["input_ids"]), np.array(row["labels"])
-    if len(ids) != len(labels):
-        yield f"{len(ids)} input_ids, but {len(labels)} labels"
-        return
-    if len(ids) > settings["max_length"]:
-        yield f"{len(ids)} tokens, more than max_length {settings['max_length']}"
-    if row["attention_mask"] != [1] * len(ids):
-        yield f"attention_mask is not {len(ids)} ones, one per token"
-    if row["length"] != len(ids):
-        yield f"length is {row['length']}, but the row has {len(ids)} tokens"
-    if (wrong := np.flatnonzero((labels != ids) & (labels != IGNORE_INDEX))).size:
-        yield f"label {labels[wrong[0]]} of token {wrong[0]} is neither {IGNORE_INDEX} nor the token's id {ids[wrong[0]]}"
-        return
-    if encoder.unit_repetition == "collapse":
-        yield from duration_problems(row)
-    try:
-        encoded = encoder({column: [value] for column, value in row.items()})
-    except ValueError as error:
-        yield str(error)
-        return
-    for name, found in (("input_ids", ids), ("labels", labels)):
-        [expected] = encoded[name]
-        if (at := first_difference(found, expected)) is not None:
-            yield f"{name} differ from the encoded columns: {describe_difference(found, expected, at)}"
-            return
-    if not stand_for([ids.tolist()], [text := render(row, encoder)], encoder)[0]:
-        yield f"input_ids do not decode to the template: {encoder.decode(ids)!r}, not {text!r}"
 
 
 def _check_counts(folder: Path, counts: Mapping[str, Any], statistics: Mapping[str, SplitStatistics]) -> Iterator[str]:

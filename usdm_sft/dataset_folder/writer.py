@@ -112,15 +112,20 @@ def _remove_utterances(folder: Path) -> None:
             shutil.rmtree(folder / UTTERANCES)
 
 
-def replace_pictures(folder: str | Path) -> dict[str, SplitStatistics]:
+def replace_pictures(folder: str | Path, *, num_proc: int | None = None) -> dict[str, SplitStatistics]:
     """Draw the pictures of a finished folder again.
+
+    Args:
+        folder: The dataset folder.
+        num_proc: As of `compute_statistics`.
 
     Returns:
         The statistics of each split.
     """
     folder = Path(folder)
     counts = read_counts(folder)
-    statistics = compute_statistics(data_files(folder, counts), read_layout(folder / COUNTS, counts))
+    layout = read_layout(folder / COUNTS, counts)
+    statistics = compute_statistics(data_files(folder, counts), layout, num_proc=num_proc)
     draw_pictures(statistics, counts["num_units"], folder / PICTURES)
     files = {f"{PICTURES}/{name}": sha256_file(folder / PICTURES / name) for name in CAPTIONS}
     if not files.items() <= counts["files"].items():  # another version of matplotlib draws other bytes

@@ -54,12 +54,31 @@ def find_parts(
     Returns:
         (num_tokens,) positions in `ROW_PARTS`.
     """
-    tokens, template, chat = layout
     ids = np.asarray(input_ids)
+    return find_parts_of_rows(ids, np.array([len(ids)]), layout)
+
+
+def find_parts_of_rows(
+    ids: npt.NDArray[np.integer], lengths: npt.NDArray[np.integer], layout: RowLayout
+) -> npt.NDArray[np.int64]:
+    """Find the part of each token of several rows.
+
+    Args:
+        ids: (num_tokens,) ids of the rows, one after the other.
+        lengths: (num_rows,) number of tokens of each row.
+        layout: The ids and the template of the rows.
+
+    Returns:
+        (num_tokens,) positions in `ROW_PARTS`.
+    """
+    tokens, template, chat = layout
     if chat is not None:
-        return _find_parts_of_chat(ids, tokens, template, chat)
+        rows = np.split(ids, np.cumsum(lengths)[:-1])
+        return np.concatenate([_find_parts_of_chat(row, tokens, template, chat) for row in rows])
     is_end = (ids == tokens.newline) | (ids == tokens.correspond)
-    ends = np.cumsum(is_end) - is_end - template.instruction.count("\n")
+    ends = np.cumsum(is_end) - is_end
+    starts = np.cumsum(lengths) - lengths
+    ends -= np.repeat(np.append(ends, 0)[starts], lengths) + template.instruction.count("\n")
     exchange = np.array(_parts_of_exchange(template))
     parts = np.where(ends < 0, FRAME, exchange[ends % len(exchange)])
     if len(tokens.end_of_units) > 1:  # the newline after the stop token of units belongs to no part

@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from multiprocessing import resource_tracker
@@ -190,6 +190,17 @@ class ProcessPool:
                 yield from receive(self._done, processes, 1)
                 num_sent -= 1
         yield from receive(self._done, processes, num_sent)
+
+
+def in_order(results: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    """Yield the results of `ProcessPool.map` in the order of the items; only results that wait for an earlier one are kept."""
+    waiting: dict[int, Any] = {}
+    following = 0
+    for index, result in results:
+        waiting[index] = result
+        while following in waiting:
+            yield following, waiting.pop(following)
+            following += 1
 
 
 def _serve(waiting: Any, done: Any, modules: Sequence[str]) -> None:
