@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from usdm_sft.prepare import prepare as prepare
     from usdm_sft.template.config import Template as Template
     from usdm_sft.template.encoder import TemplateEncoder as TemplateEncoder
+    from usdm_sft.template.repetition import collapse_units as collapse_units
+    from usdm_sft.template.repetition import expand_units as expand_units
     from usdm_sft.template.tokenizer import build_tokenizer as build_tokenizer
     from usdm_sft.template.tokenizer import load_tokenizer as load_tokenizer
     from usdm_sft.training.collate import PaddingCollator as PaddingCollator
@@ -44,29 +46,11 @@ if TYPE_CHECKING:
     from usdm_sft.utils.pool import Pool
 
 __all__ = [
-    "STEPS",
-    "DailyTalkUSDM",
-    "DailyTalkUSDMConfig",
-    "PaddingCollator",
-    "PaddingFreeCollator",
-    "PrepareConfig",
-    "ShiftedLabels",
-    "StepLogitsProcessor",
-    "Submitted",
-    "Template",
-    "TemplateEncoder",
-    "UnitTokenizer",
-    "__version__",
-    "build_tokenizer",
-    "convert",
-    "export",
-    "load_dataset",
-    "load_tokenizer",
-    "next_prompt",
-    "prepare",
-    "push",
-    "verify",
-]
+    "STEPS", "DailyTalkUSDM", "DailyTalkUSDMConfig", "PaddingCollator", "PaddingFreeCollator", "PrepareConfig",
+    "ShiftedLabels", "StepLogitsProcessor", "Submitted", "Template", "TemplateEncoder", "UnitTokenizer",
+    "__version__", "build_tokenizer", "collapse_units", "convert", "expand_units", "export", "load_dataset",
+    "load_tokenizer", "next_prompt", "prepare", "push", "verify",
+]  # fmt: skip
 
 _VERSION = datasets.Version("1.0.0")
 # Public name -> module, imported at the first use: torch is slow. The same names as under TYPE_CHECKING above.
@@ -80,6 +64,8 @@ _LAZY = {
     "prepare": "usdm_sft.prepare",
     "Template": "usdm_sft.template.config",
     "TemplateEncoder": "usdm_sft.template.encoder",
+    "collapse_units": "usdm_sft.template.repetition",
+    "expand_units": "usdm_sft.template.repetition",
     "build_tokenizer": "usdm_sft.template.tokenizer",
     "load_tokenizer": "usdm_sft.template.tokenizer",
     "PaddingCollator": "usdm_sft.training.collate",

@@ -44,9 +44,6 @@ logger = logging.getLogger(__name__)
 # The stages that the progress view and the summary name.
 STAGES = ("tokenizer", "corpus", "unit model", "rows", "units", "tokens", "folder")
 
-# A process takes a second to start, in which this one encodes and writes about as many rows.
-ROWS_PER_PROCESS = 5_000
-
 # What the processes need for token shards and Parquet files; they import it while this process reads the corpus.
 _MODULES = ("usdm_sft.shards.tokens", "usdm_sft.dataset_folder.parquet", "usdm_sft.template.encoder")
 
@@ -121,7 +118,6 @@ def _make(config: PrepareConfig, stages: Stages, held: ExitStack) -> tuple[dict[
         return finished, False
     held.enter_context(mark_in_use(run))
     stages.start("rows")
-    pool.start(sum(shard.stop - shard.start for shard in run.plan) // ROWS_PER_PROCESS)
     rows, settings = load_rows(run.builder), run.unit_tokenizer.settings
     stages.start("units")
     agreement, units = _tokenize_audio(run, engine)

@@ -207,7 +207,7 @@ FEWER_EXAMPLES = settings(MANY_EXAMPLES, max_examples=20)  # each takes 0.3 s
 @MANY_EXAMPLES
 @given(exchanges=EXCHANGES, cuts=st.tuples(st.integers(0, 7), st.integers(0, 7)))
 def test_ids_of_a_conversation_are_opening_exchanges_and_closing(encoder, exchanges, cuts):
-    opening, heading = [*encoder.tokens.opening, *encoder._open.tolist()], encoder._next.tolist()
+    opening, heading = [*encoder.tokens.opening, *encoder._form._open.tolist()], encoder._form._next.tolist()
     closing = list(encoder.tokens.closing)
     row = row_of(exchanges)
     blocks = []

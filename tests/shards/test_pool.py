@@ -12,20 +12,29 @@ from usdm_sft import prepare as pipeline
 from usdm_sft.dataset_folder import parquet
 from usdm_sft.prepare import prepare
 from usdm_sft.shards import tokens
+from usdm_sft.stages import run as opening
 
 SCRIPT = """
 from usdm_sft import prepare as pipeline
+from usdm_sft.stages import run as opening
 
-pipeline.ROWS_PER_PROCESS = 1  # so that a small corpus gets processes
+opening.UTTERANCES_PER_PROCESS = 1  # so that a small corpus gets processes
 print("the script runs")
 """
 
 
 @pytest.fixture
 def in_processes(monkeypatch):
-    """Token shards and Parquet files are made in two processes, and not here."""
-    monkeypatch.setattr(pipeline, "ROWS_PER_PROCESS", 1)
+    """Two processes make token shards and Parquet files."""
+    monkeypatch.setattr(opening, "UTTERANCES_PER_PROCESS", 1)
     monkeypatch.setattr(pipeline, "num_cores", lambda: 2)
+
+
+def count_calls(monkeypatch, module, name):
+    """Return a list that grows with each call of a function in this process."""
+    function, calls = getattr(module, name), []
+    monkeypatch.setattr(module, name, lambda *args, **kwargs: calls.append(1) or function(*args, **kwargs))
+    return calls
 
 
 def write_script(folder, *lines):
@@ -35,11 +44,15 @@ def write_script(folder, *lines):
 
 def test_files_do_not_depend_on_the_number_of_processes(mini, unit_model, tmp_path, undisturbed, monkeypatch):
     prepare(**options(mini, unit_model, tmp_path / "one"))
-    monkeypatch.setattr(pipeline, "ROWS_PER_PROCESS", 1)
-    with monkeypatch.context() as patch:  # in this process nothing is made
-        patch.setattr(tokens, "map_shard", None)
-        patch.setattr(parquet, "sha256_file", None)
-        prepare(**options(mini, unit_model, tmp_path / "two", num_proc=2) | {"cache_dir": str(tmp_path / "cache")})
+    monkeypatch.setattr(opening, "UTTERANCES_PER_PROCESS", 1)
+    made_here = (
+        count_calls(monkeypatch, tokens, "map_shard"),
+        count_calls(monkeypatch, parquet, "_with_trainer_columns"),
+    )
+    prepare(**options(mini, unit_model, tmp_path / "two", num_proc=2) | {"cache_dir": str(tmp_path / "cache")})
+    num_files = len(list((tmp_path / "two" / "out" / "single_turn").iterdir()))
+    for made, number in zip(made_here, (6, num_files), strict=True):
+        assert 1 <= len(made) <= number - 2  # two at least wait for the other process
     assert content(tmp_path / "two" / "out") == content(tmp_path / "one" / "out") == undisturbed
     one = {name: data for name, data in content(tmp_path / "one" / "cache").items() if name.endswith(".arrow")}
     two = {name: data for name, data in content(tmp_path / "cache").items() if name.endswith(".arrow")}

@@ -156,7 +156,7 @@ def test_steps_of_the_reference_template_are_those_of_the_reference(encoder):
         ({"user_role": ""}, r"template\.user_role '' is empty or white space only: give one line of plain text"),
         ({"agent_role": "A\nB"}, r"template\.agent_role 'A\\nB' holds the control character '\\n': give one line"),
         ({"agent_role": "</s>"}, r"template\.agent_role '</s>' holds '</s>'"),
-        ({"tokenization": "whole"}, r"template\.tokenization is 'whole': give reference or separate"),
+        ({"tokenization": "whole"}, r"template\.tokenization is 'whole': give one of reference, separate, chat"),
         ({"loss": []}, r"template\.loss is \[\]: give a list of one or more of user_text, agent_text, agent_units, "),
         ({"loss": "user_text"}, r"template\.loss is 'user_text': give a list of .*, such as \[user_text, agent_text\]"),
         ({"loss": ["user_text", "user_units"]}, r"template\.loss contains 'user_units', which cannot be labelled: name one or more of user_text, ag"),

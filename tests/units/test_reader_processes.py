@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import re
+import sys
 import threading
 import time
 import zipfile
@@ -104,6 +105,16 @@ def test_files_after_an_error_are_not_taken_and_those_before_are(files, open_rea
     assert [rate for _, rate in (next(taken), next(taken), next(taken))] == [16_000] * 3
     with pytest.raises(FileNotFoundError, match=r"none\.wav does not exist: correct the path"):
         next(taken)
+
+
+def count_torch(source, contents):
+    return np.array([len({"torch", "datasets", "transformers"} & set(sys.modules))], np.float32), 1
+
+
+def test_processes_start_without_torch(files, open_reader):
+    """It would take seconds and 200 MB in each of them."""
+    [(found, _)] = open_reader(count_torch).take(files["good"][:1])
+    assert found.tolist() == [0]
 
 
 def read_identity(source, contents):

@@ -45,26 +45,63 @@ def test_pool_of_one_process_makes_the_calls_here():
     assert multiprocessing.active_children() == []
 
 
+def work(item):
+    """Return the item and the process that deals with it; at least one item is left for each process."""
+    time.sleep(0.01)
+    return item, os.getpid()
+
+
 def test_processes_of_a_pool_share_out_calls_and_serve_several_maps():
-    with ProcessPool(2) as pool:
-        found = dict(pool.map(functools.partial(operator.mul, 3), range(20), name="products"))
-        assert found == {index: 3 * index for index in range(20)}
+    with ProcessPool(3) as pool:
+        found = dict(pool.map(work, range(20), name="calls"))
+        assert {index: item for index, (item, _) in found.items()} == {index: index for index in range(20)}
         children = multiprocessing.active_children()
         assert len(children) == 2
+        processes = {process for _, process in found.values()}
+        assert os.getpid() in processes
+        assert len(processes) > 1
+        assert processes <= {os.getpid(), *(child.pid for child in children)}
         assert dict(pool.map(math.sqrt, [4.0, 9.0, 16.0], name="roots")) == {0: 2.0, 1: 3.0, 2: 4.0}
+        assert dict(pool.map(functools.partial(operator.mul, 3), [5], name="products")) == {0: 15}
         assert multiprocessing.active_children() == children
-        with pytest.raises(ValueError, match="math domain error") as caught:
-            list(pool.map(math.sqrt, [4.0, -1.0, 16.0], name="roots"))
-        assert "In the process:" in caught.value.__notes__[0]
     assert multiprocessing.active_children() == []
+
+
+def test_errors_of_a_call_here_and_in_a_process():
+    """The first two items are for the process."""
+    with ProcessPool(2) as pool, pytest.raises(ValueError, match=r"math domain error|nonnegative input") as caught:
+        list(pool.map(math.sqrt, [-1.0, 4.0, 9.0], name="roots"))
+    assert "In the process:" in caught.value.__notes__[0]
+    with ProcessPool(2) as pool, pytest.raises(ValueError, match=r"math domain error|nonnegative input") as caught:
+        list(pool.map(math.sqrt, [4.0, 9.0, -1.0], name="roots"))
+    assert not hasattr(caught.value, "__notes__")
+    assert multiprocessing.active_children() == []
+
+
+def test_processes_start_ahead_of_the_calls():
+    with ProcessPool(4, ["math"]) as pool:
+        pool.start(3)
+        assert len(multiprocessing.active_children()) == 2
+        assert dict(pool.map(math.sqrt, [4.0, 9.0, 16.0, 25.0], name="roots")) == {0: 2.0, 1: 3.0, 2: 4.0, 3: 5.0}
+        assert len(multiprocessing.active_children()) == 2
+    with ProcessPool(4) as pool:
+        pool.start(0)  # too little work
+        list(pool.map(math.sqrt, [4.0, 9.0], name="roots"))
+        assert multiprocessing.active_children() == []
+
+
+def die(parent):
+    if os.getpid() != parent:
+        os._exit(3)
+    time.sleep(0.05)
 
 
 def test_death_of_a_process_of_a_pool_is_an_error():
     with (
         ProcessPool(2) as pool,
-        pytest.raises(RuntimeError, match=r"a process died \(exits, process \d, exit code 3\): start the run again"),
+        pytest.raises(RuntimeError, match=r"a process died \(exits, process 1, exit code 3\): start the run again"),
     ):
-        list(pool.map(os._exit, [3, 3], name="exits"))
+        list(pool.map(die, [os.getpid()] * 4, name="exits"))
     assert multiprocessing.active_children() == []
 
 

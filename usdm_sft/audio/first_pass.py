@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 FEW = 2_000  # recordings that this process reads alone: another one takes a second to start
 BATCH = 512  # recordings that a process or task reads in one call
-_THREADS = 8  # wait for a file system of the network
+_THREADS = 2  # one waits for the disk while the other one computes; more of them wait for each other
 
 
 def read_ahead(addresses: Iterable[str], memo: Memo, pool: Pool) -> None:

@@ -85,9 +85,11 @@ def read_waveform(source: str | Path | bytes, contents: Mapping[str, bytes] | No
     samples, rate = read_audio(source, contents)
     if rate == SAMPLE_RATE:
         return samples
-    resampled = soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ")
-    length = resampled_length(len(samples), rate)
-    return np.pad(resampled[:length], (0, max(0, length - len(resampled))))
+    resampled: npt.NDArray[np.float32] = soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ")
+    missing = resampled_length(len(samples), rate) - len(resampled)
+    if missing > 0:
+        return np.concatenate([resampled, np.zeros(missing, np.float32)])
+    return resampled[: len(resampled) + missing]
 
 
 def describe(source: str | Path | bytes) -> str:

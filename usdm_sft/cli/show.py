@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from usdm_sft.utils.json_files import print_json
 from usdm_sft.utils.texts import count_noun
@@ -17,6 +18,7 @@ def show(
     html: str | None = None,
     data_dir: str | None = None,
     ids: bool = False,
+    expand: bool = False,
 ) -> None:
     """Print examples with the labelled tokens marked, or write them to an HTML page.
 
@@ -32,13 +34,20 @@ def show(
         html: Write one self-contained HTML page to this file instead.
         data_dir: The corpus that the folder was made from: the page then plays both sides.
         ids: Print the ids as well. The page always shows them.
+        expand: Print collapsed units as often as they were repeated. The turns of the page always have one unit per frame.
     """
+    from usdm_sft.dataset_folder.durations import expand_ids
+    from usdm_sft.dataset_folder.layout import COUNTS, read_counts, read_layout
     from usdm_sft.dataset_folder.page import write_page
     from usdm_sft.dataset_folder.rows import read_rows
     from usdm_sft.template.tokenizer import load_tokenizer
     from usdm_sft.template.view import format_example
 
     if html is not None:
+        if expand:
+            raise ValueError(
+                "expand is for the terminal: leave out --html; the turns of a page always have one unit per frame"
+            )
         shown = write_page(
             dataset_dir, html, split=split, index=index, num_examples=num_examples or 20, data_dir=data_dir
         )
@@ -47,6 +56,9 @@ def show(
     if data_dir is not None:
         raise ValueError("data_dir is for the sound on a page: name the page with --html")
     rows = read_rows(dataset_dir, split, index, num_examples or 1)
+    if expand:
+        layout = read_layout(Path(dataset_dir, COUNTS), read_counts(dataset_dir))
+        rows = [expand_ids(row, layout) for row in rows]
     tokenizer = load_tokenizer(os.path.join(dataset_dir, "tokenizer")).backend_tokenizer
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print("\n\n".join(format_example(row, tokenizer, color=color, ids=ids) for row in rows))

@@ -6,7 +6,7 @@ from __future__ import annotations
 def tokenizer(base: str, tokenizer_dir: str, num_units: int = 10_000) -> None:
     """Give the tokenizer of a base model the tokens for units.
 
-    Prepare with --template.tokenization separate and this folder. The page "Other base models" of the documentation shows how the
+    Prepare with this folder and --template.tokenization separate, or chat for a chat model. The page "Other base models" of the documentation shows how the
     embeddings of the model grow.
 
     Examples:

@@ -13,7 +13,7 @@ from typing import Literal, get_type_hints
 from usdm_sft.config.checks import check_settings
 from usdm_sft.corpus.examples import SINGLE_TURN, check_config
 from usdm_sft.corpus.hub import is_hub_corpus
-from usdm_sft.template.config import MAX_LENGTH, REFERENCE, USTM, Template
+from usdm_sft.template.config import MAX_LENGTH, REFERENCE, USTM, Template, UnitRepetition
 from usdm_sft.units.settings import PrecisionName, ResamplerName
 
 
@@ -60,6 +60,10 @@ class TokenizerOptions:
     template: Template = REFERENCE
     """The words of the template, and the parts that are labelled."""
 
+    unit_repetition: UnitRepetition = "keep"
+    """keep (as the reference: one unit per 20 ms frame) or collapse (one unit per run of equal units; the columns user_durations and
+    agent_durations restore the frames)."""
+
     max_length: int = MAX_LENGTH
     """Largest number of tokens in a row, BOS and EOS included."""
 
@@ -100,8 +104,8 @@ class ComputeOptions:
     has one GPU, unless this is 0."""
 
     num_proc: int | None = None
-    """Largest number of processes that make token shards and Parquet files. By default one per core that this process may
-    use. A small corpus needs none."""
+    """Largest number of processes that read recordings and make token shards and Parquet files; with the executor local,
+    of their tasks at once. By default one per core that this process may use. A small corpus needs none."""
 
     shard_dialogs: int = 64
     """Number of dialogs in a work shard. A crash loses at most the work shards in progress."""
@@ -142,14 +146,14 @@ class ExecutorOptions:
     """Executor"""
 
     executor: Literal["local", "slurm", "ray"] | None = None
-    """Make the units in datatrove tasks (extra executors): local runs each task in its own process on this machine; ray
-    uses the cluster of RAY_ADDRESS or starts one; slurm submits an array job: give the same command again when it has
-    ended. All machines must see data, unit model, cache and environment under the same paths. By default there is no
-    executor: this process makes the units, or one process per GPU."""
+    """Read recordings, and make units, token shards and Parquet files in datatrove tasks (extra executors): local runs
+    each task in its own process on this machine; ray uses the cluster of RAY_ADDRESS or starts one; slurm submits an array
+    job for each stage, and a job after it that submits the next. All machines must see data, unit model, cache, output and
+    environment under the same paths. By default there is no executor: processes of this machine do the work."""
 
     tasks: int = 1
-    """Number of tasks that the work shards are divided into; as many as GPUs are available at once. A lost task loses one
-    work shard. Local tasks on the CPU all run at once."""
+    """Number of tasks that the work of each stage is divided into; as many as GPUs are available at once. Local tasks that
+    make units on the CPU all run at once."""
 
     slurm: dict | None = None  # type: ignore[type-arg]  # with dict[str, Any] jsonargparse reads 04:00:00 as a number
     """Options of datatrove's SlurmPipelineExecutor: partition and time, and optionally cpus_per_task (4),

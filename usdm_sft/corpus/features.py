@@ -1,5 +1,6 @@
 """The columns of the datasets, as `datasets.Features`: the one definition that the builder, shards, card and checks share."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import datasets
@@ -41,7 +42,7 @@ def example_features(*, lists: bool) -> datasets.Features:
     return _features({**_texts(), "audio": StoredAudio()}, lists=lists)
 
 
-def folder_features(*, lists: bool) -> datasets.Features:
+def folder_features(*, lists: bool, collapsed: bool = False) -> datasets.Features:
     """Return the columns of a dataset folder, in their order.
 
     | column | type | meaning |
@@ -52,7 +53,8 @@ def folder_features(*, lists: bool) -> datasets.Features:
     | `*_speaker` | string | the speaker |
     | `*_text` | string | the text as in the split list; only the template lower-cases it |
     | `*_emotion` | string | the emotion as in the split list, "" if there is none |
-    | `*_units` | list of uint16 | one unit per 20 ms frame |
+    | `*_units` | list of uint16 | one unit per 20 ms frame; `collapsed`: per run of equal units |
+    | `*_durations` | list of uint16 | number of frames of each unit; only if `collapsed` |
     | `*_seconds` | float32 | duration of the recording |
     | `input_ids` | list of int32 | token ids of the row |
     | `labels` | list of int32 | the token id where it is labelled, otherwise -100 |
@@ -63,11 +65,20 @@ def folder_features(*, lists: bool) -> datasets.Features:
 
     Args:
         lists: True if the user and agent columns are lists, one entry per exchange (`usdm_sft.corpus.examples.has_lists`).
+        collapsed: True if runs of equal units are one unit each, with a duration.
     """
-    units = {"units": datasets.Sequence(datasets.Value("uint16")), "seconds": datasets.Value("float32")}
+    names = ("units", "durations") if collapsed else ("units",)
+    units = {name: datasets.Sequence(datasets.Value("uint16")) for name in names} | {
+        "seconds": datasets.Value("float32")
+    }
     tokens = {name: datasets.Sequence(datasets.Value("int32")) for name in ("input_ids", "labels")}
     trainer = {"attention_mask": datasets.Sequence(datasets.Value("int8")), "length": datasets.Value("int32")}
     return datasets.Features({**_features({**_texts(), **units}, lists=lists), **tokens, **trainer})
+
+
+def are_collapsed(columns: Iterable[str]) -> bool:
+    """True if columns hold the durations of collapsed units."""
+    return not {f"{role}_durations" for role in ROLES}.isdisjoint(columns)
 
 
 def utterance_features() -> datasets.Features:

@@ -15,7 +15,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from tokenizers import Tokenizer
 
 from usdm_sft.corpus.examples import MULTI_TURN, has_lists
-from usdm_sft.corpus.features import folder_features
+from usdm_sft.corpus.features import are_collapsed, folder_features
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.corpus.published_lists import DAILYTALK
 from usdm_sft.dataset_folder.example_picture import EXAMPLE
@@ -54,6 +54,7 @@ MEANINGS = {
     "text": "transcript as in the corpus; only the template lower-cases it",
     "emotion": "emotion as in the corpus",
     "units": "the speech as discrete units, 50 per second",
+    "durations": "number of 20 ms frames of each unit; repeating each unit as often restores 50 per second",
     "seconds": "length of the audio in seconds",
     "input_ids": "the row in the template, BOS and EOS included",
     "labels": "the id of each labelled token, -100 for all others; not shifted",
@@ -83,7 +84,8 @@ def make_card(
         other_info: Entries of `dataset_info` for other configs of the folder.
     """
     lists = has_lists(config_name, counts["settings"]["history"])
-    features = folder_features(lists=lists)
+    collapsed = counts["settings"].get("unit_repetition") == "collapse"
+    features = folder_features(lists=lists, collapsed=collapsed)
     data = _make_metadata(config_name, features, splits, num_bytes, counts, files)
     if other_info:
         data["dataset_info"] = [data["dataset_info"], *other_info]
@@ -101,6 +103,7 @@ def make_card(
         is_dailytalk=counts["corpus"] == DAILYTALK,
         lists={"manifest": "manifests", "manifest and split list": "lists"}.get(counts["corpus"], "split lists"),
         template_parts=parts,
+        collapsed=collapsed,
         row_parts="both" if len(parts) == len(PARTS) else _list_parts(parts),
         has_reference_words=_words(counts["settings"]["template"]) == _words(REFERENCE.settings()),
         fits_ustm=_fits_ustm(counts),
@@ -166,7 +169,10 @@ def data_configs(counts: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _columns(features: Features, config_name: str, *, lists: bool) -> list[tuple[str, str, str]]:
     """Name, type and meaning of every column."""
     which = "first user turn of the row" if config_name == MULTI_TURN else "last user turn of the row"
-    meanings = MEANINGS | ({"turn": f"number of the {which} in its dialog"} if lists else {})
+    collapsed = (
+        {"units": "the speech as discrete units, one for each run of equal units"} if are_collapsed(features) else {}
+    )
+    meanings = MEANINGS | collapsed | ({"turn": f"number of the {which} in its dialog"} if lists else {})
 
     def describe(feature: Any) -> str:
         if isinstance(feature, list):

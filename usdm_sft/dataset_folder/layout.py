@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from usdm_sft.corpus.manifest import UTTERANCES
+from usdm_sft.template.chat import ChatIds, Frames
 from usdm_sft.template.config import Template
 from usdm_sft.template.parts import RowLayout
 from usdm_sft.template.tokenizer import MAX_UNITS, ustm_tokens
@@ -115,16 +116,27 @@ def read_layout(path: Path, counts: Mapping[str, Any]) -> RowLayout:
     ids = tokenizer["ids"]
     if not _are_ids(ids):
         raise ValueError(f"{path}: tokenizer.ids is {ids!r}, not the ids of a template: {PREPARE_AGAIN}")
-    return RowLayout(TemplateTokens(**ids), template)
+    chat = None
+    if template.tokenization == "chat":
+        values = tokenizer.get("chat")
+        if (
+            not isinstance(values, dict)
+            or values.keys() != {*Frames._fields, "stop_id"}
+            or not _has_ids([*values.values()])
+        ):
+            raise ValueError(f"{path}: tokenizer.chat is {values!r}, not the ids of a chat template: {PREPARE_AGAIN}")
+        chat = ChatIds(Frames(*(values[name] for name in Frames._fields)), values["stop_id"])
+    return RowLayout(TemplateTokens(**ids), template, chat)
 
 
 def _are_ids(ids: object) -> bool:
-    """True for a value of each field of `TemplateTokens`: an id, or a list of ids."""
-    if not isinstance(ids, dict) or ids.keys() != {*TemplateTokens._fields}:
-        return False
-    return all(
-        isinstance(i, int) for value in ids.values() for i in (value if isinstance(value, list | tuple) else [value])
-    )
+    """True for a value of each field of `TemplateTokens`."""
+    return isinstance(ids, dict) and ids.keys() == {*TemplateTokens._fields} and _has_ids([*ids.values()])
+
+
+def _has_ids(values: list[Any] | tuple[Any, ...]) -> bool:
+    """True for ids, and for lists of them at any depth."""
+    return all(_has_ids(value) if isinstance(value, list | tuple) else isinstance(value, int) for value in values)
 
 
 def data_files(folder: str | Path, counts: Mapping[str, Any], config: str | None = None) -> dict[str, list[Path]]:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from usdm_sft.corpus.features import TRAINER_COLUMNS, folder_features
+from usdm_sft.corpus.features import TRAINER_COLUMNS, are_collapsed, folder_features
 from usdm_sft.dataset_folder.statistics import SplitStatistics, compute_statistics
 from usdm_sft.template.parts import RowLayout
 from usdm_sft.utils.atomic import SUFFIX
@@ -105,7 +105,8 @@ def _is_whole(part: Part) -> bool:
 
 def _with_trainer_columns(rows: Dataset) -> Dataset:
     """Return the rows of one output file in memory, with `TRAINER_COLUMNS` at the end."""
-    features = folder_features(lists=isinstance(rows[0]["user_text"], list))
+    lists = isinstance(rows[0]["user_text"], list)
+    features = folder_features(lists=lists, collapsed=are_collapsed(rows.column_names))
     return rows.with_format("arrow").map(_add_trainer_columns, batched=True, features=features, keep_in_memory=True)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from usdm_sft.corpus.features import TRAINER_COLUMNS
+from usdm_sft.dataset_folder.durations import find_wrong_durations
 from usdm_sft.template.encoder import IGNORE_INDEX, TemplateEncoder
 from usdm_sft.template.exchanges import has_lists
 from usdm_sft.template.parts import RowLayout
@@ -20,7 +21,7 @@ def find_doubtful_rows(batch: pa.RecordBatch, encoder: TemplateEncoder, max_leng
     """Find the rows of a batch in which something may be wrong; the others are correct.
 
     A row is correct if its ids and labels are those of its encoded columns, each label is the id or -100, `TRAINER_COLUMNS`
-    fit, and the ids decode to the template. To decode fast, each run of unit tokens is compared as numbers and shortened to
+    fit, and the ids decode to the template; collapsed units must restore the frames of their recordings as well. To decode fast, each run of unit tokens is compared as numbers and shortened to
     its first token, in the ids and in the template alike. `check_tokenizer` has checked the name of every unit token.
 
     Args:
@@ -37,7 +38,7 @@ def find_doubtful_rows(batch: pa.RecordBatch, encoder: TemplateEncoder, max_leng
         encoded = encoder({name: columns[name] for name in ("id", *names)})
     except ValueError:  # of one row, or of several
         return set(range(len(batch)))
-    doubtful = set()
+    doubtful = find_wrong_durations(batch) if encoder.unit_repetition == "collapse" else set()
     for row, (ids, labels) in enumerate(zip(columns["input_ids"], columns["labels"], strict=True)):
         if (
             len(ids) > max_length
@@ -50,11 +51,18 @@ def find_doubtful_rows(batch: pa.RecordBatch, encoder: TemplateEncoder, max_leng
         ):
             doubtful.add(row)
     rows = [row for row in range(len(batch)) if row not in doubtful]  # the ids of the others may be no tokens
-    decoded = encoder.decode_batch(_shorten_runs(columns["input_ids"][row], encoder.layout) for row in rows)
-    for row, text in zip(rows, decoded, strict=True):
-        if text != render({name: columns[name][row] for name in names}, encoder, max_units=1):
-            doubtful.add(row)
-    return doubtful
+    shortened = [_shorten_runs(columns["input_ids"][row], encoder.layout) for row in rows]
+    texts = [render({name: columns[name][row] for name in names}, encoder, max_units=1) for row in rows]
+    stand = stand_for(shortened, texts, encoder)
+    return doubtful | {row for row, is_right in zip(rows, stand, strict=True) if not is_right}
+
+
+def stand_for(rows: Sequence[Sequence[int]], texts: Sequence[str], encoder: TemplateEncoder) -> list[bool]:
+    """True for each row whose ids stand for its text: they decode to it, or are those of the whole text of a chat template."""
+    if encoder.template.tokenization == "chat":
+        encoded = encoder.encode_whole(texts)
+        return [list(ids) == whole for ids, whole in zip(rows, encoded, strict=True)]
+    return [found == text for found, text in zip(encoder.decode_batch(rows), texts, strict=True)]
 
 
 def render(row: Mapping[str, Any], encoder: TemplateEncoder, *, max_units: int | None = None) -> str:
@@ -69,12 +77,18 @@ def render(row: Mapping[str, Any], encoder: TemplateEncoder, *, max_units: int |
     values = {part: row[part] for part in template.parts}
     if not has_lists(values):
         values = {part: [value] for part, value in values.items()}
-    blocks = []
-    for exchange in zip(*values.values(), strict=True):
-        parts = {
-            part: encoder.spell(value.lower()) if isinstance(value, str) else _unit_tokens(value[:max_units])
+    exchanges = [
+        {
+            part: value.lower() if isinstance(value, str) else _unit_tokens(value[:max_units])
             for part, value in zip(template.parts, exchange, strict=True)
         }
+        for exchange in zip(*values.values(), strict=True)
+    ]
+    if template.tokenization == "chat":
+        return encoder.render_chat(exchanges)
+    blocks = []
+    for exchange in exchanges:
+        parts = {part: encoder.spell(text) if part.endswith("_text") else text for part, text in exchange.items()}
         turns = [
             (heading, "<|correspond|>".join(parts[name] for name in names if name in parts))
             for heading, names in (

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from usdm_sft.corpus.features import folder_features
+from usdm_sft.corpus.features import are_collapsed, folder_features
 from usdm_sft.dataset_folder.layout import PREPARE_AGAIN, data_files, read_counts
 from usdm_sft.utils.texts import first_line
 
@@ -27,7 +27,7 @@ def open_rows(path: Path) -> pq.ParquetFile:
         raise ValueError(f"{path} is not a Parquet file ({first_line(error)}): {PREPARE_AGAIN}") from error
     schema = file.schema_arrow
     lists = "user_text" in schema.names and pa.types.is_list(schema.field("user_text").type)
-    for expected in folder_features(lists=lists).arrow_schema:
+    for expected in folder_features(lists=lists, collapsed=are_collapsed(schema.names)).arrow_schema:
         if expected.name not in schema.names:
             raise ValueError(f"{path} has no column {expected.name}: {PREPARE_AGAIN}")
         found = schema.field(expected.name).type

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from usdm_sft.corpus.features import are_collapsed
 from usdm_sft.dataset_folder.rows import iter_rows
 from usdm_sft.template.encoder import IGNORE_INDEX
 from usdm_sft.template.parts import REFERENCE_LAYOUT, ROW_PARTS, RowLayout, find_parts
@@ -57,6 +58,9 @@ class SplitStatistics:
             self.seconds[role].append(_values(rows[f"{role}_seconds"]))
             self.unit_counts += np.bincount(_values(rows[f"{role}_units"]), minlength=MAX_UNITS)
             self.emotions.update(_values(rows[f"{role}_emotion"]).tolist())
+            if are_collapsed(rows.schema.names):
+                self.run_counts.update(_values(rows[f"{role}_durations"]).tolist())
+                continue
             for units in _lists(rows[f"{role}_units"]):
                 self.run_counts.update(_run_lengths(units).tolist())
         texts = rows["user_text"]

@@ -18,10 +18,11 @@ import pyarrow.parquet as pq
 
 from usdm_sft.audio.frames import SAMPLE_RATE, num_frames
 from usdm_sft.audio.playable import count_samples
-from usdm_sft.corpus.features import ROLES, utterance_features
+from usdm_sft.corpus.features import ROLES, are_collapsed, utterance_features
 from usdm_sft.corpus.manifest import UTTERANCES
+from usdm_sft.dataset_folder.durations import expand_rows
 from usdm_sft.dataset_folder.layout import COUNTS, PREPARE_AGAIN, data_files
-from usdm_sft.dataset_folder.rows import iter_rows
+from usdm_sft.dataset_folder.rows import iter_rows, open_rows
 from usdm_sft.utils.texts import first_line
 
 # Of recordings in a Parquet file, as `push_to_hub` of datasets; a larger recording is alone.
@@ -193,9 +194,12 @@ def _recording_problem(row: Row) -> str | None:
 def _check_rows(files: Iterable[Path], known: Mapping[tuple[str, int], bytes], history: int) -> Iterator[str]:
     """Compare each turn of the rows of a split with its utterance."""
     fields = (*_TEXTS, "units", "seconds")
-    columns = ["id", "dialog_id", "turn", *(f"{role}_{name}" for role in ROLES for name in fields)]
     for path in files:
+        collapsed = are_collapsed(open_rows(path).schema_arrow.names)
+        names = (*fields, "durations") if collapsed else fields
+        columns = ["id", "dialog_id", "turn", *(f"{role}_{name}" for role in ROLES for name in names)]
         for row in (row for batch in iter_rows(path, columns=columns) for row in batch.to_pylist()):
+            row = expand_rows(row) if collapsed else row
             sides = [[row[f"{role}_{name}"] for name in fields] for role in ROLES]
             if not isinstance(row["user_text"], list):
                 sides = [[[value] for value in side] for side in sides]

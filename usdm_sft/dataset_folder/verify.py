@@ -18,8 +18,9 @@ from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.corpus.problems import MAX_PROBLEMS_SHOWN
 from usdm_sft.dataset_folder.card import data_configs
 from usdm_sft.dataset_folder.compare import compare_with_text, describe_difference, first_difference
+from usdm_sft.dataset_folder.durations import describe_missing, duration_problems
 from usdm_sft.dataset_folder.layout import COUNTS, PICTURES, PREPARE_AGAIN, data_files, read_counts, read_template
-from usdm_sft.dataset_folder.row_check import find_doubtful_rows, render
+from usdm_sft.dataset_folder.row_check import find_doubtful_rows, render, stand_for
 from usdm_sft.dataset_folder.rows import iter_rows, open_rows
 from usdm_sft.dataset_folder.statistics import SplitStatistics
 from usdm_sft.dataset_folder.utterances import check_utterances
@@ -108,6 +109,9 @@ def _check_rows(folder: Path, counts: Mapping[str, Any], statistics: dict[str, S
                 difference = _describe_columns(found, schema)
                 yield f"{path} has other columns than the README.md beside it says: {difference}"
                 continue
+            if problem := describe_missing(found, encoder.unit_repetition):
+                yield f"{path}: {problem}"
+                continue
             number = 0
             for batch in iter_rows(path, batch_size=_BATCH):
                 doubtful = find_doubtful_rows(batch, encoder, counts["settings"]["max_length"])
@@ -128,7 +132,12 @@ def _make_encoder(folder: Path, counts: Mapping[str, Any]) -> TemplateEncoder:
     """The encoder with the tokenizer of the folder and the settings of counts.json."""
     template = read_template(folder / COUNTS, counts)
     tokenizer = load_tokenizer(folder / "tokenizer")
-    return TemplateEncoder(tokenizer, template, last_exchange_only=counts["settings"]["history"] > 0)
+    return TemplateEncoder(
+        tokenizer,
+        template,
+        last_exchange_only=counts["settings"]["history"] > 0,
+        unit_repetition=counts["settings"].get("unit_repetition", "keep"),
+    )
 
 
 def _describe_columns(found: pa.Schema, expected: pa.Schema) -> str:
@@ -154,6 +163,8 @@ def _check_row(row: Mapping[str, Any], encoder: TemplateEncoder, settings: Mappi
     if (wrong := np.flatnonzero((labels != ids) & (labels != IGNORE_INDEX))).size:
         yield f"label {labels[wrong[0]]} of token {wrong[0]} is neither {IGNORE_INDEX} nor the token's id {ids[wrong[0]]}"
         return
+    if encoder.unit_repetition == "collapse":
+        yield from duration_problems(row)
     try:
         encoded = encoder({column: [value] for column, value in row.items()})
     except ValueError as error:
@@ -164,7 +175,7 @@ def _check_row(row: Mapping[str, Any], encoder: TemplateEncoder, settings: Mappi
         if (at := first_difference(found, expected)) is not None:
             yield f"{name} differ from the encoded columns: {describe_difference(found, expected, at)}"
             return
-    if encoder.decode(ids) != (text := render(row, encoder)):
+    if not stand_for([ids.tolist()], [text := render(row, encoder)], encoder)[0]:
         yield f"input_ids do not decode to the template: {encoder.decode(ids)!r}, not {text!r}"
 
 

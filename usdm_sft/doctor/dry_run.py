@@ -120,9 +120,10 @@ def _stand_in(config: PrepareConfig, scratch: str) -> UnitTokenizer:
 
 
 def _write_units(shard: Shard, run: Run) -> Path:
-    """Write a unit shard whose utterances have the right number of units, all of them unit 0."""
+    """Write a unit shard whose utterances have the right number of units: all of them unit 0, or where units are collapsed no two equal neighbours."""
+    num_distinct = 1 if run.config.unit_repetition == "keep" else min(2, run.encoder.num_units)
     columns = {
-        "units": [np.zeros(num_frames(length), np.uint16) for length in shard.lengths],
+        "units": [np.arange(num_frames(length), dtype=np.uint16) % num_distinct for length in shard.lengths],
         "seconds": [np.float32(length / SAMPLE_RATE) for length in shard.lengths],
     }
     write = partial(map_shard, Dataset.from_dict({"audio": shard.audio}), lambda batch: columns)
@@ -144,6 +145,10 @@ def describe_dry_run(found: DryRun, config: PrepareConfig) -> list[str]:
     shards = f"{found.num_shards - found.missing_units} of {count_noun(found.num_shards, 'work shard')}"
     tokens = found.num_shards - found.missing_tokens
     lines = [f"cache: it has the units of {shards}, and the tokens of {tokens:,}"]
+    if config.unit_repetition == "collapse":
+        lines.append(
+            "tokens: the numbers are those of keep, an upper limit; how many units repeat shows when they are computed"
+        )
     hours = found.missing_seconds / 3600
     rate = RATES.get((found.device, config.precision))
     if not found.has_model:

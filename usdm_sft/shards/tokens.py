@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
-from usdm_sft.corpus.features import TRAINER_COLUMNS, folder_features
+from usdm_sft.corpus.features import TRAINER_COLUMNS, are_collapsed, folder_features
 from usdm_sft.shards.mapping import map_shard
 from usdm_sft.shards.plan import Shard
+from usdm_sft.template.repetition import collapse_units
 from usdm_sft.utils.cache import ShardCache
 from usdm_sft.utils.pool import Pool
 from usdm_sft.utils.progress import progress_bar
@@ -72,23 +73,52 @@ def _make_token_shard(encoder: TemplateEncoder, level: ShardCache, part: tuple[S
     shard, texts, units = part
 
     def write(path: str) -> None:
-        batch = concatenate_datasets([texts, unit_columns(shard, units)], axis=1).with_format("numpy")
+        collapse = encoder.unit_repetition == "collapse"
+        batch = concatenate_datasets([texts, unit_columns(shard, units, collapse=collapse)], axis=1).with_format(
+            "numpy"
+        )
         map_shard(batch, encoder, path, shard.tokens_key, remove_columns=_TEXT_COLUMNS)
 
     return level.make(shard.tokens_key, write)
 
 
-def unit_columns(shard: Shard, file: Path) -> Dataset:
-    """Arrange the units and seconds of a work shard's utterances by row: `user_units`, `user_seconds`, `agent_units`, ..."""
-    utterances = Dataset.from_file(str(file)).data.table
+def unit_columns(shard: Shard, file: Path, *, collapse: bool = False) -> Dataset:
+    """Arrange the units and seconds of a work shard's utterances by row: `user_units`, `user_seconds`, `agent_units`, ...
+
+    Args:
+        shard: The work shard.
+        file: The file of its unit shard.
+        collapse: Collapse runs of equal units, and add `user_durations` and `agent_durations`.
+
+    Raises:
+        ValueError: A run is too long for a duration; the message names the recording.
+    """
+    table = Dataset.from_file(str(file)).data.table
+    utterances = {name: table[name].combine_chunks() for name in ("units", "seconds")}
+    if collapse:
+        utterances |= _collapse(utterances["units"], shard)
     offsets = pa.array(list(accumulate(map(len, shard.rows), initial=0)), pa.int32())
     columns = {}
     for side, role in enumerate(("user", "agent")):
         indices = pa.array([exchange[side] for row in shard.rows for exchange in row], pa.int64())
-        for name in ("units", "seconds"):
-            values = utterances[name].combine_chunks().take(indices)
+        for name, column in utterances.items():
+            values = column.take(indices)
             columns[f"{role}_{name}"] = pa.ListArray.from_arrays(offsets, values) if shard.lists else values
     return Dataset.from_dict(columns)
+
+
+def _collapse(units: pa.ListArray, shard: Shard) -> dict[str, pa.ListArray]:
+    """The columns `units` and `durations` of collapsed utterances."""
+    collapsed = []
+    for recording, values in zip(shard.audio, units, strict=True):
+        try:
+            collapsed.append(collapse_units(values.values.to_numpy()))
+        except ValueError as error:
+            raise ValueError(f"{recording}: {error}") from error
+    return {
+        name: pa.array(list(values), units.type)
+        for name, values in zip(("units", "durations"), zip(*collapsed, strict=True), strict=True)
+    }
 
 
 def join_shards(rows: Dataset, tokens: Sequence[Path]) -> Dataset:
@@ -100,5 +130,6 @@ def join_shards(rows: Dataset, tokens: Sequence[Path]) -> Dataset:
     """
     encoded = concatenate_datasets([Dataset.from_file(str(file)) for file in tokens])
     parts = [rows.remove_columns(["user_audio", "agent_audio"]), encoded]
-    names = [name for name in folder_features(lists=False) if name not in TRAINER_COLUMNS]
+    features = folder_features(lists=False, collapsed=are_collapsed(encoded.column_names))
+    names = [name for name in features if name not in TRAINER_COLUMNS]
     return concatenate_datasets(parts, axis=1).select_columns(names)

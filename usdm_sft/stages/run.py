@@ -32,6 +32,11 @@ _VERSIONED = (
 )  # fmt: skip
 
 
+# A process takes two seconds to start, in which this one encodes and writes the rows of about 10,000 utterances. It starts as soon
+# as the corpus is read, so that it is ready when there is work.
+UTTERANCES_PER_PROCESS = 5_000
+
+
 @dataclass(frozen=True)
 class Run:
     """Everything that the steps of one run share."""
@@ -70,9 +75,16 @@ def open_run(
     require_locks(cache / "locks")
     stages.start("tokenizer")
     tokenizer = load_tokenizer(config.pretrained_model_name_or_path, config.model_cache_dir)
-    encoder = TemplateEncoder(tokenizer, config.template, last_exchange_only=config.history > 0)
+    encoder = TemplateEncoder(
+        tokenizer,
+        config.template,
+        last_exchange_only=config.history > 0,
+        unit_repetition=config.unit_repetition,
+    )
     stages.start("corpus")
     builder = _open_corpus(config, cache, pool)
+    if pool is not None:
+        pool.start(len(builder.audio_digests) // UTTERANCES_PER_PROCESS)
     stages.start("unit model")
     if unit_tokenizer is None:
         unit_tokenizer = _open_unit_model(config, devices[0], cache)
@@ -122,7 +134,9 @@ def describe_run(run: Run) -> dict[str, Any]:
         "config": config.config_name,
         "corpus": describe_corpus(builder.split_lists, builder.list_digests),
         "unit_model": describe_unit_model(run.unit_tokenizer.folder),
-        "tokenizer": describe_tokenizer(str(config.pretrained_model_name_or_path), run.encoder.tokens),
+        "tokenizer": describe_tokenizer(
+            str(config.pretrained_model_name_or_path), run.encoder.tokens, run.encoder.layout.chat
+        ),
         "num_units": run.unit_tokenizer.num_units,
         "settings": {
             "history": config.history,
@@ -134,6 +148,7 @@ def describe_run(run: Run) -> dict[str, Any]:
             "shuffle_seed": config.shuffle_seed,
             "num_output_shards": config.num_output_shards,
             "shard_dialogs": config.shard_dialogs,
+            **({} if config.unit_repetition == "keep" else {"unit_repetition": config.unit_repetition}),
             **({"keep_audio": True} if config.keep_audio else {}),
             **run.unit_tokenizer.settings,
             **({} if is_reference else {"agreement_utterances": config.agreement_utterances}),

@@ -77,7 +77,7 @@ def _find_folder(name_or_path: str, subfolder: str | None, hub: dict[str, Any]) 
         return str(Path(name_or_path, subfolder or ""))
     if subfolder is None and hub["repo_type"] == "model":
         return name_or_path
-    files = f"{subfolder}/*.json" if subfolder else "*.json"
+    files = [f"{subfolder}/{name}" if subfolder else name for name in ("*.json", "chat_template.jinja")]
     return str(Path(snapshot_download(name_or_path, allow_patterns=files, **hub), subfolder or ""))
 
 

@@ -19,7 +19,8 @@ INSTRUCTION = (
 )
 PARTS = ("user_units", "user_text", "agent_text", "agent_units")  # in the order of an exchange
 LABELS = PARTS[1:]  # the user's speech is never labelled
-TOKENIZATIONS = ("reference", "separate")
+TOKENIZATIONS = ("reference", "separate", "chat")
+UnitRepetition = Literal["keep", "collapse"]
 EXPECTED_LOSS = f"a list of one or more of {', '.join(LABELS)}, such as [user_text, agent_text]"
 EXPECTED_PARTS = f"a list of two or more of {', '.join(PARTS)}, such as [user_units, user_text]"
 
@@ -34,9 +35,10 @@ class Template:
         agent_role: Name in the heading of the agent's turn.
         loss: Labelled parts, each with the stop token that follows it: user_text (with the newline), agent_text (with
             <|correspond|>, or with the newline where no speech follows), agent_units (with "▁", or with the newline where tokenization
-            is separate). By default every part but the first, which is given to the model; for the reference these are all three.
+            is separate; in a chat template a special token follows each). By default every part but the first, which is given to the model; for the reference these are all three.
         tokenization: reference for USTM's tokenizer: ids as of the whole text of a row. separate for the tokenizer of another base
-            model: each line of text is encoded on its own, so that no newline becomes one token with the text before it.
+            model: each line of text is encoded on its own, so that no newline becomes one token with the text before it. chat for the
+            chat template of a base model: the instruction is its system message, and the roles are user and assistant.
         parts: Parts of an exchange: user_units, user_text, agent_text, agent_units. The reference has all four. Two or more of them
             make another task, such as [user_units, user_text] for recognition.
 
@@ -49,7 +51,7 @@ class Template:
     user_role: str = "User"
     agent_role: str = "Agent"
     loss: tuple[str, ...] | None = None
-    tokenization: Literal["reference", "separate"] = "reference"
+    tokenization: Literal["reference", "separate", "chat"] = "reference"
     parts: tuple[str, ...] = PARTS
 
     def __post_init__(self) -> None:
@@ -63,7 +65,11 @@ class Template:
             if problem := text_problem(getattr(self, name)):
                 raise ValueError(f"template.{name} {getattr(self, name)!r} {problem}: give one line of plain text")
         if self.tokenization not in TOKENIZATIONS:
-            raise ValueError(f"template.tokenization is {self.tokenization!r}: give {' or '.join(TOKENIZATIONS)}")
+            raise ValueError(f"template.tokenization is {self.tokenization!r}: give one of {', '.join(TOKENIZATIONS)}")
+        if self.tokenization == "chat" and (self.user_role, self.agent_role) != ("User", "Agent"):
+            raise ValueError(
+                "template.user_role and agent_role are not in a chat template, whose roles are user and assistant: leave them out"
+            )
         # Equal settings give equal cache keys.
         object.__setattr__(self, "parts", _check_parts(self.parts))
         object.__setattr__(self, "loss", _check_loss(self.loss, self.parts))

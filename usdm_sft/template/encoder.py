@@ -8,7 +8,7 @@ with its label: units by offset, fixed parts as constants, and all texts of a ba
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,13 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from usdm_sft.template.config import PARTS, REFERENCE, Template
+from usdm_sft.template.chat import make_messages, place_of, read_chat_template
+from usdm_sft.template.chat_form import CHANGED, ChatForm, ChatFrames, read_frames
+from usdm_sft.template.config import PARTS, REFERENCE, Template, UnitRepetition
 from usdm_sft.template.exchanges import Exchange, ExchangeReader, match_other_tokens, row_name
 from usdm_sft.template.parts import RowLayout
 from usdm_sft.template.steps import Step, make_steps
-from usdm_sft.template.stretches import Stretches
+from usdm_sft.template.stretches import Headings, Stretches
 from usdm_sft.template.tokenizer import check_tokenizer
 from usdm_sft.template.tokens import TemplateTokens, plain_copy, read_tokens
 
@@ -49,6 +51,8 @@ class TemplateEncoder:
     Both texts are lower-cased. Further exchanges follow as `\\n### User\\n ...` blocks before the one `</s>`. Rows of any
     length are encoded. (naver-ai/usdm, preprocess/fine-tuning/dailytalk_single_turn.py, `tokenize_speech`.)
 
+    With `Template(tokenization="chat")`, exchanges are messages in the tokenizer's own chat template, as the module `chat` draws them.
+
     With `Template(tokenization="separate")`, for the tokenizer of another base model, each line is encoded on its own, the newline
     after `A` takes the place of "▁", and BOS and EOS are there only if the tokenizer has them.
 
@@ -59,10 +63,11 @@ class TemplateEncoder:
         tokenizer: The result of `load_tokenizer` or `build_tokenizer`. It is checked again.
         template: The words, the parts, the labelled parts and the form of tokenization; by default the reference's, as drawn above.
         last_exchange_only: Label the last exchange of a row only; earlier exchanges are context.
+        unit_repetition: "collapse" encodes one unit for each run of equal units, in rows and prompts. Collapsed units stay as they are.
 
     Raises:
-        ValueError: The tokenizer does not give the ids of naver-ai/USTM, or with separate tokenization has no tokens for units; or
-            the template contains an added token.
+        ValueError: The tokenizer does not give the ids of naver-ai/USTM, or with separate tokenization has no tokens for units; the
+            template contains an added token; or `unit_repetition` is unknown.
     """
 
     def __init__(
@@ -71,67 +76,74 @@ class TemplateEncoder:
         template: Template = REFERENCE,
         *,
         last_exchange_only: bool = False,
+        unit_repetition: UnitRepetition = "keep",
     ):
         backend = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.backend_tokenizer
         name = getattr(tokenizer, "name_or_path", "") or "this tokenizer"
+        frames = None
         if template.tokenization == "reference":
             tokens = check_tokenizer(backend, name)
         elif isinstance(tokenizer, Tokenizer):
-            raise ValueError("tokenization is separate: give a tokenizer of transformers, which knows its EOS")
+            raise ValueError(
+                f"tokenization is {template.tokenization}: give a tokenizer of transformers, which knows its EOS"
+            )
         else:
             tokens = read_tokens(tokenizer, name)
-        self._set_up(plain_copy(backend), tokens, template, last_exchange_only)
+            if template.tokenization == "chat":
+                tokens = tokens._replace(opening=(), closing=())  # the chat template has its own
+                frames = read_frames(plain_copy(backend), tokens, template, read_chat_template(tokenizer, name))
+        self._set_up(plain_copy(backend), tokens, template, last_exchange_only, unit_repetition, frames)
 
     def _set_up(
-        self, tokenizer: Tokenizer, tokens: TemplateTokens, template: Template, last_exchange_only: bool
+        self,
+        tokenizer: Tokenizer,
+        tokens: TemplateTokens,
+        template: Template,
+        last_exchange_only: bool,
+        repetition: str,
+        frames: ChatFrames | None,
     ) -> None:
-        self.tokens = tokens
-        self.template = template
-        self.last_exchange_only = last_exchange_only
+        self.tokens, self.template = tokens, template
+        self.last_exchange_only, self.unit_repetition = last_exchange_only, repetition
         self._tokenizer = tokenizer
-        self._stretches = Stretches(tokenizer, tokens, separate=template.tokenization == "separate")
+        self._frames = frames
+        self._stretches = Stretches(tokenizer, tokens, separate=template.tokenization != "reference")
         other_tokens = match_other_tokens(tokenizer)
-        self._reader = ExchangeReader(template.parts, tokens.unit_0, tokens.num_units, other_tokens)
+        self._reader = ExchangeReader(template.parts, tokens.unit_0, tokens.num_units, other_tokens, repetition)
         for name in ("instruction", "user_role", "agent_role"):
             if other_tokens is not None and (match := other_tokens.search(getattr(template, name))):
                 raise ValueError(
                     f"template.{name} contains {match.group()!r}, an added token of the tokenizer: remove it"
                 )
-        has_user_turn = template.parts[0].startswith("user_")
-        heading = template.user_heading if has_user_turn else f"\n{template.agent_heading}"
-        self._opening, self._closing = _array(tokens.opening), _array(tokens.closing)
-        self._correspond, self._newline = _array([tokens.correspond]), _array([tokens.newline])
-        self._end_of_units, self._after_units = _array(tokens.end_of_units[:1]), _array(tokens.end_of_units[1:])
-        self._open = self._encode_words(template.instruction + heading)
-        self._next = self._encode_words(heading, after_newline=True)
-        self._agent_heading = self._encode_words(template.agent_heading, after_newline=True)
-
-    def _encode_words(self, text: str, *, after_newline: bool = False) -> npt.NDArray[np.int32]:
-        ids = self._stretches.encode_words(text, after_newline=after_newline)
-        if problem := self._stretches.problem(text, ids):
-            raise ValueError(f"the template's words {text!r}: a part {problem}: choose other words")
-        return ids
+        self._form: Headings | ChatForm
+        if frames is None:
+            self._form = Headings(self._stretches, tokens, template)
+        else:
+            self._form = ChatForm(tokenizer, tokens, template, frames)
 
     def __getstate__(self) -> dict[str, Any]:
         return {
             "tokenizer": self._tokenizer.to_str(),
             "tokens": tuple(self.tokens),
+            "frames": self._frames,
             "version": VERSION,
             **self._options,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         tokenizer, template = Tokenizer.from_str(state["tokenizer"]), Template(**state["template"])
-        self._set_up(tokenizer, TemplateTokens(*state["tokens"]), template, state["last_exchange_only"])
+        tokens, repetition = TemplateTokens(*state["tokens"]), state.get("unit_repetition", "keep")
+        self._set_up(tokenizer, tokens, template, state["last_exchange_only"], repetition, state["frames"])
 
     @property
     def _options(self) -> dict[str, Any]:
-        return {"template": self.template.settings(), "last_exchange_only": self.last_exchange_only}
+        options = {"template": self.template.settings(), "last_exchange_only": self.last_exchange_only}
+        return options if self.unit_repetition == "keep" else options | {"unit_repetition": self.unit_repetition}
 
     @property
     def layout(self) -> RowLayout:
         """Tells the part of each token of a row."""
-        return RowLayout(self.tokens, self.template)
+        return RowLayout(self.tokens, self.template, None if self._frames is None else self._frames.ids)
 
     @cached_property
     def end(self) -> str:
@@ -151,13 +163,17 @@ class TemplateEncoder:
     @property
     def key(self) -> tuple[Any, ...]:
         """Everything besides a row's columns that its ids and labels depend on; JSON values."""
-        separate = self.template.tokenization == "separate"
-        return VERSION, self.tokenizer_digest, self._options, *([list(self.tokens)] if separate else [])
+        key: tuple[Any, ...] = (VERSION, self.tokenizer_digest, self._options)
+        if self.template.tokenization != "reference":
+            key += (list(self.tokens),)
+        return key if self._frames is None else (*key, self._frames.ids)
 
     @cached_property
     def steps(self) -> tuple[Step, ...]:
         """The steps of inference for `StepLogitsProcessor` and `next_prompt`: transcript, answer, speech."""
-        return make_steps(self.tokens, self.template, tuple(self._agent_heading.tolist()), self._tokenizer)
+        if isinstance(self._form, ChatForm):
+            return make_steps(self.tokens, self.template, (), self._tokenizer, self._form.stop_ids)
+        return make_steps(self.tokens, self.template, self._form.agent_heading, self._tokenizer)
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[npt.NDArray[np.int32]]]:
         """Encode a batch of rows.
@@ -176,72 +192,48 @@ class TemplateEncoder:
         """
         num_rows = len(batch[self.template.parts[0]])
         rows = [self._reader.exchanges(batch, i) for i in range(num_rows)]
-        self._encode_texts([(row_name(batch, i) + ": ", exchange) for i in range(num_rows) for exchange in rows[i]])
+        self._encode_texts([(row_name(batch, i) + ": ", row) for i, row in enumerate(rows)])
         encoded = [self._lay_out(row) for row in rows]
         return {"input_ids": [ids for ids, _ in encoded], "labels": [labels for _, labels in encoded]}
 
-    def _encode_texts(self, exchanges: Sequence[tuple[str, Exchange]]) -> None:
+    def _encode_texts(self, rows: Sequence[tuple[str, Sequence[Exchange]]]) -> None:
         """Replace the texts of exchanges by their ids, in one call of the tokenizer.
 
         Args:
-            exchanges: Pairs of the place for error messages and the exchange.
+            rows: The place for error messages and the exchanges of each row.
         """
-        # A transcript follows the user's speech; every other text follows the newline of a heading.
         places = [
-            (place, exchange, part, part == "agent_text" or "user_units" not in self.template.parts)
-            for place, exchange in exchanges
+            (place, exchange, part, place_of(position, len(row)))
+            for place, row in rows
+            for position, exchange in enumerate(row)
             for part in exchange
             if part.endswith("_text")
         ]
         texts = [exchange[part] for _, exchange, part, _ in places]
-        encoded = self._stretches.encode(texts, [after_newline for *_, after_newline in places])
+        encoded = self._form.encode(texts, [(part, index) for _, _, part, index in places])
         for (place, exchange, part, _), text, ids in zip(places, texts, encoded, strict=True):
-            if problem := self._stretches.problem(text, ids):
+            if problem := CHANGED if ids is None else self._stretches.problem(text, ids):
                 raise ValueError(f"{place}{part} {text[:80]!r} {problem}: correct the text")
             exchange[part] = ids
 
     def _lay_out(self, row: Sequence[Exchange]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """`input_ids` and `labels` of a row of exchanges whose texts are ids."""
-        pieces = [self._opening]
+        pieces = [self._form.opening]
         labelled: list[tuple[int, int]] = []
-        end = len(self._opening)
+        end = len(self._form.opening)
         for position, exchange in enumerate(row):
             is_context = self.last_exchange_only and position < len(row) - 1
             loss = () if is_context else self.template.labelled
-            for ids, part in self._pieces(exchange, first=position == 0):
+            for ids, part in self._form.pieces(exchange, position, len(row)):
                 pieces.append(ids)
                 start, end = end, end + len(ids)
                 if part in loss:
                     labelled.append((start, end))
-        input_ids = np.concatenate([*pieces, self._closing])
+        input_ids = np.concatenate([*pieces, self._form.closing])
         labels = np.full_like(input_ids, IGNORE_INDEX)
         for start, end in labelled:
             labels[start:end] = input_ids[start:end]
         return input_ids, labels
-
-    def _pieces(self, exchange: Exchange, *, first: bool) -> Iterator[tuple[npt.NDArray[np.int32], str | None]]:
-        """The pieces of an exchange, each with the part that it belongs to, up to the first part that the exchange lacks.
-
-        The stop token of a part belongs to it.
-        """
-        heading = self._open if first else self._next
-        for role in ("user", "agent"):
-            parts = [part for part in self.template.parts if part.startswith(role)]
-            if not parts:
-                continue
-            yield heading, None
-            for part in parts:
-                if part not in exchange:
-                    return
-                yield exchange[part], part
-                if part != parts[-1]:
-                    yield self._correspond, part
-                elif part.endswith("_text"):
-                    yield self._newline, part
-                else:
-                    yield self._end_of_units, part
-                    yield self._after_units, None
-            heading = self._agent_heading
 
     def prompt(
         self,
@@ -271,10 +263,10 @@ class TemplateEncoder:
         """
         values: dict[str, Any] = {"user_units": user_units, "user_text": user_text, "agent_text": agent_text}
         exchanges = self._reader.prompt({part: value for part, value in values.items() if value is not None}, history)
-        self._encode_texts([("", exchange) for exchange in exchanges])
-        pieces = [self._opening]
+        self._encode_texts([("", exchanges)])
+        pieces = [self._form.opening]
         for position, exchange in enumerate(exchanges):
-            pieces += [ids for ids, _ in self._pieces(exchange, first=position == 0)]
+            pieces += [ids for ids, _ in self._form.pieces(exchange, position, len(exchanges))]
         return np.concatenate(pieces)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -293,6 +285,11 @@ class TemplateEncoder:
         """Return a text as it comes back from its ids."""
         return self._stretches.spell(text)
 
+    def render_chat(self, exchanges: Sequence[Mapping[str, str]]) -> str:
+        """The string that the chat template gives for exchanges, whose units are strings of tokens."""
+        assert self._frames is not None  # callers ask only where the template is a chat template
+        return self._frames.chat.render(make_messages(exchanges, self.template))
 
-def _array(ids: Sequence[int]) -> npt.NDArray[np.int32]:
-    return np.array(ids, dtype=np.int32)
+    def encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of whole strings of a chat template, as `apply_chat_template` gives them."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]

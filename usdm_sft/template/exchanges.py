@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from usdm_sft.template.config import UnitRepetition
+from usdm_sft.template.repetition import drop_repeats
 from usdm_sft.utils.texts import text_problem
 
 # A checked user turn and the answer to it, by part: texts lower-cased, units as (num_units,) int32 arrays of token ids.
@@ -26,12 +28,23 @@ class ExchangeReader:
         unit_0: The id of unit 0.
         num_units: Number of units in the vocabulary.
         other_tokens: Matches added tokens of the tokenizer that `text_problem` does not know, or None.
+        unit_repetition: "keep", or "collapse" to read one unit for each run of equal units.
+
+    Raises:
+        ValueError: `unit_repetition` is unknown.
     """
 
     parts: tuple[str, ...]
     unit_0: int
     num_units: int
     other_tokens: re.Pattern[str] | None
+    unit_repetition: str = "keep"
+
+    def __post_init__(self) -> None:
+        if self.unit_repetition not in get_args(UnitRepetition):
+            raise ValueError(
+                f"unit_repetition is {self.unit_repetition!r}: give {' or '.join(get_args(UnitRepetition))}"
+            )
 
     def exchanges(self, batch: Mapping[str, Sequence[Any]], i: int) -> list[Exchange]:
         """The exchanges of row `i` of a batch.
@@ -125,7 +138,7 @@ class ExchangeReader:
         return text
 
     def unit_ids(self, units: npt.ArrayLike, place: str) -> npt.NDArray[np.int32]:
-        """(num_units,) int32 token ids of units.
+        """(num_units,) int32 token ids of units; where they are collapsed, of each run of equal units.
 
         Raises:
             ValueError: They are not a flat list of integers, or the tokenizer does not have one of them.
@@ -141,6 +154,8 @@ class ExchangeReader:
                 f"{place} contains unit {low if low < 0 else high}, but the tokenizer has units 0 to "
                 f"{self.num_units - 1}: use the unit model and the tokenizer that belong together"
             )
+        if self.unit_repetition == "collapse":
+            units = drop_repeats(units)
         ids: npt.NDArray[np.int32] = units.astype(np.int32) + self.unit_0
         return ids
 

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from usdm_sft.template.chat import ChatIds, separator
 from usdm_sft.template.config import REFERENCE, Template
 from usdm_sft.template.tokenizer import MAX_UNITS, ustm_tokens
-from usdm_sft.template.tokens import TemplateTokens
+from usdm_sft.template.tokens import CORRESPOND_TOKEN, TemplateTokens
 
 # In the order of a row. Each part but the frame includes the token that ends it.
 ROW_PARTS = {
@@ -28,6 +29,7 @@ class RowLayout(NamedTuple):
 
     tokens: TemplateTokens
     template: Template
+    chat: ChatIds | None = None
 
     def is_unit(self, ids: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
         """True for each id that is a unit."""
@@ -42,7 +44,7 @@ def find_parts(
 ) -> npt.NDArray[np.int64]:
     """Find the part of each token.
 
-    A newline or `<|correspond|>` ends every heading and every part, and neither is inside a part. So the number of both before a
+    Without a chat template, a newline or `<|correspond|>` ends every heading and every part, and neither is inside a part. So the number of both before a
     token tells its part.
 
     Args:
@@ -52,8 +54,10 @@ def find_parts(
     Returns:
         (num_tokens,) positions in `ROW_PARTS`.
     """
-    tokens, template = layout
+    tokens, template, chat = layout
     ids = np.asarray(input_ids)
+    if chat is not None:
+        return _find_parts_of_chat(ids, tokens, template, chat)
     is_end = (ids == tokens.newline) | (ids == tokens.correspond)
     ends = np.cumsum(is_end) - is_end - template.instruction.count("\n")
     exchange = np.array(_parts_of_exchange(template))
@@ -71,3 +75,43 @@ def _parts_of_exchange(template: Template) -> list[int]:
     )
     between = [FRAME] if user and agent else []  # the agent's heading
     return [FRAME, FRAME, *user, *between, *agent]
+
+
+def _find_parts_of_chat(
+    ids: npt.NDArray[np.integer], tokens: TemplateTokens, template: Template, chat: ChatIds
+) -> npt.NDArray[np.int64]:
+    """Walk through the messages: frames have known lengths, and each part ends with a known id that is not inside it."""
+    names = list(ROW_PARTS)
+    parts = np.full(len(ids), FRAME, dtype=np.int64)
+    number = _count_exchanges(ids, chat)
+    frames = iter(chat.frames.around(max(number, 0)))
+    end = 0
+    for _ in range(number):
+        for part in template.parts:
+            if part in template.parts[:2]:
+                end += len(next(frames))
+            start = end
+            if part == template.parts[-1]:
+                stop_id = chat.stop_id
+            elif (token := separator(part, template)) is not None:
+                stop_id = tokens.correspond if token == CORRESPOND_TOKEN else tokens.continue_
+            else:
+                found = _index(ids, chat.frames.before_assistant[0][0], start)
+                parts[start:found] = names.index(part)
+                end = found
+                continue
+            end = _index(ids, stop_id, start) + 1
+            parts[start:end] = names.index(part)
+    return parts
+
+
+def _count_exchanges(ids: npt.NDArray[np.integer], chat: ChatIds) -> int:
+    """The number of exchanges, from how often the id that ends the assistant's messages occurs."""
+    one, two = (sum(frame.count(chat.stop_id) for frame in chat.frames.around(number)) + number for number in (1, 2))
+    return 1 + (int((ids == chat.stop_id).sum()) - one) // (two - one)
+
+
+def _index(ids: npt.NDArray[np.integer], token_id: int, start: int) -> int:
+    """The first position of an id from `start` on; the end of a damaged row that lacks it."""
+    found = np.flatnonzero(ids[start:] == token_id)
+    return start + int(found[0]) if found.size else len(ids)

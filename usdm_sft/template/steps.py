@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
@@ -31,7 +31,11 @@ class Step(NamedTuple):
 
 
 def make_steps(
-    tokens: TemplateTokens, template: Template, agent_heading: tuple[int, ...], tokenizer: Tokenizer | None = None
+    tokens: TemplateTokens,
+    template: Template,
+    agent_heading: tuple[int, ...],
+    tokenizer: Tokenizer | None = None,
+    stop_ids: Mapping[str, int] | None = None,
 ) -> tuple[Step, ...]:
     """Make a step for each part of the template but the first, which is given.
 
@@ -40,10 +44,11 @@ def make_steps(
         template: Its parts and the form of tokenization.
         agent_heading: The ids of the agent's heading.
         tokenizer: The tokenizer of the ids; the reference's form needs none.
+        stop_ids: The id after each part; by default as under headings. In a chat template, no ids are between two parts.
     """
     steps = []
     for part in template.parts[1:]:
-        stop_id = _stop_id(part, tokens, template)
+        stop_id = _stop_id(part, tokens, template) if stop_ids is None else stop_ids[part]
         if tokenizer is None or template.tokenization == "reference":
             blocked = _block_as_reference(part, stop_id, tokens)
         else:

@@ -10,13 +10,15 @@ A stretch is the text of a turn or a line of fixed words. The two forms of token
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from usdm_sft.template.config import Template
+from usdm_sft.template.exchanges import Exchange
 from usdm_sft.template.tokens import TemplateTokens
 
 
@@ -106,3 +108,79 @@ class Stretches:
         if not self._separate:
             return text.replace("▁", " ")
         return self.decode_batch(self.encode([text], [True]))[0]
+
+
+class Headings:
+    """Lays out exchanges under headings, such as "### User".
+
+    Args:
+        stretches: Encodes the texts.
+        tokens: The ids of the template.
+        template: The words and the parts.
+
+    Raises:
+        ValueError: The tokenizer does not know the words.
+    """
+
+    def __init__(self, stretches: Stretches, tokens: TemplateTokens, template: Template):
+        self._stretches = stretches
+        self._parts = template.parts
+        turns = (tuple(part for part in template.parts if part.startswith(role)) for role in ("user", "agent"))
+        self._turns = [parts for parts in turns if parts]
+        has_user_turn = template.parts[0].startswith("user_")
+        heading = template.user_heading if has_user_turn else f"\n{template.agent_heading}"
+        self.opening, self.closing = _array(tokens.opening), _array(tokens.closing)
+        self._correspond, self._newline = _array([tokens.correspond]), _array([tokens.newline])
+        self._end_of_units, self._after_units = _array(tokens.end_of_units[:1]), _array(tokens.end_of_units[1:])
+        self._open = self._encode_words(template.instruction + heading)
+        self._next = self._encode_words(heading, after_newline=True)
+        self._agent_heading = self._encode_words(template.agent_heading, after_newline=True)
+
+    @property
+    def agent_heading(self) -> tuple[int, ...]:
+        """The ids of the agent's heading after a newline."""
+        return tuple(self._agent_heading.tolist())
+
+    def _encode_words(self, text: str, *, after_newline: bool = False) -> npt.NDArray[np.int32]:
+        ids = self._stretches.encode_words(text, after_newline=after_newline)
+        if problem := self._stretches.problem(text, ids):
+            raise ValueError(f"the template's words {text!r}: a part {problem}: choose other words")
+        return ids
+
+    def encode(self, texts: Sequence[str], parts: Sequence[tuple[str, int]]) -> Sequence[npt.NDArray[np.int32] | None]:
+        """Encode texts; arguments as of `ChatForm.encode`. The place of an exchange does not matter."""
+        # A transcript follows the user's speech; every other text follows the newline of a heading.
+        after_newline = [part == "agent_text" or "user_units" not in self._parts for part, _ in parts]
+        return self._stretches.encode(texts, after_newline)
+
+    def pieces(
+        self, exchange: Exchange, position: int, number: int
+    ) -> Iterator[tuple[npt.NDArray[np.int32], str | None]]:
+        """The pieces of an exchange, each with the part that it belongs to, up to the first part that the exchange lacks.
+
+        The stop token of a part belongs to it.
+
+        Args:
+            exchange: Units and texts as ids.
+            position: Of the exchange in the row.
+            number: Number of exchanges in the row.
+        """
+        heading = self._next if position else self._open
+        for parts in self._turns:
+            yield heading, None
+            for part in parts:
+                if part not in exchange:
+                    return
+                yield exchange[part], part
+                if part != parts[-1]:
+                    yield self._correspond, part
+                elif part.endswith("_text"):
+                    yield self._newline, part
+                else:
+                    yield self._end_of_units, part
+                    yield self._after_units, None
+            heading = self._agent_heading
+
+
+def _array(ids: Sequence[int]) -> npt.NDArray[np.int32]:
+    return np.array(ids, dtype=np.int32)

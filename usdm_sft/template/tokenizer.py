@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from usdm_sft.template.base import add_units, open_tokenizer
+from usdm_sft.template.chat import ChatIds
 from usdm_sft.template.config import MAX_LENGTH, OFFLINE, USTM
 from usdm_sft.template.tokens import (
     CONTINUE_TOKEN,
@@ -246,16 +247,20 @@ def _legacy_tokenizer(processor: SentencePieceProcessor, num_units: int) -> Toke
     return tokenizer
 
 
-def describe_tokenizer(name_or_path: str | Path, tokens: TemplateTokens) -> dict[str, Any]:
+def describe_tokenizer(name_or_path: str | Path, tokens: TemplateTokens, chat: ChatIds | None = None) -> dict[str, Any]:
     """Describe a tokenizer.
 
     Args:
         name_or_path: The argument of `load_tokenizer`.
         tokens: Its ids of the template.
+        chat: Those of its chat template, where this is used.
 
     Returns:
-        JSON values: `name` (None for a folder, because paths stay private), `num_units`, and `ids` where `tokens` are not USTM's.
+        JSON values: `name` (None for a folder, because paths stay private), `num_units`, `ids` where `tokens` are not USTM's, and `chat`
+        where it is given.
     """
     is_folder = str(name_or_path) != OFFLINE and Path(name_or_path).is_dir()
-    ids = {} if tokens == ustm_tokens(tokens.num_units) else {"ids": tokens._asdict()}
+    ids: dict[str, Any] = {} if tokens == ustm_tokens(tokens.num_units) else {"ids": tokens._asdict()}
+    if chat is not None:
+        ids["chat"] = chat.frames._asdict() | {"stop_id": chat.stop_id}
     return {"name": None if is_folder else str(name_or_path), "num_units": tokens.num_units, **ids}

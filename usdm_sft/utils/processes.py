@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -25,6 +26,7 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 POLL_SECONDS = 1.0
+_AHEAD = 2  # items that wait for each process, so that it need not wait for this one
 
 _lock = threading.Lock()  # only one thread at a time may replace __main__
 
@@ -118,10 +120,13 @@ def _death(name: str, exit_code: int | None) -> RuntimeError:
 
 
 class ProcessPool:
-    """A `Pool` of processes on this machine. They start when `map` first needs them and end with the `with` block.
+    """A `Pool` of this process and others on this machine.
+
+    The others start when `map` first needs them and end with the `with` block. Until they have imported what they need, this
+    process makes the calls.
 
     Args:
-        num_proc: Number of processes; with one or none, this process makes all calls.
+        num_proc: Number of processes, this one included; with one or none, it makes all calls.
         modules: Modules that a process imports as soon as it has nothing else to do.
     """
 
@@ -145,11 +150,10 @@ class ProcessPool:
     def start(self, num_proc: int) -> None:
         """Start processes ahead of the calls, and no more than this number from now on, because more would not pay."""
         self._num_proc = min(self._num_proc, num_proc)
-        if self._num_proc > 1:
-            self._start(self._num_proc)
+        self._start(self._num_proc)
 
     def _start(self, num_proc: int) -> None:
-        for number in range(len(self._processes), num_proc):
+        for number in range(len(self._processes), num_proc - 1):
             name = f"process {number + 1}"
             args = (self._waiting, self._done, self._modules)
             self._processes[name] = start_process(_serve, args, name=name)
@@ -165,16 +169,27 @@ class ProcessPool:
     ) -> Iterator[tuple[int, Any]]:
         """As `Pool.map`. The results of earlier runs are not looked for, so that `keys` and `holds` are unused.
 
-        The function is pickled once, and unpickled once in each process. Results come in the order in which they are finished.
+        The function is pickled once, and unpickled once in each process; items are sent a few at a time. Results come in the
+        order in which they are finished.
         """
-        if min(self._num_proc, len(items)) <= 1:
-            yield from ((index, function(item)) for index, item in enumerate(items))
-            return
-        pickled = pickle.dumps(function)
-        for index, item in enumerate(items):
-            self._waiting.put((index, pickled, pickle.dumps(item)))
-        self._start(min(self._num_proc, len(items)))
-        yield from receive(self._done, {f"{name}, {key}": each for key, each in self._processes.items()}, len(items))
+        num_proc = min(self._num_proc, len(items))
+        self._start(num_proc)
+        processes = {f"{name}, {key}": each for key, each in self._processes.items()} if num_proc > 1 else {}
+        pickled = pickle.dumps(function) if processes else b""
+        waiting, num_sent = deque(enumerate(items)), 0
+        while waiting:
+            while waiting and num_sent < _AHEAD * len(processes):
+                index, item = waiting.popleft()
+                self._waiting.put((index, pickled, pickle.dumps(item)))
+                num_sent += 1
+            if waiting:
+                index, item = waiting.popleft()
+                yield index, function(item)
+            _check_alive({key: process.exitcode for key, process in processes.items()})
+            while num_sent and not self._done.empty():
+                yield from receive(self._done, processes, 1)
+                num_sent -= 1
+        yield from receive(self._done, processes, num_sent)
 
 
 def _serve(waiting: Any, done: Any, modules: Sequence[str]) -> None:
@@ -218,7 +233,7 @@ def _check_alive(exit_codes: Mapping[str, int | None]) -> None:
     for name, exit_code in exit_codes.items():
         if exit_code not in (None, 0):
             raise _death(name, exit_code)
-    if all(exit_code == 0 for exit_code in exit_codes.values()):
+    if exit_codes and all(exit_code == 0 for exit_code in exit_codes.values()):
         raise RuntimeError("the processes ended before their work was done: start the run again")
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from usdm_sft.corpus.features import are_collapsed
+from usdm_sft.dataset_folder.durations import expand_rows
 from usdm_sft.template.parts import REFERENCE_LAYOUT, ROW_PARTS, RowLayout, find_parts
 from usdm_sft.template.tokens import NEWLINE_TOKENS
 from usdm_sft.utils.texts import printable
@@ -29,6 +31,7 @@ def describe_row(row: Mapping[str, Any], layout: RowLayout = REFERENCE_LAYOUT) -
     Raises:
         ValueError: The numbers of ids and labels differ.
     """
+    row = expand_rows(row) if are_collapsed(row) else row  # a unit of a turn is 20 ms of its sound
     ids, labels = row["input_ids"], row["labels"]
     if len(ids) != len(labels):
         raise ValueError(f"a row has {len(ids)} input_ids, but {len(labels)} labels: verify its folder")

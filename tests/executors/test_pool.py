@@ -1,0 +1,145 @@
+"""A pool whose calls are made by tasks, which run in this process here."""
+
+import hashlib
+import operator
+import os
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from usdm_sft.executors import calls, engine, launchers
+from usdm_sft.executors.engine import Engine
+from usdm_sft.executors.pool import TaskPool
+
+made = []  # the items that a task dealt with
+
+
+def double(item):
+    made.append(item)
+    return 2 * item
+
+
+def write(path):
+    Path(path).write_text("content")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    """Run the tasks in this process; return their numbers."""
+    ranks_run = []
+
+    def run_here(step, folder, tasks, ranks, devices):
+        ranks_run.extend(ranks)
+        for rank in ranks:
+            launchers._run_rank(launchers._make_executor(step, str(folder), tasks), rank)
+
+    monkeypatch.setattr(engine, "run_here", run_here)
+    made.clear()
+    return ranks_run
+
+
+def pool(folder, tasks=3):
+    return TaskPool(Engine("local", tasks, folder))
+
+
+def call(folder, items, *, function=double, holds=None, tasks=3):
+    keys = [str(item) for item in items]
+    return list(pool(folder, tasks).map(function, items, name="doubles", keys=keys, holds=holds))
+
+
+def test_calls_are_divided_into_contiguous_ranges(tmp_path, here):
+    assert call(tmp_path, range(8)) == [(index, 2 * index) for index in range(8)]
+    assert here == [0, 1, 2]
+    (folder,) = tmp_path.glob("executor/*")
+    assert [list(calls.read_results(folder, rank)) for rank in range(3)] == [[0, 2], [4, 6, 8], [10, 12, 14]]
+    assert call(tmp_path, []) == []
+    assert call(tmp_path, [5, 6]) == [(0, 10), (1, 12)]  # no task without work
+    assert here[3:] == [0, 1]
+
+
+def test_results_of_an_earlier_run_are_found_by_their_keys(tmp_path, here):
+    call(tmp_path, range(8))
+    assert call(tmp_path, range(8)) == [(index, 2 * index) for index in range(8)]
+    assert made == list(range(8))
+    call(tmp_path, range(9))
+    assert made == [*range(8), *range(9)]
+
+
+def test_failed_task_is_reported_and_finished_tasks_are_kept(tmp_path, monkeypatch):
+    def run_here(step, folder, tasks, ranks, devices):
+        for rank in ranks:
+            if rank != 1:
+                launchers._run_rank(launchers._make_executor(step, str(folder), tasks), rank)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "run_here", run_here)
+        with pytest.raises(RuntimeError, match=r"1 of 3 tasks failed \(1\): see .*logs; start the run again"):
+            call(tmp_path, range(6))
+    assert call(tmp_path, range(6)) == [(index, 2 * index) for index in range(6)]
+    assert made == [0, 1, 4, 5, 2, 3]
+
+
+@pytest.mark.parametrize("damage", ["results", "digest", "vanished result", "result that does not hold"])
+def test_results_that_are_damaged_or_do_not_hold_are_made_again(tmp_path, here, damage):
+    files = [str(tmp_path / name) for name in "abc"]
+    expected = list(enumerate(files))
+    assert call(tmp_path / "cache", files, function=write, holds=os.path.exists) == expected
+    (results,) = tmp_path.glob("cache/executor/*/results/00001.pickle")
+    if damage == "results":
+        content = results.read_bytes()
+        results.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    elif damage == "digest":
+        results.with_suffix(".sha256").unlink()
+    elif damage == "vanished result":
+        results.unlink()
+    else:
+        os.unlink(files[1])
+    assert call(tmp_path / "cache", files, function=write, holds=os.path.exists) == expected
+    assert here == [0, 1, 2, 1]
+    assert all(map(os.path.exists, files))
+    digest = results.with_suffix(".sha256").read_text()
+    assert digest == hashlib.sha256(results.read_bytes()).hexdigest()
+
+
+def test_task_that_another_run_makes_is_waited_for(tmp_path):
+    """Its lock is held while this run plans, so that the results are not touched, and the task then finds them."""
+    call(tmp_path, [1], tasks=1)
+    (folder,) = tmp_path.glob("executor/*")
+    results = folder / "results" / "00000.pickle"
+    before = results.stat().st_mtime_ns
+    lock = calls._lock(folder, 0)
+    lock.acquire()
+    run = threading.Thread(target=call, args=(tmp_path, [1]), kwargs={"tasks": 1})
+    run.start()
+    deadline = time.monotonic() + 60
+    while (folder / "completions" / "00000").exists():  # until it has planned
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    run.join(0.3)
+    assert run.is_alive()
+    lock.release()
+    run.join(60)
+    assert not run.is_alive()
+    assert made == [1]
+    assert results.stat().st_mtime_ns == before
+
+
+def test_relative_paths_start_where_the_caller_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run_elsewhere(step, folder, tasks, ranks, devices):
+        monkeypatch.chdir("/")
+        for rank in ranks:
+            launchers._run_rank(launchers._make_executor(step, str(folder), tasks), rank)
+
+    monkeypatch.setattr(engine, "run_here", run_elsewhere)
+    call(Path("cache"), ["file"], function=write)
+    assert (tmp_path / "file").read_text() == "content"
+
+
+def test_function_with_arguments(tmp_path):
+    assert call(tmp_path, [4], function=partial(operator.mul, 3)) == [(0, 12)]
