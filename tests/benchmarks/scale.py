@@ -133,11 +133,12 @@ class Meter:
         return watched
 
 
+_STATUS = "/proc/self/status"
 _meter: Meter | None = None
 
 
-def _count_open(event: str, _: object) -> None:
-    if _meter is not None and event == "open":
+def _count_open(event: str, arguments: tuple[Any, ...]) -> None:
+    if _meter is not None and event == "open" and arguments[0] != _STATUS:
         _meter.opened += 1
 
 
@@ -146,10 +147,8 @@ sys.addaudithook(_count_open)  # it cannot be removed, and does nothing outside 
 
 def anonymous_bytes() -> int:
     """Return the memory of this process that no file backs."""
-    with open("/proc/self/status", "rb") as status:
+    with open(_STATUS, "rb") as status:
         line = next(line for line in status if line.startswith(b"RssAnon"))
-    if _meter is not None:
-        _meter.opened -= 1
     return int(line.split()[1]) * 1024
 
 
