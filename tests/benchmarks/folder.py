@@ -83,7 +83,7 @@ def make_folder(folder: Path, num_rows: int) -> None:
             "labelled_tokens": int(sum((each != -100).sum() for each in labels)),
         }
     with ProcessPool(1) as pool:
-        write_folder(folder, "single_turn", splits, tokenizer, counts | {"num_units": NUM_UNITS}, pool)
+        write_folder(folder, "single_turn", splits, tokenizer, counts | {"num_units": NUM_UNITS}, pool, key="benchmark")
 
 
 def main() -> None:
