@@ -392,7 +392,7 @@ def test_defaults_are_shown_as_they_are_given(capsys):
     for part in (
         "(default: 8192)",
         "without loss. (default: 0)",
-        "(default: [user_text, agent_text, agent_units])",
+        "(default: [user_units, user_text, agent_text, agent_units])",
         "(required)",
     ):
         assert part in text

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from usdm_sft.cli.main import main
-from usdm_sft.dataset_folder import pictures, statistics
+from usdm_sft.dataset_folder import pictures
 from usdm_sft.dataset_folder.pictures import CAPTIONS
 from usdm_sft.dataset_folder.verify import verify
 
@@ -96,11 +96,3 @@ def test_digests_of_pictures_from_another_matplotlib_are_recorded(folder_copy, m
     monkeypatch.setattr(pictures, "_DPI", 50)
     main(["stats", str(folder_copy)])
     assert verify(folder_copy) == {"train": 10, "test": 3}
-
-
-@pytest.mark.parametrize(
-    "counts", [{0: 1}, {3: 1}, {1: 1, 2: 1}, {1: 7, 2: 3, 9: 1}, {1: 95, 2: 5}, {4: 10, 7: 9, 12: 2}]
-)
-def test_distribution_of_counted_values_is_that_of_the_values(counts):
-    values = np.repeat(list(counts), list(counts.values()))
-    assert statistics._counted_distribution(counts) == statistics._distribution(values)

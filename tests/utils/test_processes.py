@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from usdm_sft.utils.processes import PipedProcess, ProcessPool, num_cores, start_process
+from usdm_sft.utils.piped_process import PipedProcess
+from usdm_sft.utils.processes import ProcessPool, num_cores, start_process
 
 
 def test_starting_a_process_restores_main_and_the_signal_mask():

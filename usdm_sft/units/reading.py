@@ -17,7 +17,8 @@ from usdm_sft.audio.digests import read_file, read_unchanged
 from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.audio.reading import read_audio, read_waveform
 from usdm_sft.utils.once import once_per_key
-from usdm_sft.utils.processes import PipedProcess, num_cores, sendable
+from usdm_sft.utils.piped_process import PipedProcess
+from usdm_sft.utils.processes import num_cores, sendable
 from usdm_sft.utils.shared_memory import open_memory, receive_floats, send_memory
 
 Source = str | Path | bytes  # an address of audio, or the content of an audio file

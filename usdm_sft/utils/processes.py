@@ -1,4 +1,4 @@
-"""Spawned processes that do not import the calling script and ignore its Ctrl-C: alone, with a pipe, or in a pool."""
+"""Spawned processes that do not import the calling script and ignore its Ctrl-C, alone or in a pool."""
 
 from __future__ import annotations
 
@@ -13,17 +13,14 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import lru_cache
 from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 from tqdm import tqdm
-
-T = TypeVar("T")
 
 POLL_SECONDS = 1.0
 _AHEAD = 2  # items that wait for each process, so that it need not wait for this one
@@ -65,55 +62,8 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-class PipedProcess:
-    """A process at the other end of a pipe of its own, which serves one thread at a time.
-
-    Processes share neither a queue nor a lock: when one is killed, its own pipe ends, and no other process is held up.
-
-    Args:
-        target: Called in the process with the other end of the pipe and `args`, as in `start_process`.
-        args: Further arguments.
-        name: Name of the process in errors.
-    """
-
-    def __init__(self, target: Callable[..., object], args: tuple[Any, ...], *, name: str):
-        self._name = name
-        self._connection, theirs = multiprocessing.get_context("spawn").Pipe()
-        with theirs:
-            self._process = start_process(_use_pipe, (target, theirs, *args), name=name)
-
-    def call(self, function: Callable[[Connection], T]) -> T:
-        """Return what `function` makes of this end of the pipe.
-
-        Raises:
-            RuntimeError: The process died.
-        """
-        try:
-            return function(self._connection)
-        except (EOFError, ConnectionError) as error:
-            self._process.join()
-            raise _death(self._name, self._process.exitcode) from error
-        except Exception:  # raised again; the next call must not find the rest of an answer
-            self._process.terminate()
-            raise
-
-    def terminate(self) -> None:
-        """End the process. A thread that waits for it gets the RuntimeError."""
-        self._process.terminate()
-
-    def close(self) -> None:
-        """End the process and close the pipe, which no thread may use then."""
-        self._process.terminate()
-        self._process.join()
-        self._connection.close()
-
-
-def _use_pipe(target: Callable[..., object], connection: Connection, *args: Any) -> None:
-    with suppress(EOFError, ConnectionError):  # the parent has closed its end
-        target(connection, *args)
-
-
-def _death(name: str, exit_code: int | None) -> RuntimeError:
+def process_died(name: str, exit_code: int | None) -> RuntimeError:
+    """Return the error for a process that died."""
     return RuntimeError(
         f"a process died ({name}, exit code {exit_code}): start the run again; finished work shards are kept"
     )
@@ -243,7 +193,7 @@ def receive(done: Any, processes: Mapping[str, Any], number: int) -> Iterator[An
 def _check_alive(exit_codes: Mapping[str, int | None]) -> None:
     for name, exit_code in exit_codes.items():
         if exit_code not in (None, 0):
-            raise _death(name, exit_code)
+            raise process_died(name, exit_code)
     if exit_codes and all(exit_code == 0 for exit_code in exit_codes.values()):
         raise RuntimeError("the processes ended before their work was done: start the run again")
 
