@@ -119,7 +119,7 @@ def test_full_disk_in_a_process_gives_one_line(mini, unit_model, tmp_path, undis
     for path in (tmp_path / "cache" / "tokens").glob("*.arrow"):
         path.unlink()
     arguments = command(mini, unit_model, tmp_path, "--num_proc", "2")[3:]
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"  # EFBIG in place of ENOSPC
+    limit = "import resource, sys; sys.dont_write_bytecode = True; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"  # EFBIG in place of ENOSPC
     run = write_script(tmp_path, "from usdm_sft.cli.main import main", limit, f"main({arguments!r})")
     done = subprocess.run(run, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "Traceback" not in done.stderr

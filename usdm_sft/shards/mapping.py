@@ -21,14 +21,23 @@ def map_shard(
         path: The Arrow file to write: the columns that `function` returns, and the old ones that are not removed.
         fingerprint: Key of the shard, which becomes the fingerprint of the dataset.
         remove_columns: Old columns to remove; by default all of them.
+
+    Raises:
+        OSError: The file cannot be written, such as on a full disk.
     """
-    with quiet():
-        return batch.map(
-            function,
-            batched=True,
-            batch_size=None,
-            remove_columns=batch.column_names if remove_columns is None else list(remove_columns),
-            load_from_cache_file=False,  # `ShardCache` decides what is made
-            cache_file_name=path,
-            new_fingerprint=fingerprint[:16],
-        )
+    try:
+        with quiet():
+            return batch.map(
+                function,
+                batched=True,
+                batch_size=None,
+                remove_columns=batch.column_names if remove_columns is None else list(remove_columns),
+                load_from_cache_file=False,  # `ShardCache` decides what is made
+                cache_file_name=path,
+                new_fingerprint=fingerprint[:16],
+            )
+    except ValueError as error:
+        # After an error of the disk, datasets closes the file again, and reports that it is closed.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
