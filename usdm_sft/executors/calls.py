@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from usdm_sft.utils.atomic import replace_text, write_then_replace
 from usdm_sft.utils.cache import sha256_file
+from usdm_sft.utils.locks import file_lock
 
 
 def write_function(folder: Path, function: Callable[[Any], Any]) -> None:
@@ -93,8 +94,7 @@ def _results_file(folder: Path, rank: int) -> Path:
 
 def _lock(folder: Path, rank: int) -> FileLock:
     """Return the lock of a task; the tasks of two runs take turns."""
-    (folder / "locks").mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / "locks" / f"{rank:05d}")
+    return file_lock(folder / "locks" / f"{rank:05d}")
 
 
 def _is_whole(folder: Path, rank: int) -> bool:

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from filelock import FileLock
-
 from usdm_sft.executors.calls import find_results, read_results, run_calls, write_function, write_items
 from usdm_sft.executors.engine import Engine
+from usdm_sft.utils.locks import file_lock
 
 
 class TaskPool:
@@ -41,8 +40,7 @@ class TaskPool:
         if not items:
             return
         stage = self._engine.open_stage(len(items), name, *keys)
-        stage.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(stage.folder / "plan.lock"):
+        with file_lock(stage.folder / "locks" / "plan"):
             write_function(stage.folder, function)
             for rank, indices in enumerate(stage.ranges):
                 if find_results(stage.folder, rank, holds):
