@@ -20,7 +20,7 @@ from usdm_sft.corpus import bad_audio, examples, features, find, hub, published_
 from usdm_sft.corpus.manifest import is_manifest
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.utils import texts
-from usdm_sft.utils.cache import sha256_file
+from usdm_sft.utils.hashes import sha256_file
 
 if TYPE_CHECKING:
     from usdm_sft.config.prepare_config import PrepareConfig as PrepareConfig

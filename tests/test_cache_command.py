@@ -9,8 +9,8 @@ import time
 import pytest
 
 from tests.helpers import content
+from usdm_sft.cache.inventory import list_cache
 from usdm_sft.cli.main import main
-from usdm_sft.utils.inventory import list_cache
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_damaged_shards_are_listed_with_check_and_removed_when_named(cache, caps
 
 
 def test_entries_in_use_are_named(cache, capsys):
-    from usdm_sft.utils.runs import read_records, running
+    from usdm_sft.cache.runs import read_records, running
 
     [record] = read_records(cache).values()
     with running(cache, record):

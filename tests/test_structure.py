@@ -8,6 +8,7 @@ from tests.helpers import REPOSITORY
 
 PACKAGES = [
     "audio",
+    "cache",
     "cli",
     "config",
     "convert",

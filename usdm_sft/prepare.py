@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from usdm_sft.cache.keys import cache_key, cache_root
+from usdm_sft.cache.locks import path_lock
 from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.dataset_folder.layout import check_output, clear_unfinished, is_up_to_date, read_counts
 from usdm_sft.dataset_folder.writer import write_folder
@@ -29,7 +31,6 @@ from usdm_sft.stages.record import mark_in_use
 from usdm_sft.stages.run import Run, describe_run, open_run
 from usdm_sft.units.agreement import measure_agreement, pick_sample
 from usdm_sft.units.batches import padding_share
-from usdm_sft.utils.cache import cache_key, cache_root, path_lock
 from usdm_sft.utils.pool import Pool, Submitted
 from usdm_sft.utils.processes import ProcessPool, num_cores
 from usdm_sft.utils.progress import Stages, quiet

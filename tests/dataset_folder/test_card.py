@@ -12,7 +12,7 @@ from usdm_sft.corpus import published_lists
 from usdm_sft.dataset_folder.verify import verify
 from usdm_sft.prepare import prepare
 from usdm_sft.template.config import Template
-from usdm_sft.utils.cache import sha256_file
+from usdm_sft.utils.hashes import sha256_file
 
 
 @pytest.fixture(scope="module")

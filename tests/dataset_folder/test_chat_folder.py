@@ -17,7 +17,7 @@ from usdm_sft.prepare import prepare
 from usdm_sft.template import base
 from usdm_sft.template.config import Template
 from usdm_sft.template.tokenizer import build_tokenizer, load_tokenizer, save_tokenizer
-from usdm_sft.utils.cache import sha256_file
+from usdm_sft.utils.hashes import sha256_file
 
 MAX_LENGTH = 600
 

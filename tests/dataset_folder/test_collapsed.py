@@ -22,7 +22,7 @@ from usdm_sft.doctor.dry_run import dry_run
 from usdm_sft.prepare import prepare
 from usdm_sft.template.repetition import expand_units
 from usdm_sft.units.model import UnitModel
-from usdm_sft.utils.cache import sha256_file
+from usdm_sft.utils.hashes import sha256_file
 
 ROLES = ("user", "agent")
 

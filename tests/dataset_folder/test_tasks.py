@@ -18,7 +18,7 @@ from usdm_sft.dataset_folder.verify import VerificationError, verify
 from usdm_sft.prepare import prepare
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.view import format_example
-from usdm_sft.utils.cache import sha256_file
+from usdm_sft.utils.hashes import sha256_file
 
 
 @pytest.fixture(scope="module")

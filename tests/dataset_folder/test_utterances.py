@@ -25,7 +25,7 @@ from usdm_sft.dataset_folder.layout import read_counts
 from usdm_sft.dataset_folder.utterances import check_utterances
 from usdm_sft.dataset_folder.verify import VerificationError, verify
 from usdm_sft.prepare import prepare
-from usdm_sft.utils.cache import sha256_file
+from usdm_sft.utils.hashes import sha256_file
 
 FILE = "utterances/train-00000-of-00001.parquet"
 TABLE = ["dialog", "turn", "speaker", "text", "emotion", "units", "seconds"]

@@ -9,7 +9,7 @@ import pytest
 from usdm_sft.cli.main import main
 from usdm_sft.dataset_folder.export import export_text
 from usdm_sft.dataset_folder.verify import VerificationError, verify
-from usdm_sft.utils.cache import sha256_file
+from usdm_sft.utils.hashes import sha256_file
 
 
 def edit_counts(folder, change):

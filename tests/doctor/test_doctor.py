@@ -21,7 +21,7 @@ from usdm_sft.doctor.findings import Finding, run_check
 from usdm_sft.executors import devices
 from usdm_sft.template.tokenizer import build_tokenizer, save_tokenizer
 from usdm_sft.utils import download
-from usdm_sft.utils.cache import sha256_file
+from usdm_sft.utils.hashes import sha256_file
 
 TOKEN = "hf_aVerySecretToken"
 OFFLINE = ("--pretrained_model_name_or_path", "mistral-common")

@@ -14,13 +14,13 @@ import pytest
 from dailytalk_usdm import DailyTalkUSDM
 from tests.helpers import REPOSITORY, command, content, inodes, options, wait_for, wait_for_end_of_group
 from usdm_sft.audio.reading import AudioError
+from usdm_sft.cache.shard_cache import ShardCache
 from usdm_sft.executors import devices
 from usdm_sft.prepare import prepare
 from usdm_sft.shards import workers
 from usdm_sft.units import reading
 from usdm_sft.units.model import UnitModel
 from usdm_sft.utils import processes
-from usdm_sft.utils.cache import ShardCache
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from usdm_sft.audio.digest_table import AudioDigests
 from usdm_sft.audio.frames import resampled_length
 from usdm_sft.audio.memo import Memo, Row
 from usdm_sft.audio.reading import AudioError
-from usdm_sft.utils.cache import cache_root
+from usdm_sft.cache.keys import cache_root
 from usdm_sft.utils.once import once_per_key
 from usdm_sft.utils.progress import progress_bar
 

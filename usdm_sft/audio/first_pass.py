@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from usdm_sft.audio.digests import Reader
 from usdm_sft.audio.memo import Memo, Row
-from usdm_sft.utils.cache import cache_key
+from usdm_sft.cache.keys import cache_key
 from usdm_sft.utils.progress import progress_bar
 
 if TYPE_CHECKING:

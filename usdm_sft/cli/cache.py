@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
-from usdm_sft.utils.inventory import Level
+from usdm_sft.cache.inventory import Level
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from usdm_sft.utils.inventory import Entry, Kept
+    from usdm_sft.cache.inventory import Entry, Kept
 
 _SHOWN = 20  # paths of entries that are named one by one
 _NAMED = ("unfinished", "damaged", "other")  # levels whose entries are named one by one
@@ -55,8 +55,8 @@ def cache(
         yes: Remove without asking.
         json: Print one JSON object.
     """
-    from usdm_sft.utils.cache import cache_root
-    from usdm_sft.utils.inventory import OF_RUNS, list_cache, select
+    from usdm_sft.cache.inventory import OF_RUNS, list_cache, select
+    from usdm_sft.cache.keys import cache_root
 
     folder = cache_root(cache_dir)
     if not folder.is_dir():
@@ -84,7 +84,7 @@ def _show(folder: Path, entries: Sequence[Entry], *, json: bool) -> None:
 
 
 def _remove(folder: Path, entries: Sequence[Entry], *, dry_run: bool, yes: bool, json: bool) -> None:
-    from usdm_sft.utils.inventory import remove
+    from usdm_sft.cache.inventory import remove
     from usdm_sft.utils.json_files import print_json
 
     if not dry_run and not yes:
@@ -159,8 +159,8 @@ def _groups(entries: Iterable[Entry]) -> list[dict[str, Any]]:
 def _print_table(entries: Sequence[Entry]) -> None:
     from datetime import UTC, datetime
 
+    from usdm_sft.cache.inventory import UNKNOWN
     from usdm_sft.doctor.findings import format_bytes
-    from usdm_sft.utils.inventory import UNKNOWN
     from usdm_sft.utils.texts import count_noun
 
     if not entries:

@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import save_file
 
 from usdm_sft.audio.frames import SAMPLE_RATE
+from usdm_sft.cache.keys import cache_root
+from usdm_sft.cache.locks import path_lock
 from usdm_sft.convert.keys import to_transformers
 from usdm_sft.convert.model_config import XLSR_1B, XLSR_LAYER, cut_config
 from usdm_sft.convert.transformers_folder import (
@@ -30,7 +32,7 @@ from usdm_sft.convert.transformers_folder import (
 from usdm_sft.template.tokenizer import MAX_UNITS
 from usdm_sft.units.folder import DESCRIPTION, FILES, read_description
 from usdm_sft.units.model import empty_model
-from usdm_sft.utils.cache import cache_root, path_lock, sha256_file
+from usdm_sft.utils.hashes import sha256_file
 from usdm_sft.utils.json_files import read_json
 from usdm_sft.utils.texts import first_line
 

@@ -8,15 +8,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from usdm_sft.cache.keys import cache_root
+from usdm_sft.cache.locks import file_lock
 from usdm_sft.convert.convert import convert
 from usdm_sft.convert.model_config import XLSR_LAYER
 from usdm_sft.units.folder import DESCRIPTION, read_description
 from usdm_sft.units.hub import find_cached_folder, find_folder
 from usdm_sft.utils.atomic import replace_text
-from usdm_sft.utils.cache import cache_root, sha256_file
 from usdm_sft.utils.download import download
+from usdm_sft.utils.hashes import sha256_file
 from usdm_sft.utils.json_files import read_json
-from usdm_sft.utils.locks import file_lock
 
 logger = logging.getLogger(__name__)
 

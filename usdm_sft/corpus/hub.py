@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usdm_sft.audio.addresses import absolute_file, disk_files
+from usdm_sft.cache.keys import cache_root
+from usdm_sft.cache.locks import path_lock
 from usdm_sft.corpus.manifest import OPTIONAL, REQUIRED, UTTERANCES
 from usdm_sft.corpus.problems import CorpusError, add_problem
 from usdm_sft.utils.atomic import write_then_replace
-from usdm_sft.utils.cache import cache_root, path_lock
 from usdm_sft.utils.texts import first_line, quote
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from usdm_sft.template.config import Template
 from usdm_sft.template.parts import RowLayout
 from usdm_sft.template.tokenizer import MAX_UNITS, ustm_tokens
 from usdm_sft.template.tokens import TemplateTokens
-from usdm_sft.utils.cache import sha256_file
+from usdm_sft.utils.hashes import sha256_file
 
 COUNTS = "counts.json"
 UNFINISHED = ".unfinished"

@@ -11,11 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from usdm_sft.cache.keys import cache_key
 from usdm_sft.corpus.features import TRAINER_COLUMNS, are_collapsed, folder_features
 from usdm_sft.dataset_folder.statistics import SplitStatistics, compute_statistics
 from usdm_sft.template.parts import RowLayout
 from usdm_sft.utils.atomic import SUFFIX
-from usdm_sft.utils.cache import cache_key, sha256_file
+from usdm_sft.utils.hashes import sha256_file
 from usdm_sft.utils.progress import quiet
 
 if TYPE_CHECKING:

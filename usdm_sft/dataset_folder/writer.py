@@ -28,7 +28,7 @@ from usdm_sft.dataset_folder.statistics import SplitStatistics, compute_statisti
 from usdm_sft.dataset_folder.utterances import write_utterances
 from usdm_sft.template.tokenizer import save_tokenizer
 from usdm_sft.utils.atomic import replace_text
-from usdm_sft.utils.cache import sha256_file
+from usdm_sft.utils.hashes import sha256_file
 
 if TYPE_CHECKING:
     from datasets import Dataset

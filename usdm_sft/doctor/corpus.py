@@ -23,8 +23,8 @@ from usdm_sft.corpus.published_lists import (
 from usdm_sft.corpus.read import Rules, read_corpus
 from usdm_sft.doctor.findings import Finding, Needs, format_bytes
 from usdm_sft.doctor.hub import TIMEOUT
-from usdm_sft.utils.cache import sha256_file
 from usdm_sft.utils.download import remote_size
+from usdm_sft.utils.hashes import sha256_file
 from usdm_sft.utils.texts import count_noun
 
 MAX_PROBLEMS = 5  # problems that are shown

@@ -20,6 +20,8 @@ from datasets import Dataset
 
 from usdm_sft.audio.addresses import disk_files
 from usdm_sft.audio.frames import SAMPLE_RATE, num_frames
+from usdm_sft.cache.keys import cache_root
+from usdm_sft.cache.shard_cache import ShardCache
 from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.convert.published import PUBLISHED, locate_unit_model
 from usdm_sft.doctor.findings import format_bytes
@@ -33,7 +35,6 @@ from usdm_sft.stages.fit import fit_splits
 from usdm_sft.stages.run import Run, open_run
 from usdm_sft.units.settings import make_settings
 from usdm_sft.units.tokenizer import UnitTokenizer
-from usdm_sft.utils.cache import ShardCache, cache_root
 from usdm_sft.utils.processes import ProcessPool
 from usdm_sft.utils.progress import Stages
 from usdm_sft.utils.texts import count_noun

@@ -14,14 +14,14 @@ from typing import get_args
 import torch
 from packaging.requirements import Requirement
 
+from usdm_sft.cache.keys import cache_root
+from usdm_sft.cache.locks import find_local_locks, lock_problem
 from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.convert.published import model_cache
 from usdm_sft.dataset_folder.layout import check_output
 from usdm_sft.doctor.findings import Finding, Needs, format_bytes
 from usdm_sft.executors.devices import choose_devices, runs_elsewhere
 from usdm_sft.units.settings import PrecisionName, make_settings
-from usdm_sft.utils.cache import cache_root
-from usdm_sft.utils.locks import find_local_locks, lock_problem
 from usdm_sft.utils.texts import count_noun
 
 PACKAGE = "dailytalk-usdm"

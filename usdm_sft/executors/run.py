@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from usdm_sft.cache.shard_cache import ShardCache
 from usdm_sft.executors.engine import Engine, Stage
 from usdm_sft.executors.extras import SlurmPipelineExecutor
 from usdm_sft.executors.launchers import find_ray_device
 from usdm_sft.executors.slurm import convert_text
 from usdm_sft.executors.tasks import run_task, write_task
 from usdm_sft.units.agreement import agreement_file
-from usdm_sft.utils.cache import ShardCache
 
 if TYPE_CHECKING:
     from usdm_sft.audio.digests import AudioDigest

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
+from usdm_sft.cache.keys import cache_key
 from usdm_sft.corpus.examples import has_lists, make_examples
-from usdm_sft.utils.cache import cache_key
 
 if TYPE_CHECKING:
     from dailytalk_usdm import DailyTalkUSDM

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
+from usdm_sft.cache.shard_cache import ShardCache
 from usdm_sft.corpus.features import TRAINER_COLUMNS, are_collapsed, folder_features
 from usdm_sft.shards.mapping import map_shard
 from usdm_sft.shards.plan import Shard
 from usdm_sft.template.repetition import collapse_units
-from usdm_sft.utils.cache import ShardCache
 from usdm_sft.utils.pool import Pool
 from usdm_sft.utils.progress import progress_bar
 

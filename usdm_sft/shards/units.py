@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 from datasets import Dataset
 
 from usdm_sft.audio.frames import SAMPLE_RATE
+from usdm_sft.cache.shard_cache import ShardCache
 from usdm_sft.shards.plan import Shard
 from usdm_sft.shards.workers import FP32_FALLBACK, UnitShard, make_unit_shards
-from usdm_sft.utils.cache import ShardCache
 from usdm_sft.utils.progress import AUDIO, progress_bar
 
 if TYPE_CHECKING:

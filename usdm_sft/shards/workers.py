@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from datasets import Dataset
 
+from usdm_sft.cache.shard_cache import Claim, ShardCache
 from usdm_sft.shards.mapping import map_shard
 from usdm_sft.units.columns import distinct_audio, unit_columns
-from usdm_sft.utils.cache import Claim, ShardCache
 from usdm_sft.utils.processes import num_cores, receive, sendable, start_process
 
 if TYPE_CHECKING:

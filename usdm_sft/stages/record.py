@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from usdm_sft.cache.locks import warn_of_local_locks
+from usdm_sft.cache.runs import KEY_LENGTH, RunRecord, running
 from usdm_sft.corpus.hub import is_hub_corpus
 from usdm_sft.stages.run import Run
-from usdm_sft.utils.locks import warn_of_local_locks
-from usdm_sft.utils.runs import KEY_LENGTH, RunRecord, running
 
 
 def mark_in_use(run: Run) -> AbstractContextManager[None]:

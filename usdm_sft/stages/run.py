@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dailytalk_usdm import DailyTalkUSDM
 from usdm_sft import __version__
+from usdm_sft.cache.keys import cache_key, cache_root
+from usdm_sft.cache.locks import require_locks
 from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.convert.published import describe_unit_model, find_unit_model
 from usdm_sft.corpus.published_lists import describe_corpus, list_kind
@@ -21,8 +23,6 @@ from usdm_sft.shards.plan import Shard, plan_shards
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer
 from usdm_sft.units.tokenizer import UnitTokenizer, open_for
-from usdm_sft.utils.cache import cache_key, cache_root
-from usdm_sft.utils.locks import require_locks
 from usdm_sft.utils.pool import Pool
 from usdm_sft.utils.progress import Stages
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from usdm_sft.utils.atomic import SUFFIX
-from usdm_sft.utils.cache import sha256_file
+from usdm_sft.utils.hashes import sha256_file
 from usdm_sft.utils.progress import progress_bar
 from usdm_sft.utils.texts import first_line
 

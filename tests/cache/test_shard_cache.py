@@ -3,7 +3,8 @@ import threading
 
 import pytest
 
-from usdm_sft.utils.cache import ShardCache, cache_key
+from usdm_sft.cache.keys import cache_key
+from usdm_sft.cache.shard_cache import ShardCache
 
 
 def writer(content, calls=None):

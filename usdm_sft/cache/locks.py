@@ -10,6 +10,7 @@ from typing import IO, Any
 
 from filelock import FileLock
 
+from usdm_sft.cache.keys import cache_key
 from usdm_sft.utils.texts import first_line
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,15 @@ def file_lock(path: Path, *, option: str = "--cache_dir or HF_HOME", thread_loca
     """
     require_locks(path.parent, option=option)
     return FileLock(path, thread_local=thread_local)
+
+
+def path_lock(path: str | Path, cache: Path) -> FileLock:
+    """Return a lock on writes to `path` among the runs that share the cache.
+
+    Raises:
+        OSError: The cache is on a file system without working locks.
+    """
+    return file_lock(cache / "locks" / cache_key(str(Path(path).resolve()))[:2])
 
 
 def require_locks(folder: Path, *, option: str = "--cache_dir or HF_HOME") -> None:

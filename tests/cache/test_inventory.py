@@ -9,10 +9,11 @@ import pytest
 
 from tests.helpers import content, options
 from usdm_sft import prepare as pipeline
+from usdm_sft.cache.inventory import LEVELS, list_cache, remove, select
+from usdm_sft.cache.keys import cache_key
+from usdm_sft.cache.runs import KEY_LENGTH, RunRecord, find_running, read_records, registry_lock, running
+from usdm_sft.cache.shard_cache import ShardCache
 from usdm_sft.prepare import prepare
-from usdm_sft.utils.cache import ShardCache, cache_key
-from usdm_sft.utils.inventory import LEVELS, list_cache, remove, select
-from usdm_sft.utils.runs import KEY_LENGTH, RunRecord, find_running, read_records, registry_lock, running
 
 DAY = 86_400
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from usdm_sft.cache.keys import cache_key
+from usdm_sft.cache.locks import file_lock, path_lock
 from usdm_sft.utils.atomic import replace_text
-from usdm_sft.utils.cache import cache_key, path_lock
 from usdm_sft.utils.json_files import read_json
-from usdm_sft.utils.locks import file_lock
 
 logger = logging.getLogger(__name__)
 

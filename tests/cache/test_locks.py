@@ -7,11 +7,11 @@ import pytest
 from filelock import FileLock
 
 from tests.helpers import command
+from usdm_sft.cache import locks
+from usdm_sft.cache.locks import file_lock, find_local_locks, lock_problem, path_lock
+from usdm_sft.cache.shard_cache import ShardCache
 from usdm_sft.cli.main import main
 from usdm_sft.stages import record
-from usdm_sft.utils import locks
-from usdm_sft.utils.cache import ShardCache, path_lock
-from usdm_sft.utils.locks import file_lock, find_local_locks, lock_problem
 
 
 def fail_with(number):

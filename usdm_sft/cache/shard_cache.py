@@ -9,8 +9,6 @@ finished files. A claim therefore reads a short list and never lists the folder,
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -19,27 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
-from huggingface_hub import constants
 
-from usdm_sft.utils.locks import file_lock
+from usdm_sft.cache.locks import file_lock
+from usdm_sft.utils.hashes import sha256_file
 
 logger = logging.getLogger(__name__)
 
 _PREFIX = 4  # characters of a key, which name its lock
-
-
-def cache_key(*parts: Any) -> str:
-    """Return the sha256, in hex, of JSON values."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def path_lock(path: str | Path, cache: Path) -> FileLock:
-    """Return a lock on writes to `path` among the runs that share the cache.
-
-    Raises:
-        OSError: The cache is on a file system without working locks.
-    """
-    return file_lock(cache / "locks" / cache_key(str(Path(path).resolve()))[:2])
 
 
 class ShardCache:
@@ -181,16 +165,3 @@ class Claim:
 
 def _list_file(folder: Path, key: str) -> Path:
     return folder / "locks" / f"{key[:_PREFIX]}.finished"
-
-
-def cache_root(cache_dir: str | Path | None = None) -> Path:
-    """Return `cache_dir`, or by default the folder `dailytalk_usdm` in huggingface_hub's HF_HOME."""
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser()
-    return Path(constants.HF_HOME) / "dailytalk_usdm"
-
-
-def sha256_file(path: str | Path) -> str:
-    """Return the sha256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,8 +14,9 @@ from typing import Literal, NamedTuple, get_args
 
 from filelock import Timeout
 
-from usdm_sft.utils.cache import ShardCache, sha256_file
-from usdm_sft.utils.runs import KEY_LENGTH, RunRecord, find_running, read_records, registry_lock
+from usdm_sft.cache.runs import KEY_LENGTH, RunRecord, find_running, read_records, registry_lock
+from usdm_sft.cache.shard_cache import ShardCache
+from usdm_sft.utils.hashes import sha256_file
 
 Level = Literal[
     "units", "tokens", "builder", "hub", "split_lists", "digests", "agreement", "executor", "unit_models",
