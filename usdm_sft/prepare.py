@@ -23,7 +23,6 @@ from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.dataset_folder.layout import check_output, clear_unfinished, is_up_to_date, read_counts
 from usdm_sft.dataset_folder.writer import write_folder
 from usdm_sft.shards.rows import load_rows
-from usdm_sft.shards.tokens import make_tokens
 from usdm_sft.shards.units import make_units
 from usdm_sft.shards.utterances import iter_utterances
 from usdm_sft.stages.fit import fit_splits
@@ -123,12 +122,14 @@ def _make(config: PrepareConfig, stages: Stages, held: ExitStack) -> tuple[dict[
     stages.start("units")
     agreement, units = _tokenize_audio(run, engine)
     stages.start("tokens")
-    tokens = make_tokens(rows, run.plan, run.encoder, units, run.cache, pool)
+    splits, split_counts, tokens = fit_splits(run, rows, units, pool)
     stages.start("folder")
-    splits, split_counts = fit_splits(run, rows, units, tokens)
     counts |= {
         "padding_share": round(
-            padding_share((shard.lengths for shard in run.plan), settings["batch_seconds"], settings["device"]), 4
+            padding_share(
+                (run.plan.content(shard).lengths for shard in run.plan), settings["batch_seconds"], settings["device"]
+            ),
+            4,
         ),
         "agreement": agreement,
         "splits": split_counts,
@@ -144,7 +145,7 @@ def _make(config: PrepareConfig, stages: Stages, held: ExitStack) -> tuple[dict[
             run.tokenizer,
             counts,
             pool,
-            key=cache_key(counts["key"], sorted(path.name for path in tokens.values())),
+            key=cache_key(counts["key"], sorted(shard.path.name for shard in tokens)),
             num_output_shards=config.num_output_shards,
             utterances=utterances if config.keep_audio else None,
         )

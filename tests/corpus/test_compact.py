@@ -55,7 +55,7 @@ def test_turns_in_any_order_become_dialogs_in_order_of_appearance():
     ):
         assert turns.find(name, turn) is None
         turns.add(dialogs[name][turn], number)
-    assert list(turns.first_places()) == [("b", "list:0"), ("a", "list:1")]
+    assert list(turns.first_lines()) == [("b", 0), ("a", 1)]
     found = [
         ("b", [*zip(dialogs["b"], (4, 6, 0, 2), strict=True)]),
         ("a", [*zip(dialogs["a"], (1, 5, 7, 3), strict=True)]),
@@ -63,7 +63,7 @@ def test_turns_in_any_order_become_dialogs_in_order_of_appearance():
     assert list(turns.dialogs()) == found
     assert [turns.find("b", turn) for turn in range(5)] == [4, 6, 0, 2, None] and turns.find("c", 0) is None
     turns.arrange(["a"])
-    assert list(turns.dialogs()) == found[1:] and list(turns.first_places()) == [("a", "list:1")]
+    assert list(turns.dialogs()) == found[1:] and list(turns.first_lines()) == [("a", 1)]
     turns.arrange([])
     assert list(turns.dialogs()) == [] == list(Turns(str).dialogs())
 

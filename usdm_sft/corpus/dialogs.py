@@ -1,11 +1,12 @@
 """Utterances, dialogs and splits: the data that reading a corpus returns."""
 
 import marshal
-from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import overload
+
+from usdm_sft.utils.records import Records
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Dialog:
 
 
 class CompactDialogs(Sequence[Dialog]):
-    """Dialogs in one block of memory: 200 bytes for an utterance, where the objects take 600.
+    """Dialogs as records of 200 bytes for an utterance, most of them on the disk; the objects would take 600 bytes of memory.
 
     Each access makes new objects.
 
@@ -49,18 +50,17 @@ class CompactDialogs(Sequence[Dialog]):
     """
 
     def __init__(self, dialogs: Iterable[Dialog] = ()):
-        self._content, self._ends = bytearray(), array("Q", [0])
+        self._records = Records()
         for dialog in dialogs:
             self.append(dialog)
 
     def append(self, dialog: Dialog) -> None:
         """Add a dialog at the end."""
         turns = [(turn.id, turn.turn, turn.speaker, turn.text, turn.emotion, turn.audio) for turn in dialog.utterances]
-        self._content += marshal.dumps((dialog.id, dialog.agent, turns))
-        self._ends.append(len(self._content))
+        self._records.append(marshal.dumps((dialog.id, dialog.agent, turns)))
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self._records)
 
     @overload
     def __getitem__(self, index: int) -> Dialog: ...
@@ -79,7 +79,7 @@ class CompactDialogs(Sequence[Dialog]):
     __hash__ = None  # type: ignore[assignment]  # it grows
 
     def _load(self, index: int) -> Dialog:
-        dialog_id, agent, turns = marshal.loads(self._content[self._ends[index] : self._ends[index + 1]])
+        dialog_id, agent, turns = marshal.loads(self._records[index])
         return Dialog(dialog_id, tuple(Utterance(turn[0], dialog_id, *turn[1:]) for turn in turns), agent)
 
 

@@ -5,7 +5,7 @@ opened, and are reported together with file and line.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -63,7 +63,9 @@ def read_corpus(
     """
     problems: list[str] = []
     splits: dict[str, Split] = {}
-    origin: dict[str, str] = {}  # dialog id -> its first place in any list
+    earlier: list[
+        tuple[Callable[[int], str], dict[str, int]]
+    ] = []  # of each list: number -> place, dialog id -> number
     for name, path in lists.items():
         path = Path(path)
         if not path.is_file():
@@ -72,14 +74,15 @@ def read_corpus(
             turns = read_manifest(path, problems, path.parent if data_dir is None else Path(data_dir).expanduser())
         else:
             turns = read_split_list(path, problems, str if data_dir is None else find_recordings(data_dir))
-        for dialog_id, place in turns.first_places():
-            if dialog_id in origin:
+        lines = dict(turns.first_lines())
+        for dialog_id, number in lines.items():
+            if first := next((place(found[dialog_id]) for place, found in earlier if dialog_id in found), None):
                 add_problem(
                     problems,
-                    f"{place}: dialog {dialog_id} is in two splits, first at {origin[dialog_id]}: "
+                    f"{turns.place(number)}: dialog {dialog_id} is in two splits, first at {first}: "
                     "delete its lines from one of the lists",
                 )
-            origin.setdefault(dialog_id, place)
+        earlier.append((turns.place, lines))
         splits[name] = _make_split(name, turns, problems, rules, is_dailytalk=not manifest)
     if problems:
         raise CorpusError(problems)

@@ -49,7 +49,7 @@ def read_split_list(path: Path, problems: list[str], address: Callable[[str], st
         add_problem(problems, str(error))
         turns.arrange([])
         return turns
-    whole = (dialog_id for dialog_id, _ in turns.first_places() if dialog_id not in broken)
+    whole = (dialog_id for dialog_id, _ in turns.first_lines() if dialog_id not in broken)
     turns.arrange(sorted(whole, key=lambda name: (int(name[1:]), name)))
     return turns
 

@@ -7,6 +7,7 @@ from itertools import groupby
 from operator import itemgetter
 
 from usdm_sft.corpus.dialogs import Utterance
+from usdm_sft.utils.records import Records
 
 
 class Turns:
@@ -18,7 +19,7 @@ class Turns:
 
     def __init__(self, place: Callable[[int], str]):
         self.place = place
-        self._content, self._ends = bytearray(), array("Q", [0])
+        self._records = Records()
         self._dialogs, self._turns, self._numbers = array("q"), array("q"), array("Q")  # a value for each turn
         self._ids: dict[str, int] = {}  # dialog id -> its index, in order of appearance
         self._firsts = array("Q")  # number of the first line of each dialog
@@ -46,8 +47,7 @@ class Turns:
         self._turns.append(utterance.turn)
         self._numbers.append(number)
         values = (utterance.id, utterance.turn, utterance.speaker, utterance.text, utterance.emotion, utterance.audio)
-        self._content += marshal.dumps(values)
-        self._ends.append(len(self._content))
+        self._records.append(marshal.dumps(values))
 
     def find(self, dialog_id: str, turn: int) -> int | None:
         """Return the number of the first line with a turn of a dialog, or None."""
@@ -59,10 +59,10 @@ class Turns:
         lines = zip(self._dialogs, self._turns, self._numbers, strict=True)
         return next(number for *key, number in lines if key == [index, turn])
 
-    def first_places(self) -> Iterator[tuple[str, str]]:
-        """Yield the id of each dialog, and the place of its first line."""
+    def first_lines(self) -> Iterator[tuple[str, int]]:
+        """Yield the id of each dialog, and the number of its first line."""
         ids = list(self._ids)
-        return ((ids[index], self.place(self._firsts[index])) for index in self._indices())
+        return ((ids[index], self._firsts[index]) for index in self._indices())
 
     def arrange(self, dialog_ids: Iterable[str]) -> None:
         """Let `dialogs` yield these dialogs in this order, and no others."""
@@ -87,5 +87,5 @@ class Turns:
         return range(len(self._ids)) if self._order is None else self._order
 
     def _load(self, dialog_id: str, position: int) -> Utterance:
-        utterance_id, *values = marshal.loads(self._content[self._ends[position] : self._ends[position + 1]])
+        utterance_id, *values = marshal.loads(self._records[position])
         return Utterance(utterance_id, dialog_id, *values)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetInfo, Features, SplitDict, SplitInfo
+from datasets import DatasetInfo, Features, SplitDict, SplitInfo
 from huggingface_hub import DatasetCard, DatasetCardData
 from tokenizers import Tokenizer
 
@@ -65,7 +65,6 @@ MEANINGS = {
 
 def make_card(
     config_name: str,
-    splits: Mapping[str, Dataset],
     num_bytes: Mapping[str, int],
     counts: Mapping[str, Any],
     files: Mapping[str, Sequence[Path]],
@@ -76,7 +75,6 @@ def make_card(
 
     Args:
         config_name: Name of the config, such as "single_turn".
-        splits: The rows.
         num_bytes: Size of each split in memory.
         counts: The content of counts.json, with the statistics.
         files: The Parquet files of each split.
@@ -86,7 +84,7 @@ def make_card(
     lists = has_lists(config_name, counts["settings"]["history"])
     collapsed = counts["settings"].get("unit_repetition") == "collapse"
     features = folder_features(lists=lists, collapsed=collapsed)
-    data = _make_metadata(config_name, features, splits, num_bytes, counts, files)
+    data = _make_metadata(config_name, features, num_bytes, counts, files)
     if other_info:
         data["dataset_info"] = [data["dataset_info"], *other_info]
     [first, *_] = files.values()
@@ -125,28 +123,27 @@ def make_card(
 def _make_metadata(
     config_name: str,
     features: Features,
-    splits: Mapping[str, Dataset],
     num_bytes: Mapping[str, int],
     counts: Mapping[str, Any],
     files: Mapping[str, Sequence[Path]],
 ) -> DatasetCardData:
     """The YAML of the card."""
     split_infos = SplitDict()
-    for split, rows in splits.items():
-        split_infos.add(SplitInfo(split, num_bytes[split], len(rows)))
+    num_rows = {split: counts["splits"][split]["rows"] for split in num_bytes}
+    for split, size in num_bytes.items():
+        split_infos.add(SplitInfo(split, size, num_rows[split]))
     info = DatasetInfo(
         features=features,
         splits=split_infos,
         download_size=sum(path.stat().st_size for paths in files.values() for path in paths),
         dataset_size=sum(num_bytes.values()),
     )
-    num_rows = sum(len(rows) for rows in splits.values())
     loss = counts["settings"]["template"]["loss"]
     metadata: dict[str, Any] = {
         **(DAILYTALK_METADATA if counts["corpus"] == DAILYTALK else OTHER_METADATA),
         "task_categories": [task for part, task in TASKS.items() if part in loss],
         "tags": TAGS,
-        "size_categories": next((name for limit, name in SIZES.items() if num_rows < limit), LARGEST),
+        "size_categories": next((name for limit, name in SIZES.items() if sum(num_rows.values()) < limit), LARGEST),
         "configs": data_configs(counts),
         "dataset_info": {"config_name": config_name, **info._to_yaml_dict()},
     }

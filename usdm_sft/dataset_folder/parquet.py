@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from datasets import Dataset
+from datasets.table import InMemoryTable
 
 from usdm_sft.cache.keys import cache_key
 from usdm_sft.corpus.features import TRAINER_COLUMNS, are_collapsed, folder_features
@@ -17,14 +20,35 @@ from usdm_sft.dataset_folder.statistics import SplitStatistics, compute_statisti
 from usdm_sft.template.parts import RowLayout
 from usdm_sft.utils.atomic import SUFFIX
 from usdm_sft.utils.hashes import sha256_file
+from usdm_sft.utils.lazily import Lazily
 from usdm_sft.utils.progress import quiet
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from usdm_sft.utils.pool import Pool
 
 NUM_OUTPUT_SHARDS = {"train": 64, "test": 8}
+MAX_TOKENS = (
+    20_000_000  # of an output file, unless the user sets the number of files: 100 MB, and 400 MB while it is written
+)
+
+
+class SplitRows(Protocol):
+    """The rows of a split, which are loaded part by part."""
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows, at least one."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens in all rows."""
+
+    @property
+    def loader(self) -> Callable[[Any], pa.Table]:
+        """Loads a part, with all columns but `TRAINER_COLUMNS`. It is pickled once for all parts."""
+
+    def part(self, start: int, stop: int) -> Any:
+        """Describe rows `start` to `stop`, for `loader`. It is pickled."""
 
 
 class Part(NamedTuple):
@@ -38,7 +62,7 @@ class Part(NamedTuple):
 
 def write_parquet(
     folder: Path,
-    splits: Mapping[str, Dataset],
+    splits: Mapping[str, SplitRows],
     num_output_shards: int | None,
     layout: RowLayout,
     pool: Pool,
@@ -49,8 +73,9 @@ def write_parquet(
 
     Args:
         folder: Where the files go. It may hold files of an interrupted run; those that have another name are removed.
-        splits: The rows, at least one in each split.
-        num_output_shards: Files per split, never more than rows; by default those of `NUM_OUTPUT_SHARDS`.
+        splits: The rows.
+        num_output_shards: Files per split, never more than rows; by default those of `NUM_OUTPUT_SHARDS`, or more if a file would
+            have more than `MAX_TOKENS`.
         pool: Shares out the files, whose bytes do not depend on it.
         key: Key of the rows and of all else that decides the files.
 
@@ -61,14 +86,22 @@ def write_parquet(
     tasks: list[_Task] = []
     files: dict[str, range] = {}
     for split, rows in splits.items():
-        num_files = max(1, min(num_output_shards or NUM_OUTPUT_SHARDS.get(split, 8), len(rows)))
+        default = max(NUM_OUTPUT_SHARDS.get(split, 8), -(-rows.num_tokens // MAX_TOKENS))
+        num_files = max(1, min(num_output_shards or default, rows.num_rows))
         files[split] = range(len(tasks), len(tasks) + num_files)
         for index in range(num_files):
             path = folder / f"{split}-{index:05d}-of-{num_files:05d}.parquet"
-            part = rows.shard(num_files, index, contiguous=True)
-            tasks.append(_Task(path, part, rows.column_names, layout, cache_key(key, str(path))))
+            start, stop = (_start(number, rows.num_rows, num_files) for number in (index, index + 1))
+            tasks.append(_Task(split, path, start, stop, cache_key(key, str(path))))
+
+    def describe(index: int) -> tuple[_Task, Any]:
+        task = tasks[index]
+        return task, splits[task.split].part(task.start, task.stop)
+
+    write = partial(_write_part, {split: rows.loader for split, rows in splits.items()}, layout)
     keys = [task.key for task in tasks]
-    made = dict(pool.map(_write_part, tasks, name="Parquet files", keys=keys, holds=_is_whole))
+    parts = Lazily(describe, len(tasks))
+    made = dict(pool.map(write, parts, name="Parquet files", keys=keys, holds=_is_whole))
     paths = {task.path for task in tasks}
     for path in folder.iterdir():
         if path not in paths:
@@ -76,27 +109,35 @@ def write_parquet(
     return {split: [made[index] for index in indices] for split, indices in files.items()}
 
 
-class _Task(NamedTuple):
-    """An output file to write."""
+def _start(index: int, num_rows: int, num_files: int) -> int:
+    """Return the first row of a file; the first files have one row more than the others, as with `Dataset.shard`."""
+    return num_rows // num_files * index + min(index, num_rows % num_files)
 
+
+class _Task(NamedTuple):
+    """An output file to write: rows `start` to `stop` of a split."""
+
+    split: str
     path: Path
-    rows: Dataset
-    columns: list[str]
-    layout: RowLayout
+    start: int
+    stop: int
     key: str
 
 
-def _write_part(task: _Task) -> Part:
+def _write_part(
+    loaders: Mapping[str, Callable[[Any], pa.Table]], layout: RowLayout, described: tuple[_Task, Any]
+) -> Part:
     """Write one file; its statistics are those of the rows that can be read from it."""
-    path, rows, columns, layout, key = task
+    task, part = described
+    path = task.path
     # A task of a run with other options may write a file of this name at the same time. Each is complete when it gets the name.
-    unfinished = path.with_name(f"{path.name}.{key[:16]}{SUFFIX}")
+    unfinished = path.with_name(f"{path.name}.{task.key[:16]}{SUFFIX}")
     with quiet():
-        # The columns of a `Dataset` that was pickled may have another order.
-        num_bytes = _with_trainer_columns(rows.select_columns(columns)).to_parquet(str(unfinished))
-    part = Part(path, num_bytes, compute_statistics({"": [unfinished]}, layout)[""], sha256_file(unfinished))
+        rows = Dataset(InMemoryTable(loaders[task.split](part)))
+        num_bytes = _with_trainer_columns(rows).to_parquet(str(unfinished))
+    written = Part(path, num_bytes, compute_statistics({"": [unfinished]}, layout)[""], sha256_file(unfinished))
     os.replace(unfinished, path)
-    return part
+    return written
 
 
 def _is_whole(part: Part) -> bool:

@@ -31,16 +31,16 @@ from usdm_sft.utils.atomic import replace_text
 from usdm_sft.utils.hashes import sha256_file
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
+    from usdm_sft.dataset_folder.parquet import SplitRows
     from usdm_sft.utils.pool import Pool
 
 
 def write_folder(
     folder: Path,
     config_name: str,
-    splits: dict[str, Dataset],
+    splits: Mapping[str, SplitRows],
     tokenizer: PreTrainedTokenizerFast,
     counts: dict[str, Any],
     pool: Pool,
@@ -59,7 +59,7 @@ def write_folder(
         counts: The counts so far; statistics and digests of the files are added.
         pool: Shares out the Parquet files.
         key: Key of the rows. Parquet files of an interrupted run that had the same key are kept, if the pool finds them.
-        num_output_shards: Parquet files per split, never more than rows. By default 64 for train and 8 for others.
+        num_output_shards: As in `write_parquet`.
         utterances: The rows of the config `utterances` by split, if the folder keeps the audio.
 
     Returns:
@@ -85,7 +85,7 @@ def write_folder(
     if utterances is not None:
         counts[UTTERANCES], info = write_utterances(unfinished / UTTERANCES, utterances)
         other_info = [info]
-    card = make_card(config_name, splits, num_bytes, counts, files, tokenizer.backend_tokenizer, other_info)
+    card = make_card(config_name, num_bytes, counts, files, tokenizer.backend_tokenizer, other_info)
     (unfinished / "README.md").write_text(card, encoding="utf-8")
     names = sorted(path.relative_to(unfinished).as_posix() for path in unfinished.rglob("*") if path.is_file())
     counts["files"] = {name: digests.get(unfinished / name) or sha256_file(unfinished / name) for name in names}

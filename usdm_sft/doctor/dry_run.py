@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,9 +28,8 @@ from usdm_sft.doctor.findings import format_bytes
 from usdm_sft.doctor.machine import CACHE_BYTES, FOLDER_BYTES, TOKENIZER_BYTES
 from usdm_sft.executors.devices import choose_devices
 from usdm_sft.shards.mapping import map_shard
-from usdm_sft.shards.plan import Shard
+from usdm_sft.shards.plan import Plan, Shard
 from usdm_sft.shards.rows import load_rows
-from usdm_sft.shards.tokens import make_tokens
 from usdm_sft.stages.fit import fit_splits
 from usdm_sft.stages.run import Run, open_run
 from usdm_sft.units.settings import make_settings
@@ -96,8 +95,7 @@ def dry_run(config: PrepareConfig) -> DryRun:
         units = {shard.units_key: _write_units(shard, run) for shard in run.plan}
         rows = load_rows(run.builder)
         with ProcessPool(1) as pool:
-            tokens = make_tokens(rows, run.plan, run.encoder, units, run.cache, pool)
-        _, splits = fit_splits(run, rows, units, tokens)
+            _, splits, _ = fit_splits(run, rows, units, pool)
         missing = _find_missing(cache / "units", run.plan, "units_key")
         files = {file for address in run.builder.audio_digests for file in disk_files(address)}
         return DryRun(
@@ -122,23 +120,24 @@ def _stand_in(config: PrepareConfig, scratch: str) -> UnitTokenizer:
 
 def _write_units(shard: Shard, run: Run) -> Path:
     """Write a unit shard whose utterances have the right number of units: all of them unit 0, or where units are collapsed no two equal neighbours."""
+    content = run.plan.content(shard)
     num_distinct = 1 if run.config.unit_repetition == "keep" else min(2, run.encoder.num_units)
     columns = {
-        "units": [np.arange(num_frames(length), dtype=np.uint16) % num_distinct for length in shard.lengths],
-        "seconds": [np.float32(length / SAMPLE_RATE) for length in shard.lengths],
+        "units": [np.arange(num_frames(length), dtype=np.uint16) % num_distinct for length in content.lengths],
+        "seconds": [np.float32(length / SAMPLE_RATE) for length in content.lengths],
     }
-    write = partial(map_shard, Dataset.from_dict({"audio": shard.audio}), lambda batch: columns)
+    write = partial(map_shard, Dataset.from_dict({"audio": content.audio}), lambda batch: columns)
     return ShardCache(run.cache / "units").make(shard.units_key, partial(write, fingerprint=shard.units_key))
 
 
-def _find_missing(folder: Path, plan: Sequence[Shard], key: str) -> list[Shard]:
+def _find_missing(folder: Path, plan: Plan, key: str) -> list[Shard]:
     """Return the work shards that have no file in the cache; unlike `ShardCache.find`, this removes no damaged file."""
     cached = {path.name.partition(".")[0] for path in folder.glob("*.arrow")}
     return [shard for shard in plan if getattr(shard, key) not in cached]
 
 
-def _count_seconds(shards: Sequence[Shard]) -> float:
-    return sum(sum(shard.lengths) for shard in shards) / SAMPLE_RATE
+def _count_seconds(shards: Iterable[Shard]) -> float:
+    return sum(shard.num_samples for shard in shards) / SAMPLE_RATE
 
 
 def describe_dry_run(found: DryRun, config: PrepareConfig) -> list[str]:

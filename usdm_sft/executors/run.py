@@ -18,7 +18,7 @@ from usdm_sft.units.agreement import agreement_file
 
 if TYPE_CHECKING:
     from usdm_sft.audio.digests import AudioDigest
-    from usdm_sft.shards.plan import Shard
+    from usdm_sft.shards.plan import Plan
     from usdm_sft.units.tokenizer import UnitTokenizer
 
 _OURS = {"pipeline", "tasks", "logging_dir", "skip_completed", "depends"}  # options of datatrove that we set
@@ -66,7 +66,7 @@ def find_device(executor: str, num_gpus: int | None) -> str:
 
 def run_tasks(
     engine: Engine,
-    shards: Sequence[Shard],
+    plan: Plan,
     unit_tokenizer: UnitTokenizer,
     devices: Sequence[str],
     *,
@@ -76,7 +76,7 @@ def run_tasks(
 
     Args:
         engine: Runs the tasks.
-        shards: All work shards of the plan.
+        plan: All work shards.
         unit_tokenizer: Its folder and settings; each task opens the folder itself.
         devices: Devices of local tasks, one task at a time on each.
         sample: Audio on which the first task measures the agreement.
@@ -85,26 +85,27 @@ def run_tasks(
         Submitted: Slurm runs the tasks.
         RuntimeError: Tasks or sbatch failed. Finished shards are kept.
     """
-    stage = engine.open_stage(len(shards), "units", *(shard.units_key for shard in shards))
-    _plan_tasks(stage, shards, unit_tokenizer, engine.cache, sample)
+    stage = engine.open_stage(len(plan), "units", *(shard.units_key for shard in plan))
+    _plan_tasks(stage, plan, unit_tokenizer, engine.cache, sample)
     engine.run(stage, run_task, device=unit_tokenizer.settings["device"], devices=devices)
 
 
 def _plan_tasks(
-    stage: Stage, shards: Sequence[Shard], unit_tokenizer: UnitTokenizer, cache: Path, sample: Mapping[str, AudioDigest]
+    stage: Stage, plan: Plan, unit_tokenizer: UnitTokenizer, cache: Path, sample: Mapping[str, AudioDigest]
 ) -> None:
     """Mark the tasks whose shards are in the cache as completed; write a file for each of the others.
 
     The marks follow the cache, because another run may have filled it or a user may have emptied it.
     """
-    finished = ShardCache(cache / "units").find_all(shard.units_key for shard in shards)
+    finished = ShardCache(cache / "units").find_all(shard.units_key for shard in plan)
     agreement = agreement_file(unit_tokenizer, sample, cache)
     for rank, indices in enumerate(stage.ranges):
-        task_shards = [shards[index] for index in indices]
+        task_shards = [plan[index] for index in indices]
         measured = rank > 0 or agreement is None or agreement.is_file()
         if measured and all(shard.units_key in finished for shard in task_shards):
             stage.mark(rank)
         else:
             stage.unmark(rank)
             task_sample = {} if rank > 0 or agreement is None else sample
-            write_task(stage.folder, rank, task_shards, unit_tokenizer, cache, task_sample)
+            work = [(shard, plan.content(shard)) for shard in task_shards]
+            write_task(stage.folder, rank, work, unit_tokenizer, cache, task_sample)

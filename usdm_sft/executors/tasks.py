@@ -15,7 +15,7 @@ import torch
 
 from usdm_sft.audio.digests import AudioDigest
 from usdm_sft.executors.calls import enter
-from usdm_sft.shards.plan import Shard
+from usdm_sft.shards.plan import Content, Plan, Shard
 from usdm_sft.shards.units import make_units
 from usdm_sft.units.agreement import measure_agreement
 from usdm_sft.units.tokenizer import UnitTokenizer
@@ -30,7 +30,7 @@ def task_file(folder: str | Path, rank: int) -> Path:
 def write_task(
     folder: Path,
     rank: int,
-    shards: Sequence[Shard],
+    shards: Sequence[tuple[Shard, Content]],
     unit_tokenizer: UnitTokenizer,
     cache: Path,
     sample: Mapping[str, AudioDigest],
@@ -40,7 +40,7 @@ def write_task(
     Args:
         folder: Folder of the task files, marks and logs.
         rank: Number of the task.
-        shards: Its work shards.
+        shards: Its work shards and their contents.
         unit_tokenizer: The task opens its folder with the same settings.
         cache: Folder of the cache.
         sample: Audio on which the task measures the agreement first; empty if it measures none.
@@ -50,7 +50,7 @@ def write_task(
         "key": unit_tokenizer.key,
         "settings": unit_tokenizer.settings,
         "cache": str(cache),
-        "shards": [shard._replace(rows=[]) for shard in shards],
+        "shards": [(shard, content._replace(ids=[], seconds=[], dialogs=[], rows=[])) for shard, content in shards],
         "sample": dict(sample),
         "directory": os.getcwd(),
     }
@@ -91,4 +91,7 @@ def run_task(data: Any, rank: int, world_size: int, *, folder: str, device: str 
     cache = Path(work["cache"])
     if sample := {path: AudioDigest(*digest) for path, digest in work["sample"].items()}:
         measure_agreement(unit_tokenizer, sample, cache, len(sample))
-    make_units([Shard(*shard) for shard in work["shards"]], unit_tokenizer, [unit_tokenizer.device], cache)
+    plan = Plan()
+    for number, (shard, content) in enumerate(work["shards"]):
+        plan.append(Shard(*shard)._replace(number=number), Content(*content))
+    make_units(plan, unit_tokenizer, [unit_tokenizer.device], cache)

@@ -1,91 +1,106 @@
-"""The counts of a split, as counts.json and the card report them."""
+"""The counts of a split, as counts.json and the card report them, added up from those of its work shards."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset
 
-from usdm_sft.shards.overflow import Fitted, iter_column, list_lengths
+from usdm_sft.shards.overflow import Cuts, list_lengths
+from usdm_sft.shards.plan import Content
 from usdm_sft.template.encoder import IGNORE_INDEX
 
 if TYPE_CHECKING:
-    from dailytalk_usdm import DailyTalkUSDM
-    from usdm_sft.audio.digest_table import AudioDigests
+    from usdm_sft.corpus.dialogs import Split
 
 
-def count_rows(rows: Dataset, fitted: Fitted, builder: DailyTalkUSDM, split: str, max_length: int) -> dict[str, Any]:
-    """Count the rows of a split, and list the dialogs, pairs and rows that were left out or cut.
+class ShardCounts(NamedTuple):
+    """The counts of a work shard after `max_length` was applied."""
+
+    rows: int
+    dialogs: int
+    utterances: int  # in these dialogs
+    pairs: int  # before max_length was applied
+    seconds: float
+    units: int
+    tokens: int
+    labelled_tokens: int
+    shortest: int  # tokens of its shortest row before `max_length` was applied
+
+
+def count_shard(rows: pa.Table, kept: pa.Table, content: Content) -> ShardCounts:
+    """Count the rows of a work shard.
 
     Args:
         rows: All rows, before `max_length` was applied.
-        fitted: The rows that fit.
-        builder: Made the rows.
-        split: Such as "train".
+        kept: The rows that fit.
+        content: The utterances of the shard.
+    """
+    dialog_ids = set(kept["dialog_id"].unique().to_pylist())  # a dialog may have lost all its rows to max_length
+    num_utterances, position, seconds = 0, 0, []
+    for dialog_id, num in content.dialogs:
+        if dialog_id in dialog_ids:
+            num_utterances += num
+            seconds += content.seconds[position : position + num]
+        position += num
+    return ShardCounts(
+        rows=len(kept),
+        dialogs=len(dialog_ids),
+        utterances=num_utterances,
+        pairs=content.num_pairs,
+        seconds=math.fsum(seconds),
+        units=count_values(kept, "user_units") + count_values(kept, "agent_units"),
+        tokens=count_values(kept, "input_ids"),
+        labelled_tokens=pc.sum(pc.not_equal(pc.list_flatten(kept["labels"]), IGNORE_INDEX)).as_py() or 0,
+        shortest=int(list_lengths(rows, "input_ids").min()),
+    )
+
+
+def count_values(rows: pa.Table, column: str) -> int:
+    """Count the values in a column of lists, or of lists of lists."""
+    values = rows[column]
+    while pa.types.is_list(values.type):
+        values = pc.list_flatten(values)
+    return len(values)
+
+
+def count_split(shards: Sequence[ShardCounts], cuts: Sequence[Cuts], corpus: Split, max_length: int) -> dict[str, Any]:
+    """Add up the counts of a split, and list the dialogs, pairs and rows that were left out or cut.
+
+    Args:
+        shards: The counts of its work shards, in order.
+        cuts: What `max_length` left of the rows of each shard.
+        corpus: The split.
         max_length: Largest number of tokens in a row.
 
     Raises:
         ValueError: No row is left.
     """
-    kept = fitted.rows
-    if not len(kept):
+    num_rows = sum(shard.rows for shard in shards)
+    if not num_rows:
         raise ValueError(
-            f"max_length {max_length} leaves no row of {split}, whose shortest row has "
-            f"{list_lengths(rows, 'input_ids').min()} tokens: raise it"
+            f"max_length {max_length} leaves no row of {corpus.name}, whose shortest row has "
+            f"{min(shard.shortest for shard in shards)} tokens: raise it"
         )
-    corpus = builder.corpus[split]
-    dialog_ids = _distinct(kept, "dialog_id")  # a dialog may have lost all its rows to max_length
-    utterances = (utterance for dialog in corpus.dialogs if dialog.id in dialog_ids for utterance in dialog.utterances)
-    num_utterances, seconds = _measure((utterance.audio for utterance in utterances), builder.audio_digests)
+    left_out = dict(corpus.pairs_left_out)
+    cut: dict[str, str] = {}
+    for found in cuts:
+        left_out |= found.left_out
+        cut |= found.cut
     return {
-        "dialogs": len(dialog_ids),
-        "utterances": num_utterances,
-        "hours": round(seconds / 3600, 6),
-        "pairs": corpus.num_pairs + len(corpus.pairs_left_out),
+        "dialogs": sum(shard.dialogs for shard in shards),
+        "utterances": sum(shard.utterances for shard in shards),
+        "hours": round(math.fsum(shard.seconds for shard in shards) / 3600, 6),
+        "pairs": sum(shard.pairs for shard in shards) + len(corpus.pairs_left_out),
         "pairs_with_bad_audio": len(corpus.pairs_left_out),
-        "rows": len(kept),
-        "units": count_values(kept, "user_units") + count_values(kept, "agent_units"),
-        "tokens": count_values(kept, "input_ids"),
-        "labelled_tokens": count_labels(kept),
+        "rows": num_rows,
+        "units": sum(shard.units for shard in shards),
+        "tokens": sum(shard.tokens for shard in shards),
+        "labelled_tokens": sum(shard.labelled_tokens for shard in shards),
         "dialogs_left_out": dict(corpus.left_out),
-        "pairs_left_out": dict(corpus.pairs_left_out) | fitted.left_out,
-        "rows_cut": fitted.cut,
+        "pairs_left_out": left_out,
+        "rows_cut": cut,
     }
-
-
-def _distinct(rows: Dataset, column: str) -> set[str]:
-    return {value for values in iter_column(rows, column) for value in values.unique().to_pylist()}
-
-
-def _measure(audio: Iterator[str], digests: AudioDigests) -> tuple[int, float]:
-    """Return the number of utterances and the sum of their seconds."""
-    num_utterances = 0
-
-    def seconds() -> Iterator[float]:
-        nonlocal num_utterances
-        while batch := list(islice(audio, 1000)):
-            num_utterances += len(batch)
-            yield from (digest.seconds for digest in digests.find_all(batch))
-
-    total = sum(seconds())
-    return num_utterances, total
-
-
-def count_values(rows: Dataset, column: str) -> int:
-    """Count the values in a column of lists, or of lists of lists."""
-    num_values = 0
-    for values in iter_column(rows, column):
-        while pa.types.is_list(values.type):
-            values = pc.list_flatten(values)
-        num_values += len(values)
-    return num_values
-
-
-def count_labels(rows: Dataset) -> int:
-    """Count the labelled tokens."""
-    labelled = (pc.not_equal(pc.list_flatten(labels), IGNORE_INDEX) for labels in iter_column(rows, "labels"))
-    return sum(pc.sum(each).as_py() or 0 for each in labelled)

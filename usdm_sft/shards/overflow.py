@@ -10,13 +10,12 @@ therefore depends on its neighbours, and one encoding of each exchange gives the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, concatenate_datasets
 
 from usdm_sft.corpus.examples import example_id, has_lists
 from usdm_sft.template.encoder import COLUMNS
@@ -29,11 +28,11 @@ if TYPE_CHECKING:
 OVERFLOWS = ("drop", "truncate", "split")
 
 
-class Fitted(NamedTuple):
-    """The rows that fit, in order, and a record of the others."""
+class Cuts(NamedTuple):
+    """What `max_length` leaves of the rows of a table."""
 
-    rows: Dataset
-    cut: dict[str, str]  # rows that lost exchanges: id -> what was kept, and why
+    runs: dict[int, list[tuple[int, int]]]  # position of a row that is too long -> the runs of exchanges to keep
+    cut: dict[str, str]  # rows that lose exchanges: id -> what is kept, and why
     left_out: dict[str, str]  # pairs that are labelled in no row any more: id -> why
 
 
@@ -61,8 +60,8 @@ def choose_overflow(overflow: str | None, config_name: str, history: int) -> str
     return overflow
 
 
-def fit_rows(rows: Dataset, encoder: TemplateEncoder, max_length: int, overflow: str) -> Fitted:
-    """Bring every row to `max_length` tokens or fewer.
+def find_cuts(rows: pa.Table, encoder: TemplateEncoder, max_length: int, overflow: str) -> Cuts:
+    """Decide what is kept of each row with more than `max_length` tokens; the others are kept whole.
 
     drop leaves out a row that is too long. truncate keeps the longest run of leading exchanges that fits; where only the last
     exchange is labelled, it drops the oldest exchanges instead. split keeps one such run after the other, each as a row of its
@@ -74,48 +73,57 @@ def fit_rows(rows: Dataset, encoder: TemplateEncoder, max_length: int, overflow:
         max_length: Largest number of tokens in a row, BOS and EOS included.
         overflow: One of `OVERFLOWS`.
     """
+    cuts = Cuts({}, {}, {})
     lengths = list_lengths(rows, "input_ids")
-    fits, too_long = np.flatnonzero(lengths <= max_length), np.flatnonzero(lengths > max_length)
-    cut: dict[str, str] = {}
-    left_out: dict[str, str] = {}
-    pieces: list[dict[str, Any]] = []
-    sources: list[int] = []  # for each piece the index of the row that it comes from
-    for index, row in zip(too_long, rows.select(too_long), strict=True):
+    too_long = np.flatnonzero(lengths > max_length)
+    for index, row in zip(too_long.tolist(), rows.take(too_long).to_pylist(), strict=True):
         reason = f"{lengths[index]} tokens, more than max_length {max_length}"
         alone = _lengths_alone(row, encoder)
         runs = [] if overflow == "drop" else _find_runs(alone, lengths[index], encoder, max_length, overflow)
-        row_pieces = [_make_row(row, run, encoder) for run in runs]
+        cuts.runs[index] = [(run.start, run.stop) for run in runs]
         if runs:
-            cut[row["id"]] = f"{_describe_kept(row, row_pieces, encoder, overflow)} ({reason})"
-        left_out |= _pairs_outside(row, runs, alone, encoder, max_length, reason)
-        pieces += row_pieces
-        sources += [index] * len(runs)
-    if not pieces:
-        return Fitted(rows.select(fits), cut, left_out)
-    both = concatenate_datasets([rows, Dataset.from_list(pieces, features=rows.features)])
-    indices = np.concatenate([fits, len(rows) + np.arange(len(pieces))])
-    order = np.argsort(np.concatenate([fits, sources]), kind="stable")
-    # concatenate_datasets orders the columns as in the features; select_columns restores their order.
-    return Fitted(both.select(indices[order]).select_columns(rows.column_names), cut, left_out)
+            cuts.cut[row["id"]] = f"{_describe_kept(row, runs, encoder, overflow)} ({reason})"
+        cuts.left_out.update(_pairs_outside(row, runs, alone, encoder, max_length, reason))
+    return cuts
 
 
-def list_lengths(rows: Dataset, column: str) -> NDArray[np.int64]:
-    """Return the (num_rows,) lengths of the lists in a column."""
-    lengths = [pc.list_value_length(values).to_numpy() for values in iter_column(rows, column)]
-    return np.concatenate([np.zeros(0, np.int64), *lengths])
+def take_rows(
+    rows: pa.Table,
+    runs: Mapping[int, Sequence[tuple[int, int]]],
+    encoder: TemplateEncoder,
+    chosen: range | NDArray[np.int64] | None = None,
+) -> pa.Table:
+    """Take rows as `find_cuts` decided. Only cut rows are encoded again.
 
-
-def iter_column(rows: Dataset, column: str) -> Iterator[pa.Array]:
-    """Yield a column in parts.
-
-    `Dataset.iter`, `with_format` and `select_columns` copy a description of every file below the rows, which would take most of
-    the time with thousands of work shards. They are used for a selection of the rows only.
+    Args:
+        rows: The rows, as given to `find_cuts`.
+        runs: As in `Cuts`.
+        encoder: The encoder that made `input_ids` and `labels`.
+        chosen: Positions among the kept and cut rows, in the order to take them; by default all of them.
     """
-    if rows.data.num_rows == len(rows):
-        yield from rows.data.table[column].chunks
-        return
-    for batch in rows.select_columns([column]).with_format("arrow").iter(batch_size=1000):
-        yield from batch[column].chunks
+    if not runs and isinstance(chosen, range | None):
+        return rows if chosen is None else rows.slice(chosen.start, len(chosen))
+    num_pieces = np.ones(len(rows), np.int64)
+    num_pieces[list(runs)] = [len(row_runs) for row_runs in runs.values()]
+    sources = np.repeat(np.arange(len(rows)), num_pieces)
+    numbers = np.arange(len(sources)) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
+    taken = np.arange(len(sources)) if chosen is None else np.asarray(chosen, np.int64)
+    places = sources[taken]
+    pieces: list[dict[str, Any]] = []
+    for position in np.flatnonzero(np.isin(places, list(runs))).tolist():
+        source = int(places[position])
+        [row] = rows.slice(source, 1).to_pylist()
+        places[position] = len(rows) + len(pieces)
+        pieces.append(_make_row(row, range(*runs[source][numbers[taken[position]]]), encoder))
+    if pieces:
+        rows = pa.concat_tables([rows, pa.Table.from_pylist(pieces, rows.schema)])
+    return rows.take(places)
+
+
+def list_lengths(rows: pa.Table, column: str) -> NDArray[np.int64]:
+    """Return the (num_rows,) lengths of the lists in a column."""
+    lengths: NDArray[np.int64] = pc.list_value_length(rows[column]).to_numpy().astype(np.int64)
+    return lengths
 
 
 def _lengths_alone(row: dict[str, Any], encoder: TemplateEncoder) -> NDArray[np.int64]:
@@ -182,16 +190,19 @@ def _encode(row: dict[str, Any], run: range, encoder: TemplateEncoder) -> dict[s
 def _make_row(row: dict[str, Any], run: range, encoder: TemplateEncoder) -> dict[str, Any]:
     """Make a row of some of the exchanges of a row."""
     lists = {name: values[run.start : run.stop] for name, values in row.items() if name.startswith(("user_", "agent_"))}
+    return row | lists | _name(row, run, encoder) | _encode(row, run, encoder)
+
+
+def _name(row: dict[str, Any], run: range, encoder: TemplateEncoder) -> dict[str, Any]:
+    """Return `id` and `turn` of a row of some of the exchanges of a row."""
     turn = row["turn"] if encoder.last_exchange_only else row["turn"] + 2 * run.start
-    return row | lists | {"id": example_id(row["dialog_id"], turn), "turn": turn} | _encode(row, run, encoder)
+    return {"id": example_id(row["dialog_id"], turn), "turn": turn}
 
 
-def _describe_kept(
-    row: dict[str, Any], pieces: Sequence[dict[str, Any]], encoder: TemplateEncoder, overflow: str
-) -> str:
+def _describe_kept(row: dict[str, Any], runs: Sequence[range], encoder: TemplateEncoder, overflow: str) -> str:
     if overflow == "split":
-        return f"kept as {', '.join(piece['id'] for piece in pieces)}"
-    before, after = len(row["user_text"]), len(pieces[0]["user_text"])
+        return f"kept as {', '.join(_name(row, run, encoder)['id'] for run in runs)}"
+    before, after = len(row["user_text"]), len(runs[0])
     if encoder.last_exchange_only:
         return f"kept {after - 1} of {before - 1} earlier exchanges"
     return f"kept {after} of {before} exchanges"

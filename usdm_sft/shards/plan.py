@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import marshal
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 from usdm_sft.cache.keys import cache_key
 from usdm_sft.corpus.examples import has_lists, make_examples
+from usdm_sft.utils.records import Records
 
 if TYPE_CHECKING:
     from dailytalk_usdm import DailyTalkUSDM
@@ -17,63 +19,116 @@ if TYPE_CHECKING:
 
 
 class Shard(NamedTuple):
-    """A work shard: rows `start` to `stop` of a split, their utterances, and the keys of its two cache files."""
+    """A work shard: rows `start` to `stop` of a split, and the keys of its two cache files. `Plan.content` has the rest."""
 
+    number: int  # in the plan, from 0
     split: str
     start: int
     stop: int
-    audio: list[str]  # path of the recording of each utterance, in order
-    lengths: list[int]  # samples at 16 kHz of each utterance
-    digests: list[str]  # sha256 of each recording
-    rows: list[list[tuple[int, int]]]  # for each row its exchanges: indices of the user's and the agent's utterance
-    lists: bool  # the user and agent columns are lists with one entry per exchange
+    num_samples: int  # at 16 kHz, of all its utterances
+    longest: int  # samples of its longest utterance
     units_key: str
     tokens_key: str
 
 
+class Content(NamedTuple):
+    """The utterances and the rows of a work shard."""
+
+    ids: list[str]  # of each utterance, in order
+    audio: list[str]  # path of its recording
+    digests: list[str]  # sha256 of its recording
+    lengths: list[int]  # its samples at 16 kHz
+    seconds: list[float]
+    dialogs: list[tuple[str, int]]  # id and number of utterances of each dialog; bad audio cuts some into several parts
+    num_pairs: int
+    rows: list[list[tuple[int, int]]]  # for each row its exchanges: indices of the user's and the agent's utterance
+    lists: bool  # the user and agent columns are lists with one entry per exchange
+
+
+class Plan(Sequence[Shard]):
+    """All work shards in order. Their contents lie on the disk (`Records`), so that the plan takes memory per shard only."""
+
+    def __init__(self) -> None:
+        self._shards: list[Shard] = []
+        self._contents = Records()
+
+    def append(self, shard: Shard, content: Content) -> None:
+        """Add a work shard at the end."""
+        self._shards.append(shard)
+        self._contents.append(marshal.dumps(tuple(content)))
+
+    def content(self, shard: Shard) -> Content:
+        """Load the content of a work shard."""
+        return Content(*marshal.loads(self._contents[shard.number]))
+
+    def of_split(self, split: str) -> list[Shard]:
+        """Return the work shards of a split, in order."""
+        return [shard for shard in self._shards if shard.split == split]
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    @overload
+    def __getitem__(self, index: int) -> Shard: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Shard]: ...
+    def __getitem__(self, index: int | slice) -> Shard | list[Shard]:
+        return self._shards[index]
+
+
 def plan_shards(
     builder: DailyTalkUSDM, unit_tokenizer: UnitTokenizer, encoder: TemplateEncoder, shard_dialogs: int
-) -> list[Shard]:
+) -> Plan:
     """Divide each split into work shards of `shard_dialogs` whole dialogs, in order."""
-    shards = []
+    plan = Plan()
     for split in builder.corpus.values():
         start = 0
         for dialogs in _group_dialogs(split, shard_dialogs):
-            shards.append(_plan_shard(split.name, start, dialogs, builder, unit_tokenizer, encoder))
-            start = shards[-1].stop
-    return shards
+            content = _describe_dialogs(dialogs, builder)
+            units_key = cache_key("utterances", *unit_tokenizer.key, content.ids, content.digests)
+            texts = [utterance.text for dialog in dialogs for utterance in dialog.utterances]
+            tokens_key = cache_key("rows", *encoder.key, units_key, texts, content.rows, content.lists)
+            stop = start + len(content.rows)
+            num_samples, longest = sum(content.lengths), max(content.lengths)
+            plan.append(Shard(len(plan), split.name, start, stop, num_samples, longest, units_key, tokens_key), content)
+            start = stop
+    return plan
 
 
 def _group_dialogs(split: Split, shard_dialogs: int) -> Iterator[list[Dialog]]:
     """Group the dialogs of a split. Dialogs left out for bad audio are counted, so that later shards keep their keys."""
-    positions = {dialog_id: position for position, dialog_id in enumerate(split.dialog_ids)}
-    for _, group in groupby(split.dialogs, key=lambda dialog: positions[dialog.id] // shard_dialogs):
+    ids = enumerate(split.dialog_ids)
+    position, dialog_id = -1, None
+
+    def number(dialog: Dialog) -> int:
+        nonlocal position, dialog_id
+        while dialog_id != dialog.id:
+            position, dialog_id = next(ids)
+        return position // shard_dialogs
+
+    for _, group in groupby(split.dialogs, key=number):
         yield list(group)
 
 
-def _plan_shard(
-    split: str,
-    start: int,
-    dialogs: Sequence[Dialog],
-    builder: DailyTalkUSDM,
-    unit_tokenizer: UnitTokenizer,
-    encoder: TemplateEncoder,
-) -> Shard:
+def _describe_dialogs(dialogs: Sequence[Dialog], builder: DailyTalkUSDM) -> Content:
     name, history = builder.config.name, builder.config.history
-    lists = has_lists(name, history)
     utterances = [utterance for dialog in dialogs for utterance in dialog.utterances]
     ids = [utterance.id for utterance in utterances]
-    texts = [utterance.text for utterance in utterances]
     audio = [utterance.audio for utterance in utterances]
     found = builder.audio_digests.find_all(audio)
-    digests = [digest.sha256 for digest in found]
-    lengths = [digest.num_samples for digest in found]
     positions = {utterance_id: position for position, utterance_id in enumerate(ids)}
-    rows = [
-        [(positions[user.id], positions[agent.id]) for user, agent in example.exchanges]
-        for dialog in dialogs
-        for example in make_examples(dialog, name, history)
-    ]
-    units_key = cache_key("utterances", *unit_tokenizer.key, ids, digests)
-    tokens_key = cache_key("rows", *encoder.key, units_key, texts, rows, lists)
-    return Shard(split, start, start + len(rows), audio, lengths, digests, rows, lists, units_key, tokens_key)
+    return Content(
+        ids=ids,
+        audio=audio,
+        digests=[digest.sha256 for digest in found],
+        lengths=[digest.num_samples for digest in found],
+        seconds=[digest.seconds for digest in found],
+        dialogs=[(dialog.id, len(dialog.utterances)) for dialog in dialogs],
+        num_pairs=sum(1 for dialog in dialogs for _ in dialog.pairs()),
+        rows=[
+            [(positions[user.id], positions[agent.id]) for user, agent in example.exchanges]
+            for dialog in dialogs
+            for example in make_examples(dialog, name, history)
+        ],
+        lists=has_lists(name, history),
+    )

@@ -6,8 +6,8 @@ and the version of the code that encodes them. `max_length` does not enter it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,11 +15,16 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
+from usdm_sft.cache.keys import cache_key
 from usdm_sft.cache.shard_cache import ShardCache
-from usdm_sft.corpus.features import TRAINER_COLUMNS, are_collapsed, folder_features
+from usdm_sft.shards.counts import count_shard
+from usdm_sft.shards.fitted import TokenShard, join_columns
 from usdm_sft.shards.mapping import map_shard
-from usdm_sft.shards.plan import Shard
+from usdm_sft.shards.overflow import find_cuts, take_rows
+from usdm_sft.shards.plan import Content, Plan, Shard
 from usdm_sft.template.repetition import collapse_units
+from usdm_sft.units.columns import FP32_FALLBACK
+from usdm_sft.utils.lazily import Lazily
 from usdm_sft.utils.pool import Pool
 from usdm_sft.utils.progress import progress_bar
 
@@ -29,64 +34,72 @@ if TYPE_CHECKING:
 _TEXT_COLUMNS = ["id", "user_text", "agent_text"]  # columns of a row that the encoder needs beside the units
 
 
-def make_tokens(
-    rows: dict[str, Dataset],
-    shards: Sequence[Shard],
-    encoder: TemplateEncoder,
-    units: dict[str, Path],
-    cache: Path,
-    pool: Pool,
-) -> dict[str, Path]:
-    """Make the token shards that the cache lacks.
+@dataclass(frozen=True)
+class TokenMaker:
+    """Makes the token shards that the cache lacks, and applies `max_length`. It is pickled into processes and tasks.
+
+    Attributes:
+        rows: The builder's examples by split.
+        encoder: Makes `input_ids` and `labels`.
+        level: The cache level of token shards.
+        max_length: Largest number of tokens in a row.
+        overflow: What happens to longer rows (`usdm_sft.shards.overflow`).
+    """
+
+    rows: Mapping[str, Dataset]
+    encoder: TemplateEncoder
+    level: ShardCache
+    max_length: int
+    overflow: str
+
+    def __call__(self, part: tuple[Shard, Content, Path]) -> TokenShard:
+        """Make the token shard of a work shard, of whose unit shard the file is given."""
+        shard, content, units = part
+        rows = self.rows[shard.split]
+        path = self.level.make(shard.tokens_key, lambda path: self._write(path, *part))
+        table = join_columns(rows, shard, path)
+        cuts = find_cuts(table, self.encoder, self.max_length, self.overflow)
+        counts = count_shard(table, take_rows(table, cuts.runs, self.encoder), content)
+        return TokenShard(path, cuts, counts, _find_fp32_fallback(content, units))
+
+    def _write(self, path: str, shard: Shard, content: Content, units: Path) -> None:
+        texts = self.rows[shard.split].select_columns(_TEXT_COLUMNS).select(range(shard.start, shard.stop))
+        columns = unit_columns(content, units, collapse=self.encoder.unit_repetition == "collapse")
+        batch = concatenate_datasets([texts, columns], axis=1).with_format("numpy")
+        map_shard(batch, self.encoder, path, shard.tokens_key, remove_columns=_TEXT_COLUMNS)
+
+
+def make_tokens(plan: Plan, maker: TokenMaker, units: Mapping[str, Path], pool: Pool) -> list[TokenShard]:
+    """Make the token shards that the cache lacks, and apply `max_length` to all of them.
 
     Args:
-        rows: The builder's examples by split.
-        shards: The work shards.
-        encoder: Makes `input_ids` and `labels`.
+        plan: The work shards.
+        maker: Makes one of them.
         units: The file of each unit shard, by its key.
-        cache: Folder of the cache.
         pool: Shares out the shards.
 
     Returns:
-        The file of each token shard, by `tokens_key`: one row per example, with units, seconds, `input_ids` and `labels`.
+        The token shard of each work shard, in order.
     """
-    level = ShardCache(cache / "tokens")
-    files = level.find_all(shard.tokens_key for shard in shards)
-    missing = [shard for shard in shards if shard.tokens_key not in files]
-    texts = {split: split_rows.select_columns(_TEXT_COLUMNS) for split, split_rows in rows.items()}
-    parts = [
-        (shard, texts[shard.split].select(range(shard.start, shard.stop)), units[shard.units_key]) for shard in missing
-    ]
-    keys = [shard.tokens_key for shard in missing]
-    made = pool.map(
-        partial(_make_token_shard, encoder, level), parts, name="token shards", keys=keys, holds=Path.is_file
-    )
-    with progress_bar(len(missing), "tokens", "work shards", disable=not missing) as bar:
-        for index, path in made:
-            files[missing[index].tokens_key] = path
+    parts = Lazily(lambda index: (plan[index], plan.content(plan[index]), units[plan[index].units_key]), len(plan))
+    keys = Lazily(lambda index: cache_key(plan[index].tokens_key, maker.max_length, maker.overflow), len(plan))
+    made: dict[int, TokenShard] = {}
+    with progress_bar(len(plan), "tokens", "work shards") as bar:
+        for index, shard in pool.map(maker, parts, name="token shards", keys=keys, holds=_is_there):
+            made[index] = shard
             bar.update()
-    return files
+    return [made[index] for index in range(len(plan))]
 
 
-def _make_token_shard(encoder: TemplateEncoder, level: ShardCache, part: tuple[Shard, Dataset, Path]) -> Path:
-    """Make the token shard of a work shard, the texts of its rows, and the file of its unit shard."""
-    shard, texts, units = part
-
-    def write(path: str) -> None:
-        collapse = encoder.unit_repetition == "collapse"
-        batch = concatenate_datasets([texts, unit_columns(shard, units, collapse=collapse)], axis=1).with_format(
-            "numpy"
-        )
-        map_shard(batch, encoder, path, shard.tokens_key, remove_columns=_TEXT_COLUMNS)
-
-    return level.make(shard.tokens_key, write)
+def _is_there(shard: TokenShard) -> bool:
+    return shard.path.is_file()
 
 
-def unit_columns(shard: Shard, file: Path, *, collapse: bool = False) -> Dataset:
+def unit_columns(content: Content, file: Path, *, collapse: bool = False) -> Dataset:
     """Arrange the units and seconds of a work shard's utterances by row: `user_units`, `user_seconds`, `agent_units`, ...
 
     Args:
-        shard: The work shard.
+        content: The utterances and rows of the work shard.
         file: The file of its unit shard.
         collapse: Collapse runs of equal units, and add `user_durations` and `agent_durations`.
 
@@ -96,21 +109,21 @@ def unit_columns(shard: Shard, file: Path, *, collapse: bool = False) -> Dataset
     table = Dataset.from_file(str(file)).data.table
     utterances = {name: table[name].combine_chunks() for name in ("units", "seconds")}
     if collapse:
-        utterances |= _collapse(utterances["units"], shard)
-    offsets = pa.array(list(accumulate(map(len, shard.rows), initial=0)), pa.int32())
+        utterances |= _collapse(utterances["units"], content)
+    offsets = pa.array(list(accumulate(map(len, content.rows), initial=0)), pa.int32())
     columns = {}
     for side, role in enumerate(("user", "agent")):
-        indices = pa.array([exchange[side] for row in shard.rows for exchange in row], pa.int64())
+        indices = pa.array([exchange[side] for row in content.rows for exchange in row], pa.int64())
         for name, column in utterances.items():
             values = column.take(indices)
-            columns[f"{role}_{name}"] = pa.ListArray.from_arrays(offsets, values) if shard.lists else values
+            columns[f"{role}_{name}"] = pa.ListArray.from_arrays(offsets, values) if content.lists else values
     return Dataset.from_dict(columns)
 
 
-def _collapse(units: pa.ListArray, shard: Shard) -> dict[str, pa.ListArray]:
+def _collapse(units: pa.ListArray, content: Content) -> dict[str, pa.ListArray]:
     """The columns `units` and `durations` of collapsed utterances."""
     collapsed = []
-    for recording, values in zip(shard.audio, units, strict=True):
+    for recording, values in zip(content.audio, units, strict=True):
         try:
             collapsed.append(collapse_units(values.values.to_numpy()))
         except ValueError as error:
@@ -121,15 +134,10 @@ def _collapse(units: pa.ListArray, shard: Shard) -> dict[str, pa.ListArray]:
     }
 
 
-def join_shards(rows: Dataset, tokens: Sequence[Path]) -> Dataset:
-    """Join the examples of a split with its token shards: all columns of a dataset folder but `TRAINER_COLUMNS`.
-
-    Args:
-        rows: The builder's examples of the split.
-        tokens: The files of its token shards, in order; they are memory-mapped.
-    """
-    encoded = concatenate_datasets([Dataset.from_file(str(file)) for file in tokens])
-    parts = [rows.remove_columns(["user_audio", "agent_audio"]), encoded]
-    features = folder_features(lists=False, collapsed=are_collapsed(encoded.column_names))
-    names = [name for name in features if name not in TRAINER_COLUMNS]
-    return concatenate_datasets(parts, axis=1).select_columns(names)
+def _find_fp32_fallback(content: Content, units: Path) -> list[str]:
+    """Return the ids of the utterances that overflowed in the chosen precision."""
+    table = Dataset.from_file(str(units)).data.table
+    if FP32_FALLBACK not in table.column_names:
+        return []
+    marks = table[FP32_FALLBACK].to_pylist()
+    return [utterance_id for utterance_id, mark in zip(content.ids, marks, strict=True) if mark]

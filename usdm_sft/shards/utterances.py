@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from usdm_sft.audio.digests import read_file, read_unchanged
 from usdm_sft.audio.playable import make_playable
-from usdm_sft.shards.plan import Shard
+from usdm_sft.shards.plan import Plan
 from usdm_sft.utils.once import once_per_key
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def iter_utterances(
-    builder: DailyTalkUSDM, split: str, plan: Sequence[Shard], units: Mapping[str, Path]
+    builder: DailyTalkUSDM, split: str, plan: Plan, units: Mapping[str, Path]
 ) -> Iterator[dict[str, Any]]:
     """Yield the utterances of a split as rows of `usdm_sft.corpus.features.utterance_features`, one recording in memory at a time.
 
@@ -36,7 +36,7 @@ def iter_utterances(
     Raises:
         AudioError: A recording was changed during the run, or cannot be stored.
     """
-    spoken = _iter_spoken([shard for shard in plan if shard.split == split], units)
+    spoken = _iter_spoken(plan, split, units)
     dialogs = builder.corpus[split].dialogs
     kept = {utterance.id for dialog in dialogs for utterance in dialog.utterances}
     dialog_ids = {dialog.id for dialog in dialogs}
@@ -45,13 +45,14 @@ def iter_utterances(
             yield _make_row(utterance, next(spoken) if utterance.id in kept else None)
 
 
-def _iter_spoken(shards: Sequence[Shard], units: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
-    """Yield `audio`, `units` and `seconds` of each utterance of the work shards."""
+def _iter_spoken(plan: Plan, split: str, units: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
+    """Yield `audio`, `units` and `seconds` of each utterance of the work shards of a split."""
     read_shared = once_per_key(read_file, maxsize=1)  # the turns of a telephone call follow each other
-    for shard in shards:
+    for shard in plan.of_split(split):
+        content = plan.content(shard)
         table = Dataset.from_file(str(units[shard.units_key])).data.table
         columns = (table["units"].to_pylist(), table["seconds"].to_pylist())
-        for address, sha256, *values in zip(shard.audio, shard.digests, *columns, strict=True):
+        for address, sha256, *values in zip(content.audio, content.digests, *columns, strict=True):
             recording = make_playable(address, read_unchanged(address, sha256, read_shared))
             yield {"audio": recording, "units": values[0], "seconds": values[1]}
 

@@ -9,6 +9,7 @@ import multiprocessing
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,21 +18,17 @@ from datasets import Dataset
 
 from usdm_sft.cache.shard_cache import Claim, ShardCache
 from usdm_sft.shards.mapping import map_shard
-from usdm_sft.units.columns import distinct_audio, unit_columns
+from usdm_sft.units.columns import FP32_FALLBACK, distinct_audio, unit_columns
 from usdm_sft.utils.processes import num_cores, receive, sendable, start_process
 
 if TYPE_CHECKING:
     from usdm_sft.units.tokenizer import UnitTokenizer
 
-FP32_FALLBACK = (
-    "fp32_fallback"  # bool column of a unit shard: the utterance overflowed, and its units are those of fp32
-)
-
-
 # One process reads some 3,000 s of audio per second (WAV of one channel at 22.05 kHz; less of other formats). A GPU computes up to
 # 8,000, by the computation in tests/benchmarks/README.md.
 MAX_READERS = 8
 FILES_PER_READER = 256  # the start of a process takes as long as reading 150 files
+_AHEAD = 4  # shards that each process has and that wait for it: one is computed, one written and one read
 
 
 class UnitShard(NamedTuple):
@@ -44,11 +41,11 @@ class UnitShard(NamedTuple):
 
 def make_unit_shards(
     shards: Sequence[UnitShard], unit_tokenizer: UnitTokenizer, devices: Sequence[str], level: ShardCache
-) -> Generator[tuple[UnitShard, Path], None, None]:
-    """Make the file of each unit shard; yield each shard with its file as soon as it is finished.
+) -> Generator[tuple[str, Path], None, None]:
+    """Make the file of each unit shard; yield the key and the file of each as soon as it is finished.
 
     Args:
-        shards: The unit shards to make.
+        shards: The unit shards to make; only a few are in memory at a time.
         unit_tokenizer: Tokenizes the audio. It is pickled into the processes, each of which loads the model itself.
         devices: Such as ["cuda:0", "cuda:1"]; a single device is used by this process.
         level: The cache level of unit shards.
@@ -59,23 +56,28 @@ def make_unit_shards(
     """
     if len(devices) == 1:
         unit_tokenizer.device = devices[0]
-        yield from _make_in_turn(iter(shards), unit_tokenizer, level, count_readers(shards, devices))
+        for shard, path in _make_in_turn(iter(shards), unit_tokenizer, level, count_readers(shards, devices)):
+            yield shard.key, path
         return
     unit_tokenizer.release()  # free the memory that this process uses on the first GPU
     context = multiprocessing.get_context("spawn")
     waiting: Any = context.Queue()
     done: Any = context.Queue()
-    for index in range(len(shards)):
-        waiting.put(index)
-    processes = {}
+    processes: dict[str, SpawnProcess] = {}
+    num_readers, num_received = count_readers(shards, devices), 0
     try:
         for device in devices[: len(shards)]:
-            waiting.put(None)
-            args = (unit_tokenizer, device, level, list(shards), count_readers(shards, devices), waiting, done)
+            args = (unit_tokenizer, device, level, num_readers, waiting, done)
             name = f"units on {device}"
             processes[name] = start_process(_run_process, args, name=name)
-        for index, path in receive(done, processes, len(shards)):
-            yield shards[index], path
+        for index, shard in enumerate(shards):
+            while index - num_received >= _AHEAD * len(processes):
+                yield from receive(done, processes, 1)
+                num_received += 1
+            waiting.put(shard)
+        for _ in processes:
+            waiting.put(None)
+        yield from receive(done, processes, len(shards) - num_received)
         for process in processes.values():
             process.join()
     finally:
@@ -92,7 +94,12 @@ def count_readers(shards: Sequence[UnitShard], devices: Sequence[str]) -> int:
     """
     if not devices[0].startswith("cuda") or multiprocessing.current_process().daemon:  # a daemon may not start any
         return 0
-    num_files = sum(len(shard.digests) for shard in shards)
+    most = MAX_READERS * FILES_PER_READER * len(devices)
+    num_files = 0
+    for shard in shards:
+        num_files += len(shard.digests)
+        if num_files >= most:
+            break
     wanted = min(MAX_READERS, num_files // len(devices) // FILES_PER_READER)
     return min(wanted, max(1, num_cores() // len(devices)))
 
@@ -208,23 +215,15 @@ def _run_process(
     unit_tokenizer: UnitTokenizer,
     device: str,
     level: ShardCache,
-    shards: list[UnitShard],
     num_readers: int,
     waiting: Any,
     done: Any,
 ) -> None:
-    taken: list[int] = []
-
-    def take_shards() -> Iterator[UnitShard]:
-        for index in iter(waiting.get, None):
-            taken.append(index)
-            yield shards[index]
-
     try:
         unit_tokenizer.device = device
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
-        for _, path in _make_in_turn(take_shards(), unit_tokenizer, level, num_readers):
-            done.put((taken.pop(0), path))
+        for shard, path in _make_in_turn(iter(waiting.get, None), unit_tokenizer, level, num_readers):
+            done.put((shard.key, path))
     except Exception as error:  # raised again in the parent
         done.put(sendable(error))

@@ -1,33 +1,44 @@
-"""The rows of each split, joined from token shards and fitted to `max_length`."""
+"""The rows of each split, made from token shards and fitted to `max_length`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
-from usdm_sft.shards.counts import count_rows
-from usdm_sft.shards.overflow import fit_rows
-from usdm_sft.shards.plan import Shard
-from usdm_sft.shards.tokens import join_shards
-from usdm_sft.shards.units import find_fp32_fallback
+from usdm_sft.cache.shard_cache import ShardCache
+from usdm_sft.corpus.features import ROLES
+from usdm_sft.shards.counts import count_split
+from usdm_sft.shards.fitted import FittedSplit, TokenShard
+from usdm_sft.shards.tokens import TokenMaker, make_tokens
 from usdm_sft.stages.run import Run
+from usdm_sft.utils.pool import Pool
 
 
 def fit_splits(
-    run: Run, rows: Mapping[str, Dataset], units: dict[str, Path], tokens: Mapping[str, Path]
-) -> tuple[dict[str, Dataset], dict[str, Any]]:
-    """Join the token shards of each split, apply `max_length`, and count the rows."""
+    run: Run, rows: Mapping[str, Dataset], units: Mapping[str, Path], pool: Pool
+) -> tuple[dict[str, FittedSplit], dict[str, Any], list[TokenShard]]:
+    """Make the token shards, apply `max_length`, and count the rows.
+
+    Returns:
+        The rows and the counts by split, and all token shards.
+    """
     config = run.config
+    rows = {split: each.remove_columns([f"{role}_audio" for role in ROLES]) for split, each in rows.items()}
+    maker = TokenMaker(rows, run.encoder, ShardCache(run.cache / "tokens"), config.max_length, run.overflow)
+    tokens = make_tokens(run.plan, maker, units, pool)
     splits, counts = {}, {}
     for split, split_rows in rows.items():
-        shards: Sequence[Shard] = [shard for shard in run.plan if shard.split == split]
-        joined = join_shards(split_rows, [tokens[shard.tokens_key] for shard in shards])
-        fitted = fit_rows(joined, run.encoder, config.max_length, run.overflow)
-        counts[split] = count_rows(joined, fitted, run.builder, split, config.max_length)
-        counts[split]["fp32_fallback"] = find_fp32_fallback(shards, units, run.builder.corpus[split])
-        shuffle = config.shuffle_seed is not None
-        splits[split] = fitted.rows.shuffle(seed=config.shuffle_seed) if shuffle else fitted.rows
-    return splits, counts
+        shards = run.plan.of_split(split)
+        split_tokens = [tokens[shard.number] for shard in shards]
+        counts[split] = count_split(
+            [shard.counts for shard in split_tokens],
+            [shard.cuts for shard in split_tokens],
+            run.builder.corpus[split],
+            config.max_length,
+        )
+        counts[split]["fp32_fallback"] = [each for shard in split_tokens for each in shard.fp32_fallback]
+        splits[split] = FittedSplit(split_rows, shards, split_tokens, run.encoder, config.shuffle_seed)
+    return splits, counts, tokens

@@ -19,7 +19,7 @@ from usdm_sft.corpus.published_lists import describe_corpus, list_kind
 from usdm_sft.dataset_folder.layout import check_output
 from usdm_sft.executors.devices import choose_devices
 from usdm_sft.shards.overflow import choose_overflow
-from usdm_sft.shards.plan import Shard, plan_shards
+from usdm_sft.shards.plan import Plan, plan_shards
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer
 from usdm_sft.units.tokenizer import UnitTokenizer, open_for
@@ -50,7 +50,7 @@ class Run:
     tokenizer: PreTrainedTokenizerFast
     encoder: TemplateEncoder
     unit_tokenizer: UnitTokenizer
-    plan: list[Shard]
+    plan: Plan
 
 
 def open_run(

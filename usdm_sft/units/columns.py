@@ -8,6 +8,10 @@ from typing import Any
 
 import numpy as np
 
+FP32_FALLBACK = (
+    "fp32_fallback"  # bool column of a unit shard: the utterance overflowed, and its units are those of fp32
+)
+
 Index = int | list[int]  # position of a row's recording among the distinct ones; a list has one for each exchange
 
 
