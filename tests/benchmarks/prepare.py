@@ -21,6 +21,7 @@ from tests.benchmarks.common import TURNS, lengths, machine, speechlike, table
 from tests.helpers import DEMO
 from usdm_sft.convert.convert import convert
 from usdm_sft.dataset_folder import verify, writer
+from usdm_sft.stages import fit
 from usdm_sft.template.tokenizer import load_tokenizer
 
 STAGES = (
@@ -28,8 +29,8 @@ STAGES = (
     (opening, "plan_shards", "plan"),
     (pipeline, "load_rows", "builder (Arrow)"),
     (pipeline, "_tokenize_audio", "units"),
-    (pipeline, "make_tokens", "template"),
-    (pipeline, "fit_splits", "max_length and counts"),
+    (fit, "make_tokens", "template and max_length"),
+    (pipeline, "fit_splits", "counts"),
     (writer, "write_parquet", "Parquet files with statistics and digests"),
     (writer, "draw_pictures", "pictures"),
     (pipeline, "write_folder", "card, tokenizer and digests"),

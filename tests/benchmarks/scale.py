@@ -3,7 +3,7 @@
     python -m tests.benchmarks.scale [--utterances 2400 24000 240000] [--manifest parquet]
 
 A corpus is a manifest that cuts recordings of ten minutes into turns with DailyTalk's lengths, so that files are few. Units are drawn
-at random instead of computed. Everything else is that of `prepare` in one process; each size has a fresh process.
+at random instead of computed. Everything else is that of `prepare` and `verify` in one process; each command has a fresh process.
 
 - Memory is that of this process. `RssAnon` of Linux is what only this process can give back; a thread samples it every 5 ms.
   `ru_maxrss` counts mapped files as well, such as the Arrow files of the cache, which the kernel may drop at any time.
@@ -41,7 +41,9 @@ from usdm_sft.audio.addresses import parse_address
 from usdm_sft.audio.frames import SAMPLE_RATE, num_frames
 from usdm_sft.convert.convert import convert
 from usdm_sft.corpus import bad_audio, read
-from usdm_sft.dataset_folder import verify, writer
+from usdm_sft.dataset_folder import writer
+from usdm_sft.dataset_folder.verify import verify
+from usdm_sft.stages import fit
 from usdm_sft.template.tokenizer import NUM_UNITS, load_tokenizer
 from usdm_sft.units.settings import make_settings
 from usdm_sft.units.tokenizer import UnitTokenizer
@@ -53,12 +55,12 @@ STAGES = (
     (pipeline, "describe_run", "key of the run"),
     (pipeline, "load_rows", "builder rows"),
     (pipeline, "_tokenize_audio", "units, without the model"),
-    (pipeline, "make_tokens", "tokens"),
-    (pipeline, "fit_splits", "max_length and counts"),
+    (fit, "make_tokens", "tokens and max_length"),
+    (pipeline, "fit_splits", "counts"),
     (writer, "write_parquet", "Parquet files, statistics"),
     (pipeline, "write_folder", "card, pictures, digests"),
-    (verify, "verify", "verify"),
 )
+VERIFY = "verify"  # in a process of its own, as the command
 OTHER = "everything else"
 RECORDING_SECONDS, RATE = 600, 1000  # the lowest rate that is accepted: the files are hashed, and nothing is decoded
 TEST_SHARE = 20  # every twentieth dialog belongs to the test split
@@ -226,8 +228,8 @@ def write_inputs(root: Path, num: int, suffix: str) -> int:
     return len(names)
 
 
-def run(root: Path, num_proc: int = 1) -> dict[str, Any]:
-    """Run `prepare` and `verify` on the corpus of `write_inputs`; return what the stages took."""
+def run_prepare(root: Path, num_proc: int = 1) -> dict[str, Any]:
+    """Run `prepare` on the corpus of `write_inputs`; return what the stages took."""
     model, imported = root / "model", anonymous_bytes()
     load_tokenizer("mistral-common")  # its imports are no stage
     meter, base = Meter(), anonymous_bytes()
@@ -245,7 +247,6 @@ def run(root: Path, num_proc: int = 1) -> dict[str, Any]:
                 cache_dir=str(root / "cache"),
                 num_proc=num_proc,
             )
-            verify.verify(root / "out")
     return {
         "rows": sum(split["rows"] for split in counts["splits"].values()),
         "imported": imported,
@@ -255,10 +256,18 @@ def run(root: Path, num_proc: int = 1) -> dict[str, Any]:
     }
 
 
+def run_verify(root: Path, num_proc: int = 1) -> dict[str, Any]:
+    """Run `verify` on the folder of `run_prepare`; return what it took."""
+    meter = Meter(running=[VERIFY])
+    with meter.measure():
+        verify(root / "out", num_proc=num_proc)
+    return {"stages": {VERIFY: vars(meter.stages[VERIFY])}}
+
+
 def report(results: Sequence[Mapping[str, Any]]) -> None:
     """Print a table of time, of memory and of files."""
     sizes = [result["utterances"] for result in results]
-    stages = [*(stage for _, _, stage in STAGES), OTHER]
+    stages = [*(stage for _, _, stage in STAGES), OTHER, VERIFY]
     each = [[result["stages"][stage] for result in results] for stage in stages]
     last = [f"last / before, {sizes[-1] / sizes[-2]:g} times the utterances"] if len(sizes) > 1 else []
 
@@ -284,15 +293,19 @@ def report(results: Sequence[Mapping[str, Any]]) -> None:
     table(["stage", *head], [["recordings there are", *(f"{result['recordings']:,}" for result in results)], *rows])
 
 
+COMMANDS = {"prepare": run_prepare, "verify": run_verify}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--utterances", type=int, nargs="+", default=[2_400, 24_000, 240_000])
     parser.add_argument("--manifest", choices=("parquet", "jsonl"), default="parquet")
     parser.add_argument("--num_proc", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="run in this process on the corpus that lies there, and print JSON")
+    parser.add_argument("--command", choices=COMMANDS, default="prepare", help="what to run on --folder")
     args = parser.parse_args(arguments)
     if args.folder is not None:
-        print(json.dumps(run(args.folder, args.num_proc)))
+        print(json.dumps(COMMANDS[args.command](args.folder, args.num_proc)))
         return
     results = []
     for size in args.utterances:
@@ -305,8 +318,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"--folder={work}",
                 f"--num_proc={args.num_proc}",
             ]
-            printed = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
-        results.append({"utterances": size, "recordings": recordings, **json.loads(printed.splitlines()[-1])})
+            found, verified = (
+                json.loads(subprocess.check_output([*command, f"--command={name}"]).splitlines()[-1])
+                for name in COMMANDS
+            )
+        found["stages"] |= verified["stages"]
+        results.append({"utterances": size, "recordings": recordings, **found})
     print(machine())
     report(results)
 

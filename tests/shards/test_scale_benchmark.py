@@ -13,10 +13,11 @@ def test_small_run_measures_every_stage(tmp_path, capsys):
     turns = Counter(turn["dialog"] for turn in scale.make_turns(300))
     recordings = scale.write_inputs(tmp_path, 300, ".jsonl")
     assert recordings == 2  # 300 turns of 3 s, ten minutes in each
-    found = json.loads(json.dumps(scale.run(tmp_path)))
+    found = json.loads(json.dumps(scale.run_prepare(tmp_path)))
+    found["stages"] |= scale.run_verify(tmp_path)["stages"]
     assert found["rows"] == sum(number - 1 for number in turns.values())
     stages = found["stages"]
-    assert stages.keys() == {*(stage for _, _, stage in scale.STAGES), scale.OTHER}
+    assert stages.keys() == {*(stage for _, _, stage in scale.STAGES), scale.OTHER, scale.VERIFY}
     assert all(spent["seconds"] > 0 and spent["anonymous"] > 10 * scale.MEGABYTE for spent in stages.values())
     assert stages["audio digests"]["opens"] == 2 * recordings  # the header and the digest, not once for each turn
     scale.report([{"utterances": 300, "recordings": recordings, **found}] * 2)

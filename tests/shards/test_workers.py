@@ -287,12 +287,11 @@ def unit_shards(*names):
 def test_device_gets_the_next_work_shard_before_the_file_of_this_one_is_written(tmp_path):
     done = []
     device = Device(done)
-    for shard, path in workers.make_unit_shards(
-        unit_shards("a", "b", "c", "d"), device, ["cuda"], ShardCache(tmp_path)
-    ):
+    shards = unit_shards("a", "b", "c", "d")
+    for key, path in workers.make_unit_shards(shards, device, ["cuda"], ShardCache(tmp_path)):
         assert device.reading
-        assert path.name.startswith(shard.key)
-        done.append(f"yield {shard.audio[0]}")
+        assert path.name.startswith(key)
+        done.append(f"yield {key[0]}")
     assert done == [
         "read a", "read b", "start a", "read c", "start b", "finish a", "read d", "start c", "finish b", "yield a",
         "start d", "finish c", "yield b", "finish d", "yield c", "yield d",
@@ -323,12 +322,12 @@ def test_run_that_waits_for_another_one_gives_up_its_own_claims_first(tmp_path):
     shards = unit_shards("a", "b", "c")
     other = level.claim(shards[1].key)
     made = workers.make_unit_shards(shards, Device(done), ["cuda"], level)
-    assert next(made)[0] == shards[0]  # written although the second work shard is not available
+    assert next(made)[0] == shards[0].key  # written although the second work shard is not available
     with level.claim(shards[0].key, wait=False) as claim:
         assert claim.finished is not None
     path = other.write(lambda path: Path(path).write_bytes(b"of the other run"))
     other.release()
-    assert [shard.audio[0] for shard, _ in made] == ["b", "c"]
+    assert [key[0] for key, _ in made] == ["b", "c"]
     assert path.read_bytes() == b"of the other run"
     assert "start b" not in done and "forget b" in done
 
