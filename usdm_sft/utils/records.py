@@ -34,12 +34,19 @@ class Records:
         self._waiting += record
         self._ends.append(self._ends[-1] + len(record))
         if len(self._waiting) > _IN_MEMORY:
+            self._write()
+
+    def _write(self) -> None:
+        try:
             if self._file is None:
-                self._file = tempfile.TemporaryFile(prefix="dailytalk-usdm-")  # noqa: SIM115  # it lives as long as this object
+                self._file = tempfile.TemporaryFile()  # noqa: SIM115  # it is open as long as this object lives
             self._file.write(self._waiting)
             self._file.flush()
-            self._num_written += len(self._waiting)
-            self._waiting = bytearray()
+        except OSError as error:
+            reason = f"{error.strerror} (temporary file; name another folder with TMPDIR)"
+            raise OSError(error.errno, reason, tempfile.gettempdir()) from error
+        self._num_written += len(self._waiting)
+        self._waiting = bytearray()
 
     def __len__(self) -> int:
         return len(self._ends) - 1
