@@ -130,10 +130,12 @@ def test_statistics_do_not_depend_on_the_number_of_processes(folder_copy, in_pro
         assert (folder_copy / "counts.json").read_text() == counts
 
 
-@pytest.mark.parametrize("command", ["verify", "stats"])
-def test_number_of_processes_is_checked(dataset_folder, capsys, command):
+@pytest.mark.parametrize("command", ["verify", "stats", "export"])
+def test_number_of_processes_is_checked(dataset_folder, tmp_path, capsys, command):
+    output = [str(tmp_path / "out")] if command == "export" else []
     with pytest.raises(SystemExit, match="1"):
-        main([command, str(dataset_folder), "--num_proc", "0"])
+        main([command, str(dataset_folder), *output, "--num_proc", "0"])
+    assert not (tmp_path / "out").exists()
     assert capsys.readouterr().err == f"dailytalk-usdm {command}: num_proc is 0: give a positive number\n"
 
 

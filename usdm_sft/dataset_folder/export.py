@@ -28,6 +28,7 @@ from usdm_sft.utils.progress import quiet
 Format = Literal["usdm", "arrow", "megatron"]
 
 ARROW_COLUMNS = ["input_ids", "labels", "attention_mask"]  # LLaMA-Factory pads every column that it finds
+_ROWS_PER_PROCESS = 100_000  # a process takes a few seconds to start, in which this one exports about as many rows
 
 
 def export(
@@ -182,7 +183,8 @@ def _make_pieces(
         The split, file and number of rows of each piece in order. A piece is removed when the next one is asked for.
     """
     ranges = [each for split, paths in files.items() for path in paths for each in divide_rows(path, split)]
-    with _temporary(folder), ProcessPool(count_processes(ranges, num_proc)) as pool:
+    num_proc = count_processes(ranges, num_proc, _ROWS_PER_PROCESS)
+    with _temporary(folder), ProcessPool(num_proc) as pool:
         yield _iter_pieces(pool, write, [(folder / str(index), each) for index, each in enumerate(ranges)])
 
 

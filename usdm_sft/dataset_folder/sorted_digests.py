@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -100,8 +100,7 @@ def merge_digests(files: Sequence[Path], folder: str) -> None:
     num_keys = sum(len(_open(file)) for file in files)
     shapes = {"high": (num_keys,), "low": (num_keys,), "contents": (num_keys, 2)}
     high, low, contents = (
-        np.lib.format.open_memmap(Path(folder, f"{name}.npy"), "w+", np.uint64, shapes[name])
-        for name in DigestTable._fields
+        create_array(Path(folder, f"{name}.npy"), np.uint64, shapes[name]) for name in DigestTable._fields
     )
     start = 0
     for parts in iter_stretches(files):
@@ -111,8 +110,12 @@ def merge_digests(files: Sequence[Path], folder: str) -> None:
         high[start:stop], low[start:stop] = digests["high"], digests["low"]
         contents[start:stop] = digests["content"]
         start = stop
-    for array in (high, low, contents):
-        array.flush()
+
+
+def create_array(file: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """Create a file of zeros that `np.load` reads, and return the memory-mapped array."""
+    array: npt.NDArray[Any] = np.lib.format.open_memmap(file, "w+", dtype, shape)  # type: ignore[no-untyped-call]
+    return array
 
 
 def as_pairs(digests: bytes) -> npt.NDArray[np.uint64]:
