@@ -123,7 +123,7 @@ def test_megatron_refuses_labels_that_it_cannot_express(folder_copy, tmp_path):
 
 
 def test_megatron_row_groups(folder_copy, tmp_path, monkeypatch):
-    monkeypatch.setattr("usdm_sft.dataset_folder.export._ROW_GROUP", 1)
+    monkeypatch.setattr("usdm_sft.dataset_folder.packs._ROW_GROUP", 1)
     edit_counts(folder_copy, lambda counts: counts["settings"].update(max_length=1200))
     export(folder_copy, tmp_path / "one", format="megatron")
     file = pq.ParquetFile(tmp_path / "one" / "train.idx.parquet")

@@ -22,8 +22,8 @@ from usdm_sft.convert.convert import convert
 from usdm_sft.corpus import hub
 from usdm_sft.dataset_folder import utterances, writer
 from usdm_sft.dataset_folder.layout import read_counts
-from usdm_sft.dataset_folder.utterances import check_utterances
 from usdm_sft.dataset_folder.verify import VerificationError, verify
+from usdm_sft.dataset_folder.verify_utterances import check_utterances
 from usdm_sft.prepare import prepare
 from usdm_sft.utils.hashes import sha256_file
 

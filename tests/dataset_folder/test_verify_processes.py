@@ -8,10 +8,11 @@ import pytest
 
 from tests.dataset_folder.test_verify import FILE, relabel, replace_file, rewrite
 from usdm_sft.cli.main import main
-from usdm_sft.dataset_folder import ranges, repeated_ids, verify_rows
+from usdm_sft.dataset_folder import ranges, sorted_digests, verify_rows
 from usdm_sft.dataset_folder.layout import read_counts
 from usdm_sft.dataset_folder.ranges import divide_rows
-from usdm_sft.dataset_folder.repeated_ids import Place, digest_ids, find_repeated, write_digests
+from usdm_sft.dataset_folder.repeated_ids import Place, find_repeated
+from usdm_sft.dataset_folder.sorted_digests import digest_texts, write_digests
 from usdm_sft.dataset_folder.statistics import SplitStatistics, Weighted, _distribution
 from usdm_sft.dataset_folder.verify import VerificationError, _check_rows, verify
 from usdm_sft.utils.processes import in_order
@@ -26,13 +27,13 @@ def in_processes(monkeypatch):
 def write_ids(folder, *ranges_of_ids):
     files = [folder / f"{number}.npy" for number in range(len(ranges_of_ids))]
     for file, ids in zip(files, ranges_of_ids, strict=True):
-        write_digests(file, digest_ids(ids))
+        write_digests(file, digest_texts(row_id.encode() for row_id in ids))
     return files
 
 
 @pytest.mark.parametrize("in_memory", [1, 3, 1000])
 def test_repeated_ids_are_found_in_order_with_the_nearest_row_before(tmp_path, monkeypatch, in_memory):
-    monkeypatch.setattr(repeated_ids, "_IN_MEMORY", in_memory)
+    monkeypatch.setattr(sorted_digests, "_IN_MEMORY", in_memory)
     files = write_ids(tmp_path, "abc", "", "dbe", "axbb")
     expected = [
         (Place(2, 1), Place(0, 1)),  # b
@@ -48,7 +49,7 @@ def test_repeated_ids_are_found_in_order_with_the_nearest_row_before(tmp_path, m
 
 def test_repeated_ids_of_many_rows(tmp_path, monkeypatch):
     """Compared with a dict of all ids, as of one process that has them in memory."""
-    monkeypatch.setattr(repeated_ids, "_IN_MEMORY", 100)
+    monkeypatch.setattr(sorted_digests, "_IN_MEMORY", 100)
     rng = np.random.default_rng(0)
     ids = [[f"d{number}" for number in rng.integers(3_000, size=250)] for _ in range(4)]
     seen, expected = {}, []
@@ -129,10 +130,12 @@ def test_statistics_do_not_depend_on_the_number_of_processes(folder_copy, in_pro
         assert (folder_copy / "counts.json").read_text() == counts
 
 
-@pytest.mark.parametrize("command", ["verify", "stats"])
-def test_number_of_processes_is_checked(dataset_folder, capsys, command):
+@pytest.mark.parametrize("command", ["verify", "stats", "export"])
+def test_number_of_processes_is_checked(dataset_folder, tmp_path, capsys, command):
+    output = [str(tmp_path / "out")] if command == "export" else []
     with pytest.raises(SystemExit, match="1"):
-        main([command, str(dataset_folder), "--num_proc", "0"])
+        main([command, str(dataset_folder), *output, "--num_proc", "0"])
+    assert not (tmp_path / "out").exists()
     assert capsys.readouterr().err == f"dailytalk-usdm {command}: num_proc is 0: give a positive number\n"
 
 

@@ -7,7 +7,12 @@ from typing import Literal
 from usdm_sft.utils.texts import count_noun
 
 
-def export(dataset_dir: str, output_dir: str, format: Literal["usdm", "arrow", "megatron"] = "usdm") -> None:
+def export(
+    dataset_dir: str,
+    output_dir: str,
+    format: Literal["usdm", "arrow", "megatron"] = "usdm",
+    num_proc: int | None = None,
+) -> None:
     """Write the ids and labels of a dataset folder in the format of another trainer.
 
     Examples:
@@ -18,10 +23,11 @@ def export(dataset_dir: str, output_dir: str, format: Literal["usdm", "arrow", "
         output_dir: Where the files go. usdm and megatron replace files of the same names; arrow needs an empty folder.
         format: usdm writes train.txt and test.txt as train_sft.py of naver-ai/usdm reads them; arrow a folder for tokenized_path of
             LLaMA-Factory; megatron packed Parquet files for Megatron-Bridge.
+        num_proc: Largest number of processes. By default one per core that this process may use; a small folder needs none.
     """
     from usdm_sft.dataset_folder import export as exporting
 
-    for split, num_rows in exporting.export(dataset_dir, output_dir, format=format).items():
+    for split, num_rows in exporting.export(dataset_dir, output_dir, format=format, num_proc=num_proc).items():
         print(
             f"{split}.txt: {count_noun(num_rows, 'line')}"
             if format == "usdm"

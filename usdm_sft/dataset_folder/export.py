@@ -1,38 +1,39 @@
-"""Export a dataset folder to the files that other trainers read."""
+"""Export a dataset folder to the files that other trainers read.
+
+Processes share out ranges of rows. Each range becomes a piece, a file in a hidden folder, which the calling process adds to the
+output in the order of the rows and removes. So the bytes do not depend on the number of processes, and memory not on that of rows.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import IO, Literal
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from usdm_sft.corpus.features import folder_features
 from usdm_sft.dataset_folder.layout import UNFINISHED, data_files, read_counts
-from usdm_sft.dataset_folder.rows import iter_rows
-from usdm_sft.dataset_folder.text_lines import format_line
-from usdm_sft.template.encoder import IGNORE_INDEX
+from usdm_sft.dataset_folder.packs import MASKED, PACK, PackWriter, mask_rows
+from usdm_sft.dataset_folder.ranges import RowRange, count_processes, divide_rows
+from usdm_sft.dataset_folder.text_lines import format_lines
 from usdm_sft.utils.atomic import write_then_replace
+from usdm_sft.utils.processes import ProcessPool, in_order
 from usdm_sft.utils.progress import quiet
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 Format = Literal["usdm", "arrow", "megatron"]
 
 ARROW_COLUMNS = ["input_ids", "labels", "attention_mask"]  # LLaMA-Factory pads every column that it finds
-_ROW_GROUP = 500  # packs; Megatron-Bridge keeps one row group in memory
-_PACK = pa.schema(
-    {"input_ids": pa.list_(pa.int32()), "loss_mask": pa.list_(pa.int8()), "seq_start_id": pa.list_(pa.int32())}
-)
+_ROWS_PER_PROCESS = 100_000  # a process takes a few seconds to start, in which this one exports about as many rows
 
 
-def export(dataset_dir: str | Path, output_dir: str | Path, *, format: Format = "usdm") -> dict[str, int]:
+def export(
+    dataset_dir: str | Path, output_dir: str | Path, *, format: Format = "usdm", num_proc: int | None = None
+) -> dict[str, int]:
     """Write the ids and labels of a dataset folder in the format of another trainer, in the order of the rows.
 
     | format | files | read by |
@@ -45,6 +46,8 @@ def export(dataset_dir: str | Path, output_dir: str | Path, *, format: Format = 
         dataset_dir: A folder that `prepare` made.
         output_dir: The folder for the files. usdm and megatron replace files of the same names; arrow needs an empty folder.
         format: "usdm", "arrow" or "megatron".
+        num_proc: Largest number of processes. By default one per core that this process may use. A small folder needs none. The rows
+            and their order do not depend on it.
 
     Returns:
         The number of rows of each split.
@@ -52,120 +55,160 @@ def export(dataset_dir: str | Path, output_dir: str | Path, *, format: Format = 
     Raises:
         FileNotFoundError: `dataset_dir` is not a finished dataset folder, or one of its files is missing.
         FileExistsError: The format is arrow, and `output_dir` is not empty.
-        ValueError: The format is unknown, or a file is damaged.
+        ValueError: The format is unknown, `num_proc` is not positive, or a file is damaged.
+        RuntimeError: A process died.
     """
     writers = {"usdm": export_text, "arrow": _export_arrow, "megatron": _export_megatron}
     if format not in writers:
         raise ValueError(f"format {format!r} is unknown: choose one of {', '.join(writers)}")
-    return writers[format](Path(dataset_dir), Path(output_dir))
+    return writers[format](Path(dataset_dir), Path(output_dir), num_proc=num_proc)
 
 
-def export_text(dataset_dir: Path, text_dir: Path) -> dict[str, int]:
+def export_text(dataset_dir: Path, text_dir: Path, *, num_proc: int | None = None) -> dict[str, int]:
     """Write `<split>.txt` for each split, as the reference without a newline at the end."""
-    num_lines = {}
-    for split, files in data_files(dataset_dir, read_counts(dataset_dir)).items():
-        num_lines[split] = 0
-        with write_then_replace(text_dir / f"{split}.txt", encoding="ascii", newline="") as text:
-            for path in files:
-                for batch in iter_rows(path, columns=["input_ids", "labels"]):
-                    for row in batch.to_pylist():
-                        line = format_line(row["input_ids"], row["labels"])
-                        text.write("\n" + line if num_lines[split] else line)
-                        num_lines[split] += 1
+    files = data_files(dataset_dir, read_counts(dataset_dir))
+    num_lines = dict.fromkeys(files, 0)
+    folder = text_dir / f"{UNFINISHED}-usdm"
+    with ExitStack() as stack, _make_pieces(files, folder, _write_lines, num_proc) as pieces:
+        texts = {split: stack.enter_context(write_then_replace(text_dir / f"{split}.txt", "wb")) for split in files}
+        for split, path, num_rows in pieces:
+            if num_lines[split] and num_rows:
+                texts[split].write(b"\n")
+            with open(path, "rb") as piece:
+                shutil.copyfileobj(piece, texts[split])
+            num_lines[split] += num_rows
     return num_lines
 
 
-def _export_arrow(dataset_dir: Path, arrow_dir: Path) -> dict[str, int]:
+def _write_lines(rows: RowRange, file: IO[bytes]) -> int:
+    num_rows = 0
+    for batch in rows.read(columns=["input_ids", "labels"]):
+        file.write(b"\n" if num_rows else b"")
+        file.write(b"\n".join(format_lines(batch)))
+        num_rows += len(batch)
+    return num_rows
+
+
+def _export_arrow(dataset_dir: Path, arrow_dir: Path, *, num_proc: int | None) -> dict[str, int]:
     """Save the splits with `DatasetDict.save_to_disk`; a folder with dataset_dict.json is complete."""
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict
 
     files = data_files(dataset_dir, read_counts(dataset_dir))
     if arrow_dir.exists() and {path.name for path in arrow_dir.iterdir()} - {UNFINISHED}:
         raise FileExistsError(f"{arrow_dir} is not empty: name another folder")
     unfinished = arrow_dir / UNFINISHED
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        splits = DatasetDict({split: _copy_rows(paths, unfinished / split) for split, paths in files.items()})
+    with _temporary(unfinished):
+        rows = {split: unfinished / split for split in files}
+        folder = unfinished / "pieces"
+        with ExitStack() as stack, _make_pieces(files, folder, _write_columns, num_proc) as pieces:
+            streams = {split: stack.enter_context(pa.ipc.new_stream(rows[split], _arrow_schema())) for split in files}
+            for split, path, _ in pieces:
+                for batch in _read_batches(path):
+                    streams[split].write_batch(batch)
+        splits = DatasetDict({split: Dataset.from_file(str(path)) for split, path in rows.items()})  # memory-mapped
         with quiet():
             splits.save_to_disk(unfinished / "saved")
         for entry in sorted((unfinished / "saved").iterdir(), key=lambda path: path.is_file()):
             entry.rename(arrow_dir / entry.name)
-    finally:
-        shutil.rmtree(unfinished)
-    return {split: len(rows) for split, rows in splits.items()}
+    return {split: len(saved) for split, saved in splits.items()}
 
 
-def _copy_rows(paths: Sequence[Path], file: Path) -> Dataset:
-    """Copy `ARROW_COLUMNS` of the rows into an Arrow file, which is then memory-mapped."""
-    from datasets import Dataset, Features
+def _arrow_schema() -> pa.Schema:
+    from datasets import Features
 
     features = folder_features(lists=False)
-    schema = Features({name: features[name] for name in ARROW_COLUMNS}).arrow_schema
+    return Features({name: features[name] for name in ARROW_COLUMNS}).arrow_schema
+
+
+def _write_columns(rows: RowRange, file: IO[bytes]) -> int:
+    schema, num_rows = _arrow_schema(), 0
     with pa.ipc.new_stream(file, schema) as stream:
-        for path in paths:
-            for batch in iter_rows(path, columns=ARROW_COLUMNS):
-                stream.write_table(pa.Table.from_batches([batch]).cast(schema))
-    return Dataset.from_file(str(file))
-
-
-def _export_megatron(dataset_dir: Path, parquet_dir: Path) -> dict[str, int]:
-    """Write packs with the columns that Megatron-Bridge's `GPTSFTPackedParquetDataset` requires."""
-    counts = read_counts(dataset_dir)
-    num_rows = {}
-    for split, paths in data_files(dataset_dir, counts).items():
-        num_rows[split] = 0
-        packs: list[dict[str, Any]] = []
-        with (
-            write_then_replace(parquet_dir / f"{split}.idx.parquet", "wb") as file,
-            pq.ParquetWriter(file, _PACK) as writer,
-        ):
-            for pack in _iter_packs(paths, counts["settings"]["max_length"]):
-                num_rows[split] += len(pack["seq_start_id"])
-                packs.append(pack)
-                if len(packs) == _ROW_GROUP:
-                    writer.write_table(pa.Table.from_pylist(packs, schema=_PACK))
-                    packs = []
-            if packs:
-                writer.write_table(pa.Table.from_pylist(packs, schema=_PACK))
+        for batch in rows.read(columns=ARROW_COLUMNS):
+            stream.write_table(pa.Table.from_batches([batch]).cast(schema))
+            num_rows += len(batch)
     return num_rows
 
 
-def _iter_packs(paths: Sequence[Path], max_length: int) -> Iterator[dict[str, npt.NDArray[Any]]]:
-    """Put whole rows one after the other, until the next row would not fit into `max_length` tokens.
+def _export_megatron(dataset_dir: Path, parquet_dir: Path, *, num_proc: int | None) -> dict[str, int]:
+    """Write packs. The processes check and mask the rows; this one packs them and encodes the Parquet files."""
+    counts = read_counts(dataset_dir)
+    files = data_files(dataset_dir, counts)
+    num_rows = dict.fromkeys(files, 0)
+    folder = parquet_dir / f"{UNFINISHED}-megatron"
+    with ExitStack() as stack, _make_pieces(files, folder, _write_masks, num_proc) as pieces:
+        packs = {}
+        for split in files:
+            file = stack.enter_context(write_then_replace(parquet_dir / f"{split}.idx.parquet", "wb"))
+            writer = stack.enter_context(pq.ParquetWriter(file, PACK))
+            packs[split] = PackWriter(writer, counts["settings"]["max_length"])
+        for split, path, number in pieces:
+            for batch in _read_batches(path):
+                packs[split].add(batch)
+            num_rows[split] += number
+        for each in packs.values():
+            each.finish()
+    return num_rows
+
+
+def _write_masks(rows: RowRange, file: IO[bytes]) -> int:
+    num_rows = 0
+    with pa.ipc.new_stream(file, MASKED) as stream:
+        for batch in rows.read(columns=["id", "input_ids", "labels"]):
+            stream.write_batch(mask_rows(batch, rows.path))
+            num_rows += len(batch)
+    return num_rows
+
+
+def _read_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as stream:
+        yield from stream
+
+
+@contextmanager
+def _make_pieces(
+    files: Mapping[str, Sequence[Path]],
+    folder: Path,
+    write: Callable[[RowRange, IO[bytes]], int],
+    num_proc: int | None,
+) -> Iterator[Iterator[tuple[str, Path, int]]]:
+    """Let processes write a piece for each range of rows.
+
+    Args:
+        files: The Parquet files of each split.
+        folder: The hidden folder of the pieces, which is removed at the end.
+        write: Writes the piece of a range to a file and returns its number of rows.
+        num_proc: Largest number of processes.
 
     Yields:
-        `input_ids` and `loss_mask`, (num_tokens,) each, and `seq_start_id`, the (num_rows,) positions of the first tokens.
-        `loss_mask` is shifted: it is 1 where the next token of the same row is labelled. The reader makes the labels from
-        `input_ids`, and leaves out the last token of each row.
+        The split, file and number of rows of each piece in order. A piece is removed when the next one is asked for.
     """
-    rows: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
-    num_tokens = 0
-    for path in paths:
-        for batch in iter_rows(path, columns=["id", "input_ids", "labels"]):
-            for row_id, ids, labels in zip(*(batch[name] for name in batch.schema.names), strict=True):
-                row = ids.values.to_numpy(), labels.values.to_numpy()
-                _check_labels(path, row_id.as_py(), *row)
-                if rows and num_tokens + len(row[0]) > max_length:
-                    yield _join(rows)
-                    rows, num_tokens = [], 0
-                rows.append(row)
-                num_tokens += len(row[0])
-    if rows:
-        yield _join(rows)
+    ranges = [each for split, paths in files.items() for path in paths for each in divide_rows(path, split)]
+    num_proc = count_processes(ranges, num_proc, _ROWS_PER_PROCESS)
+    with _temporary(folder), ProcessPool(num_proc) as pool:
+        yield _iter_pieces(pool, write, [(folder / str(index), each) for index, each in enumerate(ranges)])
 
 
-def _check_labels(path: Path, row_id: str, ids: npt.NDArray[Any], labels: npt.NDArray[Any]) -> None:
-    if len(ids) != len(labels) or ((labels != ids) & (labels != IGNORE_INDEX)).any():
-        raise ValueError(f"{path}: the labels of {row_id} are not its input_ids or -100: run 'dailytalk-usdm verify'")
+def _iter_pieces(
+    pool: ProcessPool, write: Callable[[RowRange, IO[bytes]], int], pieces: Sequence[tuple[Path, RowRange]]
+) -> Iterator[tuple[str, Path, int]]:
+    for index, num_rows in in_order(pool.map(partial(_write_piece, write), pieces, name="rows")):
+        path, rows = pieces[index]
+        yield rows.split, path, num_rows
+        path.unlink()
 
 
-def _join(rows: Sequence[tuple[npt.NDArray[Any], npt.NDArray[Any]]]) -> dict[str, npt.NDArray[Any]]:
-    lengths = [len(ids) for ids, _ in rows]
-    return {
-        "input_ids": np.concatenate([ids for ids, _ in rows]),
-        "loss_mask": np.concatenate([np.append(labels[1:] != IGNORE_INDEX, False) for _, labels in rows]).astype(
-            np.int8
-        ),
-        "seq_start_id": np.cumsum([0, *lengths[:-1]]),
-    }
+def _write_piece(write: Callable[[RowRange, IO[bytes]], int], piece: tuple[Path, RowRange]) -> int:
+    path, rows = piece
+    with open(path, "wb") as file:
+        return write(rows, file)
+
+
+@contextmanager
+def _temporary(folder: Path) -> Iterator[None]:
+    """Make a folder, in place of one that a killed run left, and remove it at the end."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder)

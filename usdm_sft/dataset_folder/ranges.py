@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from usdm_sft.dataset_folder.rows import iter_rows, open_rows
 from usdm_sft.utils.processes import num_cores
@@ -43,28 +44,33 @@ def divide_rows(path: Path, split: str) -> list[RowRange]:
     Raises:
         ValueError: The error of `open_rows`.
     """
-    metadata = open_rows(path).metadata
+    return divide_groups(path, split, open_rows(path).metadata, ROWS_PER_RANGE)
+
+
+def divide_groups(path: Path, split: str, metadata: pq.FileMetaData, rows_per_range: int) -> list[RowRange]:
+    """Divide a Parquet file at its row groups into ranges that have at most so many rows, or are one row group."""
     ranges: list[RowRange] = []
     first = start = num_rows = 0
     for group in range(metadata.num_row_groups):
         size = metadata.row_group(group).num_rows
-        if num_rows and num_rows + size > ROWS_PER_RANGE:
+        if num_rows and num_rows + size > rows_per_range:
             ranges.append(RowRange(split, path, range(first, group), start, num_rows))
             first, start, num_rows = group, start + num_rows, 0
         num_rows += size
     return [*ranges, RowRange(split, path, range(first, metadata.num_row_groups), start, num_rows)]
 
 
-def count_processes(ranges: Sequence[RowRange], num_proc: int | None) -> int:
+def count_processes(ranges: Sequence[RowRange], num_proc: int | None, rows_per_process: int | None = None) -> int:
     """Choose the number of processes for ranges; one for few rows.
 
     Args:
         ranges: All ranges.
         num_proc: Largest number; None means one per core that this process may use.
+        rows_per_process: Rows for which a process is worth its start; by default `ROWS_PER_PROCESS`.
 
     Raises:
         ValueError: `num_proc` is not positive.
     """
     if num_proc is not None and num_proc < 1:
         raise ValueError(f"num_proc is {num_proc}: give a positive number")
-    return min(num_proc or num_cores(), sum(each.num_rows for each in ranges) // ROWS_PER_PROCESS)
+    return min(num_proc or num_cores(), sum(each.num_rows for each in ranges) // (rows_per_process or ROWS_PER_PROCESS))

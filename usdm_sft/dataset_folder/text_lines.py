@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 
-def format_line(input_ids: Iterable[int], labels: Iterable[int]) -> str:
-    """The line of a row, without a newline."""
-    return f"{' '.join(map(str, input_ids))}|{' '.join(map(str, labels))}"
+def format_lines(rows: pa.RecordBatch) -> list[bytes]:
+    """Return the line of each row of a batch with `input_ids` and `labels`, without a newline."""
+    ids, labels = (
+        pc.binary_join(rows[name].cast(pa.list_(pa.string())), " ").cast(pa.binary())
+        for name in ("input_ids", "labels")
+    )
+    lines: list[bytes] = pc.binary_join_element_wise(ids, labels, b"|").to_pylist()
+    return lines
 
 
 def parse_line(line: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

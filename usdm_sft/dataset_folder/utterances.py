@@ -5,32 +5,25 @@ Its columns are those of a manifest, so that a pushed folder is a corpus: `prepa
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from usdm_sft.audio.frames import SAMPLE_RATE, num_frames
-from usdm_sft.audio.playable import count_samples
-from usdm_sft.corpus.features import ROLES, are_collapsed, utterance_features
+from usdm_sft.corpus.features import utterance_features
 from usdm_sft.corpus.manifest import UTTERANCES
-from usdm_sft.dataset_folder.durations import expand_rows
-from usdm_sft.dataset_folder.layout import COUNTS, PREPARE_AGAIN, data_files
-from usdm_sft.dataset_folder.rows import iter_rows, open_rows
+from usdm_sft.dataset_folder.layout import PREPARE_AGAIN
 from usdm_sft.utils.texts import first_line
 
 # Of recordings in a Parquet file, as `push_to_hub` of datasets; a larger recording is alone.
 MAX_FILE_BYTES = 500_000_000
 _GROUP_BYTES = 50_000_000  # of recordings in a row group, which the viewer of the Hub reads whole
 _GROUP_ROWS = 100
-_TEXTS = ("speaker", "text", "emotion")
-_ALWAYS = ("dialog", "turn", *_TEXTS)
+TEXTS = ("speaker", "text", "emotion")
+_ALWAYS = ("dialog", "turn", *TEXTS)
 _SPOKEN = ("audio", "units", "seconds")  # all three are null where bad audio was left out
 # Statistics of the bytes of audio would be of no use.
 _WITH_STATISTICS = [*_ALWAYS, "audio.path", "units.list.element", "seconds"]
@@ -38,27 +31,34 @@ _WITH_STATISTICS = [*_ALWAYS, "audio.path", "units.list.element", "seconds"]
 Row = Mapping[str, Any]
 
 
-class _Counts:
+class UtteranceCounts:
     """The counts of a split, added up row by row."""
 
     def __init__(self) -> None:
         self.utterances = self.recordings = self.audio_bytes = 0
         self.seconds = 0.0
 
-    def add(self, row: Row) -> None:
+    def add(self, size: int | None, seconds: float | None) -> None:
+        """Count an utterance: the size of its recording in bytes and its length, or None without a recording."""
         self.utterances += 1
-        self.recordings += row["audio"] is not None
-        self.audio_bytes += audio_bytes(row)
-        self.seconds += row["seconds"] or 0.0
+        self.recordings += size is not None
+        self.audio_bytes += size or 0
+        self.seconds += seconds or 0.0
 
     def summary(self) -> dict[str, Any]:
+        """Return the counts as counts.json has them."""
         numbers = {name: getattr(self, name) for name in ("utterances", "recordings", "audio_bytes")}
         return numbers | {"hours": round(self.seconds / 3600, 6)}
 
 
 def audio_bytes(row: Row) -> int:
     """Return the size of the recording in a row, 0 without one."""
-    return 0 if row["audio"] is None else len(row["audio"]["bytes"])
+    return recording_size(row) or 0
+
+
+def recording_size(row: Row) -> int | None:
+    """Return the size of the recording in a row, or None without one."""
+    return None if row["audio"] is None else len(row["audio"]["bytes"])
 
 
 def write_utterances(folder: Path, splits: Mapping[str, Iterable[Row]]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -89,7 +89,7 @@ def write_utterances(folder: Path, splits: Mapping[str, Iterable[Row]]) -> tuple
 def _write_split(folder: Path, split: str, rows: Iterable[Row]) -> tuple[dict[str, Any], int]:
     """Write the files of a split; returns its counts and its size in memory."""
     schema = utterance_features().arrow_schema
-    counts, num_bytes, size = _Counts(), 0, 0
+    counts, num_bytes, size = UtteranceCounts(), 0, 0
     files: list[Path] = []
     writer = None
     try:
@@ -106,7 +106,7 @@ def _write_split(folder: Path, split: str, rows: Iterable[Row]) -> tuple[dict[st
             size += group_bytes
             num_bytes += table.nbytes
             for row in group:
-                counts.add(row)
+                counts.add(recording_size(row), row["seconds"])
     finally:
         if writer is not None:
             writer.close()
@@ -129,18 +129,31 @@ def _group(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield group
 
 
-def iter_utterances(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a Parquet file of the config.
+def open_utterances(path: Path) -> pq.ParquetFile:
+    """Open a Parquet file of the config.
 
     Raises:
-        ValueError: The file cannot be read, has other columns, or a value is missing.
+        ValueError: The file is not a Parquet file, or has other columns.
     """
     try:
         file = pq.ParquetFile(path)
-        found, expected = file.schema_arrow.remove_metadata(), utterance_features().arrow_schema.remove_metadata()
-        if not found.equals(expected):
-            raise ValueError(f"{path} does not have the columns of the config {UTTERANCES}: {PREPARE_AGAIN}")
-        for batch in file.iter_batches(batch_size=_GROUP_ROWS):
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, error) from error
+    found, expected = file.schema_arrow.remove_metadata(), utterance_features().arrow_schema.remove_metadata()
+    if not found.equals(expected):
+        raise ValueError(f"{path} does not have the columns of the config {UTTERANCES}: {PREPARE_AGAIN}")
+    return file
+
+
+def iter_utterances(path: Path, row_groups: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of row groups of a Parquet file of the config.
+
+    Raises:
+        ValueError: The error of `open_utterances`, or the file is damaged, or a value is missing.
+    """
+    file = open_utterances(path)
+    try:
+        for batch in file.iter_batches(batch_size=_GROUP_ROWS, row_groups=list(row_groups)):
             for row in batch.to_pylist():
                 missing = [name for name in _SPOKEN if row[name] is None]
                 if any(row[name] is None for name in _ALWAYS) or len(missing) not in (0, len(_SPOKEN)):
@@ -149,72 +162,8 @@ def iter_utterances(path: Path) -> Iterator[dict[str, Any]]:
                     raise ValueError(f"{path}: {row['dialog']}_{row['turn']} has no recording: {PREPARE_AGAIN}")
                 yield row
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is damaged ({first_line(error)}): {PREPARE_AGAIN}") from error
+        raise _damaged(path, error) from error
 
 
-def check_utterances(folder: Path, counts: Mapping[str, Any]) -> Iterator[str]:
-    """Check the recordings against their units, the rows of the folder against the utterances, and the counts.
-
-    Yields:
-        Each problem with its place.
-    """
-    files = data_files(folder, counts, UTTERANCES)
-    info = datasets.load_dataset_builder(str(folder), UTTERANCES).info
-    for split, row_files in data_files(folder, counts).items():
-        numbers, known = _Counts(), {}
-        for path in files[split]:
-            for row in iter_utterances(path):
-                place, key = f"{path}: {row['dialog']}_{row['turn']}", (row["dialog"], row["turn"])
-                if key in known:
-                    yield f"{place} is there twice"
-                if row["audio"] is not None and (problem := _recording_problem(row)):
-                    yield f"{place}: {problem}"
-                known[key] = _digest(*(row[name] for name in (*_TEXTS, "units", "seconds")))
-                numbers.add(row)
-        yield from _check_rows(row_files, known, counts["settings"]["history"])
-        if counts[UTTERANCES][split] != numbers.summary():
-            yield f"{folder / COUNTS}: {UTTERANCES} of {split} are {numbers.summary()}, not {counts[UTTERANCES][split]}"
-        if not info.splits or split not in info.splits or info.splits[split].num_examples != numbers.utterances:
-            yield f"{folder / 'README.md'}: its YAML does not say that {split} has {numbers.utterances} {UTTERANCES}"
-
-
-def _recording_problem(row: Row) -> str | None:
-    """Return what is wrong with the recording of a row, or None."""
-    try:
-        samples = count_samples(row["audio"]["bytes"])
-    except ValueError as error:
-        return str(error)
-    if num_frames(samples) != len(row["units"]):
-        return f"the recording makes {num_frames(samples)} units, not {len(row['units'])}"
-    if np.float32(samples) / np.float32(SAMPLE_RATE) != np.float32(row["seconds"]):
-        return f"the recording has {samples / SAMPLE_RATE} seconds, not {row['seconds']}"
-    return None
-
-
-def _check_rows(files: Iterable[Path], known: Mapping[tuple[str, int], bytes], history: int) -> Iterator[str]:
-    """Compare each turn of the rows of a split with its utterance."""
-    fields = (*_TEXTS, "units", "seconds")
-    for path in files:
-        collapsed = are_collapsed(open_rows(path).schema_arrow.names)
-        names = (*fields, "durations") if collapsed else fields
-        columns = ["id", "dialog_id", "turn", *(f"{role}_{name}" for role in ROLES for name in names)]
-        for row in (row for batch in iter_rows(path, columns=columns) for row in batch.to_pylist()):
-            row = expand_rows(row) if collapsed else row
-            sides = [[row[f"{role}_{name}"] for name in fields] for role in ROLES]
-            if not isinstance(row["user_text"], list):
-                sides = [[[value] for value in side] for side in sides]
-            exchanges = len(sides[0][0])
-            # A row with history is named after its last pair, every other row after its first.
-            first = row["turn"] - 2 * (exchanges - 1) if history else row["turn"]
-            for offset in range(2 * exchanges):
-                key = (row["dialog_id"], first + offset)
-                values = [column[offset // 2] for column in sides[offset % 2]]
-                if key not in known:
-                    yield f"{path}: turn {key[1]} of row {row['id']} is not among the {UTTERANCES}"
-                elif known[key] != _digest(*values):
-                    yield f"{path}: turn {key[1]} of row {row['id']} differs from the utterance {key[0]}_{key[1]}"
-
-
-def _digest(*values: Any) -> bytes:
-    """Return a digest that needs little memory."""
-    return hashlib.sha256(json.dumps(values).encode()).digest()[:16]
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} is damaged ({first_line(error)}): {PREPARE_AGAIN}")

@@ -19,8 +19,8 @@ from usdm_sft.dataset_folder.card import data_configs
 from usdm_sft.dataset_folder.compare import compare_with_text
 from usdm_sft.dataset_folder.layout import COUNTS, PICTURES, PREPARE_AGAIN, data_files, read_counts, read_template
 from usdm_sft.dataset_folder.statistics import SplitStatistics
-from usdm_sft.dataset_folder.utterances import check_utterances
 from usdm_sft.dataset_folder.verify_rows import check_rows
+from usdm_sft.dataset_folder.verify_utterances import check_utterances
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import load_tokenizer
 from usdm_sft.utils.hashes import sha256_file
@@ -48,7 +48,7 @@ def verify(
     Args:
         dataset_dir: A folder that `prepare` made, or a copy of it.
         against: A folder with the reference's train.txt and test.txt; their lines must equal the rows, in any order.
-        num_proc: Largest number of processes that check rows. By default one per core that this process may use. A small folder needs
+        num_proc: Largest number of processes. By default one per core that this process may use. A small folder needs
             none. What is found does not depend on it.
 
     Returns:
@@ -66,9 +66,10 @@ def verify(
     _raise_any(_check_rows(folder, counts, statistics, num_proc))
     _raise_any(_check_counts(folder, counts, statistics))
     if UTTERANCES in counts:
-        _raise_any(check_utterances(folder, counts))
+        _raise_any(check_utterances(folder, counts, num_proc=num_proc))
     if against is not None:
-        _raise_any(compare_with_text(data_files(folder, counts), Path(against), folder / "tokenizer"))
+        files = data_files(folder, counts)
+        _raise_any(compare_with_text(files, Path(against), folder / "tokenizer", num_proc=num_proc))
     return {split: values.summary()["rows"] for split, values in statistics.items()}
 
 

@@ -18,9 +18,10 @@ from usdm_sft.corpus.problems import MAX_PROBLEMS_SHOWN
 from usdm_sft.dataset_folder.compare import describe_difference, first_difference
 from usdm_sft.dataset_folder.durations import describe_missing, duration_problems
 from usdm_sft.dataset_folder.ranges import RowRange, count_processes, divide_rows
-from usdm_sft.dataset_folder.repeated_ids import Place, digest_ids, find_repeated, write_digests
+from usdm_sft.dataset_folder.repeated_ids import Place, find_repeated
 from usdm_sft.dataset_folder.row_check import find_doubtful_rows, render, stand_for
 from usdm_sft.dataset_folder.rows import open_rows
+from usdm_sft.dataset_folder.sorted_digests import digest_texts, write_digests
 from usdm_sft.dataset_folder.statistics import SplitStatistics
 from usdm_sft.template.encoder import IGNORE_INDEX, TemplateEncoder
 from usdm_sft.utils.processes import ProcessPool, in_order
@@ -136,7 +137,7 @@ def _check_range(
     try:
         for batch in rows.read(batch_size=_BATCH):
             ids = batch["id"].to_pylist()
-            digests.append(digest_ids(ids))
+            digests.append(digest_texts(row_id.encode() for row_id in ids))
             for position in sorted(find_doubtful_rows(batch, encoder, settings["max_length"])):
                 [row] = batch.slice(position, 1).to_pylist()
                 place = _place(rows, number + position, ids[position])
