@@ -24,7 +24,7 @@ from usdm_sft.dataset_folder.layout import check_output, clear_unfinished, is_up
 from usdm_sft.dataset_folder.writer import write_folder
 from usdm_sft.shards.rows import load_rows
 from usdm_sft.shards.units import make_units
-from usdm_sft.shards.utterances import iter_utterances
+from usdm_sft.shards.utterances import UtteranceFiles
 from usdm_sft.stages.fit import fit_splits
 from usdm_sft.stages.record import mark_in_use
 from usdm_sft.stages.run import Run, describe_run, open_run
@@ -136,7 +136,7 @@ def _make(config: PrepareConfig, stages: Stages, held: ExitStack) -> tuple[dict[
     }
     if (finished := _find_finished(run, counts["key"])) is not None:  # another run was faster
         return finished, False
-    utterances = {split: iter_utterances(run.builder, split, run.plan, units) for split in splits}
+    utterances = {split: UtteranceFiles(run.builder, split, run.plan, units) for split in splits}
     with path_lock(run.output, run.cache), quiet():
         counts = write_folder(
             run.output,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -171,21 +171,23 @@ def is_up_to_date(folder: Path, key: str) -> bool:
     )
 
 
-def clear_unfinished(folder: Path, *, keep: str | None = None) -> None:
+def clear_unfinished(folder: Path, *, keep: Collection[str] = ()) -> None:
     """Remove the unfinished files of a killed run.
 
     Args:
         folder: The output folder.
-        keep: Name of a folder among them that stays.
+        keep: Names of folders among them that stay.
     """
     unfinished = folder / UNFINISHED
-    if keep is None or not (unfinished / keep).is_dir():
+    if not any((unfinished / name).is_dir() for name in keep):
         shutil.rmtree(unfinished, ignore_errors=True)
         return
     for entry in unfinished.iterdir():
-        if entry.is_dir() and entry.name != keep:
+        if entry.name in keep and entry.is_dir():
+            continue
+        if entry.is_dir():
             shutil.rmtree(entry)
-        elif entry.name != keep:
+        else:
             entry.unlink()
 
 

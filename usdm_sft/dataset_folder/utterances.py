@@ -5,21 +5,28 @@ Its columns are those of a manifest, so that a pushed folder is a corpus: `prepa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from usdm_sft.cache.keys import cache_key
 from usdm_sft.corpus.features import utterance_features
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.dataset_folder.layout import PREPARE_AGAIN
+from usdm_sft.utils.atomic import SUFFIX
+from usdm_sft.utils.hashes import sha256_file
+from usdm_sft.utils.lazily import Lazily
 from usdm_sft.utils.texts import first_line
 
-# Of recordings in a Parquet file, as `push_to_hub` of datasets; a larger recording is alone.
-MAX_FILE_BYTES = 500_000_000
+if TYPE_CHECKING:
+    from usdm_sft.utils.pool import Pool
+
 _GROUP_BYTES = 50_000_000  # of recordings in a row group, which the viewer of the Hub reads whole
 _GROUP_ROWS = 100
 TEXTS = ("speaker", "text", "emotion")
@@ -31,12 +38,26 @@ _WITH_STATISTICS = [*_ALWAYS, "audio.path", "units.list.element", "seconds"]
 Row = Mapping[str, Any]
 
 
+class SplitUtterances(Protocol):
+    """The utterances of a split, divided into output files."""
+
+    def __len__(self) -> int:
+        """Return the number of files."""
+
+    @property
+    def loader(self) -> Callable[[Any], Iterable[Row]]:
+        """Yields the rows of a file, with the columns of `utterance_features`. It is pickled once for all files."""
+
+    def part(self, index: int) -> Any:
+        """Describe a file, for `loader`. It is pickled."""
+
+
 class UtteranceCounts:
-    """The counts of a split, added up row by row."""
+    """The counts of a split, added up row by row and file by file."""
 
     def __init__(self) -> None:
         self.utterances = self.recordings = self.audio_bytes = 0
-        self.seconds = 0.0
+        self.seconds = 0.0  # exact for 10,000 hours: the lengths are float32
 
     def add(self, size: int | None, seconds: float | None) -> None:
         """Count an utterance: the size of its recording in bytes and its length, or None without a recording."""
@@ -45,10 +66,24 @@ class UtteranceCounts:
         self.audio_bytes += size or 0
         self.seconds += seconds or 0.0
 
+    def merge(self, other: UtteranceCounts) -> None:
+        """Add the counts of other rows."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
     def summary(self) -> dict[str, Any]:
         """Return the counts as counts.json has them."""
         numbers = {name: getattr(self, name) for name in ("utterances", "recordings", "audio_bytes")}
         return numbers | {"hours": round(self.seconds / 3600, 6)}
+
+
+class UtteranceFile(NamedTuple):
+    """An output file, and what it adds to the folder."""
+
+    path: Path
+    num_bytes: int  # in memory
+    counts: UtteranceCounts
+    sha256: str
 
 
 def audio_bytes(row: Row) -> int:
@@ -61,58 +96,82 @@ def recording_size(row: Row) -> int | None:
     return None if row["audio"] is None else len(row["audio"]["bytes"])
 
 
-def write_utterances(folder: Path, splits: Mapping[str, Iterable[Row]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write the Parquet files of each split, with one row group in memory at a time.
+def write_utterances(
+    folder: Path, splits: Mapping[str, SplitUtterances], pool: Pool, *, key: str
+) -> tuple[dict[str, Any], dict[str, Any], dict[Path, str]]:
+    """Write the Parquet files of each split.
 
     Args:
-        folder: Where the files go; it must not exist.
-        splits: Rows with the columns of `utterance_features`.
+        folder: Where the files go. It may hold files of an interrupted run; those that have another name are removed.
+        splits: The utterances.
+        pool: Shares out the files, whose bytes do not depend on it.
+        key: Key of the rows of the folder.
 
     Returns:
-        For each split the number of `utterances` and `recordings`, `audio_bytes` and `hours`, as in counts.json; and the entry of
-        the config in `dataset_info` of the card's YAML.
+        For each split the number of `utterances` and `recordings`, `audio_bytes` and `hours`, as in counts.json; the entry of the
+        config in `dataset_info` of the card's YAML; and the sha256 of each file.
     """
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
+    files = [
+        (split, folder / f"{split}-{index:05d}-of-{len(utterances):05d}.parquet", index)
+        for split, utterances in splits.items()
+        for index in range(len(utterances))
+    ]
+
+    def describe(number: int) -> tuple[str, Path, Any]:
+        split, path, index = files[number]
+        return split, path, splits[split].part(index)
+
+    write = partial(_write_file, {split: utterances.loader for split, utterances in splits.items()}, key)
+    keys = [cache_key(key, str(path)) for _, path, _ in files]
+    made = dict(
+        pool.map(write, Lazily(describe, len(files)), name="recordings of the folder", keys=keys, holds=_is_whole)
+    )
+    for path in folder.iterdir():
+        if path not in {path for _, path, _ in files}:
+            path.unlink()
     counts, infos = {}, datasets.SplitDict()
-    for split, rows in splits.items():
-        counts[split], num_bytes = _write_split(folder, split, rows)
-        infos.add(datasets.SplitInfo(split, num_bytes, counts[split]["utterances"]))
+    for split in splits:
+        found = [made[number] for number in range(len(files)) if files[number][0] == split]
+        total = UtteranceCounts()
+        for file in found:
+            total.merge(file.counts)
+        counts[split] = total.summary()
+        infos.add(datasets.SplitInfo(split, sum(file.num_bytes for file in found), total.utterances))
     info = datasets.DatasetInfo(
         features=utterance_features(),
         splits=infos,
         download_size=sum(path.stat().st_size for path in folder.iterdir()),
         dataset_size=sum(each.num_bytes for each in infos.values()),
     )
-    return counts, {"config_name": UTTERANCES, **info._to_yaml_dict()}
+    digests = {file.path: file.sha256 for file in made.values()}
+    return counts, {"config_name": UTTERANCES, **info._to_yaml_dict()}, digests
 
 
-def _write_split(folder: Path, split: str, rows: Iterable[Row]) -> tuple[dict[str, Any], int]:
-    """Write the files of a split; returns its counts and its size in memory."""
+def _write_file(
+    loaders: Mapping[str, Callable[[Any], Iterable[Row]]], key: str, file: tuple[str, Path, Any]
+) -> UtteranceFile:
+    """Write one file, with one row group in memory at a time."""
+    split, path, part = file
+    counts, num_bytes = UtteranceCounts(), 0
+    # A task of a run with other options may write a file of this name at the same time. Each is complete when it gets the name.
+    unfinished = path.with_name(f"{path.name}.{key[:16]}{SUFFIX}")
     schema = utterance_features().arrow_schema
-    counts, num_bytes, size = UtteranceCounts(), 0, 0
-    files: list[Path] = []
-    writer = None
-    try:
-        for group in _group(rows):
-            group_bytes = sum(map(audio_bytes, group))
-            if writer is None or size + group_bytes > MAX_FILE_BYTES:
-                if writer is not None:
-                    writer.close()
-                files.append(folder / f"{split}-{len(files):05d}.parquet")
-                writer = pq.ParquetWriter(files[-1], schema, use_dictionary=False, write_statistics=_WITH_STATISTICS)
-                size = 0
+    with pq.ParquetWriter(unfinished, schema, use_dictionary=False, write_statistics=_WITH_STATISTICS) as writer:
+        for group in _group(loaders[split](part)):
             table = pa.Table.from_pylist(group, schema)
             writer.write_table(table)
-            size += group_bytes
             num_bytes += table.nbytes
             for row in group:
                 counts.add(recording_size(row), row["seconds"])
-    finally:
-        if writer is not None:
-            writer.close()
-    for path in files:
-        path.rename(path.with_stem(f"{path.stem}-of-{len(files):05d}"))
-    return counts.summary(), num_bytes
+    written = UtteranceFile(path, num_bytes, counts, sha256_file(unfinished))
+    os.replace(unfinished, path)
+    return written
+
+
+def _is_whole(file: UtteranceFile) -> bool:
+    """Return True if the file that an earlier run wrote is still there, unchanged."""
+    return file.path.is_file() and sha256_file(file.path) == file.sha256
 
 
 def _group(rows: Iterable[Row]) -> Iterator[list[Row]]:

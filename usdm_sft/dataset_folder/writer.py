@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from usdm_sft.dataset_folder.parquet import SplitRows
+    from usdm_sft.dataset_folder.utterances import SplitUtterances
     from usdm_sft.utils.pool import Pool
 
 
@@ -47,7 +48,7 @@ def write_folder(
     *,
     key: str,
     num_output_shards: int | None = None,
-    utterances: Mapping[str, Iterable[Mapping[str, Any]]] | None = None,
+    utterances: Mapping[str, SplitUtterances] | None = None,
 ) -> dict[str, Any]:
     """Write all files into a hidden folder inside the output folder, then move them into place, counts.json last.
 
@@ -58,14 +59,14 @@ def write_folder(
         tokenizer: The tokenizer to save in `tokenizer/`.
         counts: The counts so far; statistics and digests of the files are added.
         pool: Shares out the Parquet files.
-        key: Key of the rows. Parquet files of an interrupted run that had the same key are kept, if the pool finds them.
+        key: Key of all rows. Parquet files of an interrupted run that had the same key are kept, if the pool finds them.
         num_output_shards: As in `write_parquet`.
-        utterances: The rows of the config `utterances` by split, if the folder keeps the audio.
+        utterances: The config `utterances` by split, if the folder keeps the audio.
 
     Returns:
         The counts as written.
     """
-    clear_unfinished(folder, keep=config_name)
+    clear_unfinished(folder, keep=(config_name, UTTERANCES) if utterances else (config_name,))
     unfinished = (folder / UNFINISHED).absolute()  # tasks run in other working directories
     unfinished.mkdir(parents=True, exist_ok=True)
     parts = write_parquet(
@@ -83,8 +84,8 @@ def write_folder(
     draw_example(files, tokenizer.backend_tokenizer, unfinished / PICTURES, read_layout(folder / COUNTS, counts))
     other_info = []
     if utterances is not None:
-        counts[UTTERANCES], info = write_utterances(unfinished / UTTERANCES, utterances)
-        other_info = [info]
+        counts[UTTERANCES], info, found = write_utterances(unfinished / UTTERANCES, utterances, pool, key=key)
+        other_info, digests = [info], digests | found
     card = make_card(config_name, num_bytes, counts, files, tokenizer.backend_tokenizer, other_info)
     (unfinished / "README.md").write_text(card, encoding="utf-8")
     names = sorted(path.relative_to(unfinished).as_posix() for path in unfinished.rglob("*") if path.is_file())

@@ -23,6 +23,7 @@ class Shard(NamedTuple):
 
     number: int  # in the plan, from 0
     split: str
+    dialogs: tuple[int, int]  # the range that it covers of the dialogs of the split before bad audio was left out
     start: int
     stop: int
     num_samples: int  # at 16 kHz, of all its utterances
@@ -83,20 +84,33 @@ def plan_shards(
     plan = Plan()
     for split in builder.corpus.values():
         start = 0
-        for dialogs in _group_dialogs(split, shard_dialogs):
+        for first, dialogs in _group_dialogs(split, shard_dialogs):
             content = _describe_dialogs(dialogs, builder)
             units_key = cache_key("utterances", *unit_tokenizer.key, content.ids, content.digests)
             texts = [utterance.text for dialog in dialogs for utterance in dialog.utterances]
             tokens_key = cache_key("rows", *encoder.key, units_key, texts, content.rows, content.lists)
             stop = start + len(content.rows)
-            num_samples, longest = sum(content.lengths), max(content.lengths)
-            plan.append(Shard(len(plan), split.name, start, stop, num_samples, longest, units_key, tokens_key), content)
+            shard = Shard(
+                number=len(plan),
+                split=split.name,
+                dialogs=(first, first + shard_dialogs),
+                start=start,
+                stop=stop,
+                num_samples=sum(content.lengths),
+                longest=max(content.lengths),
+                units_key=units_key,
+                tokens_key=tokens_key,
+            )
+            plan.append(shard, content)
             start = stop
     return plan
 
 
-def _group_dialogs(split: Split, shard_dialogs: int) -> Iterator[list[Dialog]]:
-    """Group the dialogs of a split. Dialogs left out for bad audio are counted, so that later shards keep their keys."""
+def _group_dialogs(split: Split, shard_dialogs: int) -> Iterator[tuple[int, list[Dialog]]]:
+    """Group the dialogs of a split, each group with its first position in `dialog_ids`.
+
+    Dialogs left out for bad audio are counted, so that later shards keep their keys.
+    """
     ids = enumerate(split.dialog_ids)
     position, dialog_id = -1, None
 
@@ -106,8 +120,8 @@ def _group_dialogs(split: Split, shard_dialogs: int) -> Iterator[list[Dialog]]:
             position, dialog_id = next(ids)
         return position // shard_dialogs
 
-    for _, group in groupby(split.dialogs, key=number):
-        yield list(group)
+    for group_number, group in groupby(split.dialogs, key=number):
+        yield group_number * shard_dialogs, list(group)
 
 
 def _describe_dialogs(dialogs: Sequence[Dialog], builder: DailyTalkUSDM) -> Content:
