@@ -11,7 +11,7 @@ import pytest
 from usdm_sft.dataset_folder import tally
 from usdm_sft.dataset_folder.layout import data_files, read_counts
 from usdm_sft.dataset_folder.rows import iter_rows
-from usdm_sft.dataset_folder.statistics import SplitStatistics
+from usdm_sft.dataset_folder.statistics import SplitStatistics, _digest_ids
 from usdm_sft.dataset_folder.tally import Tally
 
 
@@ -91,3 +91,7 @@ def test_statistics_of_shuffled_rows_in_several_files(dataset_folder):
     found = merged.distributions()["pairs per dialog"]
     assert dict(zip(found.values.tolist(), found.counts.tolist(), strict=True)) == expected
     assert json.loads(json.dumps(merged.summary())) == counts["statistics"]["train"]
+
+
+def test_similar_ids_are_different_dialogs():
+    assert len({*_digest_ids(f"session{number:06d}" for number in range(10_000)).tolist()}) == 10_000
