@@ -7,10 +7,13 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from filelock import Timeout
 
-from usdm_sft.executors import calls, engine, launchers
+from usdm_sft.cache.locks import file_lock
+from usdm_sft.executors import calls, engine, launchers, run
 from usdm_sft.executors.engine import Engine
 from usdm_sft.executors.pool import TaskPool
 
@@ -139,6 +142,21 @@ def test_finished_task_whose_mark_another_run_removes_has_not_failed(tmp_path, m
 
     monkeypatch.setattr(engine, "run_here", run_here)
     assert call(tmp_path, [1, 2]) == [(0, 2), (1, 4)]
+
+
+def test_only_one_run_at_a_time_plans_the_units(tmp_path, monkeypatch):
+    stage = Engine("local", 1, tmp_path).open_stage(1, "units", "key")
+    excluded = []
+
+    def write_task(folder, rank, *rest):
+        with pytest.raises(Timeout):
+            file_lock(folder / "locks" / "plan").acquire(timeout=0)
+        excluded.append(rank)
+
+    monkeypatch.setattr(run, "write_task", write_task)
+    monkeypatch.setattr(run, "agreement_file", lambda *args: None)
+    run._plan_tasks(stage, [SimpleNamespace(units_key="key")], None, tmp_path, {})
+    assert excluded == [0]
 
 
 def test_relative_paths_start_where_the_caller_is(tmp_path, monkeypatch):
