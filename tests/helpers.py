@@ -80,20 +80,20 @@ def make_in_two_runs_at_once(mini, unit_model, folder, monkeypatch, *, other=Non
     given = {**changes, "output_path": folder / "other", **(other or {})}
     arguments = command(mini, unit_model, folder, *(f"--{name}={value}" for name, value in given.items()))
     run = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    wait_for(lambda: list(folder.glob("cache/runs/*.lock")), run)
-    at_once = []
+    met = []
 
     @contextlib.contextmanager
-    def count_runs(opened):
-        with mark_in_use(opened):
-            at_once.append(len(list(folder.glob("cache/runs/*.lock"))))  # those of ended runs were removed
+    def meet(opened):
+        with mark_in_use(opened):  # this process, which need not import anything, is the first to get here
+            wait_for(lambda: len(list(folder.glob("cache/runs/*.lock"))) == 2, run)
+            met.append(opened)
             yield
 
-    monkeypatch.setattr("usdm_sft.prepare.mark_in_use", count_runs)
+    monkeypatch.setattr("usdm_sft.prepare.mark_in_use", meet)
     prepare(**options(mini, unit_model, folder, **changes))
     _, error = run.communicate(timeout=300)
     assert run.returncode == 0, error.decode()[-2000:]
-    assert at_once == [2]
+    assert len(met) == 1
     for level in ("units", "tokens"):  # every finished shard was added to a list, once
         lists = folder.glob(f"cache/{level}/locks/*.finished")
         written = [name for names in lists for name in names.read_text().split()]

@@ -116,7 +116,6 @@ def check_killed_tasks_and_vanished_files(mini, unit_model, folder, armed, undis
     kept |= inodes(folder, "cache/*/*.arrow")
     parts = {part.path.name: part.path.stat().st_ino for part in calls.read_results(stage, whole)}
     (stage / "results" / f"{without_results:05d}.pickle").unlink()
-    (log,) = stage.glob(f"logs/task_{whole:05d}.log")
     logs = times(folder, "cache/executor/*/logs/*")
     prepare(**arguments)
     assert content(folder / "out") == undisturbed
@@ -124,8 +123,8 @@ def check_killed_tasks_and_vanished_files(mini, unit_model, folder, armed, undis
     assert len(inodes(folder, "cache/*/*.arrow")) == 12
     assert {name: (folder / "out" / "single_turn" / name).stat().st_ino for name in parts} == parts
     after = times(folder, "cache/executor/*/logs/*")
-    changed = {path for path in after if after[path] != logs.get(path)}
-    assert changed == {path for path in logs if path.parent == log.parent and path != log}
+    changed = {path.relative_to(folder / "cache" / "executor") for path in after if after[path] != logs.get(path)}
+    assert changed == {Path(stage.name, "logs", f"task_{rank:05d}.log") for rank in range(4) if rank != whole}
     assert not [path for path in folder.rglob("*.unfinished") if "executor" not in path.parts]
 
 
