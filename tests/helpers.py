@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -69,6 +70,36 @@ def command(mini, unit_model, folder, *more):
     pairs = options(mini, unit_model, folder).items()
     arguments = [part for name, value in pairs for part in (f"--{name}", str(value))]
     return [sys.executable, "-m", "usdm_sft.cli", "prepare", *arguments, *more]
+
+
+def make_in_two_runs_at_once(mini, unit_model, folder, monkeypatch, *, other=None, **changes):
+    """Run twice over one cache: in this process into `out`, and in another one into `other`, with the options `other`."""
+    from usdm_sft.prepare import prepare
+    from usdm_sft.stages.record import mark_in_use
+
+    given = {**changes, "output_path": folder / "other", **(other or {})}
+    arguments = command(mini, unit_model, folder, *(f"--{name}={value}" for name, value in given.items()))
+    run = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    met = []
+
+    @contextlib.contextmanager
+    def meet(opened):
+        with mark_in_use(opened):  # this process, which need not import anything, is the first to get here
+            wait_for(lambda: len(list(folder.glob("cache/runs/*.lock"))) == 2, run)
+            met.append(opened)
+            yield
+
+    monkeypatch.setattr("usdm_sft.prepare.mark_in_use", meet)
+    prepare(**options(mini, unit_model, folder, **changes))
+    _, error = run.communicate(timeout=300)
+    assert run.returncode == 0, error.decode()[-2000:]
+    assert len(met) == 1
+    for level in ("units", "tokens"):  # every finished shard was added to a list, once
+        lists = folder.glob(f"cache/{level}/locks/*.finished")
+        written = [name for names in lists for name in names.read_text().split()]
+        assert sorted(written) == sorted(path.name for path in folder.glob(f"cache/{level}/*.arrow"))
+        assert len({name.partition(".")[0] for name in written}) == 6
+    assert not [*folder.rglob("*.unfinished"), *folder.rglob(".unfinished"), *folder.glob("cache/runs/*.lock")]
 
 
 def loss_by_hand(model, rows):

@@ -58,7 +58,7 @@ def test_run_killed_at_random_points_is_resumed(mini, unit_model, tmp_path, undi
         assert run.returncode == (130 if signal_number == signal.SIGINT else -signal_number), error.decode()[-2000:]
         assert b"Traceback" not in error or signal_number != signal.SIGINT
         assert not (root / "out" / "counts.json").exists()
-    subprocess.run(command(mini, unit_model, root), check=True, capture_output=True)
+    prepare(**options(mini, unit_model, root))
     assert content(root / "out") == undisturbed
     assert not list(root.rglob("*.unfinished"))
 

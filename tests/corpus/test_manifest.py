@@ -394,32 +394,40 @@ def test_corpus_on_the_hub_gives_the_lines_of_the_reference(calls, mini, unit_mo
         "HF_HOME": str(tmp_path / "hf"),
         "HF_HUB_OFFLINE": "0",
     }
-    command = [
-        sys.executable, "-m", "usdm_sft.cli", "prepare", "--data_dir", "hub:tester/calls", "--output_path", str(tmp_path / "out"),
-        "--unit_model", str(unit_model), "--pretrained_model_name_or_path", "mistral-common", "--cache_dir", str(tmp_path / "cache"),
+    environment["PYTHONPATH"] = str(REPOSITORY)
+    arguments = [
+        "prepare", "--output_path", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), "--unit_model", str(unit_model),
+        "--pretrained_model_name_or_path", "mistral-common", "--data_dir",
     ]  # fmt: skip
-    for _ in range(2):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+
+    def run_code(*lines):
+        command = [sys.executable, "-c", "\n".join(["from usdm_sft.cli.main import main", *lines])]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    made = run_code(
+        f"main({[*arguments, 'hub:tester/calls']})",
+        "import dailytalk_usdm",
+        "from usdm_sft.dataset_folder.page import write_page",
+        "print(write_page('out', 'page.html', data_dir='hub:tester/calls'))",
+        "print(dailytalk_usdm.load_dataset('hub:tester/calls', split='test')['id'][:])",
+    )
+    assert made.returncode == 0, made.stderr[-2000:]
+    assert made.stdout.splitlines()[-2:] == ["10", "['d105_0', 'd105_1', 'd2001_0']"]
+    assert len(page_data(tmp_path / "page.html")["recordings"]) == 14  # each utterance once
+    again = run_code(
+        f"main({[*arguments, 'hub:tester/calls']})",
+        "print('again')",
+        f"main({[*arguments, 'hub:tester/nothing']})",
+    )
+    server.shutdown()
+    assert again.stdout.splitlines()[-1:] == ["again"], again.stderr[-2000:]
+    assert again.returncode == 1
+    assert "dataset tester/nothing cannot be loaded from the Hub" in again.stderr.splitlines()[-1]
     expected = {
         split: sorted((mini / "expected" / f"{split}.txt").read_text().split("\n")) for split in ("train", "test")
     }
     assert lines(tmp_path / "out", tmp_path) == expected
     assert len(list((tmp_path / "cache" / "hub").glob("*/manifest.jsonl"))) == 2
-    page = f"from usdm_sft.dataset_folder.page import write_page; print(write_page({str(tmp_path / 'out')!r}, 'page.html', data_dir='hub:tester/calls'))"
-    loaded = "import dailytalk_usdm; print(dailytalk_usdm.load_dataset('hub:tester/calls', split='test')['id'][:])"
-    for code, expected in ((page, "10"), (loaded, "['d105_0', 'd105_1', 'd2001_0']")):
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=tmp_path, env=environment | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True
-        )  # fmt: skip
-        assert done.stdout.strip() == expected, done.stderr[-2000:]
-    assert len(page_data(tmp_path / "page.html")["recordings"]) == 14  # each utterance once
-    command[command.index("hub:tester/calls")] = "hub:tester/nothing"
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    server.shutdown()
-    assert (
-        done.returncode == 1 and "dataset tester/nothing cannot be loaded from the Hub" in done.stderr.splitlines()[-1]
-    )
 
 
 def test_turns_of_word_alignments(tmp_path):

@@ -13,11 +13,20 @@ import torch
 
 import usdm_sft.executors
 from dailytalk_usdm import DailyTalkUSDM
-from tests.helpers import REPOSITORY, command, content, inodes, options, wait_for, wait_for_end_of_group
+from tests.helpers import (
+    REPOSITORY,
+    command,
+    content,
+    inodes,
+    make_in_two_runs_at_once,
+    options,
+    wait_for,
+    wait_for_end_of_group,
+)
 from usdm_sft.audio import digests, first_pass
 from usdm_sft.cli.main import main
 from usdm_sft.dataset_folder import parquet
-from usdm_sft.executors import launchers
+from usdm_sft.executors import calls, launchers
 from usdm_sft.executors import tasks as unit_tasks
 from usdm_sft.prepare import prepare
 from usdm_sft.shards import tokens
@@ -60,7 +69,7 @@ def elsewhere(monkeypatch):
     monkeypatch.setattr(tokens, "map_shard", None)
     monkeypatch.setattr(parquet, "_with_trainer_columns", None)
     monkeypatch.setattr(first_pass, "FEW", 1)
-    monkeypatch.setattr(first_pass, "BATCH", 8)
+    monkeypatch.setattr(first_pass, "BATCH", 6)
     monkeypatch.setattr(digests, "check_audio", None)
 
 
@@ -69,52 +78,68 @@ def times(folder, pattern):
     return {path: path.stat().st_mtime_ns for path in folder.glob(pattern)}
 
 
-def check_killed_tasks_are_resumed(mini, unit_model, folder, armed, undisturbed, executor):
-    """Kill a task of each stage once."""
-    arguments = options(mini, unit_model, folder, executor=executor, tasks=3, num_gpus=0)
-    for path in ("/results/", "cache/units/", "cache/tokens/", "out/.unfinished/single_turn/"):
-        armed.write_text(path)
-        with pytest.raises(
-            RuntimeError, match=r"1 of 3 tasks failed \([012]\): see .*/logs; start the run again"
-        ) as error:
-            prepare(**arguments)
-        stage = Path(re.search("see (.*)/logs", str(error.value))[1])
-        assert len(list(stage.glob("completions/*"))) == 2
-    finished = inodes(folder, "cache/*/*.arrow")
-    parts = set(inodes(folder, "out/.unfinished/single_turn/*.parquet").values())
-    logs = times(stage, "logs/*")
+def make_until_a_task_dies(arguments, armed, path):
+    """Run until the first task that finishes a file with `path` in its path dies; return the folder of its stage."""
+    armed.write_text(path)
+    with pytest.raises(
+        RuntimeError, match=r"1 of 4 tasks failed \([0123]\): see .*/logs; start the run again"
+    ) as error:
+        prepare(**arguments)
+    stage = Path(re.search("see (.*)/logs", str(error.value))[1])
+    assert len(list(stage.glob("completions/*"))) == 3
+    return stage
+
+
+def was_finished_by_a_living_task(path):
+    """The killed task has no time to write the digest of its results, or to remove the folder of its unfinished shard."""
+    if path.suffix == ".pickle":
+        return path.with_suffix(".sha256").exists()
+    return not path.with_name(f"{path.name.partition('.')[0]}.unfinished").exists()
+
+
+def check_killed_tasks_and_vanished_files(mini, unit_model, folder, armed, undisturbed, executor):
+    """Kill a task of each stage once, and remove a file of a task that has finished; a rerun makes no more than these again."""
+    arguments = options(mini, unit_model, folder, executor=executor, tasks=4, num_gpus=0)
+    kept = {}  # inodes
+    for killed, made in (
+        ("/results/", "cache/executor/*/results/*.pickle"),  # of recordings
+        ("cache/units/", "cache/units/*.arrow"),
+        ("cache/tokens/", "cache/tokens/*.arrow"),
+    ):
+        make_until_a_task_dies(arguments, armed, killed)
+        vanished, *others = sorted(path for path in folder.glob(made) if was_finished_by_a_living_task(path))
+        vanished.unlink()
+        kept |= {path: path.stat().st_ino for path in others}
+    stage = make_until_a_task_dies(arguments, armed, "out/.unfinished/single_turn/")
+    without_a_file, without_results, whole = sorted(int(path.name) for path in stage.glob("completions/*"))
+    next(calls.read_results(stage, without_a_file)).path.unlink()
+    kept |= inodes(folder, "cache/*/*.arrow")
+    parts = {part.path.name: part.path.stat().st_ino for part in calls.read_results(stage, whole)}
+    (stage / "results" / f"{without_results:05d}.pickle").unlink()
+    logs = times(folder, "cache/executor/*/logs/*")
     prepare(**arguments)
     assert content(folder / "out") == undisturbed
-    assert inodes(folder, "cache/*/*.arrow") == finished
-    assert len(finished) == 12
-    assert len(parts & set(inodes(folder, "out/single_turn/*").values())) >= len(parts) / 2  # of the two finished tasks
-    after = times(stage, "logs/*")
-    assert sum(after[log] != written for log, written in logs.items()) == 1  # finished tasks were skipped
-    assert len(list(folder.glob("cache/executor/*/completions/*"))) == 12
+    assert {path: path.stat().st_ino for path in kept} == kept
+    assert len(inodes(folder, "cache/*/*.arrow")) == 12
+    assert {name: (folder / "out" / "single_turn" / name).stat().st_ino for name in parts} == parts
+    after = times(folder, "cache/executor/*/logs/*")
+    changed = {path.relative_to(folder / "cache" / "executor") for path in after if after[path] != logs.get(path)}
+    assert changed == {Path(stage.name, "logs", f"task_{rank:05d}.log") for rank in range(4) if rank != whole}
     assert not [path for path in folder.rglob("*.unfinished") if "executor" not in path.parts]
 
 
 @pytest.mark.slow
-def test_killed_local_tasks_are_resumed(mini, unit_model, tmp_path, armed, undisturbed, elsewhere):
-    check_killed_tasks_are_resumed(mini, unit_model, tmp_path, armed, undisturbed, "local")
+def test_killed_local_tasks_are_resumed_and_vanished_files_made_again(
+    mini, unit_model, tmp_path, armed, undisturbed, elsewhere
+):
+    check_killed_tasks_and_vanished_files(mini, unit_model, tmp_path, armed, undisturbed, "local")
 
 
 @pytest.mark.slow
-def test_missing_shard_of_a_finished_task_is_made_again_by_that_task(
-    mini, unit_model, tmp_path, undisturbed, elsewhere
-):
-    arguments = options(mini, unit_model, tmp_path, executor="local", tasks=2, num_gpus=0)
-    prepare(**arguments)
-    before = times(tmp_path, "cache/executor/*/logs/*")
-    missing = min(tmp_path.glob("cache/units/*.arrow"))
-    missing.unlink()
-    kept = inodes(tmp_path, "cache/units/*.arrow")
-    prepare(**arguments | {"output_path": str(tmp_path / "again")})
-    assert content(tmp_path / "again") == undisturbed
-    after = times(tmp_path, "cache/executor/*/logs/*")
-    assert sum(after[path] != written for path, written in before.items()) == 1
-    assert missing.is_file()
-    assert inodes(tmp_path, "cache/units/*.arrow").items() >= kept.items()
+def test_two_local_runs_at_once(mini, unit_model, tmp_path, undisturbed, elsewhere, monkeypatch):
+    make_in_two_runs_at_once(mini, unit_model, tmp_path, monkeypatch, executor="local", tasks=2, num_gpus=0)
+    assert content(tmp_path / "out") == undisturbed
+    assert content(tmp_path / "other") == undisturbed
 
 
 @pytest.mark.slow
@@ -122,7 +147,7 @@ def test_agreement_is_measured_in_a_task(mini, unit_model, tmp_path, monkeypatch
     alone = tmp_path / "alone"
     prepare(**options(mini, unit_model, alone, precision="bf16"))
     monkeypatch.setattr(UnitModel, "forward", None)
-    arguments = options(mini, unit_model, tmp_path, precision="bf16", executor="local", tasks=2, num_gpus=0)
+    arguments = options(mini, unit_model, tmp_path, precision="bf16", executor="local", tasks=1, num_gpus=0)
     prepare(**arguments)
     assert content(tmp_path / "out") == content(alone / "out")
     assert b"executor" not in content(tmp_path / "out")["counts.json"]
@@ -198,62 +223,65 @@ def test_task_chooses_a_gpu_by_its_rank(mini, unit_model, tmp_path, monkeypatch,
 
 # Ray
 
+NO_GPU = r"the Ray cluster has no GPU: compute on its CPUs with --num_gpus 0 \(Python: num_gpus=0\)"
 
-@pytest.fixture
+
+@pytest.fixture(scope="module")
 def ray():
     return pytest.importorskip("ray")
 
 
 @pytest.mark.slow
-def test_own_ray_cluster_restarts_a_killed_task(
+def test_own_ray_cluster_computes_on_the_cpu_and_restarts_a_killed_task(
     ray, mini, unit_model, tmp_path, armed, undisturbed, elsewhere, monkeypatch
 ):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     armed.write_text("cache/units/")
-    prepare(**options(mini, unit_model, tmp_path, executor="ray", tasks=2, num_gpus=0))
+    prepare(**options(mini, unit_model, tmp_path, executor="ray", tasks=2))
     assert not armed.exists()
     assert content(tmp_path / "out") == undisturbed
     assert len(inodes(tmp_path, "cache/executor/*/completions/*")) == 8
     assert not ray.is_initialized()
 
 
-@pytest.fixture
-def ray_cluster(ray, monkeypatch, armed):
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(num_cpus=2, num_gpus=0, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False)
-    yield
-    assert ray.is_initialized()  # the user's cluster is left running
+@pytest.fixture(scope="class")
+def ray_cluster(ray, armed):
+    """A cluster of the user, which this process is connected to and others find by its address."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(num_cpus=2, num_gpus=0, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False)
+        patch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+        yield
+    assert ray.is_initialized()  # it is left running
     ray.shutdown()
 
 
 @pytest.mark.slow
-def test_killed_ray_tasks_are_resumed(
-    mini, unit_model, tmp_path, armed, undisturbed, elsewhere, ray_cluster, monkeypatch, caplog
-):
-    monkeypatch.setenv("RAY_TASK_MAX_RETRIES", "0")
-    check_killed_tasks_are_resumed(mini, unit_model, tmp_path, armed, undisturbed, "ray")
-    assert not caplog.text
+class TestUsersRayCluster:
+    def test_killed_tasks_are_resumed_and_vanished_files_made_again(
+        self, mini, unit_model, tmp_path, armed, undisturbed, elsewhere, ray_cluster, monkeypatch, caplog
+    ):
+        monkeypatch.setenv("RAY_TASK_MAX_RETRIES", "0")
+        check_killed_tasks_and_vanished_files(mini, unit_model, tmp_path, armed, undisturbed, "ray")
+        assert not caplog.text
 
+    def test_two_runs_at_once_with_different_lengths(
+        self, mini, unit_model, tmp_path, undisturbed, elsewhere, ray_cluster, monkeypatch
+    ):
+        tasks = {"executor": "ray", "tasks": 2, "num_gpus": 0}
+        make_in_two_runs_at_once(mini, unit_model, tmp_path, monkeypatch, other={"max_length": 300}, **tasks)
+        assert content(tmp_path / "out") == undisturbed
+        monkeypatch.undo()
+        prepare(**options(mini, unit_model, tmp_path, max_length=300, output_path=str(tmp_path / "alone")))
+        assert content(tmp_path / "other") == content(tmp_path / "alone")
+        assert content(tmp_path / "other").keys() != undisturbed.keys()
 
-NO_GPU = r"the Ray cluster has no GPU: compute on its CPUs with --num_gpus 0 \(Python: num_gpus=0\)"
-
-
-def test_users_ray_cluster_without_a_gpu_is_refused_before_any_work(ray_cluster, tmp_path):
-    with pytest.raises(ValueError, match=NO_GPU):
-        prepare(data_dir="no data", output_path="no output", executor="ray", tasks=2)
-    with pytest.raises(ValueError, match=NO_GPU):  # the cluster lost its GPUs later: no task waits for one
-        launchers.run_on_ray(unit_tasks.run_task, tmp_path, 1, [0], "cuda")
-
-
-@pytest.mark.slow
-def test_own_ray_cluster_without_a_gpu_computes_on_the_cpu(
-    ray, mini, unit_model, tmp_path, undisturbed, elsewhere, monkeypatch
-):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    prepare(**options(mini, unit_model, tmp_path, executor="ray", tasks=2))
-    assert content(tmp_path / "out") == undisturbed
-    assert not ray.is_initialized()
+    def test_cluster_without_a_gpu_is_refused_before_any_work(self, ray_cluster, tmp_path):
+        with pytest.raises(ValueError, match=NO_GPU):
+            prepare(data_dir="no data", output_path="no output", executor="ray", tasks=2)
+        with pytest.raises(ValueError, match=NO_GPU):  # the cluster lost its GPUs later: no task waits for one
+            launchers.run_on_ray(unit_tasks.run_task, tmp_path, 1, [0], "cuda")
 
 
 @pytest.mark.parametrize(("gpu", "device"), [(True, "cuda"), (False, "cpu")])

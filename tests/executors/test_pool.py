@@ -7,10 +7,13 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from filelock import Timeout
 
-from usdm_sft.executors import calls, engine, launchers
+from usdm_sft.cache.locks import file_lock
+from usdm_sft.executors import calls, engine, launchers, run
 from usdm_sft.executors.engine import Engine
 from usdm_sft.executors.pool import TaskPool
 
@@ -36,6 +39,7 @@ def here(monkeypatch):
         ranks_run.extend(ranks)
         for rank in ranks:
             launchers._run_rank(launchers._make_executor(step, str(folder), tasks), rank)
+        return []
 
     monkeypatch.setattr(engine, "run_here", run_here)
     made.clear()
@@ -74,6 +78,7 @@ def test_failed_task_is_reported_and_finished_tasks_are_kept(tmp_path, monkeypat
         for rank in ranks:
             if rank != 1:
                 launchers._run_rank(launchers._make_executor(step, str(folder), tasks), rank)
+        return [1]
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, "run_here", run_here)
@@ -128,6 +133,32 @@ def test_task_that_another_run_makes_is_waited_for(tmp_path):
     assert results.stat().st_mtime_ns == before
 
 
+def test_finished_task_whose_mark_another_run_removes_has_not_failed(tmp_path, monkeypatch):
+    def run_here(step, folder, tasks, ranks, devices):
+        for rank in ranks:
+            launchers._run_rank(launchers._make_executor(step, str(folder), tasks), rank)
+            (folder / "completions" / f"{rank:05d}").unlink()
+        return []
+
+    monkeypatch.setattr(engine, "run_here", run_here)
+    assert call(tmp_path, [1, 2]) == [(0, 2), (1, 4)]
+
+
+def test_only_one_run_at_a_time_plans_the_units(tmp_path, monkeypatch):
+    stage = Engine("local", 1, tmp_path).open_stage(1, "units", "key")
+    excluded = []
+
+    def write_task(folder, rank, *rest):
+        with pytest.raises(Timeout):
+            file_lock(folder / "locks" / "plan").acquire(timeout=0)
+        excluded.append(rank)
+
+    monkeypatch.setattr(run, "write_task", write_task)
+    monkeypatch.setattr(run, "agreement_file", lambda *args: None)
+    run._plan_tasks(stage, [SimpleNamespace(units_key="key")], None, tmp_path, {})
+    assert excluded == [0]
+
+
 def test_relative_paths_start_where_the_caller_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
@@ -135,6 +166,7 @@ def test_relative_paths_start_where_the_caller_is(tmp_path, monkeypatch):
         monkeypatch.chdir("/")
         for rank in ranks:
             launchers._run_rank(launchers._make_executor(step, str(folder), tasks), rank)
+        return []
 
     monkeypatch.setattr(engine, "run_here", run_elsewhere)
     call(Path("cache"), ["file"], function=write)

@@ -12,7 +12,16 @@ from types import SimpleNamespace
 import pytest
 
 from dailytalk_usdm import DailyTalkUSDM
-from tests.helpers import REPOSITORY, command, content, inodes, options, wait_for, wait_for_end_of_group
+from tests.helpers import (
+    REPOSITORY,
+    command,
+    content,
+    inodes,
+    make_in_two_runs_at_once,
+    options,
+    wait_for,
+    wait_for_end_of_group,
+)
 from usdm_sft.audio.reading import AudioError
 from usdm_sft.cache.shard_cache import ShardCache
 from usdm_sft.executors import devices
@@ -180,38 +189,39 @@ def test_process_that_dies_is_named_and_finished_work_is_kept(
     assert content(tmp_path / "out") == undisturbed
 
 
-KILL_POINTS = {
-    "first unit shard": ("cache/units/*.arrow", 1),
-    "fourth unit shard": ("cache/units/*.arrow", 4),
-    "last unit shard": ("cache/units/*.arrow", 6),
-    "second token shard": ("cache/tokens/*.arrow", 2),
-    "fifth output file": ("out/.unfinished/single_turn/*.parquet", 5),
-}
+KILL_POINTS = (  # when the first, fourth and last unit shard, the second token shard, and the fifth output file are finished
+    ("cache/units/*.arrow", 1),
+    ("cache/units/*.arrow", 4),
+    ("cache/units/*.arrow", 6),
+    ("cache/tokens/*.arrow", 2),
+    ("out/.unfinished/single_turn/*.parquet", 5),
+)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("pattern", "number"), KILL_POINTS.values(), ids=KILL_POINTS)
-def test_killed_run_is_resumed(mini, unit_model, tmp_path, undisturbed, pattern, number):
-    run = subprocess.Popen(command(mini, unit_model, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(lambda: len(list(tmp_path.glob(pattern))) >= number, run)
-    run.kill()
-    run.wait()
-    assert not (tmp_path / "out" / "counts.json").exists()
-    finished = inodes(tmp_path, "cache/*/*.arrow")
-    assert len(finished) >= (number if "cache" in pattern else 12)
-    subprocess.run(command(mini, unit_model, tmp_path), check=True, capture_output=True)
-    assert inodes(tmp_path, "cache/*/*.arrow").items() >= finished.items()  # no finished file was written again
+def test_killed_run_is_resumed(mini, unit_model, tmp_path, undisturbed):
+    """One run after the other is killed, and each goes on where the one before it was killed."""
+    arguments, finished = command(mini, unit_model, tmp_path), {}
+    for pattern, number in KILL_POINTS:
+        run = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(lambda pattern=pattern, number=number: len(list(tmp_path.glob(pattern))) >= number, run)
+        run.kill()
+        run.wait()
+        assert not (tmp_path / "out" / "counts.json").exists()
+        before, finished = finished, inodes(tmp_path, "cache/*/*.arrow")
+        assert finished.items() >= before.items()  # no finished file was written again
+        assert len(finished) >= (number if "cache" in pattern else 12)
+    prepare(**options(mini, unit_model, tmp_path))
+    assert inodes(tmp_path, "cache/*/*.arrow") == finished
     assert content(tmp_path / "out") == undisturbed
     assert not list(tmp_path.rglob("*.unfinished"))
 
 
 @pytest.mark.slow
-def test_two_runs_share_one_cache(mini, unit_model, tmp_path, undisturbed):
-    first = subprocess.Popen(command(mini, unit_model, tmp_path), stderr=subprocess.PIPE)
-    second = subprocess.Popen(command(mini, unit_model, tmp_path, "--output_path", str(tmp_path / "second")))
-    assert [first.wait(), second.wait()] == [0, 0]
-    assert content(tmp_path / "out") == content(tmp_path / "second") == undisturbed
-    assert len(list((tmp_path / "cache" / "units").glob("*.arrow"))) == 6
+def test_two_runs_share_one_cache(mini, unit_model, tmp_path, undisturbed, monkeypatch):
+    make_in_two_runs_at_once(mini, unit_model, tmp_path, monkeypatch)
+    assert content(tmp_path / "out") == undisturbed
+    assert content(tmp_path / "other") == undisturbed
 
 
 @pytest.mark.slow
@@ -434,7 +444,7 @@ def test_ctrl_c_with_several_processes_prints_one_line(mini, unit_model, tmp_pat
     )
     assert run.returncode == 130
     wait_for_end_of_group(run.pid)
-    subprocess.run(command(mini, unit_model, tmp_path), check=True, capture_output=True)
+    prepare(**options(mini, unit_model, tmp_path))
     assert content(tmp_path / "out") == undisturbed
 
 

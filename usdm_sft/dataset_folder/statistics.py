@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +18,9 @@ import pyarrow.compute as pc
 
 from usdm_sft.corpus.features import are_collapsed
 from usdm_sft.dataset_folder.ranges import RowRange, count_processes, divide_rows
+from usdm_sft.dataset_folder.tally import Tally, Weighted, weigh
 from usdm_sft.template.encoder import IGNORE_INDEX
 from usdm_sft.template.parts import REFERENCE_LAYOUT, ROW_PARTS, RowLayout, find_parts_of_rows
-from usdm_sft.template.tokenizer import MAX_UNITS
 from usdm_sft.utils.processes import ProcessPool, in_order
 from usdm_sft.utils.texts import printable
 
@@ -27,22 +28,8 @@ ROLES = ("user", "agent")
 QUANTILES = {"min": 0.0, "median": 0.5, "95 %": 0.95, "max": 1.0}
 _BATCH = 512
 _SHIFT = 32  # bits of the labelled tokens in a key of `SplitStatistics.rows`
+_NO_RUNS = Weighted(np.array([0]), np.array([1]))  # of a folder without units
 _BINS, _BAR = 10, 40  # bars of a histogram in the terminal, and characters of the longest
-
-
-class Weighted(NamedTuple):
-    """Numbers of which many are equal.
-
-    Attributes:
-        values: (num_values,) different numbers, in ascending order.
-        counts: (num_values,) int64, how often each occurs.
-    """
-
-    values: npt.NDArray[Any]
-    counts: npt.NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return int(self.counts.sum())
 
 
 @dataclass
@@ -52,13 +39,13 @@ class SplitStatistics:
     Their size follows from the number of dialogs and of different lengths, not from the number of rows.
     """
 
-    rows: Counter[int] = field(default_factory=Counter)  # tokens of a row << 32 | labelled tokens -> rows
+    rows: Tally = field(default_factory=Tally)  # tokens of a row << 32 | labelled tokens -> rows
     labelled_units: int = 0
     labelled_parts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(ROW_PARTS), np.int64))
-    run_counts: Counter[int] = field(default_factory=Counter)  # length of a run of one unit -> number of runs
-    seconds: dict[str, Counter[float]] = field(default_factory=lambda: {role: Counter() for role in ROLES})
-    unit_counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(MAX_UNITS, np.int64))
-    pairs: Counter[str] = field(default_factory=Counter)  # dialog -> exchanges in its rows
+    run_counts: Tally = field(default_factory=Tally)  # length of a run of one unit -> number of runs
+    seconds: dict[str, Tally] = field(default_factory=lambda: {role: Tally(np.float32) for role in ROLES})
+    unit_counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # up to the largest unit
+    pairs: Tally = field(default_factory=Tally)  # digest of the id of a dialog -> exchanges in its rows
     emotions: Counter[str] = field(default_factory=Counter)  # of the user's and agent's turns
     layout: RowLayout = REFERENCE_LAYOUT
 
@@ -68,34 +55,34 @@ class SplitStatistics:
         values, ids = np.asarray(pc.list_flatten(labels)), np.asarray(pc.list_flatten(rows["input_ids"]))
         rows_of = np.asarray(pc.list_parent_indices(labels))
         labelled = np.bincount(rows_of[values != IGNORE_INDEX], minlength=len(rows))
-        _count(self.rows, tokens.astype(np.int64) << _SHIFT | labelled)
+        self.rows.add(tokens.astype(np.int64) << _SHIFT | labelled)
         self.labelled_units += int(self.layout.is_unit(values).sum())
         parts = find_parts_of_rows(ids, tokens, self.layout)
         if len(parts) != len(values):  # a damaged row
             parts, values = _align(parts, tokens, values, np.asarray(pc.list_value_length(labels)))
         self.labelled_parts += np.bincount(parts[values != IGNORE_INDEX], minlength=len(self.labelled_parts))
         for role in ROLES:
-            _count(self.seconds[role], _values(rows[f"{role}_seconds"]))
-            self.unit_counts += np.bincount(_values(rows[f"{role}_units"]), minlength=MAX_UNITS)
+            self.seconds[role].add(_values(rows[f"{role}_seconds"]))
+            self.unit_counts = _add_up(self.unit_counts, np.bincount(_values(rows[f"{role}_units"])))
             self.emotions.update(_values(rows[f"{role}_emotion"]).tolist())
             collapsed = are_collapsed(rows.schema.names)
             runs = _values(rows[f"{role}_durations"]) if collapsed else _run_lengths(rows[f"{role}_units"])
-            _count(self.run_counts, runs)
-        texts = rows["user_text"]
-        exchanges = pc.list_value_length(texts).to_pylist() if pa.types.is_list(texts.type) else [1] * len(rows)
-        for dialog, count in zip(rows["dialog_id"].to_pylist(), exchanges, strict=True):
-            self.pairs[dialog] += count
+            self.run_counts.add(runs)
+        texts, dialogs = rows["user_text"], rows["dialog_id"].dictionary_encode()
+        exchanges = np.asarray(pc.list_value_length(texts)) if pa.types.is_list(texts.type) else np.ones(len(rows))
+        pairs = np.bincount(np.asarray(dialogs.indices), exchanges).astype(np.int64)
+        self.pairs.add(_digest_ids(dialogs.dictionary.to_pylist()), pairs)
 
     def merge(self, following: SplitStatistics) -> None:
         """Add the counts of the rows that follow."""
-        self.rows.update(following.rows)
+        self.rows.merge(following.rows)
         self.labelled_units += following.labelled_units
         self.labelled_parts += following.labelled_parts
-        self.run_counts.update(following.run_counts)
+        self.run_counts.merge(following.run_counts)
         for role in ROLES:
-            self.seconds[role].update(following.seconds[role])
-        self.unit_counts += following.unit_counts
-        self.pairs.update(following.pairs)
+            self.seconds[role].merge(following.seconds[role])
+        self.unit_counts = _add_up(self.unit_counts, following.unit_counts)
+        self.pairs.merge(following.pairs)
         self.emotions.update(following.emotions)
 
     def distributions(self) -> dict[str, Weighted]:
@@ -103,22 +90,22 @@ class SplitStatistics:
 
         One per row (tokens, labelled share), recording (seconds), dialog (pairs) or run of equal units (repeats).
         """
-        keys, counts = _arrays(self.rows)
+        (keys, counts), runs = self.rows.weighted(), self.run_counts.weighted()
         tokens, labelled = keys >> _SHIFT, keys & (1 << _SHIFT) - 1
         return {
-            "tokens": _weigh(tokens, counts),
-            "labelled share": _weigh(labelled / np.maximum(tokens, 1), counts),
-            **{f"{role} seconds": _weigh(*_arrays(self.seconds[role], np.float32)) for role in ROLES},
-            "pairs per dialog": _weigh(*_arrays(Counter(self.pairs.values()))),
-            "units in a run": _weigh(*_arrays(self.run_counts or Counter({0: 1}))),
+            "tokens": weigh(tokens, counts),
+            "labelled share": weigh(labelled / np.maximum(tokens, 1), counts),
+            **{f"{role} seconds": self.seconds[role].weighted() for role in ROLES},
+            "pairs per dialog": Weighted(*np.unique(self.pairs.weighted().counts, return_counts=True)),
+            "units in a run": runs if len(runs) else _NO_RUNS,
         }
 
     def summary(self) -> dict[str, Any]:
         """The statistics as JSON values; `distributions` has mean and quantiles of each."""
-        keys, counts = _arrays(self.rows)
+        keys, counts = self.rows.weighted()
         return {
-            "rows": self.rows.total(),
-            "dialogs": len(self.pairs),
+            "rows": int(counts.sum()),
+            "dialogs": len(self.pairs.weighted().values),
             "tokens": int(((keys >> _SHIFT) * counts).sum()),
             "labelled_tokens": int(((keys & (1 << _SHIFT) - 1) * counts).sum()),
             "labelled_units": self.labelled_units,
@@ -245,20 +232,20 @@ def _quantile(values: npt.NDArray[np.float64], counts: npt.NDArray[np.int64], qu
     return np.float64(np.quantile(neighbours, place - math.floor(place)))
 
 
-def _count(counter: Counter[Any], values: npt.NDArray[Any]) -> None:
-    """Add up how often each value occurs."""
-    found, counts = np.unique(values, return_counts=True)
-    counter.update(dict(zip(found.tolist(), counts.tolist(), strict=True)))
+def _add_up(counts: npt.NDArray[np.int64], others: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the sums of two arrays of counts, the shorter of which ends with zeros that are left out."""
+    shorter, longer = sorted((counts, others), key=len)
+    together = longer.copy()
+    together[: len(shorter)] += shorter
+    return together
 
 
-def _arrays(counter: Counter[Any], dtype: Any = np.int64) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-    return np.array(list(counter), dtype), np.array(list(counter.values()), np.int64)
+def _digest_ids(ids: Iterable[str]) -> npt.NDArray[np.int64]:
+    """Return 64 bits of the BLAKE2 digest of each id.
 
-
-def _weigh(values: npt.NDArray[Any], counts: npt.NDArray[np.int64]) -> Weighted:
-    """Sort values and add up the counts of equal ones."""
-    different, places = np.unique(values, return_inverse=True)
-    return Weighted(different, np.bincount(places, weights=counts, minlength=len(different)).astype(np.int64))
+    Two of 128 million ids have the same 64 bits with a chance of 0.0004; the statistics would then have one dialog less.
+    """
+    return np.frombuffer(b"".join(hashlib.blake2b(each.encode(), digest_size=8).digest() for each in ids), np.int64)
 
 
 def _align(

@@ -114,10 +114,11 @@ class Engine:
             if not self._has_session:
                 self._session.enter_context(ray_session())
                 self._has_session = True
-            run_on_ray(step, stage.folder, tasks, ranks, device or "cpu")
+            failed = run_on_ray(step, stage.folder, tasks, ranks, device or "cpu")
         else:
-            run_here(step, stage.folder, tasks, ranks, devices or ["cpu"] * self._num_proc)
-        if failed := stage.unfinished():
+            failed = run_here(step, stage.folder, tasks, ranks, devices or ["cpu"] * self._num_proc)
+        # A missing mark alone is no failure: another run that plans the same stage may just have removed it.
+        if failed := sorted({*failed} & {*stage.unfinished()}):
             names = ", ".join(map(str, failed[:_NUM_NAMED])) + (", ..." if len(failed) > _NUM_NAMED else "")
             raise RuntimeError(
                 f"{len(failed)} of {tasks} tasks failed ({names}): see {stage.folder / 'logs'}; start the run again, "

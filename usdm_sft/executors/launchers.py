@@ -50,7 +50,7 @@ def _run_ray_task(step: Step, folder: str, tasks: int, rank: int) -> None:
     _run_rank(_make_executor(step, folder, tasks), rank)
 
 
-def run_here(step: Step, folder: Path, tasks: int, ranks: Sequence[int], devices: Sequence[str]) -> None:
+def run_here(step: Step, folder: Path, tasks: int, ranks: Sequence[int], devices: Sequence[str]) -> list[int]:
     """Run tasks on this machine, each in a spawned process, one at a time on each device.
 
     Args:
@@ -59,25 +59,32 @@ def run_here(step: Step, folder: Path, tasks: int, ranks: Sequence[int], devices
         tasks: Number of all tasks.
         ranks: The tasks to run.
         devices: Such as ["cuda:0", "cuda:1"].
+
+    Returns:
+        The tasks that failed.
     """
     waiting, free = deque(ranks), deque(devices)
-    running: dict[Any, tuple[SpawnProcess, str]] = {}
+    running: dict[Any, tuple[SpawnProcess, str, int]] = {}
+    failed = []
     try:
         with progress_bar(len(ranks), "tasks", "tasks") as bar:
             while waiting or running:
                 while waiting and free:
                     rank, device = waiting.popleft(), free.popleft()
                     process = start_process(_run_process, (step, str(folder), tasks, rank, device))
-                    running[process.sentinel] = process, device
+                    running[process.sentinel] = process, device, rank
                 for sentinel in connection.wait(running):
-                    process, device = running.pop(sentinel)
+                    process, device, rank = running.pop(sentinel)
                     process.join()
+                    if process.exitcode:
+                        failed.append(rank)
                     free.append(device)
                     bar.update()
     finally:
-        for process, _ in running.values():
+        for process, *_ in running.values():
             process.terminate()
             process.join()
+    return failed
 
 
 def find_ray_device() -> str:
@@ -130,7 +137,7 @@ def ray_session() -> Iterator[ModuleType]:
         ray.shutdown()
 
 
-def run_on_ray(step: Step, folder: Path, tasks: int, ranks: Sequence[int], device: str) -> None:
+def run_on_ray(step: Step, folder: Path, tasks: int, ranks: Sequence[int], device: str) -> list[int]:
     """Run tasks on Ray, each as one Ray task.
 
     Args:
@@ -140,25 +147,31 @@ def run_on_ray(step: Step, folder: Path, tasks: int, ranks: Sequence[int], devic
         ranks: The tasks to run.
         device: "cuda" (each task has one GPU) or "cpu".
 
+    Returns:
+        The tasks that failed.
+
     Raises:
         ValueError: The device is "cuda", and the cluster has no GPU that the tasks could wait for.
     """
-    waiting = []
+    waiting: dict[Any, int] = {}
+    failed = []
     with ray_session() as ray:
         try:
             num_gpus = int(device == "cuda")
             if num_gpus:
                 _check_gpus(ray)
             run = ray.remote(num_cpus=1, num_gpus=num_gpus)(_run_ray_task)  # Ray retries it 3 times if its process dies
-            waiting = [run.remote(step, str(folder), tasks, rank) for rank in ranks]
+            waiting = {run.remote(step, str(folder), tasks, rank): rank for rank in ranks}
             with progress_bar(len(ranks), "tasks", "tasks") as bar:
                 while waiting:
-                    (done,), waiting = ray.wait(waiting)
-                    with contextlib.suppress(
-                        ray.exceptions.RayError
-                    ):  # a failed task has no mark, which the caller checks
+                    (done,), _ = ray.wait([*waiting])
+                    rank = waiting.pop(done)
+                    try:
                         ray.get(done)
+                    except ray.exceptions.RayError:  # its log has the error
+                        failed.append(rank)
                     bar.update()
         finally:
             for each in waiting:
                 ray.cancel(each, force=True)
+    return failed

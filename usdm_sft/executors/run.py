@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from usdm_sft.cache.locks import file_lock
 from usdm_sft.cache.shard_cache import ShardCache
 from usdm_sft.executors.engine import Engine, Stage
 from usdm_sft.executors.extras import SlurmPipelineExecutor
@@ -97,15 +98,16 @@ def _plan_tasks(
 
     The marks follow the cache, because another run may have filled it or a user may have emptied it.
     """
-    finished = ShardCache(cache / "units").find_all(shard.units_key for shard in plan)
     agreement = agreement_file(unit_tokenizer, sample, cache)
-    for rank, indices in enumerate(stage.ranges):
-        task_shards = [plan[index] for index in indices]
-        measured = rank > 0 or agreement is None or agreement.is_file()
-        if measured and all(shard.units_key in finished for shard in task_shards):
-            stage.mark(rank)
-        else:
-            stage.unmark(rank)
-            task_sample = {} if rank > 0 or agreement is None else sample
-            work = [(shard, plan.content(shard)) for shard in task_shards]
-            write_task(stage.folder, rank, work, unit_tokenizer, cache, task_sample)
+    with file_lock(stage.folder / "locks" / "plan"):
+        finished = ShardCache(cache / "units").find_all(shard.units_key for shard in plan)
+        for rank, indices in enumerate(stage.ranges):
+            task_shards = [plan[index] for index in indices]
+            measured = rank > 0 or agreement is None or agreement.is_file()
+            if measured and all(shard.units_key in finished for shard in task_shards):
+                stage.mark(rank)
+            else:
+                stage.unmark(rank)
+                task_sample = {} if rank > 0 or agreement is None else sample
+                work = [(shard, plan.content(shard)) for shard in task_shards]
+                write_task(stage.folder, rank, work, unit_tokenizer, cache, task_sample)
