@@ -2,11 +2,13 @@
 
 import io
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import datasets
 import numpy as np
@@ -25,6 +27,7 @@ from usdm_sft.dataset_folder.layout import read_counts
 from usdm_sft.dataset_folder.verify import VerificationError, verify
 from usdm_sft.dataset_folder.verify_utterances import check_utterances
 from usdm_sft.prepare import prepare
+from usdm_sft.shards import utterances as shard_utterances
 from usdm_sft.utils.hashes import sha256_file
 
 FILE = "utterances/train-00000-of-00001.parquet"
@@ -192,20 +195,31 @@ def test_damaged_recordings_are_written_again(copy, kept, mini, unit_model):
     assert content(copy) == content(kept / "out")
 
 
-def test_files_are_bounded_in_size(kept, mini, unit_model, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "shard_dialogs", [1, 64]
+)  # several work shards in one file, and several files of one work shard
+def test_files_hold_whole_dialogs_of_limited_length(kept, mini, unit_model, tmp_path, monkeypatch, shard_dialogs):
     whole = pq.read_table(kept / "out" / FILE).to_pylist()
-    largest = max(len(row["audio"]["bytes"]) for row in whole)
-    monkeypatch.setattr(utterances, "MAX_FILE_BYTES", 2 * largest)
-    monkeypatch.setattr(utterances, "_GROUP_BYTES", largest)
-    prepare(**options(mini, unit_model, kept, keep_audio=True, output_path=str(tmp_path / "out")))
+    seconds = Counter()
+    for row in whole:
+        seconds[row["dialog"]] += row["seconds"]
+    limit = math.ceil(1.5 * max(seconds.values()))
+    monkeypatch.setattr(shard_utterances, "FILE_SECONDS", limit)
+    monkeypatch.setattr(utterances, "_GROUP_BYTES", max(len(row["audio"]["bytes"]) for row in whole))
+    changes = {"output_path": str(tmp_path / "out"), "shard_dialogs": shard_dialogs, "keep_audio": True}
+    prepare(**options(mini, unit_model, kept, **changes))
     files = sorted((tmp_path / "out" / "utterances").glob("train-*"))
-    assert len(files) > 5
     assert [path.name for path in files] == [f"train-{i:05d}-of-{len(files):05d}.parquet" for i in range(len(files))]
     tables = [pq.read_table(path).to_pylist() for path in files]
-    assert all(sum(len(row["audio"]["bytes"]) for row in table) <= 2 * largest for table in tables)
     assert [row for table in tables for row in table] == whole
-    groups = [pq.ParquetFile(path).metadata.num_row_groups for path in files]
-    assert max(groups) > 1
+    dialogs = [{row["dialog"] for row in table} for table in tables]
+    assert sum(map(len, dialogs)) == len(seconds)
+    if shard_dialogs == 1:
+        assert 1 < len(files) < len(seconds)
+        assert all(sum(seconds[dialog] for dialog in found) <= limit for found in dialogs)
+    else:
+        assert len(files) == math.ceil(sum(seconds.values()) / limit) > 1
+    assert max(pq.ParquetFile(path).metadata.num_row_groups for path in files) > 1
     assert verify(tmp_path / "out") == {"train": 10, "test": 3}
 
 
@@ -214,12 +228,12 @@ def test_audio_that_changes_after_its_units_were_made_is_refused(mini, unit_mode
     corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
     recording, other = (corpus / "data" / "105" / name for name in ("0_1_d105.wav", "1_0_d105.wav"))
 
-    def change_and_write(folder, splits):
+    def change_and_write(*args, **kwargs):
         if change == "other":
             shutil.copyfile(other, recording)
         else:
             recording.unlink()
-        return write(folder, splits)
+        return write(*args, **kwargs)
 
     write = writer.write_utterances
     monkeypatch.setattr(writer, "write_utterances", change_and_write)

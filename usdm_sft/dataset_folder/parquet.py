@@ -21,6 +21,7 @@ from usdm_sft.template.parts import RowLayout
 from usdm_sft.utils.atomic import SUFFIX
 from usdm_sft.utils.hashes import sha256_file
 from usdm_sft.utils.lazily import Lazily
+from usdm_sft.utils.processes import in_order
 from usdm_sft.utils.progress import quiet
 
 if TYPE_CHECKING:
@@ -60,6 +61,14 @@ class Part(NamedTuple):
     sha256: str
 
 
+class WrittenSplit(NamedTuple):
+    """The output files of a split, in order, and what they add up to."""
+
+    digests: dict[Path, str]  # sha256 of each file
+    num_bytes: int  # in memory
+    statistics: SplitStatistics
+
+
 def write_parquet(
     folder: Path,
     splits: Mapping[str, SplitRows],
@@ -68,7 +77,7 @@ def write_parquet(
     pool: Pool,
     *,
     key: str,
-) -> dict[str, list[Part]]:
+) -> dict[str, WrittenSplit]:
     """Write the rows of each split, with `TRAINER_COLUMNS`, into files.
 
     Args:
@@ -80,15 +89,13 @@ def write_parquet(
         key: Key of the rows and of all else that decides the files.
 
     Returns:
-        The files of each split, in order.
+        The files of each split.
     """
     folder.mkdir(exist_ok=True)
     tasks: list[_Task] = []
-    files: dict[str, range] = {}
     for split, rows in splits.items():
         default = max(NUM_OUTPUT_SHARDS.get(split, 8), -(-rows.num_tokens // MAX_TOKENS))
         num_files = max(1, min(num_output_shards or default, rows.num_rows))
-        files[split] = range(len(tasks), len(tasks) + num_files)
         for index in range(num_files):
             path = folder / f"{split}-{index:05d}-of-{num_files:05d}.parquet"
             start, stop = (_start(number, rows.num_rows, num_files) for number in (index, index + 1))
@@ -101,12 +108,17 @@ def write_parquet(
     write = partial(_write_part, {split: rows.loader for split, rows in splits.items()}, layout)
     keys = [task.key for task in tasks]
     parts = Lazily(describe, len(tasks))
-    made = dict(pool.map(write, parts, name="Parquet files", keys=keys, holds=_is_whole))
+    written = {split: WrittenSplit({}, 0, SplitStatistics()) for split in splits}
+    for index, part in in_order(pool.map(write, parts, name="Parquet files", keys=keys, holds=_is_whole)):
+        digests, num_bytes, statistics = written[tasks[index].split]
+        digests[part.path] = part.sha256
+        statistics.merge(part.statistics)
+        written[tasks[index].split] = WrittenSplit(digests, num_bytes + part.num_bytes, statistics)
     paths = {task.path for task in tasks}
     for path in folder.iterdir():
         if path not in paths:
             path.unlink()
-    return {split: [made[index] for index in indices] for split, indices in files.items()}
+    return written
 
 
 def _start(index: int, num_rows: int, num_files: int) -> int:

@@ -24,7 +24,7 @@ from usdm_sft.dataset_folder.layout import (
 )
 from usdm_sft.dataset_folder.parquet import write_parquet
 from usdm_sft.dataset_folder.pictures import CAPTIONS, draw_pictures
-from usdm_sft.dataset_folder.statistics import SplitStatistics, compute_statistics, merge_statistics
+from usdm_sft.dataset_folder.statistics import SplitStatistics, compute_statistics
 from usdm_sft.dataset_folder.utterances import write_utterances
 from usdm_sft.template.tokenizer import save_tokenizer
 from usdm_sft.utils.atomic import replace_text
@@ -69,15 +69,13 @@ def write_folder(
     clear_unfinished(folder, keep=(config_name, UTTERANCES) if utterances else (config_name,))
     unfinished = (folder / UNFINISHED).absolute()  # tasks run in other working directories
     unfinished.mkdir(parents=True, exist_ok=True)
-    parts = write_parquet(
+    written = write_parquet(
         unfinished / config_name, splits, num_output_shards, read_layout(folder / COUNTS, counts), pool, key=key
     )
-    files = {split: [part.path for part in split_parts] for split, split_parts in parts.items()}
-    num_bytes = {split: sum(part.num_bytes for part in split_parts) for split, split_parts in parts.items()}
-    statistics = {
-        split: merge_statistics(part.statistics for part in split_parts) for split, split_parts in parts.items()
-    }
-    digests = {part.path: part.sha256 for split_parts in parts.values() for part in split_parts}
+    files = {split: list(each.digests) for split, each in written.items()}
+    num_bytes = {split: each.num_bytes for split, each in written.items()}
+    statistics = {split: each.statistics for split, each in written.items()}
+    digests = {path: sha256 for each in written.values() for path, sha256 in each.digests.items()}
     save_tokenizer(tokenizer, unfinished / "tokenizer")
     draw_pictures(statistics, counts["num_units"], unfinished / PICTURES)
     counts = counts | {"statistics": {split: values.summary() for split, values in statistics.items()}}

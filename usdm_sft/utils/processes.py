@@ -11,7 +11,6 @@ import signal
 import sys
 import threading
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -126,15 +125,14 @@ class ProcessPool:
         self._start(num_proc)
         processes = {f"{name}, {key}": each for key, each in self._processes.items()} if num_proc > 1 else {}
         pickled = pickle.dumps(function) if processes else b""
-        waiting, num_sent = deque(enumerate(items)), 0
-        while waiting:
-            while waiting and num_sent < _AHEAD * len(processes):
-                index, item = waiting.popleft()
-                self._waiting.put((index, pickled, pickle.dumps(item)))
-                num_sent += 1
-            if waiting:
-                index, item = waiting.popleft()
-                yield index, function(item)
+        following = num_sent = 0  # the next item, and items without a result in the processes
+        while following < len(items):
+            while following < len(items) and num_sent < _AHEAD * len(processes):
+                self._waiting.put((following, pickled, pickle.dumps(items[following])))
+                following, num_sent = following + 1, num_sent + 1
+            if following < len(items):
+                yield following, function(items[following])
+                following += 1
             _check_alive({key: process.exitcode for key, process in processes.items()})
             while num_sent and not self._done.empty():
                 yield from receive(self._done, processes, 1)
