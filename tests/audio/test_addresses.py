@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from usdm_sft.audio import addresses, digests
+from usdm_sft.audio import addresses, check
 from usdm_sft.audio.addresses import AddressError, Stretch, format_address, join_addresses, parse_address, zip_address
 from usdm_sft.audio.check import check_audio
 from usdm_sft.audio.digests import audio_digests, read_file, read_unchanged
@@ -104,8 +104,8 @@ def test_nan_outside_the_stretch_is_ignored(tmp_path):
 
 def test_digests_are_of_content_and_stretch(call, tmp_path, monkeypatch):
     hashed = []
-    real = digests._digest_file
-    monkeypatch.setattr(digests, "_digest_file", lambda file: hashed.append(file) or real(file))
+    real = check._digest
+    monkeypatch.setattr(check, "_digest", lambda file: hashed.append(file.name) or real(file))
     stretches = [
         format_address(call, start / 10, start / 10 + 0.5, channel) for start in range(10) for channel in (0, 1)
     ]
@@ -144,14 +144,14 @@ def test_threads_hash_a_long_recording_once(call, tmp_path, monkeypatch):
     other = tmp_path / "other.wav"
     shutil.copyfile(call, other)
     hashed = []
-    real = digests._digest_file
+    real = check._digest
 
     def slow(file):
-        hashed.append(file)
+        hashed.append(file.name)
         time.sleep(0.2)
         return real(file)
 
-    monkeypatch.setattr(digests, "_digest_file", slow)
+    monkeypatch.setattr(check, "_digest", slow)
     stretches = [format_address(str(file), i / 20, i / 20 + 0.5) for i in range(18) for file in (call, other)]
     found = audio_digests(stretches, tmp_path / "cache", num_threads=36)
     assert sorted(hashed) == sorted([call, str(other)])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from usdm_sft.audio import digests, first_pass
+from usdm_sft.audio import check, digest_reader, first_pass, memo
 from usdm_sft.audio.addresses import format_address
 from usdm_sft.audio.digests import audio_digests
 from usdm_sft.audio.first_pass import read_ahead
@@ -31,14 +31,14 @@ class Pool:
 
 @pytest.fixture
 def settled(monkeypatch):
-    monkeypatch.setattr(digests, "_SETTLED_NS", -(10**18))
+    monkeypatch.setattr(memo, "SETTLED_NS", -(10**18))
 
 
 @pytest.fixture
 def hashed(monkeypatch):
     """How often each file was hashed."""
-    counts, real = Counter(), digests._digest_file
-    monkeypatch.setattr(digests, "_digest_file", lambda file: counts.update([os.path.basename(file)]) or real(file))
+    counts, real = Counter(), check._digest
+    monkeypatch.setattr(check, "_digest", lambda file: counts.update([os.path.basename(file.name)]) or real(file))
     return counts
 
 
@@ -109,8 +109,8 @@ def test_processes(mini, tmp_path, monkeypatch):
     expected = dict(audio_digests(corpus, tmp_path / "here"))
     monkeypatch.setattr(first_pass, "FEW", 1)
     monkeypatch.setattr(first_pass, "BATCH", 8)
-    checked, check_audio = [], digests.check_audio
-    monkeypatch.setattr(digests, "check_audio", lambda address: checked.append(address) or check_audio(address))
+    checked, check_file = [], digest_reader.check_file
+    monkeypatch.setattr(digest_reader, "check_file", lambda file: checked.append(file) or check_file(file))
     with ProcessPool(2) as pool:
         assert dict(audio_digests(corpus, tmp_path / "cache", read_ahead=partial(read_ahead, pool=pool))) == expected
     assert len(expected) == len(corpus) == len(set(corpus)) > 16

@@ -5,6 +5,7 @@ import json
 import pickle
 import tracemalloc
 
+import numpy as np
 import pytest
 
 from usdm_sft.audio.digest_table import AudioDigest, AudioDigests
@@ -77,8 +78,12 @@ def test_digests_are_found_by_address_in_the_order_of_first_use():
     }
     table = AudioDigests(addresses)
     assert list(table) == list(digests) and len(table) == 3
-    for address, digest in digests.items():
-        table.append(address, digest)
+    assert table.find_unset().tolist() == [0, 1, 2]
+    assert table.put(np.array([2, 0]), [digests["c\ud800"], None]) == 1
+    assert table.find_unset().tolist() == [0, 1]
+    assert table.addresses_at(table.find_unset()) == ["b", "a"]
+    assert table.put(np.array([1, 0]), [digests["a"], digests["b"]]) == 2
+    assert not len(table.find_unset())
     assert dict(table) == digests == dict(pickle.loads(pickle.dumps(table)))
     assert table.problems == {"a": "is empty"}
     assert table.find_all(["a", "b", "a"]) == [digests["a"], digests["b"], digests["a"]]
@@ -93,8 +98,7 @@ def test_digests_are_found_by_address_in_the_order_of_first_use():
 @pytest.mark.parametrize("num", [0, 1, 3])
 def test_digest_of_a_corpus_is_that_of_its_json(num, pairs):
     table = AudioDigests([str(index) for index in range(num)])
-    for index in range(num):
-        table.append(str(index), AudioDigest(f"{index:064x}", 1, 0.1))
+    table.put(np.arange(num), [AudioDigest(f"{index:064x}", 1, 0.1) for index in range(num)])
     splits = {"train": Split("train", (), {}, (), pairs), "test": Split("test", (), {}, ())}
     lists = {"train": "0" * 64, "test": "1" * 64}
     expected = json.dumps([lists, [f"{index:064x}" for index in range(num)], *([pairs] if pairs else [])])
