@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from usdm_sft.audio import addresses, digest_reader, digests, memo
+from usdm_sft.audio import addresses, check, digest_reader, digests, memo
 from usdm_sft.audio.check import AudioCheck
 from usdm_sft.audio.digests import audio_digests, file_digest, read_file, read_unchanged
 from usdm_sft.audio.memo import TABLE
@@ -19,7 +19,9 @@ from usdm_sft.audio.reading import AudioError
 def reads(monkeypatch):
     """The name of each audio file that is opened, at each time."""
     done = []
-    monkeypatch.setattr(addresses, "open", lambda path, mode: done.append(os.path.basename(path)) or open(path, mode), raising=False)
+    monkeypatch.setattr(
+        addresses, "open", lambda path, mode: done.append(os.path.basename(path)) or open(path, mode), raising=False
+    )
     return done
 
 
@@ -99,6 +101,17 @@ def test_digests_of_an_older_version_are_not_used(tmp_path, settled):
         memo.execute("INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, ?)", row)
         memo.commit()
     assert audio_digests([path], tmp_path / "cache")[path].problem == "holds NaN or infinite samples"
+
+
+def test_file_that_fails_while_it_is_hashed(tmp_path, monkeypatch):
+    path = write_wav(tmp_path / "a.wav")
+
+    def fail(file):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(check, "_digest", fail)
+    found = audio_digests([path, f"{path}#t=0,0.1"], tmp_path / "cache")
+    assert [digest.problem for digest in found.values()] == ["cannot be read (Input/output error)"] * 2
 
 
 def test_a_file_that_changes_after_the_first_pass(tmp_path):

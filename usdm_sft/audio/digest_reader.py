@@ -62,7 +62,7 @@ class Reader:
 
     def _recall(self, address: str, stretches: Sequence[Stretch], row: Row | None) -> AudioDigest | None:
         if self._is_plain(stretches):
-            row = self._derive(address, stretches)
+            row = self._derive(address, stretches, _ABSENT)
         elif row is None or row.stamp != self._stamp(stretches):
             return None
         return to_digest(row) if row.frames else None
@@ -72,12 +72,15 @@ class Reader:
         started = time.time_ns()
         parsed = self._parse(addresses)
         rows = list(self._threads.map(self._read_recording, sorted(self._find_new(parsed))))
-        plain = [address for address, stretches in parsed.items() if self._is_plain(stretches)]
-        others = [address for address in parsed if address not in set(plain)]
+        found = {
+            address: self._derive(address, stretches, self._stamp(stretches))
+            for address, stretches in parsed.items()
+            if self._is_plain(stretches)
+        }
+        others = [address for address in parsed if address not in found]
         read = list(self._threads.map(lambda address: self._read(address, parsed[address]), others))
-        rows += read
-        self._memo.write([row for row in rows if row.problem is None and row.is_settled(started)])
-        found = {row.path: row for row in read} | {address: self._derive(address, parsed[address]) for address in plain}
+        self._memo.write([row for row in rows + read if row.problem is None and row.is_settled(started)])
+        found |= {row.path: row for row in read}
         return [found[address] for address in addresses]
 
     def _parse(self, addresses: Sequence[str]) -> dict[str, list[Stretch]]:
@@ -122,19 +125,19 @@ class Reader:
 
     def _read(self, address: str, stretches: Sequence[Stretch]) -> Row:
         if not is_whole(stretches):
-            return self._derive(address, stretches)
+            return self._derive(address, stretches, self._stamp(stretches))
         stamp = find_stamp(address)
         check, header, sha256 = check_file(address)
         channels = 0 if header is None or header.needs_decoding else header.channels
         return Row(address, *stamp, sha256, check.frames, check.rate, channels, check.problem)
 
-    def _derive(self, address: str, stretches: Sequence[Stretch]) -> Row:
+    def _derive(self, address: str, stretches: Sequence[Stretch], stamp: Stamp) -> Row:
         """Check stretches, and find their digest from those of their recordings."""
         check = check_stretches(stretches, self._find_header)
         if check.problem is not None:
-            return Row(address, *_ABSENT, "", 0, 0, 0, check.problem)
+            return Row(address, *stamp, "", 0, 0, 0, check.problem)
         sha256 = stretches_digest(stretches, lambda file: self._recordings[file].sha256)
-        return Row(address, *self._stamp(stretches), sha256, check.frames, check.rate, 0)
+        return Row(address, *stamp, sha256, check.frames, check.rate, 0)
 
     def _stamp(self, stretches: Sequence[Stretch]) -> Stamp:
         known = {each.file: self._recordings.get(each.file) for each in stretches}

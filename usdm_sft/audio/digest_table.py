@@ -51,6 +51,7 @@ class AudioDigests(Mapping[str, AudioDigest]):
             self._positions = np.sort(first)
             first = np.searchsorted(self._positions, first)
         self._places = first.astype(np.min_scalar_type(num))  # of each key
+        del first
         self._sha256 = np.zeros((num, 32), np.uint8)
         self._num_samples, self._seconds = np.zeros(num, np.int64), np.zeros(num, np.float64)
         self._is_set = np.zeros(num, bool)
