@@ -19,9 +19,12 @@ from usdm_sft.audio.reading import AudioError
 def reads(monkeypatch):
     """The name of each audio file that is opened, at each time."""
     done = []
-    monkeypatch.setattr(
-        addresses, "open", lambda path, mode: done.append(os.path.basename(path)) or open(path, mode), raising=False
-    )
+
+    def recorded(path, mode):
+        done.append(os.path.basename(path))
+        return open(path, mode)
+
+    monkeypatch.setattr(addresses, "open", recorded, raising=False)
     return done
 
 

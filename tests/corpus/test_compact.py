@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from usdm_sft.audio.digest_table import AudioDigest, AudioDigests
-from usdm_sft.corpus.bad_audio import corpus_digest
+from usdm_sft.corpus.bad_audio import _Addresses, corpus_digest
 from usdm_sft.corpus.dialogs import CompactDialogs, Dialog, Split, Utterance
 from usdm_sft.corpus.turns import Turns
 
@@ -92,6 +92,28 @@ def test_digests_are_found_by_address_in_the_order_of_first_use():
         with pytest.raises(KeyError, match=f"'{unknown}'"):
             table.find_all(["a", unknown])
     assert list(AudioDigests([])) == []
+
+
+def test_addresses_of_splits_are_found_by_index():
+    dialogs = [make_dialog("a"), make_dialog("b", 2), make_dialog("ü", 5), make_dialog("a")]
+    audio = [utterance.audio for dialog in dialogs for utterance in dialog.utterances]
+    empty = Split("none", (), {}, ())
+    addresses = _Addresses(
+        {
+            "train": Split("train", CompactDialogs(dialogs[:2]), {}, ()),
+            "none": empty,
+            "test": Split("test", dialogs[2:], {}, ()),
+        }
+    )
+    assert list(addresses) == audio and len(addresses) == 13 == len(audio)
+    assert [addresses[index] for index in (12, 0, 4, 5, 3, 9, 10, 2)] == [audio[i] for i in (12, 0, 4, 5, 3, 9, 10, 2)]
+    table = AudioDigests(addresses)
+    assert list(table) == audio[:10]  # the last three are duplicates
+    assert table.addresses_at(np.array([9, 0, 4])) == [audio[9], audio[0], audio[4]]
+    table = AudioDigests([*audio[10:], *audio])
+    assert list(table) == [*audio[:3], *audio[3:10]]
+    assert [batch for _, batch in table.batches(np.array([4, 9]))] == [[audio[4], audio[9]]]
+    assert not len(_Addresses({"none": empty}))
 
 
 @pytest.mark.parametrize("pairs", [{}, {"d1_0": "audio of ü: is empty"}])
