@@ -65,6 +65,16 @@ def test_a_file_that_has_just_changed_is_not_remembered(tmp_path, reads):
     assert reads == ["a.wav"] * 2
 
 
+def test_file_that_appears_after_its_time_was_asked_for_is_not_remembered(tmp_path, settled, monkeypatch):
+    """It would be taken for unchanged while it does not exist."""
+    path = write_wav(tmp_path / "a.wav")
+    with monkeypatch.context() as patch:
+        patch.setattr(digest_reader, "find_stamp", lambda file: (0, 0, 0))
+        assert audio_digests([path], tmp_path / "cache")[path].problem is None
+    os.unlink(path)
+    assert audio_digests([path], tmp_path / "cache")[path].problem == "does not exist"
+
+
 def test_file_digest_does_not_replace_the_check_of_audio(tmp_path, reads, settled):
     path = write_wav(tmp_path / "a.wav")
     file_digest(path, tmp_path / "cache")

@@ -39,7 +39,7 @@ class Row(NamedTuple):
         return self[1:4]
 
     def is_settled(self, started_ns: int) -> bool:
-        """Return True if the row may be remembered; reading began at `started_ns`."""
+        """Return True if the row may be remembered; reading began at `started_ns`. Zeros stand for a file that did not exist."""
         return 0 < max(self.mtime_ns, self.ctime_ns) < started_ns - SETTLED_NS
 
 
