@@ -133,6 +133,17 @@ def test_results_of_earlier_tasks_hold_while_their_recordings_do_not_change(tmp_
         assert pool.holds(result)
 
 
+def test_results_of_tasks_of_another_version_are_not_found(tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr(first_pass, "FEW", 1)
+    keys = []
+    for table in ("files_5", "files_5", "files_6"):
+        monkeypatch.setattr(first_pass, "TABLE", table)
+        pool = Pool()
+        audio_digests(corpus, tmp_path / "cache", read_ahead=partial(read_ahead, pool=pool))
+        keys += pool.keys
+    assert keys[0] == keys[1] != keys[2]
+
+
 def test_files_that_a_process_read_are_not_looked_at_again(tmp_path, corpus, settled, monkeypatch):
     """Nor is a file looked at twice in a later run."""
     monkeypatch.setattr(first_pass, "FEW", 1)

@@ -16,7 +16,7 @@ import numpy as np
 from usdm_sft.audio.digest_reader import Reader, is_unchanged, to_digest
 from usdm_sft.audio.digest_table import AudioDigest, AudioDigests, Places
 from usdm_sft.audio.digests import NUM_THREADS
-from usdm_sft.audio.memo import Memo, Row
+from usdm_sft.audio.memo import TABLE, Memo, Row
 from usdm_sft.cache.keys import cache_key
 from usdm_sft.utils.lazily import Lazily
 from usdm_sft.utils.progress import progress_bar
@@ -46,7 +46,9 @@ def read_ahead(digests: AudioDigests, memo: Memo, pool: Pool) -> None:
         return
     parts = _divide(digests, missing)
     batches = Lazily(lambda index: digests.addresses_at(parts[index]), len(parts))
-    keys = list(map(cache_key, batches))
+    keys = [
+        cache_key(TABLE, batch) for batch in batches
+    ]  # results of a version with other rows or checks are not found
     with progress_bar(len(missing), "reading recordings", "files") as bar:
         for index, (found, rows) in pool.map(read_recordings, batches, name="recordings", keys=keys, holds=_hold):
             memo.write(rows)

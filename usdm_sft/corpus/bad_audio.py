@@ -86,10 +86,8 @@ class _Addresses(Lazily[str]):
         self._splits = splits
         lengths = (len(dialog.utterances) for split in splits.values() for dialog in split.dialogs)
         self._stops = array("Q", accumulate(lengths))  # for each dialog the number of utterances up to its end
-        self._loaded, self._first = (
-            Dialog("", ()),
-            0,
-        )  # the dialog of the last access, and the index of its first utterance
+        self._loaded = Dialog("", ())  # the dialog of the last access
+        self._first = 0  # index of its first utterance
         super().__init__(self._find, self._stops[-1] if self._stops else 0)
 
     def _find(self, index: int) -> str:
