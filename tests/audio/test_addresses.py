@@ -8,10 +8,19 @@ import numpy as np
 import pytest
 import soundfile
 
-from usdm_sft.audio import addresses, digests
-from usdm_sft.audio.addresses import AddressError, Stretch, format_address, join_addresses, parse_address, zip_address
+from usdm_sft.audio import addresses, check
+from usdm_sft.audio.addresses import (
+    AddressError,
+    NamesakeFinder,
+    Stretch,
+    format_address,
+    join_addresses,
+    parse_address,
+    zip_address,
+)
 from usdm_sft.audio.check import check_audio
 from usdm_sft.audio.digests import audio_digests, read_file, read_unchanged
+from usdm_sft.audio.playable import make_playable
 from usdm_sft.audio.reading import AudioError, read_audio, read_waveform
 from usdm_sft.utils.once import once_per_key
 
@@ -39,6 +48,63 @@ def test_addresses_are_read_as_they_are_written(tmp_path):
     strange = tmp_path / "b.wav#t=1,2"
     strange.touch()
     assert parse_address(strange) == [Stretch(str(strange))]  # a file of that very name
+
+
+def test_only_a_stretch_is_looked_up_on_disk():
+    asked = []
+    parse_address("a.wav\nzip://a.wav::b.zip\nb#.wav", lambda name: asked.append(name))
+    assert asked == []
+    parse_address("a.wav#t=1,2\nb.wav\nc.wav#channel=1", lambda name: asked.append(name))
+    assert asked == ["a.wav#t=1,2", "c.wav#channel=1"]
+
+
+def test_folder_is_listed_once_unless_a_file_has_the_name_of_a_stretch(tmp_path, monkeypatch):
+    listed, real = [], os.listdir
+    monkeypatch.setattr(addresses.os, "listdir", lambda folder: listed.append(folder) or real(folder))
+    cut = [f"{tmp_path}/call #1.wav#t={start},{start + 1}" for start in range(3)]
+    (tmp_path / "call #1.wav").touch()
+    for _ in range(2):  # two passes
+        finder = NamesakeFinder()
+        assert [finder.exists(each) for each in cut] == [False] * 3
+        assert not finder.exists(f"{tmp_path}/none/a.wav#t=1,2")
+        assert not finder.exists(f"zip://a.wav::{tmp_path}/a.zip#t=1,2")
+    assert listed == [str(tmp_path)]
+    Path(cut[1]).touch()
+    os.utime(tmp_path, ns=(1, 1))  # it may have appeared within the precision of the time stamp
+    assert [NamesakeFinder().exists(each) for each in cut] == [False, True, False]
+    assert listed == [str(tmp_path)] * 2
+    monkeypatch.chdir(tmp_path)
+    assert NamesakeFinder().exists("call #1.wav#t=1,2")
+
+
+def test_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    """Files in it may be readable all the same."""
+    name = f"{tmp_path}/call.wav#t=1,2"
+    Path(name).touch()
+
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(addresses.os, "listdir", refuse)
+    assert NamesakeFinder().exists(name) and not NamesakeFinder().exists(f"{tmp_path}/call.wav#t=1,3")
+
+
+def test_file_with_the_name_of_a_stretch_that_appears_during_the_run(call, tmp_path):
+    """The bytes of the digest are used, whatever the address means by now."""
+    cut, later = format_address(call, 0.5, 1), format_address(call, 1, 2)
+    shutil.copyfile(call, later)
+    found = audio_digests([cut, later], tmp_path / "cache")
+    assert (found[cut].seconds, found[later].seconds) == (0.5, 2)
+    expected = read_waveform(cut)
+    soundfile.write(cut, np.zeros(8000), 8000, format="WAV")
+    contents = read_unchanged(cut, found[cut].sha256, read_file)
+    assert list(contents) == [call] and np.array_equal(read_waveform(cut, contents), expected)
+    contents = read_unchanged(later, found[later].sha256, read_file)
+    assert list(contents) == [later] and len(read_waveform(later, contents)) == 32_000
+    assert make_playable(later, contents).content == Path(call).read_bytes()
+    os.unlink(later)
+    with pytest.raises(AudioError, match="was changed during the run: let nothing write to it"):
+        read_unchanged(later, found[later].sha256, read_file)
 
 
 @pytest.mark.parametrize(("start", "end"), [(0.5, 1.25), (0, 2), (1.0001, 1.9)])
@@ -104,8 +170,8 @@ def test_nan_outside_the_stretch_is_ignored(tmp_path):
 
 def test_digests_are_of_content_and_stretch(call, tmp_path, monkeypatch):
     hashed = []
-    real = digests._digest_file
-    monkeypatch.setattr(digests, "_digest_file", lambda file: hashed.append(file) or real(file))
+    real = check._digest
+    monkeypatch.setattr(check, "_digest", lambda file: hashed.append(file.name) or real(file))
     stretches = [
         format_address(call, start / 10, start / 10 + 0.5, channel) for start in range(10) for channel in (0, 1)
     ]
@@ -144,14 +210,14 @@ def test_threads_hash_a_long_recording_once(call, tmp_path, monkeypatch):
     other = tmp_path / "other.wav"
     shutil.copyfile(call, other)
     hashed = []
-    real = digests._digest_file
+    real = check._digest
 
     def slow(file):
-        hashed.append(file)
+        hashed.append(file.name)
         time.sleep(0.2)
         return real(file)
 
-    monkeypatch.setattr(digests, "_digest_file", slow)
+    monkeypatch.setattr(check, "_digest", slow)
     stretches = [format_address(str(file), i / 20, i / 20 + 0.5) for i in range(18) for file in (call, other)]
     found = audio_digests(stretches, tmp_path / "cache", num_threads=36)
     assert sorted(hashed) == sorted([call, str(other)])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from usdm_sft.audio import digests
+from usdm_sft.audio import addresses, check, digest_reader, digests, memo
 from usdm_sft.audio.check import AudioCheck
 from usdm_sft.audio.digests import audio_digests, file_digest, read_file, read_unchanged
 from usdm_sft.audio.memo import TABLE
@@ -17,16 +17,20 @@ from usdm_sft.audio.reading import AudioError
 
 @pytest.fixture
 def reads(monkeypatch):
-    """The files that were really read."""
+    """The name of each audio file that is opened, at each time."""
     done = []
-    read = digests._digest_file
-    monkeypatch.setattr(digests, "_digest_file", lambda path: done.append(os.path.basename(path)) or read(path))
+
+    def recorded(path, mode):
+        done.append(os.path.basename(path))
+        return open(path, mode)
+
+    monkeypatch.setattr(addresses, "open", recorded, raising=False)
     return done
 
 
 @pytest.fixture
 def settled(monkeypatch):
-    monkeypatch.setattr(digests, "_SETTLED_NS", -(10**18))
+    monkeypatch.setattr(memo, "SETTLED_NS", -(10**18))
 
 
 def write_wav(path, seed=0):
@@ -61,6 +65,16 @@ def test_a_file_that_has_just_changed_is_not_remembered(tmp_path, reads):
     assert reads == ["a.wav"] * 2
 
 
+def test_file_that_appears_after_its_time_was_asked_for_is_not_remembered(tmp_path, settled, monkeypatch):
+    """It would be taken for unchanged while it does not exist."""
+    path = write_wav(tmp_path / "a.wav")
+    with monkeypatch.context() as patch:
+        patch.setattr(digest_reader, "find_stamp", lambda file: (0, 0, 0))
+        assert audio_digests([path], tmp_path / "cache")[path].problem is None
+    os.unlink(path)
+    assert audio_digests([path], tmp_path / "cache")[path].problem == "does not exist"
+
+
 def test_file_digest_does_not_replace_the_check_of_audio(tmp_path, reads, settled):
     path = write_wav(tmp_path / "a.wav")
     file_digest(path, tmp_path / "cache")
@@ -81,10 +95,10 @@ def test_bad_audio_is_not_remembered(tmp_path, settled, monkeypatch):
     """So that other permissions, or a soundfile that reads more, get their chance."""
     path = write_wav(tmp_path / "a.wav")
     with monkeypatch.context() as patch:
-        patch.setattr(digests, "check_audio", lambda path: AudioCheck(problem="cannot be read"))
+        patch.setattr(digest_reader, "check_file", lambda path: (AudioCheck(problem="cannot be read"), None, ""))
         assert audio_digests([path], tmp_path / "cache")[path].problem == "cannot be read"
-    with closing(sqlite3.connect(tmp_path / "cache" / "digests.sqlite")) as memo:
-        assert memo.execute(f"SELECT COUNT(*) FROM {TABLE}").fetchone() == (0,)
+    with closing(sqlite3.connect(tmp_path / "cache" / "digests.sqlite")) as database:
+        assert database.execute(f"SELECT COUNT(*) FROM {TABLE}").fetchone() == (0,)
     assert audio_digests([path], tmp_path / "cache")[path].problem is None
 
 
@@ -100,6 +114,17 @@ def test_digests_of_an_older_version_are_not_used(tmp_path, settled):
         memo.execute("INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, ?)", row)
         memo.commit()
     assert audio_digests([path], tmp_path / "cache")[path].problem == "holds NaN or infinite samples"
+
+
+def test_file_that_fails_while_it_is_hashed(tmp_path, monkeypatch):
+    path = write_wav(tmp_path / "a.wav")
+
+    def fail(file):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(check, "_digest", fail)
+    found = audio_digests([path, f"{path}#t=0,0.1"], tmp_path / "cache")
+    assert [digest.problem for digest in found.values()] == ["cannot be read (Input/output error)"] * 2
 
 
 def test_a_file_that_changes_after_the_first_pass(tmp_path):
@@ -151,17 +176,14 @@ def test_run_goes_on_without_a_digest_file(tmp_path, caplog):
     assert "digests are not remembered this time" in caplog.text
 
 
-def test_stretches_open_their_recording_once_and_are_hashed_once_in_all_runs(tmp_path, reads, settled, monkeypatch):
+def test_recording_of_stretches_is_opened_once_in_all_runs(tmp_path, reads, settled):
     """Their digest is that of their recording's digest, start, end and channel."""
     path = tmp_path / "call.wav"
     soundfile.write(path, np.zeros((32_000, 2)), 16_000)
     cut = [f"{path}#t={start / 100:g},{start / 100 + 0.05:g}&channel={start % 2}" for start in range(100, 130)]
-    headers = []
-    read = digests.read_header
-    monkeypatch.setattr(digests, "read_header", lambda file: headers.append(file) or read(file))
     found = audio_digests([*cut, cut[0]], tmp_path / "cache")
     assert audio_digests(cut, tmp_path / "cache") == found
-    assert reads == ["call.wav"] and headers == [str(path)] * 2
+    assert reads == ["call.wav"]
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     assert found[cut[3]] == (
         hashlib.sha256(json.dumps([[sha256, 1.03, 1.08, 1]]).encode()).hexdigest(),
@@ -169,21 +191,21 @@ def test_stretches_open_their_recording_once_and_are_hashed_once_in_all_runs(tmp
         0.05,
         None,
     )
-    with closing(sqlite3.connect(tmp_path / "cache" / "digests.sqlite")) as memo:
-        assert memo.execute(f"SELECT path, sha256, frames FROM {TABLE}").fetchall() == [(str(path), sha256, 0)]
+    with closing(sqlite3.connect(tmp_path / "cache" / "digests.sqlite")) as database:
+        assert database.execute(f"SELECT path, sha256, frames FROM {TABLE}").fetchall() == [(str(path), sha256, 32_000)]
     soundfile.write(path, np.ones((32_000, 2)) / 2, 16_000)
     assert audio_digests(cut, tmp_path / "cache")[cut[3]].sha256 != found[cut[3]].sha256
 
 
-def test_stretches_of_compressed_audio_are_remembered(tmp_path, settled, monkeypatch):
+def test_stretches_of_compressed_audio_are_remembered(tmp_path, reads, settled):
     """Only decoding shows whether they are good."""
     path = tmp_path / "call.flac"
     soundfile.write(path, np.zeros(32_000), 16_000)
     cut = [f"{path}#t={start},{start + 0.5}" for start in (0, 1)]
     found = audio_digests(cut, tmp_path / "cache")
-    with closing(sqlite3.connect(tmp_path / "cache" / "digests.sqlite")) as memo:
-        assert memo.execute(f"SELECT path, frames FROM {TABLE} ORDER BY path").fetchall() == [
-            (each, 8000) for each in cut
-        ]
-    monkeypatch.setattr(digests, "check_audio", None)
+    with closing(sqlite3.connect(tmp_path / "cache" / "digests.sqlite")) as database:
+        rows = database.execute(f"SELECT path, frames FROM {TABLE} ORDER BY path").fetchall()
+    assert rows == [(str(path), 0), *((each, 8000) for each in cut)]
+    assert reads == ["call.flac"] * 3  # its header and digest, and the two stretches
     assert audio_digests(cut, tmp_path / "cache") == found
+    assert len(reads) == 3

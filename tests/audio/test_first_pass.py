@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from usdm_sft.audio import digests, first_pass
+from usdm_sft.audio import addresses, check, digest_reader, first_pass, memo
 from usdm_sft.audio.addresses import format_address
-from usdm_sft.audio.digests import audio_digests
+from usdm_sft.audio.digests import audio_digests, read_file, read_unchanged
 from usdm_sft.audio.first_pass import read_ahead
+from usdm_sft.audio.reading import AudioError
 from usdm_sft.utils.processes import ProcessPool
 
 
@@ -25,20 +26,20 @@ class Pool:
         raise AssertionError
 
     def map(self, function, items, *, name, keys, holds=None):
-        self.items, self.keys = list(items), list(keys)
+        self.items, self.keys, self.holds = list(items), list(keys), holds
         return enumerate(map(function, items))
 
 
 @pytest.fixture
 def settled(monkeypatch):
-    monkeypatch.setattr(digests, "_SETTLED_NS", -(10**18))
+    monkeypatch.setattr(memo, "SETTLED_NS", -(10**18))
 
 
 @pytest.fixture
 def hashed(monkeypatch):
     """How often each file was hashed."""
-    counts, real = Counter(), digests._digest_file
-    monkeypatch.setattr(digests, "_digest_file", lambda file: counts.update([os.path.basename(file)]) or real(file))
+    counts, real = Counter(), check._digest
+    monkeypatch.setattr(check, "_digest", lambda file: counts.update([os.path.basename(file.name)]) or real(file))
     return counts
 
 
@@ -90,18 +91,108 @@ def test_few_recordings_are_read_here(tmp_path, corpus, settled, monkeypatch):
     assert len(pool.items) == 1
 
 
-def test_recordings_that_change_after_the_tasks_are_read_again(tmp_path, corpus, settled, monkeypatch):
-    """Such as while a job of Slurm waits."""
+def test_recording_that_changes_after_a_process_read_it_is_refused_and_read_by_the_next_run(
+    tmp_path, corpus, settled, monkeypatch
+):
     monkeypatch.setattr(first_pass, "FEW", 1)
 
     class Late(Pool):
         def map(self, *args, **kwargs):
             yield from list(super().map(*args, **kwargs))
             soundfile.write(tmp_path / "a.wav", np.zeros(16_000), 16_000)
+            soundfile.write(tmp_path / "call.wav", np.zeros(32_000), 16_000)
 
     found = audio_digests(corpus, tmp_path / "cache", read_ahead=partial(read_ahead, pool=Late()))
-    assert found[corpus[0]] == audio_digests(corpus[:1], tmp_path / "other")[corpus[0]]
-    assert found[corpus[0]].seconds == 1
+    for address in (corpus[0], corpus[2]):
+        with pytest.raises(AudioError, match="was changed during the run: let nothing write to it, and run again"):
+            read_unchanged(address, found[address].sha256, read_file)
+    assert read_unchanged(corpus[1], found[corpus[1]].sha256, read_file)
+    pool = Pool()
+    again = audio_digests(corpus, tmp_path / "cache", read_ahead=partial(read_ahead, pool=pool))
+    assert again[corpus[0]].seconds == 1
+    assert pool.items == [[corpus[0], corpus[2], corpus[4], corpus[6]]]  # two stretches of call.wav, and none.wav
+    for address in (corpus[0], corpus[2]):
+        assert read_unchanged(address, again[address].sha256, read_file)
+
+
+def test_results_of_earlier_tasks_hold_while_their_recordings_do_not_change(tmp_path, corpus, settled, monkeypatch):
+    """Such as while a job of Slurm waits."""
+    monkeypatch.setattr(first_pass, "FEW", 1)
+    pool = Pool()
+    audio_digests(corpus, tmp_path / "cache", read_ahead=partial(read_ahead, pool=pool))
+    result = first_pass.read_recordings(corpus)
+    assert pool.holds(result)
+    for name in ("b.wav", "call.wav", "call.flac"):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[:-2])
+        assert not pool.holds(result)
+        (tmp_path / name).unlink()
+        assert not pool.holds(result)
+        (tmp_path / name).write_bytes(content)
+        result = first_pass.read_recordings(corpus)
+        assert pool.holds(result)
+
+
+def test_results_of_tasks_of_another_version_are_not_found(tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr(first_pass, "FEW", 1)
+    keys = []
+    for table in ("files_5", "files_5", "files_6"):
+        monkeypatch.setattr(first_pass, "TABLE", table)
+        pool = Pool()
+        audio_digests(corpus, tmp_path / "cache", read_ahead=partial(read_ahead, pool=pool))
+        keys += pool.keys
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_files_that_a_process_read_are_not_looked_at_again(tmp_path, corpus, settled, monkeypatch):
+    """Nor is a file looked at twice in a later run."""
+    monkeypatch.setattr(first_pass, "FEW", 1)
+    looks = Counter()
+
+    def watch(owner, name):
+        real = getattr(owner, name)
+
+        def look(path, *args, **kwargs):
+            if str(path).endswith((".wav", ".flac")):
+                looks[os.path.basename(path)] += 1
+            return real(path, *args, **kwargs)
+
+        monkeypatch.setattr(owner, name, look)
+
+    class Elsewhere(Pool):
+        def map(self, *args, **kwargs):
+            made = list(super().map(*args, **kwargs))
+            looks.clear()
+            return made
+
+    corpus.remove(str(tmp_path / "none.wav"))
+    monkeypatch.setattr(addresses, "open", open, raising=False)
+    for owner, name in ((os, "stat"), (os, "lstat"), (addresses, "open")):
+        watch(owner, name)
+    found = audio_digests(corpus, tmp_path / "cache", read_ahead=partial(read_ahead, pool=Elsewhere()))
+    assert looks == {}
+    assert audio_digests(corpus, tmp_path / "cache") == found
+    assert looks == dict.fromkeys(("a.wav", "b.wav", "c.wav", "call.wav", "call.flac"), 1)
+
+
+def test_problems_are_in_the_order_of_the_addresses(tmp_path, settled, monkeypatch):
+    monkeypatch.setattr(first_pass, "FEW", 1)
+    monkeypatch.setattr(first_pass, "BATCH", 2)
+    soundfile.write(tmp_path / "call.wav", np.zeros(32_000), 16_000)
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16_000)
+    call = str(tmp_path / "call.wav")
+    bad = {
+        format_address(call, 1, 3): "is to be cut up to 3 s, but has 2 s",
+        str(tmp_path / "empty.wav"): "holds no samples",
+        str(tmp_path / "none.wav"): "does not exist",
+        f"{tmp_path / 'none.wav'}#t=0,1": "does not exist",
+        format_address(call, 1, 1): "is to be cut from 1 to 1 s, which is nothing",
+    }
+    everything = [call, *bad, format_address(call, 0, 1)]
+    for _ in range(2):  # the second one knows the recording
+        found = audio_digests(everything, tmp_path / "cache", read_ahead=partial(read_ahead, pool=Pool()))
+        assert list(found.problems.items()) == list(bad.items())
+        assert [found[each].seconds for each in (call, everything[-1])] == [2, 1]
 
 
 def test_processes(mini, tmp_path, monkeypatch):
@@ -109,8 +200,8 @@ def test_processes(mini, tmp_path, monkeypatch):
     expected = dict(audio_digests(corpus, tmp_path / "here"))
     monkeypatch.setattr(first_pass, "FEW", 1)
     monkeypatch.setattr(first_pass, "BATCH", 8)
-    checked, check_audio = [], digests.check_audio
-    monkeypatch.setattr(digests, "check_audio", lambda address: checked.append(address) or check_audio(address))
+    checked, check_file = [], digest_reader.check_file
+    monkeypatch.setattr(digest_reader, "check_file", lambda file: checked.append(file) or check_file(file))
     with ProcessPool(2) as pool:
         assert dict(audio_digests(corpus, tmp_path / "cache", read_ahead=partial(read_ahead, pool=pool))) == expected
     assert len(expected) == len(corpus) == len(set(corpus)) > 16

@@ -5,10 +5,11 @@ import json
 import pickle
 import tracemalloc
 
+import numpy as np
 import pytest
 
 from usdm_sft.audio.digest_table import AudioDigest, AudioDigests
-from usdm_sft.corpus.bad_audio import corpus_digest
+from usdm_sft.corpus.bad_audio import _Addresses, corpus_digest
 from usdm_sft.corpus.dialogs import CompactDialogs, Dialog, Split, Utterance
 from usdm_sft.corpus.turns import Turns
 
@@ -77,8 +78,12 @@ def test_digests_are_found_by_address_in_the_order_of_first_use():
     }
     table = AudioDigests(addresses)
     assert list(table) == list(digests) and len(table) == 3
-    for address, digest in digests.items():
-        table.append(address, digest)
+    assert table.find_unset().tolist() == [0, 1, 2]
+    assert table.put(np.array([2, 0]), [digests["c\ud800"], None]) == 1
+    assert table.find_unset().tolist() == [0, 1]
+    assert table.addresses_at(table.find_unset()) == ["b", "a"]
+    assert table.put(np.array([1, 0]), [digests["a"], digests["b"]]) == 2
+    assert not len(table.find_unset())
     assert dict(table) == digests == dict(pickle.loads(pickle.dumps(table)))
     assert table.problems == {"a": "is empty"}
     assert table.find_all(["a", "b", "a"]) == [digests["a"], digests["b"], digests["a"]]
@@ -89,12 +94,33 @@ def test_digests_are_found_by_address_in_the_order_of_first_use():
     assert list(AudioDigests([])) == []
 
 
+def test_addresses_of_splits_are_found_by_index():
+    dialogs = [make_dialog("a"), make_dialog("b", 2), make_dialog("ü", 5), make_dialog("a")]
+    audio = [utterance.audio for dialog in dialogs for utterance in dialog.utterances]
+    empty = Split("none", (), {}, ())
+    addresses = _Addresses(
+        {
+            "train": Split("train", CompactDialogs(dialogs[:2]), {}, ()),
+            "none": empty,
+            "test": Split("test", dialogs[2:], {}, ()),
+        }
+    )
+    assert list(addresses) == audio and len(addresses) == 13 == len(audio)
+    assert [addresses[index] for index in (12, 0, 4, 5, 3, 9, 10, 2)] == [audio[i] for i in (12, 0, 4, 5, 3, 9, 10, 2)]
+    table = AudioDigests(addresses)
+    assert list(table) == audio[:10]  # the last three are duplicates
+    assert table.addresses_at(np.array([9, 0, 4])) == [audio[9], audio[0], audio[4]]
+    table = AudioDigests([*audio[10:], *audio])
+    assert list(table) == [*audio[:3], *audio[3:10]]
+    assert [batch for _, batch in table.batches(np.array([4, 9]))] == [[audio[4], audio[9]]]
+    assert not len(_Addresses({"none": empty}))
+
+
 @pytest.mark.parametrize("pairs", [{}, {"d1_0": "audio of ü: is empty"}])
 @pytest.mark.parametrize("num", [0, 1, 3])
 def test_digest_of_a_corpus_is_that_of_its_json(num, pairs):
     table = AudioDigests([str(index) for index in range(num)])
-    for index in range(num):
-        table.append(str(index), AudioDigest(f"{index:064x}", 1, 0.1))
+    table.put(np.arange(num), [AudioDigest(f"{index:064x}", 1, 0.1) for index in range(num)])
     splits = {"train": Split("train", (), {}, (), pairs), "test": Split("test", (), {}, ())}
     lists = {"train": "0" * 64, "test": "1" * 64}
     expected = json.dumps([lists, [f"{index:064x}" for index in range(num)], *([pairs] if pairs else [])])

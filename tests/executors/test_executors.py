@@ -23,7 +23,7 @@ from tests.helpers import (
     wait_for,
     wait_for_end_of_group,
 )
-from usdm_sft.audio import digests, first_pass
+from usdm_sft.audio import digest_reader, first_pass
 from usdm_sft.cli.main import main
 from usdm_sft.dataset_folder import parquet
 from usdm_sft.executors import calls, launchers
@@ -70,7 +70,7 @@ def elsewhere(monkeypatch):
     monkeypatch.setattr(parquet, "_with_trainer_columns", None)
     monkeypatch.setattr(first_pass, "FEW", 1)
     monkeypatch.setattr(first_pass, "BATCH", 6)
-    monkeypatch.setattr(digests, "check_audio", None)
+    monkeypatch.setattr(digest_reader, "check_file", None)
 
 
 def times(folder, pattern):

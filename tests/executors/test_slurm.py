@@ -11,7 +11,7 @@ import dill
 import pytest
 
 from tests.helpers import command, content, options
-from usdm_sft.audio import digests, first_pass
+from usdm_sft.audio import first_pass, memo
 from usdm_sft.cli.main import main
 from usdm_sft.dataset_folder import parquet
 from usdm_sft.executors import tasks as unit_tasks
@@ -101,7 +101,7 @@ def many_recordings(monkeypatch):
     """Let the recordings of the mini corpus be enough for tasks."""
     monkeypatch.setattr(first_pass, "FEW", 10)
     monkeypatch.setattr(first_pass, "BATCH", 8)
-    monkeypatch.setattr(digests, "_SETTLED_NS", -(10**18))
+    monkeypatch.setattr(memo, "SETTLED_NS", -(10**18))
 
 
 def slurm_command(mini, unit_model, folder, tasks):

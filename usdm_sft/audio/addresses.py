@@ -18,6 +18,8 @@ import re
 import stat
 import zipfile
 import zlib
+from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 from usdm_sft.utils.once import once_per_key
@@ -61,17 +63,19 @@ class AddressError(ValueError):
     """Nothing can be read at an address. The message does not name the path, which the caller adds."""
 
 
-def parse_address(address: str | os.PathLike[str]) -> list[Stretch]:
-    """Split an address into its stretches."""
-    address = os.fspath(address)
-    if "\n" not in address and os.path.lexists(address):
-        return [Stretch(address)]
-    return [_parse_line(line) for line in address.split("\n")]
+def parse_address(address: str | os.PathLike[str], exists: Callable[[str], bool] = os.path.lexists) -> list[Stretch]:
+    """Split an address into its stretches.
+
+    Args:
+        address: An address.
+        exists: Returns True if there is a file with exactly the name of an address. It is asked for stretches only.
+    """
+    return [_parse_line(line, exists) for line in os.fspath(address).split("\n")]
 
 
-def _parse_line(line: str) -> Stretch:
-    match = _FRAGMENT.fullmatch(line)
-    if match is None or line.endswith("#") or os.path.lexists(line):
+def _parse_line(line: str, exists: Callable[[str], bool]) -> Stretch:
+    match = _FRAGMENT.fullmatch(line) if "#" in line else None
+    if match is None or line.endswith("#") or exists(line):
         return Stretch(line)
     start, end, channel = match["start"], match["end"], match["channel"]
     return Stretch(
@@ -80,6 +84,34 @@ def _parse_line(line: str) -> Stretch:
         None if end is None else float(end),
         None if channel is None else int(channel),
     )
+
+
+class NamesakeFinder:
+    """Finds files whose name is an address. It lists each folder once, where `os.path.lexists` looks at the disk for each stretch.
+
+    A file that appears later may be overlooked. Its address then has the digest of the stretch, which `read_unchanged` asks for.
+    """
+
+    def __init__(self) -> None:
+        self._folders: dict[str, bool] = {}  # folder -> it may have such a file
+
+    def exists(self, address: str) -> bool:
+        """Return True if there is a file with this name, which is the address of a stretch."""
+        folder = os.path.dirname(address) or os.curdir
+        if folder not in self._folders:
+            try:
+                self._folders[folder] = _has_namesakes(folder, os.stat(folder).st_mtime_ns)
+            except (FileNotFoundError, NotADirectoryError):
+                self._folders[folder] = False
+            except (OSError, ValueError):  # files in it may be readable all the same
+                self._folders[folder] = True
+        return self._folders[folder] and os.path.lexists(address)
+
+
+@lru_cache(maxsize=1024)
+def _has_namesakes(folder: str, mtime_ns: int) -> bool:
+    """Return True if the name of a file in a folder is that of a stretch; the folder is listed again when it has changed."""
+    return any("#" in name and _FRAGMENT.fullmatch(name) for name in os.listdir(folder))
 
 
 def format_address(file: str, start: float | None = None, end: float | None = None, channel: int | None = None) -> str:
@@ -124,12 +156,18 @@ def absolute_file(file: str, folder: str | os.PathLike[str]) -> str:
 
 def disk_files(address: str | os.PathLike[str]) -> list[str]:
     """Return the real paths of the files and archives that an address names."""
-    matches = [(stretch.file, _match_zip(stretch.file)) for stretch in parse_address(address)]
-    return list(dict.fromkeys(os.path.realpath(file if match is None else match["archive"]) for file, match in matches))
+    return list(dict.fromkeys(os.path.realpath(disk_file(stretch.file)) for stretch in parse_address(address)))
+
+
+def disk_file(file: str) -> str:
+    """Return the file itself, or the archive of which it is a member."""
+    match = _match_zip(file)
+    return file if match is None else match["archive"]
 
 
 def _match_zip(file: str) -> re.Match[str] | None:
-    return None if os.path.lexists(file) else _ZIP.fullmatch(file)
+    match = _ZIP.fullmatch(file)
+    return None if match is None or os.path.lexists(file) else match
 
 
 def file_problem(file: str | os.PathLike[str]) -> str | None:

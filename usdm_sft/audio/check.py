@@ -7,6 +7,7 @@ between two pages passes as a whole one, as it does in the reference.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import struct
@@ -70,15 +71,35 @@ def check_audio(address: str | Path) -> AudioCheck:
     return check_stretches(parse_address(address), read_header)
 
 
-def check_stretches(stretches: Sequence[Stretch], read_header: Callable[[str], Header]) -> AudioCheck:
+def check_file(file: str) -> tuple[AudioCheck, Header | None, str]:
+    """Check a whole file and find its sha256, both in one reading. Raises nothing.
+
+    Returns:
+        The result of `check_audio`; the header, or None if it cannot be read; and the sha256 in hex, "" for a bad file.
+    """
+    header = None
+    try:
+        with _open_sound(file) as (opened, sound):
+            found = header = _describe(sound)
+            check = check_stretches([Stretch(file)], lambda _: found, lambda _: _decode(sound, opened))
+            return check, header, _digest(opened) if check.problem is None else ""
+    except HEADER_ERRORS as error:
+        return AudioCheck(problem=_find_problem(error)), header, ""
+
+
+def check_stretches(
+    stretches: Sequence[Stretch], read_header: Callable[[str], Header], decode: Callable[[str], int] | None = None
+) -> AudioCheck:
     """Return the result of `check_audio` for a parsed address.
 
     Args:
         stretches: The parsed address.
         read_header: `read_header`, or the same with a cache for recordings with many stretches.
+        decode: Decodes a whole file and returns its number of frames; by default it opens the file.
     """
+    decode = decode or _decode_file
     try:
-        frames, rates = zip(*(_check_stretch(stretch, read_header) for stretch in stretches), strict=True)
+        frames, rates = zip(*(_check_stretch(stretch, read_header, decode) for stretch in stretches), strict=True)
         if len(set(rates)) > 1:
             raise AudioError(f"has several sample rates ({', '.join(map(str, sorted(set(rates))))} Hz)")
         num_frames, rate = sum(frames), rates[0]
@@ -86,14 +107,15 @@ def check_stretches(stretches: Sequence[Stretch], read_header: Callable[[str], H
             raise AudioError(
                 f"has {num_samples} samples at 16 kHz, fewer than the {MIN_SAMPLES} (25 ms) that make a unit"
             )
-    except (AudioError, AddressError) as error:
-        return AudioCheck(problem=str(error))
-    except soundfile.LibsndfileError as error:
-        reason = error.error_string.strip().rstrip(".")
-        return AudioCheck(problem=f"is not audio that soundfile can read ({reason})")
-    except OSError as error:
-        return AudioCheck(problem=f"cannot be read ({error.strerror})")
+    except HEADER_ERRORS as error:
+        return AudioCheck(problem=_find_problem(error))
     return AudioCheck(num_frames, rate)
+
+
+def _find_problem(error: Exception) -> str:
+    if isinstance(error, soundfile.LibsndfileError):
+        return f"is not audio that soundfile can read ({error.error_string.strip().rstrip('.')})"
+    return f"cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
 
 
 def read_header(file: str) -> Header:
@@ -104,6 +126,17 @@ def read_header(file: str) -> Header:
     """
     with _open_sound(file) as (_, sound):
         return _describe(sound)
+
+
+def digest_recording(file: str) -> tuple[Header, str]:
+    """Read the header of a file and its sha256 in one reading; raises what `read_header` raises."""
+    with _open_sound(file) as (opened, sound):
+        return _describe(sound), _digest(opened)
+
+
+def _digest(file: io.BufferedIOBase) -> str:
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
@@ -125,16 +158,15 @@ def _describe(sound: soundfile.SoundFile) -> Header:
     return Header(sound.frames, sound.samplerate, sound.channels, needs_decoding)
 
 
-def _check_stretch(stretch: Stretch, read_header: Callable[[str], Header]) -> tuple[int, int]:
+def _check_stretch(
+    stretch: Stretch, read_header: Callable[[str], Header], decode: Callable[[str], int]
+) -> tuple[int, int]:
     """Return the number of frames and the sample rate of a stretch."""
+    header = read_header(stretch.file)
+    _check_header(stretch, header)
     if stretch.start is None or stretch.end is None:
-        with _open_sound(stretch.file) as (file, sound):
-            header = _describe(sound)
-            _check_header(stretch, header)
-            frames = _decode(sound, file) if header.needs_decoding else header.frames
+        frames = decode(stretch.file) if header.needs_decoding else header.frames
     else:
-        header = read_header(stretch.file)
-        _check_header(stretch, header)
         _check_bounds(stretch.start, stretch.end, header.frames / header.rate)
         first, stop = find_frames(stretch, header.rate, header.frames)
         frames = stop - first
@@ -182,6 +214,11 @@ def _check_riff(file: io.RawIOBase) -> None:
                 raise AudioError(f"is cut short (its header promises {size:,} bytes of samples, {there:,} are there)")
             return
         file.seek(size + size % 2, os.SEEK_CUR)
+
+
+def _decode_file(file: str) -> int:
+    with _open_sound(file) as (opened, sound):
+        return _decode(sound, opened)
 
 
 def _decode(sound: soundfile.SoundFile, file: io.BufferedIOBase) -> int:

@@ -1,88 +1,93 @@
 """The first pass over many recordings, shared out to processes or tasks.
 
-They read what the memo lacks, and the caller, which alone writes the memo, then finds it there. Bad files are not remembered, so
-that the caller checks them again.
+They read what is not remembered, and the caller, which alone writes the memo, looks at none of these files. Bad files are left to
+the caller, which checks them again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from typing import TYPE_CHECKING
 
-from usdm_sft.audio.digests import Reader
-from usdm_sft.audio.memo import Memo, Row
+import numpy as np
+
+from usdm_sft.audio.digest_reader import Reader, is_unchanged, to_digest
+from usdm_sft.audio.digest_table import AudioDigest, AudioDigests, Places
+from usdm_sft.audio.digests import NUM_THREADS
+from usdm_sft.audio.memo import TABLE, Memo, Row
 from usdm_sft.cache.keys import cache_key
+from usdm_sft.utils.lazily import Lazily
 from usdm_sft.utils.progress import progress_bar
 
 if TYPE_CHECKING:
     from usdm_sft.utils.pool import Pool
 
-FEW = 2_000  # recordings that this process reads alone: another one takes a second to start
-BATCH = 512  # recordings that a process or task reads in one call
-_THREADS = 2  # one waits for the disk while the other one computes; more of them wait for each other
+FEW = 2_000  # addresses that this process reads alone: another one takes a second to start
+BATCH = 512  # addresses that a process or task reads in one call
+
+Found = tuple[list[AudioDigest | None], list[Row]]  # a digest for each address, and rows to remember
 
 
-def read_ahead(addresses: Iterable[str], memo: Memo, pool: Pool) -> None:
-    """Read the recordings that are not remembered, if they are many.
+def read_ahead(digests: AudioDigests, memo: Memo, pool: Pool) -> None:
+    """Read the recordings that have no digest yet, if they are many.
 
     Args:
-        addresses: Addresses of audio.
+        digests: The digests that were remembered; others are put there.
         memo: Where digests are remembered.
         pool: Shares out the recordings.
 
     Raises:
         Submitted: Slurm reads the recordings.
     """
-    missing = _find_missing(addresses, memo)
-    num_missing = sum(map(len, missing.values()))
-    if num_missing < FEW:
+    missing = digests.find_unset()
+    if len(missing) < FEW:
         return
-    batches = list(_divide(missing.values()))
-    made = pool.map(read_recordings, batches, name="recordings", keys=[cache_key(batch) for batch in batches])
-    with progress_bar(num_missing, "reading recordings", "files") as bar:
-        for index, rows in made:
+    parts = _divide(digests, missing)
+    batches = Lazily(lambda index: digests.addresses_at(parts[index]), len(parts))
+    keys = [
+        cache_key(TABLE, batch) for batch in batches
+    ]  # results of a version with other rows or checks are not found
+    with progress_bar(len(missing), "reading recordings", "files") as bar:
+        for index, (found, rows) in pool.map(read_recordings, batches, name="recordings", keys=keys, holds=_hold):
             memo.write(rows)
-            bar.update(len(batches[index]))
+            digests.put(parts[index], found)
+            bar.update(len(found))
 
 
-def _find_missing(addresses: Iterable[str], memo: Memo) -> dict[str, list[str]]:
-    """Return the addresses that are not remembered, by their recording."""
-    missing: dict[str, list[str]] = {}
-    remaining = iter(addresses)
-    while batch := list(islice(remaining, BATCH)):
-        files = [_file(address) for address in batch]
-        known = memo.read(list({*batch, *files}))
-        for address, file in zip(batch, files, strict=True):
-            if address not in known and file not in known:
-                missing.setdefault(file, []).append(address)
-    return missing
+def _divide(digests: AudioDigests, places: Places) -> list[Places]:
+    """Divide addresses into batches. Stretches of one recording share a batch, so that it is read once."""
+    recordings: dict[str, int] = {}
+    firsts = np.arange(len(places))  # for each address the first one of the same recording
+    position = 0
+    for _, addresses in digests.batches(places):
+        for address in addresses:
+            file, mark, _ = address.partition("#")
+            if mark:
+                firsts[position] = recordings.setdefault(file, position)
+            position += 1
+    order = np.argsort(firsts, kind="stable")
+    stops = np.append(np.flatnonzero(np.diff(firsts[order])) + 1, len(places))  # of each recording
+    parts, start = [], 0
+    for stop in map(int, stops):
+        if stop - start >= BATCH or stop == len(places):
+            parts.append(places[order[start:stop]])
+            start = stop
+    return parts
 
 
-def _file(address: str) -> str:
-    """Return the recording of an address by its spelling alone, which suffices to keep the addresses in one together."""
-    return address.partition("#")[0]
+def _hold(result: Found) -> bool:
+    """Return True if what an earlier run read has not changed since."""
+    return all(map(is_unchanged, result[1]))
 
 
-def _divide(recordings: Iterable[list[str]]) -> Iterator[list[str]]:
-    """Divide addresses into batches. Those in one recording share a batch, so that it is hashed once."""
-    batch: list[str] = []
-    for addresses in recordings:
-        batch += addresses
-        if len(batch) >= BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def read_recordings(addresses: Sequence[str]) -> list[Row]:
-    """Digest and check recordings, in a process or task; return the rows to remember."""
-    memo = _Collected()
-    with ThreadPoolExecutor(_THREADS) as threads:
-        Reader(memo, threads).read(addresses)
-    return memo.rows
+def read_recordings(addresses: Sequence[str]) -> Found:
+    """Digest and check recordings, in a process or task. The digests of bad files, and of those just changed, are None."""
+    memo, started = _Collected(), time.time_ns()
+    with ThreadPoolExecutor(NUM_THREADS) as threads:
+        rows = Reader(memo, threads).read(addresses)
+    return [to_digest(row) if row.problem is None and row.is_settled(started) else None for row in rows], memo.rows
 
 
 class _Collected(Memo):

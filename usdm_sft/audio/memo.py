@@ -10,8 +10,12 @@ from typing import NamedTuple
 
 logger = logging.getLogger(__name__)
 
-TABLE = "files_4"  # gets another name when its columns or the checks of audio change
+TABLE = "files_5"  # gets another name when its columns or the checks of audio change
 _BATCH = 512
+SETTLED_NS = 2_000_000_000  # a file that changed more recently could change again with the same time stamp
+
+
+Stamp = tuple[int, int, int]  # size and times of change of files; any later change increases the last one
 
 
 class Row(NamedTuple):
@@ -24,7 +28,19 @@ class Row(NamedTuple):
     sha256: str
     frames: int  # 0 if the file was not checked as audio
     rate: int
+    channels: (
+        int  # 0 unless the header, which has the other two as well, is enough to check the file and each stretch of it
+    )
     problem: str | None = None  # not remembered
+
+    @property
+    def stamp(self) -> Stamp:
+        """Size and times of change."""
+        return self[1:4]
+
+    def is_settled(self, started_ns: int) -> bool:
+        """Return True if the row may be remembered; reading began at `started_ns`. Zeros stand for a file that did not exist."""
+        return 0 < max(self.mtime_ns, self.ctime_ns) < started_ns - SETTLED_NS
 
 
 class Memo:
@@ -38,7 +54,7 @@ class Memo:
             self._database = sqlite3.connect(path, timeout=60)
             self._database.execute(
                 f"CREATE TABLE IF NOT EXISTS {TABLE} (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER,"
-                " ctime_ns INTEGER, sha256 TEXT, frames INTEGER, rate INTEGER)"
+                " ctime_ns INTEGER, sha256 TEXT, frames INTEGER, rate INTEGER, channels INTEGER)"
             )
         except (sqlite3.Error, OSError) as error:
             self._give_up(error)
@@ -64,7 +80,7 @@ class Memo:
         try:
             with self._database:
                 self._database.executemany(
-                    f"INSERT OR REPLACE INTO {TABLE} VALUES (?, ?, ?, ?, ?, ?, ?)", [row[:7] for row in rows]
+                    f"INSERT OR REPLACE INTO {TABLE} VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [row[:8] for row in rows]
                 )
         except sqlite3.Error as error:
             self._give_up(error)

@@ -82,7 +82,7 @@ def count_samples(content: bytes) -> int:
 
 def _find_whole(address: str, contents: Mapping[str, bytes]) -> Recording | None:
     """Return the file at an address unchanged, or None if the address is not one whole file that browsers play."""
-    stretch, *more = parse_address(address)
+    stretch, *more = parse_address(address, contents.__contains__)
     if more or not stretch.is_whole:
         return None
     content = contents[stretch.file]

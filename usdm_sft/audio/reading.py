@@ -41,7 +41,8 @@ def read_audio(
         FileNotFoundError: The file does not exist.
         AudioError: soundfile cannot read the file, or a sample is NaN or infinite.
     """
-    stretches = [Stretch("")] if isinstance(source, bytes) else parse_address(source)
+    exists = os.path.lexists if contents is None else contents.__contains__
+    stretches = [Stretch("")] if isinstance(source, bytes) else parse_address(source, exists)
     read = [_read_stretch(source, stretch, contents) for stretch in stretches]
     if len({rate for _, rate in read}) > 1:
         raise AudioError(f"{describe(source)} has several sample rates: bring the recordings to one")

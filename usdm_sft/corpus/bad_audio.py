@@ -6,10 +6,12 @@ the same id.
 
 import hashlib
 import json
+from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +20,9 @@ from usdm_sft.audio.digest_table import AudioDigests
 from usdm_sft.audio.digests import audio_digests
 from usdm_sft.audio.first_pass import read_ahead
 from usdm_sft.audio.reading import AudioError
-from usdm_sft.corpus.dialogs import CompactDialogs, Split
+from usdm_sft.corpus.dialogs import CompactDialogs, Dialog, Split
 from usdm_sft.corpus.problems import join_problems
+from usdm_sft.utils.lazily import Lazily
 
 if TYPE_CHECKING:
     from usdm_sft.utils.pool import Pool
@@ -76,11 +79,30 @@ def screen_audio(
     return left, found.select(_Addresses(left))
 
 
-class _Addresses:
-    """The address of each utterance of some splits, as often as one iterates over them."""
+class _Addresses(Lazily[str]):
+    """The address of each utterance of some splits, which is read from the dialogs at each access."""
 
     def __init__(self, splits: Mapping[str, Split]):
         self._splits = splits
+        lengths = (len(dialog.utterances) for split in splits.values() for dialog in split.dialogs)
+        self._stops = array("Q", accumulate(lengths))  # for each dialog the number of utterances up to its end
+        self._loaded = Dialog("", ())  # the dialog of the last access
+        self._first = 0  # index of its first utterance
+        super().__init__(self._find, self._stops[-1] if self._stops else 0)
+
+    def _find(self, index: int) -> str:
+        if not self._first <= index < self._first + len(self._loaded.utterances):
+            number = bisect_right(self._stops, index)
+            self._first = self._stops[number - 1] if number else 0
+            self._loaded = self._load(number)
+        return self._loaded.utterances[index - self._first].audio
+
+    def _load(self, number: int) -> Dialog:
+        for split in self._splits.values():
+            if number < len(split.dialogs):
+                break
+            number -= len(split.dialogs)
+        return split.dialogs[number]
 
     def __iter__(self) -> Iterator[str]:
         return (utterance.audio for split in self._splits.values() for utterance in split.utterances())

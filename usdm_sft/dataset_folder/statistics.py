@@ -117,14 +117,6 @@ class SplitStatistics:
         }
 
 
-def merge_statistics(parts: Iterable[SplitStatistics]) -> SplitStatistics:
-    """The statistics of a split from those of its files, in order."""
-    merged = SplitStatistics()
-    for part in parts:
-        merged.merge(part)
-    return merged
-
-
 def compute_statistics(
     files: Mapping[str, Sequence[Path]], layout: RowLayout, *, num_proc: int | None = 1
 ) -> dict[str, SplitStatistics]:
