@@ -11,30 +11,12 @@ import pytest
 
 from tests.dataset_folder.test_export import load_rows
 from tests.dataset_folder.test_verify import FILE, edit_counts
-from tests.helpers import content
+from tests.helpers import LastFirst, content
 from usdm_sft.dataset_folder import export as exporting
 from usdm_sft.dataset_folder import packs, ranges
 from usdm_sft.dataset_folder.export import export
 
 MAX_LENGTH, PACKS_PER_GROUP = 50, 4
-
-
-class LastFirst:
-    """Takes the place of `ProcessPool` and finishes the last range first."""
-
-    def __init__(self, num_proc):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-    def map(self, function, items, *, name):
-        assert len(items) > 20
-        for index in reversed(range(len(items))):
-            yield index, function(items[index])
 
 
 @pytest.fixture
