@@ -91,6 +91,8 @@ def test_differences_are_those_of_a_comparison_in_memory(
             write_rows(file, part, *schema_and_row)
         order = [rows[each][2] for each in rng.permutation(len(rows))]
         changed = [*order[case % 3 :], *([lines[case % len(lines)]] if case % 4 > 1 else [])]
+        for at in rng.integers(len(changed), size=case % 5):  # several lines become extra, and several rows missing
+            changed[at] = lines[rng.integers(len(lines))]
         text.write_text("\n".join(map(as_text, changed)))
         expected = expected_problem(rows, changed, text)
         found = list(compare_with_text({"train": files}, tmp_path, dataset_folder / "tokenizer"))

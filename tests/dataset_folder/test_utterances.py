@@ -268,10 +268,10 @@ def test_verify_finds_changed_utterances(copy, change, message):
 
 
 def spoil(rows):
-    """One utterance has another text, one no sound, two are there twice, of which one with another text, and one is missing."""
+    """One utterance has another text, one no sound, two are there twice, of which one with another text and no sound, one is missing."""
     rows[1].update(text="other")  # d3_1
     rows[2]["audio"].update(bytes=b"no audio")  # d3_2
-    rows += [rows[0], rows[4] | {"text": "later"}]  # d3_0, d8_0
+    rows += [rows[0], rows[4] | {"text": "later", "audio": rows[2]["audio"]}]  # d3_0, d8_0
     del rows[9]  # d20_0
 
 
@@ -282,6 +282,7 @@ def check_spoiled(folder, num_proc):
         f"{recordings}: d3_2: audio bytes (8 bytes) is not audio that",
         f"{recordings}: d3_0 is there twice",
         f"{recordings}: d8_0 is there twice",
+        f"{recordings}: d8_0: audio bytes (8 bytes) is not audio that",
         f"{rows.format(0)}: turn 1 of row d3_0 differs from the utterance d3_1",
         f"{rows.format(1)}: turn 1 of row d3_1 differs from the utterance d3_1",
         f"{rows.format(3)}: turn 0 of row d8_0 differs from the utterance d8_0",  # the last of two counts
