@@ -112,3 +112,20 @@ def loss_by_hand(model, rows):
         total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
         count += (labels != -100).sum().item()
     return total / count
+
+
+class LastFirst:
+    """Takes the place of `ProcessPool`: one process makes the calls and finishes the last item first."""
+
+    def __init__(self, num_proc):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def map(self, function, items, *, name):
+        for index in reversed(range(len(items))):
+            yield index, function(items[index])

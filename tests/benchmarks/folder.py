@@ -1,4 +1,4 @@
-"""verify() and the statistics of a dataset folder: milliseconds per row, and memory of the calling process.
+"""verify(), the statistics and export() of a dataset folder: milliseconds per row, and memory of the calling process.
 
     python -m tests.benchmarks.folder [--rows 21100] [--num_proc 1 2] [--folder FOLDER]
 
@@ -21,6 +21,7 @@ from tests.benchmarks.template import VOCABULARY
 from tests.helpers import DEMO
 from usdm_sft.convert.convert import convert
 from usdm_sft.corpus.features import TRAINER_COLUMNS, folder_features
+from usdm_sft.dataset_folder.export import export
 from usdm_sft.dataset_folder.verify import verify
 from usdm_sft.dataset_folder.writer import replace_pictures, write_folder
 from usdm_sft.prepare import prepare
@@ -104,6 +105,10 @@ def main() -> None:
         runs = {
             "verify": lambda num_proc: verify(folder, num_proc=num_proc),
             "statistics and pictures": lambda num_proc: replace_pictures(folder, num_proc=num_proc),
+            "export usdm": lambda num_proc: export(folder, Path(work) / "usdm", num_proc=num_proc),
+            "export megatron": lambda num_proc: export(
+                folder, Path(work) / "packs", format="megatron", num_proc=num_proc
+            ),
         }
         results = []
         for name, run in runs.items():

@@ -17,12 +17,12 @@ import pytest
 import soundfile
 from huggingface_hub.repocard import metadata_load
 
-from tests.helpers import REPOSITORY, content, options
+from tests.helpers import REPOSITORY, LastFirst, content, options
 from tests.mini_hub import serve
 from usdm_sft.cli.main import main
 from usdm_sft.convert.convert import convert
 from usdm_sft.corpus import hub
-from usdm_sft.dataset_folder import utterances, writer
+from usdm_sft.dataset_folder import sorted_digests, utterances, verify_utterances, writer
 from usdm_sft.dataset_folder.layout import read_counts
 from usdm_sft.dataset_folder.verify import VerificationError, verify
 from usdm_sft.dataset_folder.verify_utterances import check_utterances
@@ -279,6 +279,75 @@ def test_verify_finds_changed_utterances(copy, change, message):
     edit_rows(copy, change)
     problems = list(check_utterances(copy, read_counts(copy)))
     assert any(re.search(message, problem) for problem in problems), problems
+
+
+def spoil(rows):
+    """One utterance has another text, one no sound, two are there twice, of which one with another text and no sound, one is missing."""
+    rows[1].update(text="other")  # d3_1
+    rows[2]["audio"].update(bytes=b"no audio")  # d3_2
+    rows += [rows[0], rows[4] | {"text": "later", "audio": rows[2]["audio"]}]  # d3_0, d8_0
+    del rows[9]  # d20_0
+
+
+def check_spoiled(folder, num_proc):
+    problems = list(check_utterances(folder, read_counts(folder), num_proc=num_proc))
+    recordings, rows = str(folder / FILE), str(folder / "single_turn" / "train-0000{}-of-00010.parquet")
+    expected = [
+        f"{recordings}: d3_2: audio bytes (8 bytes) is not audio that",
+        f"{recordings}: d3_0 is there twice",
+        f"{recordings}: d8_0 is there twice",
+        f"{recordings}: d8_0: audio bytes (8 bytes) is not audio that",
+        f"{rows.format(0)}: turn 1 of row d3_0 differs from the utterance d3_1",
+        f"{rows.format(1)}: turn 1 of row d3_1 differs from the utterance d3_1",
+        f"{rows.format(3)}: turn 0 of row d8_0 differs from the utterance d8_0",  # the last of two counts
+        f"{rows.format(7)}: turn 0 of row d20_0 is not among the utterances",
+        f"{folder / 'counts.json'}: utterances of train are {{'utterances': 15, 'recordings': 15, ",
+        f"{folder / 'README.md'}: its YAML does not say that train has 15 utterances",
+    ]
+    assert [found[: len(text)] for found, text in zip(problems, expected, strict=True)] == expected
+
+
+@pytest.mark.parametrize("in_memory", [1, 3, 1000])
+def test_problems_do_not_depend_on_ranges_and_on_digests_in_memory(copy, monkeypatch, in_memory):
+    edit_rows(copy, spoil)
+    check_spoiled(copy, 1)
+    pq.write_table(pq.read_table(copy / FILE), copy / FILE, row_group_size=2)
+    monkeypatch.setattr(sorted_digests, "_IN_MEMORY", in_memory)
+    monkeypatch.setattr(verify_utterances, "_UTTERANCES_PER_RANGE", 4)
+    monkeypatch.setattr(verify_utterances, "ProcessPool", LastFirst)
+    check_spoiled(copy, 1)
+
+
+def test_problems_do_not_depend_on_the_number_of_processes(copy, monkeypatch):
+    edit_rows(copy, spoil)
+    pq.write_table(pq.read_table(copy / FILE), copy / FILE, row_group_size=2)
+    monkeypatch.setattr(verify_utterances, "_UTTERANCES_PER_RANGE", 2)
+    monkeypatch.setattr(verify_utterances, "_UTTERANCES_PER_PROCESS", 1)
+    check_spoiled(copy, 2)
+
+
+def test_check_of_utterances_stops_after_the_problems_that_are_shown(copy, monkeypatch):
+    """Damage after them is not read any more."""
+    edit_rows(copy, lambda rows: [row.update(text=None) if row["turn"] == 4 else cut_audio([row]) for row in rows])
+    pq.write_table(pq.read_table(copy / FILE), copy / FILE, row_group_size=2)
+    monkeypatch.setattr(verify_utterances, "_UTTERANCES_PER_RANGE", 2)
+    with pytest.raises(ValueError, match="a value of d8_4 is missing: run prepare again"):
+        list(check_utterances(copy, read_counts(copy)))  # there are 8 problems before it
+    monkeypatch.setattr(verify_utterances, "_LIMIT", 3)
+    problems = list(check_utterances(copy, read_counts(copy)))
+    assert [re.search(r": (d\d_\d): the recording has", problem)[1] for problem in problems] == ["d3_0", "d3_1", "d3_2"]
+
+
+def test_damaged_file_after_others_is_refused_after_their_problems(copy):
+    """As of a single process, problems of the files before it come first."""
+    edit_rows(copy, spoil)
+    (copy / FILE.replace("00000-of", "00001-of")).write_bytes(b"PAR1")
+    edit_counts(copy, lambda counts: counts["files"].update({FILE.replace("00000-of", "00001-of"): "0" * 64}))
+    problems = check_utterances(copy, read_counts(copy))
+    found = [re.search(r"d\d_\d", next(problems).removeprefix(str(copy)))[0] for _ in range(4)]
+    assert found == ["d3_2", "d3_0", "d8_0", "d8_0"]
+    with pytest.raises(ValueError, match=r"train-00001-of-00001\.parquet is damaged"):
+        next(problems)
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def _export_arrow(dataset_dir: Path, arrow_dir: Path, *, num_proc: int | None) -
         raise FileExistsError(f"{arrow_dir} is not empty: name another folder")
     unfinished = arrow_dir / UNFINISHED
     with _temporary(unfinished):
-        rows = {split: unfinished / split for split in files}
+        rows = {split: unfinished / f"{split}.arrow" for split in files}
         folder = unfinished / "pieces"
         with ExitStack() as stack, _make_pieces(files, folder, _write_columns, num_proc) as pieces:
             streams = {split: stack.enter_context(pa.ipc.new_stream(rows[split], _arrow_schema())) for split in files}
