@@ -30,7 +30,6 @@ from usdm_sft.stages.record import mark_in_use
 from usdm_sft.stages.run import Run, describe_run, open_run
 from usdm_sft.units.agreement import measure_agreement, pick_sample
 from usdm_sft.units.batches import padding_share
-from usdm_sft.utils.memory import memory_given_back
 from usdm_sft.utils.pool import Pool, Submitted
 from usdm_sft.utils.processes import ProcessPool, num_cores
 from usdm_sft.utils.progress import Stages, quiet
@@ -72,7 +71,7 @@ def prepare(config: PrepareConfig | None = None, /, **fields: Any) -> dict[str, 
         config = PrepareConfig(**fields)
     elif fields:
         raise TypeError(f"prepare() takes a config or fields, not both: put {', '.join(fields)} into the config")
-    with memory_given_back(), Stages(STAGES) as stages, ExitStack() as held:
+    with Stages(STAGES) as stages, ExitStack() as held:
         counts, is_new = _make(config, stages, held)
     if is_new and stages.shown:
         logger.info("%s", stages.summary())

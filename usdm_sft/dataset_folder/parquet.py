@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset
+from datasets import Dataset, DatasetInfo
 from datasets.table import InMemoryTable
 
 from usdm_sft.cache.keys import cache_key
@@ -145,8 +145,7 @@ def _write_part(
     # A task of a run with other options may write a file of this name at the same time. Each is complete when it gets the name.
     unfinished = path.with_name(f"{path.name}.{task.key[:16]}{SUFFIX}")
     with quiet():
-        rows = Dataset(InMemoryTable(loaders[task.split](part)))
-        num_bytes = _with_trainer_columns(rows).to_parquet(str(unfinished))
+        num_bytes = _with_trainer_columns(loaders[task.split](part)).to_parquet(str(unfinished))
     written = Part(path, num_bytes, compute_statistics({"": [unfinished]}, layout)[""], sha256_file(unfinished))
     os.replace(unfinished, path)
     return written
@@ -157,19 +156,14 @@ def _is_whole(part: Part) -> bool:
     return part.path.is_file() and sha256_file(part.path) == part.sha256
 
 
-def _with_trainer_columns(rows: Dataset) -> Dataset:
+def _with_trainer_columns(rows: pa.Table) -> Dataset:
     """Return the rows of one output file in memory, with `TRAINER_COLUMNS` at the end."""
-    lists = isinstance(rows[0]["user_text"], list)
-    features = folder_features(lists=lists, collapsed=are_collapsed(rows.column_names))
-    return rows.with_format("arrow").map(_add_trainer_columns, batched=True, features=features, keep_in_memory=True)
-
-
-def _add_trainer_columns(rows: pa.Table) -> pa.Table:
-    ids = rows["input_ids"].combine_chunks()
-    ones = pa.array(np.ones(len(ids.flatten()), np.int8))
-    lengths = pc.list_value_length(ids)
-    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
-    columns = (pa.ListArray.from_arrays(offsets, ones), lengths.cast(pa.int32()))
-    for name, column in zip(TRAINER_COLUMNS, columns, strict=True):
+    rows = rows.combine_chunks()  # otherwise their size in memory, which the card tells, depends on the work shards
+    lengths = pc.list_value_length(rows["input_ids"]).to_numpy()
+    offsets = pa.array(np.append(0, np.cumsum(lengths)), pa.int32())
+    ones = pa.ListArray.from_arrays(offsets, pa.array(np.ones(lengths.sum(), np.int8)))
+    for name, column in zip(TRAINER_COLUMNS, (ones, pa.array(lengths)), strict=True):
         rows = rows.append_column(name, column)
-    return rows
+    lists, collapsed = pa.types.is_list(rows.schema.field("user_text").type), are_collapsed(rows.column_names)
+    features = folder_features(lists=lists, collapsed=collapsed)
+    return Dataset(InMemoryTable(rows.cast(features.arrow_schema)), DatasetInfo(features=features))

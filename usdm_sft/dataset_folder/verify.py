@@ -24,7 +24,6 @@ from usdm_sft.dataset_folder.verify_utterances import check_utterances
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import load_tokenizer
 from usdm_sft.utils.hashes import sha256_file
-from usdm_sft.utils.memory import memory_given_back
 from usdm_sft.utils.processes import num_cores
 from usdm_sft.utils.texts import first_line
 
@@ -64,8 +63,7 @@ def verify(
     counts = read_counts(folder)
     _raise_any(_check_files(folder, counts))  # raises before a damaged file is read
     statistics: dict[str, SplitStatistics] = {}
-    with memory_given_back():
-        _raise_any(_check_rows(folder, counts, statistics, num_proc))
+    _raise_any(_check_rows(folder, counts, statistics, num_proc))
     _raise_any(_check_counts(folder, counts, statistics))
     if UTTERANCES in counts:
         _raise_any(check_utterances(folder, counts, num_proc=num_proc))
