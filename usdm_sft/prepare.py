@@ -30,6 +30,7 @@ from usdm_sft.stages.record import mark_in_use
 from usdm_sft.stages.run import Run, describe_run, open_run
 from usdm_sft.units.agreement import measure_agreement, pick_sample
 from usdm_sft.units.batches import padding_share
+from usdm_sft.utils.memory import give_back_memory
 from usdm_sft.utils.pool import Pool, Submitted
 from usdm_sft.utils.processes import ProcessPool, num_cores
 from usdm_sft.utils.progress import Stages, quiet
@@ -121,8 +122,10 @@ def _make(config: PrepareConfig, stages: Stages, held: ExitStack) -> tuple[dict[
     rows, settings = load_rows(run.builder), run.unit_tokenizer.settings
     stages.start("units")
     agreement, units = _tokenize_audio(run, engine)
+    give_back_memory()
     stages.start("tokens")
     splits, split_counts, tokens = fit_splits(run, rows, units, pool)
+    give_back_memory()
     stages.start("folder")
     counts |= {
         "padding_share": round(

@@ -47,6 +47,7 @@ from usdm_sft.stages import fit
 from usdm_sft.template.tokenizer import NUM_UNITS, load_tokenizer
 from usdm_sft.units.settings import make_settings
 from usdm_sft.units.tokenizer import UnitTokenizer
+from usdm_sft.utils.memory import use_system_allocator
 
 STAGES = (
     (read, "read_corpus", "manifest"),
@@ -307,6 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.folder is not None:
         print(json.dumps(COMMANDS[args.command](args.folder, args.num_proc)))
         return
+    use_system_allocator()  # for the processes below, as the command line does
     results = []
     for size in args.utterances:
         with tempfile.TemporaryDirectory() as work:

@@ -27,6 +27,7 @@ from usdm_sft.config.help import finish_help, split_docstring
 from usdm_sft.config.parser import ConfigAction, Parser, add_config_arguments, add_function_arguments
 from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.utils.errors import find_full_disk
+from usdm_sft.utils.memory import use_system_allocator
 from usdm_sft.utils.texts import printable
 
 _QUIET = "Show no progress: neither bars nor, where stderr is not a terminal, lines at intervals."
@@ -107,6 +108,7 @@ def make_parser() -> Parser:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of the console script."""
+    use_system_allocator()
     parser = make_parser()
     try:
         namespace = parser.parse_args(args)

@@ -15,12 +15,13 @@ from datasets import Dataset, DatasetInfo
 from datasets.table import InMemoryTable
 
 from usdm_sft.cache.keys import cache_key
-from usdm_sft.corpus.features import TRAINER_COLUMNS, are_collapsed, folder_features
+from usdm_sft.corpus.features import are_collapsed, folder_features
 from usdm_sft.dataset_folder.statistics import SplitStatistics, compute_statistics
 from usdm_sft.template.parts import RowLayout
 from usdm_sft.utils.atomic import SUFFIX
 from usdm_sft.utils.hashes import sha256_file
 from usdm_sft.utils.lazily import Lazily
+from usdm_sft.utils.memory import give_back_memory
 from usdm_sft.utils.processes import in_order
 from usdm_sft.utils.progress import quiet
 
@@ -148,6 +149,7 @@ def _write_part(
         num_bytes = _with_trainer_columns(loaders[task.split](part)).to_parquet(str(unfinished))
     written = Part(path, num_bytes, compute_statistics({"": [unfinished]}, layout)[""], sha256_file(unfinished))
     os.replace(unfinished, path)
+    give_back_memory()
     return written
 
 
@@ -158,12 +160,12 @@ def _is_whole(part: Part) -> bool:
 
 def _with_trainer_columns(rows: pa.Table) -> Dataset:
     """Return the rows of one output file in memory, with `TRAINER_COLUMNS` at the end."""
-    rows = rows.combine_chunks()  # otherwise their size in memory, which the card tells, depends on the work shards
-    lengths = pc.list_value_length(rows["input_ids"]).to_numpy()
-    offsets = pa.array(np.append(0, np.cumsum(lengths)), pa.int32())
-    ones = pa.ListArray.from_arrays(offsets, pa.array(np.ones(lengths.sum(), np.int8)))
-    for name, column in zip(TRAINER_COLUMNS, (ones, pa.array(lengths)), strict=True):
-        rows = rows.append_column(name, column)
     lists, collapsed = pa.types.is_list(rows.schema.field("user_text").type), are_collapsed(rows.column_names)
     features = folder_features(lists=lists, collapsed=collapsed)
-    return Dataset(InMemoryTable(rows.cast(features.arrow_schema)), DatasetInfo(features=features))
+    # In one piece: otherwise their size in memory, which the card tells, depends on the work shards.
+    columns = [column.combine_chunks() for column in rows.columns]
+    lengths = pc.list_value_length(columns[rows.column_names.index("input_ids")]).to_numpy()
+    offsets = pa.array(np.append(0, np.cumsum(lengths)), pa.int32())
+    columns += [pa.ListArray.from_arrays(offsets, pa.array(np.ones(lengths.sum(), np.int8))), pa.array(lengths)]
+    table = pa.table(columns, features.arrow_schema)
+    return Dataset(InMemoryTable(table), DatasetInfo(features=features))
