@@ -142,6 +142,14 @@ class FittedSplit:
         return pieces
 
 
+def slice_examples(rows: Dataset, shard: Shard) -> pa.Table:
+    """Return the examples of a work shard.
+
+    `Dataset.select` and `select_columns` copy a description of each batch of the file, so that their time grows with the corpus.
+    """
+    return rows.data.fast_slice(shard.start, shard.stop - shard.start)
+
+
 def join_columns(rows: Dataset, shard: Shard, tokens: Path) -> pa.Table:
     """Join the examples of a work shard with its token shard: all columns of a dataset folder but `TRAINER_COLUMNS`.
 
@@ -150,7 +158,7 @@ def join_columns(rows: Dataset, shard: Shard, tokens: Path) -> pa.Table:
         shard: The work shard.
         tokens: The file of its token shard; it is memory-mapped.
     """
-    examples = rows.data.fast_slice(shard.start, shard.stop - shard.start)
+    examples = slice_examples(rows, shard)
     encoded = Dataset.from_file(str(tokens)).data.table
     features = folder_features(lists=False, collapsed=are_collapsed(encoded.column_names))
     names = [name for name in features if name not in TRAINER_COLUMNS]

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
+from datasets.table import InMemoryTable
 
 from usdm_sft.cache.keys import cache_key
 from usdm_sft.cache.shard_cache import ShardCache
 from usdm_sft.shards.counts import count_shard
-from usdm_sft.shards.fitted import TokenShard, join_columns
+from usdm_sft.shards.fitted import TokenShard, join_columns, slice_examples
 from usdm_sft.shards.mapping import map_shard
 from usdm_sft.shards.overflow import find_cuts, take_rows
 from usdm_sft.shards.plan import Content, Plan, Shard
@@ -63,9 +64,11 @@ class TokenMaker:
         return TokenShard(path, cuts, counts, _find_fp32_fallback(content, units))
 
     def _write(self, path: str, shard: Shard, content: Content, units: Path) -> None:
-        texts = self.rows[shard.split].select_columns(_TEXT_COLUMNS).select(range(shard.start, shard.stop))
+        table = slice_examples(self.rows[shard.split], shard).select(_TEXT_COLUMNS)
         columns = unit_columns(content, units, collapse=self.encoder.unit_repetition == "collapse")
-        batch = concatenate_datasets([texts, columns], axis=1).with_format("numpy")
+        for name, column in columns.items():
+            table = table.append_column(name, column)
+        batch = Dataset(InMemoryTable(table)).with_format("numpy")
         map_shard(batch, self.encoder, path, shard.tokens_key, remove_columns=_TEXT_COLUMNS)
 
 
@@ -95,7 +98,7 @@ def _is_there(shard: TokenShard) -> bool:
     return shard.path.is_file()
 
 
-def unit_columns(content: Content, file: Path, *, collapse: bool = False) -> Dataset:
+def unit_columns(content: Content, file: Path, *, collapse: bool = False) -> dict[str, pa.Array]:
     """Arrange the units and seconds of a work shard's utterances by row: `user_units`, `user_seconds`, `agent_units`, ...
 
     Args:
@@ -111,13 +114,13 @@ def unit_columns(content: Content, file: Path, *, collapse: bool = False) -> Dat
     if collapse:
         utterances |= _collapse(utterances["units"], content)
     offsets = pa.array(list(accumulate(map(len, content.rows), initial=0)), pa.int32())
-    columns = {}
+    columns: dict[str, pa.Array] = {}
     for side, role in enumerate(("user", "agent")):
         indices = pa.array([exchange[side] for row in content.rows for exchange in row], pa.int64())
         for name, column in utterances.items():
             values = column.take(indices)
             columns[f"{role}_{name}"] = pa.ListArray.from_arrays(offsets, values) if content.lists else values
-    return Dataset.from_dict(columns)
+    return columns
 
 
 def _collapse(units: pa.ListArray, content: Content) -> dict[str, pa.ListArray]:
