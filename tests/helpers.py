@@ -126,6 +126,6 @@ class LastFirst:
     def __exit__(self, *error):
         pass
 
-    def map(self, function, items, *, name):
+    def map(self, function, items, *, name, keys=(), holds=None):
         for index in reversed(range(len(items))):
             yield index, function(items[index])

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +31,7 @@ from usdm_sft.shards import workers
 from usdm_sft.units import reading
 from usdm_sft.units.model import UnitModel
 from usdm_sft.utils import processes
+from usdm_sft.utils.lazily import Lazily
 
 
 @pytest.fixture
@@ -91,6 +93,51 @@ def test_number_of_readers(monkeypatch):
     assert [count(100_000, gpus[:1]), count(100_000, gpus)] == [2, 1]
     monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # which may not start processes
     assert count(100_000, gpus) == 0
+
+
+class FourAtATime:
+    """Takes the place of a device process: a thread that finishes a shard when it has three later ones, as on CUDA."""
+
+    exitcode = None
+
+    def __init__(self, target, args, name):
+        self._waiting, self._done = args[-2:]
+        self._thread = threading.Thread(target=self._work)
+        self._thread.start()
+        self.join, self.terminate = self._thread.join, lambda: None
+
+    def _work(self):
+        held = []
+        for shard in iter(self._waiting.get, None):
+            held.append(shard)
+            if len(held) == 4:
+                self._done.put((held.pop(0).key, Path("finished")))
+        for shard in held:
+            self._done.put((shard.key, Path("finished")))
+
+
+@pytest.mark.parametrize(("num_shards", "num_devices"), [(60, 3), (5, 3), (2, 3), (0, 2)])
+def test_few_shards_are_in_memory_for_several_devices(monkeypatch, num_shards, num_devices):
+    monkeypatch.setattr(workers, "start_process", FourAtATime)
+    made, ahead, finished = [], [], []
+    shards = Lazily(lambda index: made.append(index) or workers.UnitShard(f"key {index}", [], {}), num_shards)
+    unit_tokenizer, devices = SimpleNamespace(release=lambda: None), [f"cpu:{index}" for index in range(num_devices)]
+    for key, path in workers.make_unit_shards(shards, unit_tokenizer, devices, None):
+        ahead.append(len(made) - len(ahead))
+        finished.append(key)
+        assert path == Path("finished")
+    assert made == list(range(num_shards))
+    assert sorted(finished) == sorted(f"key {index}" for index in range(num_shards))
+    assert max(ahead, default=0) == min(4 * num_devices + 1, num_shards)  # four for each, and the next one
+
+
+def test_readers_are_counted_without_making_all_shards(monkeypatch):
+    monkeypatch.setattr(workers, "num_cores", lambda: 24)
+    made = []
+    digests = dict.fromkeys(map(str, range(1_000)), "")
+    shards = Lazily(lambda index: made.append(index) or workers.UnitShard("", [], digests), 1_000)
+    assert workers.count_readers(shards, ["cuda:0"]) == 8
+    assert made == [0, 1, 2]  # 2,048 files are enough for 8 processes
 
 
 @pytest.mark.slow
@@ -392,6 +439,7 @@ import os
 from usdm_sft.executors import devices
 from usdm_sft.shards import workers
 from usdm_sft.utils import processes
+from usdm_sft.utils.lazily import Lazily
 
 devices.find_devices = lambda num_gpus: ["cpu", "cpu:0"]
 workers.count_readers = lambda shards, devices: 1

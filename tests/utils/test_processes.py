@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from usdm_sft.utils.lazily import Lazily
 from usdm_sft.utils.piped_process import PipedProcess
 from usdm_sft.utils.processes import ProcessPool, num_cores, start_process
 
@@ -176,3 +177,14 @@ def test_started_process_may_start_others():
     process.join()
     assert process.daemon  # it ends when this process exits
     assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_items_of_a_pool_are_made_one_by_one(num_proc):
+    """No more of them wait than the processes need."""
+    made, ahead = [], []
+    with ProcessPool(num_proc) as pool:
+        for _ in pool.map(operator.neg, Lazily(lambda index: made.append(index) or index, 50), name="calls"):
+            ahead.append(len(made) - len(ahead))
+    assert made == list(range(50))
+    assert max(ahead) <= 2 * num_proc - 1  # two for each other process, and one for this one
