@@ -114,10 +114,8 @@ def write_parquet(
         digests[part.path] = part.sha256
         statistics.merge(part.statistics)
         written[tasks[index].split] = WrittenSplit(digests, num_bytes + part.num_bytes, statistics)
-    paths = {task.path for task in tasks}
-    for path in folder.iterdir():
-        if path not in paths:
-            path.unlink()
+    for path in {*folder.iterdir()} - {task.path for task in tasks}:
+        path.unlink()
     return written
 
 

@@ -127,9 +127,8 @@ def write_utterances(
     made = dict(
         pool.map(write, Lazily(describe, len(files)), name="recordings of the folder", keys=keys, holds=_is_whole)
     )
-    for path in folder.iterdir():
-        if path not in {path for _, path, _ in files}:
-            path.unlink()
+    for path in {*folder.iterdir()} - {path for _, path, _ in files}:
+        path.unlink()
     counts, infos = {}, datasets.SplitDict()
     for split in splits:
         found = [made[number] for number in range(len(files)) if files[number][0] == split]
