@@ -29,9 +29,8 @@ if TYPE_CHECKING:
     from usdm_sft.utils.pool import Pool
 
 NUM_OUTPUT_SHARDS = {"train": 64, "test": 8}
-MAX_TOKENS = (
-    20_000_000  # of an output file, unless the user sets the number of files: 100 MB, and 400 MB while it is written
-)
+# Mean number in the output files of a split, unless the user sets their number: 100 MB on the disk, 400 MB while a file is written.
+MAX_TOKENS = 20_000_000
 
 
 class SplitRows(Protocol):
@@ -84,8 +83,8 @@ def write_parquet(
     Args:
         folder: Where the files go. It may hold files of an interrupted run; those that have another name are removed.
         splits: The rows.
-        num_output_shards: Files per split, never more than rows; by default those of `NUM_OUTPUT_SHARDS`, or more if a file would
-            have more than `MAX_TOKENS`.
+        num_output_shards: Files per split, never more than rows; by default those of `NUM_OUTPUT_SHARDS`, or more if these
+            would have more than `MAX_TOKENS` each.
         pool: Shares out the files, whose bytes do not depend on it.
         key: Key of the rows and of all else that decides the files.
 

@@ -127,8 +127,9 @@ def write_utterances(
     made = dict(
         pool.map(write, Lazily(describe, len(files)), name="recordings of the folder", keys=keys, holds=_is_whole)
     )
+    paths = {path for _, path, _ in files}
     for path in folder.iterdir():
-        if path not in {path for _, path, _ in files}:
+        if path not in paths:
             path.unlink()
     counts, infos = {}, datasets.SplitDict()
     for split in splits:
