@@ -7,7 +7,6 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from filelock import Timeout
@@ -16,6 +15,7 @@ from usdm_sft.cache.locks import file_lock
 from usdm_sft.executors import calls, engine, launchers, run
 from usdm_sft.executors.engine import Engine
 from usdm_sft.executors.pool import TaskPool
+from usdm_sft.shards.plan import Content, Plan, Shard
 
 made = []  # the items that a task dealt with
 
@@ -155,7 +155,10 @@ def test_only_one_run_at_a_time_plans_the_units(tmp_path, monkeypatch):
 
     monkeypatch.setattr(run, "write_task", write_task)
     monkeypatch.setattr(run, "agreement_file", lambda *args: None)
-    run._plan_tasks(stage, [SimpleNamespace(units_key="key")], None, tmp_path, {})
+    plan = Plan()
+    shard = Shard(0, "train", (0, 1), 0, 1, num_samples=800, longest=800, units_key="key", tokens_key="")
+    plan.append(shard, Content([], [], [], [], [], [], 0, [], lists=False))
+    run._plan_tasks(stage, plan, None, tmp_path, {})
     assert excluded == [0]
 
 
