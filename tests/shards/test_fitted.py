@@ -17,9 +17,9 @@ FEATURES = datasets.Features(
 EXAMPLES = [
     name for name in FEATURES if not name.endswith(("_units", "_seconds")) and name not in ("input_ids", "labels")
 ]
-EXCHANGES = [[3, 1, 2], [1, 4], [2], [1, 1, 5, 1, 3]]  # of each row of each work shard
+EXCHANGES = [[3, 1, 2], [1, 4], [2], [1, 1, 5, 1, 3], [2, 1]]  # of each row of each work shard
 # Which exchanges `max_length` leaves of the rows of each shard: none, one run or two. The others are whole.
-RUNS = [{0: [(0, 1), (2, 3)]}, {1: [(0, 2), (2, 4)]}, {0: []}, {0: [], 2: [(1, 5)], 4: [(0, 1), (1, 2), (2, 3)]}]
+RUNS = [{0: [(0, 1), (2, 3)]}, {1: [(0, 2), (2, 4)]}, {0: []}, {0: [], 2: [(1, 5)], 4: [(0, 1), (1, 2), (2, 3)]}, {}]
 
 
 class Encoder:
@@ -78,18 +78,19 @@ def test_rows_are_cut_as_expected(corpus):
         ("d0_0", 1), ("d0_4", 1), ("d1_0", 1), ("d2_0", 2),
         ("d3_0", 1), ("d4_0", 2), ("d4_4", 2),
         ("d7_0", 1), ("d8_2", 4), ("d9_0", 1), ("d10_0", 1), ("d10_2", 1), ("d10_4", 1),
+        ("d11_0", 2), ("d12_0", 1),
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", [None, 0, 1, 12])
-@pytest.mark.parametrize("num_files", [1, 2, 3, 5, 13])
+@pytest.mark.parametrize("num_files", [1, 2, 3, 5, 15])
 def test_parts_of_the_rows_in_the_order_of_datasets(corpus, seed, num_files):
     examples, shards, tokens, left = corpus
     expected = Dataset.from_list(left, features=FEATURES)
     if seed is not None:
         expected = expected.shuffle(seed)
     split = FittedSplit(examples, shards, tokens, Encoder(), seed)
-    assert (split.num_rows, split.num_tokens) == (13, sum(len(row["input_ids"]) for row in left))
+    assert (split.num_rows, split.num_tokens) == (15, sum(len(row["input_ids"]) for row in left))
     start = 0
     for index in range(num_files):
         rows = expected.shard(num_files, index, contiguous=True).to_list()
@@ -97,12 +98,12 @@ def test_parts_of_the_rows_in_the_order_of_datasets(corpus, seed, num_files):
         assert table.to_pylist() == rows
         assert table.schema.remove_metadata() == FEATURES.arrow_schema.remove_metadata()
         start += len(rows)
-    assert start == 13
+    assert start == 15
 
 
 def test_part_loads_only_its_work_shards(corpus, monkeypatch):
     examples, shards, tokens, _ = corpus
-    tokens = [tokens[0], tokens[1]._replace(path="vanished"), tokens[2], tokens[3]]
+    tokens = [tokens[0], tokens[1]._replace(path="vanished"), *tokens[2:]]
     split = FittedSplit(examples, shards, tokens, Encoder(), None)
     assert split.loader(split.part(0, 4))["id"].to_pylist() == ["d0_0", "d0_4", "d1_0", "d2_0"]
     assert split.loader(split.part(7, 9))["id"].to_pylist() == ["d7_0", "d8_2"]

@@ -8,7 +8,7 @@ from tests.shards.test_plan import leave_out_dialogs, plan, split
 from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.corpus.bad_audio import leave_out
 from usdm_sft.shards import utterances
-from usdm_sft.shards.plan import Shard
+from usdm_sft.shards.plan import Content, Plan, Shard
 from usdm_sft.shards.utterances import UtteranceFiles
 
 
@@ -34,15 +34,28 @@ def files_of(whole, made):
         ([10], [[(0, 0, 1)]]),
         ([11, 3], [[(0, 0, 2)], [(0, 1, 2)], [(1, 0, 1)]]),  # nothing joins a part of a long work shard
         ([3, 31, 3], [[(0, 0, 1)], [(1, 0, 4)], [(1, 1, 4)], [(1, 2, 4)], [(1, 3, 4)], [(2, 0, 1)]]),
+        (
+            [3, 41, 3],
+            [[(0, 0, 1)], [(1, 0, 4)], [(1, 1, 4)], [(1, 2, 4)], [(1, 3, 4)], [(2, 0, 1)]],
+        ),  # it has 4 dialogs
     ],
 )
 def test_work_shards_share_files_or_are_divided(monkeypatch, seconds, files):
     monkeypatch.setattr(utterances, "FILE_SECONDS", 10)
-    shards = [
-        Shard(number, "train", (0, 0), 0, 0, each * SAMPLE_RATE, 0, "", "") for number, each in enumerate(seconds)
-    ]
-    divided = utterances._divide(shards)
-    assert [[(shard.number, number, count) for shard, number, count in file] for file in divided] == files
+    made = Plan()
+    content = Content([], [], [], [], [], [("a", 2), ("b", 3), ("b", 2), ("c", 2), ("d", 2)], 0, [], False)
+    for number, each in enumerate(seconds):
+        made.append(Shard(number, "train", (0, 4), 0, 0, each * SAMPLE_RATE, 0, "", ""), content)
+    found = UtteranceFiles(SimpleNamespace(whole_corpus={"train": split({})}), "train", made, {})._files
+    assert [[(shard.number, number, count) for shard, number, count in file] for file in found] == files
+
+
+def test_long_dialog_is_not_divided(monkeypatch):
+    monkeypatch.setattr(utterances, "SAMPLE_RATE", 1)
+    monkeypatch.setattr(utterances, "FILE_SECONDS", 500)
+    whole = split({"d0": 2, "d1": 10, "d2": 2, "d3": 2})  # of 800, 4,000, 800 and 800 samples
+    assert files_of(whole, plan(whole, shard_dialogs=1)) == [[["d0"]], [["d1"]], [["d2"]], [["d3"]]]
+    assert files_of(whole, plan(whole, shard_dialogs=2)) == [[["d0"]], [["d1"]], [["d2"]], [["d3"]]]
 
 
 def test_every_dialog_is_in_one_file(monkeypatch):

@@ -46,9 +46,8 @@ def read_ahead(digests: AudioDigests, memo: Memo, pool: Pool) -> None:
         return
     parts = _divide(digests, missing)
     batches = Lazily(lambda index: digests.addresses_at(parts[index]), len(parts))
-    keys = [
-        cache_key(TABLE, batch) for batch in batches
-    ]  # results of a version with other rows or checks are not found
+    # Results of a version with other rows or checks are not found.
+    keys = [cache_key(TABLE, batch) for batch in batches]
     with progress_bar(len(missing), "reading recordings", "files") as bar:
         for index, (found, rows) in pool.map(read_recordings, batches, name="recordings", keys=keys, holds=_hold):
             memo.write(rows)

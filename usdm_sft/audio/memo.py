@@ -28,9 +28,7 @@ class Row(NamedTuple):
     sha256: str
     frames: int  # 0 if the file was not checked as audio
     rate: int
-    channels: (
-        int  # 0 unless the header, which has the other two as well, is enough to check the file and each stretch of it
-    )
+    channels: int  # 0 unless the header (frames, rate, channels) is enough to check the file and each stretch of it
     problem: str | None = None  # not remembered
 
     @property

@@ -126,7 +126,8 @@ class OutputOptions:
     """The dataset folder to make."""
 
     num_output_shards: int | None = None
-    """Parquet files per split, never more than rows. By default 64 for train and 8 for other splits, or more so that none has over 20 million tokens."""
+    """Parquet files per split, never more than rows. By default 64 for train and 8 for other splits, or more if these would have over
+    20 million tokens each."""
 
     shuffle_seed: int | None = None
     """Shuffle the rows of each split with this seed. By default rows are in order of dialog and turn."""

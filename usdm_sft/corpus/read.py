@@ -63,9 +63,8 @@ def read_corpus(
     """
     problems: list[str] = []
     splits: dict[str, Split] = {}
-    earlier: list[
-        tuple[Callable[[int], str], dict[str, int]]
-    ] = []  # of each list: number -> place, dialog id -> number
+    # Of each list: number -> place, dialog id -> number.
+    earlier: list[tuple[Callable[[int], str], dict[str, int]]] = []
     for name, path in lists.items():
         path = Path(path)
         if not path.is_file():

@@ -71,9 +71,8 @@ class PackWriter:
     def __init__(self, writer: pq.ParquetWriter, max_length: int):
         self._writer, self._max_length = writer, max_length
         self._rows: list[pa.RecordBatch] = []  # not written yet
-        self._packs: list[
-            int
-        ] = []  # the number of rows of each pack that is not written; the next row may join the last
+        # The number of rows of each pack that is not written; the next row may join the last.
+        self._packs: list[int] = []
         self._num_tokens = 0  # in the last pack
 
     def add(self, rows: pa.RecordBatch) -> None:

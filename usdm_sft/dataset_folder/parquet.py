@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from usdm_sft.utils.pool import Pool
 
 NUM_OUTPUT_SHARDS = {"train": 64, "test": 8}
-# Of an output file, unless the user sets the number of files. They take 90 MB.
+# Mean number in the output files of a split, unless the user sets the number of files. A file of so many takes 90 MB.
 MAX_TOKENS = 20_000_000
 
 
@@ -83,8 +83,8 @@ def write_parquet(
     Args:
         folder: Where the files go. It may hold files of an interrupted run; those that have another name are removed.
         splits: The rows.
-        num_output_shards: Files per split, never more than rows; by default those of `NUM_OUTPUT_SHARDS`, or more if a file would
-            have more than `MAX_TOKENS`.
+        num_output_shards: Files per split, never more than rows; by default those of `NUM_OUTPUT_SHARDS`, or more if these
+            would have more than `MAX_TOKENS` each.
         pool: Shares out the files, whose bytes do not depend on it.
         key: Key of the rows and of all else that decides the files.
 

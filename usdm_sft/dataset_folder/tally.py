@@ -1,4 +1,4 @@
-"""How often numbers occur, in arrays: 16 bytes per different number, where a `Counter` takes 100 to 150."""
+"""Counts of equal numbers, in arrays: 16 bytes per different number, where a `Counter` takes 100 to 150."""
 
 from __future__ import annotations
 

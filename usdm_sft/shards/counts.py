@@ -72,7 +72,7 @@ def count_split(shards: Sequence[ShardCounts], cuts: Sequence[Cuts], corpus: Spl
 
     Args:
         shards: The counts of its work shards, in order.
-        cuts: What `max_length` left of the rows of each shard.
+        cuts: The rows of each shard that `max_length` cut or dropped.
         corpus: The split.
         max_length: Largest number of tokens in a row.
 

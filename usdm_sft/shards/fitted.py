@@ -27,7 +27,7 @@ class TokenShard(NamedTuple):
 
     Attributes:
         path: Its file, one row per example with units, seconds, `input_ids` and `labels`.
-        cuts: What `max_length` leaves of its rows.
+        cuts: Its rows that `max_length` cuts or drops.
         counts: The counts of what is left.
         fp32_fallback: Ids of the utterances that overflowed in the chosen precision and therefore have the units of fp32.
     """
@@ -94,7 +94,7 @@ class FittedSplit:
         rows: The builder's examples of the split.
         shards: Its work shards, in order.
         tokens: The token shard of each.
-        encoder: Made them.
+        encoder: The encoder that made them.
         shuffle_seed: Shuffle the rows, as `Dataset.shuffle` with this seed; None leaves them in order.
     """
 

@@ -29,7 +29,7 @@ OVERFLOWS = ("drop", "truncate", "split")
 
 
 class Cuts(NamedTuple):
-    """What `max_length` leaves of the rows of a table."""
+    """The rows of a table that `max_length` cuts or drops."""
 
     runs: dict[int, list[tuple[int, int]]]  # position of a row that is too long -> the runs of exchanges to keep
     cut: dict[str, str]  # rows that lose exchanges: id -> what is kept, and why

@@ -44,7 +44,7 @@ class TokenMaker:
         encoder: Makes `input_ids` and `labels`.
         level: The cache level of token shards.
         max_length: Largest number of tokens in a row.
-        overflow: What happens to longer rows (`usdm_sft.shards.overflow`).
+        overflow: One of `OVERFLOWS`, for longer rows (`usdm_sft.shards.overflow`).
     """
 
     rows: Mapping[str, Dataset]
@@ -54,7 +54,7 @@ class TokenMaker:
     overflow: str
 
     def __call__(self, part: tuple[Shard, Content, Path]) -> TokenShard:
-        """Make the token shard of a work shard, of whose unit shard the file is given."""
+        """Make the token shard of a work shard, given its content and the file of its unit shard."""
         shard, content, units = part
         rows = self.rows[shard.split]
         path = self.level.make(shard.tokens_key, lambda path: self._write(path, *part))

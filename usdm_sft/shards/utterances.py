@@ -39,10 +39,10 @@ class ShardPart(NamedTuple):
 class UtteranceFiles:
     """Divides the utterances of a split into output files, which follow from the lengths of the recordings alone.
 
-    A dialog has all its turns, so that the rows are a corpus again. A dialog without a pair is left out.
+    A dialog has all its turns and is never divided, so that the rows are a corpus again. A dialog without a pair is left out.
 
     Args:
-        builder: Read the corpus.
+        builder: The builder that read the corpus.
         split: Such as "train".
         plan: All work shards.
         units: The file of each unit shard, by its key.
@@ -51,7 +51,7 @@ class UtteranceFiles:
     def __init__(self, builder: DailyTalkUSDM, split: str, plan: Plan, units: Mapping[str, Path]):
         self._dialogs = builder.whole_corpus[split].dialogs
         self._plan, self._units = plan, units
-        self._files = _divide(plan.of_split(split))
+        self._files = self._divide(plan.of_split(split))
         self.loader = iter_utterances
 
     def __len__(self) -> int:
@@ -61,6 +61,22 @@ class UtteranceFiles:
         """Describe a file, for `loader`."""
         return [self._describe(shard, number, count) for shard, number, count in self._files[index]]
 
+    def _divide(self, shards: list[Shard]) -> list[list[tuple[Shard, int, int]]]:
+        """Divide work shards into files: several short ones in one, or one of several parts of a long one (shard, number, count)."""
+        files: list[list[tuple[Shard, int, int]]] = []
+        room = 0
+        for shard in shards:
+            count = -(-shard.num_samples // (FILE_SECONDS * SAMPLE_RATE))
+            if count > 1:
+                count = min(count, len({dialog_id for dialog_id, _ in self._plan.content(shard).dialogs}))
+            if shard.num_samples <= room:
+                files[-1].append((shard, 0, 1))
+                room -= shard.num_samples
+                continue
+            files += [[(shard, number, count)] for number in range(count)]
+            room = FILE_SECONDS * SAMPLE_RATE - shard.num_samples
+        return files
+
     def _describe(self, shard: Shard, number: int, count: int) -> ShardPart:
         """Describe one of `count` parts of a work shard."""
         content = self._plan.content(shard)
@@ -68,21 +84,6 @@ class UtteranceFiles:
         whole = [dialog for dialog in self._dialogs[shard.dialogs[0] : shard.dialogs[1]] if dialog.id in ids]
         chosen = whole[number * len(whole) // count : (number + 1) * len(whole) // count]
         return ShardPart(chosen, content._replace(rows=[]), self._units[shard.units_key])
-
-
-def _divide(shards: list[Shard]) -> list[list[tuple[Shard, int, int]]]:
-    """Divide work shards into files: several short ones in one, or one of several parts of a long one (shard, number, count)."""
-    files: list[list[tuple[Shard, int, int]]] = []
-    room = 0
-    for shard in shards:
-        count = max(1, -(-shard.num_samples // (FILE_SECONDS * SAMPLE_RATE)))
-        if count == 1 and shard.num_samples <= room:
-            files[-1].append((shard, 0, 1))
-            room -= shard.num_samples
-            continue
-        files += [[(shard, number, count)] for number in range(count)]
-        room = FILE_SECONDS * SAMPLE_RATE - shard.num_samples
-    return files
 
 
 def iter_utterances(parts: list[ShardPart]) -> Iterator[dict[str, Any]]:

@@ -31,8 +31,8 @@ class Pool(Protocol):
         """Call a function with each item.
 
         Args:
-            function: A function of an importable module, or a `partial` of one. It is pickled.
-            items: Pickled one by one.
+            function: A function of an importable module, a `partial` of one, or an object with `__call__`. It is pickled.
+            items: Made, if they are a `Lazily`, and pickled one by one.
             name: Name of the work, in the plural.
             keys: A key for each item, such as the sha256 of all that decides the result. Tasks that an earlier run finished are
                 found by these keys.
