@@ -1,6 +1,6 @@
 """Does each stage of prepare() and verify() cost the same per utterance in a larger corpus, and what memory do they take?
 
-    python -m tests.benchmarks.scale [--utterances 2400 24000 240000] [--manifest parquet]
+    python -m tests.benchmarks.scale [--utterances 2400 24000 240000] [--rounds 3] [--manifest parquet]
 
 A corpus is a manifest that cuts recordings of ten minutes into turns with DailyTalk's lengths, so that files are few. Units are drawn
 at random instead of computed. Everything else is that of `prepare` and `verify` in one process; each command has a fresh process.
@@ -15,6 +15,7 @@ import argparse
 import functools
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -265,6 +266,16 @@ def run_verify(root: Path, num_proc: int = 1) -> dict[str, Any]:
     return {"stages": {VERIFY: vars(meter.stages[VERIFY])}}
 
 
+def merge_rounds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the median of each number of several runs of one size."""
+    merged = {name: statistics.median(result[name] for result in results) for name in results[0] if name != "stages"}
+    stages = {
+        stage: {name: statistics.median(result["stages"][stage][name] for result in results) for name in spent}
+        for stage, spent in results[0]["stages"].items()
+    }
+    return merged | {"stages": stages}
+
+
 def report(results: Sequence[Mapping[str, Any]]) -> None:
     """Print a table of time, of memory and of files."""
     sizes = [result["utterances"] for result in results]
@@ -300,6 +311,7 @@ COMMANDS = {"prepare": run_prepare, "verify": run_verify}
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--utterances", type=int, nargs="+", default=[2_400, 24_000, 240_000])
+    parser.add_argument("--rounds", type=int, default=3, help="the sizes take turns; each number is the median")
     parser.add_argument("--manifest", choices=("parquet", "jsonl"), default="parquet")
     parser.add_argument("--num_proc", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="run in this process on the corpus that lies there, and print JSON")
@@ -309,8 +321,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(COMMANDS[args.command](args.folder, args.num_proc)))
         return
     use_system_allocator()  # for the processes below, as the command line does
-    results = []
-    for size in args.utterances:
+    rounds: dict[int, list[dict[str, Any]]] = {size: [] for size in args.utterances}
+    for size in args.utterances * args.rounds:
         with tempfile.TemporaryDirectory() as work:
             recordings = write_inputs(Path(work), size, f".{args.manifest}")
             command = [
@@ -325,9 +337,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 for name in COMMANDS
             )
         found["stages"] |= verified["stages"]
-        results.append({"utterances": size, "recordings": recordings, **found})
+        rounds[size].append({"utterances": size, "recordings": recordings, **found})
     print(machine())
-    report(results)
+    report([merge_rounds(results) for results in rounds.values()])
 
 
 if __name__ == "__main__":

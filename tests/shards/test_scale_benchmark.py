@@ -20,7 +20,10 @@ def test_small_run_measures_every_stage(tmp_path, capsys):
     assert stages.keys() == {*(stage for _, _, stage in scale.STAGES), scale.OTHER, scale.VERIFY}
     assert all(spent["seconds"] > 0 and spent["anonymous"] > 10 * scale.MEGABYTE for spent in stages.values())
     assert stages["audio digests"]["opens"] == recordings  # the header and the digest at once, not once for each turn
-    scale.report([{"utterances": 300, "recordings": recordings, **found}] * 2)
+    result = {"utterances": 300, "recordings": recordings, **found}
+    slow = {"stages": {stage: dict.fromkeys(spent, 9000000000.0) for stage, spent in stages.items()}}
+    assert scale.merge_rounds([result, result | slow, result]) == result
+    scale.report([result] * 2)
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| audio digests")]
     assert rows[0][1:] == [f"{stages['audio digests']['seconds'] * 1e6 / 300:.1f}"] * 2 + ["1.00 |"]
     assert rows[3][1:] == ["2", "2 |"]
