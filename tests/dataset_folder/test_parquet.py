@@ -3,7 +3,7 @@
 import pytest
 
 from usdm_sft.dataset_folder import parquet
-from usdm_sft.dataset_folder.parquet import Part, write_parquet
+from usdm_sft.dataset_folder.parquet import WrittenFile, write_parquet
 from usdm_sft.dataset_folder.statistics import SplitStatistics
 from usdm_sft.template.parts import REFERENCE_LAYOUT
 
@@ -31,7 +31,7 @@ class Pool:
         for index in reversed(range(len(items))):
             task, part = items[index]
             self.parts[task.path.name] = part
-            yield index, Part(task.path, len(part), SplitStatistics(), f"sha256 of {task.path.name}")
+            yield index, WrittenFile(task.path, len(part), SplitStatistics(), f"sha256 of {task.path.name}")
 
 
 def divide(folder, num_output_shards=None, **splits):
@@ -86,3 +86,11 @@ def test_files_of_another_number_are_removed(tmp_path):
     other.touch()
     divide(tmp_path, 2, train=(4, 4))
     assert list(folder.iterdir()) == [kept]
+
+
+def test_files_with_more_tokens_than_a_column_holds_are_refused(tmp_path):
+    assert divide(tmp_path, 1, train=(1_000, 2**31 - 1))[0] == {"train": 1}
+    message = "num_output_shards 1 puts 2,147,483,648 tokens of train into each file, more than the 2,147,483,647 that one can hold: raise it to 108"
+    with pytest.raises(ValueError, match=message):
+        divide(tmp_path, 1, train=(1_000, 2**31))
+    assert divide(tmp_path, train=(1_000, 2**31))[0] == {"train": 108}

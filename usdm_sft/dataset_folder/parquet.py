@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 NUM_OUTPUT_SHARDS = {"train": 64, "test": 8}
 # Mean number in the output files of a split, unless the user sets the number of files. A file of so many takes 90 MB.
 MAX_TOKENS = 20_000_000
+_MOST_TOKENS = 2**31 - 1  # of a file: positions in a column of lists are int32
 
 
 class SplitRows(Protocol):
@@ -52,7 +53,7 @@ class SplitRows(Protocol):
         """Describe rows `start` to `stop`, for `loader`. It is pickled."""
 
 
-class Part(NamedTuple):
+class WrittenFile(NamedTuple):
     """An output file, and what it adds to the folder."""
 
     path: Path
@@ -90,12 +91,20 @@ def write_parquet(
 
     Returns:
         The files of each split.
+
+    Raises:
+        ValueError: `num_output_shards` puts more tokens into a file than it can hold.
     """
     folder.mkdir(exist_ok=True)
     tasks: list[_Task] = []
     for split, rows in splits.items():
         default = max(NUM_OUTPUT_SHARDS.get(split, 8), -(-rows.num_tokens // MAX_TOKENS))
         num_files = max(1, min(num_output_shards or default, rows.num_rows))
+        if rows.num_tokens // num_files > _MOST_TOKENS:
+            raise ValueError(
+                f"num_output_shards {num_output_shards} puts {rows.num_tokens // num_files:,} tokens of {split} into each file, "
+                f"more than the {_MOST_TOKENS:,} that one can hold: raise it to {-(-rows.num_tokens // MAX_TOKENS):,}"
+            )
         for index in range(num_files):
             path = folder / f"{split}-{index:05d}-of-{num_files:05d}.parquet"
             start, stop = (_start(number, rows.num_rows, num_files) for number in (index, index + 1))
@@ -136,7 +145,7 @@ class _Task(NamedTuple):
 
 def _write_part(
     loaders: Mapping[str, Callable[[Any], pa.Table]], layout: RowLayout, described: tuple[_Task, Any]
-) -> Part:
+) -> WrittenFile:
     """Write one file; its statistics are those of the rows that can be read from it."""
     task, part = described
     path = task.path
@@ -146,13 +155,13 @@ def _write_part(
         rows = _with_trainer_columns(loaders[task.split](part))
         rows.to_parquet(str(unfinished))
     num_bytes = sum(map(_count_bytes, rows.data.table.columns))
-    written = Part(path, num_bytes, compute_statistics({"": [unfinished]}, layout)[""], sha256_file(unfinished))
+    written = WrittenFile(path, num_bytes, compute_statistics({"": [unfinished]}, layout)[""], sha256_file(unfinished))
     os.replace(unfinished, path)
     give_back_memory()
     return written
 
 
-def _is_whole(part: Part) -> bool:
+def _is_whole(part: WrittenFile) -> bool:
     """Return True if the file that an earlier run wrote is still there, unchanged."""
     return part.path.is_file() and sha256_file(part.path) == part.sha256
 
