@@ -5,8 +5,8 @@
 A corpus is a manifest that cuts recordings of ten minutes into turns with DailyTalk's lengths, so that files are few. Units are drawn
 at random instead of computed. Everything else is that of `prepare` and `verify` in one process; each command has a fresh process.
 
-- Memory is that of this process. `RssAnon` of Linux is what only this process can give back; a thread samples it every 5 ms.
-  `ru_maxrss` counts mapped files as well, such as the Arrow files of the cache, which the kernel may drop at any time.
+- Memory is that of this process. `RssAnon` of Linux is what only this process can give back; a thread samples it every 5 ms. Mapped
+  files, such as the Arrow files of the cache, do not count, because the kernel may drop them at any time.
 - Files are the `open` events of Python's audit hook: what Python opens itself. Those that Arrow, SQLite and SentencePiece open are not
   seen.
 """
@@ -14,7 +14,6 @@ at random instead of computed. Everything else is that of `prepare` and `verify`
 import argparse
 import functools
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -253,7 +252,6 @@ def run_prepare(root: Path, num_proc: int = 1) -> dict[str, Any]:
         "rows": sum(split["rows"] for split in counts["splits"].values()),
         "imported": imported,
         "base": base,
-        "max_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "stages": {stage: vars(spent) for stage, spent in meter.stages.items()},
     }
 
@@ -299,7 +297,7 @@ def report(results: Sequence[Mapping[str, Any]]) -> None:
     rows += [
         [stage, *(f"{s['anonymous'] / MEGABYTE:.0f}" for s in spent)] for stage, spent in zip(stages, each, strict=True)
     ]
-    table(["stage", *head], [*rows, ["ru_maxrss", *(f"{result['max_rss'] / MEGABYTE:.0f}" for result in results)]])
+    table(["stage", *head], rows)
     print("\nfiles opened by Python\n")
     rows = [[stage, *(f"{s['opens']:,}" for s in spent)] for stage, spent in zip(stages, each, strict=True)]
     table(["stage", *head], [["recordings there are", *(f"{result['recordings']:,}" for result in results)], *rows])
