@@ -1,6 +1,7 @@
 """The size of modules and functions stays readable, and the packages are the documented ones."""
 
 import ast
+from configparser import ConfigParser
 
 import pytest
 
@@ -30,6 +31,11 @@ MODULES = [REPOSITORY / "dailytalk_usdm.py", *sorted((REPOSITORY / "usdm_sft").r
 def test_packages():
     names = {path.name for path in (REPOSITORY / "usdm_sft").iterdir()} - {"__pycache__"}
     assert names == {*PACKAGES, "__init__.py", "prepare.py", "py.typed"}
+    setup = ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg")
+    folders = {path.parent for path in (REPOSITORY / "usdm_sft").rglob("__init__.py")}
+    found = {".".join(folder.relative_to(REPOSITORY).parts) for folder in folders}
+    assert found <= set(setup["options"]["packages"].split())  # the wheel has them
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(REPOSITORY).as_posix())
