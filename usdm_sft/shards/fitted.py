@@ -71,10 +71,10 @@ class RowLoader:
 
     Args:
         rows: The builder's examples of the split.
-        encoder: Encodes rows that were cut.
+        encoder: Encodes rows that were cut; None if there are none, because a process takes half a second to unpickle it.
     """
 
-    def __init__(self, rows: Dataset, encoder: TemplateEncoder):
+    def __init__(self, rows: Dataset, encoder: TemplateEncoder | None):
         self._rows, self._encoder = rows, encoder
 
     def __call__(self, part: Part) -> pa.Table:
@@ -106,7 +106,8 @@ class FittedSplit:
         encoder: TemplateEncoder,
         shuffle_seed: int | None,
     ):
-        self.loader = RowLoader(rows, encoder)
+        are_cut = any(runs for shard in tokens for runs in shard.cuts.runs.values())
+        self.loader = RowLoader(rows, encoder if are_cut else None)
         self._shards, self._tokens = shards, tokens
         self._ends = np.array(list(accumulate((shard.counts.rows for shard in tokens), initial=0)))
         self.num_rows = int(self._ends[-1])

@@ -90,7 +90,7 @@ def find_cuts(rows: pa.Table, encoder: TemplateEncoder, max_length: int, overflo
 def take_rows(
     rows: pa.Table,
     runs: Mapping[int, Sequence[tuple[int, int]]],
-    encoder: TemplateEncoder,
+    encoder: TemplateEncoder | None,
     chosen: range | NDArray[np.int64] | None = None,
 ) -> pa.Table:
     """Take rows as `find_cuts` decided. Only cut rows are encoded again.
@@ -98,7 +98,7 @@ def take_rows(
     Args:
         rows: The rows, as given to `find_cuts`.
         runs: As in `Cuts`.
-        encoder: The encoder that made `input_ids` and `labels`.
+        encoder: The encoder that made `input_ids` and `labels`; None if no row was cut.
         chosen: Positions among the kept and cut rows, in the order to take them; by default all of them.
     """
     if not runs and isinstance(chosen, range | None):
@@ -111,6 +111,7 @@ def take_rows(
     places = sources[taken]
     pieces: list[dict[str, Any]] = []
     for position in np.flatnonzero(np.isin(places, list(runs))).tolist():
+        assert encoder is not None  # a row was cut
         source = int(places[position])
         [row] = rows.slice(source, 1).to_pylist()
         places[position] = len(rows) + len(pieces)
