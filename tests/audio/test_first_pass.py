@@ -145,7 +145,7 @@ def test_results_of_tasks_of_another_version_are_not_found(tmp_path, corpus, mon
 
 
 def test_files_that_a_process_read_are_not_looked_at_again(tmp_path, corpus, settled, monkeypatch):
-    """Nor is a file looked at twice in a later run."""
+    """A later run looks at each file once."""
     monkeypatch.setattr(first_pass, "FEW", 1)
     looks = Counter()
 

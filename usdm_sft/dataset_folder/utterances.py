@@ -86,11 +86,6 @@ class UtteranceFile(NamedTuple):
     sha256: str
 
 
-def audio_bytes(row: Row) -> int:
-    """Return the size of the recording in a row, 0 without one."""
-    return recording_size(row) or 0
-
-
 def recording_size(row: Row) -> int | None:
     """Return the size of the recording in a row, or None without one."""
     return None if row["audio"] is None else len(row["audio"]["bytes"])
@@ -178,11 +173,12 @@ def _group(rows: Iterable[Row]) -> Iterator[list[Row]]:
     group: list[Row] = []
     size = 0
     for row in rows:
-        if group and (len(group) == _GROUP_ROWS or size + audio_bytes(row) > _GROUP_BYTES):
+        num_bytes = recording_size(row) or 0
+        if group and (len(group) == _GROUP_ROWS or size + num_bytes > _GROUP_BYTES):
             yield group
             group, size = [], 0
         group.append(row)
-        size += audio_bytes(row)
+        size += num_bytes
     if group:
         yield group
 
