@@ -344,7 +344,7 @@ def test_code_digest_covers_the_modules_that_the_builder_imports():
         "usdm_sft.cache",
         *(f"usdm_sft.cache.{n}" for n in ("keys", "locks")),
         "usdm_sft.utils",
-        *(f"usdm_sft.utils.{n}" for n in ("atomic", "download", "hashes", "lazily", "once", "progress", "records")),
+        *(f"usdm_sft.utils.{n}" for n in ("atomic", "download", "hashes", "lazily", "once", "progress")),
     }
 
 

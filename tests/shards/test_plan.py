@@ -1,15 +1,13 @@
 """The plan of work shards: their contents, their ranges of rows and dialogs, their keys, and its memory."""
 
-import tracemalloc
 from types import SimpleNamespace
 
 import pytest
 
 from usdm_sft.audio.digest_table import AudioDigest
 from usdm_sft.corpus.bad_audio import leave_out
-from usdm_sft.corpus.dialogs import CompactDialogs, Dialog, Split, Utterance
-from usdm_sft.shards.plan import Content, Plan, Shard, plan_shards
-from usdm_sft.utils import records
+from usdm_sft.corpus.dialogs import Dialog, Split, Utterance
+from usdm_sft.shards.plan import Content, plan_shards
 
 SAMPLES = {"a_0": 16_000, "a_1": 8_000, "a_2": 24_000, "b_0": 4_000, "b_1": 32_000}  # of an utterance; others have 400
 
@@ -32,7 +30,7 @@ def dialog(name, num_turns):
 
 def split(lengths, name="train"):
     dialogs = [dialog(*each) for each in lengths.items()]
-    return Split(name, CompactDialogs(dialogs), {}, tuple(lengths))
+    return Split(name, dialogs, {}, tuple(lengths))
 
 
 def plan(*splits, shard_dialogs=2, name="single_turn", history=0):
@@ -113,20 +111,3 @@ def test_dialog_that_bad_audio_cuts_has_several_parts():
     assert summarize(made) == [(0, "train", (0, 2), 0, 3), (1, "train", (2, 4), 3, 4)]
     assert content.ids == ["a_0", "a_1", "b_0", "b_1", "b_3", "b_4"]
     assert (content.dialogs, content.rows) == ([("a", 2), ("b", 2), ("b", 2)], [[(0, 1)], [(2, 3)], [(4, 5)]])
-
-
-def test_memory_does_not_grow_with_the_contents(monkeypatch):
-    monkeypatch.setattr(records, "_IN_MEMORY", 1_000)
-    texts = [f"{index:064x}" for index in range(100)]
-    content = Content(texts, texts, texts, [1] * 100, [1.0] * 100, [("d", 100)], 99, [[(0, 1)]] * 99, False)
-    made = Plan()
-    tracemalloc.start()
-    try:
-        for number in range(300):
-            key = f"{number:064x}"
-            made.append(Shard(number, "train", (number, number + 1), 0, 99, 100, 1, key, key), content)
-        memory = tracemalloc.get_traced_memory()[0]
-    finally:
-        tracemalloc.stop()
-    assert memory < 300 * 1_000  # the contents have 20 kB each
-    assert made.content(made[299]) == content

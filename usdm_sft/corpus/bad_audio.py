@@ -6,12 +6,10 @@ the same id.
 
 import hashlib
 import json
-from array import array
-from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +18,8 @@ from usdm_sft.audio.digest_table import AudioDigests
 from usdm_sft.audio.digests import audio_digests
 from usdm_sft.audio.first_pass import read_ahead
 from usdm_sft.audio.reading import AudioError
-from usdm_sft.corpus.dialogs import CompactDialogs, Dialog, Split
+from usdm_sft.corpus.dialogs import Dialog, Split
 from usdm_sft.corpus.problems import join_problems
-from usdm_sft.utils.lazily import Lazily
 
 if TYPE_CHECKING:
     from usdm_sft.utils.pool import Pool
@@ -56,7 +53,7 @@ def screen_audio(
     if on_bad_audio not in ON_BAD_AUDIO:
         raise ValueError(f"on_bad_audio {on_bad_audio!r} is unknown: choose one of {', '.join(ON_BAD_AUDIO)}")
     ahead = None if pool is None else partial(read_ahead, pool=pool)
-    found = audio_digests(_Addresses(splits), cache_dir, read_ahead=ahead)
+    found = audio_digests(_addresses(splits), cache_dir, read_ahead=ahead)
     if not found.problems:
         return dict(splits), found
     paths = {
@@ -76,36 +73,12 @@ def screen_audio(
             problems = [f"{_name(each, paths)} {problem}" for each, problem in bad.items() if each in split_ids]
             head = f"bad audio leaves no pair of {name}: replace files, or name another split list"
             raise AudioError(join_problems([head, *problems]))
-    return left, found.select(_Addresses(left))
+    return left, found.select(_addresses(left))
 
 
-class _Addresses(Lazily[str]):
-    """The address of each utterance of some splits, which is read from the dialogs at each access."""
-
-    def __init__(self, splits: Mapping[str, Split]):
-        self._splits = splits
-        lengths = (len(dialog.utterances) for split in splits.values() for dialog in split.dialogs)
-        self._stops = array("Q", accumulate(lengths))  # for each dialog the number of utterances up to its end
-        self._loaded = Dialog("", ())  # the dialog of the last access
-        self._first = 0  # index of its first utterance
-        super().__init__(self._find, self._stops[-1] if self._stops else 0)
-
-    def _find(self, index: int) -> str:
-        if not self._first <= index < self._first + len(self._loaded.utterances):
-            number = bisect_right(self._stops, index)
-            self._first = self._stops[number - 1] if number else 0
-            self._loaded = self._load(number)
-        return self._loaded.utterances[index - self._first].audio
-
-    def _load(self, number: int) -> Dialog:
-        for split in self._splits.values():
-            if number < len(split.dialogs):
-                break
-            number -= len(split.dialogs)
-        return split.dialogs[number]
-
-    def __iter__(self) -> Iterator[str]:
-        return (utterance.audio for split in self._splits.values() for utterance in split.utterances())
+def _addresses(splits: Mapping[str, Split]) -> list[str]:
+    """Return the address of each utterance."""
+    return [utterance.audio for split in splits.values() for utterance in split.utterances()]
 
 
 def leave_out(split: Split, bad: Mapping[str, str]) -> Split:
@@ -115,7 +88,7 @@ def leave_out(split: Split, bad: Mapping[str, str]) -> Split:
         split: A split.
         bad: Utterance id -> what is wrong with its audio.
     """
-    dialogs = CompactDialogs()
+    dialogs: list[Dialog] = []
     left_out = dict(split.left_out)
     pairs_left_out: dict[str, str] = {}
     for dialog in split.dialogs:
@@ -125,8 +98,7 @@ def leave_out(split: Split, bad: Mapping[str, str]) -> Split:
             if not is_bad
         ]
         parts = [part for part in parts if any(part.pairs())]
-        for part in parts:
-            dialogs.append(part)
+        dialogs += parts
         if not parts:
             left_out[dialog.id] = ALL_BAD
         for pair in dialog.pairs():
@@ -137,12 +109,9 @@ def leave_out(split: Split, bad: Mapping[str, str]) -> Split:
 
 def corpus_digest(lists: Mapping[str, str], audio: AudioDigests, splits: Mapping[str, Split]) -> str:
     """Return the sha256 of a JSON list: digests of the lists by split, digests of the audio, pairs left out of each split."""
-    digest = hashlib.sha256(f"[{json.dumps(lists)}, [".encode())
-    for number, sha256 in enumerate(audio.iter_sha256()):
-        digest.update(f'{", " if number else ""}"{sha256}"'.encode())
-    left_out = [json.dumps(dict(split.pairs_left_out)) for split in splits.values() if split.pairs_left_out]
-    digest.update("".join(["]", *(f", {pairs}" for pairs in left_out), "]"]).encode())
-    return digest.hexdigest()
+    left_out = [dict(split.pairs_left_out) for split in splits.values() if split.pairs_left_out]
+    content = json.dumps([dict(lists), list(audio.iter_sha256()), *left_out])
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _name(utterance_id: str, paths: Mapping[str, str]) -> str:

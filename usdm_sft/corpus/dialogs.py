@@ -1,12 +1,8 @@
 """Utterances, dialogs and splits: the data that reading a corpus returns."""
 
-import marshal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import overload
-
-from usdm_sft.utils.records import Records
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,47 +36,34 @@ class Dialog:
                 yield user, agent
 
 
-class CompactDialogs(Sequence[Dialog]):
-    """Dialogs as records of 200 bytes for an utterance, most of them on the disk; the objects would take 600 bytes of memory.
-
-    Each access makes new objects.
+class Turns:
+    """The turns of one split list or manifest, in any order.
 
     Args:
-        dialogs: The first dialogs.
+        place: Returns the place of a line or row in errors, such as file:line, from its number.
+
+    Attributes:
+        dialogs: Dialog id -> its turns, each with the number of its line, in the order in which they were added.
     """
 
-    def __init__(self, dialogs: Iterable[Dialog] = ()):
-        self._records = Records()
-        for dialog in dialogs:
-            self.append(dialog)
+    def __init__(self, place: Callable[[int], str]):
+        self.place = place
+        self.dialogs: dict[str, list[tuple[Utterance, int]]] = {}
+        self._numbers: dict[str, dict[int, int]] = {}  # dialog id -> turn -> number of its first line
 
-    def append(self, dialog: Dialog) -> None:
-        """Add a dialog at the end."""
-        turns = [(turn.id, turn.turn, turn.speaker, turn.text, turn.emotion, turn.audio) for turn in dialog.utterances]
-        self._records.append(marshal.dumps((dialog.id, dialog.agent, turns)))
+    def add(self, utterance: Utterance, number: int) -> None:
+        """Add a turn.
 
-    def __len__(self) -> int:
-        return len(self._records)
+        Args:
+            utterance: The turn.
+            number: Number of its line or row.
+        """
+        self.dialogs.setdefault(utterance.dialog_id, []).append((utterance, number))
+        self._numbers.setdefault(utterance.dialog_id, {}).setdefault(utterance.turn, number)
 
-    @overload
-    def __getitem__(self, index: int) -> Dialog: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Dialog]: ...
-    def __getitem__(self, index: int | slice) -> Dialog | list[Dialog]:
-        chosen = range(len(self))[index]
-        return self._load(chosen) if isinstance(chosen, int) else [self._load(each) for each in chosen]
-
-    def __iter__(self) -> Iterator[Dialog]:
-        return map(self._load, range(len(self)))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(map(Dialog.__eq__, self, other))
-
-    __hash__ = None  # type: ignore[assignment]  # it grows
-
-    def _load(self, index: int) -> Dialog:
-        dialog_id, agent, turns = marshal.loads(self._records[index])
-        return Dialog(dialog_id, tuple(Utterance(turn[0], dialog_id, *turn[1:]) for turn in turns), agent)
+    def find(self, dialog_id: str, turn: int) -> int | None:
+        """Return the number of the first line with a turn of a dialog, or None."""
+        return self._numbers.get(dialog_id, {}).get(turn)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from usdm_sft.audio.addresses import absolute_file, format_address
-from usdm_sft.corpus.dialogs import Utterance
+from usdm_sft.corpus.dialogs import Turns, Utterance
 from usdm_sft.corpus.problems import add_problem
-from usdm_sft.corpus.turns import Turns
 from usdm_sft.utils.texts import CONTROL, LineError, first_line, quote, read_limited_lines, text_problem
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")

@@ -11,12 +11,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from usdm_sft.audio.addresses import join_addresses
-from usdm_sft.corpus.dialogs import CompactDialogs, Dialog, Split, Utterance
+from usdm_sft.corpus.dialogs import Dialog, Split, Turns, Utterance
 from usdm_sft.corpus.find import find_recordings
 from usdm_sft.corpus.manifest import is_manifest, read_manifest
 from usdm_sft.corpus.problems import CorpusError, add_problem
 from usdm_sft.corpus.split_list import read_split_list
-from usdm_sft.corpus.turns import Turns
 from usdm_sft.utils.texts import quote
 
 # Why a dialog is left out; counts.json and the card show these texts.
@@ -73,7 +72,7 @@ def read_corpus(
             turns = read_manifest(path, problems, path.parent if data_dir is None else Path(data_dir).expanduser())
         else:
             turns = read_split_list(path, problems, str if data_dir is None else find_recordings(data_dir))
-        lines = dict(turns.first_lines())
+        lines = {dialog_id: found[0][1] for dialog_id, found in turns.dialogs.items()}
         for dialog_id, number in lines.items():
             if first := next((place(found[dialog_id]) for place, found in earlier if dialog_id in found), None):
                 add_problem(
@@ -89,10 +88,10 @@ def read_corpus(
 
 
 def _make_split(name: str, turns: Turns, problems: list[str], rules: Rules, *, is_dailytalk: bool) -> Split:
-    kept = CompactDialogs()
-    dialog_ids: list[str] = []
+    kept: list[Dialog] = []
     left_out: dict[str, str] = {}
-    for dialog_id, lines in turns.dialogs():
+    for dialog_id, lines in turns.dialogs.items():
+        lines.sort(key=lambda line: line[0].turn)
         utterances = [utterance for utterance, _ in lines]
         if wrong := _turn_problem(lines, 0 if is_dailytalk else utterances[0].turn):
             number, problem = wrong
@@ -117,8 +116,7 @@ def _make_split(name: str, turns: Turns, problems: list[str], rules: Rules, *, i
             left_out[dialog_id] = NO_ANSWER
         else:
             kept.append(dialog)
-            dialog_ids.append(dialog_id)
-    return Split(name, kept, left_out, tuple(dialog_ids))
+    return Split(name, kept, left_out, tuple(dialog.id for dialog in kept))
 
 
 def _turn_problem(lines: Sequence[tuple[Utterance, int]], first: int) -> tuple[int, str] | None:

@@ -4,9 +4,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from usdm_sft.corpus.dialogs import Utterance
+from usdm_sft.corpus.dialogs import Turns, Utterance
 from usdm_sft.corpus.problems import add_problem
-from usdm_sft.corpus.turns import Turns
 from usdm_sft.utils.texts import LineError, quote, read_limited_lines, text_problem
 
 _UTTERANCE_ID = re.compile(r"([0-9]{1,9})_([0-9]{1,9})_d([0-9]{1,9})")
@@ -47,10 +46,10 @@ def read_split_list(path: Path, problems: list[str], address: Callable[[str], st
     except LineError as error:
         problems[before:] = []  # earlier problems of the file may be a consequence
         add_problem(problems, str(error))
-        turns.arrange([])
+        turns.dialogs = {}
         return turns
-    whole = (dialog_id for dialog_id, _ in turns.first_lines() if dialog_id not in broken)
-    turns.arrange(sorted(whole, key=lambda name: (int(name[1:]), name)))
+    whole = turns.dialogs.keys() - broken
+    turns.dialogs = {name: turns.dialogs[name] for name in sorted(whole, key=lambda name: (int(name[1:]), name))}
     return turns
 
 

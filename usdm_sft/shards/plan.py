@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import marshal
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple, overload
 
 from usdm_sft.cache.keys import cache_key
 from usdm_sft.corpus.examples import has_lists, make_examples
-from usdm_sft.utils.records import Records
 
 if TYPE_CHECKING:
     from dailytalk_usdm import DailyTalkUSDM
@@ -47,20 +45,20 @@ class Content(NamedTuple):
 
 
 class Plan(Sequence[Shard]):
-    """All work shards in order. Their contents lie on the disk (`Records`), so that the plan takes memory per shard only."""
+    """All work shards in order, and their contents, which travel to a process only with the shard that it makes."""
 
     def __init__(self) -> None:
         self._shards: list[Shard] = []
-        self._contents = Records()
+        self._contents: list[Content] = []
 
     def append(self, shard: Shard, content: Content) -> None:
         """Add a work shard at the end."""
         self._shards.append(shard)
-        self._contents.append(marshal.dumps(tuple(content)))
+        self._contents.append(content)
 
     def content(self, shard: Shard) -> Content:
-        """Load the content of a work shard."""
-        return Content(*marshal.loads(self._contents[shard.number]))
+        """Return the content of a work shard."""
+        return self._contents[shard.number]
 
     def of_split(self, split: str) -> list[Shard]:
         """Return the work shards of a split, in order."""

@@ -25,7 +25,6 @@ from usdm_sft.shards.overflow import find_cuts, take_rows
 from usdm_sft.shards.plan import Content, Plan, Shard
 from usdm_sft.template.repetition import collapse_units
 from usdm_sft.units.columns import FP32_FALLBACK
-from usdm_sft.utils.lazily import Lazily
 from usdm_sft.utils.pool import Pool
 from usdm_sft.utils.progress import progress_bar
 
@@ -84,8 +83,8 @@ def make_tokens(plan: Plan, maker: TokenMaker, units: Mapping[str, Path], pool: 
     Returns:
         The token shard of each work shard, in order.
     """
-    parts = Lazily(lambda index: (plan[index], plan.content(plan[index]), units[plan[index].units_key]), len(plan))
-    keys = Lazily(lambda index: cache_key(plan[index].tokens_key, maker.max_length, maker.overflow), len(plan))
+    parts = [(shard, plan.content(shard), units[shard.units_key]) for shard in plan]
+    keys = [cache_key(shard.tokens_key, maker.max_length, maker.overflow) for shard in plan]
     made: dict[int, TokenShard] = {}
     with progress_bar(len(plan), "tokens", "work shards") as bar:
         for index, shard in pool.map(maker, parts, name="token shards", keys=keys, holds=_is_there):
