@@ -10,7 +10,7 @@ from usdm_sft.cache.keys import cache_key
 from usdm_sft.corpus.examples import has_lists, make_examples
 
 if TYPE_CHECKING:
-    from dailytalk_usdm import DailyTalkUSDM
+    from usdm_sft.corpus.builder import DailyTalkUSDM
     from usdm_sft.corpus.dialogs import Dialog, Split
     from usdm_sft.template.encoder import TemplateEncoder
     from usdm_sft.units.tokenizer import UnitTokenizer

@@ -16,7 +16,7 @@ from usdm_sft.corpus.features import ROLES
 from usdm_sft.utils.progress import quiet
 
 if TYPE_CHECKING:
-    from dailytalk_usdm import DailyTalkUSDM
+    from usdm_sft.corpus.builder import DailyTalkUSDM
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from usdm_sft.shards.plan import Content, Plan, Shard
 from usdm_sft.utils.once import once_per_key
 
 if TYPE_CHECKING:
-    from dailytalk_usdm import DailyTalkUSDM
+    from usdm_sft.corpus.builder import DailyTalkUSDM
     from usdm_sft.corpus.dialogs import Dialog, Utterance
 
 FILE_SECONDS = 5_400  # of recordings in an output file: 480 MB of 16 bits at 44.1 kHz; `push_to_hub` of datasets makes files of 500 MB

@@ -9,12 +9,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from dailytalk_usdm import DailyTalkUSDM
 from usdm_sft import __version__
 from usdm_sft.cache.keys import cache_key, cache_root
 from usdm_sft.cache.locks import require_locks
 from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.convert.published import describe_unit_model, find_unit_model
+from usdm_sft.corpus.builder import DailyTalkUSDM
 from usdm_sft.corpus.published_lists import describe_corpus, list_kind
 from usdm_sft.dataset_folder.layout import check_output
 from usdm_sft.executors.devices import choose_devices

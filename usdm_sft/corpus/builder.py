@@ -1,0 +1,210 @@
+"""The dataset builder: a corpus as user/agent pairs and conversations."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import datasets.data_files
+
+from usdm_sft.corpus import bad_audio, examples, features, find, hub, published_lists, read
+from usdm_sft.corpus.manifest import is_manifest
+from usdm_sft.corpus.problems import CorpusError
+from usdm_sft.utils import texts
+from usdm_sft.utils.hashes import sha256_file
+
+if TYPE_CHECKING:
+    from usdm_sft.utils.pool import Pool
+
+NAME = "dailytalk_usdm"  # of the dataset, for datasets
+_VERSION = datasets.Version("1.0.0")
+
+
+def code_digest() -> str:
+    """Return the sha256 of the code that decides the rows, so that a change to it invalidates cached rows."""
+    package = Path(texts.__file__).parents[1]
+    modules = [path for name in ("audio", "corpus") for path in sorted((package / name).glob("*.py"))]
+    code = hashlib.sha256(datasets.__version__.split(".")[0].encode())
+    for path in (*modules, Path(texts.__file__)):
+        code.update(path.read_bytes())
+    return code.hexdigest()
+
+
+@dataclasses.dataclass
+class DailyTalkUSDMConfig(datasets.BuilderConfig):  # type: ignore[misc]  # datasets has no types
+    """Configuration of the builder.
+
+    Attributes:
+        history: Number of earlier exchanges that a pair of single_turn brings along as context; fewer at the start of a dialog.
+            The user and agent columns are then lists, one entry per exchange, the pair last.
+        agent: The speaker who is the agent in every pair. By default each side is the agent in turn, as in the reference.
+        merge_speaker_turns: Join neighbouring turns of one speaker. By default such dialogs are left out, as in the reference.
+        on_bad_audio: "error" stops at bad audio, "skip" leaves out the pairs that use it.
+        corpus_digest: sha256 over the split lists, the audio and the pairs left out for bad audio. The builder fills it in, and
+            the cache follows it.
+    """
+
+    history: int = 0
+    agent: str | None = None
+    merge_speaker_turns: bool = False
+    on_bad_audio: str = "error"
+    corpus_digest: str | None = None
+
+
+class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
+    """DailyTalk as pairs: two neighbouring turns of a dialog, the earlier as the user and the later as the agent.
+
+    A row of single_turn is one pair. A row of multi_turn is a conversation; its user and agent columns are lists, one entry per
+    exchange. Rows are in order of dialog number and turn. Audio is the path of the recording, never its bytes; symlinks are
+    followed. DailyTalk's metadata.json is not read, because the split lists hold everything.
+
+    Args:
+        data_dir: DailyTalk's folder (with `data/`), its `data` folder, or its zip archive. For another corpus, the folder with its
+            manifests (`usdm_sft.corpus.manifest`), where relative paths of its recordings start, or "hub:USER/NAME".
+        data_files: The split lists, such as `{"train": "train.txt", "test": "test.txt"}`, or manifests. By default those in or
+            beside the folder, or else DailyTalk's own lists, which are downloaded once.
+        base_path: As in `datasets.DatasetBuilder`.
+        digest_cache_dir: Where digests of audio files are remembered; this package's cache by default.
+        on_bad_audio: "error" stops and names every bad file; "skip" leaves out its pairs (`corpus[split].pairs_left_out`).
+        pool: Shares out recordings that are read for the first time; by default threads of this process read them.
+        args: Positional arguments of `datasets.DatasetBuilder`.
+        kwargs: Fields of `DailyTalkUSDMConfig`, and keyword arguments of `datasets.DatasetBuilder`.
+
+    Attributes:
+        corpus, whole_corpus: The `usdm_sft.corpus.dialogs.Split` of each split, after and before bad audio was left out.
+        split_lists: The path of each split's list.
+        list_digests: The sha256 of each split's list.
+        audio_digests: The `usdm_sft.audio.digest_table.AudioDigest` of each recording that a pair uses.
+        is_dailytalk: True if the lists are DailyTalk's split lists, False for manifests.
+
+    Raises:
+        ValueError: The config does not exist, an option is wrong, or DailyTalk's own split lists are swapped.
+        FileNotFoundError: Data, a split list or an audio file is missing.
+        usdm_sft.corpus.problems.CorpusError: The split lists are wrong; the message names each problem with file and line.
+        usdm_sft.audio.reading.AudioError: An audio file cannot become units, or a split has no pair left.
+    """
+
+    BUILDER_CONFIG_CLASS = DailyTalkUSDMConfig
+    BUILDER_CONFIGS = [  # noqa: RUF012
+        DailyTalkUSDMConfig(examples.SINGLE_TURN, _VERSION, description="one pair per row, as USDM is trained"),
+        DailyTalkUSDMConfig(examples.MULTI_TURN, _VERSION, description="one conversation per row"),
+    ]
+    DEFAULT_CONFIG_NAME = examples.SINGLE_TURN
+
+    def __init__(
+        self,
+        *args: Any,
+        data_dir: find.FilePath | None = None,
+        data_files: find.DataFiles | None = None,
+        base_path: str | None = None,
+        digest_cache_dir: str | Path | None = None,
+        on_bad_audio: str = "error",
+        pool: "Pool | None" = None,
+        **kwargs: Any,
+    ) -> None:
+        examples.check_config(kwargs.get("config_name") or self.DEFAULT_CONFIG_NAME, kwargs.get("history") or 0)
+        if hub.is_hub_corpus(data_dir):
+            data_dir, data_files = None, hub.fetch_corpus(str(data_dir), digest_cache_dir)
+        self.split_lists: dict[str, Path] = {}
+        if data_dir is not None or data_files is not None:
+            resolved = isinstance(data_files, datasets.data_files.DataFilesDict)
+            self.split_lists = find.find_lists(data_dir, data_files, cache_dir=digest_cache_dir, resolved=resolved)
+        self.is_dailytalk = not (self.split_lists and all(map(is_manifest, self.split_lists.values())))
+        if data_dir is None and self.is_dailytalk:
+            raise ValueError("data_dir is missing: name the folder that DailyTalk was unpacked to, or its zip archive")
+        rules = read.Rules(kwargs.get("agent"), kwargs.get("merge_speaker_turns") or False)
+        self.corpus = self.whole_corpus = read.read_corpus(self.split_lists, rules, data_dir=data_dir)
+        for split in self.corpus.values():
+            if not split.dialogs:
+                reasons = "; ".join(f"{dialog}: {reason}" for dialog, reason in split.left_out.items()) or "it is empty"
+                raise CorpusError([f"{self.split_lists[split.name]}: not one pair: {reasons}: name another split list"])
+        self.list_digests = {split: sha256_file(path) for split, path in self.split_lists.items()}
+        published_lists.check_not_swapped(self.split_lists, self.list_digests)
+        self.corpus, self.audio_digests = bad_audio.screen_audio(self.corpus, on_bad_audio, digest_cache_dir, pool)
+        digest = bad_audio.corpus_digest(self.list_digests, self.audio_digests, self.corpus)
+        kwargs |= {"hash": code_digest(), "on_bad_audio": on_bad_audio, "corpus_digest": digest}
+        folder = next(iter(self.split_lists.values())).parent if data_dir is None else Path(data_dir).expanduser()
+        if self.is_dailytalk and folder.is_dir():
+            folder = find.find_data_folder(folder)  # one cache for both spellings of data_dir
+        kwargs.setdefault("dataset_name", NAME)  # by default datasets takes the name of this module
+        super().__init__(*args, data_dir=str(folder.resolve()), base_path=base_path, **kwargs)
+        self.info.features = self._info().features  # an existing cache restores plain Audio, which needs torchcodec
+
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo(
+            description=__doc__,
+            features=features.example_features(lists=examples.has_lists(self.config.name, self.config.history)),
+            **(published_lists.INFO if published_lists.are_published_lists(self.list_digests) else {}),
+        )
+
+    def _load_info(self, *args: Any, **kwargs: Any) -> datasets.DatasetInfo:
+        info = super()._load_info(*args, **kwargs)
+        info.features = self._info().features
+        return info
+
+    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
+        # datasets divides the lists in gen_kwargs over processes and streaming workers.
+        return [
+            datasets.SplitGenerator(
+                name=split, gen_kwargs={"split": split, "dialogs": list(range(len(content.dialogs)))}
+            )
+            for split, content in self.corpus.items()
+        ]
+
+    def _generate_examples(self, split: str, dialogs: list[int]) -> Iterator[tuple[str, dict[str, Any]]]:
+        name, history = self.config.name, self.config.history
+        lists = examples.has_lists(name, history)
+        for dialog in map(self.corpus[split].dialogs.__getitem__, dialogs):
+            for example in examples.make_examples(dialog, name, history):
+                row: dict[str, Any] = {"id": example.id, "dialog_id": dialog.id, "turn": example.turn}
+                for role, utterances in zip(features.ROLES, zip(*example.exchanges, strict=True), strict=True):
+                    columns: dict[str, list[Any]] = {
+                        "speaker": [utterance.speaker for utterance in utterances],
+                        "text": [utterance.text for utterance in utterances],
+                        "emotion": [utterance.emotion for utterance in utterances],
+                        "audio": [{"bytes": None, "path": utterance.audio} for utterance in utterances],
+                    }
+                    row |= {f"{role}_{column}": values if lists else values[0] for column, values in columns.items()}
+                yield example.id, row
+
+
+def load_dataset(
+    data_dir: find.FilePath,
+    name: str = examples.SINGLE_TURN,
+    *,
+    data_files: find.DataFiles | None = None,
+    **kwargs: Any,
+) -> datasets.DatasetDict | datasets.Dataset | datasets.IterableDatasetDict | datasets.IterableDataset:
+    """Load the pairs or conversations with `datasets.load_dataset`, and name the split lists for it.
+
+    Without named lists, datasets lists and hashes every file in `data_dir` at each call (26 s for DailyTalk's 23,676 files).
+
+    Args:
+        data_dir: DailyTalk's folder (with `data/`), its `data` folder, or its zip archive; see `DailyTalkUSDM`.
+        name: The config, "single_turn" or "multi_turn".
+        data_files: Split lists other than those beside the data.
+        kwargs: Further arguments of `datasets.load_dataset`, such as `split`, `streaming`, `num_proc` and `cache_dir`, and fields
+            of `DailyTalkUSDMConfig`, such as `history`.
+
+    Returns:
+        A `Dataset` if `split` is given, otherwise a `DatasetDict`; with `streaming`, their iterable counterparts.
+
+    Raises:
+        ValueError, OSError: As `DailyTalkUSDM`.
+    """
+    cache_dir = kwargs.get("digest_cache_dir")
+    if on_hub := hub.is_hub_corpus(data_dir):
+        lists = hub.fetch_corpus(str(data_dir), cache_dir)
+    elif data_files is None:
+        lists = find.find_lists(data_dir, cache_dir=cache_dir)
+    if on_hub or data_files is None:
+        data_files = {split: str(path.resolve()) for split, path in lists.items()}
+    folder = None if on_hub else data_dir
+    counting = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # otherwise datasets reports the call to Hugging Face
+    try:
+        return datasets.load_dataset(NAME, name, data_dir=folder, data_files=data_files, **kwargs)
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counting
