@@ -1,5 +1,6 @@
-"""`verify --against` compares multisets of lines by digests in sorted files, with a bounded number of them in memory."""
+"""`verify --against` compares multisets of lines."""
 
+import re
 from collections import Counter
 from types import SimpleNamespace
 
@@ -10,9 +11,11 @@ import pytest
 from tokenizers import Tokenizer
 
 from tests.dataset_folder.test_verify import FILE
-from usdm_sft.dataset_folder import compare, ranges, sorted_digests
+from usdm_sft.dataset_folder import compare, ranges
 from usdm_sft.dataset_folder.compare import compare_with_text
 from usdm_sft.dataset_folder.layout import data_files, read_counts
+
+KINDS = ("is not a row", "stands more often", "is not a line")
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,9 @@ def expected_problem(rows, lines, path):
     missing = [found[seen[text]] for text, found in places.items() if seen[text] < len(found)]
     if extra:
         number, line = extra[0]
+        if as_text(line) in places:
+            count = len(places[as_text(line)])
+            return f"{path}:{number} stands more often in the file than in train, which has it {count} time{'s' * (count > 1)}"
         if not missing:
             return f"{path}:{number} is not a row of train"
         missing.sort(key=lambda place: (place[0], place[1]))
@@ -69,16 +75,12 @@ def expected_problem(rows, lines, path):
     return None
 
 
-@pytest.mark.parametrize("in_memory", [1, 5, 1000])
-def test_differences_are_those_of_a_comparison_in_memory(
-    dataset_folder, schema_and_row, tmp_path, monkeypatch, in_memory
-):
-    monkeypatch.setattr(sorted_digests, "_IN_MEMORY", in_memory)
-    monkeypatch.setattr(compare, "_LINES_PER_FILE", 3)
+@pytest.mark.parametrize("seed", [1, 5])
+def test_first_difference_of_random_lines(dataset_folder, schema_and_row, tmp_path, monkeypatch, seed):
     loaded = Tokenizer.from_file(str(dataset_folder / "tokenizer" / "tokenizer.json"))
     monkeypatch.setattr(compare, "Tokenizer", SimpleNamespace(from_file=lambda path: loaded))  # it takes long
     monkeypatch.setattr(ranges, "ROWS_PER_RANGE", 2)
-    rng = np.random.default_rng(in_memory)
+    rng = np.random.default_rng(seed)
     lines = [([a, b], [a, c]) for a in (5, 6) for b in (5, 6) for c in (-100, 5)]
     files, text = [tmp_path / "a.parquet", tmp_path / "b.parquet", tmp_path / "c.parquet"], tmp_path / "train.txt"
     kinds = Counter()
@@ -98,8 +100,23 @@ def test_differences_are_those_of_a_comparison_in_memory(
         found = list(compare_with_text({"train": files}, tmp_path, dataset_folder / "tokenizer"))
         assert len(found) == (expected is not None)
         assert expected is None or found[0].startswith(expected)
-        kinds[expected and ("extra" if "is not a row" in expected else "missing")] += 1
-    assert min(kinds[None], kinds["extra"], kinds["missing"]) >= 1
+        kinds[expected and next(kind for kind in KINDS if kind in expected)] += 1
+    assert all(kinds[kind] for kind in (None, *KINDS))
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("5 6|5 6\r", r"it differs from row a0 in white space only \(it ends with CR and LF: convert the file to LF\)"),
+        ("5  6|5 6", r"it differs from row a0 in white space only \(separate by one space\)"),
+        ("5 6|5 6 ", r"it differs from row a0 in white space only \(separate by one space\)"),
+    ],
+)
+def test_line_that_differs_in_white_space(dataset_folder, schema_and_row, tmp_path, text, problem):
+    write_rows(tmp_path / "a.parquet", [([5, 6], [5, 6])], *schema_and_row)
+    (tmp_path / "train.txt").write_text(f"{text}\n", newline="")
+    [found] = compare_with_text({"train": [tmp_path / "a.parquet"]}, tmp_path, dataset_folder / "tokenizer")
+    assert re.fullmatch(rf"{re.escape(str(tmp_path / 'train.txt'))}:1 is not a row of train: {problem}", found)
 
 
 def test_split_without_rows_or_lines(dataset_folder, schema_and_row, tmp_path):

@@ -1,38 +1,21 @@
-"""Compare a dataset folder with the reference's train.txt and test.txt, as multisets of lines.
-
-Both sides become digests in sorted files, so that memory does not grow with the number of rows.
-"""
+"""Compare a dataset folder with the reference's train.txt and test.txt, as multisets of lines."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from usdm_sft.dataset_folder.ranges import RowRange, count_processes, divide_rows
-from usdm_sft.dataset_folder.sorted_digests import create_array, digest_texts, iter_stretches, write_digests
 from usdm_sft.dataset_folder.text_lines import format_lines, parse_line
-from usdm_sft.utils.processes import ProcessPool
-
-_LINES_PER_FILE = 1_000_000  # 16 bytes each while they are read
-
-
-class _Difference(NamedTuple):
-    """The first differences of a split.
-
-    Attributes:
-        line: Number of the first line that is no row, from 1, or None.
-        row: The row that is no line and whose first equal comes first, or None.
-    """
-
-    line: int | None
-    row: int | None
+from usdm_sft.utils.processes import ProcessPool, in_order
+from usdm_sft.utils.texts import count_noun
 
 
 def first_difference(found: npt.ArrayLike, expected: npt.ArrayLike) -> int | None:
@@ -89,90 +72,68 @@ def compare_with_text(
 def _first_difference_of_split(
     split: str, path: Path, ranges: Sequence[RowRange], tokenizer: Tokenizer, pool: ProcessPool
 ) -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix="compare-") as folder:
-        starts = np.cumsum([0, *(each.num_rows for each in ranges)]).tolist()
-        row_files = [Path(folder, f"rows-{index}.npy") for index in range(len(ranges))]
-        tasks = list(zip(row_files, starts, ranges, strict=False))
-        for _ in pool.map(_write_row_digests, tasks, name="lines of rows"):
-            pass
-        missing = create_array(Path(folder, "missing.npy"), np.bool_, (starts[-1],))
-        difference = _find_difference(row_files, _write_line_digests(path, folder), missing)
-        if difference.line is not None:
-            with open(path, encoding="utf-8", newline="\n") as text:
-                line = next(islice(text, difference.line - 1, None)).removesuffix("\n")
-            nearest = _describe_nearest(line, ranges, missing, tokenizer)
-            yield f"{path}:{difference.line} is not a row of {split}{nearest}"
-        elif difference.row is not None:
-            index = int(np.searchsorted(starts, difference.row, side="right")) - 1
-            yield f"{_describe_row(ranges[index], difference.row - starts[index])} is not a line of {path}"
+    rows: dict[bytes, list[int]] = {}  # digest of a line -> numbers of the rows that it belongs to
+    num_rows = 0
+    for _, digests in in_order(pool.map(_digest_rows, ranges, name="lines of rows")):
+        for digest in digests:
+            rows.setdefault(digest, []).append(num_rows)
+            num_rows += 1
+    matched: Counter[bytes] = Counter()  # of equal rows, the first ones are taken for the lines
+    extra: tuple[int, str] | None = None  # number and text of the first line that is not a row
+    for number, line in enumerate(_read_lines(path), start=1):
+        digest = _digest(line.encode())
+        if matched[digest] < len(rows.get(digest, ())):
+            matched[digest] += 1
+        elif extra is None:
+            extra = number, line
+    missing = [number for digest, numbers in rows.items() for number in numbers[matched[digest] :]]
+    if extra is not None:
+        number, line = extra
+        if num_equal := len(rows.get(_digest(line.encode()), ())):
+            yield f"{path}:{number} stands more often in the file than in {split}, which has it {count_noun(num_equal, 'time')}"
+        else:
+            yield f"{path}:{number} is not a row of {split}{_describe_line(line, ranges, {*missing}, tokenizer)}"
+    elif missing:
+        yield f"{_describe_row(ranges, missing[0])} is not a line of {path}"
 
 
-def _write_row_digests(task: tuple[Path, int, RowRange]) -> None:
-    """Write the digests of the lines of a range, whose first row has a number in its split."""
-    file, start, rows = task
-    digests = [digest_texts(format_lines(batch)) for batch in rows.read(columns=["input_ids", "labels"])]
-    write_digests(file, b"".join(digests), first=start)
+def _digest(line: bytes) -> bytes:
+    return hashlib.blake2b(line, digest_size=16).digest()  # tells any two lines apart
 
 
-def _write_line_digests(path: Path, folder: str) -> list[Path]:
-    """Write the digests of the lines of a text file, which are numbered from 1."""
-    files: list[Path] = []
-    start = 1
+def _digest_rows(rows: RowRange) -> list[bytes]:
+    batches = rows.read(columns=["input_ids", "labels"])
+    return [_digest(line) for batch in batches for line in format_lines(batch)]
+
+
+def _read_lines(path: Path) -> Iterator[str]:
     with open(path, encoding="utf-8", newline="\n") as text:
-        lines = (line.removesuffix("\n").encode() for line in text)
-        while digests := digest_texts(islice(lines, _LINES_PER_FILE)):
-            files.append(Path(folder, f"lines-{len(files)}.npy"))
-            write_digests(files[-1], digests, first=start)
-            start += len(digests) // 16
-    return files
+        for line in text:
+            yield line.removesuffix("\n")
 
 
-def _find_difference(
-    row_files: Sequence[Path], line_files: Sequence[Path], missing: npt.NDArray[np.bool_]
-) -> _Difference:
-    """Compare digests. Of equal rows, the first ones are taken for the lines; `missing` then marks the next one."""
-    line: int | None = None
-    row: tuple[int, int] | None = None  # the first of equal rows, and the one that is missing
-    for parts in iter_stretches([*row_files, *line_files]):
-        digests = np.concatenate(parts)
-        if not len(digests):
-            continue
-        is_line = np.arange(len(digests)) >= sum(map(len, parts[: len(row_files)]))
-        order = np.lexsort((digests["low"], digests["high"]))  # stable: equal rows in order, then equal lines in order
-        high, low, numbers = (digests[name][order] for name in ("high", "low", "row"))
-        first = np.flatnonzero(np.append(True, (high[1:] != high[:-1]) | (low[1:] != low[:-1])))
-        num_lines = np.add.reduceat(is_line[order].astype(np.int64), first)
-        num_rows = np.diff(first, append=len(order)) - num_lines
-        if (extra := numbers[(first + 2 * num_rows)[num_lines > num_rows]]).size:
-            line = min(int(extra.min()), line or int(extra.min()))
-        lacking = first[num_rows > num_lines]
-        places = numbers[(first + num_lines)[num_rows > num_lines]]
-        missing[places] = True
-        if places.size:
-            at = numbers[lacking].argmin()
-            found = int(numbers[lacking][at]), int(places[at])
-            row = min(found, row or found)
-    return _Difference(line, row[1] if row else None)
-
-
-def _describe_row(rows: RowRange, row: int) -> str:
-    """Name a row of a range, whose id is read again."""
+def _describe_row(ranges: Sequence[RowRange], number: int) -> str:
+    """Name a row of a split, whose id is read again."""
+    for rows in ranges:
+        if number < rows.num_rows:
+            break
+        number -= rows.num_rows
     ids = (row_id for batch in rows.read(columns=["id"]) for row_id in batch["id"].to_pylist())
-    return f"{rows.path}: row {rows.start + row} ({next(islice(ids, row, None))})"
+    return f"{rows.path}: row {rows.start + number} ({next(islice(ids, number, None))})"
 
 
-def _describe_nearest(
-    line: str, ranges: Sequence[RowRange], missing: npt.NDArray[np.bool_], tokenizer: Tokenizer
-) -> str:
-    """Describe the first difference from the missing row that shares the longest beginning with the line."""
+def _describe_line(line: str, ranges: Sequence[RowRange], missing: Container[int], tokenizer: Tokenizer) -> str:
+    """Say how a line differs from the missing row that shares the longest beginning with it."""
     try:
         halves = parse_line(line)
     except (ValueError, OverflowError):
         return ": it is not input_ids, '|' and labels"
     best: tuple[int, str] = (-1, "")
-    start = 0
+    number = 0
     for batch in (batch for each in ranges for batch in each.read(columns=["id", "input_ids", "labels"])):
-        for position in np.flatnonzero(missing[start : start + len(batch)]).tolist():
+        for position in range(len(batch)):
+            if number + position not in missing:
+                continue
             row_id, *expected = (batch[name][position].as_py() for name in ("id", "input_ids", "labels"))
             for prefix, found, ids in zip(("", "of the labels, "), halves, expected, strict=True):
                 at = first_difference(found, ids)
@@ -182,5 +143,10 @@ def _describe_nearest(
                     difference = describe_difference(found, ids, at, tokenizer)
                     best = at, f": the nearest row is {row_id}; {prefix}{difference}"
                 break
-        start += len(batch)
+            else:  # the numbers are equal
+                remedy = (
+                    "it ends with CR and LF: convert the file to LF" if line.endswith("\r") else "separate by one space"
+                )
+                return f": it differs from row {row_id} in white space only ({remedy})"
+        number += len(batch)
     return best[1]
