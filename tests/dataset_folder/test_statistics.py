@@ -1,16 +1,21 @@
 import json
+import pickle
 from collections import Counter
 from itertools import groupby
 
 import datasets
 import matplotlib
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 from usdm_sft.cli.main import main
 from usdm_sft.dataset_folder import pictures
+from usdm_sft.dataset_folder.layout import data_files, read_counts
 from usdm_sft.dataset_folder.pictures import CAPTIONS
+from usdm_sft.dataset_folder.rows import iter_rows
+from usdm_sft.dataset_folder.statistics import SplitStatistics
 from usdm_sft.dataset_folder.verify import verify
 
 
@@ -96,3 +101,23 @@ def test_digests_of_pictures_from_another_matplotlib_are_recorded(folder_copy, m
     monkeypatch.setattr(pictures, "_DPI", 50)
     main(["stats", str(folder_copy)])
     assert verify(folder_copy) == {"train": 10, "test": 3}
+
+
+def test_statistics_of_shuffled_rows_in_several_files(dataset_folder):
+    """The rows of a dialog lie apart, so that each file counts some of its pairs."""
+    counts = read_counts(dataset_folder)
+    paths = data_files(dataset_folder, counts)["train"]
+    rows = pa.Table.from_batches([batch for path in paths for batch in iter_rows(path)])
+    order = np.random.default_rng(0).permutation(len(rows))
+    merged = SplitStatistics()
+    for part in np.array_split(order, 3):
+        statistics = SplitStatistics()
+        for half in np.array_split(part, 2):
+            (batch,) = rows.take(half).combine_chunks().to_batches()
+            statistics.add(batch)
+        merged.merge(pickle.loads(pickle.dumps(statistics)))
+    expected = Counter(Counter(rows["dialog_id"].to_pylist()).values())
+    assert max(expected) > 1
+    found = merged.distributions()["pairs per dialog"]
+    assert dict(zip(found.values.tolist(), found.counts.tolist(), strict=True)) == expected
+    assert json.loads(json.dumps(merged.summary())) == counts["statistics"]["train"]

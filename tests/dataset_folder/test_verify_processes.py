@@ -13,8 +13,7 @@ from usdm_sft.dataset_folder.layout import read_counts
 from usdm_sft.dataset_folder.ranges import divide_rows
 from usdm_sft.dataset_folder.repeated_ids import Place, find_repeated
 from usdm_sft.dataset_folder.sorted_digests import digest_texts, write_digests
-from usdm_sft.dataset_folder.statistics import SplitStatistics, _distribution
-from usdm_sft.dataset_folder.tally import Weighted
+from usdm_sft.dataset_folder.statistics import SplitStatistics, Weighted, _distribution
 from usdm_sft.dataset_folder.verify import VerificationError, _check_rows, verify
 from usdm_sft.utils.processes import in_order
 

@@ -15,8 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from usdm_sft.dataset_folder.statistics import ROLES, SplitStatistics
-from usdm_sft.dataset_folder.tally import Weighted
+from usdm_sft.dataset_folder.statistics import ROLES, SplitStatistics, Weighted
 from usdm_sft.template.parts import ROW_PARTS
 from usdm_sft.utils.texts import printable
 
@@ -106,9 +105,9 @@ def _plot_units(figure: Figure, statistics: Mapping[str, SplitStatistics], num_u
     ranks.legend(loc="lower left")
     lengths = {}
     for split, split_statistics in statistics.items():
-        found = split_statistics.run_counts.weighted()
+        counts = split_statistics.run_counts  # by length, from 0
         together = np.zeros(LONGEST_RUN)
-        np.add.at(together, np.minimum(found.values, LONGEST_RUN) - 1, found.counts)
+        np.add.at(together, np.clip(np.arange(len(counts)), 1, LONGEST_RUN) - 1, counts)
         lengths[split] = together / max(together.sum(), 1)
     _bars(runs, np.arange(1, LONGEST_RUN + 1), lengths)
     runs.set_xticks(range(1, LONGEST_RUN + 1), [*map(str, range(1, LONGEST_RUN)), f"{LONGEST_RUN}+"])

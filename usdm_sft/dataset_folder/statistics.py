@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +17,6 @@ import pyarrow.compute as pc
 
 from usdm_sft.corpus.features import are_collapsed
 from usdm_sft.dataset_folder.ranges import RowRange, count_processes, divide_rows
-from usdm_sft.dataset_folder.tally import Tally, Weighted, weigh
 from usdm_sft.template.encoder import IGNORE_INDEX
 from usdm_sft.template.parts import REFERENCE_LAYOUT, ROW_PARTS, RowLayout, find_parts_of_rows
 from usdm_sft.utils.processes import ProcessPool, in_order
@@ -27,25 +25,36 @@ from usdm_sft.utils.texts import printable
 ROLES = ("user", "agent")
 QUANTILES = {"min": 0.0, "median": 0.5, "95 %": 0.95, "max": 1.0}
 _BATCH = 512
-_SHIFT = 32  # bits of the labelled tokens in a key of `SplitStatistics.rows`
-_NO_RUNS = Weighted(np.array([0]), np.array([1]))  # of a folder without units
 _BINS, _BAR = 10, 40  # bars of a histogram in the terminal, and characters of the longest
+
+
+class Weighted(NamedTuple):
+    """Numbers of which many are equal.
+
+    Attributes:
+        values: (num_values,) different numbers, in ascending order.
+        counts: (num_values,) int64, how often each occurs.
+    """
+
+    values: npt.NDArray[Any]
+    counts: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return int(self.counts.sum())
 
 
 @dataclass
 class SplitStatistics:
-    """Counts of one split, added up batch by batch. A recording in several rows counts several times.
+    """Counts of one split, added up batch by batch. A recording in several rows counts several times."""
 
-    Their size follows from the number of dialogs and of different lengths, not from the number of rows.
-    """
-
-    rows: Tally = field(default_factory=Tally)  # tokens of a row << 32 | labelled tokens -> rows
+    tokens: list[npt.NDArray[np.int32]] = field(default_factory=list)  # of each row, by batch
+    labelled_tokens: list[npt.NDArray[np.int64]] = field(default_factory=list)  # likewise
     labelled_units: int = 0
     labelled_parts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(ROW_PARTS), np.int64))
-    run_counts: Tally = field(default_factory=Tally)  # length of a run of one unit -> number of runs
-    seconds: dict[str, Tally] = field(default_factory=lambda: {role: Tally(np.float32) for role in ROLES})
+    run_counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # by the length of a run
+    seconds: dict[str, list[npt.NDArray[np.float32]]] = field(default_factory=lambda: {role: [] for role in ROLES})
     unit_counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # up to the largest unit
-    pairs: Tally = field(default_factory=Tally)  # digest of the id of a dialog -> exchanges in its rows
+    pairs: Counter[str] = field(default_factory=Counter)  # exchanges in the rows of each dialog
     emotions: Counter[str] = field(default_factory=Counter)  # of the user's and agent's turns
     layout: RowLayout = REFERENCE_LAYOUT
 
@@ -55,34 +64,36 @@ class SplitStatistics:
         values, ids = np.asarray(pc.list_flatten(labels)), np.asarray(pc.list_flatten(rows["input_ids"]))
         rows_of = np.asarray(pc.list_parent_indices(labels))
         labelled = np.bincount(rows_of[values != IGNORE_INDEX], minlength=len(rows))
-        self.rows.add(tokens.astype(np.int64) << _SHIFT | labelled)
+        self.tokens.append(tokens)
+        self.labelled_tokens.append(labelled)
         self.labelled_units += int(self.layout.is_unit(values).sum())
         parts = find_parts_of_rows(ids, tokens, self.layout)
         if len(parts) != len(values):  # a damaged row
             parts, values = _align(parts, tokens, values, np.asarray(pc.list_value_length(labels)))
         self.labelled_parts += np.bincount(parts[values != IGNORE_INDEX], minlength=len(self.labelled_parts))
         for role in ROLES:
-            self.seconds[role].add(_values(rows[f"{role}_seconds"]))
+            self.seconds[role].append(_values(rows[f"{role}_seconds"]))
             self.unit_counts = _add_up(self.unit_counts, np.bincount(_values(rows[f"{role}_units"])))
             self.emotions.update(_values(rows[f"{role}_emotion"]).tolist())
             collapsed = are_collapsed(rows.schema.names)
             runs = _values(rows[f"{role}_durations"]) if collapsed else _run_lengths(rows[f"{role}_units"])
-            self.run_counts.add(runs)
+            self.run_counts = _add_up(self.run_counts, np.bincount(runs))
         texts, dialogs = rows["user_text"], rows["dialog_id"].dictionary_encode()
         exchanges = np.asarray(pc.list_value_length(texts)) if pa.types.is_list(texts.type) else np.ones(len(rows))
         pairs = np.bincount(np.asarray(dialogs.indices), exchanges).astype(np.int64)
-        self.pairs.add(_digest_ids(dialogs.dictionary.to_pylist()), pairs)
+        self.pairs.update(dict(zip(dialogs.dictionary.to_pylist(), pairs.tolist(), strict=True)))
 
     def merge(self, following: SplitStatistics) -> None:
         """Add the counts of the rows that follow."""
-        self.rows.merge(following.rows)
+        self.tokens += following.tokens
+        self.labelled_tokens += following.labelled_tokens
         self.labelled_units += following.labelled_units
         self.labelled_parts += following.labelled_parts
-        self.run_counts.merge(following.run_counts)
+        self.run_counts = _add_up(self.run_counts, following.run_counts)
         for role in ROLES:
-            self.seconds[role].merge(following.seconds[role])
+            self.seconds[role] += following.seconds[role]
         self.unit_counts = _add_up(self.unit_counts, following.unit_counts)
-        self.pairs.merge(following.pairs)
+        self.pairs.update(following.pairs)
         self.emotions.update(following.emotions)
 
     def distributions(self) -> dict[str, Weighted]:
@@ -90,24 +101,24 @@ class SplitStatistics:
 
         One per row (tokens, labelled share), recording (seconds), dialog (pairs) or run of equal units (repeats).
         """
-        (keys, counts), runs = self.rows.weighted(), self.run_counts.weighted()
-        tokens, labelled = keys >> _SHIFT, keys & (1 << _SHIFT) - 1
+        tokens, labelled = _join(self.tokens, np.int64), _join(self.labelled_tokens, np.int64)
+        lengths = np.flatnonzero(self.run_counts)
+        runs = Weighted(lengths, self.run_counts[lengths])
         return {
-            "tokens": weigh(tokens, counts),
-            "labelled share": weigh(labelled / np.maximum(tokens, 1), counts),
-            **{f"{role} seconds": self.seconds[role].weighted() for role in ROLES},
-            "pairs per dialog": Weighted(*np.unique(self.pairs.weighted().counts, return_counts=True)),
-            "units in a run": runs if len(runs) else _NO_RUNS,
+            "tokens": _weigh(tokens),
+            "labelled share": _weigh(labelled / np.maximum(tokens, 1)),
+            **{f"{role} seconds": _weigh(_join(self.seconds[role], np.float32)) for role in ROLES},
+            "pairs per dialog": _weigh(np.array([*self.pairs.values()], np.int64)),
+            "units in a run": runs if len(runs) else Weighted(np.array([0]), np.array([1])),
         }
 
     def summary(self) -> dict[str, Any]:
         """The statistics as JSON values; `distributions` has mean and quantiles of each."""
-        keys, counts = self.rows.weighted()
         return {
-            "rows": int(counts.sum()),
-            "dialogs": len(self.pairs.weighted().values),
-            "tokens": int(((keys >> _SHIFT) * counts).sum()),
-            "labelled_tokens": int(((keys & (1 << _SHIFT) - 1) * counts).sum()),
+            "rows": sum(map(len, self.tokens)),
+            "dialogs": len(self.pairs),
+            "tokens": sum(int(tokens.sum()) for tokens in self.tokens),
+            "labelled_tokens": sum(int(labelled.sum()) for labelled in self.labelled_tokens),
             "labelled_units": self.labelled_units,
             "labelled_parts": dict(zip(ROW_PARTS, self.labelled_parts.tolist(), strict=True)),
             "units": int(self.unit_counts.sum()),
@@ -232,12 +243,12 @@ def _add_up(counts: npt.NDArray[np.int64], others: npt.NDArray[np.int64]) -> npt
     return together
 
 
-def _digest_ids(ids: Iterable[str]) -> npt.NDArray[np.int64]:
-    """Return 64 bits of the BLAKE2 digest of each id.
+def _join(parts: Sequence[npt.NDArray[Any]], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    return np.concatenate([np.zeros(0, dtype), *parts])
 
-    Two of 128 million ids have the same 64 bits with a chance of 0.0004; the statistics would then have one dialog less.
-    """
-    return np.frombuffer(b"".join(hashlib.blake2b(each.encode(), digest_size=8).digest() for each in ids), np.int64)
+
+def _weigh(numbers: npt.NDArray[Any]) -> Weighted:
+    return Weighted(*np.unique(numbers, return_counts=True))
 
 
 def _align(
