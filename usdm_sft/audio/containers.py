@@ -56,13 +56,16 @@ def find_layout(file: io.RawIOBase) -> Layout | None:
     """Find the samples in a file of a container whose header holds their number of bytes; None for others.
 
     Raises:
-        AudioError: The file is larger than its header can tell.
+        AudioError: The file holds more than its header tells.
     """
     end = file.seek(0, os.SEEK_END)
-    find = _FINDERS.get(_read(file, 0, 4))
-    found = None if find is None else find(file, end)
+    mark = _read(file, 0, 4)
+    found = _FINDERS[mark](file, end) if mark in _FINDERS else None
     if found is None or found.start > end:
         return None
+    after = found.start + found.there
+    if mark in (_read(file, after, 4), _read(file, after + after % 2, 4)):
+        raise AudioError(f"holds several files one after the other, of which only the first can be read {REWRITE}")
     return found
 
 
@@ -171,7 +174,7 @@ def _find_au(file: io.RawIOBase, end: int) -> Layout | None:
     return _make_layout(start, size, end)
 
 
-_NIST_FIELD = re.compile(rb"^(sample_count|channel_count|sample_n_bytes) -i (\d{1,15})\s*$", re.MULTILINE)
+_NIST_FIELD = re.compile(rb"^(sample_count|channel_count|sample_n_bytes) -(?:i|s\d+) (\d{1,15})\s*$", re.MULTILINE)
 
 
 def _find_nist(file: io.RawIOBase, end: int) -> Layout | None:
@@ -295,20 +298,30 @@ _BITRATES = {  # kbit/s, by MPEG 1 (1) or 2 and 2.5 (2), and layer
     (2, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
     (2, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
-_FREE_FORMAT = -1  # the size of a frame whose header does not tell it
 _TAGS = (b"TAG", b"APETAGEX", b"LYRICSBEGIN", b"ID3", b"3DI")  # what may stand between frames, and after the last one
 _XING_BYTES = 64  # of the first frame, in which a tag begins
 _RESYNC_BYTES = 1 << 20  # searched for the first frame
 
 
-@lru_cache(4096)
-def _parse_frame(header: bytes) -> tuple[int, int, tuple[int, ...]] | None:
-    """Parse the header of an MPEG frame.
+class _Frame(NamedTuple):
+    """The header of an MPEG frame.
 
-    Returns:
-        The size of the frame in bytes, its number of samples, and what all frames of a file share: version, layer, rate, and whether
-        there is one channel. None if it is not a header.
+    Attributes:
+        size: Number of bytes; 0 in the free format, where all frames have the same size, but for `padding`.
+        padding: Bytes of padding, which `size` includes.
+        samples: Number of samples.
+        shared: What all frames of a file share: version, layer, rate, and whether there is one channel.
     """
+
+    size: int
+    padding: int
+    samples: int
+    shared: tuple[int, ...]
+
+
+@lru_cache(4096)
+def _parse_frame(header: bytes) -> _Frame | None:
+    """Parse 4 bytes; return None if they are not the header of a frame."""
     if len(header) < 4 or header[0] != 0xFF or header[1] < 0xE0:
         return None
     version, layer = header[1] >> 3 & 3, 4 - (header[1] >> 1 & 3)  # version: 0 is MPEG 2.5, 2 is MPEG 2, 3 is MPEG 1
@@ -317,13 +330,13 @@ def _parse_frame(header: bytes) -> tuple[int, int, tuple[int, ...]] | None:
         return None
     kind = 1 if version == 3 else 2
     samples = 384 if layer == 1 else 576 if (layer, kind) == (3, 2) else 1152
-    shared = (version, layer, rate, int(header[3] >> 6 == 3))
-    if bitrate == 0:
-        return _FREE_FORMAT, samples, shared
-    hertz = _RATES[rate] >> {3: 0, 2: 1, 0: 2}[version]
     slot = 4 if layer == 1 else 1  # bytes
-    slots = samples // 8 // slot * 1000 * _BITRATES[kind, layer][bitrate - 1] // hertz + (header[2] >> 1 & 1)
-    return slots * slot, samples, shared
+    padding = (header[2] >> 1 & 1) * slot
+    size = 0
+    if bitrate:
+        hertz = _RATES[rate] >> {3: 0, 2: 1, 0: 2}[version]
+        size = samples // 8 // slot * 1000 * _BITRATES[kind, layer][bitrate - 1] // hertz * slot + padding
+    return _Frame(size, padding, samples, (version, layer, rate, int(header[3] >> 6 == 3)))
 
 
 class _Window:
@@ -341,66 +354,80 @@ class _Window:
 
 
 def find_mpeg_frames(file: io.RawIOBase, start: int, end: int) -> MpegFrames | None:
-    """Find the frames of MP3, or MPEG layer I or II, between two positions.
-
-    Returns:
-        The frames; None for a file of the free format, whose headers do not tell the sizes of frames.
+    """Find the frames of MP3, or MPEG layer I or II, between two positions; None if there are none.
 
     Raises:
         AudioError: A frame is damaged, or the tag counts fewer frames.
     """
     window = _Window(file, end)
     position = _find_frame(window, start, start + _RESYNC_BYTES, None)
-    if position is None or (parsed := _parse_frame(window.read(position, 4))) is None or parsed[0] == _FREE_FORMAT:
+    first = None if position is None else _parse_frame(window.read(position, 4))
+    if position is None or first is None:
         return None
     if position != start and _parse_frame(window.read(start, 4)) is not None:
         raise AudioError(f"is damaged (there is no MPEG frame after the one at byte {start:,})")
-    first_position, (_, frame_samples, shared) = position, parsed
+    first_position = position
+    free_size = 0 if first.size else _find_free_size(window, position, first)
     num_frames, is_cut = 0, False
     while position < end:
         header = window.read(position, 4)
-        parsed = _parse_frame(header)
-        if parsed is not None and parsed[2] == shared and parsed[0] != _FREE_FORMAT:
-            is_cut = position + parsed[0] > end
+        frame = _parse_frame(header)
+        if frame is not None and frame.shared == first.shared and (size := frame.size or free_size + frame.padding):
+            is_cut = position + size > end
             num_frames += not is_cut
-            position += parsed[0]
+            position += size
             continue
-        following = _skip_tag(window, position) or _find_frame(window, position, end, shared)
+        following = _skip_tag(window, position) or _find_frame(window, position, end, first.shared)
         if following is None:
             is_cut = len(header) < 4 and header[:1] == b"\xff"
             break
-        if not window.read(position, 16).startswith((*_TAGS, b"\0")):
+        if not window.read(position, 16).startswith(_TAGS):
             raise AudioError(f"is damaged (there is no MPEG frame at byte {position:,})")
         position = following
     tag = _find_tag(window.read(first_position, _XING_BYTES + 120))
     if tag is None:
-        return MpegFrames(num_frames, frame_samples, None, is_cut)
+        return MpegFrames(num_frames, first.samples, None, is_cut)
     promised, num_bytes = tag
     num_frames -= 1
     if promised < num_frames:
         raise AudioError(f"holds {num_frames:,} MPEG frames, of which its header counts only {promised:,} {REWRITE}")
     is_cut |= num_bytes is not None and num_bytes > end - first_position and promised > num_frames
-    return MpegFrames(num_frames, frame_samples, promised, is_cut)
+    return MpegFrames(num_frames, first.samples, promised, is_cut)
+
+
+def _iter_frames(window: _Window, start: int, stop: int) -> Iterator[tuple[int, _Frame]]:
+    """Yield what looks like a frame between two positions."""
+    position, stop = start, min(stop, window.end)
+    while position < stop:
+        block = window.read(position, min(_BLOCK_BYTES, stop - position + 3))
+        for match in re.finditer(rb"\xff(?=[\xe0-\xff])", block):
+            frame = _parse_frame(block[match.start() : match.start() + 4])
+            if frame is not None:
+                yield position + match.start(), frame
+        position += max(1, len(block) - 3)
 
 
 def _find_frame(window: _Window, start: int, stop: int, shared: tuple[int, ...] | None) -> int | None:
     """Find the next frame that another frame, a tag or the end of the file follows; of the kind `shared`, if given."""
-    position, stop = start, min(stop, window.end)
-    while position < stop:
-        block = window.read(position, min(_BLOCK_BYTES, stop - position + 3))
-        for match in re.finditer(rb"\xff[\xe0-\xff]", block):
-            parsed = _parse_frame(block[match.start() : match.start() + 4])
-            if parsed is None or shared not in (None, parsed[2]):
-                continue
-            if parsed[0] == _FREE_FORMAT and shared is None:
-                return position + match.start()
-            after = position + match.start() + parsed[0]
-            following = _parse_frame(window.read(after, 4))
-            is_frame = following is not None and following[2] == parsed[2]
-            if is_frame or after == window.end or window.read(after, 16).startswith(_TAGS):
-                return position + match.start()
-        position += max(1, len(block) - 3)
+    for position, frame in _iter_frames(window, start, stop):
+        if shared is None and not frame.size:
+            return position
+        after = position + frame.size
+        following = _parse_frame(window.read(after, 4))
+        is_frame = following is not None and following.shared == frame.shared
+        if shared in (None, frame.shared) and (
+            is_frame or after == window.end or window.read(after, 16).startswith(_TAGS)
+        ):
+            return position
     return None
+
+
+def _find_free_size(window: _Window, start: int, first: _Frame) -> int:
+    """Return the size of the frames of the free format without padding: the distance to the next one."""
+    for position, frame in _iter_frames(window, start + 4, start + _RESYNC_BYTES):
+        if (frame.size, frame.shared) == (0, first.shared):
+            return position - start - first.padding
+    return window.end - start
 
 
 def _skip_tag(window: _Window, position: int) -> int | None:

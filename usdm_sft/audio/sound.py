@@ -52,6 +52,7 @@ _SAMPLE_BYTES = {
     "PCM_S8": 1, "PCM_U8": 1, "ULAW": 1, "ALAW": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8,
 }  # fmt: skip
 _MAX_FLAWS = 1000
+_PADDING_BYTES = 8  # what follows samples in W64 begins at a multiple of it
 _NOT_FINITE = "holds NaN or infinite samples"
 
 AUDIO_ERRORS = (AudioError, AddressError, soundfile.LibsndfileError, OSError)  # what a file that cannot be read raises
@@ -193,6 +194,10 @@ class Sound:
                 raise AudioError(layout.problem)
             self.frames = max(self._file.frames + 1, (layout.promised or 0) // frame_bytes)
             self._flaws = (Flaw(self._file.frames, self.frames, layout.problem),)
+        elif self.can_seek and layout is not None and layout.promised is not None:
+            surplus = self._file.frames * frame_bytes - layout.promised
+            if surplus >= _PADDING_BYTES:  # libsndfile reads SPHERE and W64 to the end of the file
+                raise AudioError(f"holds {surplus:,} bytes more than the samples that its header promises {REWRITE}")
         self._mpeg = self._check_frames_of(content, start, layout)
 
     def _check_frames_of(self, content: _Content, start: int, layout: Layout | None) -> MpegFrames | None:
