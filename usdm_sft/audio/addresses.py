@@ -16,6 +16,7 @@ import lzma
 import os
 import re
 import stat
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -27,9 +28,12 @@ from usdm_sft.utils.once import once_per_key
 MISSING = "does not exist"
 MAX_MEMBER_BYTES = 1 << 30  # 90 minutes of stereo at 48 kHz; a larger member may be a zip bomb
 
-# Raised by zipfile for a bad checksum, a password or an unknown compression method (both RuntimeError), an early end, and by
-# each decompressor.
-_UNPACKING = (zipfile.BadZipFile, RuntimeError, EOFError, OSError, zlib.error, lzma.LZMAError)
+# Raised by zipfile for the directory of an archive: an unknown version (NotImplementedError), a name that is not UTF-8 or a negative
+# position (ValueError), fields that are cut, and positions beyond 64 bits.
+_DIRECTORY = (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OverflowError, EOFError)
+# Raised for a member: a bad checksum, a password or an unknown method (both RuntimeError), an early end, and by each decompressor,
+# which may ask for more memory than there is.
+_UNPACKING = (*_DIRECTORY, RuntimeError, OSError, MemoryError, zlib.error, lzma.LZMAError)
 
 _ZIP = re.compile(r"zip://(?P<member>[^\n]+?)::(?P<archive>[^\n]+)")
 _SECONDS = r"[0-9]+(?:\.[0-9]+)?"
@@ -217,7 +221,7 @@ def list_members(archive: str | os.PathLike[str]) -> list[str]:
     Raises:
         AddressError: The file is not a zip archive or cannot be read.
     """
-    return [info.filename for info in _open_archive(os.fspath(archive)).infolist() if not info.is_dir()]
+    return [info.filename for info in _open_archive(os.fspath(archive)).infolist() if info.filename and not info.is_dir()]
 
 
 def _find_member(path: str, member: str) -> tuple[zipfile.ZipFile, zipfile.ZipInfo]:
@@ -241,10 +245,11 @@ def _open_archive(path: str) -> zipfile.ZipFile:
     try:
         status = os.stat(path)
         return _archive(path, status.st_size, status.st_mtime_ns, os.getpid())
-    except zipfile.BadZipFile as error:
-        raise AddressError(f"is not a zip file ({error})") from error
     except OSError as error:
         raise AddressError(f"cannot be read ({error.strerror})") from error
+    except _DIRECTORY as error:
+        is_zip = not isinstance(error, zipfile.BadZipFile)
+        raise AddressError(f"{'cannot be read' if is_zip else 'is not a zip file'} ({error})") from error
 
 
 def _read_directory(path: str, size: int, mtime_ns: int, pid: int) -> zipfile.ZipFile:

@@ -11,28 +11,39 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from usdm_sft.audio.addresses import NamesakeFinder, Stretch, disk_file, parse_address
-from usdm_sft.audio.check import HEADER_ERRORS, Header, check_file, check_stretches, digest_recording
+from usdm_sft.audio.check import check_file, check_stretches, digest_recording
+from usdm_sft.audio.containers import AudioError
 from usdm_sft.audio.digest_table import AudioDigest
 from usdm_sft.audio.frames import resampled_length
 from usdm_sft.audio.memo import Memo, Row, Stamp
-from usdm_sft.utils.once import once_per_key
+from usdm_sft.audio.sound import AUDIO_ERRORS, Extent, find_problem
 
 _ABSENT: Stamp = (0, 0, 0)  # no file has this one
 
 
 class _Recording(NamedTuple):
-    """A file that is cut into stretches, as it was when it was read or remembered."""
+    """A file that is cut into stretches, as it was when it was read or remembered, or why it cannot be read."""
 
     stamp: Stamp
     sha256: str
-    header: Header | None  # None for a remembered file whose stretches must be decoded
+    extent: Extent | None
+    problem: str = ""
+
+    def measure(self) -> Extent:
+        """Return what the recording holds.
+
+        Raises:
+            AudioError: It cannot be read.
+        """
+        if self.extent is None:
+            raise AudioError(self.problem)
+        return self.extent
 
 
 class Reader:
     """Digests and checks addresses in batches, and knows the recordings that several of them are cut from.
 
-    A stretch of uncompressed audio is remembered nowhere: its digest and check follow from the digest and the header of its
-    recording.
+    A stretch is remembered nowhere: its digest and check follow from the digest and the extent of its recording.
 
     Args:
         memo: Where digests are remembered.
@@ -43,7 +54,6 @@ class Reader:
         self._memo, self._threads = memo, threads
         self._exists = NamesakeFinder().exists
         self._recordings: dict[str, _Recording] = {}
-        self._open = once_per_key(self._open_recording)
 
     def recall(self, addresses: Sequence[str]) -> list[AudioDigest | None]:
         """Return the digest of each good address that is remembered or follows from what is; no file is opened."""
@@ -52,36 +62,29 @@ class Reader:
         new = self._find_new(parsed)
         rows = self._memo.read(sorted(whole | new))
         for file in new & rows.keys():
-            if find_stamp(file) == rows[file].stamp:
-                self._recordings[file] = _recall_recording(rows[file])
-        decoded = [
-            each for each, cut in parsed.items() if each not in whole and self._knows(cut) and not self._is_plain(cut)
-        ]
-        rows |= self._memo.read(decoded)
+            row = rows[file]
+            if row.channels and find_stamp(file) == row.stamp:
+                self._recordings[file] = _Recording(row.stamp, row.sha256, Extent(row.frames, row.rate, row.channels))
         return [self._recall(address, parsed[address], rows.get(address)) for address in addresses]
 
     def _recall(self, address: str, stretches: Sequence[Stretch], row: Row | None) -> AudioDigest | None:
-        if self._is_plain(stretches):
-            row = self._derive(address, stretches, _ABSENT)
-        elif row is None or row.stamp != self._stamp(stretches):
+        if not is_whole(stretches):
+            is_known = all(stretch.file in self._recordings for stretch in stretches)
+            row = self._derive(address, stretches) if is_known else None
+        elif row is None or row.stamp != find_stamp(address):
             return None
-        return to_digest(row) if row.frames else None
+        return to_digest(row) if row is not None and row.frames else None
 
     def read(self, addresses: Sequence[str]) -> list[Row]:
         """Return the row of each address, read anew; those of good files and of recordings are remembered."""
         started = time.time_ns()
         parsed = self._parse(addresses)
         rows = list(self._threads.map(self._read_recording, sorted(self._find_new(parsed))))
-        found = {
-            address: self._derive(address, stretches, self._stamp(stretches))
-            for address, stretches in parsed.items()
-            if self._is_plain(stretches)
-        }
-        others = [address for address in parsed if address not in found]
-        read = list(self._threads.map(lambda address: self._read(address, parsed[address]), others))
+        whole = [file for file, stretches in parsed.items() if is_whole(stretches) and file not in self._recordings]
+        read = list(self._threads.map(self._read, whole))
         self._memo.write([row for row in rows + read if row.problem is None and row.is_settled(started)])
-        found |= {row.path: row for row in read}
-        return [found[address] for address in addresses]
+        found = {row.path: row for row in read}
+        return [found.get(address) or self._derive(address, parsed[address]) for address in addresses]
 
     def _parse(self, addresses: Sequence[str]) -> dict[str, list[Stretch]]:
         return {address: parse_address(address, self._exists) for address in addresses}
@@ -91,57 +94,31 @@ class Reader:
         files = {each.file for stretches in parsed.values() if not is_whole(stretches) for each in stretches}
         return files - self._recordings.keys()
 
-    def _knows(self, stretches: Sequence[Stretch]) -> bool:
-        return all(stretch.file in self._recordings for stretch in stretches)
-
-    def _is_plain(self, stretches: Sequence[Stretch]) -> bool:
-        """Return True if headers that are known are enough to check an address."""
-        known = [self._recordings.get(stretch.file) for stretch in stretches]
-        return all(each is not None and each.header is not None and not each.header.needs_decoding for each in known)
-
     def _read_recording(self, file: str) -> Row:
         """Read a recording that is cut; return what is remembered of it."""
-        try:
-            stamp, sha256, header = self._open(file)
-        except HEADER_ERRORS as error:
-            return Row(file, *_ABSENT, "", 0, 0, 0, str(error))  # `_derive` reports it
-        if header is None or header.needs_decoding:
-            return Row(file, *stamp, sha256, 0, 0, 0)
-        check = check_stretches([Stretch(file)], self._find_header)
-        return Row(file, *stamp, sha256, check.frames, check.rate, header.channels, check.problem)
-
-    def _open_recording(self, file: str) -> _Recording:
         stamp = find_stamp(file)
-        header, sha256 = digest_recording(file)
-        self._recordings[file] = _Recording(stamp, sha256, header)
-        return self._recordings[file]
+        try:
+            extent, sha256 = digest_recording(file)
+        except AUDIO_ERRORS as error:
+            self._recordings[file] = _Recording(stamp, "", None, find_problem(error))
+            return Row(file, *_ABSENT, "", 0, 0, 0, find_problem(error))
+        self._recordings[file] = _Recording(stamp, sha256, extent)
+        check = check_stretches([Stretch(file)], lambda _: extent)
+        return Row(file, *stamp, sha256, check.frames, check.rate, extent.channels, check.problem)
 
-    def _find_header(self, file: str) -> Header:
-        known = self._recordings.get(file)
-        if known is None or known.header is None:
-            known = self._open(file)
-        assert known.header is not None  # it was read
-        return known.header
+    def _read(self, file: str) -> Row:
+        stamp = find_stamp(file)
+        check, channels, sha256 = check_file(file)
+        return Row(file, *stamp, sha256, check.frames, check.rate, channels, check.problem)
 
-    def _read(self, address: str, stretches: Sequence[Stretch]) -> Row:
-        if not is_whole(stretches):
-            return self._derive(address, stretches, self._stamp(stretches))
-        stamp = find_stamp(address)
-        check, header, sha256 = check_file(address)
-        channels = 0 if header is None or header.needs_decoding else header.channels
-        return Row(address, *stamp, sha256, check.frames, check.rate, channels, check.problem)
-
-    def _derive(self, address: str, stretches: Sequence[Stretch], stamp: Stamp) -> Row:
+    def _derive(self, address: str, stretches: Sequence[Stretch]) -> Row:
         """Check stretches, and find their digest from those of their recordings."""
-        check = check_stretches(stretches, self._find_header)
+        check = check_stretches(stretches, lambda file: self._recordings[file].measure())
         if check.problem is not None:
-            return Row(address, *stamp, "", 0, 0, 0, check.problem)
+            return Row(address, *_ABSENT, "", 0, 0, 0, check.problem)
         sha256 = stretches_digest(stretches, lambda file: self._recordings[file].sha256)
-        return Row(address, *stamp, sha256, check.frames, check.rate, 0)
-
-    def _stamp(self, stretches: Sequence[Stretch]) -> Stamp:
-        known = {each.file: self._recordings.get(each.file) for each in stretches}
-        return _join([find_stamp(file) if each is None else each.stamp for file, each in known.items()])
+        stamps = {each.file: self._recordings[each.file].stamp for each in stretches}
+        return Row(address, *_join(list(stamps.values())), sha256, check.frames, check.rate, 0)
 
 
 def is_whole(stretches: Sequence[Stretch]) -> bool:
@@ -168,11 +145,6 @@ def stretches_digest(stretches: Sequence[Stretch], files: Callable[[str], str]) 
         return files(stretches[0].file)
     identity = [[files(stretch.file), *stretch[1:]] for stretch in stretches]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-
-
-def _recall_recording(row: Row) -> _Recording:
-    header = Header(row.frames, row.rate, row.channels, needs_decoding=False) if row.channels else None
-    return _Recording(row.stamp, row.sha256, header)
 
 
 def find_stamp(file: str) -> Stamp:

@@ -19,7 +19,7 @@ from usdm_sft.audio.digest_reader import Reader, find_stamp, is_unchanged, stret
 from usdm_sft.audio.digest_table import AudioDigest as AudioDigest
 from usdm_sft.audio.digest_table import AudioDigests
 from usdm_sft.audio.memo import Memo, Row
-from usdm_sft.audio.reading import AudioError
+from usdm_sft.audio.reading import AudioError, SharedBytes
 from usdm_sft.cache.keys import cache_root
 from usdm_sft.utils.progress import progress_bar
 
@@ -87,7 +87,7 @@ def read_unchanged(address: str, sha256: str, read_shared: Callable[[str], tuple
     Args:
         address: Address of audio.
         sha256: Its digest, as `audio_digests` found it.
-        read_shared: `read_file` with a cache, for recordings of which the address names a stretch.
+        read_shared: `read_recording` with a cache, for recordings of which the address names a stretch.
 
     Returns:
         The bytes of each file, by its name in the address.
@@ -136,6 +136,12 @@ def read_file(file: str) -> tuple[bytes, str]:
     except OSError as error:
         raise AddressError(f"cannot be read ({error.strerror})") from error
     return content, hashlib.sha256(content).hexdigest()
+
+
+def read_recording(file: str) -> tuple[SharedBytes, str]:
+    """As `read_file`, for a recording that several stretches are cut from."""
+    content, sha256 = read_file(file)
+    return SharedBytes(content), sha256
 
 
 def _digest_file(file: str) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from usdm_sft.audio.addresses import parse_address
 from usdm_sft.audio.digest_reader import Reader, is_unchanged, to_digest
 from usdm_sft.audio.digest_table import AudioDigest, AudioDigests, Places
 from usdm_sft.audio.digests import NUM_THREADS
@@ -62,9 +63,9 @@ def _divide(digests: AudioDigests, places: Places) -> list[Places]:
     position = 0
     for _, addresses in digests.batches(places):
         for address in addresses:
-            file, mark, _ = address.partition("#")
-            if mark:
-                firsts[position] = recordings.setdefault(file, position)
+            stretch = parse_address(address, exists=lambda _: False)[0]
+            if not stretch.is_whole:
+                firsts[position] = recordings.setdefault(stretch.file, position)
             position += 1
     order = np.argsort(firsts, kind="stable")
     stops = np.append(np.flatnonzero(np.diff(firsts[order])) + 1, len(places))  # of each recording

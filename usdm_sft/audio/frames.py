@@ -4,18 +4,9 @@ from __future__ import annotations
 
 import math
 
-from usdm_sft.audio.addresses import Stretch
-
 SAMPLE_RATE = 16_000  # Hz
 MIN_SAMPLES = 400  # 25 ms, the window of one frame
 FRAME_SAMPLES = 320  # 20 ms, the distance between frames
-
-
-def find_frames(stretch: Stretch, rate: int, num_frames: int) -> tuple[int, int]:
-    """Return the first frame of a stretch in a recording of `num_frames` at `rate` Hz, and the frame after its last."""
-    if stretch.start is None or stretch.end is None:
-        return 0, num_frames
-    return round(stretch.start * rate), min(round(stretch.end * rate), num_frames)
 
 
 def resampled_length(num_samples: int, rate: int) -> int:

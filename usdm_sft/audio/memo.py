@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 logger = logging.getLogger(__name__)
 
-TABLE = "files_5"  # gets another name when its columns or the checks of audio change
+TABLE = "files_6"  # gets another name when its columns or the checks of audio change
 _BATCH = 512
 SETTLED_NS = 2_000_000_000  # a file that changed more recently could change again with the same time stamp
 
@@ -28,7 +28,7 @@ class Row(NamedTuple):
     sha256: str
     frames: int  # 0 if the file was not checked as audio
     rate: int
-    channels: int  # 0 unless the header (frames, rate, channels) is enough to check the file and each stretch of it
+    channels: int  # 0 if the file was not checked as audio
     problem: str | None = None  # not remembered
 
     @property

@@ -20,7 +20,7 @@ from usdm_sft.audio.addresses import parse_address
 from usdm_sft.audio.digests import read_file
 from usdm_sft.audio.frames import resampled_length
 from usdm_sft.audio.reading import AudioError, describe, read_audio
-from usdm_sft.audio.sound import BLOCK_SAMPLES, skip_tags
+from usdm_sft.audio.sound import BLOCK_SAMPLES, open_sound
 
 # What Chromium, Firefox and Safari play: libsndfile's names of formats and codecs, and the suffix of the file.
 _PLAYED = {
@@ -86,9 +86,11 @@ def _find_whole(address: str, contents: Mapping[str, bytes]) -> Recording | None
     if more or not stretch.is_whole:
         return None
     content = contents[stretch.file]
-    with soundfile.SoundFile(skip_tags(io.BytesIO(content))) as sound:
+    with open_sound(io.BytesIO(content)) as sound:
         suffix, codecs = _PLAYED.get(sound.format, ("", set()))
-        is_played = sound.subtype in codecs and content.startswith(_FIRST_BYTES.get(suffix, b""))
+        is_played = (
+            sound.subtype in codecs and content.startswith(_FIRST_BYTES.get(suffix, b"")) and not sound.is_patched
+        )
     return Recording(content, suffix) if is_played else None
 
 

@@ -10,6 +10,7 @@ import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +18,27 @@ import soundfile
 import soxr
 
 from usdm_sft.audio.addresses import MISSING, AddressError, Stretch, file_problem, open_file, parse_address
-from usdm_sft.audio.frames import SAMPLE_RATE, find_frames, resampled_length
-from usdm_sft.audio.sound import read_frames, skip_tags
+from usdm_sft.audio.containers import AudioError as AudioError
+from usdm_sft.audio.frames import SAMPLE_RATE, resampled_length
+from usdm_sft.audio.sound import Extent, Samples, find_frames, find_problem, open_sound
+
+MAX_DECODED_BYTES = (
+    1 << 30
+)  # 50 minutes of stereo at 44.1 kHz; of a longer recording, each stretch is decoded by itself
 
 
-class AudioError(ValueError):
-    """Audio that cannot become units. The message names file, reason and remedy."""
+class SharedBytes(bytes):
+    """The bytes of a recording that stretches are cut from, with its samples once they were decoded, at most `MAX_DECODED_BYTES`.
+
+    A stretch of compressed audio is a part of the decoded recording. libsndfile decodes other samples after it has jumped into the
+    middle of MP3, and takes longer for each jump than for all that stands before it.
+    """
+
+    decoded: tuple[Samples, Extent] | None
+
+    def __init__(self, *_: object) -> None:
+        self.lock = Lock()
+        self.decoded = None
 
 
 def read_audio(
@@ -55,18 +71,35 @@ def read_audio(
 def _read_stretch(
     source: str | Path | bytes, stretch: Stretch, contents: Mapping[str, bytes] | None
 ) -> tuple[npt.NDArray[np.float32], int]:
-    with _open(source, stretch.file) if contents is None else io.BytesIO(contents[stretch.file]) as file:
+    content = None if contents is None else contents[stretch.file]
+    with _open(source, stretch.file) if content is None else io.BytesIO(content) as file:
         try:
-            with soundfile.SoundFile(skip_tags(file)) as sound:
-                samples = read_frames(sound, *find_frames(stretch, sound.samplerate, sound.frames))
-                rate = sound.samplerate
-        except soundfile.LibsndfileError as error:
-            raise _not_audio(source, error) from error
+            samples, rate = _cut(file, stretch, content if isinstance(content, SharedBytes) else None)
+        except (AudioError, soundfile.LibsndfileError) as error:
+            raise AudioError(f"{describe(source)} {find_problem(error)}: replace the file") from error
     if stretch.channel is not None:
         samples = samples.reshape(len(samples), -1)[:, stretch.channel]
     elif samples.ndim > 1:
         samples = np.mean(samples.T, axis=0)
     return samples, rate
+
+
+def _cut(file: io.BufferedIOBase, stretch: Stretch, shared: SharedBytes | None) -> tuple[Samples, int]:
+    """Read a stretch of a file; of compressed audio that others need too, from the samples that were decoded."""
+    if shared is None:
+        with open_sound(file) as sound:
+            return sound.read(stretch), sound.rate
+    with shared.lock:
+        if shared.decoded is None:
+            with open_sound(file) as sound:
+                num_bytes = (sound.frames or len(shared)) * sound.channels * 4
+                if sound.can_seek or num_bytes > MAX_DECODED_BYTES:
+                    return sound.read(stretch), sound.rate
+                samples = sound.read(Stretch(stretch.file))
+                shared.decoded = samples, Extent(len(samples), sound.rate, sound.channels)
+    samples, extent = shared.decoded
+    first, stop = find_frames(stretch, extent)
+    return samples[first:stop].copy(), extent.rate  # so that it does not keep the whole recording in memory
 
 
 def read_waveform(source: str | Path | bytes, contents: Mapping[str, bytes] | None = None) -> npt.NDArray[np.float32]:
@@ -111,8 +144,3 @@ def _open(source: str | Path | bytes, file: str) -> io.BufferedIOBase:
     except (OSError, AddressError) as error:
         reason = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
         raise AudioError(f"audio file {source} {reason}: check its permissions and kind") from error
-
-
-def _not_audio(source: str | Path | bytes, error: Exception) -> AudioError:
-    reason = str(error).rpartition(": ")[2].strip().rstrip(".")
-    return AudioError(f"{describe(source)} is not audio that soundfile can read ({reason}): replace the file")

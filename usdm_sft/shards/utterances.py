@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from datasets import Dataset
 
-from usdm_sft.audio.digests import read_file, read_unchanged
+from usdm_sft.audio.digests import read_recording, read_unchanged
 from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.audio.playable import make_playable
 from usdm_sft.shards.plan import Content, Plan, Shard
@@ -94,7 +94,7 @@ def iter_utterances(parts: list[ShardPart]) -> Iterator[dict[str, Any]]:
     Raises:
         AudioError: A recording was changed during the run, or cannot be stored.
     """
-    read_shared = once_per_key(read_file, maxsize=1)  # the turns of a telephone call follow each other
+    read_shared = once_per_key(read_recording, maxsize=1)  # the turns of a telephone call follow each other
     for part in parts:
         table = Dataset.from_file(str(part.units)).data.table
         positions = {utterance_id: position for position, utterance_id in enumerate(part.content.ids)}

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from usdm_sft.audio.digests import read_file, read_unchanged
+from usdm_sft.audio.addresses import AddressError, parse_address
+from usdm_sft.audio.digest_reader import find_stamp, is_whole
+from usdm_sft.audio.digests import read_recording, read_unchanged
 from usdm_sft.audio.frames import SAMPLE_RATE
-from usdm_sft.audio.reading import read_audio, read_waveform
+from usdm_sft.audio.reading import SharedBytes, read_audio, read_waveform
 from usdm_sft.utils.once import once_per_key
 from usdm_sft.utils.piped_process import PipedProcess
 from usdm_sft.utils.processes import num_cores, sendable
@@ -44,8 +46,8 @@ READS: dict[str, Read] = {"soxr": read_at_16_khz, "torchaudio": read_audio}
 class AudioReader:
     """Reads audio ahead, in threads or in processes of its own. A forked process needs another reader.
 
-    A file is read once, and the bytes whose digest is checked are the bytes that are decoded. Without a digest the file is not
-    read into memory.
+    A file is read once, and the bytes whose digest is checked are the bytes that are decoded. Without a digest only a recording of
+    which stretches are read is read into memory.
 
     Args:
         read: Called with each source, and with the bytes of its files or None. It must be picklable if processes call it.
@@ -63,8 +65,7 @@ class AudioReader:
         # Four threads more than cores, as by default in Python 3.13, because some wait for the disk. With processes, each thread
         # waits for one of them.
         self._threads = ThreadPoolExecutor(num_processes or min(32, num_cores() + 4), thread_name_prefix="read-audio")
-        recordings = once_per_key(read_file, maxsize=_NUM_RECORDINGS)
-        self._read = self._read_there if num_processes else partial(_read_here, read, recordings)
+        self._read = self._read_there if num_processes else partial(_read_here, read, _Recordings())
 
     def __len__(self) -> int:
         """Number of sources that were started and not yet taken."""
@@ -141,7 +142,8 @@ def cut_into_chunks(sources: Sequence[Source], num_processes: int) -> list[list[
     size = min(CHUNK_FILES, -(-len(sources) // (2 * num_processes)))  # few files give work to all processes
     recordings: dict[Source, list[Source]] = {}
     for source in sources:
-        recordings.setdefault(source.partition("#")[0] if isinstance(source, str) else source, []).append(source)
+        file = parse_address(source, exists=lambda _: False)[0].file if isinstance(source, str) else source
+        recordings.setdefault(file, []).append(source)
     chunks: list[list[Source]] = []
     for stretches in recordings.values():
         if not chunks or len(chunks[-1]) >= size:
@@ -150,22 +152,42 @@ def cut_into_chunks(sources: Sequence[Source], num_processes: int) -> list[list[
     return chunks
 
 
-def _read_here(read: Read, recordings: Callable[[str], tuple[bytes, str]], chunk: Chunk) -> list[Audio | Exception]:
+class _Recordings:
+    """The last recordings that stretches were read of."""
+
+    def __init__(self) -> None:
+        self._read = once_per_key(lambda file, stamp: read_recording(file), maxsize=_NUM_RECORDINGS)
+
+    def read(self, file: str) -> tuple[SharedBytes, str]:
+        """Return the bytes of a file and their sha256; raises what `read_file` raises."""
+        return self._read(file, find_stamp(file))
+
+    def find(self, source: Source) -> dict[str, bytes] | None:
+        """Return the bytes of the files of an address; None for a whole file, and where reading it tells what is wrong."""
+        if isinstance(source, bytes) or is_whole(stretches := parse_address(source)):
+            return None
+        try:
+            return {stretch.file: self.read(stretch.file)[0] for stretch in stretches}
+        except AddressError:
+            return None
+
+
+def _read_here(read: Read, recordings: _Recordings, chunk: Chunk) -> list[Audio | Exception]:
     return [_read_one(read, recordings, *each) for each in chunk]
 
 
-def _read_one(
-    read: Read, recordings: Callable[[str], tuple[bytes, str]], source: Source, sha256: str | None
-) -> Audio | Exception:
+def _read_one(read: Read, recordings: _Recordings, source: Source, sha256: str | None) -> Audio | Exception:
     try:
-        return read(source, None if sha256 is None else read_unchanged(str(source), sha256, recordings))
+        if sha256 is None:
+            return read(source, recordings.find(source))
+        return read(source, read_unchanged(str(source), sha256, recordings.read))
     except Exception as error:  # `take` raises it if this source is taken
         return error
 
 
 def _serve(connection: Connection, read: Read) -> None:
     """Read chunks until the parent closes the connection."""
-    recordings = once_per_key(read_file, maxsize=_NUM_RECORDINGS)
+    recordings = _Recordings()
     while True:
         chunk = connection.recv()
         found: list[tuple[int, int] | Exception] = []

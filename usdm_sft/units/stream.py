@@ -7,10 +7,9 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
-import soundfile
 
-from usdm_sft.audio.addresses import AddressError, file_problem, open_file, parse_address
-from usdm_sft.audio.frames import find_frames
+from usdm_sft.audio.addresses import file_problem, open_file, parse_address
+from usdm_sft.audio.sound import AUDIO_ERRORS, open_sound
 
 if TYPE_CHECKING:
     from usdm_sft.units.tokenizer import UnitTokenizer
@@ -65,15 +64,17 @@ def group_by_seconds(sources: Iterable[str], seconds: float) -> Iterator[list[st
 
 
 def audio_seconds(source: str) -> float:
-    """Return the length of audio as its header gives it; infinity if it cannot be read, an error that reading reports."""
+    """Return the length of audio as its address or header gives it; infinity if the header does not, or cannot be read."""
     total = 0.0
     try:
         for stretch in parse_address(source):
             if file_problem(stretch.file):
                 return math.inf
-            with open_file(stretch.file) as file, soundfile.SoundFile(file) as sound:
-                first, stop = find_frames(stretch, sound.samplerate, sound.frames)
-                total += (stop - first) / sound.samplerate
-    except (OSError, AddressError, soundfile.LibsndfileError):
+            if stretch.start is not None and stretch.end is not None:
+                total += stretch.end - stretch.start
+                continue
+            with open_file(stretch.file) as file, open_sound(file) as sound:
+                total += math.inf if sound.frames is None else sound.frames / sound.rate
+    except AUDIO_ERRORS:
         return math.inf
     return total
