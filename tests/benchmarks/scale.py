@@ -38,7 +38,7 @@ from tests.benchmarks.common import TURNS, WORDS, lengths, machine, table
 from tests.benchmarks.template import VOCABULARY
 from tests.helpers import DEMO
 from usdm_sft.audio.addresses import parse_address
-from usdm_sft.audio.frames import SAMPLE_RATE, num_frames
+from usdm_sft.audio.frames import SAMPLE_RATE, count_units
 from usdm_sft.convert.convert import convert
 from usdm_sft.corpus import bad_audio, read
 from usdm_sft.dataset_folder import writer
@@ -174,7 +174,7 @@ class RandomUnits(UnitTokenizer):
         seconds = [stretch.end - stretch.start for source in sources for stretch in parse_address(source)]
         starts = [int(digests[source][:5], 16) >> 1 for source in sources]
         units = [
-            self._POOL[start : start + num_frames(round(length * SAMPLE_RATE))]
+            self._POOL[start : start + count_units(round(length * SAMPLE_RATE), "fairseq")]
             for start, length in zip(starts, seconds, strict=True)
         ]
         return lambda: (units, np.array(seconds, np.float32))

@@ -1,4 +1,4 @@
-"""Sample rate, frame length, and the number of samples and frames of audio."""
+"""Sample rate, frame length, and the number of samples, frames and units of audio."""
 
 from __future__ import annotations
 
@@ -24,5 +24,20 @@ def resampled_length(num_samples: int, rate: int) -> int:
 
 
 def num_frames(num_samples: int) -> int:
-    """Return the number of frames, which is the number of units, of `num_samples` samples at 16 kHz."""
+    """Return the number of whole frames in `num_samples` samples at 16 kHz. `count_units` counts the units."""
     return (num_samples - MIN_SAMPLES) // FRAME_SAMPLES + 1
+
+
+def count_units(num_samples: int, normalization: str) -> int:
+    """Return the number of units of a recording, the only rule for it.
+
+    There is one unit for each frame. "fairseq" appends one sample to an odd number of samples, as the reference does. For
+    `num_samples % 320 == 79` it completes one more frame, whose unit the reference outputs too. The length in seconds is without it.
+
+    Args:
+        num_samples: Samples at 16 kHz, without the appended one. Fewer than `MIN_SAMPLES` have no unit.
+        normalization: How the unit model's waveforms are normalized, a key of `usdm_sft.units.batches.NORMALIZATIONS`.
+    """
+    if num_samples < MIN_SAMPLES:
+        return 0
+    return num_frames(num_samples + num_samples % 2 if normalization == "fairseq" else num_samples)

@@ -170,7 +170,7 @@ class UnitTokenizer:
                 `multiprocess.set_start_method("spawn")`.
 
         Returns:
-            Two columns for each audio column. For `user_audio`, they are `user_units`, a (num_frames,) uint16 array per
+            Two columns for each audio column. For `user_audio`, they are `user_units`, a (num_units,) uint16 array per
             recording, and `user_seconds`, its length at 16 kHz as float32; for `audio`, `units` and `seconds`.
 
         Raises:
@@ -191,7 +191,7 @@ class UnitTokenizer:
             sources: Paths or file contents.
 
         Returns:
-            Units, one (num_frames,) uint16 array per file, and the lengths in seconds, (num_files,) float32.
+            Units, one (num_units,) uint16 array per file, and the lengths in seconds, (num_files,) float32.
         """
         return self.start_files(sources)()
 
@@ -244,7 +244,7 @@ class UnitTokenizer:
         return self.start_reader() if self._reader is None else self._reader
 
     def tokenize_waveforms(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Return the units of (num_samples,) float32 mono waveforms at 16 kHz, one (num_frames,) uint16 array each."""
+        """Return the units of (num_samples,) float32 mono waveforms at 16 kHz, one (num_units,) uint16 array each."""
         self._notice_fork()
         names = [f"waveform {i}" for i in range(len(waveforms))]
         tensors = (torch.from_numpy(np.ascontiguousarray(waveform, dtype=np.float32)) for waveform in waveforms)
@@ -260,7 +260,8 @@ class UnitTokenizer:
     ) -> Callable[[], tuple[list[np.ndarray], list[int]]]:
         from usdm_sft.units.forward import start_units  # imports transformers, as above
 
-        return start_units(self.model, waveforms, names, self.settings["batch_seconds"], self._tokenize_in_fp32)
+        seconds = self.settings["batch_seconds"]
+        return start_units(self.model, waveforms, names, seconds, self._tokenize_in_fp32, self.normalization)
 
     def _tokenize(self, waveforms: Sequence[Waveform], names: Sequence[str]) -> tuple[list[np.ndarray], list[int]]:
         """Return the units of each waveform, and the indices of those that overflowed and have the units of fp32."""
