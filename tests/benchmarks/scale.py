@@ -45,6 +45,7 @@ from usdm_sft.dataset_folder import writer
 from usdm_sft.dataset_folder.verify import verify
 from usdm_sft.stages import fit
 from usdm_sft.template.tokenizer import NUM_UNITS, load_tokenizer
+from usdm_sft.units.folder import unit_model_digest
 from usdm_sft.units.settings import make_settings
 from usdm_sft.units.tokenizer import UnitTokenizer
 from usdm_sft.utils.memory import use_system_allocator
@@ -234,7 +235,9 @@ def run_prepare(root: Path, num_proc: int = 1) -> dict[str, Any]:
     model, imported = root / "model", anonymous_bytes()
     load_tokenizer("mistral-common")  # its imports are no stage
     meter, base = Meter(), anonymous_bytes()
-    units = RandomUnits(model, "random units", make_settings("cpu", "fp32", "soxr", None), "cpu")
+    units = RandomUnits(
+        model, unit_model_digest(model, root / "cache"), make_settings("cpu", "fp32", "soxr", None), "cpu"
+    )
     with ExitStack() as patches:
         for owner, name, stage in STAGES:
             patches.enter_context(mock.patch.object(owner, name, meter.watch(getattr(owner, name), stage)))

@@ -20,7 +20,7 @@ from usdm_sft.audio.reading import describe
 from usdm_sft.units import process
 from usdm_sft.units.batches import Waveform, prepare_waveform
 from usdm_sft.units.columns import distinct_audio, unit_columns
-from usdm_sft.units.folder import read_description, unit_model_digest
+from usdm_sft.units.folder import read_known_description, unit_model_digest
 from usdm_sft.units.hub import find_folder
 from usdm_sft.units.precision import check_cpu
 from usdm_sft.units.reading import READS, AudioReader, Source
@@ -136,12 +136,17 @@ class UnitTokenizer:
     @property
     def num_units(self) -> int:
         """Number of different units."""
-        return int(read_description(self.folder)["num_units"])
+        return int(self.description["num_units"])
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """unit_model.json of the folder; an error if it is of another unit model by now."""
+        return read_known_description(self.folder, self.digest)
 
     @cached_property
     def normalization(self) -> str:
         """How waveforms are normalized, a key of `batches.NORMALIZATIONS`."""
-        return str(read_description(self.folder).get("normalization", "fairseq"))
+        return str(self.description.get("normalization", "fairseq"))
 
     @property
     def model(self) -> UnitModel:
@@ -150,7 +155,8 @@ class UnitTokenizer:
         if self._model is None:
             from usdm_sft.units.model import UnitModel  # imports transformers, a second that opening can do without
 
-            self._model = UnitModel.from_pretrained(self.folder, self.settings["precision"]).to(self.device)
+            loaded = UnitModel.from_pretrained(self.folder, self.settings["precision"], digest=self.digest)
+            self._model = loaded.to(self.device)
         return self._model
 
     def release(self) -> None:
