@@ -21,7 +21,7 @@ import numpy.typing as npt
 import soundfile
 
 from usdm_sft.audio.addresses import AddressError, Stretch, file_problem, open_file, parse_address
-from usdm_sft.audio.frames import MIN_SAMPLES, find_frames, resampled_length
+from usdm_sft.audio.frames import MIN_SAMPLES, TOO_LOUD, find_frames, is_too_loud, resampled_length
 from usdm_sft.audio.reading import AudioError
 from usdm_sft.audio.sound import BLOCK_SAMPLES, read_frames, skip_tags, tags_end
 
@@ -196,6 +196,8 @@ def _check_bounds(start: float, end: float, seconds: float) -> None:
 def _finite(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     if not np.isfinite(samples).all():
         raise AudioError("holds NaN or infinite samples")
+    if is_too_loud(samples):
+        raise AudioError(TOO_LOUD)
     return samples
 
 

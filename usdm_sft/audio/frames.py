@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import numpy.typing as npt
+
 from usdm_sft.audio.addresses import Stretch
 
 SAMPLE_RATE = 16_000  # Hz
 MIN_SAMPLES = 400  # 25 ms, the window of one frame
 FRAME_SAMPLES = 320  # 20 ms, the distance between frames
+MAX_SAMPLE = float(np.sqrt(np.finfo(np.float32).max))  # 1.8e19; the square of a louder one is not finite in float32
+TOO_LOUD = f"holds samples beyond {MAX_SAMPLE:.2g}, whose variance is not finite in fp32"
 
 
 def find_frames(stretch: Stretch, rate: int, num_frames: int) -> tuple[int, int]:
@@ -21,6 +26,11 @@ def find_frames(stretch: Stretch, rate: int, num_frames: int) -> tuple[int, int]
 def resampled_length(num_samples: int, rate: int) -> int:
     """Return the number of samples at 16 kHz of `num_samples` samples at `rate` Hz."""
     return math.ceil(num_samples * (SAMPLE_RATE / rate))
+
+
+def is_too_loud(samples: npt.NDArray[np.float32]) -> bool:
+    """Return True if samples are so loud that the unit model cannot normalize them; the reference gives NaN for them."""
+    return bool(samples.max(initial=0) > MAX_SAMPLE or samples.min(initial=0) < -MAX_SAMPLE)
 
 
 def num_frames(num_samples: int) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from usdm_sft.audio.frames import SAMPLE_RATE
+from usdm_sft.audio.frames import SAMPLE_RATE, TOO_LOUD, is_too_loud
 from usdm_sft.audio.reading import describe
 from usdm_sft.units import process
 from usdm_sft.units.batches import Waveform, prepare_waveform
@@ -253,8 +253,11 @@ class UnitTokenizer:
         """Return the units of (num_samples,) float32 mono waveforms at 16 kHz, one (num_units,) uint16 array each."""
         self._notice_fork()
         names = [f"waveform {i}" for i in range(len(waveforms))]
-        tensors = (torch.from_numpy(np.ascontiguousarray(waveform, dtype=np.float32)) for waveform in waveforms)
-        return self._tokenize(self._prepare(tensors, names), names)[0]
+        arrays = [np.ascontiguousarray(waveform, dtype=np.float32) for waveform in waveforms]
+        for name, array in zip(names, arrays, strict=True):
+            if is_too_loud(array):
+                raise ValueError(f"{name} {TOO_LOUD}: scale it to -1 to 1")
+        return self._tokenize(self._prepare(map(torch.from_numpy, arrays), names), names)[0]
 
     def _prepare(self, waveforms: Iterable[torch.Tensor], names: Sequence[str]) -> list[Waveform]:
         # torchaudio resamples with a convolution, which the caller's autocast would change.
