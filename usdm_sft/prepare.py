@@ -130,7 +130,10 @@ def _make(config: PrepareConfig, stages: Stages, held: ExitStack) -> tuple[dict[
     counts |= {
         "padding_share": round(
             padding_share(
-                (run.plan.content(shard).lengths for shard in run.plan), settings["batch_seconds"], settings["device"]
+                (run.plan.content(shard).lengths for shard in run.plan),
+                settings["batch_seconds"],
+                settings["device"],
+                run.unit_tokenizer.normalization,
             ),
             4,
         ),

@@ -2,6 +2,7 @@ import os
 import shutil
 import time
 import zipfile
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -135,10 +136,35 @@ def test_several_recordings_in_turn(call, tmp_path):
 
 def test_neighbouring_stretches_join_with_the_pause_between():
     assert join_addresses("a.wav#t=1,2&channel=0", "a.wav#t=2.5,3&channel=0") == "a.wav#t=1,3&channel=0"
-    for second in ("a.wav#t=2.5,3&channel=1", "b.wav#t=2.5,3&channel=0", "a.wav#t=1.5,3&channel=0", "a.wav"):
+    for second in ("a.wav#t=2.5,3&channel=1", "b.wav#t=2.5,3&channel=0", "a.wav#t=0,1&channel=0", "a.wav"):
         assert join_addresses("a.wav#t=1,2&channel=0", second) == f"a.wav#t=1,2&channel=0\n{second}"
     twice = join_addresses("a.wav#t=1,2", "a.wav#t=3,4")
     assert join_addresses(twice, "a.wav#t=5,6") == "a.wav#t=1,6"
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        (["a#t=1,5", "a#t=2,3"], "a#t=1,5"),  # contained
+        (["a#t=2,3", "a#t=1,5"], "a#t=1,5"),
+        (["a#t=1,3", "a#t=2,5"], "a#t=1,5"),
+        (["a#t=2,5", "a#t=1,3"], "a#t=1,5"),
+        (["a#t=1,3", "a#t=1,3"], "a#t=1,3"),  # identical
+        (["a#t=1,3", "a#t=3,5"], "a#t=1,5"),  # touching
+        (["a#t=3,5", "a#t=1,3"], "a#t=3,5\na#t=1,3"),
+        (["a#t=1,3&channel=1", "a#t=2,5&channel=1"], "a#t=1,5&channel=1"),
+        (["a#t=1,3&channel=0", "a#t=2,5&channel=1"], "a#t=1,3&channel=0\na#t=2,5&channel=1"),
+        (["a", "a"], "a"),
+        (["a", "a#t=1,3"], "a"),
+        (["a#channel=1", "a#t=1,3&channel=1", "a#channel=1"], "a#channel=1"),
+        (["a", "b", "a"], "a\nb"),
+        (["a#t=1,3", "b#t=1,3", "a#t=2,5"], "a#t=1,5\nb#t=1,3"),
+        (["a#t=3,4", "a#t=0,1", "a#t=5,6"], "a#t=0,6"),
+        (["a#t=1,5", "a#t=2,3", "a#t=4,6"], "a#t=1,6"),
+    ],
+)
+def test_joined_stretches_play_no_sample_twice(turns, expected):
+    assert reduce(join_addresses, turns) == expected
 
 
 @pytest.mark.parametrize(

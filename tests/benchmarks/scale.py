@@ -38,13 +38,14 @@ from tests.benchmarks.common import TURNS, WORDS, lengths, machine, table
 from tests.benchmarks.template import VOCABULARY
 from tests.helpers import DEMO
 from usdm_sft.audio.addresses import parse_address
-from usdm_sft.audio.frames import SAMPLE_RATE, num_frames
+from usdm_sft.audio.frames import SAMPLE_RATE, count_units
 from usdm_sft.convert.convert import convert
 from usdm_sft.corpus import bad_audio, read
 from usdm_sft.dataset_folder import writer
 from usdm_sft.dataset_folder.verify import verify
 from usdm_sft.stages import fit
 from usdm_sft.template.tokenizer import NUM_UNITS, load_tokenizer
+from usdm_sft.units.folder import unit_model_digest
 from usdm_sft.units.settings import make_settings
 from usdm_sft.units.tokenizer import UnitTokenizer
 from usdm_sft.utils.memory import use_system_allocator
@@ -174,7 +175,7 @@ class RandomUnits(UnitTokenizer):
         seconds = [stretch.end - stretch.start for source in sources for stretch in parse_address(source)]
         starts = [int(digests[source][:5], 16) >> 1 for source in sources]
         units = [
-            self._POOL[start : start + num_frames(round(length * SAMPLE_RATE))]
+            self._POOL[start : start + count_units(round(length * SAMPLE_RATE), "fairseq")]
             for start, length in zip(starts, seconds, strict=True)
         ]
         return lambda: (units, np.array(seconds, np.float32))
@@ -234,7 +235,9 @@ def run_prepare(root: Path, num_proc: int = 1) -> dict[str, Any]:
     model, imported = root / "model", anonymous_bytes()
     load_tokenizer("mistral-common")  # its imports are no stage
     meter, base = Meter(), anonymous_bytes()
-    units = RandomUnits(model, "random units", make_settings("cpu", "fp32", "soxr", None), "cpu")
+    units = RandomUnits(
+        model, unit_model_digest(model, root / "cache"), make_settings("cpu", "fp32", "soxr", None), "cpu"
+    )
     with ExitStack() as patches:
         for owner, name, stage in STAGES:
             patches.enter_context(mock.patch.object(owner, name, meter.watch(getattr(owner, name), stage)))

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import tracemalloc
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -172,6 +173,22 @@ def test_bad_centroids_name_the_difference(tmp_path, array, message):
     np.save(tmp_path / "k.npy", array)
     with pytest.raises(ValueError, match=message):
         convert_small(tmp_path / "model", kmeans=tmp_path / "k.npy")
+
+
+def test_source_that_changes_while_it_is_converted_is_refused(tmp_path, monkeypatch):
+    """The unit model would name the digest of a file that it was not made from."""
+    kmeans = tmp_path / "k.npy"
+    shutil.copyfile(UNITS / "kmeans.npy", kmeans)
+    real = module._read_kmeans
+
+    def change_and_read(path, config):
+        np.save(path, np.load(path)[::-1].copy())
+        return real(path, config)
+
+    monkeypatch.setattr(module, "_read_kmeans", change_and_read)
+    with pytest.raises(ValueError, match=r"k\.npy was changed while it was converted: let nothing write to it"):
+        convert_small(tmp_path / "model", kmeans=kmeans)
+    assert not (tmp_path / "model").exists()
 
 
 def test_pickled_centroids_are_refused(tmp_path):

@@ -17,6 +17,7 @@ import soundfile
 
 import dailytalk_usdm
 from dailytalk_usdm import DailyTalkUSDM
+from tests.helpers import options
 from usdm_sft.audio.check import AudioCheck, check_audio
 from usdm_sft.audio.digests import audio_digests
 from usdm_sft.audio.reading import AudioError, read_waveform
@@ -175,6 +176,51 @@ def test_sample_that_is_not_finite(path, value, subtype):
     samples[-1] = value
     soundfile.write(path, samples, 16_000, subtype=subtype)
     assert problem(path) == "holds NaN or infinite samples"
+
+
+LOUD = 10**19.5
+TOO_LOUD = r"holds samples beyond 1\.8e\+19, whose variance is not finite in fp32"
+
+
+@pytest.mark.parametrize("subtype", ["FLOAT", "DOUBLE"])
+@pytest.mark.parametrize("level", [-LOUD, LOUD, 1e25, 3e38])
+def test_sample_whose_square_is_not_finite(path, level, subtype):
+    """The normalization of the unit model would make silence of all others."""
+    samples = noise(3_000_000)[:, 0]  # more than one block
+    samples[-1] = level
+    soundfile.write(path, samples, 16_000, subtype=subtype)
+    assert re.fullmatch(TOO_LOUD, problem(path))
+    assert re.fullmatch(TOO_LOUD, problem(f"{path}#t=187,187.5"))
+    assert problem(f"{path}#t=0,1") is None
+    with pytest.raises(AudioError, match=f"audio file .*{TOO_LOUD}: leave out the utterance"):
+        read_waveform(path)
+
+
+def test_loudest_sample_that_is_read(path):
+    soundfile.write(path, np.full(8000, 1e19), 16_000, subtype="FLOAT")
+    assert check_audio(path) == AudioCheck(8000, 16_000) and read_waveform(path).max() > 9e18
+
+
+def test_run_names_or_leaves_out_audio_that_is_too_loud(mini, unit_model, tmp_path):
+    corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
+    wav = corpus / "data" / "8" / "2_1_d8.wav"
+    samples, rate = soundfile.read(wav)
+    soundfile.write(wav, samples / np.abs(samples).max() * LOUD, rate, subtype="FLOAT")
+    given = options(mini, unit_model, tmp_path, data_dir=str(corpus))
+    with pytest.raises(ValueError, match=rf"utterance 2_1_d8: audio file .*2_1_d8\.wav {TOO_LOUD}"):
+        prepare(**given)
+    assert set(prepare(**given, on_bad_audio="skip")["splits"]["train"]["pairs_left_out"]) == {"d8_1", "d8_2"}
+
+
+def test_units_command_and_tokenizer_refuse_audio_that_is_too_loud(path, unit_model, capsys):
+    soundfile.write(path, np.full(8000, LOUD), 16_000, subtype="FLOAT")
+    with pytest.raises(SystemExit, match="1"):
+        main(["units", str(unit_model), str(path), "--device", "cpu"])
+    assert re.search(rf"audio file {re.escape(str(path))} {TOO_LOUD}: leave out the utterance", capsys.readouterr().err)
+    with pytest.raises(ValueError, match=f"waveform 1 {TOO_LOUD}: scale it"):
+        UnitTokenizer.from_pretrained(unit_model, device="cpu").tokenize_waveforms(
+            [noise(800)[:, 0], np.full(800, -LOUD)]
+        )
 
 
 def test_samples_beyond_one_are_allowed(path):

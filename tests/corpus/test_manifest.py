@@ -18,6 +18,7 @@ from dailytalk_usdm import DailyTalkUSDM
 from tests.code_blocks import find_code
 from tests.helpers import REPOSITORY, page_data
 from tests.mini_hub import serve
+from usdm_sft.audio.reading import read_waveform
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.corpus.read import NO_ANSWER, SAME_SPEAKER, Rules, read_corpus
 from usdm_sft.dataset_folder.export import export_text
@@ -216,6 +217,16 @@ def test_neighbouring_turns_of_a_speaker_are_merged_on_request(tmp_path):
         (1, "B", "t2 t3", f"{a}#t=2,2.5&channel=1\n{b}#t=3,3.5&channel=1"),
         (2, "A", "t4", f"{a}#t=4,4.5&channel=0"),
     ]
+
+
+def test_overlapping_turns_that_are_merged_are_heard_once(tmp_path):
+    rows = rows_of([("d", i, speaker, f"t{i}") for i, speaker in enumerate("AAB")])
+    for row, (start, end) in zip(rows, [(1, 5), (2, 3), (6, 7)], strict=True):
+        row |= {"start": start, "end": end}
+    path = write_jsonl(tmp_path / "m.jsonl", rows)
+    soundfile.write(tmp_path / "a.wav", np.zeros(8 * 16_000), 16_000)
+    [dialog] = read_corpus({"train": path}, Rules(merge_speaker_turns=True))["train"].dialogs
+    assert [(u.text, len(read_waveform(u.audio))) for u in dialog.utterances] == [("t0 t1", 64_000), ("t2", 16_000)]
 
 
 @pytest.fixture

@@ -167,9 +167,9 @@ def test_verify_finds_columns_that_do_not_fit_the_setting(root, tmp_path, name, 
 
 def test_rows_of_conversations_with_another_number_of_durations_are_reported(root):
     row = dict(load(root / "talk")[0])
-    assert list(duration_problems(row)) == []
+    assert list(duration_problems(row, "fairseq")) == []
     row["user_durations"] = row["user_durations"][1:]
-    assert list(duration_problems(row)) == [
+    assert list(duration_problems(row, "fairseq")) == [
         "user_units, user_durations and user_seconds have different numbers of exchanges"
     ]
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from contextlib import contextmanager
 
 import numpy as np
@@ -48,6 +49,95 @@ def set_weights(change):
     return lambda path: save_file({name: change(tensor) for name, tensor in load_file(path).items()}, path)
 
 
+def set_header(make):
+    """Replace the JSON header of a safetensors file."""
+
+    def change(path):
+        content = path.read_bytes()
+        size = int.from_bytes(content[:8], "little")
+        path.write_bytes(content[:8] + make(size).ljust(size) + content[8 + size :])
+
+    return change
+
+
+def npy(header):
+    """A .npy file of 200 x 64 float32 with another header."""
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(200 * 64 * 4)
+
+
+HEADERS = [
+    "[" * 200, "(" * 9_000, "{" * 60_000, "'" * 3, "-" * 5_000 + "1", "1" + "+1" * 4_000, "{[]: 1}", "\\", "\0", "{}", "[]", "1",
+    *(
+        f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}}}"
+        for descr, shape in (
+            ("'<f4'", "(10_000_000_000, 64)"), ("'<f4'", f"({'9' * 3000}, 64)"), ("'<f4'", f"({'9' * 9000}, 64)"), ("'<f4'", "(-1, 64)"),
+            ("'<f4'", "(-200, -64)"), ("'<f4'", "(201, 64)"), ("'<f4'", "200"), ("'<f4'", "(200.0, 64)"), ("'<f4'", "(64, 200)"),
+            ("'<f4'", "()"), ("'|O'", "(200, 64)"), ("'>f4'", "(200, 64)"), ("'<f8'", "(200, 32)"), ("'V0'", "(10**12, 64)"),
+            ("'V0'", "(1000000000000, 64)"), ("[]", "(200, 64)"), ("'nonsense'", "(200, 64)"), ("[('a', '<f4', (99999, 99999))]", "(1,)"),
+            ("('<f4', (99999999999,))", "(1,)"), ("['<f4'] * 10**9", "(1,)"), ("'<f4', 'x': 1", "(200, 64)"),
+        )
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("header", HEADERS, ids=lambda header: header[:80])
+def test_npy_header_is_refused_with_little_memory(folder, tmp_path, header):
+    change_file(folder, "kmeans.npy", lambda path: path.write_bytes(npy(header)))
+    source = FIXTURES / "units"
+    (tmp_path / "k.npy").write_bytes(npy(header))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"model is not what convert wrote .* convert the unit model again$"):
+            UnitModel.from_pretrained(folder)
+        with pytest.raises(ValueError, match=r"k\.npy (is|has) .*: (save|name) ") as raised:
+            convert(
+                source / "model_fairseq.pt",
+                tmp_path / "k.npy",
+                tmp_path / "made",
+                model_config=source / "config.json",
+                layer=5,
+            )
+        assert "\n" not in str(raised.value) and tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_centroids_in_fortran_order_are_read(folder):
+    model = UnitModel.from_pretrained(folder)
+    change_file(folder, "kmeans.npy", lambda path: np.save(path, np.asfortranarray(np.load(path))))
+    assert torch.equal(UnitModel.from_pretrained(folder).centroids, model.centroids)
+
+
+@pytest.mark.parametrize(
+    ("layer", "config"),
+    [
+        (100_000, {"num_hidden_layers": 100_000}),
+        (5, {"conv_dim": [64] * 100_000, "conv_kernel": [1] * 100_000, "conv_stride": [1] * 100_000}),
+        (5, {"num_feat_extract_layers": 100_000}),
+        (5, {"add_adapter": True, "num_adapter_layers": 100_000}),
+    ],
+    ids=["layers", "convolutions", "number of convolutions", "adapters"],
+)
+def test_too_many_layers_are_refused_before_any_is_built(folder, monkeypatch, layer, config):
+    set_keys(layer=layer)(folder / "unit_model.json")
+    change_file(folder, "config.json", set_keys(**config))
+    many = {f"layers.{number}": torch.zeros(1) for number in range(100_000)}
+    change_file(folder, "model.safetensors", lambda path: save_file(many, path))
+    monkeypatch.setattr("usdm_sft.units.model.AutoModel", None)
+    with pytest.raises(
+        ValueError, match=r"config\.json is not of a model of 100000 layers|the config has 100,000 layers of one kind"
+    ):
+        UnitModel.from_pretrained(folder)
+
+
+def test_too_many_tensors_are_refused_before_any_is_built(folder, monkeypatch):
+    many = {f"layers.{number}": torch.zeros(1) for number in range(100_000)}
+    change_file(folder, "model.safetensors", lambda path: save_file(many, path))
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", None)
+    with pytest.raises(ValueError, match=r"model\.safetensors has 100,000 tensors, the model [0-9]+"):
+        UnitModel.from_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
@@ -65,6 +155,15 @@ def set_weights(change):
         ("kmeans.npy", lambda path: np.save(path, np.full((200, 64), np.nan, np.float32)), "holds NaN"),
         # An attacker would send a pickle; writing it here is safe, and reading it is refused.
         ("kmeans.npy", lambda path: np.save(path, np.array([print]), allow_pickle=True), "allow_pickle=False"),
+        ("kmeans.npy", lambda path: path.write_bytes(b""), "EOF: reading magic string"),
+        ("kmeans.npy", lambda path: path.write_bytes(path.read_bytes()[:-1]), "but 51,199 bytes follow"),
+        ("kmeans.npy", lambda path: path.write_bytes(bytes(1 << 25)), "kmeans.npy has 33,554,432 bytes, more than the"),
+        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1]), "MetadataIncompleteBuffer|incomplete metadata"),
+        ("model.safetensors", set_header(lambda size: b"[" * size), "invalid JSON|InvalidHeaderDeserialization|header"),
+        ("model.safetensors", set_header(lambda size: b'{"a":' * (size // 5)), "InvalidHeaderDeserialization|header"),
+        ("config.json", lambda path: path.write_text("[" * 100_000), "maximum recursion depth exceeded"),
+        ("config.json", lambda path: path.write_text(" " * (1 << 21)), "config.json has 2,097,152 bytes, more than the 1,048,576"),
+        ("config.json", set_keys(hidden_size="64"), "config.json has hidden_size '64'"),
     ],
 )  # fmt: skip
 def test_untrusted_folder_with_fitting_digests_is_checked(folder, name, change, message):

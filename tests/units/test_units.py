@@ -384,10 +384,13 @@ def test_batch_on_cuda_holds_no_row_shorter_than_85_percent_of_its_longest():
     assert padding_share([[7_120, 6_800, 6_480]], 10, "cuda") == 1 - (22 + 21 + 20) / 66
 
 
-def test_batch_on_the_cpu_holds_rows_with_one_number_of_frames():
-    """720 to 1,039 samples make 2 frames."""
-    assert plan_batches([720, 1_040, 1_039, 719, 800], 100, "cpu") == [[1], [2, 4, 0], [3]]
+def test_batch_on_the_cpu_holds_rows_with_one_number_of_units():
+    """719 to 1,038 samples make 2 units, because 719 become 720; without an appended sample 720 to 1,039 do."""
+    assert plan_batches([720, 1_040, 1_039, 719, 800], 100, "cpu") == [[1, 2], [4, 0, 3]]
+    assert plan_batches([720, 1_040, 1_039, 719, 800], 100, "cpu", "none") == [[1], [2, 4, 0], [3]]
     assert padding_share([[720, 1_040, 1_039, 719, 800]], 100, "cpu") == 0
+    assert padding_share([[1_039, 1_000]], 100, "cuda") == 1 - 5 / 6
+    assert padding_share([[1_039, 1_000]], 100, "cuda", "none") == 0
 
 
 def test_seconds_of_a_batch_depend_on_the_device(fairseq, monkeypatch):

@@ -127,18 +127,45 @@ def format_address(file: str, start: float | None = None, end: float | None = No
 
 
 def join_addresses(first: str, second: str) -> str:
-    """Return the address of two recordings in turn; stretches of the same channel become one, with the pause between them."""
-    *before, last = parse_address(first)
-    following, *after = parse_address(second)
-    if (
-        last.end is not None
-        and following.start is not None
-        and (last.file, last.channel) == (following.file, following.channel)
-        and last.end <= following.start
-    ):
-        joined = [*before, last._replace(end=following.end), *after]
-        return "\n".join(format_address(*stretch) for stretch in joined)
-    return f"{first}\n{second}"
+    """Return the address of two recordings in turn, in which no sample of a channel is played twice.
+
+    A stretch that follows another one of the same channel becomes one with it and the pause between them. Stretches of a channel
+    that overlap become one, in the place of the first.
+    """
+    before, after = parse_address(first), parse_address(second)
+    joined = list(before)
+    for stretch in after:
+        place = len(joined)
+        if joined and _follows(joined[-1], stretch):
+            place -= 1
+            stretch = _span(joined.pop(), stretch)
+        while (other := next((i for i, each in enumerate(joined) if _overlap(each, stretch)), None)) is not None:
+            place = min(place, other)
+            stretch = _span(joined.pop(other), stretch)
+        joined.insert(place, stretch)
+    if len(joined) == len(before) + len(after):
+        return f"{first}\n{second}"
+    return "\n".join(format_address(*stretch) for stretch in joined)
+
+
+def _follows(first: Stretch, second: Stretch) -> bool:
+    is_later = first.end is not None and second.start is not None and first.end <= second.start
+    return is_later and (first.file, first.channel) == (second.file, second.channel)
+
+
+def _overlap(first: Stretch, second: Stretch) -> bool:
+    if (first.file, first.channel) != (second.file, second.channel):
+        return False
+    if first.start is None or first.end is None or second.start is None or second.end is None:
+        return True
+    return first.start < second.end and second.start < first.end
+
+
+def _span(first: Stretch, second: Stretch) -> Stretch:
+    """Return the stretch from the earlier start to the later end; the whole channel if one of the two is."""
+    if first.start is None or first.end is None or second.start is None or second.end is None:
+        return first._replace(start=None, end=None)
+    return first._replace(start=min(first.start, second.start), end=max(first.end, second.end))
 
 
 def _format_seconds(seconds: float) -> str:
@@ -221,7 +248,9 @@ def list_members(archive: str | os.PathLike[str]) -> list[str]:
     Raises:
         AddressError: The file is not a zip archive or cannot be read.
     """
-    return [info.filename for info in _open_archive(os.fspath(archive)).infolist() if info.filename and not info.is_dir()]
+    return [
+        info.filename for info in _open_archive(os.fspath(archive)).infolist() if info.filename and not info.is_dir()
+    ]
 
 
 def _find_member(path: str, member: str) -> tuple[zipfile.ZipFile, zipfile.ZipInfo]:

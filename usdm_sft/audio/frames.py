@@ -1,12 +1,17 @@
-"""Sample rate, frame length, and the number of samples and frames of audio."""
+"""Sample rate, frame length, and the number of samples, frames and units of audio."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
+import numpy.typing as npt
+
 SAMPLE_RATE = 16_000  # Hz
 MIN_SAMPLES = 400  # 25 ms, the window of one frame
 FRAME_SAMPLES = 320  # 20 ms, the distance between frames
+MAX_SAMPLE = float(np.sqrt(np.finfo(np.float32).max))  # 1.8e19; the square of a louder one is not finite in float32
+TOO_LOUD = f"holds samples beyond {MAX_SAMPLE:.2g}, whose variance is not finite in fp32"
 
 
 def resampled_length(num_samples: int, rate: int) -> int:
@@ -14,6 +19,26 @@ def resampled_length(num_samples: int, rate: int) -> int:
     return math.ceil(num_samples * (SAMPLE_RATE / rate))
 
 
+def is_too_loud(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+    """Return for each sample whether the unit model cannot normalize it; the reference gives NaN for such audio."""
+    return np.abs(samples) > MAX_SAMPLE
+
+
 def num_frames(num_samples: int) -> int:
-    """Return the number of frames, which is the number of units, of `num_samples` samples at 16 kHz."""
+    """Return the number of whole frames in `num_samples` samples at 16 kHz. `count_units` counts the units."""
     return (num_samples - MIN_SAMPLES) // FRAME_SAMPLES + 1
+
+
+def count_units(num_samples: int, normalization: str) -> int:
+    """Return the number of units of a recording, the only rule for it.
+
+    There is one unit for each frame. "fairseq" appends one sample to an odd number of samples, as the reference does. For
+    `num_samples % 320 == 79` it completes one more frame, whose unit the reference outputs too. The length in seconds is without it.
+
+    Args:
+        num_samples: Samples at 16 kHz, without the appended one. Fewer than `MIN_SAMPLES` have no unit.
+        normalization: How the unit model's waveforms are normalized, a key of `usdm_sft.units.batches.NORMALIZATIONS`.
+    """
+    if num_samples < MIN_SAMPLES:
+        return 0
+    return num_frames(num_samples + num_samples % 2 if normalization == "fairseq" else num_samples)

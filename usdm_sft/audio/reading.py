@@ -19,7 +19,7 @@ import soxr
 
 from usdm_sft.audio.addresses import MISSING, AddressError, Stretch, file_problem, open_file, parse_address
 from usdm_sft.audio.containers import AudioError as AudioError
-from usdm_sft.audio.frames import SAMPLE_RATE, resampled_length
+from usdm_sft.audio.frames import SAMPLE_RATE, TOO_LOUD, is_too_loud, resampled_length
 from usdm_sft.audio.sound import Extent, Samples, find_frames, find_problem, open_sound
 
 MAX_DECODED_BYTES = (
@@ -55,7 +55,7 @@ def read_audio(
 
     Raises:
         FileNotFoundError: The file does not exist.
-        AudioError: soundfile cannot read the file, or a sample is NaN or infinite.
+        AudioError: soundfile cannot read the file, or a sample is NaN, infinite or too loud.
     """
     exists = os.path.lexists if contents is None else contents.__contains__
     stretches = [Stretch("")] if isinstance(source, bytes) else parse_address(source, exists)
@@ -65,6 +65,10 @@ def read_audio(
     samples = np.concatenate([samples for samples, _ in read]) if len(read) > 1 else read[0][0]
     if not np.isfinite(samples).all():
         raise AudioError(f"{describe(source)} holds NaN or infinite samples: repair or leave out the file")
+    if is_too_loud(samples).any():
+        raise AudioError(
+            f"{describe(source)} {TOO_LOUD}: leave out the utterance, or write it with samples from -1 to 1"
+        )
     return samples, read[0][1]
 
 

@@ -32,6 +32,7 @@ from usdm_sft.audio.containers import (
     find_mpeg_frames,
     id3_size,
 )
+from usdm_sft.audio.frames import TOO_LOUD, is_too_loud
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -328,12 +329,15 @@ def open_sound(file: io.BufferedIOBase) -> Iterator[Sound]:
 
 
 def _find_flaws(block: Samples, start: int) -> Iterator[Flaw]:
-    """Yield the runs of frames that are not finite in a block that begins at frame `start`."""
-    is_bad = ~np.isfinite(block.reshape(len(block), -1)).all(1)
-    if is_bad.any():
-        edges = np.flatnonzero(np.diff(np.concatenate([[False], is_bad, [False]]).astype(np.int8))) + start
-        for first, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
-            yield Flaw(first, stop, _NOT_FINITE)
+    """Yield the runs of frames that cannot be used in a block that begins at frame `start`."""
+    frames = block.reshape(len(block), -1)
+    is_finite = np.isfinite(frames).all(1)
+    is_loud = is_finite & is_too_loud(frames).any(1)
+    for is_bad, problem in ((~is_finite, _NOT_FINITE), (is_loud, TOO_LOUD)):
+        if is_bad.any():
+            edges = np.flatnonzero(np.diff(np.concatenate([[False], is_bad, [False]]).astype(np.int8))) + start
+            for first, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+                yield Flaw(first, stop, problem)
 
 
 def find_tags_end(file: io.BufferedIOBase) -> int:

@@ -30,7 +30,7 @@ from usdm_sft.convert.transformers_folder import (
     weight_files,
 )
 from usdm_sft.template.tokenizer import MAX_UNITS
-from usdm_sft.units.folder import DESCRIPTION, FILES, read_description
+from usdm_sft.units.folder import DESCRIPTION, FILES, read_array, read_description
 from usdm_sft.units.model import empty_model
 from usdm_sft.utils.hashes import sha256_file
 from usdm_sft.utils.json_files import read_json
@@ -75,7 +75,8 @@ def convert(
         raise FileNotFoundError(f"{kmeans} is not a file: name the downloaded file")
     config, settings, sources = _read_settings(checkpoint, model_config, layer, final_norm=final_norm)
     description: dict[str, Any] = {"format_version": 1, "layer": layer, "sample_rate": SAMPLE_RATE, **settings}
-    description["sources"] = {name: sha256_file(path) for name, path in (sources | {"kmeans": kmeans}).items()}
+    sources |= {"kmeans": kmeans}
+    description["sources"] = {name: sha256_file(path) for name, path in sources.items()}
     with path_lock(folder, cache_root()):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             if _made_from(folder, description, config):
@@ -86,7 +87,7 @@ def convert(
             )
         centroids = _read_kmeans(kmeans, config)
         read_weights = read_folder_weights if checkpoint.is_dir() else _read_weights
-        return _write(folder, description, config, centroids, read_weights(checkpoint, config))
+        return _write(folder, description, config, centroids, read_weights(checkpoint, config), sources)
 
 
 def _read_settings(
@@ -113,7 +114,12 @@ def _read_settings(
 
 
 def _write(
-    folder: Path, description: dict[str, Any], config: dict[str, Any], centroids: np.ndarray, weights: dict[str, Any]
+    folder: Path,
+    description: dict[str, Any],
+    config: dict[str, Any],
+    centroids: np.ndarray,
+    weights: dict[str, Any],
+    sources: dict[str, Path],
 ) -> Path:
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -128,6 +134,11 @@ def _write(
         "files": {name: sha256_file(unfinished / name) for name in FILES},
     }
     (unfinished / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+    for name, path in sources.items():  # a checkpoint is memory-mapped, and read while it is written
+        if sha256_file(path) != description["sources"][name]:
+            raise ValueError(
+                f"{path} was changed while it was converted: let nothing write to it, and convert it again"
+            )
     os.replace(unfinished, folder)
     return folder
 
@@ -161,10 +172,10 @@ def _read_kmeans(path: Path, config: dict[str, Any]) -> np.ndarray:
     width = config["hidden_size"]
     try:
         with open(path, "rb") as file:
-            centroids: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)  # type: ignore[no-untyped-call]  # NumPy
+            centroids = read_array(file)
     except ValueError as error:
         raise ValueError(
-            f"{path} is not a plain .npy array ({error}): save the centroids as one; for a k-means of scikit-learn, "
+            f"{path} is not a plain .npy array ({first_line(error)}): save the centroids as one; for a k-means of scikit-learn, "
             'np.save("kmeans.npy", kmeans.cluster_centers_.astype("float32"))'
         ) from error
     if centroids.ndim != 2 or centroids.shape[1] != width or not len(centroids):

@@ -87,17 +87,18 @@ def _download_and_convert(folder: Path, cache: Path) -> Path:
     return folder
 
 
-def describe_unit_model(folder: Path) -> dict[str, Any]:
+def describe_unit_model(folder: Path, description: dict[str, Any] | None = None) -> dict[str, Any]:
     """Describe how a unit model folder was made.
 
     Args:
         folder: A unit model folder.
+        description: Its unit_model.json, if it was read already.
 
     Returns:
         JSON values: `name`, "xlsr2_1b_v2" if the folder was made from the published files and None otherwise; `layer`,
         counted from 1; `normalization` and `final_norm`, if set; and the sha256 of the `sources`.
     """
-    description = read_description(folder)
+    description = description or read_description(folder)
     settings: dict[str, Any] = {key: description[key] for key in ("normalization", "final_norm") if key in description}
     is_published = (
         not settings

@@ -92,6 +92,12 @@ def _is_inside(name: str) -> bool:
     return name.isprintable() and "\\" not in name and not {"", ".", ".."} & {*parts}
 
 
+def read_normalization(counts: Mapping[str, Any]) -> str:
+    """Return how the unit model of a dataset folder normalizes waveforms. A model that was made from a .pt file does not say it."""
+    unit_model = counts.get("unit_model")
+    return str(unit_model.get("normalization", "fairseq")) if isinstance(unit_model, dict) else "fairseq"
+
+
 def read_template(path: Path, counts: Mapping[str, Any]) -> Template:
     """The template of a dataset folder.
 

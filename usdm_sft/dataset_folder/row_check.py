@@ -15,7 +15,9 @@ from usdm_sft.template.encoder import IGNORE_INDEX, TemplateEncoder
 from usdm_sft.template.exchanges import has_lists
 
 
-def find_doubtful_rows(batch: pa.RecordBatch, encoder: TemplateEncoder, max_length: int) -> set[int]:
+def find_doubtful_rows(
+    batch: pa.RecordBatch, encoder: TemplateEncoder, max_length: int, normalization: str
+) -> set[int]:
     """Find the rows of a batch in which something may be wrong; the others are correct.
 
     A row is correct if its ids and labels are those of its encoded columns, each label is the id or -100, `attention_mask` and
@@ -27,6 +29,7 @@ def find_doubtful_rows(batch: pa.RecordBatch, encoder: TemplateEncoder, max_leng
         batch: Rows with all columns of a dataset folder.
         encoder: Has the tokenizer and the template of the folder.
         max_length: Largest number of tokens in a row.
+        normalization: How the unit model normalizes waveforms.
 
     Returns:
         The positions of these rows in the batch.
@@ -40,7 +43,7 @@ def find_doubtful_rows(batch: pa.RecordBatch, encoder: TemplateEncoder, max_leng
     ids, lengths = _flat(batch["input_ids"])
     doubtful = lengths > max_length
     if encoder.unit_repetition == "collapse":
-        doubtful[list(find_wrong_durations(batch))] = True
+        doubtful[list(find_wrong_durations(batch, normalization))] = True
     for name in ("input_ids", "labels"):
         doubtful |= _compare(*_flat(batch[name]), np.concatenate(encoded[name]), _sizes(encoded[name]))
     doubtful |= batch["length"].to_numpy() != lengths

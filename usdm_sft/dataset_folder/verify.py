@@ -17,7 +17,15 @@ from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.corpus.problems import MAX_PROBLEMS_SHOWN
 from usdm_sft.dataset_folder.card import data_configs
 from usdm_sft.dataset_folder.compare import compare_with_text
-from usdm_sft.dataset_folder.layout import COUNTS, PICTURES, PREPARE_AGAIN, data_files, read_counts, read_template
+from usdm_sft.dataset_folder.layout import (
+    COUNTS,
+    PICTURES,
+    PREPARE_AGAIN,
+    data_files,
+    read_counts,
+    read_normalization,
+    read_template,
+)
 from usdm_sft.dataset_folder.statistics import SplitStatistics
 from usdm_sft.dataset_folder.verify_rows import check_rows
 from usdm_sft.dataset_folder.verify_utterances import check_utterances
@@ -110,7 +118,9 @@ def _check_rows(
         yield f"{folder / 'tokenizer'} is not the tokenizer that {COUNTS} names"
     schema = _read_card(folder, counts).features.arrow_schema.remove_metadata()
     files = data_files(folder, counts)
-    yield from check_rows(files, schema, encoder, counts["settings"], statistics, num_proc=num_proc)
+    normalization = read_normalization(counts)
+    settings = counts["settings"]
+    yield from check_rows(files, schema, encoder, settings, statistics, normalization=normalization, num_proc=num_proc)
 
 
 def _make_encoder(folder: Path, counts: Mapping[str, Any]) -> TemplateEncoder:

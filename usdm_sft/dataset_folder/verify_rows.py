@@ -45,6 +45,7 @@ def check_rows(
     settings: Mapping[str, Any],
     statistics: dict[str, SplitStatistics],
     *,
+    normalization: str,
     num_proc: int | None,
 ) -> Iterator[str]:
     """Check the columns of every file, and every row.
@@ -55,6 +56,7 @@ def check_rows(
         encoder: Has the tokenizer and the template of the folder.
         settings: Those of counts.json.
         statistics: Gets the statistics of each split.
+        normalization: How the unit model normalizes waveforms.
         num_proc: Largest number of processes; None means one per core that this process may use.
 
     Yields:
@@ -72,7 +74,7 @@ def check_rows(
         tempfile.TemporaryDirectory(prefix="verify-") as folder,
         ProcessPool(count_processes(ranges, num_proc)) as pool,
     ):
-        check = partial(_check_range, encoder, settings, folder)
+        check = partial(_check_range, encoder, settings, normalization, folder)
         for index, report in in_order(pool.map(check, list(enumerate(ranges)), name="rows")):
             statistics[ranges[index].split].merge(report.statistics)
             problems[index] += [(row, 1, problem) for row, problem in report.problems]
@@ -125,7 +127,11 @@ def _in_order(
 
 
 def _check_range(
-    encoder: TemplateEncoder, settings: Mapping[str, Any], folder: str, numbered: tuple[int, RowRange]
+    encoder: TemplateEncoder,
+    settings: Mapping[str, Any],
+    normalization: str,
+    folder: str,
+    numbered: tuple[int, RowRange],
 ) -> _Report:
     """Check the rows of a range, and leave the digests of their ids in a file of `folder`."""
     index, rows = numbered
@@ -138,17 +144,18 @@ def _check_range(
         for batch in rows.read(batch_size=_BATCH):
             ids = batch["id"].to_pylist()
             digests.append(digest_texts(row_id.encode() for row_id in ids))
-            for position in sorted(find_doubtful_rows(batch, encoder, settings["max_length"])):
+            for position in sorted(find_doubtful_rows(batch, encoder, settings["max_length"], normalization)):
                 [row] = batch.slice(position, 1).to_pylist()
                 place = _place(rows, number + position, ids[position])
-                problems += [(number + position, f"{place}: {found}") for found in _check_row(row, encoder, settings)]
+                found = _check_row(row, encoder, settings, normalization)
+                problems += [(number + position, f"{place}: {problem}") for problem in found]
             if pc.list_value_length(batch["labels"]).equals(pc.list_value_length(batch["input_ids"])):
                 statistics.add(batch)  # otherwise a row was reported
             number += len(batch)
             if len(problems) >= _LIMIT:
                 break
-    except ValueError as found:  # the file is damaged; the problems before it count as well
-        error = found
+    except ValueError as damage:  # of the file; the problems before it count as well
+        error = damage
     write_digests(_digest_file(folder, index), b"".join(digests))
     return _Report(problems[:_LIMIT], error, statistics)
 
@@ -176,7 +183,9 @@ def _describe_columns(found: pa.Schema, expected: pa.Schema) -> str:
     return ", ".join(types) or f"their order is {', '.join(found.names)}"
 
 
-def _check_row(row: Mapping[str, Any], encoder: TemplateEncoder, settings: Mapping[str, Any]) -> Iterator[str]:
+def _check_row(
+    row: Mapping[str, Any], encoder: TemplateEncoder, settings: Mapping[str, Any], normalization: str
+) -> Iterator[str]:
     """Check ids and labels of one row, and compare them with those of its other columns."""
     ids, labels = np.array(row["input_ids"]), np.array(row["labels"])
     if len(ids) != len(labels):
@@ -192,7 +201,7 @@ def _check_row(row: Mapping[str, Any], encoder: TemplateEncoder, settings: Mappi
         yield f"label {labels[wrong[0]]} of token {wrong[0]} is neither {IGNORE_INDEX} nor the token's id {ids[wrong[0]]}"
         return
     if encoder.unit_repetition == "collapse":
-        yield from duration_problems(row)
+        yield from duration_problems(row, normalization)
     try:
         encoded = encoder({column: [value] for column, value in row.items()})
     except ValueError as error:

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 
-from usdm_sft.audio.frames import SAMPLE_RATE, num_frames
+from usdm_sft.audio.frames import SAMPLE_RATE, count_units
 from usdm_sft.audio.playable import count_samples
 from usdm_sft.corpus.features import ROLES, are_collapsed
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.corpus.problems import MAX_PROBLEMS_SHOWN
 from usdm_sft.dataset_folder.durations import expand_rows
-from usdm_sft.dataset_folder.layout import COUNTS, data_files
+from usdm_sft.dataset_folder.layout import COUNTS, data_files, read_normalization
 from usdm_sft.dataset_folder.ranges import RowRange, count_processes, divide_groups, divide_rows
 from usdm_sft.dataset_folder.repeated_ids import find_repeated
 from usdm_sft.dataset_folder.rows import open_rows
@@ -78,7 +78,7 @@ def check_utterances(folder: Path, counts: Mapping[str, Any], *, num_proc: int |
     info = datasets.load_dataset_builder(str(folder), UTTERANCES).info
     for split, row_files in data_files(folder, counts).items():
         numbers = UtteranceCounts()
-        problems = _check_split(split, files[split], row_files, numbers, counts["settings"]["history"], num_proc)
+        problems = _check_split(split, files[split], row_files, numbers, counts, num_proc)
         for number, problem in enumerate(problems, start=1):
             yield problem
             if number == _LIMIT:
@@ -94,7 +94,7 @@ def _check_split(
     files: Sequence[Path],
     row_files: Sequence[Path],
     numbers: UtteranceCounts,
-    history: int,
+    counts: Mapping[str, Any],
     num_proc: int | None,
 ) -> Iterator[str]:
     """Check the utterances of a split, which are added to `numbers`, and then its rows."""
@@ -105,11 +105,12 @@ def _check_split(
         count_processes(rows, num_proc),
     )
     with tempfile.TemporaryDirectory(prefix="utterances-") as folder, ProcessPool(size) as pool:
-        yield from _check_recordings(ranges, numbers, folder, pool)
+        yield from _check_recordings(ranges, numbers, read_normalization(counts), folder, pool)
         if error is not None:
             raise error
         merge_digests([_digest_file(folder, index) for index in range(len(ranges))], folder)
-        for _, problems in in_order(pool.map(partial(_check_rows, folder, history), rows, name="rows")):
+        check = partial(_check_rows, folder, counts["settings"]["history"])
+        for _, problems in in_order(pool.map(check, rows, name="rows")):
             yield from problems
 
 
@@ -125,12 +126,13 @@ def _divide(files: Sequence[Path], split: str) -> tuple[list[RowRange], ValueErr
 
 
 def _check_recordings(
-    ranges: Sequence[RowRange], numbers: UtteranceCounts, folder: str, pool: ProcessPool
+    ranges: Sequence[RowRange], numbers: UtteranceCounts, normalization: str, folder: str, pool: ProcessPool
 ) -> Iterator[str]:
     """Yield the problems of the utterances in order, and leave their digests in files of `folder`."""
     reports: dict[int, list[tuple[int, int, str]]] = {}  # by range: row, order in the row, problem
     error = None
-    for index, report in in_order(pool.map(partial(_check_range, folder), list(enumerate(ranges)), name=UTTERANCES)):
+    check = partial(_check_range, normalization, folder)
+    for index, report in in_order(pool.map(check, list(enumerate(ranges)), name=UTTERANCES)):
         reports[index] = [(row, 1, problem) for row, problem in report.problems]
         for size, seconds in report.sizes:
             numbers.add(size, seconds)
@@ -145,7 +147,7 @@ def _check_recordings(
         raise error
 
 
-def _check_range(folder: str, numbered: tuple[int, RowRange]) -> _Report:
+def _check_range(normalization: str, folder: str, numbered: tuple[int, RowRange]) -> _Report:
     """Check the recordings of a range, and leave the digests of keys and contents in a file of `folder`."""
     index, rows = numbered
     report = _Report([], None, [])
@@ -153,7 +155,7 @@ def _check_range(folder: str, numbered: tuple[int, RowRange]) -> _Report:
     contents: list[bytes] = []
     try:
         for number, row in enumerate(iter_utterances(rows.path, rows.row_groups)):
-            if row["audio"] is not None and (problem := _recording_problem(row)):
+            if row["audio"] is not None and (problem := _recording_problem(row, normalization)):
                 report.problems.append((number, f"{_name(rows.path, row)}: {problem}"))
             keys.append(_encode(row["dialog"], row["turn"]))
             contents.append(_encode(*(row[name] for name in _FIELDS)))
@@ -179,14 +181,14 @@ def _describe(rows: RowRange, number: int) -> str:
     return _name(rows.path, next(islice(iter_utterances(rows.path, rows.row_groups), number, None)))
 
 
-def _recording_problem(row: Row) -> str | None:
+def _recording_problem(row: Row, normalization: str) -> str | None:
     """Return what is wrong with the recording of a row, or None."""
     try:
         samples = count_samples(row["audio"]["bytes"])
     except ValueError as error:
         return str(error)
-    if num_frames(samples) != len(row["units"]):
-        return f"the recording makes {num_frames(samples)} units, not {len(row['units'])}"
+    if (num_units := count_units(samples, normalization)) != len(row["units"]):
+        return f"the recording makes {num_units} units, not {len(row['units'])}"
     if np.float32(samples) / np.float32(SAMPLE_RATE) != np.float32(row["seconds"]):
         return f"the recording has {samples / SAMPLE_RATE} seconds, not {row['seconds']}"
     return None

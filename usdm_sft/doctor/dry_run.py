@@ -19,7 +19,7 @@ import numpy as np
 from datasets import Dataset
 
 from usdm_sft.audio.addresses import disk_files
-from usdm_sft.audio.frames import SAMPLE_RATE, num_frames
+from usdm_sft.audio.frames import SAMPLE_RATE, count_units
 from usdm_sft.cache.keys import cache_root
 from usdm_sft.cache.shard_cache import ShardCache
 from usdm_sft.config.prepare_config import PrepareConfig
@@ -115,7 +115,11 @@ def _stand_in(config: PrepareConfig, scratch: str) -> UnitTokenizer:
     """A unit tokenizer with the settings of the run, and with a digest that no cached work has."""
     device = choose_devices(config)[0]
     settings = make_settings(device.split(":")[0], config.precision, config.resampler, config.batch_seconds)
-    return UnitTokenizer(Path(scratch), "not on this machine", settings, device)
+    tokenizer = UnitTokenizer(Path(scratch), "not on this machine", settings, device)
+    tokenizer.normalization = (
+        "fairseq"  # as the published model; a repository of the Hub may differ by a unit per 320 recordings
+    )
+    return tokenizer
 
 
 def _write_units(shard: Shard, run: Run) -> Path:
@@ -123,7 +127,10 @@ def _write_units(shard: Shard, run: Run) -> Path:
     content = run.plan.content(shard)
     num_distinct = 1 if run.config.unit_repetition == "keep" else min(2, run.encoder.num_units)
     columns = {
-        "units": [np.arange(num_frames(length), dtype=np.uint16) % num_distinct for length in content.lengths],
+        "units": [
+            np.arange(count_units(length, run.unit_tokenizer.normalization), dtype=np.uint16) % num_distinct
+            for length in content.lengths
+        ],
         "seconds": [np.float32(length / SAMPLE_RATE) for length in content.lengths],
     }
     write = partial(map_shard, Dataset.from_dict({"audio": content.audio}), lambda batch: columns)

@@ -133,7 +133,7 @@ def describe_run(run: Run) -> dict[str, Any]:
         "format_version": 2,
         "config": config.config_name,
         "corpus": describe_corpus(builder.split_lists, builder.list_digests),
-        "unit_model": describe_unit_model(run.unit_tokenizer.folder),
+        "unit_model": describe_unit_model(run.unit_tokenizer.folder, run.unit_tokenizer.description),
         "tokenizer": describe_tokenizer(
             str(config.pretrained_model_name_or_path), run.encoder.tokens, run.encoder.layout.chat
         ),

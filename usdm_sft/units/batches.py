@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from usdm_sft.audio.frames import MIN_SAMPLES, SAMPLE_RATE, num_frames
+from usdm_sft.audio.frames import MIN_SAMPLES, SAMPLE_RATE, count_units
 
 # On CUDA, a batch holds no row shorter than 85 % of its longest. In a work shard with DailyTalk's lengths, 7 % of the frames are then
 # padding, and a batch has 80 s of audio on average; with 70 % these are 14 % and 150 s (computed).
@@ -26,7 +26,9 @@ class Waveform(NamedTuple):
     num_samples: int  # at 16 kHz, without an appended sample
 
 
-def plan_batches(lengths: Sequence[int], batch_seconds: float, device: str) -> list[list[int]]:
+def plan_batches(
+    lengths: Sequence[int], batch_seconds: float, device: str, normalization: str = "fairseq"
+) -> list[list[int]]:
     """Group rows into forward passes, longest first.
 
     The plan depends on the lengths and the kind of device alone, so the same audio makes the same batches on every machine.
@@ -35,7 +37,8 @@ def plan_batches(lengths: Sequence[int], batch_seconds: float, device: str) -> l
         lengths: Number of samples at 16 kHz of each row.
         batch_seconds: Seconds of audio, padding included, in one batch; a longer row is a batch of its own.
         device: Kind of device. On "cuda" rows of similar length share a batch and are padded. Elsewhere only rows with the
-            same number of frames share one: a CPU gains little from batches and would lose more to padding.
+            same number of units share one: a CPU gains little from batches and would lose more to padding.
+        normalization: A key of `NORMALIZATIONS`.
 
     Returns:
         Indices of the rows of each batch.
@@ -48,7 +51,7 @@ def plan_batches(lengths: Sequence[int], batch_seconds: float, device: str) -> l
         if device == "cuda":
             similar = lengths[row] >= MIN_FILL * longest
         else:
-            similar = num_frames(lengths[row]) == num_frames(longest)
+            similar = count_units(lengths[row], normalization) == count_units(longest, normalization)
         if fits and similar:
             batches[-1].append(row)
         else:
@@ -56,19 +59,22 @@ def plan_batches(lengths: Sequence[int], batch_seconds: float, device: str) -> l
     return batches
 
 
-def padding_share(shards: Iterable[Sequence[int]], batch_seconds: float, device: str) -> float:
+def padding_share(
+    shards: Iterable[Sequence[int]], batch_seconds: float, device: str, normalization: str = "fairseq"
+) -> float:
     """Return the share of padding in the frames that the batches compute.
 
     Args:
         shards: For each work shard, the lengths of its utterances in samples at 16 kHz.
         batch_seconds: As in `plan_batches`.
         device: As in `plan_batches`.
+        normalization: As in `plan_batches`.
     """
     used = padded = 0
     for lengths in shards:
-        used += sum(map(num_frames, lengths))
-        batches = plan_batches(lengths, batch_seconds, device)
-        padded += sum(len(rows) * num_frames(lengths[rows[0]]) for rows in batches)
+        used += sum(count_units(length, normalization) for length in lengths)
+        batches = plan_batches(lengths, batch_seconds, device, normalization)
+        padded += sum(len(rows) * count_units(lengths[rows[0]], normalization) for rows in batches)
     return 1 - used / padded if padded else 0.0
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from usdm_sft.audio.frames import SAMPLE_RATE, num_frames
+from usdm_sft.audio.frames import SAMPLE_RATE, count_units, num_frames
 from usdm_sft.units.batches import Waveform, plan_batches
 from usdm_sft.units.model import UnitModel
 
@@ -21,6 +21,7 @@ def start_units(
     names: Sequence[str],
     batch_seconds: float,
     in_fp32: Callable[[list[Waveform], list[str]], list[np.ndarray]],
+    normalization: str = "fairseq",
 ) -> Callable[[], tuple[list[np.ndarray], list[int]]]:
     """Run waveforms through the unit model. On CUDA, this returns before the device has finished.
 
@@ -30,16 +31,17 @@ def start_units(
         names: Name of each waveform for error messages.
         batch_seconds: Seconds of audio, padding included, in one forward pass.
         in_fp32: Returns the units of waveforms, given with their names, whose features are not finite in this model.
+        normalization: How the waveforms were normalized.
 
     Returns:
-        A function that waits for the device and returns the units, one (num_frames,) uint16 array per waveform, and the
+        A function that waits for the device and returns the units, one (num_units,) uint16 array per waveform, and the
         indices of the waveforms whose units are those of `in_fp32`.
 
     Raises:
         MemoryError: The device has too little memory; the message names the setting to change.
     """
     device = model.centroids.device.type
-    batches = plan_batches([waveform.num_samples for waveform in waveforms], batch_seconds, device)
+    batches = plan_batches([waveform.num_samples for waveform in waveforms], batch_seconds, device, normalization)
     # Submit all batches before reading any result, so that the device never waits.
     results = [
         _forward(model, [waveforms[row] for row in rows], [names[row] for row in rows], batch_seconds)
@@ -51,8 +53,7 @@ def start_units(
         not_finite = []
         for rows, (units, finite) in zip(batches, results, strict=True):
             for row, row_units, row_finite in zip(rows, units.cpu().numpy(), finite.cpu().numpy(), strict=True):
-                # The appended sample may complete a frame, whose unit the reference outputs as well.
-                found[row] = row_units[: num_frames(len(waveforms[row].samples))]
+                found[row] = row_units[: count_units(waveforms[row].num_samples, normalization)]
                 if not row_finite:
                     not_finite.append(row)
         if not_finite:
@@ -70,6 +71,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     device = model.centroids.device
     padded = _pad([waveform.samples for waveform in batch], device)
+    # The frame that an appended sample completes is masked, although it has a unit.
     frames = torch.tensor([num_frames(waveform.num_samples) for waveform in batch], device="cpu")
     try:
         padded = padded.to(device, non_blocking=True)

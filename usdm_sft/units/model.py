@@ -7,6 +7,7 @@ and if a norm of the feature extractor covers the whole waveform, rows pass the 
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,17 +15,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel
 
-from usdm_sft.units.folder import read_description
+from usdm_sft.units.folder import ChangedError, copy_known, read_array, read_description, read_known_description
 from usdm_sft.units.precision import PRECISIONS, own_settings
 from usdm_sft.units.split_linear import SplitLinear, split_linear_layers
+from usdm_sft.utils.shared_memory import open_memory
 
 KMEANS_DISTANCES = 4096 * 10_000  # in memory at once, 160 MB: 4,096 frames times 10,000 centroids, or 625 times 65,536
+MAX_LAYERS = 128  # of a kind; the largest published models have 48
+_MAX_JSON_BYTES = 1 << 20
+_MAX_HEADER_BYTES = 1 << 24  # of .npy and safetensors
 
 
 class UnitModel(nn.Module):
@@ -86,20 +91,30 @@ class UnitModel(nn.Module):
         self.requires_grad_(False).eval()
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, precision: str = "fp32") -> UnitModel:
-        """Open a unit model folder; the weights are memory-mapped until they move to a device.
+    def from_pretrained(cls, folder: str | Path, precision: str = "fp32", *, digest: str | None = None) -> UnitModel:
+        """Load a unit model folder into memory. What is loaded has the digests of unit_model.json.
+
+        Args:
+            folder: The unit model folder.
+            precision: As in the class.
+            digest: The digest that the unit model was opened with; by default that of the folder.
 
         Raises:
+            ChangedError: The folder, or a file of it, was changed since then.
             ValueError: `convert` did not write the content, although the digests fit.
         """
         folder = Path(folder)
-        description = read_description(folder)
+        description = read_description(folder) if digest is None else read_known_description(folder, digest)
         try:
-            config = json.loads((folder / "config.json").read_text())
-            centroids = np.load(folder / "kmeans.npy", allow_pickle=False)
-            weights = load_file(folder / "model.safetensors")
-            _check_parts(config, weights, centroids, description)
+            config = json.loads(_read(folder, "config.json", description, _MAX_JSON_BYTES).getvalue())
+            _check_config(config, description["layer"])
+            kmeans_bytes = 4 * description["num_units"] * config["hidden_size"]
+            centroids = read_array(_read(folder, "kmeans.npy", description, kmeans_bytes + _MAX_HEADER_BYTES))
+            _check_centroids(centroids, config, description)
+            weights = _read_weights(folder, config, description)
             return cls(config, weights, centroids, precision, final_norm=description.get("final_norm", False))
+        except ChangedError:
+            raise
         except (ValueError, RuntimeError, RecursionError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
@@ -196,8 +211,12 @@ def empty_model(config: dict[str, Any]) -> Any:
         A transformers.Wav2Vec2Model or HubertModel.
 
     Raises:
-        ValueError: transformers cannot make a model from the config.
+        ValueError: transformers cannot make a model from the config, or it would have too many layers.
     """
+    numbers = [value for name, value in config.items() if name.endswith("_layers") and isinstance(value, int)]
+    numbers += [len(value) for value in config.values() if isinstance(value, list)]
+    if max(numbers, default=0) > MAX_LAYERS:
+        raise ValueError(f"the config has {max(numbers):,} layers of one kind, more than {MAX_LAYERS}: correct it")
     try:
         with torch.device("meta"):
             whole = AutoConfig.for_model(**({"model_type": "wav2vec2"} | config))
@@ -207,16 +226,42 @@ def empty_model(config: dict[str, Any]) -> Any:
         raise ValueError(f"the config is not that of a Wav2Vec2 or HuBERT model ({reason}): correct it") from error
 
 
-def _check_parts(
-    config: Any, weights: Mapping[str, torch.Tensor], centroids: np.ndarray, description: Mapping[str, Any]
-) -> None:
-    """Check an untrusted folder for content that would make the model huge or the units wrong."""
-    layer = description["layer"]
-    if not isinstance(config, dict) or config.get("num_hidden_layers") != layer or not 0 < layer <= len(weights):
-        raise ValueError(f"config.json is not of a model of {layer} layers")
+def _read(folder: Path, name: str, description: Mapping[str, Any], max_bytes: int) -> io.BytesIO:
+    memory = io.BytesIO()
+    copy_known(folder / name, description["files"][name], memory, max_bytes)
+    memory.seek(0)
+    return memory
+
+
+def _read_weights(folder: Path, config: dict[str, Any], description: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Read the tensors of model.safetensors, after their number and size were compared with those of the model."""
+    expected = empty_model(config).state_dict()
+    max_bytes = sum(tensor.nbytes for tensor in expected.values()) + _MAX_HEADER_BYTES
+    with open_memory() as memory:
+        copy_known(folder / "model.safetensors", description["files"]["model.safetensors"], memory, max_bytes)
+        if isinstance(memory, io.BytesIO):
+            weights = load(memory.getvalue())
+        else:
+            # The tensors are this memory itself, which stays after the descriptor is closed.
+            with safe_open(f"/proc/self/fd/{memory.fileno()}", framework="pt") as file:
+                if len(names := file.keys()) > len(expected):
+                    raise ValueError(f"model.safetensors has {len(names):,} tensors, the model {len(expected):,}")
+                weights = {name: file.get_tensor(name) for name in names}
     if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in weights.values()):
         raise ValueError("model.safetensors is not float32")
-    if centroids.dtype != np.float32 or centroids.shape != (description["num_units"], config.get("hidden_size")):
+    return weights
+
+
+def _check_config(config: Any, layer: int) -> None:
+    """Check the config of an untrusted folder for content that would make the model huge."""
+    if not isinstance(config, dict) or config.get("num_hidden_layers") != layer or not 0 < layer <= MAX_LAYERS:
+        raise ValueError(f"config.json is not of a model of {layer} layers")
+    if not isinstance(config.get("hidden_size"), int):
+        raise ValueError(f"config.json has hidden_size {config.get('hidden_size')!r}")
+
+
+def _check_centroids(centroids: np.ndarray, config: Mapping[str, Any], description: Mapping[str, Any]) -> None:
+    if centroids.dtype != np.float32 or centroids.shape != (description["num_units"], config["hidden_size"]):
         raise ValueError(
             f"kmeans.npy is {centroids.dtype} of shape {centroids.shape}, not {description['num_units']} float32 centroids"
         )

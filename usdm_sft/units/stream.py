@@ -22,7 +22,7 @@ def stream_units(unit_tokenizer: UnitTokenizer, sources: Iterable[str]) -> Itera
     such groups, or a longer file in place of one.
 
     Yields:
-        (num_frames,) uint16 units.
+        (num_units,) uint16 units.
 
     Raises:
         FileNotFoundError: An audio file does not exist. The units of all files before it were yielded.

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from usdm_sft.audio.frames import SAMPLE_RATE
+from usdm_sft.audio.frames import SAMPLE_RATE, TOO_LOUD, is_too_loud
 from usdm_sft.audio.reading import describe
 from usdm_sft.units import process
 from usdm_sft.units.batches import Waveform, prepare_waveform
 from usdm_sft.units.columns import distinct_audio, unit_columns
-from usdm_sft.units.folder import read_description, unit_model_digest
+from usdm_sft.units.folder import read_known_description, unit_model_digest
 from usdm_sft.units.hub import find_folder
 from usdm_sft.units.precision import check_cpu
 from usdm_sft.units.reading import READS, AudioReader, Source
@@ -136,12 +136,17 @@ class UnitTokenizer:
     @property
     def num_units(self) -> int:
         """Number of different units."""
-        return int(read_description(self.folder)["num_units"])
+        return int(self.description["num_units"])
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """unit_model.json of the folder; an error if it is of another unit model by now."""
+        return read_known_description(self.folder, self.digest)
 
     @cached_property
     def normalization(self) -> str:
         """How waveforms are normalized, a key of `batches.NORMALIZATIONS`."""
-        return str(read_description(self.folder).get("normalization", "fairseq"))
+        return str(self.description.get("normalization", "fairseq"))
 
     @property
     def model(self) -> UnitModel:
@@ -150,7 +155,8 @@ class UnitTokenizer:
         if self._model is None:
             from usdm_sft.units.model import UnitModel  # imports transformers, a second that opening can do without
 
-            self._model = UnitModel.from_pretrained(self.folder, self.settings["precision"]).to(self.device)
+            loaded = UnitModel.from_pretrained(self.folder, self.settings["precision"], digest=self.digest)
+            self._model = loaded.to(self.device)
         return self._model
 
     def release(self) -> None:
@@ -170,7 +176,7 @@ class UnitTokenizer:
                 `multiprocess.set_start_method("spawn")`.
 
         Returns:
-            Two columns for each audio column. For `user_audio`, they are `user_units`, a (num_frames,) uint16 array per
+            Two columns for each audio column. For `user_audio`, they are `user_units`, a (num_units,) uint16 array per
             recording, and `user_seconds`, its length at 16 kHz as float32; for `audio`, `units` and `seconds`.
 
         Raises:
@@ -191,7 +197,7 @@ class UnitTokenizer:
             sources: Paths or file contents.
 
         Returns:
-            Units, one (num_frames,) uint16 array per file, and the lengths in seconds, (num_files,) float32.
+            Units, one (num_units,) uint16 array per file, and the lengths in seconds, (num_files,) float32.
         """
         return self.start_files(sources)()
 
@@ -244,11 +250,14 @@ class UnitTokenizer:
         return self.start_reader() if self._reader is None else self._reader
 
     def tokenize_waveforms(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Return the units of (num_samples,) float32 mono waveforms at 16 kHz, one (num_frames,) uint16 array each."""
+        """Return the units of (num_samples,) float32 mono waveforms at 16 kHz, one (num_units,) uint16 array each."""
         self._notice_fork()
         names = [f"waveform {i}" for i in range(len(waveforms))]
-        tensors = (torch.from_numpy(np.ascontiguousarray(waveform, dtype=np.float32)) for waveform in waveforms)
-        return self._tokenize(self._prepare(tensors, names), names)[0]
+        arrays = [np.ascontiguousarray(waveform, dtype=np.float32) for waveform in waveforms]
+        for name, array in zip(names, arrays, strict=True):
+            if is_too_loud(array):
+                raise ValueError(f"{name} {TOO_LOUD}: scale it to -1 to 1")
+        return self._tokenize(self._prepare(map(torch.from_numpy, arrays), names), names)[0]
 
     def _prepare(self, waveforms: Iterable[torch.Tensor], names: Sequence[str]) -> list[Waveform]:
         # torchaudio resamples with a convolution, which the caller's autocast would change.
@@ -260,7 +269,8 @@ class UnitTokenizer:
     ) -> Callable[[], tuple[list[np.ndarray], list[int]]]:
         from usdm_sft.units.forward import start_units  # imports transformers, as above
 
-        return start_units(self.model, waveforms, names, self.settings["batch_seconds"], self._tokenize_in_fp32)
+        seconds = self.settings["batch_seconds"]
+        return start_units(self.model, waveforms, names, seconds, self._tokenize_in_fp32, self.normalization)
 
     def _tokenize(self, waveforms: Sequence[Waveform], names: Sequence[str]) -> tuple[list[np.ndarray], list[int]]:
         """Return the units of each waveform, and the indices of those that overflowed and have the units of fp32."""
