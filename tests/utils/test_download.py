@@ -307,4 +307,4 @@ def test_two_processes_download_a_split_list_once(server, tmp_path):
     server.pause.set()
     assert [each.communicate(timeout=60)[0] for each in both] == ["10240\n", "10240\n"]
     assert server.asked == [(None, None)]
-    assert sorted(each.name for each in (tmp_path / "split_lists").iterdir()) == [".probe", "lock", "train_phone.txt"]
+    assert sorted(each.name for each in (tmp_path / "split_lists").iterdir()) == ["lock", "train_phone.txt"]

@@ -8,7 +8,6 @@ every file and every source). XLS-R 1B needs 35 of its 48 layers: 2.8 GB instead
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -19,8 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from usdm_sft.audio.frames import SAMPLE_RATE
-from usdm_sft.cache.keys import cache_root
-from usdm_sft.cache.locks import path_lock
+from usdm_sft.cache.locks import file_lock
 from usdm_sft.convert.keys import to_transformers
 from usdm_sft.convert.model_config import XLSR_1B, XLSR_LAYER, cut_config
 from usdm_sft.convert.transformers_folder import (
@@ -32,6 +30,7 @@ from usdm_sft.convert.transformers_folder import (
 from usdm_sft.template.tokenizer import MAX_UNITS
 from usdm_sft.units.folder import DESCRIPTION, FILES, read_description
 from usdm_sft.units.model import empty_model
+from usdm_sft.utils.atomic import SUFFIX, remove_path, replace_path
 from usdm_sft.utils.hashes import sha256_file
 from usdm_sft.utils.json_files import read_json
 from usdm_sft.utils.texts import first_line
@@ -76,7 +75,9 @@ def convert(
     config, settings, sources = _read_settings(checkpoint, model_config, layer, final_norm=final_norm)
     description: dict[str, Any] = {"format_version": 1, "layer": layer, "sample_rate": SAMPLE_RATE, **settings}
     description["sources"] = {name: sha256_file(path) for name, path in (sources | {"kmeans": kmeans}).items()}
-    with path_lock(folder, cache_root()):
+    if _made_from(folder, description, config):  # perhaps where nothing can be written
+        return folder
+    with file_lock(folder.with_name(f".{folder.name}.lock"), option="unit_model_dir"):  # beside it: caches may differ
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             if _made_from(folder, description, config):
                 return folder
@@ -115,8 +116,8 @@ def _read_settings(
 def _write(
     folder: Path, description: dict[str, Any], config: dict[str, Any], centroids: np.ndarray, weights: dict[str, Any]
 ) -> Path:
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = folder.with_name(folder.name + SUFFIX)
+    remove_path(unfinished)
     unfinished.mkdir(parents=True)
     (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
@@ -128,7 +129,7 @@ def _write(
         "files": {name: sha256_file(unfinished / name) for name in FILES},
     }
     (unfinished / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
-    os.replace(unfinished, folder)
+    replace_path(unfinished, folder)
     return folder
 
 
