@@ -75,19 +75,16 @@ def convert(
     config, settings, sources = _read_settings(checkpoint, model_config, layer, final_norm=final_norm)
     description: dict[str, Any] = {"format_version": 1, "layer": layer, "sample_rate": SAMPLE_RATE, **settings}
     description["sources"] = {name: sha256_file(path) for name, path in (sources | {"kmeans": kmeans}).items()}
-    if _made_from(folder, description, config):  # perhaps where nothing can be written
+    if _is_finished(folder, description, config):
         return folder
-    with file_lock(folder.with_name(f".{folder.name}.lock"), option="unit_model_dir"):  # beside it: caches may differ
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            if _made_from(folder, description, config):
-                return folder
-            raise FileExistsError(
-                f"{folder} exists and was not made from these files and settings, or was changed: "
-                "remove it or name another folder"
-            )
-        centroids = _read_kmeans(kmeans, config)
-        read_weights = read_folder_weights if checkpoint.is_dir() else _read_weights
-        return _write(folder, description, config, centroids, read_weights(checkpoint, config))
+    lock_file = folder.with_name(f".{folder.name}.lock")  # beside the folder: two runs may have different caches
+    with file_lock(lock_file, option="unit_model_dir"):
+        if not _is_finished(folder, description, config):  # otherwise another run was faster
+            centroids = _read_kmeans(kmeans, config)
+            read_weights = read_folder_weights if checkpoint.is_dir() else _read_weights
+            _write(folder, description, config, centroids, read_weights(checkpoint, config))
+        lock_file.unlink(missing_ok=True)  # who gets a lock from now on finds the finished folder
+    return folder
 
 
 def _read_settings(
@@ -115,7 +112,7 @@ def _read_settings(
 
 def _write(
     folder: Path, description: dict[str, Any], config: dict[str, Any], centroids: np.ndarray, weights: dict[str, Any]
-) -> Path:
+) -> None:
     unfinished = folder.with_name(folder.name + SUFFIX)
     remove_path(unfinished)
     unfinished.mkdir(parents=True)
@@ -130,19 +127,29 @@ def _write(
     }
     (unfinished / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
     replace_path(unfinished, folder)
-    return folder
 
 
-def _made_from(folder: Path, description: dict[str, Any], config: dict[str, Any]) -> bool:
+def _is_finished(folder: Path, description: dict[str, Any], config: dict[str, Any]) -> bool:
+    """Return True for the finished unit model folder, and False for one that can be written.
+
+    Raises:
+        FileExistsError: The folder has other content.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
     try:
         found = read_description(folder)
-        return (
+        if (
             {name: value for name, value in found.items() if name not in ("num_units", "files")} == description
             and all(sha256_file(folder / name) == digest for name, digest in found["files"].items())
             and read_json(folder / "config.json") == config
-        )
+        ):
+            return True
     except (FileNotFoundError, ValueError):
-        return False
+        pass
+    raise FileExistsError(
+        f"{folder} exists and was not made from these files and settings, or was changed: remove it or name another folder"
+    )
 
 
 def _read_config(path: str | Path | None, layer: int, *, final_norm: bool = False) -> dict[str, Any]:
