@@ -4,11 +4,13 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -27,6 +29,25 @@ def content(folder):
 def inodes(folder, pattern):
     """The inode of every matching file; a file that is written again gets another one."""
     return {path: path.stat().st_ino for path in folder.glob(pattern)}
+
+
+@contextlib.contextmanager
+def record_states(folder, states):
+    """Copy a folder before each change of a name: the copies `states/000` and so on are what a run leaves if it is killed there."""
+    states.mkdir()
+
+    def recorded(change):
+        def wrapper(*args, **options):
+            if folder.is_dir():
+                shutil.copytree(folder, states / f"{len(list(states.iterdir())):03d}", symlinks=True)
+            return change(*args, **options)
+
+        return wrapper
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("replace", "rename", "unlink", "rmdir"):
+            patch.setattr(os, name, recorded(getattr(os, name)))
+        yield
 
 
 def page_data(page):

@@ -29,7 +29,7 @@ def finished_shards(root):
 
 def count_files(root):
     """Count shards and unfinished output files. glob.glob tolerates that the run removes folders; Path.glob does not."""
-    return sum(len(glob.glob(f"{root}/{part}")) for part in ("cache/*/*.arrow", "out/.unfinished/*/*"))
+    return sum(len(glob.glob(f"{root}/{part}")) for part in ("cache/*/*.arrow", "out/.unfinished/*/*/*"))
 
 
 @pytest.mark.slow

@@ -84,6 +84,31 @@ def test_load_dataset_opens_the_folder(run, tmp_path, streaming):
 
 
 @pytest.mark.loading
+@pytest.mark.slow
+def test_load_dataset_reads_a_folder_again_when_rows_change(run, mini, tmp_path):
+    """datasets finds rows in its cache by the last name of the folder and the YAML of the card."""
+
+    def count(output, words):
+        """The number of texts with these words, in the rows and in the utterances."""
+        found = []
+        for config, column in (("single_turn", "user_text"), ("utterances", "text")):
+            loaded = datasets.load_dataset(str(output), config, split="train", cache_dir=str(tmp_path / "datasets"))
+            found.append(sum(words in text for text in loaded.data[column].to_pylist()))
+        return found
+
+    corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
+    first, _ = run("a/data", keep_audio=True, data_dir=str(corpus))
+    assert count(first, "less sun") == [1, 1]
+    text = (corpus / "train.txt").read_text()
+    (corpus / "train.txt").write_text(text.replace("less sun", "more sun"))
+    run("a/data", keep_audio=True, data_dir=str(corpus), overwrite=True)
+    assert (count(first, "less sun"), count(first, "more sun")) == ([0, 0], [1, 1])
+    (corpus / "train.txt").write_text(text.replace("less sun", "some sun"))
+    second, _ = run("b/data", keep_audio=True, data_dir=str(corpus))
+    assert count(second, "some sun") == [1, 1]
+
+
+@pytest.mark.loading
 def test_folder_is_enough_for_another_template_run(run, encoder, tmp_path):
     output, _ = run()
     rows = datasets.load_dataset(str(output), split="train", cache_dir=str(tmp_path / "datasets"))

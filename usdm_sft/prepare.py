@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usdm_sft.cache.keys import cache_key, cache_root
-from usdm_sft.cache.locks import path_lock
 from usdm_sft.config.prepare_config import PrepareConfig
-from usdm_sft.dataset_folder.layout import check_output, clear_unfinished, is_up_to_date, read_counts
+from usdm_sft.dataset_folder.layout import find_finished, lock_output
 from usdm_sft.dataset_folder.writer import write_folder
 from usdm_sft.shards.rows import load_rows
 from usdm_sft.shards.units import make_units
@@ -115,8 +114,9 @@ def _make(config: PrepareConfig, stages: Stages, held: ExitStack) -> tuple[dict[
     engine, pool = held.enter_context(_open_pool(config))
     run = open_run(config, stages, pool=pool)
     counts = describe_run(run)
-    if (finished := _find_finished(run, counts["key"])) is not None:
-        return finished, False
+    with lock_output(run.output):
+        if (finished := find_finished(run.output, counts, overwrite=config.overwrite)) is not None:
+            return finished, False
     held.enter_context(mark_in_use(run))
     stages.start("rows")
     rows, settings = load_rows(run.builder), run.unit_tokenizer.settings
@@ -140,10 +140,11 @@ def _make(config: PrepareConfig, stages: Stages, held: ExitStack) -> tuple[dict[
         "agreement": agreement,
         "splits": split_counts,
     }
-    if (finished := _find_finished(run, counts["key"])) is not None:  # another run was faster
-        return finished, False
     utterances = {split: UtteranceFiles(run.builder, split, run.plan, units) for split in splits}
-    with path_lock(run.output, run.cache), quiet():
+    with lock_output(run.output), quiet():
+        # Another run may have finished the folder meanwhile, and is replaced only with `overwrite`.
+        if (finished := find_finished(run.output, counts, overwrite=config.overwrite)) is not None:
+            return finished, False
         counts = write_folder(
             run.output,
             config.config_name,
@@ -156,17 +157,6 @@ def _make(config: PrepareConfig, stages: Stages, held: ExitStack) -> tuple[dict[
             utterances=utterances if config.keep_audio else None,
         )
     return counts, True
-
-
-def _find_finished(run: Run, key: str) -> dict[str, Any] | None:
-    """The counts of an output folder that the same run finished; other content is refused."""
-    with path_lock(run.output, run.cache):
-        if is_up_to_date(run.output, key):
-            clear_unfinished(run.output)
-            logger.info("%s is finished already, with the same settings and data: nothing was done", run.output)
-            return read_counts(run.output)
-        check_output(run.output, overwrite=run.config.overwrite, finished_too=True)
-        return None
 
 
 def _tokenize_audio(run: Run, engine: Engine | None) -> tuple[dict[str, Any] | None, dict[str, Path]]:

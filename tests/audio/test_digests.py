@@ -75,6 +75,13 @@ def test_file_that_appears_after_its_time_was_asked_for_is_not_remembered(tmp_pa
     assert audio_digests([path], tmp_path / "cache")[path].problem == "does not exist"
 
 
+def test_memo_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "digests.sqlite").symlink_to(tmp_path / "precious")
+    file_digest(write_wav(tmp_path / "a.wav"), tmp_path / "cache")
+    assert not (tmp_path / "precious").exists() and not (tmp_path / "cache" / "digests.sqlite").is_symlink()
+
+
 def test_file_digest_does_not_replace_the_check_of_audio(tmp_path, reads, settled):
     path = write_wav(tmp_path / "a.wav")
     file_digest(path, tmp_path / "cache")

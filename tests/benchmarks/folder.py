@@ -24,8 +24,10 @@ from tests.helpers import DEMO
 from usdm_sft.convert.convert import convert
 from usdm_sft.corpus.features import TRAINER_COLUMNS, folder_features
 from usdm_sft.dataset_folder.export import export
+from usdm_sft.dataset_folder.layout import COUNTS, data_files, read_layout
+from usdm_sft.dataset_folder.statistics import compute_statistics
 from usdm_sft.dataset_folder.verify import verify
-from usdm_sft.dataset_folder.writer import replace_pictures, write_folder
+from usdm_sft.dataset_folder.writer import write_folder
 from usdm_sft.prepare import prepare
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import NUM_UNITS, load_tokenizer
@@ -122,10 +124,11 @@ def main() -> None:
             make.join()
         counts = json.loads((folder / "counts.json").read_text())
         num_rows = sum(split["rows"] for split in counts["statistics"].values())
+        files, layout = data_files(folder, counts), read_layout(folder / COUNTS, counts)
 
         runs = {
             "verify": lambda num_proc: verify(folder, num_proc=num_proc),
-            "statistics and pictures": lambda num_proc: replace_pictures(folder, num_proc=num_proc),
+            "statistics": lambda num_proc: compute_statistics(files, layout, num_proc=num_proc),
             "export usdm": lambda num_proc: export(folder, Path(work) / "usdm", num_proc=num_proc),
             "export megatron": lambda num_proc: export(
                 folder, Path(work) / "packs", format="megatron", num_proc=num_proc

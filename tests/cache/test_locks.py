@@ -4,13 +4,13 @@ import os
 from types import SimpleNamespace
 
 import pytest
-from filelock import FileLock
 
 from tests.helpers import command
 from usdm_sft.cache import locks
 from usdm_sft.cache.locks import file_lock, find_local_locks, lock_problem, path_lock
 from usdm_sft.cache.shard_cache import ShardCache
 from usdm_sft.cli.main import main
+from usdm_sft.convert.published import find_unit_model
 from usdm_sft.stages import record
 
 
@@ -35,8 +35,7 @@ FAULTS = [
 
 def test_locks_that_exclude_work(tmp_path):
     assert lock_problem(tmp_path) is None
-    with FileLock(tmp_path / ".probe"):  # as by another process that probes now
-        assert lock_problem(tmp_path) is None
+    assert not list(tmp_path.iterdir())
     with file_lock(tmp_path / "new" / "lock") as lock:
         assert lock.is_locked
 
@@ -60,6 +59,27 @@ def test_locks_are_checked_once_per_folder(tmp_path, monkeypatch):
     file_lock(tmp_path / "one")
     monkeypatch.setattr(fcntl, "flock", succeed)
     file_lock(tmp_path / "two")
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_cache_that_cannot_be_written_names_the_option(tmp_path, monkeypatch, number):
+    """Tests may run as root, who may write anywhere."""
+
+    def refuse(*args, **options):
+        raise OSError(number, os.strerror(number))
+
+    def message(folder, option):
+        return rf"^{folder} cannot be written \({os.strerror(number)}\): name another folder with {option}$"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(locks.tempfile, "NamedTemporaryFile", refuse)
+        with pytest.raises(OSError, match=message(tmp_path / "locks", "--cache_dir or HF_HOME")):
+            path_lock(tmp_path / "out", tmp_path)
+    monkeypatch.setattr(locks.Path, "mkdir", refuse)
+    with pytest.raises(OSError, match=message(tmp_path / "new" / "units" / "locks", "--cache_dir or HF_HOME")):
+        ShardCache(tmp_path / "new" / "units").claim("key")
+    with pytest.raises(OSError, match=message(tmp_path / "new", "--model_cache_dir or HF_HOME")):
+        find_unit_model("xlsr2_1b_v2", tmp_path / "new")
 
 
 def test_prepare_without_locks_gives_one_line_and_computes_nothing(mini, unit_model, tmp_path, monkeypatch, capsys):

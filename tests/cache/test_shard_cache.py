@@ -151,3 +151,21 @@ def test_keys_with_a_common_prefix_do_not_wait_for_each_other(tmp_path):
 
 def test_key_depends_on_values_but_not_on_the_order_of_names():
     assert cache_key("a", {"x": 1, "y": 2}) == cache_key("a", {"y": 2, "x": 1}) != cache_key("a", {"x": 1})
+
+
+def test_links_among_the_files_are_not_followed(tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("mine")
+    level = ShardCache(tmp_path / "level")
+    (tmp_path / "level" / "locks").mkdir(parents=True)
+    (tmp_path / "level" / "locks" / "key.finished").symlink_to(tmp_path / "precious" / "thesis.txt")
+    (tmp_path / "level" / "key.unfinished").symlink_to(tmp_path / "precious")
+    made = level.make("key", writer(b"one"))
+    assert level.find("key") == made and made.read_bytes() == b"one"
+    assert [path.name for path in (tmp_path / "precious").iterdir()] == ["thesis.txt"]
+    assert (tmp_path / "precious" / "thesis.txt").read_text() == "mine"
+    (tmp_path / "level" / "locks" / "lock").symlink_to(tmp_path / "precious" / "thesis.txt")
+    with pytest.raises(
+        OSError, match=r"locks/lock is a link, and the lock of one run must not change another file: rem"
+    ):
+        level.lock("lock")

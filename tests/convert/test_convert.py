@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from transformers import Wav2Vec2Config, Wav2Vec2Model
 
@@ -104,6 +105,29 @@ def test_simultaneous_conversions_take_turns(tmp_path):
         folders = list(threads.map(lambda _: convert_small(tmp_path / "model"), range(4)))
     assert folders == [tmp_path / "model"] * 4
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_lock_does_not_depend_on_the_cache(tmp_path, monkeypatch):
+    """A run with another cache would remove what this one has written."""
+    write = module._write
+
+    def write_locked(*args):
+        with pytest.raises(Timeout):
+            FileLock(tmp_path / ".model.lock").acquire(timeout=0)
+        write(*args)
+
+    monkeypatch.setattr(module, "_write", write_locked)
+    convert_small(tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_link_beside_the_folder_is_not_followed(tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("mine")
+    (tmp_path / "model.unfinished").symlink_to(tmp_path / "precious")
+    convert_small(tmp_path / "model")
+    assert (tmp_path / "precious" / "thesis.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "precious"]
 
 
 class Evil:

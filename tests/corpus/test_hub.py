@@ -16,7 +16,7 @@ import pytest
 import soundfile
 from huggingface_hub import constants
 
-from tests.helpers import REPOSITORY
+from tests.helpers import REPOSITORY, content
 from tests.mini_hub import serve
 from usdm_sft.corpus.hub import check_data_files, fetch_corpus
 from usdm_sft.corpus.problems import CorpusError
@@ -116,6 +116,49 @@ def test_path_beside_audio_bytes_is_ignored(snapshot, tmp_path, monkeypatch):
     for utterance, seed in zip(dialog.utterances, (3, 4), strict=True):
         with open(utterance.audio, "rb") as file:
             assert file.read() == wav(seed)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def damage_recording(manifest):
+    flip(manifest.parent / hashlib.sha256(wav(4)).hexdigest())
+
+
+def lose_recording(manifest):
+    (manifest.parent / hashlib.sha256(wav(4)).hexdigest()).unlink()
+
+
+def lose_last_row(manifest):
+    manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:-1]))
+
+
+def interrupt(manifest):
+    """Leave what a power cut may leave before the record is written: recordings without their bytes."""
+    (manifest.parent / "manifest.sha256").unlink()
+    manifest.write_bytes(b"")
+    (manifest.parent / hashlib.sha256(wav(4)).hexdigest()).write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [damage_recording, lose_recording, flip, lose_last_row, interrupt])
+def test_damage_in_the_cache_is_found_and_made_good(snapshot, tmp_path, monkeypatch, caplog, damage):
+    audio = {"bytes": wav(4), "path": None}
+    [manifest] = fetch(audio, tmp_path, monkeypatch).values()
+    before = content(manifest.parent)
+    assert before.keys() == {
+        "manifest.jsonl", "manifest.sha256", *(hashlib.sha256(wav(seed)).hexdigest() for seed in (3, 4))
+    }  # fmt: skip
+    damage(manifest)
+    assert content(manifest.parent) != before
+    assert fetch(audio, tmp_path, monkeypatch) == {"train": manifest}
+    assert content(manifest.parent) == before
+    assert ("was damaged after it was written: making it again" in caplog.text) == (damage is not interrupt)
+    with monkeypatch.context() as patch:  # nothing is written when all is whole
+        patch.setattr("usdm_sft.corpus.hub.write_then_replace", None)
+        assert fetch(audio, tmp_path, monkeypatch) == {"train": manifest}
 
 
 def test_recording_in_a_binary_column_is_read(snapshot, tmp_path, monkeypatch):

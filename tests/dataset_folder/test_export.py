@@ -1,6 +1,7 @@
 """Exports for other trainers hold the ids and labels of the folder, in the form that each trainer reads."""
 
 import itertools
+import os
 
 import datasets
 import numpy as np
@@ -9,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.dataset_folder.test_verify import FILE, edit_counts, relabel, rewrite
-from tests.helpers import content
+from tests.helpers import content, record_states
 from usdm_sft.cli.main import main
 from usdm_sft.dataset_folder.export import export
+from usdm_sft.utils.atomic import replace_path
 
 ARROW = {"input_ids": "int32", "labels": "int32", "attention_mask": "int8"}
 
@@ -131,3 +133,63 @@ def test_megatron_row_groups(folder_copy, tmp_path, monkeypatch):
     assert np.concatenate(file.read()["input_ids"].to_pylist()).tolist() == [
         token for row in load_rows(folder_copy, "train") for token in row["input_ids"]
     ]
+
+
+NAMES = {
+    "usdm": ("train.txt", "test.txt"),
+    "arrow": ("train", "test", "dataset_dict.json"),
+    "megatron": ("train.idx.parquet", "test.idx.parquet"),
+}
+
+
+@pytest.mark.parametrize("format", NAMES)
+def test_killed_export_can_be_repeated(dataset_folder, tmp_path, format):
+    """From the state before each rename and removal, that of the new files included."""
+    with record_states(tmp_path / "out", tmp_path / "states"):
+        export(dataset_folder, tmp_path / "out", format=format)
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(NAMES[format])
+    expected = {name: data for name, data in content(tmp_path / "out").items() if not name.endswith(".json")}
+    states = {tuple(sorted(os.listdir(state))): state for state in sorted((tmp_path / "states").iterdir())}
+    assert len(states) >= len(NAMES[format])
+    for state in states.values():
+        assert export(dataset_folder, state, format=format) == {"train": 10, "test": 3}
+        found = content(state)
+        assert {name: found[name] for name in expected} == expected
+        assert sorted(os.listdir(state)) == sorted(NAMES[format])
+
+
+def test_interrupted_move_leaves_an_empty_folder(dataset_folder, tmp_path, monkeypatch):
+    def interrupt(unfinished, path):
+        if path.name == "dataset_dict.json":
+            raise KeyboardInterrupt
+        replace_path(unfinished, path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("usdm_sft.dataset_folder.export.replace_path", interrupt)
+        export(dataset_folder, tmp_path / "arrow", format="arrow")
+    assert list((tmp_path / "arrow").iterdir()) == []
+    assert export(dataset_folder, tmp_path / "arrow", format="arrow") == {"train": 10, "test": 3}
+
+
+def test_arrow_keeps_files_beside_those_of_a_killed_export(dataset_folder, tmp_path):
+    (tmp_path / "arrow" / ".unfinished").mkdir(parents=True)
+    (tmp_path / "arrow" / "note.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not empty: name another folder"):
+        export(dataset_folder, tmp_path / "arrow", format="arrow")
+    assert (tmp_path / "arrow" / "note.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("format", NAMES)
+def test_export_follows_no_link(dataset_folder, tmp_path, format):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("mine")
+    (tmp_path / "out").mkdir()
+    names = [".unfinished"] if format == "arrow" else [f".unfinished-{format}"]
+    if format != "arrow":
+        for name in (NAMES[format][0], f"{NAMES[format][1]}.unfinished"):
+            (tmp_path / "out" / name).symlink_to(tmp_path / "precious" / "thesis.txt")
+    for name in names:
+        (tmp_path / "out" / name).symlink_to(tmp_path / "precious")
+    export(dataset_folder, tmp_path / "out", format=format)
+    assert content(tmp_path / "precious") == {"thesis.txt": b"mine"}
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from tests.helpers import content
 from usdm_sft.cli.main import main
 from usdm_sft.dataset_folder import pictures
 from usdm_sft.dataset_folder.layout import data_files, read_counts
@@ -70,37 +71,54 @@ def test_statistics_equal_those_of_the_rows(dataset_folder, rows):
         assert found["distributions"]["labelled share"]["max"] == pytest.approx(max(shares), abs=1e-4)
 
 
-def test_stats_prints_the_numbers_and_draws_the_pictures_of_the_card(folder_copy, rows, capsys):
+def test_stats_prints_the_numbers_and_draws_the_pictures_of_the_card(folder_copy, rows, tmp_path, capsys):
     card = (folder_copy / "README.md").read_text()
-    before = {name: (folder_copy / "pictures" / name).read_bytes() for name in CAPTIONS}
-    counts = (folder_copy / "counts.json").read_text()
-    for name in CAPTIONS:
-        assert f"](pictures/{name})" in card
-        (folder_copy / "pictures" / name).unlink()
-    main(["stats", str(folder_copy)])
+    main(["stats", str(folder_copy), "--out", str(tmp_path / "new" / "plots")])
     out = capsys.readouterr().out.splitlines()
+    assert out[-1] == f"pictures: {tmp_path / 'new' / 'plots'}"
     assert ["rows", "10", "3"] in [line.split() for line in out]
     bars = out[out.index("tokens per row, train") + 1 : out.index("tokens per row, test") - 1]
     assert sum(int(bar.split()[-1]) for bar in bars) == 10 and max(bar.count("#") for bar in bars) == 40
     tokens = sum(len(row["input_ids"]) for row in rows["train"])
     assert next(line.split() for line in out if line.startswith("tokens "))[1] == f"{tokens:,}"
-    assert {name: (folder_copy / "pictures" / name).read_bytes() for name in CAPTIONS} == before
-    assert (folder_copy / "counts.json").read_text() == counts
-
-
-def test_pictures_are_not_blank_and_ignore_the_users_settings(folder_copy):
-    before = {name: (folder_copy / "pictures" / name).read_bytes() for name in CAPTIONS}
-    with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 30}):
-        main(["stats", str(folder_copy)])
+    assert {path.name for path in (tmp_path / "new" / "plots").iterdir()} == CAPTIONS.keys()
     for name in CAPTIONS:
-        assert (folder_copy / "pictures" / name).read_bytes() == before[name]
-        assert np.asarray(Image.open(folder_copy / "pictures" / name)).std() > 10
+        assert f"](pictures/{name})" in card
+        assert (tmp_path / "new" / "plots" / name).read_bytes() == (folder_copy / "pictures" / name).read_bytes()
 
 
-def test_digests_of_pictures_from_another_matplotlib_are_recorded(folder_copy, monkeypatch):
+def test_pictures_are_not_blank_and_ignore_the_users_settings(folder_copy, tmp_path):
+    with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 30}):
+        main(["stats", str(folder_copy), "--out", str(tmp_path / "plots")])
+    for name in CAPTIONS:
+        assert (tmp_path / "plots" / name).read_bytes() == (folder_copy / "pictures" / name).read_bytes()
+        assert np.asarray(Image.open(tmp_path / "plots" / name)).std() > 10
+
+
+@pytest.fixture
+def snapshot(folder_copy, tmp_path):
+    """The dataset folder as `snapshot_download` lays it out: each file is a link to a blob."""
+    (tmp_path / "blobs").mkdir()
+    for number, path in enumerate(sorted(path for path in folder_copy.rglob("*") if path.is_file())):
+        path.rename(tmp_path / "blobs" / str(number))
+        path.symlink_to(tmp_path / "blobs" / str(number))
+    return folder_copy
+
+
+def test_stats_changes_no_file_of_the_folder(snapshot, tmp_path, monkeypatch):
+    """Another version of matplotlib draws other bytes; the files are those of the Hub's cache."""
+    before = content(snapshot)
     monkeypatch.setattr(pictures, "_DPI", 50)
-    main(["stats", str(folder_copy)])
-    assert verify(folder_copy) == {"train": 10, "test": 3}
+    main(["stats", str(snapshot)])
+    assert content(snapshot) == before
+    assert all(path.is_symlink() for path in snapshot.rglob("*") if path.is_file())
+    (tmp_path / "plots").mkdir()
+    for name in ("lengths.png", "labels.png.unfinished"):
+        (tmp_path / "plots" / name).symlink_to(tmp_path / "blobs" / "0")
+    main(["stats", str(snapshot), "--out", str(tmp_path / "plots")])
+    assert content(snapshot) == before
+    assert not any(path.is_symlink() for path in (tmp_path / "plots").iterdir())
+    assert verify(snapshot) == {"train": 10, "test": 3}
 
 
 def test_statistics_of_shuffled_rows_in_several_files(dataset_folder):

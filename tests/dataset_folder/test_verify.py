@@ -323,6 +323,16 @@ def test_card_that_names_other_data_files_is_refused(folder_copy):
         verify(folder_copy)
 
 
+@pytest.mark.parametrize("change", [lambda line: "", lambda line: line.replace(line.split()[-1], "0" * 64)])
+def test_card_without_the_digest_of_the_data_is_refused(folder_copy, change):
+    """`load_dataset` would give rows of its cache that another folder has."""
+    card = (folder_copy / "README.md").read_text()
+    [line] = re.findall(r"^  description: sha256 of the data files: [0-9a-f]{64}\n", card, re.MULTILINE)
+    replace_file(folder_copy, "README.md", card.replace(line, change(line)).encode())
+    with pytest.raises(ValueError, match=r"README\.md does not have .*its configs are not the data files of counts"):
+        verify(folder_copy)
+
+
 def test_card_without_features_is_refused(folder_copy):
     head, _, _ = (folder_copy / "README.md").read_text().partition("dataset_info:")
     replace_file(folder_copy, "README.md", f"{head}---\n".encode())

@@ -111,3 +111,12 @@ def test_example_in_a_terminal_and_page_in_the_browser(dataset_folder, tmp_path,
 def test_folder_of_the_demo_may_be_left_out():
     assert make_parser().parse_args(["demo"]).demo.demo_dir == "dailytalk-usdm-demo"
     assert make_parser().parse_args(["demo", "there"]).demo.demo_dir == "there"
+
+
+def test_link_in_the_folder_is_refused(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "dataset").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError, match=r"demo/dataset is a link, which the demo does not follow: name another"):
+        run_demo(tmp_path / "demo")
+    assert not list((tmp_path / "elsewhere").iterdir())

@@ -110,7 +110,7 @@ def check_killed_tasks_and_vanished_files(mini, unit_model, folder, armed, undis
         vanished, *others = sorted(path for path in folder.glob(made) if was_finished_by_a_living_task(path))
         vanished.unlink()
         kept |= {path: path.stat().st_ino for path in others}
-    stage = make_until_a_task_dies(arguments, armed, "out/.unfinished/single_turn/")
+    stage = make_until_a_task_dies(arguments, armed, "/single_turn/")
     without_a_file, without_results, whole = sorted(int(path.name) for path in stage.glob("completions/*"))
     next(calls.read_results(stage, without_a_file)).path.unlink()
     kept |= inodes(folder, "cache/*/*.arrow")

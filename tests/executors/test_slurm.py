@@ -197,7 +197,7 @@ def test_files_that_vanish_between_stages_are_made_again(
         "cache/executor/*/results/00001.sha256",  # of recordings
         "cache/units/*.arrow",
         "cache/tokens/*.arrow",
-        "out/.unfinished/single_turn/*.parquet",
+        "out/.unfinished/*/single_turn/*.parquet",
     ]
     while len(queue.states) < len(queue.scripts()):
         queue.run_next()

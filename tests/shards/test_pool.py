@@ -88,7 +88,7 @@ def test_script_without_a_main_guard(mini, unit_model, tmp_path, undisturbed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pattern", ["cache/tokens/*.arrow", "out/.unfinished/single_turn/*.parquet"])
+@pytest.mark.parametrize("pattern", ["cache/tokens/*.arrow", "out/.unfinished/*/single_turn/*.parquet"])
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_run_ends_its_processes_and_is_resumed(
     mini, unit_model, tmp_path, undisturbed, pattern, signal_number

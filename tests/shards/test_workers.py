@@ -241,7 +241,7 @@ KILL_POINTS = (  # when the first, fourth and last unit shard, the second token 
     ("cache/units/*.arrow", 4),
     ("cache/units/*.arrow", 6),
     ("cache/tokens/*.arrow", 2),
-    ("out/.unfinished/single_turn/*.parquet", 5),
+    ("out/.unfinished/*/single_turn/*.parquet", 5),
 )
 
 

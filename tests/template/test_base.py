@@ -76,12 +76,15 @@ def test_transformers_4_gives_the_same_ids(base, tmp_path):
 
 
 def test_command_makes_a_folder_that_prepare_takes(base, tmp_path, capsys):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "out.unfinished").symlink_to(tmp_path / "precious")  # a link is removed, as what a killed run left
     main(["tokenizer", str(base), str(tmp_path / "out"), "--num_units", "20"])
     loaded = load_tokenizer(tmp_path / "out")
     first = loaded.convert_tokens_to_ids("<|unit0|>")
     assert capsys.readouterr().out == (
         f"{tmp_path / 'out'} has {len(loaded)} tokens; units have the ids {first} to {first + 19}\n"
     )
+    assert list((tmp_path / "precious").iterdir()) == [] and not (tmp_path / "out.unfinished").is_symlink()
     with pytest.raises(SystemExit, match="1"):
         main(["tokenizer", str(base), str(tmp_path / "out")])
     assert "is not empty: name a new folder" in capsys.readouterr().err

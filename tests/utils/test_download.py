@@ -307,4 +307,13 @@ def test_two_processes_download_a_split_list_once(server, tmp_path):
     server.pause.set()
     assert [each.communicate(timeout=60)[0] for each in both] == ["10240\n", "10240\n"]
     assert server.asked == [(None, None)]
-    assert sorted(each.name for each in (tmp_path / "split_lists").iterdir()) == [".probe", "lock", "train_phone.txt"]
+    assert sorted(each.name for each in (tmp_path / "split_lists").iterdir()) == ["lock", "train_phone.txt"]
+
+
+def test_links_in_place_of_the_part_are_not_followed(server, path, tmp_path):
+    (tmp_path / "precious").write_bytes(CONTENT[:100])
+    (tmp_path / "model.pt.unfinished").symlink_to(tmp_path / "precious")
+    (tmp_path / "model.pt.unfinished.etag").write_text(f"{server.url}\n{ETAG}")
+    assert download.download(server.url, path, sha256=SHA256) == SHA256
+    assert (tmp_path / "precious").read_bytes() == CONTENT[:100]
+    assert not path.is_symlink() and server.asked == [(None, None)]

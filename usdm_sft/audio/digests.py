@@ -30,15 +30,23 @@ _MEMO = "digests.sqlite"  # in the cache
 
 def file_digest(path: str | Path, cache_dir: str | Path | None = None) -> str:
     """Return the sha256 of any file, in hex; it is remembered."""
-    path = os.path.realpath(path)
+    [digest] = file_digests([os.path.realpath(path)], cache_dir)
+    return digest
+
+
+def file_digests(paths: Sequence[str], cache_dir: str | Path | None = None) -> Iterator[str]:
+    """Yield the sha256 of each file, in hex; it is remembered. Digests of recordings are those that `audio_digests` remembers."""
     with closing(Memo(cache_root(cache_dir) / _MEMO)) as memo:
-        row = memo.read([path]).get(path)
-        if row is not None and is_unchanged(row):
-            return row.sha256
-        started = time.time_ns()
-        row = Row(path, *find_stamp(path), _digest_file(path), 0, 0, 0)
-        memo.write([row] if row.is_settled(started) else [])
-        return row.sha256
+        for start in range(0, len(paths), _MANY):
+            batch = paths[start : start + _MANY]
+            known = memo.read(batch)
+            for path in batch:
+                row = known.get(path)
+                if row is None or not is_unchanged(row):
+                    started = time.time_ns()
+                    row = Row(path, *find_stamp(path), _digest_file(path), 0, 0, 0)
+                    memo.write([row] if row.is_settled(started) else [])
+                yield row.sha256
 
 
 def audio_digests(

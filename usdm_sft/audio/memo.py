@@ -49,6 +49,8 @@ class Memo:
         self._database: sqlite3.Connection | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_symlink():  # SQLite would write into the file that it points to
+                path.unlink()
             self._database = sqlite3.connect(path, timeout=60)
             self._database.execute(
                 f"CREATE TABLE IF NOT EXISTS {TABLE} (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER,"

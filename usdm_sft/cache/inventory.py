@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ from filelock import Timeout
 
 from usdm_sft.cache.runs import KEY_LENGTH, RunRecord, find_running, read_records, registry_lock
 from usdm_sft.cache.shard_cache import ShardCache
+from usdm_sft.utils.atomic import remove_path
 from usdm_sft.utils.hashes import sha256_file
 
 Level = Literal[
@@ -204,7 +204,7 @@ def remove(cache: Path, entries: Iterable[Entry], *, dry_run: bool = False) -> t
                 else:
                     removed.append(entry)
                     if not dry_run:
-                        _delete(entry.path)
+                        remove_path(entry.path)
         if not dry_run:
             _remove_records(cache, in_use)
     return removed, kept
@@ -229,13 +229,6 @@ def _lock_shard(entry: Entry, held: ExitStack) -> bool:
         return False
     held.callback(lock.release)
     return True
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _remove_records(cache: Path, in_use: set[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -29,9 +30,11 @@ def file_lock(path: Path, *, option: str = "--cache_dir or HF_HOME", thread_loca
         thread_local: As in `filelock.FileLock`: only the thread that acquired the lock may release it.
 
     Raises:
-        OSError: Locks do not work in the folder.
+        OSError: Locks do not work in the folder, it cannot be written, or the file is a link.
     """
     require_locks(path.parent, option=option)
+    if path.is_symlink():  # filelock before 3.20.1 would empty the file that it points to
+        raise OSError(f"{path} is a link, and the lock of one run must not change another file: remove the link")
     return FileLock(path, thread_local=thread_local)
 
 
@@ -46,8 +49,13 @@ def path_lock(path: str | Path, cache: Path) -> FileLock:
 
 def require_locks(folder: Path, *, option: str = "--cache_dir or HF_HOME") -> None:
     """Check that locks work in a folder, which is created if it does not exist; arguments and errors as of `file_lock`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if (problem := _remembered_problem(folder)) is not None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        problem = _remembered_problem(folder)
+    except OSError as error:  # such as EROFS and EACCES
+        reason = error.strerror or first_line(error)
+        raise OSError(f"{folder} cannot be written ({reason}): name another folder with {option}") from error
+    if problem is not None:
         raise OSError(
             f"{folder} is on a file system without working file locks (flock: {problem}), so two runs could write one "
             f"file at the same time: name a folder on another file system with {option}"
@@ -58,6 +66,9 @@ def lock_problem(folder: Path) -> str | None:
     """Return what is wrong with file locks in a folder, or None if one open file excludes another.
 
     Locks of flock belong to the open file, so two open files of one process exclude each other like those of two processes.
+
+    Raises:
+        OSError: The folder cannot be written.
     """
     try:
         import fcntl
@@ -71,14 +82,13 @@ def lock_problem(folder: Path) -> str | None:
             return False
         return True
 
-    path = folder / ".probe"
-    with open(path, "ab") as first, open(path, "ab") as second:
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-") as first, open(first.name, "ab") as second:
         try:
             if lock(first) and lock(second):
                 return "two open files got the same lock"
         except OSError as error:  # such as ENOLCK, ENOSYS and EOPNOTSUPP
             return error.strerror or first_line(error)
-    return None  # also if another process held the lock just now: it excluded this one
+    return None
 
 
 _remembered_problem = cache(lock_problem)  # once per process and folder

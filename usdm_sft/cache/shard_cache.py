@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, Timeout
 
 from usdm_sft.cache.locks import file_lock
+from usdm_sft.utils.atomic import remove_path, replace_path
 from usdm_sft.utils.hashes import sha256_file
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class ShardCache:
                 continue
             if is_whole:
                 # A run that was killed right after the rename leaves this folder.
-                shutil.rmtree(self.folder / f"{key}.unfinished", ignore_errors=True)
+                remove_path(self.folder / f"{key}.unfinished")
                 return path
             logger.warning("%s was damaged after it was written: making it again", path)
             path.unlink(missing_ok=True)
@@ -137,19 +137,18 @@ class Claim:
             write: Called with the path to write the file to.
         """
         unfinished = self._folder / f"{self._key}.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
+        remove_path(unfinished)
         unfinished.mkdir()
         path = unfinished / "shard.arrow"
         write(str(path))
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
         finished = self._folder / f"{self._key}.{sha256_file(path)}.arrow"
-        with open(
-            _list_file(self._folder, self._key), "a", encoding="utf-8"
-        ) as listed:  # the claim's lock covers the list
+        list_file = _list_file(self._folder, self._key)
+        if list_file.is_symlink():
+            list_file.unlink()
+        with open(list_file, "a", encoding="utf-8") as listed:  # the claim's lock covers the list
             listed.write(f"\n{finished.name}\n")  # a killed run may have left half a line before
-        os.replace(path, finished)
-        shutil.rmtree(unfinished)
+        replace_path(path, finished)
+        remove_path(unfinished)
         return finished
 
     def release(self) -> None:

@@ -64,24 +64,31 @@ def show(
     print("\n\n".join(format_example(row, tokenizer, color=color, ids=ids) for row in rows))
 
 
-def stats(dataset_dir: str, num_proc: int | None = None, json: bool = False) -> None:
-    """Print the numbers of a dataset folder, and draw the pictures of its card.
+def stats(dataset_dir: str, out: str | None = None, num_proc: int | None = None, json: bool = False) -> None:
+    """Print the numbers of a dataset folder. Nothing is written without --out.
 
     Examples:
         dailytalk-usdm stats dailytalk-usdm-data
         dailytalk-usdm stats dailytalk-usdm-data --json
+        dailytalk-usdm stats dailytalk-usdm-data --out pictures
 
     Args:
         dataset_dir: A folder that prepare made.
+        out: Draw the plots of the card into this folder, with this version of matplotlib.
         num_proc: Largest number of processes. By default one per core that this process may use; a small folder needs none.
         json: Print one JSON object with the numbers, as counts.json has them.
     """
     from usdm_sft.corpus.manifest import UTTERANCES
-    from usdm_sft.dataset_folder.layout import PICTURES, read_counts
-    from usdm_sft.dataset_folder.statistics import format_histograms, format_table
-    from usdm_sft.dataset_folder.writer import replace_pictures
+    from usdm_sft.dataset_folder.layout import COUNTS, data_files, read_counts, read_layout
+    from usdm_sft.dataset_folder.statistics import compute_statistics, format_histograms, format_table
 
-    statistics, counts = replace_pictures(dataset_dir, num_proc=num_proc), read_counts(dataset_dir)
+    counts = read_counts(dataset_dir)
+    layout = read_layout(Path(dataset_dir, COUNTS), counts)
+    statistics = compute_statistics(data_files(dataset_dir, counts), layout, num_proc=num_proc)
+    if out is not None:
+        from usdm_sft.dataset_folder.pictures import draw_pictures
+
+        draw_pictures(statistics, counts["num_units"], Path(out).expanduser())
     summaries = {split: values.summary() for split, values in statistics.items()}
     utterances = counts.get(UTTERANCES)
     if json:
@@ -89,5 +96,6 @@ def stats(dataset_dir: str, num_proc: int | None = None, json: bool = False) -> 
         print_json(found if utterances is None else found | {UTTERANCES: utterances})
         return
     print(format_table(summaries, counts["num_units"], utterances))
-    print(f"\n{format_histograms(statistics)}\n")
-    print(f"pictures: {os.path.join(dataset_dir, PICTURES)}")
+    print(f"\n{format_histograms(statistics)}")
+    if out is not None:
+        print(f"pictures: {out}")

@@ -20,11 +20,15 @@ def tokenizer(base: str, tokenizer_dir: str, num_units: int = 10_000) -> None:
     from pathlib import Path
 
     from usdm_sft.template.tokenizer import build_tokenizer, save_tokenizer
+    from usdm_sft.utils.atomic import SUFFIX, remove_path, replace_path
 
     folder = Path(tokenizer_dir).expanduser()
     if folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"{tokenizer_dir} is not empty: name a new folder")
     built = build_tokenizer(base, num_units)
-    save_tokenizer(built, folder)
+    unfinished = folder.with_name(folder.name + SUFFIX)
+    remove_path(unfinished)
+    save_tokenizer(built, unfinished)
+    replace_path(unfinished, folder)
     first, last = (built.convert_tokens_to_ids(f"<|unit{unit}|>") for unit in (0, num_units - 1))
     print(f"{tokenizer_dir} has {len(built):,} tokens; units have the ids {first} to {last}")

@@ -8,7 +8,6 @@ every file and every source). XLS-R 1B needs 35 of its 48 layers: 2.8 GB instead
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -19,8 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from usdm_sft.audio.frames import SAMPLE_RATE
-from usdm_sft.cache.keys import cache_root
-from usdm_sft.cache.locks import path_lock
+from usdm_sft.cache.locks import file_lock
 from usdm_sft.convert.keys import to_transformers
 from usdm_sft.convert.model_config import XLSR_1B, XLSR_LAYER, cut_config
 from usdm_sft.convert.transformers_folder import (
@@ -32,6 +30,7 @@ from usdm_sft.convert.transformers_folder import (
 from usdm_sft.template.tokenizer import MAX_UNITS
 from usdm_sft.units.folder import DESCRIPTION, FILES, read_array, read_description
 from usdm_sft.units.model import empty_model
+from usdm_sft.utils.atomic import SUFFIX, remove_path, replace_path
 from usdm_sft.utils.hashes import sha256_file
 from usdm_sft.utils.json_files import read_json
 from usdm_sft.utils.texts import first_line
@@ -77,17 +76,16 @@ def convert(
     description: dict[str, Any] = {"format_version": 1, "layer": layer, "sample_rate": SAMPLE_RATE, **settings}
     sources |= {"kmeans": kmeans}
     description["sources"] = {name: sha256_file(path) for name, path in sources.items()}
-    with path_lock(folder, cache_root()):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            if _made_from(folder, description, config):
-                return folder
-            raise FileExistsError(
-                f"{folder} exists and was not made from these files and settings, or was changed: "
-                "remove it or name another folder"
-            )
-        centroids = _read_kmeans(kmeans, config)
-        read_weights = read_folder_weights if checkpoint.is_dir() else _read_weights
-        return _write(folder, description, config, centroids, read_weights(checkpoint, config), sources)
+    if _is_finished(folder, description, config):
+        return folder
+    lock_file = folder.with_name(f".{folder.name}.lock")  # beside the folder: two runs may have different caches
+    with file_lock(lock_file, option="unit_model_dir"):
+        if not _is_finished(folder, description, config):  # otherwise another run was faster
+            centroids = _read_kmeans(kmeans, config)
+            read_weights = read_folder_weights if checkpoint.is_dir() else _read_weights
+            _write(folder, description, config, centroids, read_weights(checkpoint, config), sources)
+        lock_file.unlink(missing_ok=True)  # who gets a lock from now on finds the finished folder
+    return folder
 
 
 def _read_settings(
@@ -120,9 +118,9 @@ def _write(
     centroids: np.ndarray,
     weights: dict[str, Any],
     sources: dict[str, Path],
-) -> Path:
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+) -> None:
+    unfinished = folder.with_name(folder.name + SUFFIX)
+    remove_path(unfinished)
     unfinished.mkdir(parents=True)
     (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
@@ -139,20 +137,30 @@ def _write(
             raise ValueError(
                 f"{path} was changed while it was converted: let nothing write to it, and convert it again"
             )
-    os.replace(unfinished, folder)
-    return folder
+    replace_path(unfinished, folder)
 
 
-def _made_from(folder: Path, description: dict[str, Any], config: dict[str, Any]) -> bool:
+def _is_finished(folder: Path, description: dict[str, Any], config: dict[str, Any]) -> bool:
+    """Return True for the finished unit model folder, and False for one that can be written.
+
+    Raises:
+        FileExistsError: The folder has other content.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
     try:
         found = read_description(folder)
-        return (
+        if (
             {name: value for name, value in found.items() if name not in ("num_units", "files")} == description
             and all(sha256_file(folder / name) == digest for name, digest in found["files"].items())
             and read_json(folder / "config.json") == config
-        )
+        ):
+            return True
     except (FileNotFoundError, ValueError):
-        return False
+        pass
+    raise FileExistsError(
+        f"{folder} exists and was not made from these files and settings, or was changed: remove it or name another folder"
+    )
 
 
 def _read_config(path: str | Path | None, layer: int, *, final_norm: bool = False) -> dict[str, Any]:

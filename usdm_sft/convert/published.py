@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from usdm_sft.convert.convert import convert
 from usdm_sft.convert.model_config import XLSR_LAYER
 from usdm_sft.units.folder import DESCRIPTION, read_description
 from usdm_sft.units.hub import find_cached_folder, find_folder
-from usdm_sft.utils.atomic import replace_text
+from usdm_sft.utils.atomic import remove_path, replace_text
 from usdm_sft.utils.download import download
 from usdm_sft.utils.hashes import sha256_file
 from usdm_sft.utils.json_files import read_json
@@ -44,7 +43,6 @@ def find_unit_model(name_or_path: str | Path, model_cache_dir: str | Path | None
     folder = Path(name_or_path).expanduser()
     if str(name_or_path) == PUBLISHED and not folder.is_dir():
         cache = model_cache(model_cache_dir)
-        cache.mkdir(parents=True, exist_ok=True)
         with file_lock(cache / f"{PUBLISHED}.lock", option="--model_cache_dir or HF_HOME"):
             return _download_and_convert(cache / PUBLISHED, cache)
     folder = find_folder(name_or_path, cache_dir=model_cache_dir)
@@ -69,10 +67,10 @@ def _download_and_convert(folder: Path, cache: Path) -> Path:
     """Make the published unit model; the digests of its sources are recorded, and later downloads must match them."""
     downloads = cache / f"{PUBLISHED}.sources"
     if (folder / DESCRIPTION).is_file():
-        shutil.rmtree(downloads, ignore_errors=True)  # left if a run was killed right after the conversion
+        remove_path(downloads)  # left if a run was killed right after the conversion
         return folder
     record = cache / f"{PUBLISHED}.sha256.json"
-    recorded = json.loads(record.read_text()) if record.is_file() else {}
+    recorded = read_json(record) if record.is_file() else {}
     for name in PUBLISHED_FILES:
         path = downloads / name
         expected = KNOWN_DIGESTS.get(name) or recorded.get(name)
@@ -83,7 +81,7 @@ def _download_and_convert(folder: Path, cache: Path) -> Path:
         logger.warning("%s: sha256 %s", name, recorded[name])
     checkpoint, kmeans = PUBLISHED_FILES
     convert(downloads / checkpoint, downloads / kmeans, folder)
-    shutil.rmtree(downloads)
+    remove_path(downloads)
     return folder
 
 

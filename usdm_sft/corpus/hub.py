@@ -9,23 +9,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
+import re
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usdm_sft.audio.addresses import absolute_file, disk_files
+from usdm_sft.audio.digests import file_digests
 from usdm_sft.cache.keys import cache_root
 from usdm_sft.cache.locks import path_lock
 from usdm_sft.corpus.manifest import OPTIONAL, REQUIRED, UTTERANCES
 from usdm_sft.corpus.problems import CorpusError, add_problem
-from usdm_sft.utils.atomic import write_then_replace
+from usdm_sft.utils.atomic import replace_text, write_then_replace
+from usdm_sft.utils.hashes import sha256_file
 from usdm_sft.utils.texts import first_line, quote
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+logger = logging.getLogger(__name__)
+
 PREFIX = "hub:"
+_DIGEST = re.compile(r"[0-9a-f]{64}")  # name of a recording
 _REMOTE = ("hf://", "https://", "http://")
 _VERSION = 2  # version of the manifests in the cache; those of version 1 may name any file
 
@@ -93,7 +101,7 @@ def check_data_files(repository: str, data_files: Mapping[Any, Iterable[Any]] | 
 
 
 def _write_manifest(rows: Dataset, name: str, files: Path, cache: Path) -> Path:
-    """Write the manifest and recordings of one split, unless the cache has them.
+    """Write the manifest and recordings of one split, unless the cache has them. Damage in the cache is found and made good.
 
     Args:
         rows: The split.
@@ -106,10 +114,13 @@ def _write_manifest(rows: Dataset, name: str, files: Path, cache: Path) -> Path:
     if missing := [column for column in REQUIRED if column not in rows.column_names]:
         raise ValueError(f"{name} has no column {', '.join(missing)}: rename its columns to those of a manifest")
     folder = cache / "hub" / hashlib.sha256(f"{_VERSION} {rows._fingerprint}".encode()).hexdigest()[:32]
-    manifest = folder / "manifest.jsonl"
+    manifest, record = folder / "manifest.jsonl", folder / "manifest.sha256"  # the record is written last
     with path_lock(folder, cache):
-        if manifest.is_file():
-            return manifest
+        num_recordings = _remove_damaged(folder, cache)
+        if manifest.is_file() and record.is_file():
+            if record.read_bytes() == f"{sha256_file(manifest)} {num_recordings}".encode():
+                return manifest
+            logger.warning("%s was damaged after it was written: making it again", folder)
         rows = rows.select_columns([column for column in (*REQUIRED, *OPTIONAL) if column in rows.column_names])
         if isinstance(rows.features["audio"], datasets.Audio):
             rows = rows.cast_column("audio", datasets.Audio(decode=False))
@@ -122,7 +133,27 @@ def _write_manifest(rows: Dataset, name: str, files: Path, cache: Path) -> Path:
                 file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
             if problems:
                 raise CorpusError(problems)
+        replace_text(record, f"{sha256_file(manifest)} {len(_find_recordings(folder))}")
     return manifest
+
+
+def _remove_damaged(folder: Path, cache: Path) -> int:
+    """Remove recordings whose bytes do not have the digest in their name, and return the number of the others."""
+    recordings = _find_recordings(folder)
+    damaged = [
+        path
+        for path, sha256 in zip(recordings, file_digests(recordings, cache), strict=True)
+        if sha256 != os.path.basename(path)
+    ]
+    for path in damaged:
+        os.unlink(path)
+    return len(recordings) - len(damaged)
+
+
+def _find_recordings(folder: Path) -> list[str]:
+    """Return the absolute paths of the recordings, as a manifest in the folder means them."""
+    names = filter(_DIGEST.fullmatch, os.listdir(folder) if folder.is_dir() else [])
+    return [os.path.abspath(folder / name) for name in names]
 
 
 def _write_audio(audio: Any, number: int, folder: Path, files: Path) -> tuple[Any, str | None]:
@@ -151,7 +182,7 @@ def _write_audio(audio: Any, number: int, folder: Path, files: Path) -> tuple[An
 def _write_bytes(content: bytes, folder: Path) -> str:
     path = folder / hashlib.sha256(content).hexdigest()
     if not path.is_file():
-        with write_then_replace(path, "wb") as file:
+        with write_then_replace(path, "wb", sync=False) as file:  # every run checks the digest
             file.write(content)
     return path.name
 

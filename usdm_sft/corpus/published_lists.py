@@ -45,7 +45,6 @@ def fetch_split_lists(cache_dir: str | Path | None = None, *, url: str | None = 
         ValueError: A downloaded file has another sha256.
     """
     folder = cache_root(cache_dir) / "split_lists"
-    folder.mkdir(parents=True, exist_ok=True)
     lists = {}
     with file_lock(folder / "lock"):
         for split, (name, sha256) in SPLIT_LISTS.items():

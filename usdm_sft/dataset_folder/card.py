@@ -14,6 +14,7 @@ from datasets import DatasetInfo, Features, SplitDict, SplitInfo
 from huggingface_hub import DatasetCard, DatasetCardData
 from tokenizers import Tokenizer
 
+from usdm_sft.cache.keys import cache_key
 from usdm_sft.corpus.examples import MULTI_TURN, has_lists
 from usdm_sft.corpus.features import are_collapsed, folder_features
 from usdm_sft.corpus.manifest import UTTERANCES
@@ -76,7 +77,7 @@ def make_card(
     Args:
         config_name: Name of the config, such as "single_turn".
         num_bytes: Size of each split in memory.
-        counts: The content of counts.json, with the statistics.
+        counts: The content of counts.json, with the statistics and the digests of the data files.
         files: The Parquet files of each split.
         tokenizer: Spells the ids of the example.
         other_info: Entries of `dataset_info` for other configs of the folder.
@@ -151,16 +152,26 @@ def _make_metadata(
 
 
 def data_configs(counts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The `configs` of the YAML: the data files of this folder and no others."""
+    """The `configs` of the YAML: the data files of this folder and no others.
+
+    `load_dataset` finds the rows of a local folder in its cache by the last name of the folder and by this YAML alone. The description
+    makes it read the folder again when a data file has other bytes.
+    """
     configs = [
         {
             "config_name": name,
             "data_files": [{"split": split, "path": f"{name}/{split}-*.parquet"} for split in counts["splits"]],
+            "description": f"sha256 of the data files: {_digest_files(name, counts['files'])}",
         }
         for name in (counts["config"], UTTERANCES)
         if name == counts["config"] or name in counts
     ]
     return [configs[0] | {"default": True}, *configs[1:]]
+
+
+def _digest_files(config_name: str, files: Mapping[str, str]) -> str:
+    """The sha256 over the names and digests of the data files of a config."""
+    return cache_key({name: sha256 for name, sha256 in files.items() if name.startswith(f"{config_name}/")})
 
 
 def _columns(features: Features, config_name: str, *, lists: bool) -> list[tuple[str, str, str]]:

@@ -21,13 +21,14 @@ from usdm_sft.dataset_folder.layout import UNFINISHED, data_files, read_counts
 from usdm_sft.dataset_folder.packs import MASKED, PACK, PackWriter, mask_rows
 from usdm_sft.dataset_folder.ranges import RowRange, count_processes, divide_rows
 from usdm_sft.dataset_folder.text_lines import format_lines
-from usdm_sft.utils.atomic import write_then_replace
+from usdm_sft.utils.atomic import remove_path, replace_path, write_then_replace
 from usdm_sft.utils.processes import ProcessPool, in_order
 from usdm_sft.utils.progress import quiet
 
 Format = Literal["usdm", "arrow", "megatron"]
 
 ARROW_COLUMNS = ["input_ids", "labels", "attention_mask"]  # LLaMA-Factory pads every column that it finds
+_ARROW_LAST = "dataset_dict.json"
 _ROWS_PER_PROCESS = 100_000  # a process takes a few seconds to start, in which this one exports about as many rows
 
 
@@ -90,13 +91,16 @@ def _write_lines(rows: RowRange, file: IO[bytes]) -> int:
 
 
 def _export_arrow(dataset_dir: Path, arrow_dir: Path, *, num_proc: int | None) -> dict[str, int]:
-    """Save the splits with `DatasetDict.save_to_disk`; a folder with dataset_dict.json is complete."""
+    """Save the splits with `DatasetDict.save_to_disk`; a folder with dataset_dict.json and without `UNFINISHED` is complete."""
     from datasets import Dataset, DatasetDict
 
     files = data_files(dataset_dir, read_counts(dataset_dir))
-    if arrow_dir.exists() and {path.name for path in arrow_dir.iterdir()} - {UNFINISHED}:
-        raise FileExistsError(f"{arrow_dir} is not empty: name another folder")
     unfinished = arrow_dir / UNFINISHED
+    targets = [arrow_dir / name for name in (_ARROW_LAST, *files)]
+    was_killed = unfinished.is_dir() and not unfinished.is_symlink()
+    if arrow_dir.exists() and {*arrow_dir.iterdir()} - {unfinished, *(targets if was_killed else ())}:
+        raise FileExistsError(f"{arrow_dir} is not empty: name another folder")
+    _remove_all(targets)  # what a killed export moved into place
     with _temporary(unfinished):
         rows = {split: unfinished / f"{split}.arrow" for split in files}
         folder = unfinished / "pieces"
@@ -108,9 +112,18 @@ def _export_arrow(dataset_dir: Path, arrow_dir: Path, *, num_proc: int | None) -
         splits = DatasetDict({split: Dataset.from_file(str(path)) for split, path in rows.items()})  # memory-mapped
         with quiet():
             splits.save_to_disk(unfinished / "saved")
-        for entry in sorted((unfinished / "saved").iterdir(), key=lambda path: path.is_file()):
-            entry.rename(arrow_dir / entry.name)
+        try:
+            for target in reversed(targets):
+                replace_path(unfinished / "saved" / target.name, target)
+        except BaseException:  # Ctrl-C as well; raised again
+            _remove_all(targets)
+            raise
     return {split: len(saved) for split, saved in splits.items()}
+
+
+def _remove_all(paths: Sequence[Path]) -> None:
+    for path in paths:
+        remove_path(path)
 
 
 def _arrow_schema() -> pa.Schema:
@@ -206,7 +219,7 @@ def _write_piece(write: Callable[[RowRange, IO[bytes]], int], piece: tuple[Path,
 @contextmanager
 def _temporary(folder: Path) -> Iterator[None]:
     """Make a folder, in place of one that a killed run left, and remove it at the end."""
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_path(folder)
     folder.mkdir(parents=True)
     try:
         yield

@@ -6,32 +6,48 @@
     utterances/train-00000-of-00012.parquet      with keep_audio: each recording once, with its text and units
     tokenizer/                                   for `AutoTokenizer.from_pretrained` and the trainers
     pictures/                                    an example and plots of the statistics, which the card shows
+    .unfinished/<key>/                           files of the run with this key, until they are moved into place
+    .lock                                        locked by the run that checks or writes the folder
 
-counts.json is written last: a folder that has it is complete. No file depends on the time or on paths.
+counts.json is removed first and written last: a folder that has it is complete. No file depends on the time or on paths. `prepare`
+follows a link to the folder itself, but none inside it: it removes or replaces the link, and never changes what it points to.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+import logging
+import os
 import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
+from usdm_sft.cache.locks import file_lock, require_locks
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.template.chat import ChatIds, Frames
 from usdm_sft.template.config import Template
 from usdm_sft.template.parts import RowLayout
 from usdm_sft.template.tokenizer import MAX_UNITS, ustm_tokens
 from usdm_sft.template.tokens import TemplateTokens
+from usdm_sft.utils.atomic import remove_path
 from usdm_sft.utils.hashes import sha256_file
+
+logger = logging.getLogger(__name__)
 
 COUNTS = "counts.json"
 UNFINISHED = ".unfinished"
+LOCK = ".lock"
 PICTURES = "pictures"
 OVERWRITE = "pass --overwrite (Python: overwrite=True)"
 PREPARE_AGAIN = f"run prepare again and {OVERWRITE}"
+
+# Packages that can change a row: they decode, resample, make units, encode or shuffle. Of the other packages that counts.json names,
+# datasets and pyarrow change the bytes of files at most, and matplotlib the pictures.
+ROW_PACKAGES = ("dailytalk-usdm", "numpy", "soundfile", "soxr", "tokenizers", "torch", "transformers")
+_IDENTITY = ("config", "corpus", "unit_model", "tokenizer", "num_units", "settings", "digests")  # with them, the run
 
 _TYPES = {
     "key": str, "config": str, "num_units": int,
@@ -166,7 +182,39 @@ def data_files(folder: str | Path, counts: Mapping[str, Any], config: str | None
     return files
 
 
-def is_up_to_date(folder: Path, key: str) -> bool:
+def lock_output(folder: Path) -> FileLock:
+    """Return the lock of an output folder, which is created if it does not exist. It excludes runs with any cache.
+
+    Raises:
+        OSError: The folder is on a file system without working locks, or cannot be written.
+    """
+    return file_lock(folder / LOCK, option="output_path")
+
+
+def find_finished(folder: Path, counts: Mapping[str, Any], *, overwrite: bool) -> dict[str, Any] | None:
+    """Find what the same run made earlier. The caller holds `lock_output`.
+
+    Args:
+        folder: The output folder.
+        counts: The counts of the run as far as they are known, with its key.
+        overwrite: Allow other content.
+
+    Returns:
+        The counts of the finished folder. None if the run may write into the folder.
+
+    Raises:
+        FileExistsError: The error of `check_output`; a finished folder counts as other content.
+        OSError: The folder cannot be written.
+    """
+    if _is_up_to_date(folder, counts["key"]):
+        remove_path(folder / UNFINISHED)
+        logger.info("%s is finished already, with the same settings and data: nothing was done", folder)
+        return read_counts(folder)
+    check_output(folder, overwrite=overwrite, finished_too=True, counts=counts)
+    return None
+
+
+def _is_up_to_date(folder: Path, key: str) -> bool:
     """True if `folder` is the finished result of the run with this key, and every file is unchanged."""
     try:
         counts = read_counts(folder)
@@ -177,37 +225,40 @@ def is_up_to_date(folder: Path, key: str) -> bool:
     )
 
 
-def clear_unfinished(folder: Path, *, keep: Collection[str] = ()) -> None:
-    """Remove the unfinished files of a killed run.
+def open_unfinished(folder: Path, key: str, keep: Collection[str]) -> Path:
+    """Return the absolute path of the folder for the unfinished files of a run, with none of another run beside it.
 
     Args:
         folder: The output folder.
-        keep: Names of folders among them that stay.
+        key: Key of the run, which owns the files.
+        keep: Names of folders of files that stay if an interrupted run with this key left them.
     """
-    unfinished = folder / UNFINISHED
-    if not any((unfinished / name).is_dir() for name in keep):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        return
-    for entry in unfinished.iterdir():
-        if entry.name in keep and entry.is_dir():
-            continue
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+    owned = (folder / UNFINISHED / key[:16]).absolute()  # tasks run in other working directories
+    for path, kept in ((owned.parent, {owned.name}), (owned, {*keep})):
+        if path.is_symlink() or not path.is_dir():
+            remove_path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        for entry in path.iterdir():
+            if entry.name not in kept or entry.is_symlink():
+                remove_path(entry)
+    for file in owned.glob("*/*"):
+        if file.is_symlink():
+            file.unlink()
+    return owned
 
 
-def check_output(folder: Path, *, overwrite: bool, finished_too: bool) -> None:
+def check_output(folder: Path, *, overwrite: bool, finished_too: bool, counts: Mapping[str, Any] | None = None) -> None:
     """Refuse to write into a folder with other content, before any work is done.
 
     Args:
         folder: The output folder.
         overwrite: Allow other content.
         finished_too: Refuse a finished dataset folder too. False while its key has not been compared yet.
+        counts: The counts of the run as far as they are known; the message then names versions that differ.
 
     Raises:
         FileExistsError: The folder has other content than an interrupted run, and `overwrite` is false.
-        OSError: The folder cannot be written.
+        OSError: The folder cannot be written, or file locks do not work in it.
     """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
     if not existing.is_dir():
@@ -216,10 +267,31 @@ def check_output(folder: Path, *, overwrite: bool, finished_too: bool) -> None:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         raise OSError(f"{folder} cannot be written ({error.strerror}): name another output_path") from error
-    if overwrite or not folder.is_dir() or not any(folder.iterdir()):
+    require_locks(existing, option="output_path")
+    if overwrite or not folder.is_dir() or {*os.listdir(folder)} <= {LOCK}:
         return
-    finished = (folder / COUNTS).exists()
-    if finished_too if finished else not (folder / UNFINISHED).exists():
-        raise FileExistsError(
-            f"{folder} holds something else (or the result of other settings): name another output_path, or {OVERWRITE}"
-        )
+    unfinished = folder / UNFINISHED
+    finished = os.path.lexists(folder / COUNTS)
+    if finished_too if finished else unfinished.is_symlink() or not unfinished.is_dir():
+        raise FileExistsError(f"{folder} holds {_describe(folder, counts)}: name another output_path, or {OVERWRITE}")
+
+
+def _describe(folder: Path, counts: Mapping[str, Any] | None) -> str:
+    """Describe the content of a folder that is not the result of the run with these counts."""
+    unknown = "something else (or the result of other settings)"
+    try:
+        found = read_counts(folder)
+    except (FileNotFoundError, ValueError):
+        return unknown
+    versions = found.get("versions")
+    if counts is None or not isinstance(versions, dict):
+        return unknown
+    changed = [
+        f"{name} {versions.get(name)} -> {counts['versions'][name]}"
+        for name in ROW_PACKAGES
+        if versions.get(name) != counts["versions"][name]
+    ]
+    if not changed:
+        return unknown
+    same = all(found.get(name) == counts[name] for name in _IDENTITY)
+    return f"the result of {'the same' if same else 'other'} settings with other versions ({', '.join(changed)})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -149,8 +150,8 @@ def _write_part(
     """Write one file; its statistics are those of the rows that can be read from it."""
     task, part = described
     path = task.path
-    # A task of a run with other options may write a file of this name at the same time. Each is complete when it gets the name.
-    unfinished = path.with_name(f"{path.name}.{task.key[:16]}{SUFFIX}")
+    # A task of the same run with another executor may write this file at the same time. Each file is complete when it gets the name.
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}{SUFFIX}")
     with quiet():
         rows = _with_trainer_columns(loaders[task.split](part))
         rows.to_parquet(str(unfinished))

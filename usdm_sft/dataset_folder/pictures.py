@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from usdm_sft.dataset_folder.statistics import ROLES, SplitStatistics, Weighted
 from usdm_sft.template.parts import ROW_PARTS
+from usdm_sft.utils.atomic import write_then_replace
 from usdm_sft.utils.texts import printable
 
 CAPTIONS = {
@@ -48,12 +49,12 @@ def draw_pictures(statistics: Mapping[str, SplitStatistics], num_units: int, fol
         num_units: Number of units of the unit model, such as 10,000.
         folder: Output folder; created if it does not exist.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(matplotlib.rcParamsDefault), matplotlib.rc_context(_STYLE):
         for name in CAPTIONS:
             figure = Figure(figsize=(12, 4), layout="constrained", dpi=_DPI)
             _PLOTS[name](figure, statistics, num_units)
-            figure.savefig(folder / name, metadata={"Software": None})
+            with write_then_replace(folder / name, "wb") as file:
+                figure.savefig(file, format="png", metadata={"Software": None})
 
 
 def _plot_lengths(figure: Figure, statistics: Mapping[str, SplitStatistics], num_units: int) -> None:

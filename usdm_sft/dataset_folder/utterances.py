@@ -6,6 +6,7 @@ Its columns are those of a manifest, so that a pushed folder is a corpus: `prepa
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -117,7 +118,7 @@ def write_utterances(
         split, path, index = files[number]
         return split, path, splits[split].part(index)
 
-    write = partial(_write_file, {split: utterances.loader for split, utterances in splits.items()}, key)
+    write = partial(_write_file, {split: utterances.loader for split, utterances in splits.items()})
     keys = [cache_key(key, str(path)) for _, path, _ in files]
     made = dict(
         pool.map(write, Lazily(describe, len(files)), name="recordings of the folder", keys=keys, holds=_is_whole)
@@ -142,14 +143,12 @@ def write_utterances(
     return counts, {"config_name": UTTERANCES, **info._to_yaml_dict()}, digests
 
 
-def _write_file(
-    loaders: Mapping[str, Callable[[Any], Iterable[Row]]], key: str, file: tuple[str, Path, Any]
-) -> UtteranceFile:
+def _write_file(loaders: Mapping[str, Callable[[Any], Iterable[Row]]], file: tuple[str, Path, Any]) -> UtteranceFile:
     """Write one file, with one row group in memory at a time."""
     split, path, part = file
     counts, num_bytes = UtteranceCounts(), 0
-    # A task of a run with other options may write a file of this name at the same time. Each is complete when it gets the name.
-    unfinished = path.with_name(f"{path.name}.{key[:16]}{SUFFIX}")
+    # A task of the same run with another executor may write this file at the same time. Each file is complete when it gets the name.
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}{SUFFIX}")
     schema = utterance_features().arrow_schema
     with pq.ParquetWriter(unfinished, schema, use_dictionary=False, write_statistics=_WITH_STATISTICS) as writer:
         for group in _group(loaders[split](part)):

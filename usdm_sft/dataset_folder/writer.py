@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +14,14 @@ from usdm_sft.dataset_folder.layout import (
     COUNTS,
     PICTURES,
     UNFINISHED,
-    clear_unfinished,
-    data_files,
-    read_counts,
+    open_unfinished,
     read_layout,
 )
 from usdm_sft.dataset_folder.parquet import write_parquet
-from usdm_sft.dataset_folder.pictures import CAPTIONS, draw_pictures
-from usdm_sft.dataset_folder.statistics import SplitStatistics, compute_statistics
+from usdm_sft.dataset_folder.pictures import draw_pictures
 from usdm_sft.dataset_folder.utterances import write_utterances
 from usdm_sft.template.tokenizer import save_tokenizer
-from usdm_sft.utils.atomic import replace_text
+from usdm_sft.utils.atomic import remove_path, replace_path, replace_text, sync_folder
 from usdm_sft.utils.hashes import sha256_file
 
 if TYPE_CHECKING:
@@ -53,7 +47,8 @@ def write_folder(
     """Write all files into a hidden folder inside the output folder, then move them into place, counts.json last.
 
     Args:
-        folder: The output folder. Entries with the name of a new file or folder are replaced, others stay.
+        folder: The output folder. Its entries with the names of a dataset folder are replaced, others stay. The caller holds its
+            lock.
         config_name: Name of the config, such as "single_turn", and of the folder of the Parquet files.
         splits: The finished rows.
         tokenizer: The tokenizer to save in `tokenizer/`.
@@ -66,9 +61,7 @@ def write_folder(
     Returns:
         The counts as written.
     """
-    clear_unfinished(folder, keep=(config_name, UTTERANCES) if utterances else (config_name,))
-    unfinished = (folder / UNFINISHED).absolute()  # tasks run in other working directories
-    unfinished.mkdir(parents=True, exist_ok=True)
+    unfinished = open_unfinished(folder, key, (config_name, UTTERANCES) if utterances else (config_name,))
     written = write_parquet(
         unfinished / config_name, splits, num_output_shards, read_layout(folder / COUNTS, counts), pool, key=key
     )
@@ -84,6 +77,7 @@ def write_folder(
     if utterances is not None:
         counts[UTTERANCES], info, found = write_utterances(unfinished / UTTERANCES, utterances, pool, key=key)
         other_info, digests = [info], digests | found
+    counts["files"] = {path.relative_to(unfinished).as_posix(): sha256 for path, sha256 in digests.items()}
     card = make_card(config_name, num_bytes, counts, files, tokenizer.backend_tokenizer, other_info)
     (unfinished / "README.md").write_text(card, encoding="utf-8")
     names = sorted(path.relative_to(unfinished).as_posix() for path in unfinished.rglob("*") if path.is_file())
@@ -94,42 +88,14 @@ def write_folder(
 
 
 def _move_into_place(unfinished: Path, folder: Path) -> None:
-    _remove_utterances(folder)
+    """Replace the entries of a folder. Killed at any point, it leaves the earlier folder, or one that the next run completes."""
     (folder / COUNTS).unlink(missing_ok=True)  # a folder without counts.json is unfinished
+    sync_folder(folder)
+    remove_path(folder / UTTERANCES)  # a run without `keep_audio` has none in their place
     for entry in sorted(unfinished.iterdir(), key=lambda path: path.name == COUNTS):
-        target = folder / entry.name
-        if target.is_dir() and not target.is_symlink():
-            shutil.rmtree(target)
-        os.replace(entry, target)
-    unfinished.rmdir()
-
-
-def _remove_utterances(folder: Path) -> None:
-    """Remove the utterances of an earlier run, which a run without `keep_audio` would not replace."""
-    with suppress(FileNotFoundError, ValueError):  # not a finished dataset folder
-        if UTTERANCES in read_counts(folder):
-            shutil.rmtree(folder / UTTERANCES)
-
-
-def replace_pictures(folder: str | Path, *, num_proc: int | None = None) -> dict[str, SplitStatistics]:
-    """Draw the pictures of a finished folder again.
-
-    Args:
-        folder: The dataset folder.
-        num_proc: As of `compute_statistics`.
-
-    Returns:
-        The statistics of each split.
-    """
-    folder = Path(folder)
-    counts = read_counts(folder)
-    layout = read_layout(folder / COUNTS, counts)
-    statistics = compute_statistics(data_files(folder, counts), layout, num_proc=num_proc)
-    draw_pictures(statistics, counts["num_units"], folder / PICTURES)
-    files = {f"{PICTURES}/{name}": sha256_file(folder / PICTURES / name) for name in CAPTIONS}
-    if not files.items() <= counts["files"].items():  # another version of matplotlib draws other bytes
-        replace_text(folder / COUNTS, _to_json(counts | {"files": counts["files"] | files}))
-    return statistics
+        remove_path(folder / entry.name)
+        replace_path(entry, folder / entry.name)
+    remove_path(folder / UNFINISHED)
 
 
 def _to_json(counts: Mapping[str, Any]) -> str:

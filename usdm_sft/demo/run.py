@@ -21,7 +21,7 @@ from usdm_sft.convert.convert import convert
 from usdm_sft.dataset_folder.page import write_page
 from usdm_sft.prepare import prepare
 from usdm_sft.template.config import OFFLINE
-from usdm_sft.utils.atomic import SUFFIX
+from usdm_sft.utils.atomic import SUFFIX, remove_path, replace_path
 
 FILES = Path(__file__).with_name("files")
 
@@ -41,10 +41,13 @@ def run_demo(demo_dir: str | Path) -> Demo:
         demo_dir: The folder to work in; it is made if it does not exist.
 
     Raises:
-        FileExistsError: The folder holds files of the same names with other content.
+        FileExistsError: The folder holds files of the same names with other content, or links.
         ImportError: The extra demo is not installed.
     """
     folder = Path(demo_dir).expanduser()
+    for name in ("corpus", "expected", "unit_model", "dataset", "cache"):
+        if (folder / name).is_symlink():
+            raise FileExistsError(f"{folder / name} is a link, which the demo does not follow: name another folder")
     for name in ("corpus", "expected"):
         _copy(FILES / name, folder / name)
     source = FILES / "unit_model"
@@ -71,9 +74,9 @@ def _copy(source: Path, target: Path) -> None:
     """
     if not os.path.lexists(target):
         unfinished = target.with_name(target.name + SUFFIX)
-        shutil.rmtree(unfinished, ignore_errors=True)
+        remove_path(unfinished)
         shutil.copytree(source, unfinished)
-        unfinished.rename(target)
+        replace_path(unfinished, target)
         return
     for file in sorted(path for path in source.rglob("*") if path.is_file()):
         copy = target / file.relative_to(source)

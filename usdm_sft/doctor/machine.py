@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
@@ -138,8 +137,12 @@ def check_disks(config: PrepareConfig, needs: Needs, *, has_output: bool) -> Ite
 def check_locks(config: PrepareConfig) -> Iterator[Finding]:
     """Check that locks of files work where the cache is, and whether they hold among machines."""
     existing = _find_existing(cache_root(config.cache_dir))
-    with tempfile.TemporaryDirectory(dir=existing) as folder:
-        problem = lock_problem(Path(folder))
+    try:
+        problem = lock_problem(existing)
+    except OSError as error:
+        text = f"{existing} cannot be written ({error.strerror}): name another cache with --cache_dir"
+        yield Finding("error", "locks", text)
+        return
     if problem is not None:
         text = f"file locks do not work in {existing} (flock: {problem})"
         yield Finding("error", "locks", f"{text}: name a cache on another file system with --cache_dir")

@@ -16,7 +16,7 @@ from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.convert.published import describe_unit_model, find_unit_model
 from usdm_sft.corpus.builder import DailyTalkUSDM
 from usdm_sft.corpus.published_lists import describe_corpus, list_kind
-from usdm_sft.dataset_folder.layout import check_output
+from usdm_sft.dataset_folder.layout import ROW_PACKAGES, check_output
 from usdm_sft.executors.devices import choose_devices
 from usdm_sft.shards.overflow import choose_overflow
 from usdm_sft.shards.plan import Plan, plan_shards
@@ -26,7 +26,7 @@ from usdm_sft.units.tokenizer import UnitTokenizer, open_for
 from usdm_sft.utils.pool import Pool
 from usdm_sft.utils.progress import Stages
 
-# counts.json names the versions of the packages that decide the content of the folder.
+# counts.json names the versions of the packages that write the folder. The key of the folder holds those of `ROW_PACKAGES`.
 _VERSIONED = (
     "datasets", "matplotlib", "numpy", "pyarrow", "soundfile", "soxr", "tokenizers", "torch", "transformers",
 )  # fmt: skip
@@ -71,6 +71,7 @@ def open_run(
     devices = choose_devices(config)
     output = Path(config.output_path).expanduser()
     check_output(output, overwrite=config.overwrite, finished_too=False)
+    output = output.resolve()  # a link to the folder is followed once
     cache = cache_root(config.cache_dir)
     require_locks(cache / "locks")
     stages.start("tokenizer")
@@ -161,4 +162,5 @@ def describe_run(run: Run) -> dict[str, Any]:
         },
         "versions": {"dailytalk-usdm": __version__} | {name: importlib.metadata.version(name) for name in _VERSIONED},
     }
-    return counts | {"key": cache_key(counts, [shard.tokens_key for shard in run.plan])}
+    decisive = counts | {"versions": {name: counts["versions"][name] for name in ROW_PACKAGES}}
+    return counts | {"key": cache_key(decisive, [shard.tokens_key for shard in run.plan])}

@@ -255,7 +255,7 @@ class UnitTokenizer:
         names = [f"waveform {i}" for i in range(len(waveforms))]
         arrays = [np.ascontiguousarray(waveform, dtype=np.float32) for waveform in waveforms]
         for name, array in zip(names, arrays, strict=True):
-            if is_too_loud(array):
+            if is_too_loud(array).any():
                 raise ValueError(f"{name} {TOO_LOUD}: scale it to -1 to 1")
         return self._tokenize(self._prepare(map(torch.from_numpy, arrays), names), names)[0]
 

@@ -1,10 +1,12 @@
-"""Files that get their final name only when they are complete."""
+"""Files and folders that get their final name only when they are complete and on the disk. No link is ever followed."""
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,14 +14,15 @@ SUFFIX = ".unfinished"  # fixed, so that the next run overwrites what a killed r
 
 
 @contextmanager
-def write_then_replace(path: str | Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]:
+def write_then_replace(path: str | Path, mode: str = "w", *, sync: bool = True, **options: Any) -> Iterator[IO[Any]]:
     """Open a file for writing that is renamed to `path` when the block ends without an error.
 
     The caller makes sure that no other process writes the same path.
 
     Args:
-        path: The final name. Its folder is created if it does not exist.
+        path: The final name. Its folder is created if it does not exist. A link is replaced, not the file that it points to.
         mode: "w" or "wb".
+        sync: Write the bytes to the disk before the file gets its name. False suits many small files with a known digest.
         options: Further arguments of `open`; text is UTF-8 by default.
 
     Yields:
@@ -30,10 +33,11 @@ def write_then_replace(path: str | Path, mode: str = "w", **options: Any) -> Ite
     unfinished = path.with_name(path.name + SUFFIX)
     if "b" not in mode:
         options = {"encoding": "utf-8"} | options
+    unfinished.unlink(missing_ok=True)  # of a killed run, or a link
     try:
-        with open(unfinished, mode, **options) as file:
+        with open(unfinished, mode.replace("w", "x"), **options) as file:
             yield file
-        os.replace(unfinished, path)
+        (replace_path if sync else os.replace)(unfinished, path)
     except BaseException:  # Ctrl-C as well; raised again below
         unfinished.unlink(missing_ok=True)
         raise
@@ -43,3 +47,47 @@ def replace_text(path: str | Path, text: str) -> None:
     """Write `text` in UTF-8 with its line ends unchanged. A reader of `path` sees the old or the new text, never a part."""
     with write_then_replace(path, newline="") as file:
         file.write(text)
+
+
+def replace_path(unfinished: Path, path: Path) -> None:
+    """Rename a finished file or folder to `path` when all its bytes are on the disk.
+
+    After a power cut, `path` is therefore the old or the new file, and never an empty one.
+    """
+    if unfinished.is_dir():
+        for folder, _, names in os.walk(unfinished):
+            for name in names:
+                _sync(os.path.join(folder, name))
+            sync_folder(folder)
+    else:
+        _sync(unfinished)
+    os.replace(unfinished, path)
+    sync_folder(path.parent)
+
+
+def remove_path(path: Path) -> None:
+    """Remove a file, a folder with its content, or a link but not what it points to. Do nothing if there is nothing."""
+    if path.is_dir() and not path.is_symlink():
+        with suppress(FileNotFoundError):  # another process removes it as well
+            shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync_folder(folder: str | Path) -> None:
+    """Write the names in a folder to the disk, where the system can do that."""
+    if os.name == "nt":
+        return
+    try:
+        _sync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems
+            raise
+
+
+def _sync(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -6,7 +6,6 @@ the public API.
 
 import http.client
 import logging
-import os
 import re
 import time
 import urllib.error
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from usdm_sft.utils.atomic import SUFFIX
+from usdm_sft.utils.atomic import SUFFIX, replace_path
 from usdm_sft.utils.hashes import sha256_file
 from usdm_sft.utils.progress import progress_bar
 from usdm_sft.utils.texts import first_line
@@ -65,7 +64,7 @@ def download(url: str, path: str | Path, *, sha256: str | None = None) -> str:
     if sha256 is not None and digest != sha256:
         part.discard()
         raise ValueError(f"{url} has sha256 {digest}, not {sha256}: it is not the known file and was deleted")
-    os.replace(part.file, path)
+    replace_path(part.file, path)
     part.discard()
     return digest
 
@@ -115,7 +114,8 @@ class _Part:
 
     def size(self) -> int:
         """Return the number of bytes that a download can resume from."""
-        return self.file.stat().st_size if self.file.is_file() and self.etag() else 0
+        is_own = self.file.is_file() and not self.file.is_symlink()
+        return self.file.stat().st_size if is_own and self.etag() else 0
 
     def start(self, etag: str | None) -> None:
         """Discard the part and record the version that is about to arrive."""
@@ -163,7 +163,7 @@ def _fetch(part: _Part) -> None:
         if response.status != 206:
             begin = 0
             part.start(response.headers.get("ETag"))
-        elif not _is_rest(response, begin, etag):
+        elif not (begin and _is_rest(response, begin, etag)):
             part.discard()
             raise _Broken("the server sent something other than the rest of the file")
         total = None if response.length is None else begin + response.length
@@ -177,8 +177,6 @@ def _fetch(part: _Part) -> None:
                 bar.update(len(chunk))
             if total is not None and file.tell() != total:
                 raise _Broken(f"the connection broke after {file.tell():,} of {total:,} bytes")
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def _is_rest(response: http.client.HTTPResponse, begin: int, etag: str | None) -> bool:
