@@ -7,6 +7,8 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
+from usdm_sft.corpus import saved_audio as saved_audio  # wraps what datasets stores for an `Audio` column
+
 ROLES = ("user", "agent")
 # Columns of a dataset folder that follow from `input_ids`. Some trainers require them (axolotl), others sample rows by length.
 TRAINER_COLUMNS = ("attention_mask", "length")
@@ -16,7 +18,8 @@ class StoredAudio(datasets.Audio):  # type: ignore[misc]  # datasets has no type
     """`Audio(decode=False)` that is also written without decoding.
 
     datasets 4 and later import torchcodec (and with it FFmpeg) merely to store an audio file, and drop the bytes if `path`
-    exists. This class writes `{"bytes", "path"}` to Arrow unchanged; on disk and on the Hub the column is a plain `Audio`.
+    exists. This class writes `{"bytes", "path"}` to Arrow unchanged; on disk and on the Hub the column is a plain `Audio`
+    (`usdm_sft.corpus.saved_audio`).
     """
 
     def __init__(self) -> None:
