@@ -47,8 +47,9 @@ def _embed(self: Any, storage: pa.StructArray, *args: Any, **options: Any) -> pa
 def _store(address: str, stretches: list[Stretch], read: Callable[[str], bytes]) -> dict[str, Any]:
     from usdm_sft.audio.playable import make_playable  # the rows of a corpus are read without its imports
 
-    file, *fragment = stretches[0]
-    name = re.sub(r"[^\w.-]", "_", format_address(os.path.basename(file.split("::")[0]), *fragment))
+    file = stretches[0].file
+    first = stretches[0]._replace(file=os.path.basename(file.split("::")[0]))
+    name = re.sub(r"[^\w.-]", "_", format_address(*first))
     if len(stretches) == 1 and stretches[0].is_whole:  # a member of an archive stays as it is, like a file
         return {"bytes": read(file), "path": name}
     recording = make_playable(address, {stretch.file: read(stretch.file) for stretch in stretches})
