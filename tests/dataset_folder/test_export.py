@@ -64,7 +64,7 @@ def test_arrow_after_an_interrupted_export(dataset_folder, tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(datasets.DatasetDict, "save_to_disk", fill_the_disk)
+        patched.setattr("usdm_sft.dataset_folder.export._describe_split", fill_the_disk)
         with pytest.raises(OSError, match="No space left"):
             export(dataset_folder, tmp_path / "arrow", format="arrow")
     assert list((tmp_path / "arrow").iterdir()) == []

@@ -1,9 +1,13 @@
 """The columns of the datasets, as `datasets.Features`: the one definition that the builder, shards, card and checks share."""
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
 import datasets
+import pyarrow as pa
+
+from usdm_sft.corpus import saved_audio as saved_audio  # wraps what datasets stores for an `Audio` column
 
 ROLES = ("user", "agent")
 # Columns of a dataset folder that follow from `input_ids`. Some trainers require them (axolotl), others sample rows by length.
@@ -14,7 +18,8 @@ class StoredAudio(datasets.Audio):  # type: ignore[misc]  # datasets has no type
     """`Audio(decode=False)` that is also written without decoding.
 
     datasets 4 and later import torchcodec (and with it FFmpeg) merely to store an audio file, and drop the bytes if `path`
-    exists. This class writes `{"bytes", "path"}` to Arrow unchanged; on disk and on the Hub the column is a plain `Audio`.
+    exists. This class writes `{"bytes", "path"}` to Arrow unchanged; on disk and on the Hub the column is a plain `Audio`
+    (`usdm_sft.corpus.saved_audio`).
     """
 
     def __init__(self) -> None:
@@ -28,6 +33,26 @@ class StoredAudio(datasets.Audio):  # type: ignore[misc]  # datasets has no type
         return isinstance(other, datasets.Audio) and not other.decode
 
     __hash__ = None  # type: ignore[assignment]  # datasets.Audio is a dataclass with __eq__, which has no hash either
+
+
+def arrow_schema(features: datasets.Features) -> pa.Schema:
+    """Return the Arrow schema of columns, with a description of them (`huggingface`) that every version of datasets reads.
+
+    Later versions than 3 write a list as `List`, which datasets 3 does not know. All of them read `Sequence`.
+    """
+    schema = features.arrow_schema
+    described = schema.metadata[b"huggingface"].replace(b'"_type": "List"', b'"_type": "Sequence"')
+    return schema.with_metadata({b"huggingface": described})
+
+
+def dataset_info(config_name: str, info: datasets.DatasetInfo) -> dict[str, Any]:
+    """Return the entry of a config in `dataset_info` of a card's YAML. Lists are sequences in it, as in `arrow_schema`.
+
+    datasets 3 reads the `list` of later versions too, but takes it for another type than its own `sequence`, and interleaves no
+    two datasets that have one of each.
+    """
+    entry = json.dumps(info._to_yaml_dict()).replace('"list": ', '"sequence": ')
+    return {"config_name": config_name, **json.loads(entry)}
 
 
 def example_features(*, lists: bool) -> datasets.Features:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from usdm_sft.cache.keys import cache_key
 from usdm_sft.corpus.examples import MULTI_TURN, has_lists
-from usdm_sft.corpus.features import are_collapsed, folder_features
+from usdm_sft.corpus.features import are_collapsed, dataset_info, folder_features
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.corpus.published_lists import DAILYTALK
 from usdm_sft.dataset_folder.example_picture import EXAMPLE
@@ -146,7 +146,7 @@ def _make_metadata(
         "tags": TAGS,
         "size_categories": next((name for limit, name in SIZES.items() if sum(num_rows.values()) < limit), LARGEST),
         "configs": data_configs(counts),
-        "dataset_info": {"config_name": config_name, **info._to_yaml_dict()},
+        "dataset_info": dataset_info(config_name, info),
     }
     return DatasetCardData(**metadata)
 

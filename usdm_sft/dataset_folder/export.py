@@ -6,29 +6,31 @@ output in the order of the rows and removes. So the bytes do not depend on the n
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from usdm_sft.corpus.features import folder_features
+from usdm_sft.corpus.features import arrow_schema, folder_features
 from usdm_sft.dataset_folder.layout import UNFINISHED, data_files, read_counts
 from usdm_sft.dataset_folder.packs import MASKED, PACK, PackWriter, mask_rows
 from usdm_sft.dataset_folder.ranges import RowRange, count_processes, divide_rows
 from usdm_sft.dataset_folder.text_lines import format_lines
 from usdm_sft.utils.atomic import remove_path, replace_path, write_then_replace
+from usdm_sft.utils.hashes import sha256_file
 from usdm_sft.utils.processes import ProcessPool, in_order
-from usdm_sft.utils.progress import quiet
 
 Format = Literal["usdm", "arrow", "megatron"]
 
 ARROW_COLUMNS = ["input_ids", "labels", "attention_mask"]  # LLaMA-Factory pads every column that it finds
 _ARROW_LAST = "dataset_dict.json"
+_ARROW_FILE = "data-00000-of-00001.arrow"
 _ROWS_PER_PROCESS = 100_000  # a process takes a few seconds to start, in which this one exports about as many rows
 
 
@@ -91,9 +93,7 @@ def _write_lines(rows: RowRange, file: IO[bytes]) -> int:
 
 
 def _export_arrow(dataset_dir: Path, arrow_dir: Path, *, num_proc: int | None) -> dict[str, int]:
-    """Save the splits with `DatasetDict.save_to_disk`; a folder with dataset_dict.json and without `UNFINISHED` is complete."""
-    from datasets import Dataset, DatasetDict
-
+    """Save the splits as `DatasetDict.save_to_disk` does; a folder with dataset_dict.json and without `UNFINISHED` is complete."""
     files = data_files(dataset_dir, read_counts(dataset_dir))
     unfinished = arrow_dir / UNFINISHED
     targets = [arrow_dir / name for name in (_ARROW_LAST, *files)]
@@ -102,23 +102,43 @@ def _export_arrow(dataset_dir: Path, arrow_dir: Path, *, num_proc: int | None) -
         raise FileExistsError(f"{arrow_dir} is not empty: name another folder")
     _remove_all(targets)  # what a killed export moved into place
     with _temporary(unfinished):
-        rows = {split: unfinished / f"{split}.arrow" for split in files}
-        folder = unfinished / "pieces"
-        with ExitStack() as stack, _make_pieces(files, folder, _write_columns, num_proc) as pieces:
-            streams = {split: stack.enter_context(pa.ipc.new_stream(rows[split], _arrow_schema())) for split in files}
-            for split, path, _ in pieces:
+        saved, num_rows, schema = unfinished / "saved", dict.fromkeys(files, 0), _arrow_schema()
+        for split in files:
+            (saved / split).mkdir(parents=True)
+        with ExitStack() as stack, _make_pieces(files, unfinished / "pieces", _write_columns, num_proc) as pieces:
+            streams = {
+                split: stack.enter_context(pa.ipc.new_stream(saved / split / _ARROW_FILE, schema)) for split in files
+            }
+            for split, path, number in pieces:
                 for batch in _read_batches(path):
                     streams[split].write_batch(batch)
-        splits = DatasetDict({split: Dataset.from_file(str(path)) for split, path in rows.items()})  # memory-mapped
-        with quiet():
-            splits.save_to_disk(unfinished / "saved")
+                num_rows[split] += number
+        for split in files:
+            _describe_split(saved / split, split, schema)
+        (saved / _ARROW_LAST).write_text(json.dumps({"splits": list(files)}))
         try:
             for target in reversed(targets):
-                replace_path(unfinished / "saved" / target.name, target)
+                replace_path(saved / target.name, target)
         except BaseException:  # Ctrl-C as well; raised again
             _remove_all(targets)
             raise
-    return {split: len(saved) for split, saved in splits.items()}
+    return num_rows
+
+
+def _describe_split(folder: Path, split: str, schema: pa.Schema) -> None:
+    """Write the files that datasets expects beside the rows of a saved split. Its own would have columns that datasets 3 cannot read."""
+    info = json.loads(schema.metadata[b"huggingface"])["info"]
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": _ARROW_FILE}],
+        "_fingerprint": sha256_file(folder / _ARROW_FILE)[:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": split,
+    }
+    (folder / "dataset_info.json").write_text(json.dumps(info, indent=2))
+    (folder / "state.json").write_text(json.dumps(state, indent=2))
 
 
 def _remove_all(paths: Sequence[Path]) -> None:
@@ -130,7 +150,7 @@ def _arrow_schema() -> pa.Schema:
     from datasets import Features
 
     features = folder_features(lists=False)
-    return Features({name: features[name] for name in ARROW_COLUMNS}).arrow_schema
+    return arrow_schema(Features({name: features[name] for name in ARROW_COLUMNS}))
 
 
 def _write_columns(rows: RowRange, file: IO[bytes]) -> int:

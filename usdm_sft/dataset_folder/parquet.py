@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetInfo
-from datasets.table import InMemoryTable
+import pyarrow.parquet as pq
 
 from usdm_sft.cache.keys import cache_key
-from usdm_sft.corpus.features import are_collapsed, folder_features
+from usdm_sft.corpus.features import are_collapsed, arrow_schema, folder_features
 from usdm_sft.dataset_folder.statistics import SplitStatistics, compute_statistics
 from usdm_sft.template.parts import RowLayout
 from usdm_sft.utils.atomic import SUFFIX
@@ -24,7 +23,6 @@ from usdm_sft.utils.hashes import sha256_file
 from usdm_sft.utils.lazily import Lazily
 from usdm_sft.utils.memory import give_back_memory
 from usdm_sft.utils.processes import in_order
-from usdm_sft.utils.progress import quiet
 
 if TYPE_CHECKING:
     from usdm_sft.utils.pool import Pool
@@ -32,6 +30,7 @@ if TYPE_CHECKING:
 NUM_OUTPUT_SHARDS = {"train": 64, "test": 8}
 # Mean number in the output files of a split, unless the user sets the number of files. A file of so many takes 90 MB.
 MAX_TOKENS = 20_000_000
+_GROUP_BYTES = 100_000_000  # in memory, of a row group, as `Dataset.to_parquet` writes
 _MOST_TOKENS = 2**31 - 1  # of a file: positions in a column of lists are int32
 
 
@@ -152,10 +151,12 @@ def _write_part(
     path = task.path
     # A task of the same run with another executor may write this file at the same time. Each file is complete when it gets the name.
     unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}{SUFFIX}")
-    with quiet():
-        rows = _with_trainer_columns(loaders[task.split](part))
-        rows.to_parquet(str(unfinished))
-    num_bytes = sum(map(_count_bytes, rows.data.table.columns))
+    rows = _with_trainer_columns(loaders[task.split](part))
+    num_bytes = sum(map(_count_bytes, rows.columns))
+    group = max(1, len(rows) * _GROUP_BYTES // num_bytes)
+    # `Dataset.to_parquet` of datasets 5 writes the same file, but for the schema. Content-defined pages let the Hub store equal
+    # rows of two versions once.
+    pq.write_table(rows, unfinished, group, use_content_defined_chunking=True, write_page_index=True)
     written = WrittenFile(path, num_bytes, compute_statistics({"": [unfinished]}, layout)[""], sha256_file(unfinished))
     os.replace(unfinished, path)
     give_back_memory()
@@ -167,15 +168,14 @@ def _is_whole(part: WrittenFile) -> bool:
     return part.path.is_file() and sha256_file(part.path) == part.sha256
 
 
-def _with_trainer_columns(rows: pa.Table) -> Dataset:
+def _with_trainer_columns(rows: pa.Table) -> pa.Table:
     """Return the rows of one output file, with `TRAINER_COLUMNS` at the end. What lies in files of the cache is not copied."""
     lists, collapsed = pa.types.is_list(rows.schema.field("user_text").type), are_collapsed(rows.column_names)
     features = folder_features(lists=lists, collapsed=collapsed)
     lengths = pc.list_value_length(rows["input_ids"]).to_numpy()
     offsets = pa.array(np.append(0, np.cumsum(lengths)), pa.int32())
     ones = pa.ListArray.from_arrays(offsets, pa.array(np.ones(lengths.sum(), np.int8)))
-    table = pa.table([*rows.columns, ones, pa.array(lengths)], features.arrow_schema)
-    return Dataset(InMemoryTable(table), DatasetInfo(features=features))
+    return pa.table([*rows.columns, ones, pa.array(lengths)], arrow_schema(features))
 
 
 def _count_bytes(column: pa.ChunkedArray) -> int:

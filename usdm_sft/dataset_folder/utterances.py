@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from usdm_sft.cache.keys import cache_key
-from usdm_sft.corpus.features import utterance_features
+from usdm_sft.corpus.features import arrow_schema, dataset_info, utterance_features
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.dataset_folder.layout import PREPARE_AGAIN
 from usdm_sft.utils.atomic import SUFFIX
@@ -140,7 +140,7 @@ def write_utterances(
         dataset_size=sum(each.num_bytes for each in infos.values()),
     )
     digests = {file.path: file.sha256 for file in made.values()}
-    return counts, {"config_name": UTTERANCES, **info._to_yaml_dict()}, digests
+    return counts, dataset_info(UTTERANCES, info), digests
 
 
 def _write_file(loaders: Mapping[str, Callable[[Any], Iterable[Row]]], file: tuple[str, Path, Any]) -> UtteranceFile:
@@ -149,7 +149,7 @@ def _write_file(loaders: Mapping[str, Callable[[Any], Iterable[Row]]], file: tup
     counts, num_bytes = UtteranceCounts(), 0
     # A task of the same run with another executor may write this file at the same time. Each file is complete when it gets the name.
     unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}{SUFFIX}")
-    schema = utterance_features().arrow_schema
+    schema = arrow_schema(utterance_features())
     with pq.ParquetWriter(unfinished, schema, use_dictionary=False, write_statistics=_WITH_STATISTICS) as writer:
         for group in _group(loaders[split](part)):
             table = pa.Table.from_pylist(group, schema)

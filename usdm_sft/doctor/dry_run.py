@@ -134,7 +134,7 @@ def _write_units(shard: Shard, run: Run) -> Path:
         "seconds": [np.float32(length / SAMPLE_RATE) for length in content.lengths],
     }
     write = partial(map_shard, Dataset.from_dict({"audio": content.audio}), lambda batch: columns)
-    return ShardCache(run.cache / "units").make(shard.units_key, partial(write, fingerprint=shard.units_key))
+    return ShardCache(run.cache / "units").make(shard.units_key, write)
 
 
 def _find_missing(folder: Path, plan: Plan, key: str) -> list[Shard]:

@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from usdm_sft.corpus.features import TRAINER_COLUMNS, are_collapsed, folder_features
 from usdm_sft.shards.counts import ShardCounts
+from usdm_sft.shards.mapping import read_shard
 from usdm_sft.shards.overflow import Cuts, take_rows
 from usdm_sft.shards.plan import Shard
 
@@ -160,10 +161,7 @@ def join_columns(rows: Dataset, shard: Shard, tokens: Path) -> pa.Table:
         tokens: The file of its token shard; it is memory-mapped.
     """
     examples = slice_examples(rows, shard)
-    with pa.memory_map(
-        str(tokens)
-    ) as file:  # `Dataset.from_file` takes ten times as long, which counts for shuffled rows
-        encoded = pa.ipc.open_stream(file).read_all()
+    encoded = read_shard(tokens)
     features = folder_features(lists=False, collapsed=are_collapsed(encoded.column_names))
     names = [name for name in features if name not in TRAINER_COLUMNS]
     columns = [(encoded if name in encoded.column_names else examples)[name] for name in names]

@@ -1,43 +1,58 @@
-"""A work shard that goes through a `.map` callable into an Arrow file."""
+"""The Arrow file of a work shard.
+
+It has no description of the columns (`huggingface`), because datasets 3 cannot read the one of later versions. Each version of
+datasets finds the same columns from the Arrow types.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 from datasets import Dataset
 
-from usdm_sft.utils.progress import quiet
+_ROWS = 1_000  # of a record batch, as datasets writes it
 
 
 def map_shard(
-    batch: Dataset, function: Any, path: str, fingerprint: str, *, remove_columns: Sequence[str] | None = None
-) -> Dataset:
+    batch: Dataset,
+    function: Callable[[Any], Mapping[str, Any]],
+    path: str,
+    *,
+    remove_columns: Sequence[str] | None = None,
+) -> None:
     """Map a work shard, as one batch, into an Arrow file.
 
     Args:
         batch: The rows of the shard.
         function: Takes and returns a dict of columns.
-        path: The Arrow file to write: the columns that `function` returns, and the old ones that are not removed.
-        fingerprint: Key of the shard, which becomes the fingerprint of the dataset.
+        path: The Arrow file to write: the old columns that are not removed, and those that `function` returns.
         remove_columns: Old columns to remove; by default all of them.
 
     Raises:
         OSError: The file cannot be written, such as on a full disk.
     """
-    try:
-        with quiet():
-            return batch.map(
-                function,
-                batched=True,
-                batch_size=None,
-                remove_columns=batch.column_names if remove_columns is None else list(remove_columns),
-                load_from_cache_file=False,  # `ShardCache` decides what is made
-                cache_file_name=path,
-                new_fingerprint=fingerprint[:16],
-            )
-    except ValueError as error:
-        # After an error of the disk, datasets closes the file again, and reports that it is closed.
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
+    table = batch.data.table.drop_columns(batch.column_names if remove_columns is None else list(remove_columns))
+    columns = {name: table[name] for name in table.column_names}
+    columns |= {name: _array(values) for name, values in function(batch[:]).items()}
+    with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, (table := pa.table(columns)).schema) as stream:
+        stream.write_table(table, max_chunksize=_ROWS)
+
+
+def _array(values: Sequence[Any]) -> pa.Array:
+    if not isinstance(values[0], np.ndarray):
+        return pa.array(values)
+    offsets = pa.array(np.cumsum([0, *map(len, values)]), pa.int32())
+    return pa.ListArray.from_arrays(offsets, np.concatenate(values))  # six times as fast as `pa.array`
+
+
+def read_shard(path: Path) -> pa.Table:
+    """Return the rows of a work shard; they stay in the file, which is memory-mapped.
+
+    `Dataset.from_file` takes ten times as long, which counts for shuffled rows.
+    """
+    with pa.memory_map(str(path)) as file:
+        return pa.ipc.open_stream(file).read_all()

@@ -20,7 +20,7 @@ from usdm_sft.cache.keys import cache_key
 from usdm_sft.cache.shard_cache import ShardCache
 from usdm_sft.shards.counts import count_shard
 from usdm_sft.shards.fitted import TokenShard, join_columns, slice_examples
-from usdm_sft.shards.mapping import map_shard
+from usdm_sft.shards.mapping import map_shard, read_shard
 from usdm_sft.shards.overflow import find_cuts, take_rows
 from usdm_sft.shards.plan import Content, Plan, Shard
 from usdm_sft.template.repetition import collapse_units
@@ -68,7 +68,7 @@ class TokenMaker:
         for name, column in columns.items():
             table = table.append_column(name, column)
         batch = Dataset(InMemoryTable(table)).with_format("numpy")
-        map_shard(batch, self.encoder, path, shard.tokens_key, remove_columns=_TEXT_COLUMNS)
+        map_shard(batch, self.encoder, path, remove_columns=_TEXT_COLUMNS)
 
 
 def make_tokens(plan: Plan, maker: TokenMaker, units: Mapping[str, Path], pool: Pool) -> list[TokenShard]:
@@ -108,7 +108,7 @@ def unit_columns(content: Content, file: Path, *, collapse: bool = False) -> dic
     Raises:
         ValueError: A run is too long for a duration; the message names the recording.
     """
-    table = Dataset.from_file(str(file)).data.table
+    table = read_shard(file)
     utterances = {name: table[name].combine_chunks() for name in ("units", "seconds")}
     if collapse:
         utterances |= _collapse(utterances["units"], content)
@@ -138,7 +138,7 @@ def _collapse(units: pa.ListArray, content: Content) -> dict[str, pa.ListArray]:
 
 def _find_fp32_fallback(content: Content, units: Path) -> list[str]:
     """Return the ids of the utterances that overflowed in the chosen precision."""
-    table = Dataset.from_file(str(units)).data.table
+    table = read_shard(units)
     if FP32_FALLBACK not in table.column_names:
         return []
     marks = table[FP32_FALLBACK].to_pylist()

@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from datasets import Dataset
-
 from usdm_sft.audio.digests import read_recording, read_unchanged
 from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.audio.playable import make_playable
+from usdm_sft.shards.mapping import read_shard
 from usdm_sft.shards.plan import Content, Plan, Shard
 from usdm_sft.utils.once import once_per_key
 
@@ -96,7 +95,7 @@ def iter_utterances(parts: list[ShardPart]) -> Iterator[dict[str, Any]]:
     """
     read_shared = once_per_key(read_recording, maxsize=1)  # the turns of a telephone call follow each other
     for part in parts:
-        table = Dataset.from_file(str(part.units)).data.table
+        table = read_shard(part.units)
         positions = {utterance_id: position for position, utterance_id in enumerate(part.content.ids)}
         for utterance in (utterance for dialog in part.dialogs for utterance in dialog.utterances):
             if (position := positions.get(utterance.id)) is None:

@@ -208,7 +208,7 @@ class _Pipeline:
 def _write_shard(shard: UnitShard, claim: Claim, columns: dict[str, list[Any]]) -> Path:
     rows = Dataset.from_dict({"audio": shard.audio})
     with claim:
-        return claim.write(lambda path: map_shard(rows, lambda batch: columns, path, shard.key))
+        return claim.write(lambda path: map_shard(rows, lambda batch: columns, path))
 
 
 def _run_process(
