@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usdm_sft.cache.keys import cache_key, cache_root
-from usdm_sft.cache.locks import path_lock
+from usdm_sft.cache.locks import path_lock, warn_of_local_locks
 from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.dataset_folder.layout import check_output, clear_unfinished, is_up_to_date, read_counts
 from usdm_sft.dataset_folder.writer import write_folder
@@ -26,7 +26,6 @@ from usdm_sft.shards.rows import load_rows
 from usdm_sft.shards.units import make_units
 from usdm_sft.shards.utterances import UtteranceFiles
 from usdm_sft.stages.fit import fit_splits
-from usdm_sft.stages.record import mark_in_use
 from usdm_sft.stages.run import Run, describe_run, open_run
 from usdm_sft.units.agreement import measure_agreement, pick_sample
 from usdm_sft.units.batches import padding_share
@@ -92,6 +91,8 @@ def _open_pool(config: PrepareConfig) -> Iterator[tuple[Engine | None, Pool]]:
 
     go_on = partial(_go_on, config=config, directory=os.getcwd())
     cache = cache_root(config.cache_dir)
+    if config.executor in ("ray", "slurm"):
+        warn_of_local_locks(cache)
     with Engine(config.executor, config.tasks, cache, num_proc=num_proc, slurm=config.slurm, go_on=go_on) as engine:
         yield engine, TaskPool(engine)
 
@@ -107,7 +108,7 @@ def _go_on(data: Any, rank: int, world_size: int, *, config: PrepareConfig, dire
 
 
 def _make(config: PrepareConfig, stages: Stages, held: ExitStack) -> tuple[dict[str, Any], bool]:
-    """Run the stages. `held` ends the processes, and keeps what the run uses of the cache from being removed.
+    """Run the stages. `held` ends the processes.
 
     Returns:
         The counts, and whether this run made the folder; otherwise it was finished already.
@@ -117,7 +118,6 @@ def _make(config: PrepareConfig, stages: Stages, held: ExitStack) -> tuple[dict[
     counts = describe_run(run)
     if (finished := _find_finished(run, counts["key"])) is not None:
         return finished, False
-    held.enter_context(mark_in_use(run))
     stages.start("rows")
     rows, settings = load_rows(run.builder), run.unit_tokenizer.settings
     stages.start("units")
