@@ -115,6 +115,33 @@ def make_in_two_runs_at_once(mini, unit_model, folder, monkeypatch, *, other=Non
     assert not [*folder.rglob("*.unfinished"), *folder.rglob(".unfinished")]
 
 
+def run_task_here(step, folder, tasks, rank):
+    """Run one task in this process, as `launchers._run_ray_task` does in one of Ray."""
+    from usdm_sft.executors import launchers
+
+    launchers._run_ray_task(step, str(folder), tasks, rank)
+
+
+def run_tasks_here(monkeypatch, run=None):
+    """Let tasks of Ray run in this process; return the list to which the numbers of the tasks are added.
+
+    Args:
+        monkeypatch: Undoes it.
+        run: Takes the place of `run_task_here`, with the same arguments; returns False if the task failed.
+    """
+    from usdm_sft.executors import engine
+
+    ranks_run = []
+
+    def run_on_ray(step, folder, tasks, ranks, device):
+        ranks_run.extend(ranks)
+        return [rank for rank in ranks if (run or run_task_here)(step, folder, tasks, rank) is False]
+
+    monkeypatch.setattr(engine, "ray_session", contextlib.nullcontext)
+    monkeypatch.setattr(engine, "run_on_ray", run_on_ray)
+    return ranks_run
+
+
 def loss_by_hand(model, rows):
     """Mean over all labelled tokens, each row on its own."""
     total, count = 0.0, 0

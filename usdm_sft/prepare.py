@@ -81,9 +81,8 @@ def prepare(config: PrepareConfig | None = None, /, **fields: Any) -> dict[str, 
 @contextmanager
 def _open_pool(config: PrepareConfig) -> Iterator[tuple[Engine | None, Pool]]:
     """Yield the engine, if there is an executor, and the tasks or processes that share out the work of all stages but the units."""
-    num_proc = config.num_proc or num_cores()
     if config.executor is None:
-        with ProcessPool(num_proc, _MODULES) as processes:
+        with ProcessPool(config.num_proc or num_cores(), _MODULES) as processes:
             yield None, processes
         return
     from usdm_sft.executors.engine import Engine  # datatrove is an optional dependency
@@ -91,9 +90,8 @@ def _open_pool(config: PrepareConfig) -> Iterator[tuple[Engine | None, Pool]]:
 
     go_on = partial(_go_on, config=config, directory=os.getcwd())
     cache = cache_root(config.cache_dir)
-    if config.executor in ("ray", "slurm"):
-        warn_of_local_locks(cache)
-    with Engine(config.executor, config.tasks, cache, num_proc=num_proc, slurm=config.slurm, go_on=go_on) as engine:
+    warn_of_local_locks(cache)
+    with Engine(config.executor, config.tasks, cache, slurm=config.slurm, go_on=go_on) as engine:
         yield engine, TaskPool(engine)
 
 
@@ -180,7 +178,6 @@ def _tokenize_audio(run: Run, engine: Engine | None) -> tuple[dict[str, Any] | N
             engine,
             run.plan,
             run.unit_tokenizer,
-            run.devices if run.devices[0] != "cpu" else ["cpu"] * config.tasks,
             sample=pick_sample(run.builder.audio_digests, config.agreement_utterances),
         )
     agreement = measure_agreement(run.unit_tokenizer, run.builder.audio_digests, run.cache, config.agreement_utterances)

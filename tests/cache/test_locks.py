@@ -106,7 +106,7 @@ def test_mount_options_that_keep_locks_on_one_machine(tmp_path, monkeypatch, fol
 
 def test_cache_that_machines_share_with_local_locks_is_told(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(locks, "find_local_locks", lambda folder: "nolock of nfs")
-    for executor in (None, "local", "ray", "slurm"):
+    for executor in (None, "ray", "slurm"):
         config = PrepareConfig(data_dir="data", output_path="out", executor=executor, cache_dir=str(tmp_path))
         with _open_pool(config):
             pass
