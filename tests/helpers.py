@@ -93,24 +93,37 @@ def command(mini, unit_model, folder, *more):
     return [sys.executable, "-m", "usdm_sft.cli", "prepare", *arguments, *more]
 
 
+# A run that makes a file when it has found that there is work.
+OTHER_RUN = """
+from pathlib import Path
+from usdm_sft import prepare
+from usdm_sft.cli.main import main
+load_rows = prepare.load_rows
+def start(builder):
+    Path({started!r}).touch()
+    return load_rows(builder)
+prepare.load_rows = start
+main({arguments!r})
+"""
+
+
 def make_in_two_runs_at_once(mini, unit_model, folder, monkeypatch, *, other=None, **changes):
     """Run twice over one cache: in this process into `out`, and in another one into `other`, with the options `other`."""
     from usdm_sft.prepare import prepare
-    from usdm_sft.stages.record import mark_in_use
+    from usdm_sft.shards.rows import load_rows
 
     given = {**changes, "output_path": folder / "other", **(other or {})}
-    arguments = command(mini, unit_model, folder, *(f"--{name}={value}" for name, value in given.items()))
-    run = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    arguments = command(mini, unit_model, folder, *(f"--{name}={value}" for name, value in given.items()))[3:]
+    code = OTHER_RUN.format(started=str(folder / "started"), arguments=arguments)
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     met = []
 
-    @contextlib.contextmanager
-    def meet(opened):
-        with mark_in_use(opened):  # this process, which need not import anything, is the first to get here
-            wait_for(lambda: len(list(folder.glob("cache/runs/*.lock"))) == 2, run)
-            met.append(opened)
-            yield
+    def meet(builder):
+        wait_for((folder / "started").exists, run)
+        met.append(builder)
+        return load_rows(builder)
 
-    monkeypatch.setattr("usdm_sft.prepare.mark_in_use", meet)
+    monkeypatch.setattr("usdm_sft.prepare.load_rows", meet)
     prepare(**options(mini, unit_model, folder, **changes))
     _, error = run.communicate(timeout=300)
     assert run.returncode == 0, error.decode()[-2000:]
@@ -120,7 +133,34 @@ def make_in_two_runs_at_once(mini, unit_model, folder, monkeypatch, *, other=Non
         written = [name for names in lists for name in names.read_text().split()]
         assert sorted(written) == sorted(path.name for path in folder.glob(f"cache/{level}/*.arrow"))
         assert len({name.partition(".")[0] for name in written}) == 6
-    assert not [*folder.rglob("*.unfinished"), *folder.rglob(".unfinished"), *folder.glob("cache/runs/*.lock")]
+    assert not [*folder.rglob("*.unfinished"), *folder.rglob(".unfinished")]
+
+
+def run_task_here(step, folder, tasks, rank):
+    """Run one task in this process, as `launchers._run_ray_task` does in one of Ray."""
+    from usdm_sft.executors import launchers
+
+    launchers._run_ray_task(step, str(folder), tasks, rank)
+
+
+def run_tasks_here(monkeypatch, run=None):
+    """Let tasks of Ray run in this process; return the list to which the numbers of the tasks are added.
+
+    Args:
+        monkeypatch: Undoes it.
+        run: Takes the place of `run_task_here`, with the same arguments; returns False if the task failed.
+    """
+    from usdm_sft.executors import engine
+
+    ranks_run = []
+
+    def run_on_ray(step, folder, tasks, ranks, device):
+        ranks_run.extend(ranks)
+        return [rank for rank in ranks if (run or run_task_here)(step, folder, tasks, rank) is False]
+
+    monkeypatch.setattr(engine, "ray_session", contextlib.nullcontext)
+    monkeypatch.setattr(engine, "run_on_ray", run_on_ray)
+    return ranks_run
 
 
 def loss_by_hand(model, rows):

@@ -5,7 +5,7 @@ import datasets
 import pytest
 from transformers import AutoTokenizer
 
-from tests.helpers import DEMO
+from tests.helpers import DEMO, content, options
 from usdm_sft.convert.convert import convert
 from usdm_sft.dataset_folder.export import export_text
 from usdm_sft.prepare import prepare
@@ -46,12 +46,6 @@ def forward_passes(monkeypatch):
     forward = UnitModel.forward
     monkeypatch.setattr(UnitModel, "forward", lambda self, *args: passes.append(1) or forward(self, *args))
     return passes
-
-
-def content(folder):
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
-    }
 
 
 def test_exported_lines_equal_the_reference(run, mini, tmp_path):
@@ -250,6 +244,20 @@ def test_damaged_cache_file_is_made_again(run, tmp_path, damage, forward_passes)
     second, _ = run("second")
     assert content(first) == content(second)
     assert (len(forward_passes) > passes) == (damage == "units")
+
+
+@pytest.mark.parametrize(
+    ("deleted", "computed"), [(["tokens", "builder", "locks", "digests.sqlite"], False), (["units"], True)], ids=str
+)
+def test_deleted_parts_of_the_cache_are_made_again(
+    mini, unit_model, dataset_folder, tmp_path, forward_passes, deleted, computed
+):
+    cache = shutil.copytree(dataset_folder.parent / "cache", tmp_path / "cache")
+    for path in (cache / name for name in deleted):
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    prepare(**options(mini, unit_model, tmp_path, shard_dialogs=64))
+    assert bool(forward_passes) == computed
+    assert content(tmp_path / "out") == content(dataset_folder)
 
 
 def test_each_audio_is_read_once_in_a_run(run, monkeypatch):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usdm_sft.cache.keys import cache_key, cache_root
+from usdm_sft.cache.locks import warn_of_local_locks
 from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.dataset_folder.layout import find_finished, lock_output
 from usdm_sft.dataset_folder.writer import write_folder
@@ -25,7 +26,6 @@ from usdm_sft.shards.rows import load_rows
 from usdm_sft.shards.units import make_units
 from usdm_sft.shards.utterances import UtteranceFiles
 from usdm_sft.stages.fit import fit_splits
-from usdm_sft.stages.record import mark_in_use
 from usdm_sft.stages.run import Run, describe_run, open_run
 from usdm_sft.units.agreement import measure_agreement, pick_sample
 from usdm_sft.units.batches import padding_share
@@ -81,9 +81,8 @@ def prepare(config: PrepareConfig | None = None, /, **fields: Any) -> dict[str, 
 @contextmanager
 def _open_pool(config: PrepareConfig) -> Iterator[tuple[Engine | None, Pool]]:
     """Yield the engine, if there is an executor, and the tasks or processes that share out the work of all stages but the units."""
-    num_proc = config.num_proc or num_cores()
     if config.executor is None:
-        with ProcessPool(num_proc, _MODULES) as processes:
+        with ProcessPool(config.num_proc or num_cores(), _MODULES) as processes:
             yield None, processes
         return
     from usdm_sft.executors.engine import Engine  # datatrove is an optional dependency
@@ -91,7 +90,8 @@ def _open_pool(config: PrepareConfig) -> Iterator[tuple[Engine | None, Pool]]:
 
     go_on = partial(_go_on, config=config, directory=os.getcwd())
     cache = cache_root(config.cache_dir)
-    with Engine(config.executor, config.tasks, cache, num_proc=num_proc, slurm=config.slurm, go_on=go_on) as engine:
+    warn_of_local_locks(cache)
+    with Engine(config.executor, config.tasks, cache, slurm=config.slurm, go_on=go_on) as engine:
         yield engine, TaskPool(engine)
 
 
@@ -106,7 +106,7 @@ def _go_on(data: Any, rank: int, world_size: int, *, config: PrepareConfig, dire
 
 
 def _make(config: PrepareConfig, stages: Stages, held: ExitStack) -> tuple[dict[str, Any], bool]:
-    """Run the stages. `held` ends the processes, and keeps what the run uses of the cache from being removed.
+    """Run the stages. `held` ends the processes.
 
     Returns:
         The counts, and whether this run made the folder; otherwise it was finished already.
@@ -117,7 +117,6 @@ def _make(config: PrepareConfig, stages: Stages, held: ExitStack) -> tuple[dict[
     with lock_output(run.output):
         if (finished := find_finished(run.output, counts, overwrite=config.overwrite)) is not None:
             return finished, False
-    held.enter_context(mark_in_use(run))
     stages.start("rows")
     rows, settings = load_rows(run.builder), run.unit_tokenizer.settings
     stages.start("units")
@@ -173,7 +172,6 @@ def _tokenize_audio(run: Run, engine: Engine | None) -> tuple[dict[str, Any] | N
             engine,
             run.plan,
             run.unit_tokenizer,
-            run.devices if run.devices[0] != "cpu" else ["cpu"] * config.tasks,
             sample=pick_sample(run.builder.audio_digests, config.agreement_utterances),
         )
     agreement = measure_agreement(run.unit_tokenizer, run.builder.audio_digests, run.cache, config.agreement_utterances)

@@ -1,7 +1,6 @@
 import errno
 import fcntl
 import os
-from types import SimpleNamespace
 
 import pytest
 
@@ -10,8 +9,9 @@ from usdm_sft.cache import locks
 from usdm_sft.cache.locks import file_lock, find_local_locks, lock_problem, path_lock
 from usdm_sft.cache.shard_cache import ShardCache
 from usdm_sft.cli.main import main
+from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.convert.published import find_unit_model
-from usdm_sft.stages import record
+from usdm_sft.prepare import _open_pool
 
 
 def fail_with(number):
@@ -126,8 +126,9 @@ def test_mount_options_that_keep_locks_on_one_machine(tmp_path, monkeypatch, fol
 
 def test_cache_that_machines_share_with_local_locks_is_told(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(locks, "find_local_locks", lambda folder: "nolock of nfs")
-    monkeypatch.setattr(record, "_describe", lambda run: None)
-    for executor in (None, "local", "ray", "slurm"):
-        record.mark_in_use(SimpleNamespace(config=SimpleNamespace(executor=executor), cache=tmp_path))
+    for executor in (None, "ray", "slurm"):
+        config = PrepareConfig(data_dir="data", output_path="out", executor=executor, cache_dir=str(tmp_path))
+        with _open_pool(config):
+            pass
     warning = f"{tmp_path} is mounted with nolock of nfs: its locks hold on each machine only"
     assert [message.startswith(warning) for message in caplog.messages] == [True, True]

@@ -69,7 +69,7 @@ WRONG_TYPES = [
     ({"agent": 3}, "agent is 3, a value of type int: give a text"),
     ({"data_dir": None}, "data_dir is None: give a text"),
     ({"on_bad_audio": "ignore"}, "on_bad_audio 'ignore' is unknown: choose one of error, skip"),
-    ({"executor": 3}, "executor is 3, a value of type int: give one of local, slurm, ray"),
+    ({"executor": 3}, "executor is 3, a value of type int: give one of slurm, ray"),
     ({"executor": "slurm", "slurm": "gpu"}, "slurm is 'gpu', a value of type str: give names and values, such as {"),
     (
         {"template": {"agent_role": "Robot"}},

@@ -5,9 +5,8 @@ import hashlib
 import pyarrow.parquet as pq
 import pytest
 
-from tests.helpers import LastFirst
+from tests.helpers import LastFirst, run_tasks_here
 from usdm_sft.dataset_folder.utterances import write_utterances
-from usdm_sft.executors import engine, launchers
 from usdm_sft.executors.engine import Engine
 from usdm_sft.executors.pool import TaskPool
 
@@ -42,15 +41,9 @@ class Dialogs:
 @pytest.fixture
 def pool(tmp_path, monkeypatch):
     """A pool of two tasks, which run in this process."""
-
-    def run_here(step, folder, tasks, ranks, devices):
-        for rank in ranks:
-            launchers._run_rank(launchers._make_executor(step, str(folder), tasks), rank)
-        return []
-
-    monkeypatch.setattr(engine, "run_here", run_here)
+    run_tasks_here(monkeypatch)
     loaded.clear()
-    return TaskPool(Engine("local", 2, tmp_path / "cache"))
+    return TaskPool(Engine("ray", 2, tmp_path / "cache"))
 
 
 def inodes(folder):

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,13 +14,10 @@ import usdm_sft.executors
 from dailytalk_usdm import DailyTalkUSDM
 from tests.helpers import (
     REPOSITORY,
-    command,
     content,
     inodes,
     make_in_two_runs_at_once,
     options,
-    wait_for,
-    wait_for_end_of_group,
 )
 from usdm_sft.audio import digest_reader, first_pass
 from usdm_sft.cli.main import main
@@ -97,93 +93,6 @@ def was_finished_by_a_living_task(path):
     return not path.with_name(f"{path.name.partition('.')[0]}.unfinished").exists()
 
 
-def check_killed_tasks_and_vanished_files(mini, unit_model, folder, armed, undisturbed, executor):
-    """Kill a task of each stage once, and remove a file of a task that has finished; a rerun makes no more than these again."""
-    arguments = options(mini, unit_model, folder, executor=executor, tasks=4, num_gpus=0)
-    kept = {}  # inodes
-    for killed, made in (
-        ("/results/", "cache/executor/*/results/*.pickle"),  # of recordings
-        ("cache/units/", "cache/units/*.arrow"),
-        ("cache/tokens/", "cache/tokens/*.arrow"),
-    ):
-        make_until_a_task_dies(arguments, armed, killed)
-        vanished, *others = sorted(path for path in folder.glob(made) if was_finished_by_a_living_task(path))
-        vanished.unlink()
-        kept |= {path: path.stat().st_ino for path in others}
-    stage = make_until_a_task_dies(arguments, armed, "/single_turn/")
-    without_a_file, without_results, whole = sorted(int(path.name) for path in stage.glob("completions/*"))
-    next(calls.read_results(stage, without_a_file)).path.unlink()
-    kept |= inodes(folder, "cache/*/*.arrow")
-    parts = {part.path.name: part.path.stat().st_ino for part in calls.read_results(stage, whole)}
-    (stage / "results" / f"{without_results:05d}.pickle").unlink()
-    logs = times(folder, "cache/executor/*/logs/*")
-    prepare(**arguments)
-    assert content(folder / "out") == undisturbed
-    assert {path: path.stat().st_ino for path in kept} == kept
-    assert len(inodes(folder, "cache/*/*.arrow")) == 12
-    assert {name: (folder / "out" / "single_turn" / name).stat().st_ino for name in parts} == parts
-    after = times(folder, "cache/executor/*/logs/*")
-    changed = {path.relative_to(folder / "cache" / "executor") for path in after if after[path] != logs.get(path)}
-    assert changed == {Path(stage.name, "logs", f"task_{rank:05d}.log") for rank in range(4) if rank != whole}
-    assert not [path for path in folder.rglob("*.unfinished") if "executor" not in path.parts]
-
-
-@pytest.mark.slow
-def test_killed_local_tasks_are_resumed_and_vanished_files_made_again(
-    mini, unit_model, tmp_path, armed, undisturbed, elsewhere
-):
-    check_killed_tasks_and_vanished_files(mini, unit_model, tmp_path, armed, undisturbed, "local")
-
-
-@pytest.mark.slow
-def test_two_local_runs_at_once(mini, unit_model, tmp_path, undisturbed, elsewhere, monkeypatch):
-    make_in_two_runs_at_once(mini, unit_model, tmp_path, monkeypatch, executor="local", tasks=2, num_gpus=0)
-    assert content(tmp_path / "out") == undisturbed
-    assert content(tmp_path / "other") == undisturbed
-
-
-@pytest.mark.slow
-def test_agreement_is_measured_in_a_task(mini, unit_model, tmp_path, monkeypatch):
-    alone = tmp_path / "alone"
-    prepare(**options(mini, unit_model, alone, precision="bf16"))
-    monkeypatch.setattr(UnitModel, "forward", None)
-    arguments = options(mini, unit_model, tmp_path, precision="bf16", executor="local", tasks=1, num_gpus=0)
-    prepare(**arguments)
-    assert content(tmp_path / "out") == content(alone / "out")
-    assert b"executor" not in content(tmp_path / "out")["counts.json"]
-    (measured,) = tmp_path.glob("cache/agreement/*.json")
-    measured.unlink()
-    prepare(**arguments | {"output_path": str(tmp_path / "again")})
-    assert measured.is_file()
-    assert content(tmp_path / "again") == content(alone / "out")
-
-
-@pytest.mark.slow
-def test_local_tasks_end_when_their_parent_is_killed(mini, unit_model, tmp_path):
-    arguments = command(mini, unit_model, tmp_path, "--executor", "local", "--tasks", "2", "--num_gpus", "0")
-    run = subprocess.Popen(arguments, stderr=subprocess.DEVNULL, start_new_session=True)
-    wait_for(lambda: list(tmp_path.glob("cache/executor/*/logs/*.log")), run)
-    run.kill()
-    run.wait()
-    wait_for_end_of_group(run.pid)
-    assert not list(tmp_path.glob("cache/units/*.arrow"))  # they ended before the first shard
-
-
-@pytest.mark.slow
-def test_error_in_a_task_is_in_its_log(mini, unit_model, tmp_path, monkeypatch, capfd):
-    corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
-    recording, load = corpus / "data" / "3" / "0_0_d3.wav", DailyTalkUSDM.as_dataset
-    monkeypatch.setattr(
-        DailyTalkUSDM, "as_dataset", lambda self, split: recording.write_bytes(b"RIFF") and load(self, split=split)
-    )
-    arguments = options(mini, unit_model, tmp_path, executor="local", tasks=2, num_gpus=0, data_dir=str(corpus))
-    with pytest.raises(RuntimeError, match=r"1 of 2 tasks failed \(0\): see .*/logs; start the run again, finished"):
-        prepare(**arguments)
-    (log,) = tmp_path.glob("cache/executor/*/logs/task_00000.log")
-    assert "0_0_d3.wav was changed during the run" in log.read_text()
-    assert "Traceback" not in capfd.readouterr().err
-
-
 def write_changed_task(mini, unit_model, folder, **changes):
     """Write the file of task 3 with `changes`; return the folder of the plan."""
     prepare(**options(mini, unit_model, folder))
@@ -202,8 +111,7 @@ def test_task_refuses_a_unit_model_that_changed_after_the_plan(mini, unit_model,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("given", "expected"), [(None, "cuda:1"), ("cuda:0", "cuda:0")])
-def test_task_chooses_a_gpu_by_its_rank(mini, unit_model, tmp_path, monkeypatch, given, expected):
+def test_task_chooses_a_gpu_by_its_rank(mini, unit_model, tmp_path, monkeypatch):
     settings = {"device": "cuda", "precision": "fp32", "resampler": "soxr", "batch_seconds": 160.0}
     folder = write_changed_task(mini, unit_model, tmp_path, settings=settings)
     chosen = []
@@ -217,8 +125,8 @@ def test_task_chooses_a_gpu_by_its_rank(mini, unit_model, tmp_path, monkeypatch,
 
     monkeypatch.setattr(UnitTokenizer, "from_pretrained", stop)
     with pytest.raises(InterruptedError):
-        unit_tasks.run_task(None, 3, 4, folder=folder, device=given)
-    assert chosen == [expected, expected]
+        unit_tasks.run_task(None, 3, 4, folder=folder)
+    assert chosen == ["cuda:1", "cuda:1"]
 
 
 # Ray
@@ -262,8 +170,35 @@ class TestUsersRayCluster:
     def test_killed_tasks_are_resumed_and_vanished_files_made_again(
         self, mini, unit_model, tmp_path, armed, undisturbed, elsewhere, ray_cluster, monkeypatch, caplog
     ):
+        """Kill a task of each stage once, and remove a file of a task that has finished; a rerun makes no more than these again."""
         monkeypatch.setenv("RAY_TASK_MAX_RETRIES", "0")
-        check_killed_tasks_and_vanished_files(mini, unit_model, tmp_path, armed, undisturbed, "ray")
+        arguments = options(mini, unit_model, tmp_path, executor="ray", tasks=4, num_gpus=0)
+        kept = {}  # inodes
+        for killed, made in (
+            ("/results/", "cache/executor/*/results/*.pickle"),  # of recordings
+            ("cache/units/", "cache/units/*.arrow"),
+            ("cache/tokens/", "cache/tokens/*.arrow"),
+        ):
+            make_until_a_task_dies(arguments, armed, killed)
+            vanished, *others = sorted(path for path in tmp_path.glob(made) if was_finished_by_a_living_task(path))
+            vanished.unlink()
+            kept |= {path: path.stat().st_ino for path in others}
+        stage = make_until_a_task_dies(arguments, armed, "/single_turn/")
+        without_a_file, without_results, whole = sorted(int(path.name) for path in stage.glob("completions/*"))
+        next(calls.read_results(stage, without_a_file)).path.unlink()
+        kept |= inodes(tmp_path, "cache/*/*.arrow")
+        parts = {part.path.name: part.path.stat().st_ino for part in calls.read_results(stage, whole)}
+        (stage / "results" / f"{without_results:05d}.pickle").unlink()
+        logs = times(tmp_path, "cache/executor/*/logs/*")
+        prepare(**arguments)
+        assert content(tmp_path / "out") == undisturbed
+        assert {path: path.stat().st_ino for path in kept} == kept
+        assert len(inodes(tmp_path, "cache/*/*.arrow")) == 12
+        assert {name: (tmp_path / "out" / "single_turn" / name).stat().st_ino for name in parts} == parts
+        after = times(tmp_path, "cache/executor/*/logs/*")
+        changed = {path.relative_to(tmp_path / "cache" / "executor") for path in after if after[path] != logs.get(path)}
+        assert changed == {Path(stage.name, "logs", f"task_{rank:05d}.log") for rank in range(4) if rank != whole}
+        assert not [path for path in tmp_path.rglob("*.unfinished") if "executor" not in path.parts]
         assert not caplog.text
 
     def test_two_runs_at_once_with_different_lengths(
@@ -276,6 +211,35 @@ class TestUsersRayCluster:
         prepare(**options(mini, unit_model, tmp_path, max_length=300, output_path=str(tmp_path / "alone")))
         assert content(tmp_path / "other") == content(tmp_path / "alone")
         assert content(tmp_path / "other").keys() != undisturbed.keys()
+
+    def test_agreement_is_measured_in_a_task(self, mini, unit_model, tmp_path, ray_cluster, monkeypatch):
+        alone = tmp_path / "alone"
+        prepare(**options(mini, unit_model, alone, precision="bf16"))
+        monkeypatch.setattr(UnitModel, "forward", None)
+        arguments = options(mini, unit_model, tmp_path, precision="bf16", executor="ray", tasks=1, num_gpus=0)
+        prepare(**arguments)
+        assert content(tmp_path / "out") == content(alone / "out")
+        assert b"executor" not in content(tmp_path / "out")["counts.json"]
+        (measured,) = tmp_path.glob("cache/agreement/*.json")
+        measured.unlink()
+        prepare(**arguments | {"output_path": str(tmp_path / "again")})
+        assert measured.is_file()
+        assert content(tmp_path / "again") == content(alone / "out")
+
+    def test_error_in_a_task_is_in_its_log(self, mini, unit_model, tmp_path, ray_cluster, monkeypatch, capfd):
+        corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
+        recording, load = corpus / "data" / "3" / "0_0_d3.wav", DailyTalkUSDM.as_dataset
+        monkeypatch.setattr(
+            DailyTalkUSDM, "as_dataset", lambda self, split: recording.write_bytes(b"RIFF") and load(self, split=split)
+        )
+        arguments = options(mini, unit_model, tmp_path, executor="ray", tasks=2, num_gpus=0, data_dir=str(corpus))
+        with pytest.raises(
+            RuntimeError, match=r"1 of 2 tasks failed \(0\): see .*/logs; start the run again, finished"
+        ):
+            prepare(**arguments)
+        (log,) = tmp_path.glob("cache/executor/*/logs/task_00000.log")
+        assert "0_0_d3.wav was changed during the run" in log.read_text()
+        assert "Traceback" not in capfd.readouterr().err
 
     def test_cluster_without_a_gpu_is_refused_before_any_work(self, ray_cluster, tmp_path):
         with pytest.raises(ValueError, match=NO_GPU):
@@ -306,15 +270,15 @@ SLURM = {"partition": "gpu", "time": "24:00:00", "sbatch_args": {"account": "spe
 # Errors
 
 BAD_OPTIONS = [
-    ({"executor": "kubernetes"}, "executor 'kubernetes' is unknown: choose one of local, slurm, ray"),
-    ({"executor": "local", "tasks": 0}, "tasks is 0: give a positive number"),
+    ({"executor": "kubernetes"}, "executor 'kubernetes' is unknown: choose one of slurm, ray"),
+    ({"executor": "ray", "tasks": 0}, "tasks is 0: give a positive number"),
     ({"tasks": 2}, "tasks and slurm are options of an executor: name one with --executor"),
     ({"slurm": SLURM}, "tasks and slurm are options of an executor"),
     (
         {"executor": "ray", "num_gpus": 4},
         "num_gpus is 4, but with --executor ray each task has one GPU: set their number with --tasks",
     ),
-    ({"executor": "local", "slurm": SLURM}, "slurm is given, but the executor is local"),
+    ({"executor": "ray", "slurm": SLURM}, "slurm is given, but the executor is ray"),
     ({"executor": "slurm"}, "slurm lacks partition and time: give --slurm"),
     ({"executor": "slurm", "slurm": {"time": "1:00:00"}}, "slurm lacks partition: give --slurm"),
     ({"executor": "slurm", "slurm": SLURM | {"time": 86400}}, "slurm.time is 86400, a number: quote it"),
@@ -366,7 +330,7 @@ def test_without_datatrove(monkeypatch, module):
         monkeypatch.delitem(sys.modules, f"usdm_sft.executors.{name}", raising=False)
         monkeypatch.delattr(usdm_sft.executors, name, raising=False)
     with pytest.raises(ImportError, match=r"--executor needs datatrove .*pip install 'dailytalk-usdm\[executors\]'"):
-        prepare(data_dir="no data", output_path="no output", executor="local")
+        prepare(data_dir="no data", output_path="no output", executor="ray")
 
 
 def test_without_ray(monkeypatch, tmp_path):

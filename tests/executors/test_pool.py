@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from filelock import Timeout
 
+from tests.helpers import run_task_here, run_tasks_here
 from usdm_sft.cache.locks import file_lock
-from usdm_sft.executors import calls, engine, launchers, run
+from usdm_sft.executors import calls, run
 from usdm_sft.executors.engine import Engine
 from usdm_sft.executors.pool import TaskPool
 from usdm_sft.shards.plan import Content, Plan, Shard
@@ -33,21 +34,12 @@ def write(path):
 @pytest.fixture(autouse=True)
 def here(monkeypatch):
     """Run the tasks in this process; return their numbers."""
-    ranks_run = []
-
-    def run_here(step, folder, tasks, ranks, devices):
-        ranks_run.extend(ranks)
-        for rank in ranks:
-            launchers._run_rank(launchers._make_executor(step, str(folder), tasks), rank)
-        return []
-
-    monkeypatch.setattr(engine, "run_here", run_here)
     made.clear()
-    return ranks_run
+    return run_tasks_here(monkeypatch)
 
 
 def pool(folder, tasks=3):
-    return TaskPool(Engine("local", tasks, folder))
+    return TaskPool(Engine("ray", tasks, folder))
 
 
 def call(folder, items, *, function=double, holds=None, tasks=3):
@@ -74,14 +66,11 @@ def test_results_of_an_earlier_run_are_found_by_their_keys(tmp_path, here):
 
 
 def test_failed_task_is_reported_and_finished_tasks_are_kept(tmp_path, monkeypatch):
-    def run_here(step, folder, tasks, ranks, devices):
-        for rank in ranks:
-            if rank != 1:
-                launchers._run_rank(launchers._make_executor(step, str(folder), tasks), rank)
-        return [1]
+    def fail(step, folder, tasks, rank):
+        return rank != 1 and run_task_here(step, folder, tasks, rank)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "run_here", run_here)
+        run_tasks_here(patch, fail)
         with pytest.raises(RuntimeError, match=r"1 of 3 tasks failed \(1\): see .*logs; start the run again"):
             call(tmp_path, range(6))
     assert call(tmp_path, range(6)) == [(index, 2 * index) for index in range(6)]
@@ -134,18 +123,16 @@ def test_task_that_another_run_makes_is_waited_for(tmp_path):
 
 
 def test_finished_task_whose_mark_another_run_removes_has_not_failed(tmp_path, monkeypatch):
-    def run_here(step, folder, tasks, ranks, devices):
-        for rank in ranks:
-            launchers._run_rank(launchers._make_executor(step, str(folder), tasks), rank)
-            (folder / "completions" / f"{rank:05d}").unlink()
-        return []
+    def run_and_remove_the_mark(step, folder, tasks, rank):
+        run_task_here(step, folder, tasks, rank)
+        (folder / "completions" / f"{rank:05d}").unlink()
 
-    monkeypatch.setattr(engine, "run_here", run_here)
+    run_tasks_here(monkeypatch, run_and_remove_the_mark)
     assert call(tmp_path, [1, 2]) == [(0, 2), (1, 4)]
 
 
 def test_only_one_run_at_a_time_plans_the_units(tmp_path, monkeypatch):
-    stage = Engine("local", 1, tmp_path).open_stage(1, "units", "key")
+    stage = Engine("ray", 1, tmp_path).open_stage(1, "units", "key")
     excluded = []
 
     def write_task(folder, rank, *rest):
@@ -165,13 +152,11 @@ def test_only_one_run_at_a_time_plans_the_units(tmp_path, monkeypatch):
 def test_relative_paths_start_where_the_caller_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    def run_elsewhere(step, folder, tasks, ranks, devices):
+    def run_elsewhere(*task):
         monkeypatch.chdir("/")
-        for rank in ranks:
-            launchers._run_rank(launchers._make_executor(step, str(folder), tasks), rank)
-        return []
+        run_task_here(*task)
 
-    monkeypatch.setattr(engine, "run_here", run_elsewhere)
+    run_tasks_here(monkeypatch, run_elsewhere)
     call(Path("cache"), ["file"], function=write)
     assert (tmp_path / "file").read_text() == "content"
 

@@ -454,9 +454,8 @@ def script(folder, *lines):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("executor", [{}, {"executor": "local", "tasks": 2}], ids=["processes", "tasks"])
-def test_script_without_a_main_guard(mini, unit_model, tmp_path, undisturbed, executor):
-    given = options(mini, unit_model, tmp_path, **executor)
+def test_script_without_a_main_guard(mini, unit_model, tmp_path, undisturbed):
+    given = options(mini, unit_model, tmp_path)
     run = script(tmp_path, "from usdm_sft.prepare import prepare", f"prepare(**{given!r})")
     done = subprocess.run(run, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "the script runs\n", "")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from filelock import BaseFileLock, FileLock, Timeout
+from filelock import BaseFileLock, Timeout
 
 from usdm_sft.cache.locks import file_lock
 from usdm_sft.utils.atomic import remove_path, replace_path
@@ -101,7 +101,9 @@ class ShardCache:
         Raises:
             OSError: The cache is on a file system without working locks.
         """
-        lock = self.lock(key)
+        # Lock files are never removed, so their number is bounded by the first characters of the key. With two characters,
+        # 64 tasks at the same time would often share a lock. A claim may be released by another thread than its owner.
+        lock = file_lock(self.folder / "locks" / key[:_PREFIX], thread_local=False)
         try:
             lock.acquire(timeout=-1 if wait else 0)
         except Timeout:
@@ -111,12 +113,6 @@ class ShardCache:
         except BaseException:  # Ctrl-C as well, or no other run could ever make the file; raised again
             lock.release()
             raise
-
-    def lock(self, key: str) -> FileLock:
-        """Return the lock that a claim of `key` holds."""
-        # Lock files are never removed, so their number is bounded by the first characters of the key. With two characters,
-        # 64 tasks at the same time would often share a lock. A claim may be released by another thread than its owner.
-        return file_lock(self.folder / "locks" / key[:_PREFIX], thread_local=False)
 
 
 class Claim:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from usdm_sft import __version__
-from usdm_sft.cli.cache import cache
 from usdm_sft.cli.convert import convert
 from usdm_sft.cli.demo import demo
 from usdm_sft.cli.doctor import doctor
@@ -44,7 +43,6 @@ _COMMANDS: dict[Callable[..., None], str] = {
     stats: "numbers and pictures of a dataset folder",
     verify: "check a dataset folder",
     push: "dataset folder -> Hub",
-    cache: "what the cache holds, and its removal",
 }
 
 
@@ -84,7 +82,7 @@ def make_parser() -> Parser:
             )
             add_config_arguments(command, PrepareConfig, required=function is prepare)
         else:
-            add_function_arguments(command, function, skip={"private"}, positional={"demo_dir", "action"})
+            add_function_arguments(command, function, skip={"private"}, positional={"demo_dir"})
         if function is push:
             private = command.add_mutually_exclusive_group()  # without either, the owner's default visibility holds
             private.add_argument(

@@ -100,12 +100,11 @@ class ComputeOptions:
     """Compute and cache"""
 
     num_gpus: int | None = None
-    """GPUs to use, one process each; all of them by default. 0 means the CPU. With the executors ray and slurm each task
-    has one GPU, unless this is 0."""
+    """GPUs to use, one process each; all of them by default. 0 means the CPU. With an executor each task has one GPU,
+    unless this is 0."""
 
     num_proc: int | None = None
-    """Largest number of processes that read recordings and make token shards and Parquet files; with the executor local,
-    of their tasks at once. By default one per core that this process may use. A small corpus needs none."""
+    """Largest number of processes that read recordings and make token shards and Parquet files. By default one per core that this process may use. A small corpus needs none."""
 
     shard_dialogs: int = 64
     """Number of dialogs in a work shard. A crash loses at most the work shards in progress."""
@@ -146,15 +145,14 @@ class OutputOptions:
 class ExecutorOptions:
     """Executor"""
 
-    executor: Literal["local", "slurm", "ray"] | None = None
-    """Read recordings, and make units, token shards and Parquet files in datatrove tasks (extra executors): local runs
-    each task in its own process on this machine; ray uses the cluster of RAY_ADDRESS or starts one; slurm submits an array
-    job for each stage, and a job after it that submits the next. All machines must see data, unit model, cache, output and
+    executor: Literal["slurm", "ray"] | None = None
+    """Read recordings, and make units, token shards and Parquet files in datatrove tasks (extra executors): ray
+    uses the cluster of RAY_ADDRESS or starts one; slurm submits an array job for each stage, and a job after it that submits
+    the next. All machines must see data, unit model, cache, output and
     environment under the same paths. By default there is no executor: processes of this machine do the work."""
 
     tasks: int = 1
-    """Number of tasks that the work of each stage is divided into; as many as GPUs are available at once. Local tasks that
-    make units on the CPU all run at once."""
+    """Number of tasks that the work of each stage is divided into; as many as GPUs are available at once."""
 
     slurm: dict | None = None  # type: ignore[type-arg]  # with dict[str, Any] jsonargparse reads 04:00:00 as a number
     """Options of datatrove's SlurmPipelineExecutor: partition and time, and optionally cpus_per_task (4),

@@ -19,7 +19,7 @@ from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.convert.published import model_cache
 from usdm_sft.dataset_folder.layout import check_output
 from usdm_sft.doctor.findings import Finding, Needs, format_bytes
-from usdm_sft.executors.devices import choose_devices, runs_elsewhere
+from usdm_sft.executors.devices import choose_devices
 from usdm_sft.units.settings import PrecisionName, make_settings
 from usdm_sft.utils.texts import count_noun
 
@@ -60,7 +60,7 @@ def check_devices(config: PrepareConfig) -> Iterator[Finding]:
     devices = choose_devices(config)
     kind = torch.device(devices[0]).type
     make_settings(kind, config.precision, config.resampler, config.batch_seconds)
-    if runs_elsewhere(config):
+    if config.executor is not None:
         yield Finding("ok", "device", f"the tasks of {config.executor} compute the units on other machines ({kind})")
         return
     for device in devices:

@@ -40,7 +40,7 @@ def write_items(folder: Path, rank: int, items: Iterable[Any]) -> None:
     _write(_items_file(folder, rank), items)
 
 
-def run_calls(data: Any, rank: int, world_size: int, *, folder: str, device: str | None = None) -> None:
+def run_calls(data: Any, rank: int, world_size: int, *, folder: str) -> None:
     """Call the function with each item of a task; datatrove calls this as the only step of its pipeline.
 
     Args:
@@ -48,7 +48,6 @@ def run_calls(data: Any, rank: int, world_size: int, *, folder: str, device: str
         rank: Number of the task.
         world_size: Number of all tasks; unused.
         folder: Folder of the files of the stage.
-        device: Unused.
     """
     with _lock(Path(folder), rank):
         if _is_whole(Path(folder), rank):  # another run made them

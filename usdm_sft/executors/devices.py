@@ -8,13 +8,8 @@ from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.units.precision import check_cpu
 
 
-def runs_elsewhere(config: PrepareConfig) -> bool:
-    """Return True if other machines compute the units."""
-    return config.executor in ("slurm", "ray")
-
-
 def choose_devices(config: PrepareConfig) -> list[str]:
-    """Return the devices of a run, such as ["cuda:0", "cuda:1"]; with ray and slurm the kind of device that their tasks have.
+    """Return the devices of a run, such as ["cuda:0", "cuda:1"]; with an executor the kind of device that their tasks have.
 
     Raises:
         FileNotFoundError: The executor is slurm, and this machine has no sbatch.
@@ -25,8 +20,7 @@ def choose_devices(config: PrepareConfig) -> list[str]:
         from usdm_sft.executors import run as executors  # datatrove is an optional dependency
 
         executors.check_options(config.executor, config.num_gpus, config.slurm)
-        if runs_elsewhere(config):
-            return [executors.find_device(config.executor, config.num_gpus)]
+        return [executors.find_device(config.executor, config.num_gpus)]
     devices = find_devices(config.num_gpus)
     if devices == ["cpu"]:
         check_cpu(config.precision)

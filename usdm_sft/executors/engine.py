@@ -1,4 +1,4 @@
-"""The engine of a run: it divides the work of each stage into tasks, and has them run on this machine, by Ray or by Slurm.
+"""The engine of a run: it divides the work of each stage into tasks, and has Ray or Slurm run them.
 
 A task is a contiguous range of all the work of a stage, not of the missing part, so that a completion mark means the same in
 every run.
@@ -13,7 +13,7 @@ from typing import Any
 
 from usdm_sft.cache.keys import cache_key
 from usdm_sft.executors.extras import LocalPipelineExecutor
-from usdm_sft.executors.launchers import Step, ray_session, run_here, run_on_ray
+from usdm_sft.executors.launchers import Step, ray_session, run_on_ray
 from usdm_sft.executors.slurm import submit
 from usdm_sft.utils.pool import Submitted
 
@@ -51,10 +51,9 @@ class Engine:
     """Runs the tasks of the stages. A context manager, which ends the Ray cluster that it started.
 
     Args:
-        executor: local, ray or slurm.
+        executor: ray or slurm.
         tasks: Number of tasks of a stage, at most one for each piece of its work.
         cache: Folder of the cache, which all machines see under this path.
-        num_proc: Number of tasks without a device of their own that run at once on this machine.
         slurm: Options of datatrove's SlurmPipelineExecutor.
         go_on: What a job of Slurm does when the tasks of a stage have ended: a step of datatrove's pipeline.
     """
@@ -65,14 +64,12 @@ class Engine:
         tasks: int,
         cache: Path,
         *,
-        num_proc: int = 1,
         slurm: Mapping[str, Any] | None = None,
         go_on: Callable[..., None] | None = None,
     ):
         self.executor, self.tasks, self.cache = executor, tasks, cache.resolve()
-        self._num_proc, self._slurm, self._go_on = num_proc, slurm or {}, go_on
+        self._slurm, self._go_on = slurm or {}, go_on
         self._session = ExitStack()
-        self._has_session = False
 
     def __enter__(self) -> Engine:
         return self
@@ -92,14 +89,13 @@ class Engine:
         ranges = [range(rank * num_pieces // tasks, (rank + 1) * num_pieces // tasks) for rank in range(tasks)]
         return Stage(self.cache / "executor" / cache_key(name, keys, tasks), name, ranges)
 
-    def run(self, stage: Stage, step: Step, *, device: str | None = None, devices: Sequence[str] = ()) -> None:
+    def run(self, stage: Stage, step: Step, *, device: str | None = None) -> None:
         """Run the unfinished tasks of a stage.
 
         Args:
             stage: The stage; the files of its tasks are written.
             step: What a task does.
-            device: The kind of device of each task on other machines, "cuda" or "cpu"; by default one core.
-            devices: The devices of local tasks, one task at a time on each; by default the cores of this machine.
+            device: The kind of device of each task, "cuda" or "cpu"; by default one core.
 
         Raises:
             Submitted: Slurm runs the tasks.
@@ -110,13 +106,8 @@ class Engine:
         tasks = len(stage.ranges)
         if self.executor == "slurm":
             raise Submitted(submit(step, stage.folder, stage.name, tasks, ranks, device, self._slurm, self._go_on))
-        if self.executor == "ray":
-            if not self._has_session:
-                self._session.enter_context(ray_session())
-                self._has_session = True
-            failed = run_on_ray(step, stage.folder, tasks, ranks, device or "cpu")
-        else:
-            failed = run_here(step, stage.folder, tasks, ranks, devices or ["cpu"] * self._num_proc)
+        self._session.enter_context(ray_session())  # stays open for the next stage
+        failed = run_on_ray(step, stage.folder, tasks, ranks, device or "cpu")
         # A missing mark alone is no failure: another run that plans the same stage may just have removed it.
         if failed := sorted({*failed} & {*stage.unfinished()}):
             names = ", ".join(map(str, failed[:_NUM_NAMED])) + (", ..." if len(failed) > _NUM_NAMED else "")

@@ -1,7 +1,7 @@
-"""Two ways to run tasks: processes on this machine, and Ray. datatrove's marks record the finished tasks.
+"""Tasks on Ray. datatrove's marks record the finished tasks.
 
-On this machine and on Ray we start one process per task ourselves: the pools of datatrove's local and Ray executors never
-return when one of their processes is killed (datatrove 0.10).
+Each task is one Ray task, which we start ourselves: the pool of datatrove's Ray executor never returns when one of its processes
+is killed (datatrove 0.10).
 """
 
 from __future__ import annotations
@@ -9,25 +9,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from multiprocessing import connection
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from usdm_sft.executors.extras import LocalPipelineExecutor, import_ray
-from usdm_sft.utils.processes import start_process
 from usdm_sft.utils.progress import progress_bar
 
-Step = Callable[..., None]  # what a task does: a function of data, rank, world_size, folder and device
+Step = Callable[..., None]  # what a task does: a function of data, rank, world_size and folder
 
 
-def _make_executor(step: Step, folder: str, tasks: int, device: str | None = None) -> LocalPipelineExecutor:
-    return LocalPipelineExecutor([partial(step, folder=folder, device=device)], tasks=tasks, logging_dir=folder)
+def _make_executor(step: Step, folder: str, tasks: int) -> LocalPipelineExecutor:
+    return LocalPipelineExecutor([partial(step, folder=folder)], tasks=tasks, logging_dir=folder)
 
 
 def _run_rank(executor: LocalPipelineExecutor, rank: int) -> None:
@@ -38,53 +33,8 @@ def _run_rank(executor: LocalPipelineExecutor, rank: int) -> None:
         executor._run_for_rank(rank)
 
 
-def _run_process(step: Step, folder: str, tasks: int, rank: int, device: str) -> None:
-    executor = _make_executor(step, folder, tasks, device)
-    try:
-        _run_rank(executor, rank)
-    except Exception:  # any error of a task: datatrove has logged it, and the exit status tells the parent
-        sys.exit(1)
-
-
 def _run_ray_task(step: Step, folder: str, tasks: int, rank: int) -> None:
     _run_rank(_make_executor(step, folder, tasks), rank)
-
-
-def run_here(step: Step, folder: Path, tasks: int, ranks: Sequence[int], devices: Sequence[str]) -> list[int]:
-    """Run tasks on this machine, each in a spawned process, one at a time on each device.
-
-    Args:
-        step: What a task does.
-        folder: Folder of the task files, marks and logs.
-        tasks: Number of all tasks.
-        ranks: The tasks to run.
-        devices: Such as ["cuda:0", "cuda:1"].
-
-    Returns:
-        The tasks that failed.
-    """
-    waiting, free = deque(ranks), deque(devices)
-    running: dict[Any, tuple[SpawnProcess, str, int]] = {}
-    failed = []
-    try:
-        with progress_bar(len(ranks), "tasks", "tasks") as bar:
-            while waiting or running:
-                while waiting and free:
-                    rank, device = waiting.popleft(), free.popleft()
-                    process = start_process(_run_process, (step, str(folder), tasks, rank, device))
-                    running[process.sentinel] = process, device, rank
-                for sentinel in connection.wait(running):
-                    process, device, rank = running.pop(sentinel)
-                    process.join()
-                    if process.exitcode:
-                        failed.append(rank)
-                    free.append(device)
-                    bar.update()
-    finally:
-        for process, *_ in running.values():
-            process.terminate()
-            process.join()
-    return failed
 
 
 def find_ray_device() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ def check_options(executor: str, num_gpus: int | None, slurm: Mapping[str, Any] 
         ValueError: An option contradicts the executor, or datatrove does not know it.
         FileNotFoundError: The executor is slurm, and this machine has no sbatch.
     """
-    if executor != "local" and num_gpus not in (None, 0):
+    if num_gpus not in (None, 0):
         raise ValueError(
             f"num_gpus is {num_gpus}, but with --executor {executor} each task has one GPU: set their number with "
             "--tasks, or use --num_gpus 0 for the CPU"
@@ -69,7 +69,6 @@ def run_tasks(
     engine: Engine,
     plan: Plan,
     unit_tokenizer: UnitTokenizer,
-    devices: Sequence[str],
     *,
     sample: Mapping[str, AudioDigest],
 ) -> None:
@@ -79,7 +78,6 @@ def run_tasks(
         engine: Runs the tasks.
         plan: All work shards.
         unit_tokenizer: Its folder and settings; each task opens the folder itself.
-        devices: Devices of local tasks, one task at a time on each.
         sample: Audio on which the first task measures the agreement.
 
     Raises:
@@ -88,7 +86,7 @@ def run_tasks(
     """
     stage = engine.open_stage(len(plan), "units", *(shard.units_key for shard in plan))
     _plan_tasks(stage, plan, unit_tokenizer, engine.cache, sample)
-    engine.run(stage, run_task, device=unit_tokenizer.settings["device"], devices=devices)
+    engine.run(stage, run_task, device=unit_tokenizer.settings["device"])
 
 
 def _plan_tasks(

@@ -57,15 +57,16 @@ def write_task(
     replace_text(task_file(folder, rank), json.dumps(work))
 
 
-def run_task(data: Any, rank: int, world_size: int, *, folder: str, device: str | None = None) -> None:
+def run_task(data: Any, rank: int, world_size: int, *, folder: str) -> None:
     """Make the work shards of one task; datatrove calls this as the only step of its pipeline.
+
+    If the process sees several GPUs, the task takes number `rank` modulo their number.
 
     Args:
         data: Output of an earlier step; unused.
         rank: Number of the task.
         world_size: Number of all tasks; unused.
         folder: Folder of the task files, marks and logs.
-        device: By default the CPU, or GPU `rank` modulo the number of GPUs that this process sees.
 
     Raises:
         ValueError: The unit model or its code changed after the task file was written.
@@ -73,12 +74,13 @@ def run_task(data: Any, rank: int, world_size: int, *, folder: str, device: str 
     work = json.loads(task_file(folder, rank).read_text(encoding="utf-8"))
     enter(work["directory"])
     settings = work["settings"]
-    if settings["device"] == "cuda" and torch.cuda.is_available():
-        device = device or f"cuda:{rank % torch.cuda.device_count()}"
+    device = settings["device"]
+    if device == "cuda" and torch.cuda.is_available():
+        device = f"cuda:{rank % torch.cuda.device_count()}"
         torch.cuda.set_device(device)
     unit_tokenizer = UnitTokenizer.from_pretrained(
         work["unit_model"],
-        device or settings["device"],
+        device,
         settings["precision"],
         batch_seconds=settings["batch_seconds"],
         resampler=settings["resampler"],
