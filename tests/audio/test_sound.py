@@ -189,7 +189,9 @@ def test_16_bits_read_at_once_are_the_samples_of_libsndfile(tmp_path, kind, chan
     soundfile.write(path, values, 16_000, subtype="PCM_16", format=kind)
     expected, _ = soundfile.read(path, dtype="float32")
     found, _ = read_audio(path)
-    assert found.dtype == np.float32 and np.array_equal(found, expected if channels == 1 else np.mean(expected.T, axis=0))
+    assert found.dtype == np.float32 and np.array_equal(
+        found, expected if channels == 1 else np.mean(expected.T, axis=0)
+    )
     for channel in range(channels):
         stretch = format_address(str(path), 0.01, 0.02, channel)
         assert np.array_equal(read_audio(stretch)[0], expected.reshape(-1, channels)[160:320, channel])

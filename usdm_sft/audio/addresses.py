@@ -221,7 +221,9 @@ def list_members(archive: str | os.PathLike[str]) -> list[str]:
     Raises:
         AddressError: The file is not a zip archive or cannot be read.
     """
-    return [info.filename for info in _open_archive(os.fspath(archive)).infolist() if info.filename and not info.is_dir()]
+    return [
+        info.filename for info in _open_archive(os.fspath(archive)).infolist() if info.filename and not info.is_dir()
+    ]
 
 
 def _find_member(path: str, member: str) -> tuple[zipfile.ZipFile, zipfile.ZipInfo]:
