@@ -1,4 +1,7 @@
+import contextlib
+import io
 import os
+import re
 import shutil
 import time
 import zipfile
@@ -16,6 +19,7 @@ from usdm_sft.audio.addresses import (
     Stretch,
     format_address,
     join_addresses,
+    list_members,
     parse_address,
     zip_address,
 )
@@ -352,3 +356,44 @@ def test_damaged_archive(archive, tmp_path):
         read_audio(str(tmp_path / "none.wav"))
     with pytest.raises(AddressError, match=r"^is not a zip file \("):
         addresses.list_members(archive)
+
+
+def zip_with(change):
+    """An archive of a.wav whose bytes `change` alters: a dict of places in the directory, or from the beginning, and values."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a.wav", b"RIFF" * 100)
+    content = bytearray(file.getvalue())
+    directory = content.index(b"PK\1\2")
+    for (part, place), value in change.items():
+        start = place + (directory if part == "directory" else 0)
+        content[start : start + len(value)] = value
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({("directory", 6): b"\x63"}, r"lies in an archive that cannot be read \(zip file version 9\.9\)"),
+        (
+            {("directory", 8): b"\0\x08", ("directory", 46): b"\xff\xfe"},
+            r"lies in an archive that cannot be read \('utf-8' codec",
+        ),
+        ({("directory", 10): b"\x63"}, r"cannot be unpacked \(That compression method is not supported\)"),
+        ({("directory", 8): b"\x20"}, r"cannot be unpacked \(compressed patched data \(flag bit 5\)\)"),
+        ({("file", 6): b"\0\x08", ("file", 30): b"\xff\xfe"}, r"cannot be unpacked \('utf-8' codec can't decode"),
+        ({("directory", 42): b"\xff\xff\xff\x7f"}, r"cannot be unpacked \(.*\)"),
+        ({("directory", 46): b"\0"}, "does not exist in the archive"),
+    ],
+    ids=["version", "name of the directory", "method", "patch", "name of the file", "offset", "empty name"],
+)
+def test_archive_that_zipfile_refuses_is_named(tmp_path, change, said):
+    archive = tmp_path / "corpus.zip"
+    archive.write_bytes(zip_with(change))
+    address = zip_address(archive, "a.wav")
+    assert re.fullmatch(f"{said}.*", check_audio(address).problem)
+    assert audio_digests([address], tmp_path / "cache")[address].problem == check_audio(address).problem
+    with pytest.raises((AudioError, FileNotFoundError), match=r"corpus\.zip"):
+        read_audio(address)
+    with contextlib.suppress(AddressError):
+        assert set(list_members(archive)) <= {"a.wav"}

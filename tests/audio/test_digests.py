@@ -204,15 +204,28 @@ def test_recording_of_stretches_is_opened_once_in_all_runs(tmp_path, reads, sett
     assert audio_digests(cut, tmp_path / "cache")[cut[3]].sha256 != found[cut[3]].sha256
 
 
-def test_stretches_of_compressed_audio_are_remembered(tmp_path, reads, settled):
-    """Only decoding shows whether they are good."""
+def test_compressed_recording_is_opened_once_in_all_runs(tmp_path, reads, settled):
+    """It is decoded to its end, and its stretches follow from what that found."""
     path = tmp_path / "call.flac"
     soundfile.write(path, np.zeros(32_000), 16_000)
     cut = [f"{path}#t={start},{start + 0.5}" for start in (0, 1)]
     found = audio_digests(cut, tmp_path / "cache")
     with closing(sqlite3.connect(tmp_path / "cache" / "digests.sqlite")) as database:
-        rows = database.execute(f"SELECT path, frames FROM {TABLE} ORDER BY path").fetchall()
-    assert rows == [(str(path), 0), *((each, 8000) for each in cut)]
-    assert reads == ["call.flac"] * 3  # its header and digest, and the two stretches
+        rows = database.execute(f"SELECT path, frames, channels FROM {TABLE}").fetchall()
+    assert rows == [(str(path), 32_000, 1)]
     assert audio_digests(cut, tmp_path / "cache") == found
-    assert len(reads) == 3
+    assert reads == ["call.flac"]
+
+
+def test_files_that_passed_older_checks_are_checked_again(tmp_path, settled):
+    path = write_wav(tmp_path / "a.au")
+    soundfile.write(path, np.zeros(16_000), 16_000, format="AU")
+    (tmp_path / "a.au").write_bytes((tmp_path / "a.au").read_bytes()[:-1000])
+    stat = os.stat(path)
+    (tmp_path / "cache").mkdir()
+    with closing(sqlite3.connect(tmp_path / "cache" / "digests.sqlite")) as database:
+        database.execute("CREATE TABLE files_5 (path TEXT, size, mtime_ns, ctime_ns, sha256, frames, rate, channels)")
+        row = (path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, "0" * 64, 15_500, 16_000, 0)
+        database.execute("INSERT INTO files_5 VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+        database.commit()
+    assert audio_digests([path], tmp_path / "cache")[path].problem.startswith("is cut short")

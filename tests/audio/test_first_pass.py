@@ -13,6 +13,7 @@ from usdm_sft.audio.addresses import format_address
 from usdm_sft.audio.digests import audio_digests, read_file, read_unchanged
 from usdm_sft.audio.first_pass import read_ahead
 from usdm_sft.audio.reading import AudioError
+from usdm_sft.units.reading import cut_into_chunks
 from usdm_sft.utils.processes import ProcessPool
 
 
@@ -206,3 +207,21 @@ def test_processes(mini, tmp_path, monkeypatch):
         assert dict(audio_digests(corpus, tmp_path / "cache", read_ahead=partial(read_ahead, pool=pool))) == expected
     assert len(expected) == len(corpus) == len(set(corpus)) > 16
     assert sorted(checked) == corpus[16:]  # the first two batches wait for the other process
+
+
+@pytest.mark.parametrize("name", ["calls #2", "a#t=0,1", "#"])
+def test_number_sign_in_a_folder_name_divides_nothing_else(tmp_path, settled, monkeypatch, name):
+    """Whole files of such a folder are no stretches of one recording."""
+    monkeypatch.setattr(first_pass, "FEW", 1)
+    monkeypatch.setattr(first_pass, "BATCH", 2)
+    folder = tmp_path / name
+    folder.mkdir()
+    paths = [str(folder / f"{number}.wav") for number in range(6)]
+    for path in paths:
+        soundfile.write(path, np.zeros(16_000), 16_000)
+    pool = Pool()
+    found = audio_digests(paths, tmp_path / "cache", read_ahead=partial(read_ahead, pool=pool))
+    assert pool.items == [paths[:2], paths[2:4], paths[4:]] and not found.problems
+    stretches = [format_address(path, start, start + 0.5) for path in paths[:2] for start in (0, 0.5)]
+    assert cut_into_chunks(paths, 2) == [paths[:2], paths[2:4], paths[4:]]
+    assert cut_into_chunks(stretches, 2) == [stretches[:2], stretches[2:]]

@@ -139,7 +139,14 @@ class _Content(io.RawIOBase):
         return size
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._file.seek(offset + self._start if whence == os.SEEK_SET else offset, whence) - self._start
+        """Seek as a file does; a position that no file has, which a damaged header leads to, changes nothing."""
+        if whence == os.SEEK_SET:
+            offset += self._start
+        else:
+            offset += self._file.tell() if whence == os.SEEK_CUR else self._file.seek(0, os.SEEK_END)
+        if self._start <= offset < 1 << 63:
+            self._file.seek(offset)
+        return self.tell()
 
     def tell(self) -> int:
         return self._file.tell() - self._start
