@@ -22,6 +22,7 @@ from usdm_sft.cache.locks import path_lock
 from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.dataset_folder.layout import check_output, clear_unfinished, is_up_to_date, read_counts
 from usdm_sft.dataset_folder.writer import write_folder
+from usdm_sft.shards.mapping import name_versions
 from usdm_sft.shards.rows import load_rows
 from usdm_sft.shards.units import make_units
 from usdm_sft.shards.utterances import UtteranceFiles
@@ -139,6 +140,7 @@ def _make(config: PrepareConfig, stages: Stages, held: ExitStack) -> tuple[dict[
         ),
         "agreement": agreement,
         "splits": split_counts,
+        "versions": name_versions(counts["versions"], units.values()),
     }
     if (finished := _find_finished(run, counts["key"])) is not None:  # another run was faster
         return finished, False

@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset
 
 from usdm_sft.cache.shard_cache import Claim, ShardCache
-from usdm_sft.shards.mapping import map_shard
+from usdm_sft.shards.mapping import map_shard, record_versions
 from usdm_sft.units.columns import FP32_FALLBACK, distinct_audio, unit_columns
 from usdm_sft.utils.processes import num_cores, receive, sendable, start_process
 
@@ -207,8 +207,13 @@ class _Pipeline:
 
 def _write_shard(shard: UnitShard, claim: Claim, columns: dict[str, list[Any]]) -> Path:
     rows = Dataset.from_dict({"audio": shard.audio})
+
+    def write(path: str) -> None:
+        # The claim removes the folder of this file, with what is beside it.
+        record_versions(map_shard(rows, lambda batch: columns, f"{path}.rows", shard.key), path)
+
     with claim:
-        return claim.write(lambda path: map_shard(rows, lambda batch: columns, path, shard.key))
+        return claim.write(write)
 
 
 def _run_process(
