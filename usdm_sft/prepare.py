@@ -22,6 +22,7 @@ from usdm_sft.cache.locks import warn_of_local_locks
 from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.dataset_folder.layout import find_finished, lock_output
 from usdm_sft.dataset_folder.writer import write_folder
+from usdm_sft.shards.mapping import name_versions
 from usdm_sft.shards.rows import load_rows
 from usdm_sft.shards.units import make_units
 from usdm_sft.shards.utterances import UtteranceFiles
@@ -138,6 +139,7 @@ def _make(config: PrepareConfig, stages: Stages, held: ExitStack) -> tuple[dict[
         ),
         "agreement": agreement,
         "splits": split_counts,
+        "versions": name_versions(counts["versions"], units.values()),
     }
     utterances = {split: UtteranceFiles(run.builder, split, run.plan, units) for split in splits}
     with lock_output(run.output), quiet():

@@ -6,7 +6,10 @@ datasets finds the same columns from the Arrow types.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import importlib.metadata
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ def map_shard(
     path: str,
     *,
     remove_columns: Sequence[str] | None = None,
+    metadata: Mapping[bytes, bytes] | None = None,
 ) -> None:
     """Map a work shard, as one batch, into an Arrow file.
 
@@ -31,6 +35,7 @@ def map_shard(
         function: Takes and returns a dict of columns.
         path: The Arrow file to write: the old columns that are not removed, and those that `function` returns.
         remove_columns: Old columns to remove; by default all of them.
+        metadata: Of the schema of the file.
 
     Raises:
         OSError: The file cannot be written, such as on a full disk.
@@ -38,8 +43,9 @@ def map_shard(
     table = batch.data.table.drop_columns(batch.column_names if remove_columns is None else list(remove_columns))
     columns = {name: table[name] for name in table.column_names}
     columns |= {name: _array(values) for name, values in function(batch[:]).items()}
-    with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, (table := pa.table(columns)).schema) as stream:
-        stream.write_table(table, max_chunksize=_ROWS)
+    rows = pa.table(columns, metadata=metadata)
+    with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, rows.schema) as stream:
+        stream.write_table(rows, max_chunksize=_ROWS)
 
 
 def _array(values: Sequence[Any]) -> pa.Array:
@@ -56,3 +62,35 @@ def read_shard(path: Path) -> pa.Table:
     """
     with pa.memory_map(str(path)) as file:
         return pa.ipc.open_stream(file).read_all()
+
+
+_MAKE_UNITS = ("numpy", "soundfile", "soxr", "torch", "transformers")  # packages that read, resample and compute
+_ONLY_UNITS = ("soxr", "torch")  # those that do nothing else in a run
+_VERSIONS = b"versions"  # key in the metadata of a unit shard's schema
+_UNKNOWN = "unknown"  # the version in a unit shard of an earlier version of this package, which recorded none
+
+
+def describe_versions() -> dict[bytes, bytes]:
+    """Return the metadata of a unit shard: the versions of the packages that make its units, which are no part of its key."""
+    return {_VERSIONS: json.dumps({name: importlib.metadata.version(name) for name in _MAKE_UNITS}).encode()}
+
+
+def name_versions(versions: Mapping[str, str], units: Iterable[Path]) -> dict[str, str]:
+    """Return the versions that counts.json names: those that made the units, also if an earlier run did.
+
+    Args:
+        versions: The version of each package in this run.
+        units: The files of the unit shards.
+
+    Returns:
+        The versions; several of a package are separated by commas.
+    """
+    made: dict[str, set[str]] = defaultdict(set)
+    for path in units:
+        with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
+            recorded = json.loads((reader.schema.metadata or {}).get(_VERSIONS, b"{}"))
+        for name in _MAKE_UNITS:
+            made[name].add(recorded.get(name, _UNKNOWN))
+    for name in made.keys() - {*_ONLY_UNITS}:
+        made[name].add(versions[name])
+    return {**versions, **{name: ", ".join(sorted(found)) for name, found in made.items()}}

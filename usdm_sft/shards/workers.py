@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset
 
 from usdm_sft.cache.shard_cache import Claim, ShardCache
-from usdm_sft.shards.mapping import map_shard
+from usdm_sft.shards.mapping import describe_versions, map_shard
 from usdm_sft.units.columns import FP32_FALLBACK, distinct_audio, unit_columns
 from usdm_sft.utils.processes import num_cores, receive, sendable, start_process
 
@@ -208,7 +208,7 @@ class _Pipeline:
 def _write_shard(shard: UnitShard, claim: Claim, columns: dict[str, list[Any]]) -> Path:
     rows = Dataset.from_dict({"audio": shard.audio})
     with claim:
-        return claim.write(lambda path: map_shard(rows, lambda batch: columns, path))
+        return claim.write(lambda path: map_shard(rows, lambda batch: columns, path, metadata=describe_versions()))
 
 
 def _run_process(
