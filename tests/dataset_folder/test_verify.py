@@ -327,9 +327,11 @@ def test_card_that_names_other_data_files_is_refused(folder_copy):
 def test_card_without_the_digest_of_the_data_is_refused(folder_copy, change):
     """`load_dataset` would give rows of its cache that another folder has."""
     card = (folder_copy / "README.md").read_text()
-    [line] = re.findall(r"^  description: sha256 of the data files: [0-9a-f]{64}\n", card, re.MULTILINE)
+    [line] = re.findall(r"^  description: data files with sha256 [0-9a-f]{64}\n", card, re.MULTILINE)
     replace_file(folder_copy, "README.md", card.replace(line, change(line)).encode())
-    with pytest.raises(ValueError, match=r"README\.md does not have .*its configs are not the data files of counts"):
+    with pytest.raises(
+        VerificationError, match=r"README\.md: the YAML of single_turn does not hold the digest of its data"
+    ):
         verify(folder_copy)
 
 

@@ -161,7 +161,7 @@ def data_configs(counts: Mapping[str, Any]) -> list[dict[str, Any]]:
         {
             "config_name": name,
             "data_files": [{"split": split, "path": f"{name}/{split}-*.parquet"} for split in counts["splits"]],
-            "description": f"sha256 of the data files: {_digest_files(name, counts['files'])}",
+            "description": f"data files with sha256 {_digest_files(name, counts['files'])}",
         }
         for name in (counts["config"], UTTERANCES)
         if name == counts["config"] or name in counts

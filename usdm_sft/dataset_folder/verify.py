@@ -75,6 +75,7 @@ def verify(
     _raise_any(_check_counts(folder, counts, statistics))
     if UTTERANCES in counts:
         _raise_any(check_utterances(folder, counts, num_proc=num_proc))
+    _raise_any(_check_descriptions(folder, counts))  # last: damaged rows are named first
     if against is not None:
         files = data_files(folder, counts)
         _raise_any(compare_with_text(files, Path(against), folder / "tokenizer", num_proc=num_proc))
@@ -149,6 +150,17 @@ def _check_counts(folder: Path, counts: Mapping[str, Any], statistics: Mapping[s
             yield f"{folder / 'README.md'}: its YAML does not say that {split} has {summary['rows']} rows"
 
 
+def _check_descriptions(folder: Path, counts: Mapping[str, Any]) -> Iterator[str]:
+    """Compare the digest of the data files in the YAML of each config with that of counts.json."""
+    path = folder / "README.md"
+    for found, expected in zip(metadata_load(path)["configs"], data_configs(counts), strict=True):
+        if found != expected:
+            yield (
+                f"{path}: the YAML of {expected['config_name']} does not hold the digest of its data files, so that load_dataset may "
+                f"give cached rows of other files: {PREPARE_AGAIN}"
+            )
+
+
 def _read_card(folder: Path, counts: Mapping[str, Any]) -> datasets.DatasetInfo:
     """The features and splits that `load_dataset` reads from the card.
 
@@ -157,7 +169,9 @@ def _read_card(folder: Path, counts: Mapping[str, Any]) -> datasets.DatasetInfo:
     """
     path = folder / "README.md"
     try:
-        if (metadata_load(path) or {}).get("configs") != data_configs(counts):
+        if _without_descriptions((metadata_load(path) or {}).get("configs")) != _without_descriptions(
+            data_configs(counts)
+        ):
             raise ValueError("its configs are not the data files of counts.json")
         info = datasets.load_dataset_builder(str(folder), counts["config"]).info
         if info.features is None or info.splits is None:
@@ -166,3 +180,8 @@ def _read_card(folder: Path, counts: Mapping[str, Any]) -> datasets.DatasetInfo:
         reason = first_line(error)
         raise ValueError(f"{path} does not have the YAML of this folder ({reason}): {PREPARE_AGAIN}") from error
     return info
+
+
+def _without_descriptions(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the configs of a card without their digests. A card that is not a list of configs raises the errors of `_read_card`."""
+    return [{name: value for name, value in config.items() if name != "description"} for config in configs]
