@@ -138,7 +138,7 @@ def join_addresses(first: str, second: str) -> str:
 
 
 def _format_seconds(seconds: float) -> str:
-    return f"{seconds:.6f}".rstrip("0").rstrip(".")
+    return f"{seconds + 0.0:.6f}".rstrip("0").rstrip(".")  # -0.0 + 0.0 is 0.0
 
 
 def zip_address(archive: str | os.PathLike[str], member: str) -> str:
