@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from datasets import DatasetInfo, Features, SplitDict, SplitInfo
+from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData
 from tokenizers import Tokenizer
 
@@ -161,6 +162,18 @@ def data_configs(counts: Mapping[str, Any]) -> list[dict[str, Any]]:
         if name == counts["config"] or name in counts
     ]
     return [configs[0] | {"default": True}, *configs[1:]]
+
+
+def read_info(folder: Path, config: str) -> DatasetInfo:
+    """Read the features and splits of a config from the card. `load_dataset_builder` takes the folder's path for a glob pattern.
+
+    Raises:
+        ValueError: The card does not describe the config.
+    """
+    infos = DatasetInfosDict.from_directory(str(folder))
+    if config not in infos:
+        raise ValueError(f"the dataset_info of {folder / 'README.md'} does not describe {config}")
+    return infos[config]
 
 
 def _columns(features: Features, config_name: str, *, lists: bool) -> list[tuple[str, str, str]]:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from usdm_sft.dataset_folder.ranges import RowRange, count_processes, divide_rows
 from usdm_sft.dataset_folder.sorted_digests import create_array, digest_texts, iter_stretches, write_digests
 from usdm_sft.dataset_folder.text_lines import format_lines, parse_line
+from usdm_sft.template.tokens import naming_errors
 from usdm_sft.utils.processes import ProcessPool
 
 _LINES_PER_FILE = 1_000_000  # 16 bytes each while they are read
@@ -74,7 +75,8 @@ def compare_with_text(
     Raises:
         FileNotFoundError: A text file is missing.
     """
-    tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    with naming_errors(str(tokenizer_dir)):
+        tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
     ranges = {split: [each for path in paths for each in divide_rows(path, split)] for split, paths in files.items()}
     with ProcessPool(count_processes([each for split in ranges.values() for each in split], num_proc)) as pool:
         for split, rows in ranges.items():
