@@ -13,8 +13,12 @@ from usdm_sft.template.config import Template
 REQUIRED = {"data_dir": "d", "output_path": "o"}
 
 
-def parse(*arguments):
-    return make_parser().parse_args(["prepare", *arguments]).prepare
+[COMMANDS] = [action.choices for action in make_parser()._actions if isinstance(action.choices, dict)]
+WITH_CONFIG = [name for name, parser in COMMANDS.items() if "--config" in parser._option_string_actions]
+
+
+def parse(*arguments, command="prepare"):
+    return make_parser().parse_args([command, *arguments])[command]
 
 
 def test_config_is_frozen():
@@ -66,7 +70,8 @@ WRONG_TYPES = [
     ({"batch_seconds": float("inf")}, "batch_seconds is inf: give a positive number"),
     ({"batch_seconds": float("nan")}, "batch_seconds is nan: give a positive number"),
     ({"overwrite": "yes"}, "overwrite is 'yes', a value of type str: give True or False"),
-    ({"agent": 3}, "agent is 3, a value of type int: give a text"),
+    ({"agent": 2.5}, "agent is 2.5, a value of type float: give a text"),
+    ({"agent": True}, "agent is True, a value of type bool: give a text"),
     ({"data_dir": None}, "data_dir is None: give a text"),
     ({"on_bad_audio": "ignore"}, "on_bad_audio 'ignore' is unknown: choose one of error, skip"),
     ({"executor": 3}, "executor is 3, a value of type int: give one of slurm, ray"),
@@ -129,3 +134,101 @@ def test_unknown_config_name_is_wrong_usage(capsys):
     with pytest.raises(SystemExit, match="2"):
         parse("--config", "no_such_config", "--data_dir", "d", "--output_path", "o")
     assert "no_such_config" in capsys.readouterr().err
+
+
+def test_commands_with_config():
+    assert WITH_CONFIG == ["doctor", "prepare"]
+
+
+RUN = """
+data_dir: d
+output_path: o
+max_length: 77
+keep_audio: false
+agent: B
+template: tts
+slurm: {partition: cpu, time: "1:00"}
+"""
+
+
+@pytest.mark.parametrize("command", WITH_CONFIG)
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize(
+    ("option", "value", "name", "expected"),
+    [
+        ("--max_length", "300", "max_length", 300),
+        ("--max-len", "300", "max_length", 300),  # argparse takes the beginning of a name
+        ("--agent", "--config", "agent", "--config"),
+        ("--template", "asr", "template.parts", ("user_units", "user_text")),
+        ("--template", "asr", "template.instruction", "Below is the user's speech and its transcript.\n"),
+        ("--template.user-role", "Caller", "template.user_role", "Caller"),
+        ("--template.instruction", "--well-known words\n", "template.instruction", "--well-known words\n"),
+        ("--slurm.partition", "gpu", "slurm", {"partition": "gpu", "time": "1:00"}),
+        ("--slurm", "{qos: low}", "slurm", {"qos": "low"}),
+        ("--keep_audio", None, "keep_audio", True),
+    ],
+)
+def test_options_override_config_in_any_order(command, joined, option, value, name, expected, tmp_path):
+    (tmp_path / "run.yaml").write_text(RUN)
+    if value is None:
+        given = [option]
+    elif joined or value == "--config":
+        given = [f"{option}={value}"]
+    else:
+        given = [option, value]
+    file = str(tmp_path / "run.yaml")
+    config = [f"--config={file}"] if joined else ["--config", file]
+    first, last = (parse(*words, command=command) for words in ([*config, *given], [*given, *config]))
+    assert first[name] == last[name] == expected
+    first.pop("config")
+    last.pop("config")
+    assert first == last
+    assert first.data_dir == "d"
+
+
+@pytest.mark.parametrize("command", WITH_CONFIG)
+def test_later_config_overrides_earlier_one(command, tmp_path):
+    (tmp_path / "run.yaml").write_text(RUN)
+    file = str(tmp_path / "run.yaml")
+    both = ("--config", file, "--agent", "A", "--config", "multi_turn")
+    options = parse(*both, command=command)
+    assert (options.max_length, options.config_name, options.agent) == (8192, "multi_turn", "A")
+    options = parse("--config", "multi_turn", "--agent", "A", "--config", file, command=command)
+    assert (options.max_length, options.config_name, options.agent) == (77, "multi_turn", "A")
+
+
+@pytest.mark.parametrize("command", WITH_CONFIG)
+def test_fields_override_their_group_in_any_order(command):
+    for words in (
+        ("--template.user_role", "Caller", "--template", "asr"),
+        ("--template", "asr", "--template.user_role", "Caller"),
+    ):
+        template = parse("--data_dir", "d", "--output_path", "o", *words, command=command).template
+        assert (template.user_role, template.parts) == ("Caller", ("user_units", "user_text"))
+
+
+@pytest.mark.parametrize("command", WITH_CONFIG)
+def test_options_override_environment_and_config_does(command, tmp_path, monkeypatch):
+    (tmp_path / "run.yaml").write_text(RUN)
+    monkeypatch.setenv("JSONARGPARSE_DEFAULT_ENV", "true")
+    monkeypatch.setenv(f"DAILYTALK_USDM_{command.upper()}__MAX_LENGTH", "55")
+    required = ("--data_dir", "d", "--output_path", "o")
+    config = ("--config", str(tmp_path / "run.yaml"))
+    assert parse(*required, command=command).max_length == 55
+    assert parse(*required, *config, command=command).max_length == 77
+    assert parse(*required, "--max_length", "300", *config, command=command).max_length == 300
+
+
+@pytest.mark.parametrize("command", WITH_CONFIG)
+def test_config_without_a_value_takes_no_option(command, capsys):
+    for words in (["--agent", "--config"], ["--config", "--agent", "A"]):
+        with pytest.raises(SystemExit, match="2"):
+            parse("--data_dir", "d", "--output_path", "o", *words, command=command)
+        assert "argument --config: expected one argument" in capsys.readouterr().err
+
+
+def test_agent_may_be_a_number(tmp_path):
+    (tmp_path / "run.yaml").write_text("agent: 2\n")
+    for words, expected in ((["--config", str(tmp_path / "run.yaml")], "2"), (["--agent", "02"], "02")):
+        agent = parse("--data_dir", "d", "--output_path", "o", *words).agent
+        assert PrepareConfig(**REQUIRED, agent=agent).agent == expected

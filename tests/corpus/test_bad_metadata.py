@@ -83,6 +83,12 @@ def test_nul_is_refused(path):
     ]
 
 
+def test_control_character_in_an_emotion(path):
+    assert problems(path, GOOD.replace("none", "no\x1bne")) == [
+        f"{line}: emotion 'no\\x1bne' holds a control character: correct it" for line in (1, 2)
+    ]
+
+
 # What is far too much
 
 

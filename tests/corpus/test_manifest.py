@@ -19,6 +19,7 @@ from tests.code_blocks import find_code
 from tests.helpers import REPOSITORY, page_data
 from tests.mini_hub import serve
 from usdm_sft.audio.reading import read_waveform
+from usdm_sft.corpus.manifest import read_manifest
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.corpus.read import NO_ANSWER, SAME_SPEAKER, Rules, read_corpus
 from usdm_sft.dataset_folder.export import export_text
@@ -90,6 +91,150 @@ def test_relative_paths_start_at_the_manifest_or_data_dir(tmp_path):
         assert [u.audio for u in utterances[:3]] == ["/elsewhere/x.wav", archive, str(folder / "a.wav")]
 
 
+@pytest.mark.parametrize("kind", WRITERS)
+def test_nan_is_a_missing_value(tmp_path, kind):
+    """pandas writes NaN for what a table does not have."""
+    nan = float("nan")
+    rows = [row | {"start": nan, "end": nan, "channel": nan} for row in rows_of()]
+    rows[0] |= {"start": 0.5, "end": 1.25, "channel": 1.0}
+    [split] = read_corpus({"train": WRITERS[kind](tmp_path / f"m.{kind}", rows)}).values()
+    audio = [utterance.audio for utterance in split.dialogs[0].utterances[:2]]
+    assert audio == [f"{tmp_path}/a.wav#t=0.5,1.25&channel=1", f"{tmp_path}/a.wav"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_nan_emotion_is_a_missing_value(tmp_path, kind):
+    rows = [row | {"emotion": float("nan")} for row in rows_of()]
+    [split] = read_corpus({"train": WRITERS[kind](tmp_path / f"m.{kind}", rows)}).values()
+    assert {utterance.emotion for dialog in split.dialogs for utterance in dialog.utterances} == {""}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_negative_zero_is_zero(tmp_path, kind):
+    rows = [row | {"turn": float(row["turn"]), "start": -0.0, "end": 1.2, "channel": -0.0} for row in rows_of()]
+    rows[0]["turn"] = -0.0
+    [split] = read_corpus({"train": WRITERS[kind](tmp_path / f"m.{kind}", rows)}).values()
+    first = split.dialogs[0].utterances[0]
+    assert (first.id, first.audio) == ("call-1_0", f"{tmp_path}/a.wav#t=0,1.2&channel=0")
+
+
+@pytest.mark.parametrize("field", ["dialog", "speaker", "text", "emotion", "audio"])
+@pytest.mark.parametrize("value", ["a\ud800b", "\udc80", "a\nb", "a\x1bb", "a\0b"])
+def test_unpaired_surrogate_or_control_character(tmp_path, field, value):
+    rows = rows_of(emotion="none")
+    rows[1][field] = value
+    with pytest.raises(CorpusError, match=rf"m\.jsonl:2: {field} '.*' ") as error:
+        read_corpus({"train": write_jsonl(tmp_path / "m.jsonl", rows)})
+    assert all(problem.isprintable() for problem in error.value.problems)
+
+
+def test_column_that_is_not_read_may_hold_anything(tmp_path):
+    rows = rows_of(note="a\ud800\nb")
+    [split] = read_corpus({"train": write_jsonl(tmp_path / "m.jsonl", rows)}).values()
+    assert len(split.dialogs) == 2
+
+
+def write_texts(path, texts, **options):
+    """A Parquet manifest of one long dialog."""
+    number = len(texts)
+    columns = {"dialog": ["c"] * number, "turn": range(number), "speaker": ["A"] * number, "audio": ["a.wav"] * number}
+    pq.write_table(pa.table(columns | {"text": texts}), path, **options)
+    return path
+
+
+def test_long_text_in_parquet_is_refused_unread(tmp_path):
+    path = write_texts(tmp_path / "m.parquet", ["a", "x" * 30_000_000, "b"], compression="zstd")
+    with pytest.raises(
+        CorpusError, match=r"m\.parquet: column text of row group 0 has 30,000,\d+ bytes in 3 rows: give"
+    ):
+        read_corpus({"train": path})
+
+
+@pytest.mark.parametrize(("length", "refused"), [(1_000_000, False), (1_000_001, True)])
+def test_length_of_a_text_in_parquet_is_limited(tmp_path, length, refused):
+    path = write_texts(tmp_path / "m.parquet", ["a", "ü" * length, "b"])
+    problems = []
+    turns = read_manifest(path, problems, tmp_path)
+    [(_, found)] = turns.dialogs()
+    message = f"{path}: row 1: text has 1,000,001 characters: give 1,000,000 or fewer"
+    assert problems == ([message] if refused else [])
+    assert [turn.turn for turn, _ in found] == ([0, 2] if refused else [0, 1, 2])
+
+
+def test_repeated_long_text_in_parquet_needs_little_memory(tmp_path):
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array(["x" * 2_000_000]))
+    path = write_texts(tmp_path / "m.parquet", texts, compression="zstd")
+    code = f"""
+import resource
+import pyarrow.compute, pyarrow.parquet
+from pathlib import Path
+from usdm_sft.corpus.manifest import read_manifest
+from usdm_sft.corpus.manifest import read_manifest
+from usdm_sft.corpus.problems import CorpusError
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    read_manifest(Path({str(path)!r}), [], Path("/"))
+except CorpusError as error:
+    print(len(error.problems), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    number, kilobytes = map(int, done.stdout.split())
+    assert number == 1000 and kilobytes < 500_000  # all texts together have 2 GB
+
+
+def test_parquet_text_that_is_not_utf_8(tmp_path):
+    texts = pa.array([b"ok"] * 20_000 + [b"\xff\xfe"] + [b"ok"] * 99)
+    path = write_texts(tmp_path / "m.parquet", pa.Array.from_buffers(pa.string(), len(texts), texts.buffers()))
+    with pytest.raises(CorpusError, match=r"m\.parquet: row 20000: not UTF-8 \(byte 0xFF\): save the texts as UTF-8"):
+        read_corpus({"train": path})
+
+
+def test_damaged_page_of_parquet_names_file_and_row(tmp_path):
+    texts = [f"text {number:06} of many" for number in range(40_000)]
+    path = write_texts(tmp_path / "m.parquet", texts, row_group_size=20_000, compression="zstd", use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    column = next(
+        column
+        for column in map(pq.ParquetFile(path).metadata.row_group(1).column, range(5))
+        if column.path_in_schema == "text"
+    )
+    start, size = column.data_page_offset, column.total_compressed_size
+    content[start + size // 4 : start + 3 * size // 4] = bytes(size // 2)
+    path.write_bytes(content)
+    with pytest.raises(CorpusError, match=r"m\.parquet: damaged after row \d+ \(.+\): write it again"):
+        read_corpus({"train": path})
+
+
+def test_row_groups_nulls_and_types_of_parquet(tmp_path):
+    rows = rows_of([(f"c{i // 4}", i % 4, "AB"[i % 2], f"text {i % 3}") for i in range(40)], emotion=None)
+    rows[3]["emotion"] = "none"
+    table = pa.Table.from_pylist(rows)
+    large = table.set_column(table.schema.get_field_index("text"), "text", table["text"].cast(pa.large_string()))
+    for each in (table, large):
+        pq.write_table(each, tmp_path / "m.parquet", row_group_size=7)
+        [split] = read_corpus({"train": tmp_path / "m.parquet"}).values()
+        turns = [turn for dialog in split.dialogs for turn in dialog.utterances]
+        assert [turn.text for turn in turns] == [row["text"] for row in rows]
+        assert [turn.emotion for turn in turns] == [row["emotion"] or "" for row in rows]
+
+
+def test_nested_column_of_parquet_is_refused(tmp_path):
+    pq.write_table(pa.Table.from_pylist(rows_of(emotion=["none"])), tmp_path / "m.parquet")
+    with pytest.raises(CorpusError, match=r"m\.parquet: column emotion is of type 'list<.*>': give one text or number"):
+        read_corpus({"train": tmp_path / "m.parquet"})
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_agent_that_is_a_number(mini, tmp_path, kind):
+    rows = [row | {"speaker": 1 + "AB".index(row["speaker"])} for row in rows_of()]
+    for row in rows:
+        row["audio"] = str(mini / "corpus" / "data" / "3" / "0_0_d3.wav")
+    lists = {"train": str(WRITERS[kind](tmp_path / f"m.{kind}", rows))}
+    builder = DailyTalkUSDM(data_files=lists, agent=2, digest_cache_dir=tmp_path / "cache", cache_dir=str(tmp_path))
+    agents = {agent.speaker for dialog in builder.corpus["train"].dialogs for _, agent in dialog.pairs()}
+    assert agents == {"2"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -113,7 +258,10 @@ def test_relative_paths_start_at_the_manifest_or_data_dir(tmp_path):
         ({"start": 1}, r":1: start and end go together"),
         ({"start": 2, "end": 1}, r":1: start 2 and end 1 are not a stretch"),
         ({"start": -1, "end": 1}, r":1: start -1 and end 1 are not a stretch"),
-        ({"start": 0, "end": float("nan")}, r":1: start 0 and end nan are not a stretch"),
+        ({"start": 0, "end": float("nan")}, r":1: start and end go together"),
+        ({"start": 0, "end": float("inf")}, r":1: start 0 and end inf are not a stretch"),
+        ({"turn": float("nan")}, r":1: turn missing"),
+        ({"text": float("nan")}, r":1: text missing"),
         ({"start": "x", "end": "y"}, r":1: start 'x' and end 'y' are not a stretch"),
         ({"channel": -1}, r":1: channel -1 is not a channel"),
         ({"channel": "left"}, r":1: channel 'left' is not a channel"),

@@ -169,7 +169,7 @@ def _span(first: Stretch, second: Stretch) -> Stretch:
 
 
 def _format_seconds(seconds: float) -> str:
-    return f"{seconds:.6f}".rstrip("0").rstrip(".")
+    return f"{seconds + 0.0:.6f}".rstrip("0").rstrip(".")  # -0.0 + 0.0 is 0.0
 
 
 def zip_address(archive: str | os.PathLike[str], member: str) -> str:

@@ -25,7 +25,7 @@ from usdm_sft.cli.verify import verify
 from usdm_sft.config.help import finish_help, split_docstring
 from usdm_sft.config.parser import ConfigAction, Parser, add_config_arguments, add_function_arguments
 from usdm_sft.config.prepare_config import PrepareConfig
-from usdm_sft.utils.errors import find_full_disk
+from usdm_sft.utils.errors import describe_error, find_full_disk
 from usdm_sft.utils.memory import use_system_allocator
 from usdm_sft.utils.texts import printable
 
@@ -131,9 +131,12 @@ def main(args: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print(f"dailytalk-usdm {command}: interrupted; start it again, finished work is kept", file=sys.stderr)
         sys.exit(130)
-    except (OSError, ValueError, IndexError, ImportError, MemoryError, RuntimeError) as error:
-        full = find_full_disk(error)
-        message = error if full is None else f"{full}: make room and start it again, finished work is kept"
+    except BaseException as error:  # a panic of a library in Rust is not an Exception
+        message = describe_error(error)
+        if message is None:
+            raise
+        if (full := find_full_disk(error)) is not None:
+            message = f"{full}: make room and start it again, finished work is kept"
         # Names and values from untrusted files may be in the message.
         print(printable(f"dailytalk-usdm {command}: {message}"), file=sys.stderr)
         sys.exit(1)

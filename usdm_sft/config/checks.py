@@ -68,7 +68,7 @@ def _check_setting(name: str, value: Any, hint: Any) -> None:
     if get_origin(first) is Literal and isinstance(value, str):
         if value not in get_args(first):
             raise ValueError(f"{name} {value!r} is unknown: choose {describe_type(hint)}")
-    elif not _is_instance(value, first):
+    elif not any(_is_instance(value, kind) for kind in (first, *others)):
         kind = "" if value is None else f", a value of type {type(value).__name__}"
         raise ValueError(f"{name} is {value!r}{kind}: give {describe_type(hint)}")
     if first is float and not 0 < value < math.inf:

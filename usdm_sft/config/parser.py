@@ -25,6 +25,7 @@ set_parsing_settings(
 )
 
 PRESETS = "templates"  # folder in configs/ of the values of `--template`
+_OPTION = re.compile(r"--[^\s=]+(?=\Z|=)")  # as in argparse, for which a word with a space is a value
 
 
 class Parser(ArgumentParser):
@@ -37,7 +38,10 @@ class Parser(ArgumentParser):
     def parse_args(  # type: ignore[override]  # as in ArgumentParser of jsonargparse
         self, args: Sequence[str] | None = None, *more: Any, **options: Any
     ) -> Any:
-        return super().parse_args(_use_underscores(sys.argv[1:] if args is None else args), *more, **options)
+        words = _use_underscores(sys.argv[1:] if args is None else args)
+        if "--config" in self._option_string_actions:
+            words = _put_wholes_first(words)
+        return super().parse_args(words, *more, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # jsonargparse tries something out
@@ -88,17 +92,34 @@ class Parser(ArgumentParser):
 
 def _use_underscores(words: Sequence[str]) -> list[str]:
     """Replace - by _ in the names of options, which are defined with _; values and what follows -- stay as they are."""
-    end = list(words).index("--") if "--" in words else len(words)
-    options = [re.sub(r"(?<=\w)-", "_", name) + rest for name, rest in (_split_option(word) for word in words[:end])]
+    end = _find_end(words)
+    options = [_OPTION.sub(lambda name: re.sub(r"(?<=\w)-", "_", name[0]), word) for word in words[:end]]
     return [*options, *words[end:]]
 
 
-def _split_option(word: str) -> tuple[str, str]:
-    """Split a word into the name of an option ("" if it is none) and the rest; the rest of an option begins with =."""
-    if not word.startswith("--"):
-        return "", word
-    name, equals, value = word.partition("=")
-    return name, equals + value
+def _put_wholes_first(words: Sequence[str]) -> list[str]:
+    """Put options that set several values at once before those that set one of them.
+
+    Later words override earlier ones. An option therefore overrides `--config`, and `--template.user_role` overrides `--template`,
+    wherever they stand. Otherwise the order stays as it is.
+    """
+    end = _find_end(words)
+    options: list[list[str]] = [[]]  # each with the words that are its values
+    for word in words[:end]:
+        if _OPTION.match(word):
+            options.append([])
+        options[-1].append(word)
+
+    def rank(option: list[str]) -> int:
+        name = option[0].partition("=")[0]
+        return 0 if name == "--config" else 2 if "." in name else 1
+
+    return [*options[0], *(word for option in sorted(options[1:], key=rank) for word in option), *words[end:]]
+
+
+def _find_end(words: Sequence[str]) -> int:
+    """Return the index of the word --, after which there are no options, or the number of words."""
+    return list(words).index("--") if "--" in words else len(words)
 
 
 def _did_you_mean(word: str, names: Sequence[str]) -> str:

@@ -31,9 +31,9 @@ class CorpusOptions:
     history: int = 0
     """single_turn only: number of earlier exchanges that each row brings along as context, without loss."""
 
-    agent: str | None = None
-    """The speaker who is the agent in every pair. By default each side is the agent in turn, as in the reference.
-    Required for dialogs of a manifest with more than two speakers."""
+    agent: str | int | None = None
+    """The speaker who is the agent in every pair; a number is the speaker of this name. By default each side is the agent in
+    turn, as in the reference. Required for dialogs of a manifest with more than two speakers."""
 
     merge_speaker_turns: bool = False
     """Join neighbouring turns of one speaker. By default a dialog with such turns is left out, as in the reference."""
@@ -169,6 +169,8 @@ class PrepareConfig(CorpusOptions, TokenizerOptions, UnitModelOptions, ComputeOp
 
     def __post_init__(self) -> None:
         check_settings(get_type_hints(type(self)), {field.name: getattr(self, field.name) for field in fields(self)})
+        if self.agent is not None:
+            object.__setattr__(self, "agent", str(self.agent))  # speakers are texts, also those that are numbers
         check_config(self.config_name, self.history)
         if self.executor is None and (self.tasks != 1 or self.slurm is not None):
             raise ValueError("tasks and slurm are options of an executor: name one with --executor")

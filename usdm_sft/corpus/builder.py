@@ -114,6 +114,8 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
         self.is_dailytalk = not (self.split_lists and all(map(is_manifest, self.split_lists.values())))
         if data_dir is None and self.is_dailytalk:
             raise ValueError("data_dir is missing: name the folder that DailyTalk was unpacked to, or its zip archive")
+        if kwargs.get("agent") is not None:
+            kwargs["agent"] = str(kwargs["agent"])  # speakers are texts, also those that are numbers
         rules = read.Rules(kwargs.get("agent"), kwargs.get("merge_speaker_turns") or False)
         self.corpus = self.whole_corpus = read.read_corpus(self.split_lists, rules, data_dir=data_dir)
         for split in self.corpus.values():

@@ -11,21 +11,36 @@ import csv
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from usdm_sft.audio.addresses import absolute_file, format_address
 from usdm_sft.corpus.dialogs import Turns, Utterance
 from usdm_sft.corpus.problems import add_problem
-from usdm_sft.utils.texts import CONTROL, LineError, first_line, quote, read_limited_lines, text_problem
+from usdm_sft.utils.texts import (
+    CONTROL,
+    MAX_LINE,
+    LineError,
+    count_noun,
+    first_line,
+    quote,
+    read_limited_lines,
+    text_problem,
+)
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 REQUIRED = ("dialog", "turn", "speaker", "text", "audio")
 OPTIONAL = ("start", "end", "channel", "emotion")
+_NUMBERS = ("turn", "start", "end", "channel")
 UTTERANCES = "utterances"  # the config of a dataset folder with these columns, and audio in them (--keep_audio)
 MAX_TURN = 2**31 - 1
 MAX_NAME = 200  # characters of a dialog or speaker
+# Of a Parquet manifest: rows read at once; characters decoded at once; bytes that a column of a row group may have, and on average a row.
+_BATCH_ROWS = 16_384
+_DECODED = 16 * MAX_LINE
+_CHUNK_BYTES = 16 << 20
+_MEAN_BYTES = 4096
 
 _Rows = Iterator[tuple[int, dict[str, Any]]]  # (number of the line or row, and row)
 
@@ -100,6 +115,8 @@ def _row_problems(row: dict[str, Any]) -> Iterator[str]:
         yield f"text {quote(str(row['text']))} is not a text: correct it"
     elif problem := text_problem(row["text"]):
         yield f"text {quote(row['text'])} {problem}: correct the text"
+    if not _is_missing(row, "emotion") and CONTROL.search(str(row["emotion"])):
+        yield f"emotion {quote(str(row['emotion']))} holds a control character: correct it"
     if not isinstance(row["audio"], str) or CONTROL.search(row["audio"]):
         yield f"audio {quote(str(row['audio']))} is not a path: give the path of the recording"
     if _is_missing(row, "start") != _is_missing(row, "end"):
@@ -113,7 +130,11 @@ def _row_problems(row: dict[str, Any]) -> Iterator[str]:
 
 
 def _is_missing(row: dict[str, Any], name: str) -> bool:
-    return row.get(name) is None or row[name] == ""
+    """Return True for no value, an empty one, and NaN, which is how pandas writes a missing value."""
+    value = row.get(name)
+    if name in _NUMBERS and isinstance(value, str):
+        return value.lower() in ("", "nan")
+    return value is None or value == "" or value != value
 
 
 def _number(value: Any) -> float | None:
@@ -193,14 +214,97 @@ def _read_parquet(path: Path, problems: list[str]) -> _Rows:
 
     try:
         file = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
+        schema = file.schema_arrow
+    except (pa.ArrowException, OSError) as error:
         add_problem(problems, f"{path}: not a Parquet file ({first_line(error)}): name another manifest")
         return
-    if problem := _column_problem(file.schema_arrow.names):
+    fields = [field for field in schema if field.name in (*REQUIRED, *OPTIONAL)]
+    if problem := _column_problem(schema.names) or _find_unreadable(fields, file.metadata):
         add_problem(problems, f"{path}: {problem}")
         return
-    columns = [name for name in file.schema_arrow.names if name in (*REQUIRED, *OPTIONAL)]
-    yield from enumerate(row for batch in file.iter_batches(1024, columns=columns) for row in batch.to_pylist())
+    texts = [field.name for field in fields if _is_text(field.type)]
+    number = 0
+    try:
+        # As dictionaries, texts that repeat stay as small as they are in the file.
+        file = pq.ParquetFile(path, read_dictionary=texts, metadata=file.metadata)
+        for batch in file.iter_batches(_BATCH_ROWS, columns=[field.name for field in fields]):
+            for row in _decode_rows(batch):
+                if isinstance(row, str):
+                    add_problem(problems, f"{path}: row {number}: {row}")
+                else:
+                    yield number, row
+                number += 1
+    except (pa.ArrowException, OSError) as error:
+        add_problem(problems, f"{path}: damaged after row {number} ({first_line(error)}): write it again")
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    types = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view())
+    return (kind.value_type if pa.types.is_dictionary(kind) else kind) in types
+
+
+def _find_unreadable(fields: Sequence[Any], metadata: Any) -> str | None:
+    """Return which column cannot be read in a bounded amount of memory, or None. A few bytes of Parquet may hold any amount of text."""
+    import pyarrow as pa
+
+    for field in fields:
+        if pa.types.is_nested(field.type) or pa.types.is_fixed_size_binary(field.type):
+            return f"column {field.name} is of type {quote(str(field.type))}: give one text or number in each row"
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        most = max(_CHUNK_BYTES, _MEAN_BYTES * group.num_rows)
+        for column in map(group.column, range(group.num_columns)):
+            if column.path_in_schema in (*REQUIRED, *OPTIONAL) and column.total_uncompressed_size > most:
+                return (
+                    f"column {column.path_in_schema} of row group {index} has {column.total_uncompressed_size:,} bytes in "
+                    f"{count_noun(group.num_rows, 'row')}: give texts of up to {MAX_LINE:,} characters"
+                )
+    return None
+
+
+def _decode_rows(batch: Any) -> Iterator[dict[str, Any] | str]:
+    """Yield each row of a batch, or what is wrong with it. Only a few long texts are decoded at a time."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    lengths = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if pa.types.is_dictionary(column.type):
+            used = column.indices.dictionary_encode()  # the dictionary is that of the whole row group
+            values = column.dictionary.take(used.dictionary)
+            of_values = (pc.utf8_length if pa.types.is_string(values.type) else pc.binary_length)(values)
+            lengths[name] = of_values.take(used.indices).fill_null(0).to_numpy(zero_copy_only=False)
+    longest = np.max([np.zeros(len(batch), np.int64), *lengths.values()], axis=0)
+    step = max(1, min(len(batch), _DECODED // max(int(longest.max(initial=0)), 1)))
+    for start in range(0, len(batch), step):
+        whole = longest[start : start + step].max() <= MAX_LINE
+        try:
+            rows = _decode(batch.slice(start, step)) if whole else None
+        except UnicodeDecodeError:
+            rows = None
+        if rows is not None:
+            yield from rows
+            continue
+        for number in range(start, min(start + step, len(batch))):
+            name = max(lengths, key=lambda name: lengths[name][number])
+            if longest[number] > MAX_LINE:
+                yield f"{name} has {longest[number]:,} characters: give {MAX_LINE:,} or fewer"
+                continue
+            try:
+                yield from _decode(batch.slice(number, 1))
+            except UnicodeDecodeError as error:
+                yield f"not UTF-8 (byte 0x{error.object[error.start]:02X}): save the texts as UTF-8"
+
+
+def _decode(batch: Any) -> list[dict[str, Any]]:
+    import pyarrow as pa
+
+    columns = [each.dictionary_decode() if pa.types.is_dictionary(each.type) else each for each in batch.columns]
+    rows: list[dict[str, Any]] = pa.RecordBatch.from_arrays(columns, batch.schema.names).to_pylist()
+    return rows
 
 
 def _column_problem(names: list[str]) -> str | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from usdm_sft.corpus.dialogs import Turns, Utterance
 from usdm_sft.corpus.problems import add_problem
-from usdm_sft.utils.texts import LineError, quote, read_limited_lines, text_problem
+from usdm_sft.utils.texts import CONTROL, LineError, quote, read_limited_lines, text_problem
 
 _UTTERANCE_ID = re.compile(r"([0-9]{1,9})_([0-9]{1,9})_d([0-9]{1,9})")
 
@@ -80,5 +80,7 @@ def _parse_line(line: str, place: str, problems: list[str], address: Callable[[s
         return None
     if problem := text_problem(text):
         add_problem(problems, f"{place}: text {quote(text)} of {utterance_id} {problem}: correct the text")
+    if CONTROL.search(emotion):
+        add_problem(problems, f"{place}: emotion {quote(emotion)} holds a control character: correct it")
     audio = address(f"{match[3]}/{utterance_id}.wav")
     return Utterance(utterance_id, f"d{match[3]}", int(match[1]), speaker, text, emotion, audio)

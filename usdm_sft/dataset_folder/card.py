@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from datasets import DatasetInfo, Features, SplitDict, SplitInfo
+from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData
 from tokenizers import Tokenizer
 
@@ -172,6 +173,18 @@ def data_configs(counts: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _digest_files(config_name: str, files: Mapping[str, str]) -> str:
     """The sha256 over the names and digests of the data files of a config."""
     return cache_key({name: sha256 for name, sha256 in files.items() if name.startswith(f"{config_name}/")})
+
+
+def read_info(folder: Path, config: str) -> DatasetInfo:
+    """Read the features and splits of a config from the card. `load_dataset_builder` takes the folder's path for a glob pattern.
+
+    Raises:
+        ValueError: The card does not describe the config.
+    """
+    infos = DatasetInfosDict.from_directory(str(folder))
+    if config not in infos:
+        raise ValueError(f"the dataset_info of {folder / 'README.md'} does not describe {config}")
+    return infos[config]
 
 
 def _columns(features: Features, config_name: str, *, lists: bool) -> list[tuple[str, str, str]]:

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from usdm_sft.dataset_folder.ranges import RowRange, count_processes, divide_rows
 from usdm_sft.dataset_folder.text_lines import format_lines, parse_line
+from usdm_sft.template.tokens import naming_errors
 from usdm_sft.utils.processes import ProcessPool, in_order
 from usdm_sft.utils.texts import count_noun
 
@@ -57,7 +58,8 @@ def compare_with_text(
     Raises:
         FileNotFoundError: A text file is missing.
     """
-    tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    with naming_errors(str(tokenizer_dir)):
+        tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
     ranges = {split: [each for path in paths for each in divide_rows(path, split)] for split, paths in files.items()}
     with ProcessPool(count_processes([each for split in ranges.values() for each in split], num_proc)) as pool:
         for split, rows in ranges.items():

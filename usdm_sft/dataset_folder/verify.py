@@ -15,7 +15,7 @@ from yaml import YAMLError
 
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.corpus.problems import MAX_PROBLEMS_SHOWN
-from usdm_sft.dataset_folder.card import data_configs
+from usdm_sft.dataset_folder.card import data_configs, read_info
 from usdm_sft.dataset_folder.compare import compare_with_text
 from usdm_sft.dataset_folder.layout import (
     COUNTS,
@@ -23,7 +23,6 @@ from usdm_sft.dataset_folder.layout import (
     PREPARE_AGAIN,
     data_files,
     read_counts,
-    read_normalization,
     read_template,
 )
 from usdm_sft.dataset_folder.statistics import SplitStatistics
@@ -70,14 +69,19 @@ def verify(
     folder = Path(dataset_dir)
     counts = read_counts(folder)
     _raise_any(_check_files(folder, counts))  # raises before a damaged file is read
+    encoder = _make_encoder(folder, counts)
+    if encoder.tokenizer_digest != counts["digests"].get("tokenizer"):  # its rows may decode to any amount of text
+        raise VerificationError([f"{folder / 'tokenizer'} is not the tokenizer that {COUNTS} names"], more=False)
+    schema = _read_card(folder, counts).features.arrow_schema.remove_metadata()
+    files = data_files(folder, counts)
     statistics: dict[str, SplitStatistics] = {}
-    _raise_any(_check_rows(folder, counts, statistics, num_proc))
+    normalization, settings = read_normalization(counts), counts["settings"]
+    _raise_any(check_rows(files, schema, encoder, settings, statistics, normalization=normalization, num_proc=num_proc))
     _raise_any(_check_counts(folder, counts, statistics))
     if UTTERANCES in counts:
         _raise_any(check_utterances(folder, counts, num_proc=num_proc))
     _raise_any(_check_descriptions(folder, counts))  # last: damaged rows are named first
     if against is not None:
-        files = data_files(folder, counts)
         _raise_any(compare_with_text(files, Path(against), folder / "tokenizer", num_proc=num_proc))
     return {split: values.summary()["rows"] for split, values in statistics.items()}
 
@@ -108,20 +112,6 @@ def _check_file(folder: Path, name: str, digest: Any) -> str | None:
     if (found := sha256_file(folder / name)) != digest:
         return f"{folder / name} was changed: its sha256 is {found}, not {digest}"
     return None
-
-
-def _check_rows(
-    folder: Path, counts: Mapping[str, Any], statistics: dict[str, SplitStatistics], num_proc: int | None
-) -> Iterator[str]:
-    """Check the tokenizer, the columns of every file and every row; fills `statistics` on the way."""
-    encoder = _make_encoder(folder, counts)
-    if encoder.tokenizer_digest != counts["digests"].get("tokenizer"):
-        yield f"{folder / 'tokenizer'} is not the tokenizer that {COUNTS} names"
-    schema = _read_card(folder, counts).features.arrow_schema.remove_metadata()
-    files = data_files(folder, counts)
-    normalization = read_normalization(counts)
-    settings = counts["settings"]
-    yield from check_rows(files, schema, encoder, settings, statistics, normalization=normalization, num_proc=num_proc)
 
 
 def _make_encoder(folder: Path, counts: Mapping[str, Any]) -> TemplateEncoder:
@@ -173,7 +163,7 @@ def _read_card(folder: Path, counts: Mapping[str, Any]) -> datasets.DatasetInfo:
             data_configs(counts)
         ):
             raise ValueError("its configs are not the data files of counts.json")
-        info = datasets.load_dataset_builder(str(folder), counts["config"]).info
+        info = read_info(folder, counts["config"])
         if info.features is None or info.splits is None:
             raise ValueError("its dataset_info names no features or splits")
     except (YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:

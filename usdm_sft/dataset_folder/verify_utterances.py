@@ -14,7 +14,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
 
 from usdm_sft.audio.frames import SAMPLE_RATE, count_units
@@ -22,6 +21,7 @@ from usdm_sft.audio.playable import count_samples
 from usdm_sft.corpus.features import ROLES, are_collapsed
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.corpus.problems import MAX_PROBLEMS_SHOWN
+from usdm_sft.dataset_folder.card import read_info
 from usdm_sft.dataset_folder.durations import expand_rows
 from usdm_sft.dataset_folder.layout import COUNTS, data_files, read_normalization
 from usdm_sft.dataset_folder.ranges import RowRange, count_processes, divide_groups, divide_rows
@@ -75,7 +75,7 @@ def check_utterances(folder: Path, counts: Mapping[str, Any], *, num_proc: int |
         ValueError: A file cannot be read.
     """
     files = data_files(folder, counts, UTTERANCES)
-    info = datasets.load_dataset_builder(str(folder), UTTERANCES).info
+    info = read_info(folder, UTTERANCES)
     for split, row_files in data_files(folder, counts).items():
         numbers = UtteranceCounts()
         problems = _check_split(split, files[split], row_files, numbers, counts, num_proc)

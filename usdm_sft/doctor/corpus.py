@@ -42,8 +42,9 @@ def check_corpus(config: PrepareConfig, needs: Needs) -> Iterator[Finding]:
         text = f"{config.data_dir} has no split lists: prepare downloads DailyTalk's own ({format_bytes(size)})"
         yield Finding("ok", "corpus", text)
         return
+    agent = None if config.agent is None else str(config.agent)
     try:
-        splits = read_corpus(lists, Rules(config.agent, config.merge_speaker_turns), data_dir=config.data_dir)
+        splits = read_corpus(lists, Rules(agent, config.merge_speaker_turns), data_dir=config.data_dir)
     except CorpusError as error:
         yield from _list_problems(error.problems)
         return

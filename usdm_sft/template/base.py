@@ -10,7 +10,15 @@ from huggingface_hub.errors import HFValidationError
 from tokenizers import AddedToken
 
 from usdm_sft.template.config import OFFLINE
-from usdm_sft.template.tokens import CONTINUE_TOKEN, CORRESPOND_TOKEN, find_newline, plain_copy, read_tokens, unit_token
+from usdm_sft.template.tokens import (
+    CONTINUE_TOKEN,
+    CORRESPOND_TOKEN,
+    find_newline,
+    naming_errors,
+    plain_copy,
+    read_tokens,
+    unit_token,
+)
 from usdm_sft.utils.texts import first_line
 
 if TYPE_CHECKING:
@@ -38,17 +46,18 @@ def open_tokenizer(
     _require_tokenizer_json(str(name_or_path), subfolder, hub)
     from transformers import PreTrainedTokenizerFast
 
+    place = f"{name_or_path}/{subfolder}" if subfolder else str(name_or_path)
     try:
-        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
-            _find_folder(str(name_or_path), subfolder, hub),
-            cache_dir=cache_dir,
-            revision=revision or "main",
-            token=token,
-        )
+        with naming_errors(place):
+            tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
+                _find_folder(str(name_or_path), subfolder, hub),
+                cache_dir=cache_dir,
+                revision=revision or "main",
+                token=token,
+            )
     except OSError:
         raise
     except Exception as error:  # transformers and tokenizers raise many types for a malformed file
-        place = f"{name_or_path}/{subfolder}" if subfolder else name_or_path
         raise ValueError(
             f"{place} has a tokenizer that cannot be opened ({first_line(error)}): download it again, "
             f"or use {OFFLINE!r}"

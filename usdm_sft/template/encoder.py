@@ -24,7 +24,7 @@ from usdm_sft.template.parts import RowLayout
 from usdm_sft.template.steps import Step, make_steps
 from usdm_sft.template.stretches import Headings, Stretches
 from usdm_sft.template.tokenizer import check_tokenizer
-from usdm_sft.template.tokens import TemplateTokens, plain_copy, read_tokens
+from usdm_sft.template.tokens import TemplateTokens, naming_errors, plain_copy, read_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -70,6 +70,7 @@ class TemplateEncoder:
             template contains an added token; or `unit_repetition` is unknown.
     """
 
+    @naming_errors()
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerFast | Tokenizer,
@@ -130,6 +131,7 @@ class TemplateEncoder:
             **self._options,
         }
 
+    @naming_errors()
     def __setstate__(self, state: dict[str, Any]) -> None:
         tokenizer, template = Tokenizer.from_str(state["tokenizer"]), Template(**state["template"])
         tokens, repetition = TemplateTokens(*state["tokens"]), state.get("unit_repetition", "keep")
@@ -175,6 +177,7 @@ class TemplateEncoder:
             return make_steps(self.tokens, self.template, (), self._tokenizer, self._form.stop_ids)
         return make_steps(self.tokens, self.template, self._form.agent_heading, self._tokenizer)
 
+    @naming_errors()
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[npt.NDArray[np.int32]]]:
         """Encode a batch of rows.
 
@@ -235,6 +238,7 @@ class TemplateEncoder:
             labels[start:end] = input_ids[start:end]
         return input_ids, labels
 
+    @naming_errors()
     def prompt(
         self,
         user_units: npt.ArrayLike | None = None,
@@ -277,10 +281,12 @@ class TemplateEncoder:
         """
         return self.decode_batch([ids])[0]
 
+    @naming_errors()
     def decode_batch(self, rows: Iterable[Iterable[int]]) -> list[str]:
         """Decode rows of ids as `decode` does, faster than one by one."""
         return self._stretches.decode_batch(rows)
 
+    @naming_errors()
     def spell(self, text: str) -> str:
         """Return a text as it comes back from its ids."""
         return self._stretches.spell(text)
@@ -290,6 +296,7 @@ class TemplateEncoder:
         assert self._frames is not None  # callers ask only where the template is a chat template
         return self._frames.chat.render(make_messages(exchanges, self.template))
 
+    @naming_errors()
     def encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of whole strings of a chat template, as `apply_chat_template` gives them."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]

@@ -25,6 +25,7 @@ from usdm_sft.template.tokens import (
     CONTINUE_TOKEN,
     CORRESPOND_TOKEN,
     TemplateTokens,
+    naming_errors,
     plain_copy,
     read_tokens,
     unit_token,
@@ -94,10 +95,11 @@ def load_tokenizer(
     tokenizer = open_tokenizer(
         name_or_path, subfolder, cache_dir=cache_dir, revision=revision, token=token, repo_type=repo_type
     )
-    if is_ustm(tokenizer.backend_tokenizer):
-        check_tokenizer(tokenizer.backend_tokenizer, place)
-    else:
-        read_tokens(tokenizer, place)
+    with naming_errors(place):
+        if is_ustm(tokenizer.backend_tokenizer):
+            check_tokenizer(tokenizer.backend_tokenizer, place)
+        else:
+            read_tokens(tokenizer, place)
     return tokenizer
 
 
@@ -106,8 +108,16 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
     transformers 5 writes the class `TokenizersBackend`, which transformers 4 does not know. Under `PreTrainedTokenizerFast`, both
     take the pipeline of tokenizer.json; under `LlamaTokenizerFast`, transformers 5 would build another one.
+
+    Raises:
+        OSError: A file cannot be written.
     """
-    tokenizer.save_pretrained(folder)
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is Exception:  # what tokenizers raises, for a full disk as well
+            raise OSError(f"the tokenizer cannot be written to {folder}: {error}") from error
+        raise
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -186,7 +196,9 @@ def build_tokenizer(
     if not 1 <= num_units <= MAX_UNITS:
         raise ValueError(f"num_units is {num_units}: give a number from 1 to {MAX_UNITS}")
     if str(base) != OFFLINE:
-        return add_units(open_tokenizer(base, cache_dir=cache_dir), num_units, str(base))
+        opened = open_tokenizer(base, cache_dir=cache_dir)
+        with naming_errors(str(base)):
+            return add_units(opened, num_units, str(base))
     try:
         import sentencepiece  # an optional dependency, like mistral-common
 

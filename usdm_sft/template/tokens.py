@@ -6,9 +6,15 @@ reference uses in its own form, are those of `ustm_tokens` in tokenizer.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokenizers import Tokenizer
+
+from usdm_sft.template.config import OFFLINE
+from usdm_sft.utils.errors import is_panic
+from usdm_sft.utils.texts import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -47,6 +53,25 @@ class TemplateTokens(NamedTuple):
 
 def unit_token(unit: int) -> str:
     return f"<|unit{unit}|>"
+
+
+@contextmanager
+def naming_errors(name: str = "this tokenizer") -> Iterator[None]:
+    """Turn the errors of tokenizers into a ValueError with the name of the tokenizer. Other errors pass.
+
+    tokenizers raises plain `Exception`, and panics where a tokenizer.json contradicts itself, often not before the first text.
+
+    Raises:
+        ValueError: tokenizers raised an error.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and not is_panic(error):
+            raise
+        raise ValueError(
+            f"{name} has a tokenizer that cannot be used ({first_line(error)}): download it again, or use {OFFLINE!r}"
+        ) from error
 
 
 def plain_copy(tokenizer: Tokenizer) -> Tokenizer:

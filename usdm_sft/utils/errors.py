@@ -1,7 +1,32 @@
-"""Errors that another error hides."""
+"""Which errors the command line reports in one line, and errors that another error hides."""
 
 import errno
 import os
+
+from usdm_sft.utils.texts import first_line
+
+_INPUT_ERRORS = (OSError, ValueError, IndexError, ImportError, MemoryError, RuntimeError)
+
+
+def is_panic(error: BaseException) -> bool:
+    """Return True for the panic of a library in Rust, such as tokenizers. Its class is not an Exception and cannot be imported."""
+    return type(error).__name__ == "PanicException"
+
+
+def describe_error(error: BaseException) -> str | None:
+    """Return the message for an error of the input or the machine, or None for a mistake in the program.
+
+    A class that a library defines, such as `datasets.exceptions.DatasetsError` or `pyarrow.ArrowException`, tells what is wrong with the
+    input; tokenizers raises plain `Exception`. Other classes of Python, such as TypeError, are mistakes, whose traceback helps.
+    """
+    if isinstance(error, _INPUT_ERRORS) and str(error):
+        return str(error)
+    kind = type(error)
+    is_of_library = isinstance(error, Exception) and kind.__module__ != "builtins"
+    if not (isinstance(error, _INPUT_ERRORS) or is_of_library or kind is Exception or is_panic(error)):
+        return None
+    name = "" if kind is Exception else f"{kind.__name__}: "
+    return f"{name}{first_line(error.__cause__ or error)}"  # datasets says no more than that an error occurred
 
 
 def find_full_disk(error: BaseException | None) -> OSError | None:
