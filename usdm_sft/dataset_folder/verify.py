@@ -23,6 +23,7 @@ from usdm_sft.dataset_folder.layout import (
     PREPARE_AGAIN,
     data_files,
     read_counts,
+    read_normalization,
     read_template,
 )
 from usdm_sft.dataset_folder.statistics import SplitStatistics
