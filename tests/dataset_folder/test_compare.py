@@ -17,7 +17,7 @@ from usdm_sft.dataset_folder.layout import data_files, read_counts
 
 @pytest.fixture(scope="module")
 def schema_and_row(dataset_folder):
-    path = dataset_folder / "single_turn" / FILE
+    path = dataset_folder / FILE
     return pq.read_schema(path), pq.read_table(path).to_pylist()[0]
 
 
