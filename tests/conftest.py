@@ -88,13 +88,19 @@ def dataset_folder(mini, unit_model, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(mini, unit_model, tmp_path_factory) -> dict[str, bytes]:
-    """The files of a dataset folder that one process made without a fault, with `options`: the bytes by relative path."""
+def finished(mini, unit_model, tmp_path_factory) -> Path:
+    """A folder with `out` and `cache`, which one process made without a fault, with `options`; copy it to change it."""
     from usdm_sft.prepare import prepare
 
-    root = tmp_path_factory.mktemp("undisturbed")
+    root = tmp_path_factory.mktemp("finished")
     prepare(**options(mini, unit_model, root))
-    return content(root / "out")
+    return root
+
+
+@pytest.fixture(scope="session")
+def undisturbed(finished) -> dict[str, bytes]:
+    """The files of the finished dataset folder: the bytes by relative path."""
+    return content(finished / "out")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Paths and functions that several test modules share."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -10,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -48,6 +51,38 @@ def record_states(folder, states):
         for name in ("replace", "rename", "unlink", "rmdir"):
             patch.setattr(os, name, recorded(getattr(os, name)))
         yield
+
+
+def edit_counts(folder, change):
+    """Change the counts.json of a dataset folder: `change` gets its content."""
+    counts = json.loads((folder / "counts.json").read_text())
+    change(counts)
+    (folder / "counts.json").write_text(json.dumps(counts))
+
+
+def replace_file(folder, name, data):
+    """Replace a file of a dataset folder and record its new digest, as a careful forger does."""
+    (folder / name).write_bytes(data)
+    edit_counts(folder, lambda counts: counts["files"].update({name: hashlib.sha256(data).hexdigest()}))
+
+
+def replace_table(folder, name, change):
+    """Replace a Parquet file: `change` gets its table and returns another one."""
+    table = change(pq.read_table(folder / name))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    replace_file(folder, name, sink.getvalue().to_pybytes())
+
+
+def edit_rows(folder, name, change):
+    """Change the rows of a Parquet file: `change` gets them as a list."""
+
+    def edit(table):
+        rows = table.to_pylist()
+        change(rows)
+        return pa.Table.from_pylist(rows, schema=table.schema)
+
+    replace_table(folder, name, edit)
 
 
 def page_data(page):

@@ -41,6 +41,13 @@ def run(mini, unit_model, tmp_path):
 
 
 @pytest.fixture
+def rerun(run, finished, tmp_path):
+    """The same function where `out` is finished already."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    return run
+
+
+@pytest.fixture
 def forward_passes(monkeypatch):
     passes = []
     forward = UnitModel.forward
@@ -48,9 +55,8 @@ def forward_passes(monkeypatch):
     return passes
 
 
-def test_exported_lines_equal_the_reference(run, mini, tmp_path):
-    output, _ = run()
-    assert export_text(output, tmp_path / "text") == {"train": 10, "test": 3}
+def test_exported_lines_equal_the_reference(finished, mini, tmp_path):
+    assert export_text(finished / "out", tmp_path / "text") == {"train": 10, "test": 3}
     for split in ("train", "test"):
         exported = (tmp_path / "text" / f"{split}.txt").read_text()
         expected = (mini / "expected" / f"{split}.txt").read_text()
@@ -59,9 +65,8 @@ def test_exported_lines_equal_the_reference(run, mini, tmp_path):
 
 @pytest.mark.loading
 @pytest.mark.parametrize("streaming", [False, True])
-def test_load_dataset_opens_the_folder(run, tmp_path, streaming):
-    output, _ = run()
-    loaded = datasets.load_dataset(str(output), streaming=streaming, cache_dir=str(tmp_path / "datasets"))
+def test_load_dataset_opens_the_folder(finished, tmp_path, streaming):
+    loaded = datasets.load_dataset(str(finished / "out"), streaming=streaming, cache_dir=str(tmp_path / "datasets"))
     rows = {split: list(loaded[split]) for split in loaded}
     assert {split: len(split_rows) for split, split_rows in rows.items()} == {"train": 10, "test": 3}
     assert list(rows["train"][0]) == COLUMNS
@@ -103,19 +108,18 @@ def test_load_dataset_reads_a_folder_again_when_rows_change(run, mini, tmp_path)
 
 
 @pytest.mark.loading
-def test_folder_is_enough_for_another_template_run(run, encoder, tmp_path):
-    output, _ = run()
-    rows = datasets.load_dataset(str(output), split="train", cache_dir=str(tmp_path / "datasets"))
+def test_folder_is_enough_for_another_template_run(finished, encoder, tmp_path):
+    rows = datasets.load_dataset(str(finished / "out"), split="train", cache_dir=str(tmp_path / "datasets"))
     again = rows.remove_columns(["input_ids", "labels"]).map(encoder, batched=True)
     assert again["input_ids"][:] == rows["input_ids"][:]
 
 
 @pytest.mark.slow
-def test_another_template_needs_no_forward_pass_and_is_recorded(run, forward_passes, tokenizer):
-    whole = datasets.load_dataset(str(run()[0]), split="train")
+def test_another_template_needs_no_forward_pass_and_is_recorded(rerun, forward_passes, tokenizer):
+    whole = datasets.load_dataset(str(rerun()[0]), split="train")
     passes = len(forward_passes)
     template = Template(agent_role="Robot", loss=["agent_units"])
-    output, counts = run("synthesis", template=template)
+    output, counts = rerun("synthesis", template=template)
     assert len(forward_passes) == passes
     rows = datasets.load_dataset(str(output), split="train")
     assert rows["agent_units"][:] == whole["agent_units"][:] and rows["labels"][:] != whole["labels"][:]
@@ -128,8 +132,8 @@ def test_another_template_needs_no_forward_pass_and_is_recorded(run, forward_pas
 
 
 @pytest.mark.slow
-def test_counts_describe_the_splits(run, mini):
-    output, counts = run()
+def test_counts_describe_the_splits(rerun, mini):
+    output, counts = rerun()
     assert json.loads((output / "counts.json").read_text()) == counts
     train = counts["splits"]["train"]
     lines = (mini / "expected" / "train.txt").read_text().split("\n")
@@ -149,22 +153,22 @@ def test_counts_describe_the_splits(run, mini):
 
 
 @pytest.mark.slow
-def test_tokenizer_is_saved_beside_the_data(run, tokenizer):
-    output, _ = run()
-    config = json.loads((output / "tokenizer" / "tokenizer_config.json").read_text())
+def test_tokenizer_is_saved_beside_the_data(finished, tokenizer):
+    folder = finished / "out" / "tokenizer"
+    config = json.loads((folder / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     text = "<|correspond|> yes.\n### Agent\n no<|unit5|>\n</s>"
-    for loaded in (AutoTokenizer.from_pretrained(output / "tokenizer"), load_tokenizer(output / "tokenizer")):
+    for loaded in (AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)):
         assert loaded(text).input_ids == tokenizer(text).input_ids
 
 
 @pytest.mark.slow
-def test_too_long_pairs_are_left_out_counted_and_listed(run):
-    output, whole = run()
+def test_too_long_pairs_are_left_out_counted_and_listed(rerun):
+    output, whole = rerun()
     rows = datasets.load_dataset(str(output), split="train")
     lengths = dict(zip(rows["id"], map(len, rows["input_ids"]), strict=True))
     limit = sorted(lengths.values())[6]  # a pair of exactly the limit is kept
-    output, counts = run("short", max_length=limit)
+    output, counts = rerun("short", max_length=limit)
     kept = [name for name, length in lengths.items() if length <= limit]
     assert datasets.load_dataset(str(output), split="train")["id"][:] == kept
     assert counts["splits"]["train"]["pairs_left_out"] == {
@@ -190,10 +194,11 @@ def test_second_run_makes_no_forward_pass(run, forward_passes, tmp_path, tokeniz
     assert content(first) == content(second) == before
 
 
-def test_unit_shard_has_one_row_per_utterance(run, mini, tmp_path):
-    run(shard_dialogs=64)
+def test_unit_shard_has_one_row_per_utterance(dataset_folder, mini):
     expected = json.loads((mini / "expected" / "units.json").read_text())
-    shards = [datasets.Dataset.from_file(str(path)) for path in (tmp_path / "cache" / "units").glob("*.arrow")]
+    shards = [
+        datasets.Dataset.from_file(str(path)) for path in (dataset_folder.parent / "cache" / "units").glob("*.arrow")
+    ]
     assert sorted(map(len, shards)) == [5, 14]  # test and train
     [test] = [shard for shard in shards if len(shard) == 5]
     names = ["0_1_d105", "1_0_d105", "2_1_d105", "0_0_d2001", "1_1_d2001"]
@@ -203,11 +208,11 @@ def test_unit_shard_has_one_row_per_utterance(run, mini, tmp_path):
 
 
 @pytest.mark.slow
-def test_moved_and_touched_corpus_with_the_same_bytes_redoes_nothing(run, mini, forward_passes, tmp_path):
-    first, _ = run()
+def test_moved_and_touched_corpus_with_the_same_bytes_redoes_nothing(rerun, mini, forward_passes, tmp_path):
+    first, _ = rerun()
     passes = len(forward_passes)
     shutil.copytree(mini / "corpus", tmp_path / "moved", copy_function=shutil.copyfile)
-    second, _ = run("second", data_dir=str(tmp_path / "moved"))
+    second, _ = rerun("second", data_dir=str(tmp_path / "moved"))
     assert len(forward_passes) == passes
     assert content(first) == content(second)
 
@@ -236,12 +241,12 @@ def test_only_shards_whose_key_changes_are_made_again(run, mini, forward_passes,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["units", "tokens"])
-def test_damaged_cache_file_is_made_again(run, tmp_path, damage, forward_passes):
-    first, _ = run()
+def test_damaged_cache_file_is_made_again(rerun, tmp_path, damage, forward_passes):
+    first, _ = rerun()
     passes = len(forward_passes)
     path = sorted((tmp_path / "cache" / damage).glob("*.arrow"))[0]
     path.write_bytes(path.read_bytes()[:-100])
-    second, _ = run("second")
+    second, _ = rerun("second")
     assert content(first) == content(second)
     assert (len(forward_passes) > passes) == (damage == "units")
 
@@ -340,8 +345,7 @@ def test_output_inside_corpus_or_cache_or_behind_a_link(run, mini, tmp_path, for
 
 
 @pytest.mark.slow
-def test_run_interrupted_while_writing_is_completed_by_a_rerun(run, monkeypatch, tmp_path):
-    expected = content(run("undisturbed")[0])
+def test_run_interrupted_while_writing_is_completed_by_a_rerun(run, monkeypatch, tmp_path, undisturbed):
     from usdm_sft.dataset_folder import writer
 
     def fail(*args):
@@ -351,26 +355,25 @@ def test_run_interrupted_while_writing_is_completed_by_a_rerun(run, monkeypatch,
         patch.setattr(writer, "make_card", fail)
         run()
     assert not (tmp_path / "out" / "counts.json").exists()
-    assert content(run()[0]) == expected
+    assert content(run()[0]) == undisturbed
 
 
 @pytest.mark.slow
-def test_damaged_output_is_written_again_with_overwrite(run):
-    output, _ = run()
+def test_damaged_output_is_written_again_with_overwrite(rerun):
+    output, _ = rerun()
     expected = content(output)
     path = output / "single_turn" / "train-00003-of-00010.parquet"
     path.write_bytes(b"PAR1")
     with pytest.raises(FileExistsError):
-        run()
-    run(overwrite=True)
+        rerun()
+    rerun(overwrite=True)
     assert content(output) == expected
 
 
-def test_export_reports_a_missing_file(run, tmp_path):
-    output, _ = run()
-    (output / "single_turn" / "train-00003-of-00010.parquet").unlink()
+def test_export_reports_a_missing_file(folder_copy, tmp_path):
+    (folder_copy / "single_turn" / "train-00003-of-00010.parquet").unlink()
     with pytest.raises(FileNotFoundError, match=r"train-00003-of-00010\.parquet is missing: run prepare again"):
-        export_text(output, tmp_path / "text")
+        export_text(folder_copy, tmp_path / "text")
 
 
 def test_dialog_whose_rows_are_all_too_long_is_not_counted(run):
@@ -388,42 +391,42 @@ def test_split_that_max_length_leaves_empty_is_refused(run):
 
 
 @pytest.mark.slow
-def test_finished_folder_is_not_overwritten_because_a_run_was_interrupted_in_it(run):
-    output, _ = run()
+def test_finished_folder_is_not_overwritten_because_a_run_was_interrupted_in_it(rerun):
+    output, _ = rerun()
     (output / ".unfinished").mkdir()
     with pytest.raises(FileExistsError):
-        run(max_length=300)
+        rerun(max_length=300)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("content", ["[]", "{", "{}"])
-def test_damaged_counts_are_refused(run, content, tmp_path):
-    output, counts = run()
+def test_damaged_counts_are_refused(rerun, content, tmp_path):
+    output, counts = rerun()
     (output / "counts.json").write_text(content)
     with pytest.raises(ValueError, match=r"counts\.json is not .*: run prepare again and pass --overwrite"):
         export_text(output, tmp_path / "text")
-    assert run(overwrite=True)[1] == counts
+    assert rerun(overwrite=True)[1] == counts
 
 
 @pytest.mark.slow
-def test_damaged_cache_of_the_builder_is_made_again(run, tmp_path, caplog):
-    first, _ = run()
+def test_damaged_cache_of_the_builder_is_made_again(rerun, tmp_path, caplog):
+    first, _ = rerun()
     [path] = (tmp_path / "cache" / "builder").rglob("dailytalk_usdm-train.arrow")
     path.write_bytes(path.read_bytes()[:-700])
-    second, _ = run("second")
+    second, _ = rerun("second")
     assert content(first) == content(second)
     assert "making it again" in caplog.text
 
 
 @pytest.mark.slow
-def test_flipped_byte_in_a_cached_text_is_found(run, tmp_path, caplog):
+def test_flipped_byte_in_a_cached_text_is_found(rerun, tmp_path, caplog):
     """The damaged file is still a valid Arrow file."""
-    first, _ = run()
+    first, _ = rerun()
     [path] = (tmp_path / "cache" / "builder").rglob("dailytalk_usdm-train.arrow")
     damaged = path.read_bytes().replace(b"did you water", b"did you wader")
     assert damaged != path.read_bytes()
     path.write_bytes(damaged)
-    second, _ = run("second")
+    second, _ = rerun("second")
     assert content(first) == content(second)
     assert "was damaged (column user_text of train differs from the corpus): making it again" in caplog.text
 
@@ -449,10 +452,9 @@ def test_one_split_list_is_prepared_alone(run, mini, tmp_path):
 
 
 @pytest.mark.slow
-def test_dataset_folder_contains_no_paths(run, tmp_path):
-    output, _ = run()
-    for name, data in content(output).items():
-        assert str(tmp_path).encode() not in data, name
+def test_dataset_folder_contains_no_paths(finished):
+    for name, data in content(finished / "out").items():
+        assert str(finished).encode() not in data, name
         assert str(DEMO).encode() not in data, name
 
 
@@ -461,10 +463,10 @@ def test_metadata_paths_with_a_dataset_of_the_hub_are_refused(run):
         run(data_dir="hub:user/calls", train_metadata_path="train.jsonl")
 
 
-def test_units_equal_the_reference(run, mini):
+def test_units_equal_the_reference(finished, mini):
     expected = json.loads((mini / "expected" / "units.json").read_text())
     for split in ("train", "test"):
-        for row in datasets.load_dataset(str(run()[0]), split=split):
+        for row in datasets.load_dataset(str(finished / "out"), split=split):
             name = f"{row['turn']}_{row['user_speaker']}_{row['dialog_id']}"
             assert row["user_units"] == expected[name]
             assert abs(len(row["user_units"]) - row["user_seconds"] * 50) < 2  # the first frame sees 25 ms

@@ -10,14 +10,13 @@ from tokenizers import AddedToken
 
 from tests.bases import byte_level
 from tests.chat_templates import THINKING
-from tests.helpers import options
+from tests.helpers import edit_counts, options, replace_file
 from usdm_sft.cli.main import main
 from usdm_sft.dataset_folder.verify import VerificationError, verify
 from usdm_sft.prepare import prepare
 from usdm_sft.template import base
 from usdm_sft.template.config import Template
 from usdm_sft.template.tokenizer import build_tokenizer, load_tokenizer, save_tokenizer
-from usdm_sft.utils.hashes import sha256_file
 
 MAX_LENGTH = 600
 
@@ -94,9 +93,7 @@ def test_chat_template_comes_with_a_tokenizer_from_a_dataset_on_the_hub(root, tm
 
 def test_changed_ids_of_the_chat_template_are_found(root, tmp_path, capsys):
     folder = shutil.copytree(root / "out", tmp_path / "out")
-    counts = json.loads((folder / "counts.json").read_text())
-    del counts["tokenizer"]["chat"]["stop_id"]
-    (folder / "counts.json").write_text(json.dumps(counts))
+    edit_counts(folder, lambda counts: counts["tokenizer"]["chat"].pop("stop_id"))
     with pytest.raises(SystemExit, match="1"):
         main(["show", str(folder), "--html", str(tmp_path / "page.html")])
     assert "counts.json: tokenizer.chat is {" in capsys.readouterr().err
@@ -104,11 +101,9 @@ def test_changed_ids_of_the_chat_template_are_found(root, tmp_path, capsys):
 
 def test_changed_chat_template_is_found(root, tmp_path):
     folder = shutil.copytree(root / "out", tmp_path / "out")
-    file = folder / "tokenizer" / "chat_template.jinja"
-    assert "<think>\\n\\n</think>" in file.read_text()
-    file.write_text(file.read_text().replace("<think>\\n\\n</think>", "<think></think>"))
-    counts = json.loads((folder / "counts.json").read_text())
-    counts["files"]["tokenizer/chat_template.jinja"] = sha256_file(file)
-    (folder / "counts.json").write_text(json.dumps(counts))
+    file = "tokenizer/chat_template.jinja"
+    before = (folder / file).read_bytes()
+    assert b"<think>\\n\\n</think>" in before
+    replace_file(folder, file, before.replace(b"<think>\\n\\n</think>", b"<think></think>"))
     with pytest.raises(VerificationError, match="input_ids differ from the encoded columns: token"):
         verify(folder)

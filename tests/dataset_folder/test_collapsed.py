@@ -1,15 +1,13 @@
 """`--unit_repetition collapse`: folders with one unit per run of equal units."""
 
-import json
 import shutil
 from itertools import groupby
 
 import datasets
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.helpers import REPOSITORY, content, options, page_data
+from tests.helpers import REPOSITORY, content, edit_counts, edit_rows, options, page_data
 from usdm_sft.cli.main import main
 from usdm_sft.config.prepare_config import PrepareConfig
 from usdm_sft.corpus.features import utterance_features
@@ -22,7 +20,6 @@ from usdm_sft.doctor.dry_run import dry_run
 from usdm_sft.prepare import prepare
 from usdm_sft.template.repetition import expand_units
 from usdm_sft.units.model import UnitModel
-from usdm_sft.utils.hashes import sha256_file
 
 ROLES = ("user", "agent")
 
@@ -120,20 +117,6 @@ def test_recordings_keep_all_units(root):
         assert units[row["dialog_id"], row["turn"] + 1] == row["agent_units"]
 
 
-def forge(folder, **columns):
-    """Replace columns of the first row, in a folder whose counts name the new digest."""
-    path = next((folder / "single_turn").glob("train-00000-*"))
-    table = pq.read_table(path)
-    for name, value in columns.items():
-        position = table.schema.get_field_index(name)
-        field = table.schema.field(position)
-        table = table.set_column(position, field, pa.array([value(table[name][0].as_py())], field.type))
-    pq.write_table(table, path)
-    counts = read_counts(folder)
-    counts["files"][path.relative_to(folder).as_posix()] = sha256_file(path)
-    (folder / "counts.json").write_text(json.dumps(counts))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -147,7 +130,8 @@ def forge(folder, **columns):
 )  # fmt: skip
 def test_verify_finds_durations_that_are_wrong(root, tmp_path, changes, message):
     folder = shutil.copytree(root / "collapse", tmp_path / "collapse")
-    forge(folder, **changes)
+    path = "single_turn/train-00000-of-00010.parquet"
+    edit_rows(folder, path, lambda rows: rows[0].update({name: to(rows[0][name]) for name, to in changes.items()}))
     with pytest.raises(VerificationError, match=message):
         verify(folder)
 
@@ -158,9 +142,7 @@ def test_verify_finds_durations_that_are_wrong(root, tmp_path, changes, message)
 ])  # fmt: skip
 def test_verify_finds_columns_that_do_not_fit_the_setting(root, tmp_path, name, value, message):
     folder = shutil.copytree(root / name, tmp_path / name)
-    counts = read_counts(folder)
-    counts["settings"]["unit_repetition"] = value
-    (folder / "counts.json").write_text(json.dumps(counts))
+    edit_counts(folder, lambda counts: counts["settings"].update(unit_repetition=value))
     with pytest.raises(VerificationError, match=message):
         verify(folder)
 
@@ -199,7 +181,7 @@ def test_expand_is_refused_where_it_means_nothing(root, capsys, tmp_path):
             main(["show", str(root / arguments[0]), *arguments[1:]])
         assert message in capsys.readouterr().err
     folder = shutil.copytree(root / "collapse", tmp_path / "collapse")
-    forge(folder, user_durations=lambda each: each[1:])
+    edit_rows(folder, "single_turn/train-00000-of-00010.parquet", lambda rows: rows[0]["user_durations"].pop(0))
     with pytest.raises(SystemExit, match="1"):
         main(["show", str(folder), "--expand"])
     assert "durations: verify its folder" in capsys.readouterr().err

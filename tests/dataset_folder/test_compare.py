@@ -20,7 +20,7 @@ KINDS = ("is not a row", "stands more often", "is not a line")
 
 @pytest.fixture(scope="module")
 def schema_and_row(dataset_folder):
-    path = dataset_folder / "single_turn" / FILE
+    path = dataset_folder / FILE
     return pq.read_schema(path), pq.read_table(path).to_pylist()[0]
 
 

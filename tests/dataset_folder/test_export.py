@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.dataset_folder.test_verify import FILE, edit_counts, relabel, rewrite
-from tests.helpers import content, record_states
+from tests.dataset_folder.test_verify import FILE, relabel
+from tests.helpers import content, edit_counts, edit_rows, record_states
 from usdm_sft.cli.main import main
 from usdm_sft.dataset_folder.export import export
 from usdm_sft.utils.atomic import replace_path
@@ -116,7 +116,7 @@ def lengths_of_first_packs(path, rows):
 
 
 def test_megatron_refuses_labels_that_it_cannot_express(folder_copy, tmp_path):
-    rewrite(folder_copy, FILE, lambda rows: relabel(rows[0], -3, 7))
+    edit_rows(folder_copy, FILE, lambda rows: relabel(rows[0], -3, 7))
     with pytest.raises(
         ValueError, match=rf"{FILE}: the labels of \S+ are not its input_ids or -100: run 'dailytalk-usdm"
     ):

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.dataset_folder.test_export import load_rows
-from tests.dataset_folder.test_verify import FILE, edit_counts
-from tests.helpers import LastFirst, content
+from tests.dataset_folder.test_verify import FILE
+from tests.helpers import LastFirst, content, edit_counts
 from usdm_sft.dataset_folder import export as exporting
 from usdm_sft.dataset_folder import packs, ranges
 from usdm_sft.dataset_folder.export import export
@@ -24,7 +24,7 @@ def many_rows(folder_copy, monkeypatch):
     """A folder with 312 short rows in several row groups and ranges, of which 304 are in one file; another file is empty."""
     monkeypatch.setattr(ranges, "ROWS_PER_RANGE", 20)
     monkeypatch.setattr(packs, "_ROW_GROUP", PACKS_PER_GROUP)
-    path, rng = folder_copy / "single_turn" / FILE, np.random.default_rng(0)
+    path, rng = folder_copy / FILE, np.random.default_rng(0)
     [row] = pq.read_table(path).to_pylist()
     rows = []
     for number in range(304):

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.bases import byte_level
-from tests.helpers import loss_by_hand, options
+from tests.helpers import edit_counts, loss_by_hand, options
 from usdm_sft.cli.main import main
 from usdm_sft.dataset_folder.verify import verify
 from usdm_sft.prepare import prepare
@@ -58,9 +58,7 @@ def test_show_and_page_spell_the_tokens(root, capsys, tmp_path):
 
 def test_changed_ids_of_the_tokenizer_are_found(root, tmp_path, capsys):
     folder = shutil.copytree(root / "out", tmp_path / "out")
-    counts = json.loads((folder / "counts.json").read_text())
-    counts["tokenizer"]["ids"]["unit_0"] = "x"
-    (folder / "counts.json").write_text(json.dumps(counts))
+    edit_counts(folder, lambda counts: counts["tokenizer"]["ids"].update(unit_0="x"))
     with pytest.raises(SystemExit, match="1"):
         main(["show", str(folder), "--html", str(tmp_path / "page.html")])
     assert "counts.json: tokenizer.ids is {" in capsys.readouterr().err

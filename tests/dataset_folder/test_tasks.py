@@ -1,15 +1,12 @@
 """Dataset folders whose template leaves parts out, from prepare to card and page."""
 
 import itertools
-import json
 import shutil
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 
-from tests.helpers import REPOSITORY, options, page_data
+from tests.helpers import REPOSITORY, edit_rows, options, page_data
 from tests.template.test_parts_left_out import preset
 from usdm_sft.cli.main import main
 from usdm_sft.dataset_folder.layout import read_counts, read_template
@@ -18,7 +15,6 @@ from usdm_sft.dataset_folder.verify import VerificationError, verify
 from usdm_sft.prepare import prepare
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.view import format_example
-from usdm_sft.utils.hashes import sha256_file
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +35,7 @@ def test_verify_passes_and_finds_a_changed_text(root, tmp_path):
     assert verify(root / "asr") == {"train": 10, "test": 3}
     assert set(verify(root / "t2t")) == {"train", "test"}
     folder = shutil.copytree(root / "asr", tmp_path / "asr")
-    path = next((folder / "single_turn").glob("train-00000-*"))
-    table = pq.read_table(path)
-    position = table.schema.get_field_index("user_text")
-    pq.write_table(table.set_column(position, table.schema.field(position), pa.array(["other"])), path)
-    counts = read_counts(folder)
-    counts["files"][path.relative_to(folder).as_posix()] = sha256_file(path)
-    (folder / "counts.json").write_text(json.dumps(counts))
+    edit_rows(folder, "single_turn/train-00000-of-00010.parquet", lambda rows: rows[0].update(user_text="other"))
     with pytest.raises(VerificationError, match="input_ids differ from the encoded columns: token "):
         verify(folder)
 

@@ -17,7 +17,7 @@ import pytest
 import soundfile
 from huggingface_hub.repocard import metadata_load
 
-from tests.helpers import REPOSITORY, LastFirst, content, options
+from tests.helpers import REPOSITORY, LastFirst, content, edit_counts, edit_rows, options, replace_file, replace_table
 from tests.mini_hub import serve
 from usdm_sft.cli.main import main
 from usdm_sft.convert.convert import convert
@@ -28,7 +28,6 @@ from usdm_sft.dataset_folder.verify import VerificationError, verify
 from usdm_sft.dataset_folder.verify_utterances import check_utterances
 from usdm_sft.prepare import prepare
 from usdm_sft.shards import utterances as shard_utterances
-from usdm_sft.utils.hashes import sha256_file
 
 FILE = "utterances/train-00000-of-00001.parquet"
 TABLE = ["dialog", "turn", "speaker", "text", "emotion", "units", "seconds"]
@@ -84,21 +83,6 @@ def lines_of(mini):
 def rows_of(folder):
     """The rows of the folder: the bytes of its Parquet files."""
     return {name: data for name, data in content(folder).items() if name.startswith("single_turn/")}
-
-
-def edit_rows(folder, change, name=FILE):
-    """Change the rows of a file, and record its new digest."""
-    table = pq.read_table(folder / name)
-    rows = table.to_pylist()
-    change(rows)
-    pq.write_table(table.from_pylist(rows, schema=table.schema), folder / name)
-    edit_counts(folder, lambda counts: counts["files"].update({name: sha256_file(folder / name)}))
-
-
-def edit_counts(folder, change):
-    counts = json.loads((folder / "counts.json").read_text())
-    change(counts)
-    (folder / "counts.json").write_text(json.dumps(counts))
 
 
 def test_each_recording_is_there_once_with_its_text_and_units(kept, mini):
@@ -276,7 +260,7 @@ def cut_audio(rows):
     ],
 )
 def test_verify_finds_changed_utterances(copy, change, message):
-    edit_rows(copy, change)
+    edit_rows(copy, FILE, change)
     problems = list(check_utterances(copy, read_counts(copy)))
     assert any(re.search(message, problem) for problem in problems), problems
 
@@ -309,7 +293,7 @@ def check_spoiled(folder, num_proc):
 
 @pytest.mark.parametrize("in_memory", [1, 3, 1000])
 def test_problems_do_not_depend_on_ranges_and_on_digests_in_memory(copy, monkeypatch, in_memory):
-    edit_rows(copy, spoil)
+    edit_rows(copy, FILE, spoil)
     check_spoiled(copy, 1)
     pq.write_table(pq.read_table(copy / FILE), copy / FILE, row_group_size=2)
     monkeypatch.setattr(sorted_digests, "_IN_MEMORY", in_memory)
@@ -319,7 +303,7 @@ def test_problems_do_not_depend_on_ranges_and_on_digests_in_memory(copy, monkeyp
 
 
 def test_problems_do_not_depend_on_the_number_of_processes(copy, monkeypatch):
-    edit_rows(copy, spoil)
+    edit_rows(copy, FILE, spoil)
     pq.write_table(pq.read_table(copy / FILE), copy / FILE, row_group_size=2)
     monkeypatch.setattr(verify_utterances, "_UTTERANCES_PER_RANGE", 2)
     monkeypatch.setattr(verify_utterances, "_UTTERANCES_PER_PROCESS", 1)
@@ -328,7 +312,9 @@ def test_problems_do_not_depend_on_the_number_of_processes(copy, monkeypatch):
 
 def test_check_of_utterances_stops_after_the_problems_that_are_shown(copy, monkeypatch):
     """Damage after them is not read any more."""
-    edit_rows(copy, lambda rows: [row.update(text=None) if row["turn"] == 4 else cut_audio([row]) for row in rows])
+    edit_rows(
+        copy, FILE, lambda rows: [row.update(text=None) if row["turn"] == 4 else cut_audio([row]) for row in rows]
+    )
     pq.write_table(pq.read_table(copy / FILE), copy / FILE, row_group_size=2)
     monkeypatch.setattr(verify_utterances, "_UTTERANCES_PER_RANGE", 2)
     with pytest.raises(ValueError, match="a value of d8_4 is missing: run prepare again"):
@@ -340,7 +326,7 @@ def test_check_of_utterances_stops_after_the_problems_that_are_shown(copy, monke
 
 def test_damaged_file_after_others_is_refused_after_their_problems(copy):
     """As of a single process, problems of the files before it come first."""
-    edit_rows(copy, spoil)
+    edit_rows(copy, FILE, spoil)
     (copy / FILE.replace("00000-of", "00001-of")).write_bytes(b"PAR1")
     edit_counts(copy, lambda counts: counts["files"].update({FILE.replace("00000-of", "00001-of"): "0" * 64}))
     problems = check_utterances(copy, read_counts(copy))
@@ -359,19 +345,16 @@ def test_damaged_file_after_others_is_refused_after_their_problems(copy):
     ],
 )
 def test_verify_refuses_missing_values(copy, change, message):
-    edit_rows(copy, change)
+    edit_rows(copy, FILE, change)
     with pytest.raises(ValueError, match=message):
         list(check_utterances(copy, read_counts(copy)))
 
 
 def test_verify_refuses_other_columns_and_damage(copy):
-    table = pq.read_table(copy / FILE)
-    pq.write_table(table.drop_columns(["emotion"]), copy / FILE)
-    edit_counts(copy, lambda counts: counts["files"].update({FILE: sha256_file(copy / FILE)}))
+    replace_table(copy, FILE, lambda table: table.drop_columns(["emotion"]))
     with pytest.raises(ValueError, match="does not have the columns of the config utterances: run prepare again"):
         verify(copy)
-    (copy / FILE).write_bytes(b"PAR1")
-    edit_counts(copy, lambda counts: counts["files"].update({FILE: sha256_file(copy / FILE)}))
+    replace_file(copy, FILE, b"PAR1")
     with pytest.raises(ValueError, match=r"train-00000-of-00001\.parquet is damaged \(.*\): run prepare again"):
         verify(copy)
 
@@ -379,8 +362,8 @@ def test_verify_refuses_other_columns_and_damage(copy):
 def test_verify_finds_a_recording_in_the_other_split(copy):
     """An utterance of train may not be in test."""
     moved = []
-    edit_rows(copy, lambda rows: moved.extend(rows[4:9]) or rows.__delitem__(slice(4, 9)))
-    edit_rows(copy, lambda rows: rows.extend(moved), FILE.replace("train", "test"))
+    edit_rows(copy, FILE, lambda rows: moved.extend(rows[4:9]) or rows.__delitem__(slice(4, 9)))
+    edit_rows(copy, FILE.replace("train", "test"), lambda rows: rows.extend(moved))
     with pytest.raises(VerificationError, match=r"turn 0 of row d8_0 is not among the utterances"):
         verify(copy)
 

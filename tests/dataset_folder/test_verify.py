@@ -1,4 +1,3 @@
-import json
 import re
 import shutil
 
@@ -6,30 +5,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.helpers import edit_counts, edit_rows, options, replace_file, replace_table
 from usdm_sft.cli.main import main
 from usdm_sft.dataset_folder.export import export_text
+from usdm_sft.dataset_folder.layout import read_counts
 from usdm_sft.dataset_folder.verify import VerificationError, verify
-from usdm_sft.utils.hashes import sha256_file
+from usdm_sft.prepare import prepare
 
-
-def edit_counts(folder, change):
-    counts = json.loads((folder / "counts.json").read_text())
-    change(counts)
-    (folder / "counts.json").write_text(json.dumps(counts))
-
-
-def rewrite(folder, name, change):
-    """Change the rows of a file and record its new digest, as a careful forger does."""
-    path = folder / "single_turn" / name
-    table = pq.read_table(path)
-    rows = table.to_pylist()
-    change(rows)
-    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
-    digest = sha256_file(path)
-    edit_counts(folder, lambda counts: counts["files"].update({f"single_turn/{name}": digest}))
-
-
-FILE = "train-00003-of-00010.parquet"
+FILE = "single_turn/train-00003-of-00010.parquet"
 
 
 def relabel(row, position, label):
@@ -43,7 +26,7 @@ def test_untouched_folder_passes(dataset_folder, capsys):
 
 
 def test_flipped_byte_is_found(folder_copy, capsys):
-    path = folder_copy / "single_turn" / FILE
+    path = folder_copy / FILE
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -68,47 +51,62 @@ def test_extra_file_is_found(folder_copy, name):
         verify(folder_copy)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda rows: relabel(rows[0], -3, 7), r"label 7 of token \d+ is neither -100 nor the token's id"),
-        (lambda rows: relabel(rows[0], 0, 1), "labels differ from the encoded columns: token 0 is 1, not -100"),
-        (lambda rows: relabel(rows[0], -3, -100), r"labels differ from the encoded columns: token \d+ is -100, not 28705"),
-        (lambda rows: rows[0]["labels"].pop(), r"\d+ input_ids, but \d+ labels"),
-        (lambda rows: rows[0]["attention_mask"].pop(), r"attention_mask is not \d+ ones, one per token"),
-        (lambda rows: rows[0]["attention_mask"].__setitem__(5, 0), r"attention_mask is not \d+ ones, one per token"),
-        (lambda rows: rows[0].update(length=7), r"length is 7, but the row has \d+ tokens"),
-        (lambda rows: rows[0].update(agent_text="other"), "input_ids differ from the encoded columns: token"),
-        (lambda rows: rows[0].update(user_units=[60_000]), "user_units contains unit 60000"),
-        (lambda rows: rows[0].update(user_text="<|correspond|>"), "part of a special token"),
-        (lambda rows: rows[0].update(id="d3_0"), r"the same id is at .*train-00000-of-00010.parquet: row 0 \(d3_0\)"),
-    ],
-)  # fmt: skip
-def test_changed_row_with_a_new_digest_is_found(folder_copy, change, message):
-    rewrite(folder_copy, FILE, change)
-    with pytest.raises(VerificationError, match=f"{FILE}: row 0 .*{message}"):
+FORGED = [
+    (lambda row: relabel(row, -3, 7), r"label 7 of token \d+ is neither -100 nor the token's id"),
+    (lambda row: relabel(row, 0, 1), "labels differ from the encoded columns: token 0 is 1, not -100"),
+    (lambda row: relabel(row, -3, -100), r"labels differ from the encoded columns: token \d+ is -100, not 28705"),
+    (lambda row: row["labels"].pop(), r"\d+ input_ids, but \d+ labels"),
+    (lambda row: row["attention_mask"].pop(), r"attention_mask is not \d+ ones, one per token"),
+    (lambda row: row["attention_mask"].__setitem__(5, 0), r"attention_mask is not \d+ ones, one per token"),
+    (lambda row: row.update(length=7), r"length is 7, but the row has \d+ tokens"),
+    (lambda row: row.update(agent_text="other"), "input_ids differ from the encoded columns: token"),
+    (lambda row: row.update(user_units=[60_000]), "user_units contains unit 60000"),
+    (lambda row: row.update(user_text="<|correspond|>"), "part of a special token"),
+]  # fmt: skip
+
+
+def test_forged_rows_with_new_digests_are_found(folder_copy):
+    """Each file of train has one row, and each of them another forgery."""
+    for number, (change, _) in enumerate(FORGED):
+        edit_rows(folder_copy, f"single_turn/train-{number:05d}-of-00010.parquet", lambda rows, to=change: to(rows[0]))
+    with pytest.raises(VerificationError) as raised:
         verify(folder_copy)
+    for number, (_, message) in enumerate(FORGED):
+        assert re.search(rf"train-{number:05d}-of-00010\.parquet: row 0 .*{message}", str(raised.value))
+
+
+def test_same_id_in_two_files_is_found(folder_copy):
+    edit_rows(folder_copy, FILE, lambda rows: rows[0].update(id="d3_0"))
+    message = rf"{FILE}: row 0 .*the same id is at .*train-00000-of-00010.parquet: row 0 \(d3_0\)"
+    with pytest.raises(VerificationError, match=message):
+        verify(folder_copy)
+
+
+@pytest.fixture(scope="module")
+def one_file(mini, unit_model, dataset_folder, tmp_path_factory):
+    """The rows of `dataset_folder` in one file for each split, so that a batch has several of them."""
+    root = tmp_path_factory.mktemp("one_file")
+    shutil.copytree(dataset_folder.parent / "cache", root / "cache")
+    prepare(**options(mini, unit_model, root, shard_dialogs=64, num_output_shards=1))
+    return root / "out"
+
+
+def test_bad_rows_are_found_after_good_ones_in_a_batch(one_file, tmp_path):
+    assert verify(one_file) == {"train": 10, "test": 3}
+    folder, name = shutil.copytree(one_file, tmp_path / "out"), "single_turn/train-00000-of-00001.parquet"
+    ids = [row["id"] for row in pq.read_table(folder / name, columns=["id"]).to_pylist()]
+    edit_rows(folder, name, lambda rows: (relabel(rows[4], -3, 7), rows[9].update(agent_text="other")))
+    with pytest.raises(VerificationError) as raised:
+        verify(folder)
+    found = [re.search(r"parquet: row (\d+) \((\w+)\)", problem) for problem in raised.value.problems]
+    assert [match.groups() for match in found if match] == [("4", ids[4]), ("9", ids[9])]
 
 
 def test_lost_row_with_a_new_digest_is_found(folder_copy):
-    rewrite(folder_copy, FILE, lambda rows: rows.clear())
+    edit_rows(folder_copy, FILE, lambda rows: rows.clear())
     with pytest.raises(VerificationError, match=r"counts\.json: train has 9 rows, not 10") as raised:
         verify(folder_copy)
     assert "README.md: its YAML does not say that train has 9 rows" in str(raised.value)
-
-
-def replace_file(folder, name, content):
-    """Replace a file of the folder and record its new digest."""
-    (folder / name).write_bytes(content)
-    digest = sha256_file(folder / name)
-    edit_counts(folder, lambda counts: counts["files"].update({name: digest}))
-
-
-def replace_table(folder, change):
-    table = change(pq.read_table(folder / "single_turn" / FILE))
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    replace_file(folder, f"single_turn/{FILE}", sink.getvalue().to_pybytes())
 
 
 @pytest.mark.parametrize(
@@ -122,7 +120,7 @@ def replace_table(folder, change):
     ],
 )
 def test_other_columns_are_found(folder_copy, change, what):
-    replace_table(folder_copy, change)
+    replace_table(folder_copy, FILE, change)
     message = f"{FILE} has other columns than the README.md beside it says: {what}"
     with pytest.raises(VerificationError, match=message):
         verify(folder_copy)
@@ -155,7 +153,7 @@ INT32S = pa.list_(pa.int32())
     ],
 )  # fmt: skip
 def test_rows_of_other_types_give_one_line_in_every_command(folder_copy, capsys, change, message):
-    replace_table(folder_copy, change)
+    replace_table(folder_copy, FILE, change)
     for args in (["verify"], ["stats"], ["show", "--index", "3"]):
         with pytest.raises(SystemExit, match="1"):
             main([args[0], str(folder_copy), *args[1:]])
@@ -165,7 +163,7 @@ def test_rows_of_other_types_give_one_line_in_every_command(folder_copy, capsys,
 
 
 def test_export_refuses_rows_of_other_types(folder_copy, tmp_path):
-    replace_table(folder_copy, set_column("labels", [None], INT32S))
+    replace_table(folder_copy, FILE, set_column("labels", [None], INT32S))
     with pytest.raises(ValueError, match=f"{FILE}: a value of column labels is missing: run"):
         export_text(folder_copy, tmp_path / "text")
     assert not (tmp_path / "text" / "train.txt").exists()
@@ -181,8 +179,7 @@ def test_export_refuses_rows_of_other_types(folder_copy, tmp_path):
     ],
 )
 def test_damaged_rows_give_one_line(folder_copy, tmp_path, capsys, damage, message):
-    name = f"single_turn/{FILE}"
-    replace_file(folder_copy, name, damage((folder_copy / name).read_bytes()))
+    replace_file(folder_copy, FILE, damage((folder_copy / FILE).read_bytes()))
     for args in (["verify"], ["stats"], ["show", "--index", "3"]):
         with pytest.raises(SystemExit, match="1"):
             main([args[0], str(folder_copy), *args[1:]])
@@ -208,6 +205,7 @@ def test_counts_that_differ_from_the_rows_are_found(folder_copy, change, message
         verify(folder_copy)
 
 
+NO_COUNTS = "is not the counts of a dataset folder: run prepare again and pass --overwrite (Python: overwrite=True)"
 NAMES = ["../secret", "/etc/passwd", "a/../b", "..", "", "a//b", "a\\b", "a\0b", "a\nb", "a\ud800", "\x1b[2J"]
 
 
@@ -225,22 +223,20 @@ def as_config(counts, name):
     ids=["config", "splits", "files"],
 )
 @pytest.mark.parametrize("name", NAMES)
-def test_names_outside_the_folder_are_refused(folder_copy, tmp_path, capsys, place, name):
-    edit_counts(folder_copy, lambda counts: place(counts, name))
-    for args in (["verify"], ["stats"], ["show"], ["export", str(tmp_path / "text")], ["push", "user/name"]):
-        with pytest.raises(SystemExit, match="1"):
-            main([args[0], str(folder_copy), *args[1:]])
-        error = capsys.readouterr().err
-        assert f"counts.json: {name!r} is not a name in a dataset folder: run prepare again" in error
-        assert error.count("\n") == 1
-    assert not (tmp_path / "text").exists()
+def test_names_outside_the_folder_are_refused(dataset_folder, tmp_path, place, name):
+    shutil.copy(dataset_folder / "counts.json", tmp_path)
+    edit_counts(tmp_path, lambda counts: place(counts, name))
+    message = f"counts.json: {name!r} is not a name in a dataset folder: run prepare again"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_counts(tmp_path)
 
 
 @pytest.mark.parametrize("part", ["config", "splits"])
-def test_names_of_config_and_splits_have_no_slash(folder_copy, part):
-    edit_counts(folder_copy, lambda counts: counts.update({part: "a/b" if part == "config" else {"a/b": {}}}))
+def test_names_of_config_and_splits_have_no_slash(dataset_folder, tmp_path, part):
+    shutil.copy(dataset_folder / "counts.json", tmp_path)
+    edit_counts(tmp_path, lambda counts: counts.update({part: "a/b" if part == "config" else {"a/b": {}}}))
     with pytest.raises(ValueError, match="'a/b' is not a name in a dataset folder"):
-        verify(folder_copy)
+        read_counts(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -256,15 +252,25 @@ def test_names_of_config_and_splits_have_no_slash(folder_copy, part):
     ],
     ids=str,
 )  # fmt: skip
-def test_counts_of_other_types_give_one_line_in_every_command(folder_copy, tmp_path, capsys, change):
-    edit_counts(folder_copy, lambda counts: counts.update(change))
+def test_counts_of_other_types_are_refused(dataset_folder, tmp_path, change):
+    shutil.copy(dataset_folder / "counts.json", tmp_path)
+    edit_counts(tmp_path, lambda counts: counts.update(change))
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'counts.json'} {NO_COUNTS}")):
+        read_counts(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"), [(5, f" {NO_COUNTS}"), ("../secret", ": '../secret' is not a name in a dataset folder: run prep")]
+)  # fmt: skip
+def test_every_command_refuses_bad_counts_in_one_line(folder_copy, tmp_path, capsys, config, message):
+    edit_counts(folder_copy, lambda counts: counts.update(config=config))
     for args in (["verify"], ["stats"], ["show"], ["export", str(tmp_path / "text")], ["push", "user/name"]):
         with pytest.raises(SystemExit, match="1"):
             main([args[0], str(folder_copy), *args[1:]])
-        assert capsys.readouterr().err == (
-            f"dailytalk-usdm {args[0]}: {folder_copy / 'counts.json'} is not the counts of a dataset folder: "
-            "run prepare again and pass --overwrite (Python: overwrite=True)\n"
-        )
+        error = capsys.readouterr().err
+        assert error.startswith(f"dailytalk-usdm {args[0]}: {folder_copy / 'counts.json'}{message}")
+        assert error.count("\n") == 1
+    assert not (tmp_path / "text").exists()
 
 
 def test_deeply_nested_counts_are_refused(folder_copy):
@@ -343,7 +349,7 @@ def test_card_without_features_is_refused(folder_copy):
 
 
 def test_control_sequences_are_escaped(folder_copy, capsys):
-    rewrite(folder_copy, FILE, lambda rows: rows[0].update(id="\x1b]0;x\x07", user_text="", user_emotion="\x1b[2J"))
+    edit_rows(folder_copy, FILE, lambda rows: rows[0].update(id="\x1b]0;x\x07", user_text="", user_emotion="\x1b[2J"))
     for args in (["verify"], ["show", "--index", "3"], ["stats"]):
         try:
             main([args[0], str(folder_copy), *args[1:]])

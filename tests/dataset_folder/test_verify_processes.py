@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.dataset_folder.test_verify import FILE, relabel, replace_file, rewrite
+from tests.dataset_folder.test_verify import FILE, relabel
+from tests.helpers import edit_rows, replace_file
 from usdm_sft.cli.main import main
 from usdm_sft.dataset_folder import ranges, sorted_digests, verify_rows
 from usdm_sft.dataset_folder.layout import read_counts
@@ -79,9 +80,13 @@ def test_results_in_order():
 
 
 def test_problems_do_not_depend_on_the_number_of_processes(folder_copy, in_processes):
-    rewrite(folder_copy, FILE, lambda rows: (relabel(rows[0], 0, 1), rows[0].update(id="d3_0", length=7)))
-    rewrite(folder_copy, "train-00005-of-00010.parquet", lambda rows: rows[0].update(id="d3_0", agent_text="other"))
-    rewrite(folder_copy, "test-00001-of-00003.parquet", lambda rows: rows[0].update(length=9))
+    edit_rows(folder_copy, FILE, lambda rows: (relabel(rows[0], 0, 1), rows[0].update(id="d3_0", length=7)))
+    edit_rows(
+        folder_copy,
+        "single_turn/train-00005-of-00010.parquet",
+        lambda rows: rows[0].update(id="d3_0", agent_text="other"),
+    )
+    edit_rows(folder_copy, "single_turn/test-00001-of-00003.parquet", lambda rows: rows[0].update(length=9))
     found = []
     for num_proc in (1, 2):
         with pytest.raises(VerificationError) as raised:
@@ -100,8 +105,8 @@ def test_problems_do_not_depend_on_the_number_of_processes(folder_copy, in_proce
 
 
 def test_damaged_file_ends_the_check_in_its_place(folder_copy, in_processes):
-    content = (folder_copy / "single_turn" / FILE).read_bytes()
-    replace_file(folder_copy, f"single_turn/{FILE}", content[:200] + bytes(300) + content[500:])
+    content = (folder_copy / FILE).read_bytes()
+    replace_file(folder_copy, FILE, content[:200] + bytes(300) + content[500:])
     with pytest.raises(ValueError, match=f"{FILE} is damaged"):
         verify(folder_copy, num_proc=2)
 
@@ -110,9 +115,11 @@ def test_check_stops_after_the_problems_that_are_shown(folder_copy, monkeypatch)
     """A damaged file after them is not read any more, as before."""
     monkeypatch.setattr(verify_rows, "_LIMIT", 2)
     for number in (0, 1):
-        rewrite(folder_copy, f"train-0000{number}-of-00010.parquet", lambda rows: rows[0].update(length=7))
-    content = (folder_copy / "single_turn" / FILE).read_bytes()
-    replace_file(folder_copy, f"single_turn/{FILE}", content[:200] + bytes(300) + content[500:])
+        edit_rows(
+            folder_copy, f"single_turn/train-0000{number}-of-00010.parquet", lambda rows: rows[0].update(length=7)
+        )
+    content = (folder_copy / FILE).read_bytes()
+    replace_file(folder_copy, FILE, content[:200] + bytes(300) + content[500:])
     statistics: dict[str, SplitStatistics] = {}
     problems = _check_rows(folder_copy, read_counts(folder_copy), statistics, 1)
     assert ["length is 7" in next(problems) for _ in range(2)] == [True, True]

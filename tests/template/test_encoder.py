@@ -116,6 +116,15 @@ def test_decode_gives_the_text_that_tokenizes_to_the_ids(encoder, tokenizer):
     assert tokenizer(text).input_ids == ids.tolist()
 
 
+def test_each_row_of_a_batch_decodes_to_its_own_text(encoder):
+    second = {"user_units": [5], "user_text": "why?", "agent_text": "no.", "agent_units": [7, 5]}
+    texts = encoder.decode_batch(encoder(columns(ROW, second, ROW))["input_ids"])
+    assert texts[1].endswith(
+        "\n### User\n<|unit5|><|correspond|>why?\n### Agent\nno.<|correspond|><|unit7|><|unit5|>\n</s>"
+    )
+    assert [texts[0], texts[2]] == [encoder.decode(encoder(columns(ROW))["input_ids"][0])] * 2
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -68,7 +68,7 @@ def server(monkeypatch):
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
         server.url = f"http://127.0.0.1:{httpd.server_port}/model.pt"
         yield server
         httpd.shutdown()
