@@ -10,12 +10,12 @@ from tests.dataset_folder.test_verify import FILE, relabel
 from tests.helpers import edit_rows, replace_file
 from usdm_sft.cli.main import main
 from usdm_sft.dataset_folder import ranges, sorted_digests, verify_rows
-from usdm_sft.dataset_folder.layout import read_counts
+from usdm_sft.dataset_folder.layout import data_files, read_counts
 from usdm_sft.dataset_folder.ranges import divide_rows
 from usdm_sft.dataset_folder.repeated_ids import Place, find_repeated
 from usdm_sft.dataset_folder.sorted_digests import digest_texts, write_digests
-from usdm_sft.dataset_folder.statistics import SplitStatistics, Weighted, _distribution
-from usdm_sft.dataset_folder.verify import VerificationError, _check_rows, verify
+from usdm_sft.dataset_folder.statistics import Weighted, _distribution
+from usdm_sft.dataset_folder.verify import VerificationError, _make_encoder, verify
 from usdm_sft.utils.processes import in_order
 
 
@@ -120,8 +120,16 @@ def test_check_stops_after_the_problems_that_are_shown(folder_copy, monkeypatch)
         )
     content = (folder_copy / FILE).read_bytes()
     replace_file(folder_copy, FILE, content[:200] + bytes(300) + content[500:])
-    statistics: dict[str, SplitStatistics] = {}
-    problems = _check_rows(folder_copy, read_counts(folder_copy), statistics, 1)
+    counts, schema = read_counts(folder_copy), pq.read_schema(folder_copy / "single_turn/train-00000-of-00010.parquet")
+    problems = verify_rows.check_rows(
+        data_files(folder_copy, counts),
+        schema.remove_metadata(),
+        _make_encoder(folder_copy, counts),
+        counts["settings"],
+        {},
+        normalization="fairseq",
+        num_proc=1,
+    )
     assert ["length is 7" in next(problems) for _ in range(2)] == [True, True]
 
 
