@@ -45,7 +45,7 @@ def workplace(dataset_folder, unit_model, tmp_path_factory):
 
 
 def shrink(code):
-    code = code.replace("max_steps=1000, ", "").replace("bf16=True", "bf16=False")
+    code = re.sub(r"max_steps=1000,\s*", "", code).replace("bf16=True", "bf16=False")
     return re.sub(r"(SFTConfig|TrainingArguments)\(", rf"\g<1>({SMALL}", code)
 
 

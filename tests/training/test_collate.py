@@ -52,6 +52,17 @@ def test_padding_free(rows):
     assert batch["max_length_q"] == max(lengths)
 
 
+def test_padding_free_batches_can_be_dispatched(rows):
+    """One process reads for all: accelerate concatenates the batches and gives each process its part."""
+    operations = pytest.importorskip("accelerate.utils.operations", reason="needs the extra 'train'")
+    batches = [PaddingFreeCollator()(rows[:1]) for _ in range(2)]
+    whole = operations.concatenate(batches)
+    for process, batch in enumerate(batches):
+        part = operations.slice_tensors(whole, slice(process, process + 1))
+        assert {name: value.tolist() for name, value in part.items()} == {n: v.tolist() for n, v in batch.items()}
+    assert not part["use_cache"]
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_loss_is_that_of_each_row_alone(tokenizer, rows, model, attention):
     model.set_attn_implementation(attention)

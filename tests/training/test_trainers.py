@@ -171,25 +171,6 @@ def test_streaming_splits_over_ranks_and_workers(folder):
     assert sorted(ids(loader)) == sorted(whole)
 
 
-@pytest.mark.slow
-def test_streaming_resumes_in_the_middle_of_an_epoch(folder):
-    def stream():
-        shuffled = datasets.load_dataset(str(folder), split="train", streaming=True).shuffle(seed=3, buffer_size=1)
-        return shuffled.select_columns(["id"])
-
-    whole = ids(stream())
-    first, started = stream(), []
-    for row in first:
-        started.append(row["id"])
-        if len(started) == 4:
-            state = json.loads(json.dumps(first.state_dict()))
-            break
-    rest = stream()
-    rest.load_state_dict(state)
-    assert started + ids(rest) == whole
-    assert whole != ids(datasets.load_dataset(str(folder), split="train"))
-
-
 @pytest.fixture(scope="module")
 def workplace(folder, unit_model, tmp_path_factory):
     return make_workplace(tmp_path_factory.mktemp("workplace"), folder, unit_model, tiny_model())

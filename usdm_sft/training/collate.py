@@ -7,14 +7,12 @@ would fail at the first string.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
 
 from usdm_sft.template.encoder import IGNORE_INDEX
-
-if TYPE_CHECKING:
-    import torch
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, list[int]]]:
@@ -47,7 +45,8 @@ class PaddingFreeCollator:
 
     With FlashAttention, `return_flash_attn_kwargs` gives the boundaries of the rows. With sdpa and eager attention, transformers
     finds the boundaries in `position_ids`, but only without a cache; with a cache, rows silently attend to each other.
-    Therefore the batch sets `use_cache=False`.
+    Therefore the batch sets `use_cache` to false. It is a tensor, because accelerate concatenates nothing else if one process reads
+    for all (`dispatch_batches`); such batches must be of one length.
 
     Args:
         return_flash_attn_kwargs: Add `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k`.
@@ -59,5 +58,5 @@ class PaddingFreeCollator:
         )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return `input_ids`, `labels` and `position_ids`, (1, num_tokens) int64 each, and `use_cache`."""
-        return dict(self._collate(_columns(rows))) | {"use_cache": False}
+        """Return `input_ids`, `labels` and `position_ids`, (1, num_tokens) int64 each, and `use_cache`, (1,) bool."""
+        return dict(self._collate(_columns(rows))) | {"use_cache": torch.zeros(1, dtype=torch.bool)}
