@@ -1,17 +1,26 @@
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
 import pty
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import termios
+import zipfile
+import zlib
 
+import datasets
+import huggingface_hub.errors
+import pyarrow as pa
 import pytest
+import safetensors
 
+from dailytalk_usdm import load_dataset
 from usdm_sft.cli.main import main, make_parser
 from usdm_sft.config.parser import _use_underscores
 from usdm_sft.config.prepare_config import PrepareConfig
@@ -272,6 +281,86 @@ def test_bad_input_gives_one_line_on_stderr(tmp_path):
     assert done.stderr == (
         f"dailytalk-usdm export: {tmp_path} has no counts.json: name a folder that 'dailytalk-usdm prepare' finished\n"
     )
+
+
+def panic():
+    class PanicException(BaseException):  # the class of pyo3, which cannot be imported
+        pass
+
+    return PanicException("no entry found for key")
+
+
+def raise_error(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (datasets.exceptions.DatasetsError("wrong splits"), "DatasetsError: wrong splits"),
+        (datasets.exceptions.NonMatchingSplitsSizesError([{"a": 1}]), "NonMatchingSplitsSizesError: [{'a': 1}]"),
+        (pa.ArrowTypeError("no list"), "ArrowTypeError: no list"),
+        (pa.ArrowKeyError("no field"), "ArrowKeyError: no field"),
+        (pa.ArrowCapacityError("array is full\nsecond line"), "ArrowCapacityError: array is full"),
+        (safetensors.SafetensorError("header too large"), "SafetensorError: header too large"),
+        (huggingface_hub.errors.HTTPError("no answer"), "HTTPError: no answer"),
+        (zipfile.BadZipFile("no directory"), "BadZipFile: no directory"),
+        (zlib.error("invalid block"), "error: invalid block"),
+        (Exception("WordPiece error: Missing [UNK] token"), "WordPiece error: Missing [UNK] token"),
+        (panic(), "PanicException: no entry found for key"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_errors_of_libraries_give_one_line(monkeypatch, capsys, error, message):
+    monkeypatch.setattr("usdm_sft.dataset_folder.verify.verify", lambda *args, **options: raise_error(error))
+    with pytest.raises(SystemExit, match="1"):
+        main(["verify", "d"])
+    assert capsys.readouterr().err == f"dailytalk-usdm verify: {message}\n"
+
+
+def test_cause_of_an_error_of_datasets_is_named(monkeypatch, capsys):
+    error = datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset")
+    error.__cause__ = TypeError("no list\nin column text")
+    monkeypatch.setattr("usdm_sft.dataset_folder.verify.verify", lambda *args, **options: raise_error(error))
+    with pytest.raises(SystemExit, match="1"):
+        main(["verify", "d"])
+    assert capsys.readouterr().err == "dailytalk-usdm verify: DatasetGenerationError: no list\n"
+
+
+@pytest.mark.parametrize("error", [TypeError("x"), KeyError("x"), AttributeError("x"), AssertionError("x")])
+def test_mistake_in_the_program_keeps_its_traceback(monkeypatch, error):
+    monkeypatch.setattr("usdm_sft.dataset_folder.verify.verify", lambda *args, **options: raise_error(error))
+    with pytest.raises(type(error), match="x"):
+        main(["verify", "d"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["calls #2", "ds[1]", "a*b?"])
+def test_path_with_characters_of_patterns(mini, tmp_path, capsys, name):
+    corpus, model, cache, out = (tmp_path / kind / name for kind in ("corpus", "unit_model", "cache", "out"))
+    shutil.copytree(mini / "corpus", corpus)
+    source = mini / "unit_model"
+    main(["convert", str(source / "checkpoint.pt"), str(source / "kmeans.npy"), str(model), "--model_config", str(source / "config.json")])  # fmt: skip
+    words = {"data_dir": corpus, "unit_model": model, "cache_dir": cache, "output_path": out}
+    options = [f"--{option}={path}" for option, path in words.items()]
+    main(["prepare", *options, "--pretrained_model_name_or_path", "mistral-common", "--keep_audio"])
+    [call] = [
+        line.removesuffix(" opens it") for line in capsys.readouterr().out.splitlines() if "load_dataset(" in line
+    ]
+    rows = eval(call, {"load_dataset": functools.partial(datasets.load_dataset, cache_dir=str(tmp_path / "datasets"))})
+    assert {split: len(rows[split]) for split in rows} == {"train": 10, "test": 3}
+    main(["verify", str(out)])
+    assert "train: 10 rows are correct" in capsys.readouterr().out
+    for args in (["stats"], ["show"], ["show", "--html", str(tmp_path / f"{name}.html"), "--data_dir", str(corpus)]):
+        main([args[0], str(out), *args[1:]])
+    for kind in ("text", "arrow"):
+        main(["export", str(out), str(tmp_path / kind / name), "--format", kind])
+    capsys.readouterr()
+    main(["units", str(model), str(corpus / "data" / "3" / "0_0_d3.wav")])
+    assert len(json.loads(capsys.readouterr().out)["units"]) > 0
+    main(["cache", "list", "--cache_dir", str(cache)])
+    pairs = load_dataset(corpus, cache_dir=str(tmp_path / "datasets"), digest_cache_dir=cache)
+    assert {split: len(pairs[split]) for split in pairs} == {"train": 10, "test": 3}
 
 
 @pytest.mark.parametrize(

@@ -445,3 +445,13 @@ def test_missing_text_file_is_refused(dataset_folder, text):
     (text / "test.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"test\.txt is not a file: name the folder with the reference's"):
         verify(dataset_folder, text)
+
+
+def test_other_tokenizer_ends_verify_before_rows_are_read(folder_copy, monkeypatch):
+    """Its rows could decode to any amount of text."""
+    edit_counts(folder_copy, lambda counts: counts["digests"].update(tokenizer="0" * 64))
+    read = []
+    monkeypatch.setattr("usdm_sft.dataset_folder.verify.check_rows", lambda *args, **options: read.append(args) or [])
+    with pytest.raises(VerificationError, match=r"tokenizer is not the tokenizer that counts\.json names"):
+        verify(folder_copy)
+    assert read == []

@@ -16,6 +16,7 @@ from tests.bases import BASES
 from tests.chat_templates import CHAT_ML, HEADERS, PLAIN, THINKING
 from tests.helpers import REPOSITORY
 from usdm_sft.dataset_folder.row_check import render, stand_for
+from usdm_sft.template import chat_render
 from usdm_sft.template.base import add_units
 from usdm_sft.template.config import LABELS, PARTS, Template
 from usdm_sft.template.encoder import TemplateEncoder
@@ -248,6 +249,35 @@ def chat_ml_encoder():
 def test_chat_template_that_the_form_cannot_use_is_refused(chat_template, template, message):
     with pytest.raises(ValueError, match=message):
         TemplateEncoder(make_tokenizer(chat_template=chat_template), Template(tokenization="chat", **template))
+
+
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+MACROS = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(80) }}"
+
+
+@pytest.mark.parametrize(
+    ("hostile", "message"),
+    [
+        (LOOPS, r"refuses a conversation \(it takes more than 1 seconds\)"),
+        (MACROS, r"refuses a conversation \(it takes more than 1 seconds\)"),
+        ("{{ 'a' * 10**10 * messages | length }}", r"refuses a conversation \(MemoryError\)"),
+        ("{{ 'a' * 3000000 * messages | length }}", r"\(its text has [\d,]+ characters, more than 1,00\d,\d{3}\)"),
+    ],
+)
+def test_chat_template_is_rendered_with_a_bound(monkeypatch, hostile, message):
+    monkeypatch.setattr(chat_render, "SECONDS", 1.0)
+    with pytest.raises(ValueError, match=message):
+        TemplateEncoder(make_tokenizer(chat_template=hostile + CHAT_ML), CHAT)
+    monkeypatch.undo()
+    TemplateEncoder(make_tokenizer(), CHAT)  # the next one is not disturbed
+
+
+def test_chat_template_that_harms_long_conversations_only(monkeypatch):
+    source = f"{{% if messages | length > 9 %}}{LOOPS}{{% endif %}}{CHAT_ML}"
+    encoder = TemplateEncoder(make_tokenizer(chat_template=source), CHAT)
+    monkeypatch.setattr(chat_render, "SECONDS", 1.0)
+    with pytest.raises(ValueError, match="it takes more than 1 seconds"):
+        render({name: [value] * 6 for name, value in ROW.items()}, encoder)
 
 
 def test_white_space_that_the_template_removes_is_refused():

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import shutil
@@ -9,8 +10,10 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.mini_hub import serve
+from usdm_sft.cli.main import main
 from usdm_sft.template import tokenizer as module
 from usdm_sft.template.tokenizer import build_tokenizer, check_tokenizer, load_tokenizer, save_tokenizer
+from usdm_sft.utils.errors import find_full_disk
 
 # Texts whose ids in the legacy form differ from those in any other form.
 HOSTILE = [
@@ -151,6 +154,40 @@ def test_malformed_tokenizer_is_refused(tokenizer, tmp_path, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=r"has a tokenizer that cannot be opened \(.+\): download it again, or use"):
         load_tokenizer(tmp_path)
+
+
+CONTRADICTIONS = [  # what tokenizers raises plain Exception for, and what it panics at, at load or at the first text
+    {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a"}, "behavior": "Isolated", "invert": False}},
+    {"model": {"type": "WordLevel", "unk_token": "[UNK]", "vocab": {"a": 0}}},
+    {"model": {"type": "Unigram", "unk_id": 9, "vocab": [["a", -1.0]]}},
+]
+
+
+@pytest.mark.parametrize("change", CONTRADICTIONS)
+def test_tokenizer_that_contradicts_itself(tokenizer, folder_copy, capsys, change):
+    path = folder_copy / "tokenizer" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()) | change))
+    with pytest.raises(ValueError, match=r"has a tokenizer that cannot be (opened|used) \(.+\): download it again"):
+        load_tokenizer(folder_copy / "tokenizer")
+    counts = json.loads((folder_copy / "counts.json").read_text())
+    counts["files"]["tokenizer/tokenizer.json"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (folder_copy / "counts.json").write_text(json.dumps(counts))
+    for args in (["verify", str(folder_copy)], ["show", str(folder_copy)]):
+        with pytest.raises(SystemExit, match="1"):
+            main(args)
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "has a tokenizer that cannot be" in error
+
+
+def test_full_disk_while_the_tokenizer_is_saved(tokenizer, tmp_path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("the system has no /dev/full")
+    (tmp_path / "tokenizer.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"the tokenizer cannot be written to .*: No space left on device") as raised:
+        save_tokenizer(tokenizer, tmp_path)
+    assert find_full_disk(raised.value) is raised.value
 
 
 def test_code_beside_a_tokenizer_is_not_run(tokenizer, tmp_path):

@@ -20,6 +20,7 @@ def demo(demo_dir: str = "dailytalk-usdm-demo", open: bool = False) -> None:
         open: Open the page of examples in the browser.
     """
     from usdm_sft.cli.show import show
+    from usdm_sft.dataset_folder.summary import load_call
     from usdm_sft.demo.run import run_demo
 
     dataset, page, counts = run_demo(demo_dir)
@@ -31,7 +32,7 @@ def demo(demo_dir: str = "dailytalk-usdm-demo", open: bool = False) -> None:
         show(folder)
         print()
     print(f"made: {folder}, {rows} examples with units, input_ids and labels, from {used} of {dialogs} spoken dialogs")
-    print(f"load: from datasets import load_dataset; load_dataset({folder!r})")
+    print(f"load: from datasets import load_dataset; {load_call(folder, counts)}")
     print(f"look: open {page} in a browser, or run: dailytalk-usdm show {folder}")
     if open:
         _open_in_browser(page.resolve().as_uri())

@@ -31,7 +31,7 @@ def prepare(**options: Any) -> None:
         dailytalk-usdm prepare --config multi_turn --data_dir DailyTalk --output_path conversations
         dailytalk-usdm prepare --data_dir hub:USER/NAME --agent B --output_path calls --keep_audio
     """
-    from usdm_sft.dataset_folder.summary import summarize_split
+    from usdm_sft.dataset_folder.summary import load_call, summarize_split
     from usdm_sft.prepare import Submitted, prepare
 
     is_dry_run = options.pop("dry_run", False)
@@ -54,7 +54,7 @@ def prepare(**options: Any) -> None:
     print(
         f"{os.path.join(output, 'counts.json')} lists every row that was left out or shortened, with numbers and digests"
     )
-    print(f"load_dataset({output!r}) opens it")
+    print(f"{load_call(output, counts)} opens it")
 
 
 def _dry_run(config: PrepareConfig) -> None:

@@ -1,6 +1,7 @@
 """The dataset builder: a corpus as user/agent pairs and conversations."""
 
 import dataclasses
+import glob
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -186,7 +187,7 @@ def load_dataset(
     Args:
         data_dir: DailyTalk's folder (with `data/`), its `data` folder, or its zip archive; see `DailyTalkUSDM`.
         name: The config, "single_turn" or "multi_turn".
-        data_files: Split lists other than those beside the data.
+        data_files: Split lists other than those beside the data. datasets takes a path for a glob pattern.
         kwargs: Further arguments of `datasets.load_dataset`, such as `split`, `streaming`, `num_proc` and `cache_dir`, and fields
             of `DailyTalkUSDMConfig`, such as `history`.
 
@@ -202,7 +203,7 @@ def load_dataset(
     elif data_files is None:
         lists = find.find_lists(data_dir, cache_dir=cache_dir)
     if on_hub or data_files is None:
-        data_files = {split: str(path.resolve()) for split, path in lists.items()}
+        data_files = {split: glob.escape(str(path.resolve())) for split, path in lists.items()}
     folder = None if on_hub else data_dir
     counting = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # otherwise datasets reports the call to Hugging Face

@@ -179,12 +179,12 @@ def read_info(folder: Path, config: str) -> DatasetInfo:
     """Read the features and splits of a config from the card. `load_dataset_builder` takes the folder's path for a glob pattern.
 
     Raises:
-        ValueError: The card does not describe the config.
+        ValueError: The card has no features or splits of the config.
     """
-    infos = DatasetInfosDict.from_directory(str(folder))
-    if config not in infos:
-        raise ValueError(f"the dataset_info of {folder / 'README.md'} does not describe {config}")
-    return infos[config]
+    info = DatasetInfosDict.from_directory(str(folder)).get(config)
+    if info is None or info.features is None or info.splits is None:
+        raise ValueError("its dataset_info names no features or splits")
+    return info
 
 
 def _columns(features: Features, config_name: str, *, lists: bool) -> list[tuple[str, str, str]]:

@@ -164,13 +164,10 @@ def _read_card(folder: Path, counts: Mapping[str, Any]) -> datasets.DatasetInfo:
             data_configs(counts)
         ):
             raise ValueError("its configs are not the data files of counts.json")
-        info = read_info(folder, counts["config"])
-        if info.features is None or info.splits is None:
-            raise ValueError("its dataset_info names no features or splits")
+        return read_info(folder, counts["config"])
     except (YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = first_line(error)
         raise ValueError(f"{path} does not have the YAML of this folder ({reason}): {PREPARE_AGAIN}") from error
-    return info
 
 
 def _without_descriptions(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:

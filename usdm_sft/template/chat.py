@@ -21,8 +21,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
+from usdm_sft.template.chat_render import RenderError, render_chat
 from usdm_sft.template.config import Template
 from usdm_sft.template.tokens import CONTINUE_TOKEN, CORRESPOND_TOKEN, unit_token
 from usdm_sft.utils.texts import first_line
@@ -104,19 +105,13 @@ class ChatTemplate:
         return self._render(messages, return_assistant_tokens_mask=True)[1]
 
     def _render(self, messages: Sequence[Message], **options: bool) -> tuple[str, list[tuple[int, int]]]:
-        from transformers.utils import chat_template_utils
-
-        render: Any = chat_template_utils.render_jinja_template  # typed as if it returned a string
         try:
-            [text], spans = render(
-                conversations=[list(messages)], chat_template=self.source, **self.special_tokens, **options
-            )
-        except Exception as error:  # a template is code, which may raise anything
+            return render_chat(self.source, self.special_tokens, messages, options)
+        except RenderError as error:
             raise ValueError(
                 f"the chat template of {self.name} refuses a conversation ({first_line(error)}): if it takes no system message, set "
                 "template.instruction to an empty text; otherwise use template.tokenization separate"
             ) from error
-        return text, spans[0] if spans else []
 
 
 def read_chat_template(tokenizer: PreTrainedTokenizerFast, name: str) -> ChatTemplate:

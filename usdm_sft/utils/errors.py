@@ -25,8 +25,8 @@ def describe_error(error: BaseException) -> str | None:
     is_of_library = isinstance(error, Exception) and kind.__module__ != "builtins"
     if not (isinstance(error, _INPUT_ERRORS) or is_of_library or kind is Exception or is_panic(error)):
         return None
-    name = "" if kind is Exception else f"{kind.__name__}: "
-    return f"{name}{first_line(error.__cause__ or error)}"  # datasets says no more than that an error occurred
+    reason = first_line(error.__cause__ or error)  # datasets says no more than that an error occurred
+    return reason if kind is Exception or reason == kind.__name__ else f"{kind.__name__}: {reason}"
 
 
 def find_full_disk(error: BaseException | None) -> OSError | None:
