@@ -16,13 +16,12 @@ from usdm_sft.corpus.builder import code_digest
 from usdm_sft.corpus.builder import load_dataset as load_dataset
 
 if TYPE_CHECKING:
-    from usdm_sft.config.prepare_config import PrepareConfig as PrepareConfig
-    from usdm_sft.convert.convert import convert as convert
-    from usdm_sft.dataset_folder.export import export as export
-    from usdm_sft.dataset_folder.push import push as push
-    from usdm_sft.dataset_folder.verify import verify as verify
-    from usdm_sft.prepare import Submitted as Submitted
-    from usdm_sft.prepare import prepare as prepare
+    from usdm_sft.folder.export import export as export
+    from usdm_sft.folder.push import push as push
+    from usdm_sft.folder.verify import verify as verify
+    from usdm_sft.prepare.config import PrepareConfig as PrepareConfig
+    from usdm_sft.prepare.prepare import Submitted as Submitted
+    from usdm_sft.prepare.prepare import prepare as prepare
     from usdm_sft.template.config import Template as Template
     from usdm_sft.template.encoder import TemplateEncoder as TemplateEncoder
     from usdm_sft.template.repetition import collapse_units as collapse_units
@@ -35,17 +34,18 @@ if TYPE_CHECKING:
     from usdm_sft.training.generation import StepLogitsProcessor as StepLogitsProcessor
     from usdm_sft.training.generation import next_prompt as next_prompt
     from usdm_sft.training.shifted import ShiftedLabels as ShiftedLabels
+    from usdm_sft.units.convert import convert as convert
     from usdm_sft.units.tokenizer import UnitTokenizer as UnitTokenizer
 
 # Public name -> module, imported at the first use: torch is slow. The same names as under TYPE_CHECKING above.
 _LAZY = {
-    "PrepareConfig": "usdm_sft.config.prepare_config",
-    "convert": "usdm_sft.convert.convert",
-    "export": "usdm_sft.dataset_folder.export",
-    "push": "usdm_sft.dataset_folder.push",
-    "verify": "usdm_sft.dataset_folder.verify",
-    "Submitted": "usdm_sft.prepare",
-    "prepare": "usdm_sft.prepare",
+    "PrepareConfig": "usdm_sft.prepare.config",
+    "convert": "usdm_sft.units.convert",
+    "export": "usdm_sft.folder.export",
+    "push": "usdm_sft.folder.push",
+    "verify": "usdm_sft.folder.verify",
+    "Submitted": "usdm_sft.prepare.prepare",
+    "prepare": "usdm_sft.prepare.prepare",
     "Template": "usdm_sft.template.config",
     "TemplateEncoder": "usdm_sft.template.encoder",
     "collapse_units": "usdm_sft.template.repetition",

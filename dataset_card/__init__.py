@@ -1,1 +1,1 @@
-"""Templates of the dataset card (`usdm_sft.dataset_folder.card`) and of the page of examples (`usdm_sft.dataset_folder.page`)."""
+"""Templates of the dataset card (`usdm_sft.folder.card`) and of the page of examples (`usdm_sft.folder.page`)."""

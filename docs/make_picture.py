@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from usdm_sft.dataset_folder.example_picture import render_svg
+from usdm_sft.folder.example_picture import render_svg
 from usdm_sft.template.tokenizer import build_tokenizer
 
 DOCS = Path(__file__).resolve().parent

@@ -55,7 +55,7 @@ def find_code(word: str) -> str:
 
 def make_workplace(root: Path, dataset_folder: Path, unit_model: Path, model) -> Path:
     """Fill a folder with the files that the pages use: data, configs, a unit model, and `model` as naver-ai/USTM."""
-    from usdm_sft.dataset_folder.export import export
+    from usdm_sft.folder.export import export
     from usdm_sft.template.tokenizer import load_tokenizer
 
     shutil.copytree(dataset_folder, root / "dailytalk-usdm-data")

@@ -50,7 +50,7 @@ def mini() -> Path:
 @pytest.fixture(scope="session")
 def unit_model(mini, tmp_path_factory) -> Path:
     """The toy unit model of the mini corpus, converted."""
-    from usdm_sft.convert.convert import convert
+    from usdm_sft.units.convert import convert
 
     source = mini / "unit_model"
     folder = tmp_path_factory.mktemp("unit_model") / "mini"
@@ -74,7 +74,7 @@ def encoder(tokenizer):
 @pytest.fixture(scope="session")
 def dataset_folder(mini, unit_model, tmp_path_factory) -> Path:
     """The mini corpus as a dataset folder; copy it to change it."""
-    from usdm_sft.prepare import prepare
+    from usdm_sft.prepare.prepare import prepare
 
     root = tmp_path_factory.mktemp("dataset_folder")
     prepare(
@@ -90,7 +90,7 @@ def dataset_folder(mini, unit_model, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def finished(mini, unit_model, tmp_path_factory) -> Path:
     """A folder with `out` and `cache`, which one process made without a fault, with `options`; copy it to change it."""
-    from usdm_sft.prepare import prepare
+    from usdm_sft.prepare.prepare import prepare
 
     root = tmp_path_factory.mktemp("finished")
     prepare(**options(mini, unit_model, root))

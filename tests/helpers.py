@@ -18,7 +18,7 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FIXTURES = REPOSITORY / "tests" / "fixtures"
-DEMO = REPOSITORY / "usdm_sft" / "demo" / "files"
+DEMO = REPOSITORY / "usdm_sft" / "cli" / "demo_files"
 SHARED = Path(os.environ.get("USDM_SHARED", REPOSITORY.parent / "shared"))
 
 
@@ -131,7 +131,7 @@ def command(mini, unit_model, folder, *more):
 # A run that makes a file when it has found that there is work.
 OTHER_RUN = """
 from pathlib import Path
-from usdm_sft import prepare
+from usdm_sft.prepare.prepare import prepare
 from usdm_sft.cli.main import main
 load_rows = prepare.load_rows
 def start(builder):
@@ -144,8 +144,8 @@ main({arguments!r})
 
 def make_in_two_runs_at_once(mini, unit_model, folder, monkeypatch, *, other=None, **changes):
     """Run twice over one cache: in this process into `out`, and in another one into `other`, with the options `other`."""
-    from usdm_sft.prepare import prepare
-    from usdm_sft.shards.rows import load_rows
+    from usdm_sft.prepare.prepare import prepare
+    from usdm_sft.prepare.rows import load_rows
 
     given = {**changes, "output_path": folder / "other", **(other or {})}
     arguments = command(mini, unit_model, folder, *(f"--{name}={value}" for name, value in given.items()))[3:]
@@ -158,7 +158,7 @@ def make_in_two_runs_at_once(mini, unit_model, folder, monkeypatch, *, other=Non
         met.append(builder)
         return load_rows(builder)
 
-    monkeypatch.setattr("usdm_sft.prepare.load_rows", meet)
+    monkeypatch.setattr("usdm_sft.prepare.prepare.load_rows", meet)
     prepare(**options(mini, unit_model, folder, **changes))
     _, error = run.communicate(timeout=300)
     assert run.returncode == 0, error.decode()[-2000:]

@@ -22,9 +22,9 @@ import safetensors
 
 from dailytalk_usdm import load_dataset
 from usdm_sft.cli.main import main, make_parser
-from usdm_sft.config.parser import _use_underscores
-from usdm_sft.config.prepare_config import PrepareConfig
-from usdm_sft.dataset_folder.summary import summarize_split
+from usdm_sft.cli.parser import _use_underscores
+from usdm_sft.folder.summary import summarize_split
+from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.template.config import Template
 
 HEAVY = ("torch", "transformers", "datasets", "soundfile", "matplotlib", "pyarrow")
@@ -164,7 +164,7 @@ def test_quiet_shows_no_progress_bars_in_a_terminal(mini, unit_model, tmp_path):
 
 def test_command_line_overrides_template_options_of_the_yaml_file(tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr("usdm_sft.prepare.prepare", lambda config: given.append(config) or {"splits": {}})
+    monkeypatch.setattr("usdm_sft.prepare.prepare.prepare", lambda config: given.append(config) or {"splits": {}})
     (tmp_path / "run.yaml").write_text("data_dir: d\ntemplate:\n  agent_role: Robot\n  loss: [user_text, agent_text]\n")
     arguments = ["prepare", "--config", str(tmp_path / "run.yaml"), "--output_path", "o"]
     main(arguments)
@@ -186,7 +186,7 @@ def test_bad_template_gives_one_line_on_stderr(capsys):
 
 def test_template_may_be_a_yaml_file(tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr("usdm_sft.prepare.prepare", lambda config: given.append(config) or {"splits": {}})
+    monkeypatch.setattr("usdm_sft.prepare.prepare.prepare", lambda config: given.append(config) or {"splits": {}})
     (tmp_path / "template.yaml").write_text("user_role: Caller\n")
     main(["prepare", "--data_dir", "d", "--output_path", "o", "--template", str(tmp_path / "template.yaml")])
     assert given[0].template == Template(user_role="Caller")
@@ -194,7 +194,7 @@ def test_template_may_be_a_yaml_file(tmp_path, monkeypatch):
 
 def test_template_may_be_a_preset_and_its_loss_follows_the_parts(tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr("usdm_sft.prepare.prepare", lambda config: given.append(config) or {"splits": {}})
+    monkeypatch.setattr("usdm_sft.prepare.prepare.prepare", lambda config: given.append(config) or {"splits": {}})
     (tmp_path / "run.yaml").write_text("data_dir: d\ntemplate: tts\n")
     monkeypatch.chdir(tmp_path)
     required = ["prepare", "--data_dir", "d", "--output_path", "o"]
@@ -216,7 +216,7 @@ def test_template_may_be_a_preset_and_its_loss_follows_the_parts(tmp_path, monke
 
 def test_null_in_a_yaml_file_means_the_default(tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr("usdm_sft.prepare.prepare", lambda config: given.append(config) or {"splits": {}})
+    monkeypatch.setattr("usdm_sft.prepare.prepare.prepare", lambda config: given.append(config) or {"splits": {}})
     (tmp_path / "run.yaml").write_text("data_dir: d\nmax_length: null\nprecision: null\n")
     main(["prepare", "--config", str(tmp_path / "run.yaml"), "--output_path", "o"])
     assert given == [PrepareConfig(data_dir="d", output_path="o")]
@@ -312,7 +312,7 @@ def raise_error(error):
     ],
 )
 def test_errors_of_libraries_give_one_line(monkeypatch, capsys, error, message):
-    monkeypatch.setattr("usdm_sft.dataset_folder.verify.verify", lambda *args, **options: raise_error(error))
+    monkeypatch.setattr("usdm_sft.folder.verify.verify", lambda *args, **options: raise_error(error))
     with pytest.raises(SystemExit, match="1"):
         main(["verify", "d"])
     assert capsys.readouterr().err == f"dailytalk-usdm verify: {message}\n"
@@ -321,7 +321,7 @@ def test_errors_of_libraries_give_one_line(monkeypatch, capsys, error, message):
 def test_cause_of_an_error_of_datasets_is_named(monkeypatch, capsys):
     error = datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset")
     error.__cause__ = TypeError("no list\nin column text")
-    monkeypatch.setattr("usdm_sft.dataset_folder.verify.verify", lambda *args, **options: raise_error(error))
+    monkeypatch.setattr("usdm_sft.folder.verify.verify", lambda *args, **options: raise_error(error))
     with pytest.raises(SystemExit, match="1"):
         main(["verify", "d"])
     assert capsys.readouterr().err == "dailytalk-usdm verify: DatasetGenerationError: no list\n"
@@ -329,7 +329,7 @@ def test_cause_of_an_error_of_datasets_is_named(monkeypatch, capsys):
 
 @pytest.mark.parametrize("error", [TypeError("x"), KeyError("x"), AttributeError("x"), AssertionError("x")])
 def test_mistake_in_the_program_keeps_its_traceback(monkeypatch, error):
-    monkeypatch.setattr("usdm_sft.dataset_folder.verify.verify", lambda *args, **options: raise_error(error))
+    monkeypatch.setattr("usdm_sft.folder.verify.verify", lambda *args, **options: raise_error(error))
     with pytest.raises(type(error), match="x"):
         main(["verify", "d"])
 

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from tests.helpers import REPOSITORY, content, options
-from usdm_sft.dataset_folder.export import export
-from usdm_sft.prepare import prepare
+from usdm_sft.folder.export import export
+from usdm_sft.prepare.prepare import prepare
 
 DATASETS_3 = os.environ.get("USDM_DATASETS_3")
 needs_datasets_3 = pytest.mark.skipif(
@@ -93,8 +93,8 @@ def run(python, code, *arguments):
 
 PREPARE = """
 import datasets, json, sys
-from usdm_sft.dataset_folder.export import export
-from usdm_sft.prepare import prepare
+from usdm_sft.folder.export import export
+from usdm_sft.prepare.prepare import prepare
 options = json.loads(sys.argv[1])
 prepare(**options)
 export(options["output_path"], sys.argv[2], format="arrow")

@@ -13,7 +13,7 @@ from tests.code_blocks import MARKER, PAGES, find_blocks, make_workplace, small_
 from tests.helpers import REPOSITORY
 from tests.test_cli import COMMANDS
 from usdm_sft.cli.main import make_parser
-from usdm_sft.dataset_folder.example_picture import split_sections
+from usdm_sft.folder.example_picture import split_sections
 
 DOCS = REPOSITORY / "docs"
 PYTHON_BLOCKS = find_blocks("python")

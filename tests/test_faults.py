@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from tests.helpers import command, content, inodes, options
-from usdm_sft.dataset_folder import layout
-from usdm_sft.prepare import prepare
+from usdm_sft.folder import layout
+from usdm_sft.prepare.prepare import prepare
 from usdm_sft.units.model import UnitModel
 
 NUM_KILLS = int(os.environ.get("USDM_KILLS", "5"))  # set it to 50 or more by hand; each takes seconds

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from usdm_sft.dataset_folder.verify import verify
-from usdm_sft.prepare import prepare
+from usdm_sft.folder.verify import verify
+from usdm_sft.prepare.prepare import prepare
 from usdm_sft.template.tokenizer import CORRESPOND, NEWLINE, SPACE, UNIT_0
 from usdm_sft.utils.texts import text_problem
 

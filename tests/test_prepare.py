@@ -6,13 +6,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.helpers import DEMO, content, options
-from usdm_sft.convert.convert import convert
-from usdm_sft.dataset_folder.export import export_text
-from usdm_sft.prepare import prepare
+from usdm_sft.folder.export import export_text
+from usdm_sft.prepare.prepare import prepare
 from usdm_sft.template.config import Template
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import build_tokenizer, load_tokenizer
 from usdm_sft.units import reading
+from usdm_sft.units.convert import convert
 from usdm_sft.units.model import UnitModel
 
 COLUMNS = [
@@ -346,7 +346,7 @@ def test_output_inside_corpus_or_cache_or_behind_a_link(run, mini, tmp_path, for
 
 @pytest.mark.slow
 def test_run_interrupted_while_writing_is_completed_by_a_rerun(run, monkeypatch, tmp_path, undisturbed):
-    from usdm_sft.dataset_folder import writer
+    from usdm_sft.folder import writer
 
     def fail(*args):
         raise KeyboardInterrupt

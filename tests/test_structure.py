@@ -9,17 +9,11 @@ from tests.helpers import REPOSITORY
 
 PACKAGES = [
     "audio",
-    "cache",
     "cli",
-    "config",
-    "convert",
     "corpus",
-    "dataset_folder",
-    "demo",
-    "doctor",
     "executors",
-    "shards",
-    "stages",
+    "folder",
+    "prepare",
     "template",
     "training",
     "units",
@@ -30,7 +24,7 @@ MODULES = [REPOSITORY / "dailytalk_usdm.py", *sorted((REPOSITORY / "usdm_sft").r
 
 def test_packages():
     names = {path.name for path in (REPOSITORY / "usdm_sft").iterdir()} - {"__pycache__"}
-    assert names == {*PACKAGES, "__init__.py", "prepare.py", "py.typed"}
+    assert names == {*PACKAGES, "__init__.py", "py.typed"}
     setup = ConfigParser()
     setup.read(REPOSITORY / "setup.cfg")
     folders = {path.parent for path in (REPOSITORY / "usdm_sft").rglob("__init__.py")}

@@ -14,7 +14,7 @@ import soundfile
 from usdm_sft.audio.addresses import format_address, zip_address
 from usdm_sft.audio.check import AudioCheck, check_audio
 from usdm_sft.audio.reading import AudioError, read_audio, read_waveform
-from usdm_sft.prepare import prepare
+from usdm_sft.prepare.prepare import prepare
 from usdm_sft.units.tokenizer import UnitTokenizer
 
 TAGGED = [("WAV", "PCM_16"), ("WAV", "FLOAT"), ("WAV", "MS_ADPCM"), ("AIFF", "PCM_16"), ("AU", "PCM_16")]

@@ -21,16 +21,16 @@ from datasets import Dataset, disable_progress_bars
 from tests.benchmarks.common import WORDS, lengths, machine, table
 from tests.benchmarks.template import VOCABULARY
 from tests.helpers import DEMO
-from usdm_sft.convert.convert import convert
 from usdm_sft.corpus.features import TRAINER_COLUMNS, folder_features
-from usdm_sft.dataset_folder.export import export
-from usdm_sft.dataset_folder.layout import COUNTS, data_files, read_layout
-from usdm_sft.dataset_folder.statistics import compute_statistics
-from usdm_sft.dataset_folder.verify import verify
-from usdm_sft.dataset_folder.writer import write_folder
-from usdm_sft.prepare import prepare
+from usdm_sft.folder.export import export
+from usdm_sft.folder.layout import COUNTS, data_files, read_layout
+from usdm_sft.folder.statistics import compute_statistics
+from usdm_sft.folder.verify import verify
+from usdm_sft.folder.writer import write_folder
+from usdm_sft.prepare.prepare import prepare
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import NUM_UNITS, load_tokenizer
+from usdm_sft.units.convert import convert
 from usdm_sft.utils.processes import ProcessPool, num_cores
 
 PAIRS = 8  # pairs of a dialog of DailyTalk

@@ -17,10 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tests.benchmarks.common import alternate, lengths, machine, speechlike, table, timed
 from tests.benchmarks.unit_models import centroids, flops, matmul_rate, random_model
 from usdm_sft.audio.frames import num_frames
-from usdm_sft.convert.model_config import XLSR_LAYER
 from usdm_sft.units.batches import Waveform, padding_share, plan_batches, prepare_waveform
 from usdm_sft.units.forward import start_units
 from usdm_sft.units.model import UnitModel
+from usdm_sft.units.model_config import XLSR_LAYER
 from usdm_sft.units.precision import PRECISIONS
 from usdm_sft.units.settings import BATCH_SECONDS
 

@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-import usdm_sft.prepare as pipeline
-import usdm_sft.stages.run as opening
+import usdm_sft.prepare.open_run as opening
+import usdm_sft.prepare.prepare as pipeline
 from tests.benchmarks.common import TURNS, lengths, machine, speechlike, table
 from tests.helpers import DEMO
-from usdm_sft.convert.convert import convert
-from usdm_sft.dataset_folder import verify, writer
-from usdm_sft.stages import fit
+from usdm_sft.folder import verify, writer
+from usdm_sft.prepare.prepare import fit
 from usdm_sft.template.tokenizer import load_tokenizer
+from usdm_sft.units.convert import convert
 
 STAGES = (
     (opening, "_open_corpus", "split lists, digests and headers of the audio"),

@@ -32,19 +32,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-import usdm_sft.prepare as pipeline
-import usdm_sft.stages.run as opening
+import usdm_sft.prepare.open_run as opening
+import usdm_sft.prepare.prepare as pipeline
 from tests.benchmarks.common import TURNS, WORDS, lengths, machine, table
 from tests.benchmarks.template import VOCABULARY
 from tests.helpers import DEMO
 from usdm_sft.audio.addresses import parse_address
 from usdm_sft.audio.frames import SAMPLE_RATE, count_units
-from usdm_sft.convert.convert import convert
-from usdm_sft.corpus import bad_audio, read
-from usdm_sft.dataset_folder import writer
-from usdm_sft.dataset_folder.verify import verify
-from usdm_sft.stages import fit
+from usdm_sft.corpus import left_out as bad_audio
+from usdm_sft.corpus import read
+from usdm_sft.folder import writer
+from usdm_sft.folder.verify import verify
+from usdm_sft.prepare.prepare import fit
 from usdm_sft.template.tokenizer import NUM_UNITS, load_tokenizer
+from usdm_sft.units.convert import convert
 from usdm_sft.units.folder import unit_model_digest
 from usdm_sft.units.settings import make_settings
 from usdm_sft.units.tokenizer import UnitTokenizer

@@ -14,10 +14,10 @@ import torch
 
 from tests.benchmarks.common import alternate, lengths, machine, speechlike, table, timed
 from tests.benchmarks.unit_models import centroids, cut, flops, matmul_rate, random_model
-from usdm_sft.convert.model_config import XLSR_1B, XLSR_LAYER
 from usdm_sft.units import model as unit_model
 from usdm_sft.units.batches import padding_share, prepare_waveform
 from usdm_sft.units.model import UnitModel
+from usdm_sft.units.model_config import XLSR_1B, XLSR_LAYER
 from usdm_sft.units.precision import Precision
 from usdm_sft.units.settings import BATCH_SECONDS
 from usdm_sft.units.tokenizer import UnitTokenizer

@@ -22,9 +22,9 @@ from usdm_sft.audio.check import AudioCheck, check_audio
 from usdm_sft.audio.digests import audio_digests
 from usdm_sft.audio.reading import AudioError, read_waveform
 from usdm_sft.cli.main import main
-from usdm_sft.corpus.bad_audio import ALL_BAD, leave_out
 from usdm_sft.corpus.dialogs import Dialog, Split, Utterance
-from usdm_sft.prepare import prepare
+from usdm_sft.corpus.left_out import ALL_BAD, leave_out
+from usdm_sft.prepare.prepare import prepare
 from usdm_sft.units.batches import plan_batches
 from usdm_sft.units.model import UnitModel
 from usdm_sft.units.settings import BATCH_SECONDS

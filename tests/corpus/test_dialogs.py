@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from usdm_sft.audio.digest_table import AudioDigest, AudioDigests
-from usdm_sft.corpus.bad_audio import corpus_digest
 from usdm_sft.corpus.dialogs import Dialog, Split, Turns, Utterance
+from usdm_sft.corpus.left_out import corpus_digest
 
 
 def make_dialog(name, num_turns=3, agent=None):

@@ -18,7 +18,7 @@ from huggingface_hub import constants
 
 from tests.helpers import REPOSITORY, content
 from tests.mini_hub import serve
-from usdm_sft.corpus.hub import check_data_files, fetch_corpus
+from usdm_sft.corpus.hub_corpus import check_data_files, fetch_corpus
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.corpus.read import read_corpus
 
@@ -157,7 +157,7 @@ def test_damage_in_the_cache_is_found_and_made_good(snapshot, tmp_path, monkeypa
     assert content(manifest.parent) == before
     assert ("was damaged after it was written: making it again" in caplog.text) == (damage is not interrupt)
     with monkeypatch.context() as patch:  # nothing is written when all is whole
-        patch.setattr("usdm_sft.corpus.hub.write_then_replace", None)
+        patch.setattr("usdm_sft.corpus.hub_corpus.write_then_replace", None)
         assert fetch(audio, tmp_path, monkeypatch) == {"train": manifest}
 
 
@@ -233,7 +233,7 @@ def test_audio_folder_on_the_hub_is_read(tmp_path, zipped):
     }  # fmt: skip
     code = (
         "from usdm_sft.audio.addresses import open_file\nfrom usdm_sft.corpus.read import read_corpus\n"
-        "from usdm_sft.corpus.hub import check_data_files, fetch_corpus\n"
+        "from usdm_sft.corpus.hub_corpus import check_data_files, fetch_corpus\n"
         "import hashlib\n"
         "[dialog] = read_corpus(fetch_corpus('hub:tester/calls'))['train'].dialogs\n"
         "print([hashlib.sha256(open_file(u.audio).read()).hexdigest()[:8] for u in dialog.utterances])"

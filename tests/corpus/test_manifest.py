@@ -22,10 +22,10 @@ from usdm_sft.audio.reading import read_waveform
 from usdm_sft.corpus.manifest import read_manifest
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.corpus.read import NO_ANSWER, SAME_SPEAKER, Rules, read_corpus
-from usdm_sft.dataset_folder.export import export_text
-from usdm_sft.dataset_folder.page import write_page
-from usdm_sft.dataset_folder.verify import verify
-from usdm_sft.prepare import prepare
+from usdm_sft.folder.export import export_text
+from usdm_sft.folder.page import write_page
+from usdm_sft.folder.verify import verify
+from usdm_sft.prepare.prepare import prepare
 
 TURNS = [  # dialog, turn, speaker, text
     ("call-1", 0, "A", "hello there"), ("call-1", 1, "B", "hi"), ("call-1", 2, "A", "how are you"), ("call-1", 3, "B", "fine"),
@@ -447,7 +447,7 @@ def test_page_plays_the_turns_of_a_call(calls, unit_model, tmp_path, named):
     import base64
     import io
 
-    from usdm_sft.dataset_folder.page import write_page
+    from usdm_sft.folder.page import write_page
 
     run(calls, tmp_path / "out", unit_model, tmp_path)
     write_page(tmp_path / "out", tmp_path / "page.html", split="test", num_examples=1, data_dir=calls / named)
@@ -566,7 +566,7 @@ def test_corpus_on_the_hub_gives_the_lines_of_the_reference(calls, mini, unit_mo
     made = run_code(
         f"main({[*arguments, 'hub:tester/calls']})",
         "import dailytalk_usdm",
-        "from usdm_sft.dataset_folder.page import write_page",
+        "from usdm_sft.folder.page import write_page",
         "print(write_page('out', 'page.html', data_dir='hub:tester/calls'))",
         "print(dailytalk_usdm.load_dataset('hub:tester/calls', split='test')['id'][:])",
     )

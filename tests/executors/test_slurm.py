@@ -13,11 +13,11 @@ import pytest
 from tests.helpers import command, content, options
 from usdm_sft.audio import first_pass, memo
 from usdm_sft.cli.main import main
-from usdm_sft.dataset_folder import parquet
-from usdm_sft.executors import tasks as unit_tasks
 from usdm_sft.executors.slurm import submit
-from usdm_sft.prepare import Submitted, prepare
-from usdm_sft.shards import tokens
+from usdm_sft.folder import parquet
+from usdm_sft.prepare.prepare import Submitted, prepare
+from usdm_sft.prepare.prepare import token_shards as tokens
+from usdm_sft.prepare.prepare import unit_task as unit_tasks
 
 SLURM = {"partition": "gpu", "time": "24:00:00", "sbatch_args": {"account": "speech", "gres": "gpu:1"}}
 

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.bases import BASES, byte_level
 from usdm_sft.cli.main import main
+from usdm_sft.template.special_tokens import read_tokens
 from usdm_sft.template.tokenizer import build_tokenizer, check_tokenizer, load_tokenizer, save_tokenizer
-from usdm_sft.template.tokens import read_tokens
 
 PROBES = ["yes?\nno! <|unit3|> where<|correspond|>were you<|unit0|>\n", " a  b\n\n", "<|unit19|><|continue|>"]
 

@@ -3,7 +3,7 @@ import re
 import pytest
 
 from usdm_sft.cli.main import main
-from usdm_sft.dataset_folder.rows import read_rows
+from usdm_sft.folder.rows import read_rows
 from usdm_sft.template.view import BLUE, PLAIN, format_example, split_parts
 
 

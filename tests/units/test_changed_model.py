@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from tests.helpers import options
-from usdm_sft.convert.convert import convert
-from usdm_sft.prepare import prepare
-from usdm_sft.stages import run as opening
+from usdm_sft.prepare.prepare import open_run as opening
+from usdm_sft.prepare.prepare import prepare
+from usdm_sft.units.convert import convert
 from usdm_sft.units.folder import unit_model_digest
 from usdm_sft.units.model import UnitModel
 from usdm_sft.units.tokenizer import UnitTokenizer

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from usdm_sft.audio.frames import num_frames
 from usdm_sft.audio.reading import read_waveform
-from usdm_sft.prepare import prepare
+from usdm_sft.prepare.prepare import prepare
 from usdm_sft.units.batches import normalize
 from usdm_sft.units.model import UnitModel
 from usdm_sft.units.tokenizer import UnitTokenizer

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import FIXTURES
-from usdm_sft.convert.convert import convert
 from usdm_sft.units import tokenizer as units
+from usdm_sft.units.convert import convert
 from usdm_sft.units.model import UnitModel
 from usdm_sft.units.tokenizer import UnitTokenizer
 from usdm_sft.utils.hashes import sha256_file

@@ -22,10 +22,10 @@ from transformers import (
 from tests.helpers import FIXTURES
 from usdm_sft.audio.frames import num_frames
 from usdm_sft.cli.main import main
-from usdm_sft.convert.convert import convert
-from usdm_sft.prepare import prepare
+from usdm_sft.prepare.prepare import prepare
 from usdm_sft.template.tokenizer import CORRESPOND, UNIT_0, build_tokenizer
 from usdm_sft.units import model as unit_model_module
+from usdm_sft.units.convert import convert
 from usdm_sft.units.folder import unit_model_digest
 from usdm_sft.units.model import UnitModel
 from usdm_sft.units.tokenizer import UnitTokenizer

@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.units.test_other_models import FLOAT_ROUNDING, MODELS, TINY, make_model
 from usdm_sft.audio.frames import num_frames
-from usdm_sft.prepare import prepare
+from usdm_sft.prepare.prepare import prepare
 from usdm_sft.units import precision as precisions
 from usdm_sft.units.model import UnitModel
 from usdm_sft.units.precision import check_cpu

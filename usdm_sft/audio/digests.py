@@ -20,7 +20,7 @@ from usdm_sft.audio.digest_table import AudioDigest as AudioDigest
 from usdm_sft.audio.digest_table import AudioDigests
 from usdm_sft.audio.memo import Memo, Row
 from usdm_sft.audio.reading import AudioError, SharedBytes
-from usdm_sft.cache.keys import cache_root
+from usdm_sft.utils.cache_keys import cache_root
 from usdm_sft.utils.progress import progress_bar
 
 NUM_THREADS = 2  # one waits for the disk while the other one computes; more of them wait for each other

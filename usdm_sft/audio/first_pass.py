@@ -18,7 +18,7 @@ from usdm_sft.audio.digest_reader import Reader, is_unchanged, to_digest
 from usdm_sft.audio.digest_table import AudioDigest, AudioDigests, Places
 from usdm_sft.audio.digests import NUM_THREADS
 from usdm_sft.audio.memo import TABLE, Memo, Row
-from usdm_sft.cache.keys import cache_key
+from usdm_sft.utils.cache_keys import cache_key
 from usdm_sft.utils.lazily import Lazily
 from usdm_sft.utils.progress import progress_bar
 

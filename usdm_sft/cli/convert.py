@@ -26,7 +26,7 @@ def convert(
         final_norm: Apply the norm that follows the last layer of a model with pre-norm layers (for a k-means that was fit on
             last_hidden_state, or on hidden_states[-1] of transformers before mid-2026).
     """
-    from usdm_sft.convert.convert import convert
+    from usdm_sft.units.convert import convert
 
     folder = convert(checkpoint, kmeans, unit_model_dir, model_config=model_config, layer=layer, final_norm=final_norm)
     print(f"{folder} is a unit model folder")

@@ -19,9 +19,9 @@ def demo(demo_dir: str = "dailytalk-usdm-demo", open: bool = False) -> None:
         demo_dir: The folder to make.
         open: Open the page of examples in the browser.
     """
+    from usdm_sft.cli.make_demo import run_demo
     from usdm_sft.cli.show import show
-    from usdm_sft.dataset_folder.summary import load_call
-    from usdm_sft.demo.run import run_demo
+    from usdm_sft.folder.summary import load_call
 
     dataset, page, counts = run_demo(demo_dir)
     folder, splits = os.fspath(dataset), counts["splits"]

@@ -20,7 +20,7 @@ def doctor(**options: Any) -> None:
         dailytalk-usdm doctor
         dailytalk-usdm doctor --data_dir DailyTalk --output_path dailytalk-usdm-data
     """
-    from usdm_sft.doctor.examine import examine
+    from usdm_sft.cli.doctor_checks import examine
 
     config = make_config({"data_dir": ".", "output_path": "."} | options)
     levels: Counter[str] = Counter()

@@ -16,15 +16,15 @@ from usdm_sft import __version__
 from usdm_sft.cli.convert import convert
 from usdm_sft.cli.demo import demo
 from usdm_sft.cli.doctor import doctor
+from usdm_sft.cli.help import finish_help, split_docstring
+from usdm_sft.cli.parser import ConfigAction, Parser, add_config_arguments, add_function_arguments
 from usdm_sft.cli.prepare import prepare
 from usdm_sft.cli.share import export, push
 from usdm_sft.cli.show import show, stats
 from usdm_sft.cli.tokenizer import tokenizer
 from usdm_sft.cli.units import units
 from usdm_sft.cli.verify import verify
-from usdm_sft.config.help import finish_help, split_docstring
-from usdm_sft.config.parser import ConfigAction, Parser, add_config_arguments, add_function_arguments
-from usdm_sft.config.prepare_config import PrepareConfig
+from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.utils.errors import describe_error, find_full_disk
 from usdm_sft.utils.memory import use_system_allocator
 from usdm_sft.utils.texts import printable

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from usdm_sft.config.prepare_config import PrepareConfig
+from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.template.config import Template
 from usdm_sft.utils.errors import find_full_disk
 
@@ -31,8 +31,8 @@ def prepare(**options: Any) -> None:
         dailytalk-usdm prepare --config multi_turn --data_dir DailyTalk --output_path conversations
         dailytalk-usdm prepare --data_dir hub:USER/NAME --agent B --output_path calls --keep_audio
     """
-    from usdm_sft.dataset_folder.summary import load_call, summarize_split
-    from usdm_sft.prepare import Submitted, prepare
+    from usdm_sft.folder.summary import load_call, summarize_split
+    from usdm_sft.prepare.prepare import Submitted, prepare
 
     is_dry_run = options.pop("dry_run", False)
     config = make_config(options)
@@ -58,8 +58,8 @@ def prepare(**options: Any) -> None:
 
 
 def _dry_run(config: PrepareConfig) -> None:
-    from usdm_sft.dataset_folder.summary import summarize_split
-    from usdm_sft.doctor.dry_run import describe_dry_run, dry_run
+    from usdm_sft.folder.summary import summarize_split
+    from usdm_sft.prepare.dry_run import describe_dry_run, dry_run
 
     found = dry_run(config)
     for split, split_counts in found.splits.items():

@@ -25,7 +25,7 @@ def export(
             LLaMA-Factory; megatron packed Parquet files for Megatron-Bridge.
         num_proc: Largest number of processes. By default one per core that this process may use; a small folder needs none.
     """
-    from usdm_sft.dataset_folder import export as exporting
+    from usdm_sft.folder import export as exporting
 
     for split, num_rows in exporting.export(dataset_dir, output_dir, format=format, num_proc=num_proc).items():
         print(
@@ -59,7 +59,7 @@ def push(
         commit_message: By default it names the config and the key of the folder.
         create_pr: Open a pull request to the branch, which must exist.
     """
-    from usdm_sft.dataset_folder.push import push
+    from usdm_sft.folder.push import push
 
     url = push(
         dataset_dir,

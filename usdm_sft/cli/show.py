@@ -36,10 +36,10 @@ def show(
         ids: Print the ids as well. The page always shows them.
         expand: Print collapsed units as often as they were repeated. The turns of the page always have one unit per frame.
     """
-    from usdm_sft.dataset_folder.durations import expand_ids
-    from usdm_sft.dataset_folder.layout import COUNTS, read_counts, read_layout
-    from usdm_sft.dataset_folder.page import write_page
-    from usdm_sft.dataset_folder.rows import read_rows
+    from usdm_sft.folder.durations import expand_ids
+    from usdm_sft.folder.layout import COUNTS, read_counts, read_layout
+    from usdm_sft.folder.page import write_page
+    from usdm_sft.folder.rows import read_rows
     from usdm_sft.template.tokenizer import load_tokenizer
     from usdm_sft.template.view import format_example
 
@@ -79,14 +79,14 @@ def stats(dataset_dir: str, out: str | None = None, num_proc: int | None = None,
         json: Print one JSON object with the numbers, as counts.json has them.
     """
     from usdm_sft.corpus.manifest import UTTERANCES
-    from usdm_sft.dataset_folder.layout import COUNTS, data_files, read_counts, read_layout
-    from usdm_sft.dataset_folder.statistics import compute_statistics, format_histograms, format_table
+    from usdm_sft.folder.layout import COUNTS, data_files, read_counts, read_layout
+    from usdm_sft.folder.statistics import compute_statistics, format_histograms, format_table
 
     counts = read_counts(dataset_dir)
     layout = read_layout(Path(dataset_dir, COUNTS), counts)
     statistics = compute_statistics(data_files(dataset_dir, counts), layout, num_proc=num_proc)
     if out is not None:
-        from usdm_sft.dataset_folder.pictures import draw_pictures
+        from usdm_sft.folder.pictures import draw_pictures
 
         draw_pictures(statistics, counts["num_units"], Path(out).expanduser())
     summaries = {split: values.summary() for split, values in statistics.items()}

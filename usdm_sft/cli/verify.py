@@ -23,7 +23,7 @@ def verify(dataset_dir: str, against: str | None = None, num_proc: int | None = 
         num_proc: Largest number of processes. By default one per core that this process may use; a small folder needs none.
         json: Print one JSON object: whether the folder is correct, and the number of rows of each split or the problems.
     """
-    from usdm_sft.dataset_folder.verify import VerificationError, verify
+    from usdm_sft.folder.verify import VerificationError, verify
 
     try:
         rows = verify(dataset_dir, against, num_proc=num_proc)

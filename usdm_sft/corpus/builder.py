@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import datasets.data_files
 
-from usdm_sft.corpus import bad_audio, examples, features, find, hub, published_lists, read
+from usdm_sft.corpus import examples, features, find, published_lists, read
+from usdm_sft.corpus import hub_corpus as hub
+from usdm_sft.corpus import left_out as bad_audio
 from usdm_sft.corpus.manifest import is_manifest
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.utils import texts

@@ -72,7 +72,7 @@ class Split:
 
     Attributes:
         name: Such as "train".
-        dialogs: The dialogs that have a pair. Bad audio cuts a dialog into parts, which keep its id (`usdm_sft.corpus.bad_audio`).
+        dialogs: The dialogs that have a pair. Bad audio cuts a dialog into parts, which keep its id (`usdm_sft.corpus.left_out`).
         left_out: Dialog id -> the reason.
         dialog_ids: The id of each dialog before bad audio was left out, once.
         pairs_left_out: Id of the pair ("d23_0") -> what is wrong with its audio.

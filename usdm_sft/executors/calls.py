@@ -19,9 +19,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from usdm_sft.cache.locks import file_lock
 from usdm_sft.utils.atomic import replace_text, write_then_replace
 from usdm_sft.utils.hashes import sha256_file
+from usdm_sft.utils.locks import file_lock
 
 
 def write_function(folder: Path, function: Callable[[Any], Any]) -> None:

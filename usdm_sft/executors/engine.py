@@ -11,10 +11,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from usdm_sft.cache.keys import cache_key
 from usdm_sft.executors.extras import LocalPipelineExecutor
 from usdm_sft.executors.launchers import Step, ray_session, run_on_ray
 from usdm_sft.executors.slurm import submit
+from usdm_sft.utils.cache_keys import cache_key
 from usdm_sft.utils.pool import Submitted
 
 _NUM_NAMED = 10  # failed tasks that an error lists

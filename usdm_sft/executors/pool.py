@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from usdm_sft.cache.locks import file_lock
 from usdm_sft.executors.calls import find_results, read_results, run_calls, write_function, write_items
 from usdm_sft.executors.engine import Engine
+from usdm_sft.utils.locks import file_lock
 
 
 class TaskPool:

@@ -10,7 +10,7 @@ from huggingface_hub.errors import HFValidationError
 from tokenizers import AddedToken
 
 from usdm_sft.template.config import OFFLINE
-from usdm_sft.template.tokens import (
+from usdm_sft.template.special_tokens import (
     CONTINUE_TOKEN,
     CORRESPOND_TOKEN,
     find_newline,

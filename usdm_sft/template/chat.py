@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from usdm_sft.template.chat_render import RenderError, render_chat
 from usdm_sft.template.config import Template
-from usdm_sft.template.tokens import CONTINUE_TOKEN, CORRESPOND_TOKEN, unit_token
+from usdm_sft.template.special_tokens import CONTINUE_TOKEN, CORRESPOND_TOKEN, unit_token
 from usdm_sft.utils.texts import first_line
 
 if TYPE_CHECKING:

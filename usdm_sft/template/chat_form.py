@@ -26,7 +26,7 @@ from usdm_sft.template.chat import (
 )
 from usdm_sft.template.config import Template
 from usdm_sft.template.exchanges import Exchange
-from usdm_sft.template.tokens import CONTINUE_TOKEN, CORRESPOND_TOKEN, TemplateTokens
+from usdm_sft.template.special_tokens import CONTINUE_TOKEN, CORRESPOND_TOKEN, TemplateTokens
 
 # Why `ChatForm.encode` has no ids for a text.
 CHANGED = (

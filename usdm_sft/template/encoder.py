@@ -21,10 +21,10 @@ from usdm_sft.template.chat_form import CHANGED, ChatForm, ChatFrames, read_fram
 from usdm_sft.template.config import PARTS, REFERENCE, Template, UnitRepetition
 from usdm_sft.template.exchanges import Exchange, ExchangeReader, match_other_tokens, row_name
 from usdm_sft.template.parts import RowLayout
+from usdm_sft.template.special_tokens import TemplateTokens, naming_errors, plain_copy, read_tokens
 from usdm_sft.template.steps import Step, make_steps
 from usdm_sft.template.stretches import Headings, Stretches
 from usdm_sft.template.tokenizer import check_tokenizer
-from usdm_sft.template.tokens import TemplateTokens, naming_errors, plain_copy, read_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

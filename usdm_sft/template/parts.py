@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from usdm_sft.template.chat import ChatIds, separator
 from usdm_sft.template.config import REFERENCE, Template
+from usdm_sft.template.special_tokens import CORRESPOND_TOKEN, TemplateTokens
 from usdm_sft.template.tokenizer import MAX_UNITS, ustm_tokens
-from usdm_sft.template.tokens import CORRESPOND_TOKEN, TemplateTokens
 
 # In the order of a row. Each part but the frame includes the token that ends it.
 ROW_PARTS = {

@@ -8,8 +8,8 @@ from typing import NamedTuple
 from tokenizers import Tokenizer
 
 from usdm_sft.template.config import REFERENCE, Template
+from usdm_sft.template.special_tokens import BYTE_NEWLINE, TemplateTokens
 from usdm_sft.template.tokenizer import ustm_tokens
-from usdm_sft.template.tokens import BYTE_NEWLINE, TemplateTokens
 
 NAMES = {"user_text": "transcript", "agent_text": "answer", "agent_units": "speech"}
 

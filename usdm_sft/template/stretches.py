@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from usdm_sft.template.config import Template
 from usdm_sft.template.exchanges import Exchange
-from usdm_sft.template.tokens import TemplateTokens
+from usdm_sft.template.special_tokens import TemplateTokens
 
 
 class Stretches:

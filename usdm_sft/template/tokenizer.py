@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from usdm_sft.template.base import add_units, open_tokenizer
 from usdm_sft.template.chat import ChatIds
 from usdm_sft.template.config import MAX_LENGTH, OFFLINE, USTM
-from usdm_sft.template.tokens import (
+from usdm_sft.template.special_tokens import (
     CONTINUE_TOKEN,
     CORRESPOND_TOKEN,
     TemplateTokens,

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from usdm_sft.cache.keys import cache_key
-from usdm_sft.cache.locks import path_lock
 from usdm_sft.utils.atomic import replace_text
+from usdm_sft.utils.cache_keys import cache_key
+from usdm_sft.utils.locks import path_lock
 
 if TYPE_CHECKING:
     from usdm_sft.audio.digests import AudioDigest

@@ -21,7 +21,7 @@ from usdm_sft.units import process
 from usdm_sft.units.batches import Waveform, prepare_waveform
 from usdm_sft.units.columns import distinct_audio, unit_columns
 from usdm_sft.units.folder import read_known_description, unit_model_digest
-from usdm_sft.units.hub import find_folder
+from usdm_sft.units.hub_unit_model import find_folder
 from usdm_sft.units.precision import check_cpu
 from usdm_sft.units.reading import READS, AudioReader, Source
 from usdm_sft.units.resample import resample_on

@@ -84,3 +84,11 @@ def _line_problem(line: str) -> str | None:
     if "\0" in line:
         return f"a NUL in {quote(line)}: save the file as UTF-8"
     return None
+
+
+def format_bytes(number: float) -> str:
+    """Format a size for people, such as "3.9 GB"; 1 GB is 1,000,000,000 bytes."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if number >= size:
+            return f"{number / size:,.1f} {unit}"
+    return f"{number / 1e3:,.0f} kB"

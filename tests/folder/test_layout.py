@@ -1,0 +1,214 @@
+"""What a run writes into its output folder, and what it leaves alone: locks, order of removal, links, versions."""
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+from filelock import Timeout
+
+from tests.helpers import command, content, options, record_states
+from usdm_sft.folder import layout, writer
+from usdm_sft.folder.layout import LOCK, UNFINISHED, check_output, lock_output
+from usdm_sft.folder.verify import verify
+from usdm_sft.prepare.prepare import prepare
+from usdm_sft.prepare.prepare import prepare as preparing
+
+ROUNDS = int(os.environ.get("USDM_ROUNDS", "2"))  # set it to 20 by hand; each takes seconds
+
+
+@pytest.mark.slow
+def test_two_runs_with_two_caches_take_turns(mini, unit_model, tmp_path):
+    for number in range(ROUNDS):
+        output = tmp_path / f"out{number}"
+        runs = {}
+        for seed in (1, 2):
+            changes = ("--cache_dir", tmp_path / f"cache{seed}", "--shuffle_seed", seed, "--output_path", output)
+            arguments = command(mini, unit_model, tmp_path, *map(str, changes))
+            runs[seed] = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        errors = {seed: run.communicate(timeout=300)[1] for seed, run in runs.items()}
+        [winner] = [seed for seed, run in runs.items() if run.returncode == 0]
+        refused = errors[3 - winner].splitlines()[-1]
+        assert f"{output} holds something else (or the result of other settings): name another output_path" in refused
+        assert verify(output) == {"train": 10, "test": 3}
+        assert json.loads((output / "counts.json").read_text())["settings"]["shuffle_seed"] == winner
+        assert not (output / UNFINISHED).exists()
+
+
+def finish_another_run_meanwhile(monkeypatch, arguments):
+    """Let a run with another seed and another cache finish the output folder while the next call of `prepare` makes its rows."""
+    fit = preparing.fit_splits
+
+    def fit_late(*args):
+        monkeypatch.setattr(preparing, "fit_splits", fit)
+        other = {"shuffle_seed": 5, "cache_dir": f"{arguments['cache_dir']}-2", "overwrite": False}
+        prepare(**arguments | other)
+        return fit(*args)
+
+    monkeypatch.setattr(preparing, "fit_splits", fit_late)
+
+
+@pytest.mark.slow
+def test_folder_that_another_run_finished_meanwhile_is_kept(mini, unit_model, tmp_path, monkeypatch):
+    arguments = options(mini, unit_model, tmp_path)
+    finish_another_run_meanwhile(monkeypatch, arguments)
+    with pytest.raises(FileExistsError, match=r"or the result of other settings\): name another output_path, or pass"):
+        prepare(**arguments)
+    assert json.loads((tmp_path / "out" / "counts.json").read_text())["settings"]["shuffle_seed"] == 5
+    assert verify(tmp_path / "out") == {"train": 10, "test": 3}
+
+
+@pytest.mark.slow
+def test_overwrite_replaces_a_folder_that_was_finished_meanwhile(mini, unit_model, tmp_path, monkeypatch, undisturbed):
+    arguments = options(mini, unit_model, tmp_path, overwrite=True)
+    finish_another_run_meanwhile(monkeypatch, arguments)
+    prepare(**arguments)
+    assert content(tmp_path / "out") == undisturbed
+
+
+def test_lock_of_an_output_holds_for_every_spelling(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    output = tmp_path / "new" / "out"
+    with lock_output(output):
+        (tmp_path / "link").symlink_to(output)
+        for spelling in (tmp_path / "link", tmp_path / "new" / ".." / "new" / "out", output.relative_to(tmp_path)):
+            with pytest.raises(Timeout):
+                lock_output(spelling).acquire(timeout=0)
+    check_output(output, overwrite=False, finished_too=True)  # the lock file alone is no content
+    assert os.listdir(output) == [LOCK]
+
+
+def test_output_without_working_locks_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", lambda file, operation: None)
+    message = r"without working file locks .*: name a folder on another file system with output_path$"
+    with pytest.raises(OSError, match=f"^{tmp_path} is on a .*{message}"):
+        check_output(tmp_path / "out", overwrite=False, finished_too=False)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match=message):
+        lock_output(tmp_path / "out")
+
+
+def test_lock_that_is_a_link_is_refused(mini, unit_model, tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / LOCK).symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match=rf"out/{LOCK} is a link, .*: remove the link"):
+        prepare(**options(mini, unit_model, tmp_path))
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_kill_while_files_are_moved_never_leaves_a_mixture(mini, unit_model, tmp_path, undisturbed, monkeypatch):
+    """The new folder has no recordings; those of the earlier one must not stay behind."""
+    arguments, states = options(mini, unit_model, tmp_path), tmp_path / "states"
+    prepare(**arguments, keep_audio=True, shuffle_seed=1)
+    before = content(tmp_path / "out")
+    move = writer._move_into_place
+
+    def move_slowly(unfinished, folder):
+        with record_states(folder, states):
+            move(unfinished, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_move_into_place", move_slowly)
+        prepare(**arguments, overwrite=True)
+    assert content(tmp_path / "out") == undisturbed
+    by_names = {}  # without the states between which only files within a folder were removed
+    for state in sorted(states.iterdir()):
+        found = {name: data for name, data in content(state).items() if not name.startswith(UNFINISHED)}
+        if "counts.json" in found:
+            assert found in (before, undisturbed), state
+        by_names[tuple(sorted(os.listdir(state)))] = state, found == before
+    for state, overwrite in [*by_names.values()][::3]:
+        prepare(**arguments | {"output_path": state, "overwrite": overwrite})
+        assert content(state) == undisturbed
+
+
+NAMES = ("single_turn", "utterances", "tokenizer", "pictures", "README.md", "counts.json", UNFINISHED)
+
+
+@pytest.fixture
+def precious(tmp_path):
+    """A folder and a file that no run may change."""
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("mine")
+    return tmp_path / "precious"
+
+
+def link(path, precious):
+    path.symlink_to(precious / "thesis.txt" if path.suffix else precious)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep_audio", [False, True])
+def test_links_in_an_output_folder_are_replaced(mini, unit_model, tmp_path, precious, undisturbed, keep_audio):
+    output = tmp_path / "out"
+    output.mkdir()
+    for name in NAMES:
+        link(output / name, precious)
+    arguments = options(mini, unit_model, tmp_path, keep_audio=keep_audio)
+    with pytest.raises(FileExistsError, match="holds something else"):
+        prepare(**arguments)
+    prepare(**arguments, overwrite=True)
+    assert not any(path.is_symlink() for path in output.rglob("*"))
+    assert verify(output) == {"train": 10, "test": 3}
+    assert content(output) == undisturbed or keep_audio
+    assert content(precious) == {"thesis.txt": b"mine"}
+
+
+def test_link_in_place_of_unfinished_files_is_not_an_interrupted_run(tmp_path, precious):
+    (tmp_path / "out").mkdir()
+    link(tmp_path / "out" / UNFINISHED, precious)
+    with pytest.raises(FileExistsError, match="holds something else"):
+        check_output(tmp_path / "out", overwrite=False, finished_too=False)
+
+
+def test_links_among_unfinished_files_are_removed(tmp_path, precious):
+    output, key = tmp_path / "out", "0123456789abcdef" * 4
+    unfinished = layout.open_unfinished(output, key, ("single_turn", "utterances"))
+    assert unfinished == output / UNFINISHED / key[:16]
+    (unfinished / "single_turn").mkdir()
+    (unfinished / "single_turn" / "train-00000-of-00001.parquet").write_text("finished")
+    link(unfinished / "single_turn" / "train-00001-of-00002.parquet", precious)
+    for name in ("utterances", "tokenizer", "README.md"):
+        link(unfinished / name, precious)
+    (output / UNFINISHED / "another run" / "single_turn").mkdir(parents=True)
+    link(output / UNFINISHED / "link", precious)
+    assert layout.open_unfinished(output, key, ("single_turn", "utterances")) == unfinished
+    assert content(output / UNFINISHED) == {f"{key[:16]}/single_turn/train-00000-of-00001.parquet": b"finished"}
+    assert [path.name for path in unfinished.parent.iterdir()] == [key[:16]]
+    shutil.rmtree(unfinished)
+    link(unfinished, precious)
+    layout.open_unfinished(output, key, ("single_turn",))
+    assert not unfinished.is_symlink() and list(unfinished.iterdir()) == []
+    assert content(precious) == {"thesis.txt": b"mine"}
+
+
+def change_version(monkeypatch, package, new):
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: new if name == package else version(name))
+
+
+@pytest.mark.slow
+def test_versions_that_change_no_row_leave_a_folder_finished(mini, unit_model, tmp_path, monkeypatch):
+    arguments = options(mini, unit_model, tmp_path)
+    counts = prepare(**arguments)
+    for package in ("datasets", "matplotlib", "pyarrow"):
+        change_version(monkeypatch, package, "99.1")
+    assert prepare(**arguments) == counts
+
+
+@pytest.mark.slow
+def test_version_that_may_change_rows_is_named(mini, unit_model, tmp_path, monkeypatch):
+    arguments = options(mini, unit_model, tmp_path)
+    old = prepare(**arguments)["versions"]["torch"]
+    change_version(monkeypatch, "torch", "99.1")
+    for settings, changes in (("the same", {}), ("other", {"max_length": 300})):
+        message = f"out holds the result of {settings} settings with other versions (torch {old} -> 99.1): name another"
+        with pytest.raises(FileExistsError) as raised:
+            prepare(**arguments | changes)
+        assert message in str(raised.value)
+    assert prepare(**arguments, overwrite=True)["versions"]["torch"] == "99.1"

@@ -1,0 +1,129 @@
+"""Token shards and Parquet files that several processes make."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers import command, content, options, wait_for, wait_for_end_of_group
+from usdm_sft.folder import parquet
+from usdm_sft.prepare.prepare import open_run as opening
+from usdm_sft.prepare.prepare import prepare
+from usdm_sft.prepare.prepare import prepare as pipeline
+from usdm_sft.prepare.prepare import token_shards as tokens
+
+SCRIPT = """
+from usdm_sft.prepare.prepare import prepare as pipeline
+from usdm_sft.prepare.prepare import open_run as opening
+
+opening.UTTERANCES_PER_PROCESS = 1  # so that a small corpus gets processes
+print("the script runs")
+"""
+
+
+@pytest.fixture
+def in_processes(monkeypatch):
+    """Two processes make token shards and Parquet files."""
+    monkeypatch.setattr(opening, "UTTERANCES_PER_PROCESS", 1)
+    monkeypatch.setattr(pipeline, "num_cores", lambda: 2)
+
+
+def count_calls(monkeypatch, module, name):
+    """Return a list that grows with each call of a function in this process."""
+    function, calls = getattr(module, name), []
+    monkeypatch.setattr(module, name, lambda *args, **kwargs: calls.append(1) or function(*args, **kwargs))
+    return calls
+
+
+def write_script(folder, *lines):
+    (folder / "script.py").write_text("\n".join([SCRIPT, *lines]) + "\n")
+    return [sys.executable, str(folder / "script.py")]
+
+
+def test_files_do_not_depend_on_the_number_of_processes(mini, unit_model, tmp_path, undisturbed, monkeypatch):
+    prepare(**options(mini, unit_model, tmp_path / "one"))
+    monkeypatch.setattr(opening, "UTTERANCES_PER_PROCESS", 1)
+    made_here = (
+        count_calls(monkeypatch, tokens, "map_shard"),
+        count_calls(monkeypatch, parquet, "_with_trainer_columns"),
+    )
+    prepare(**options(mini, unit_model, tmp_path / "two", num_proc=2) | {"cache_dir": str(tmp_path / "cache")})
+    num_files = len(list((tmp_path / "two" / "out" / "single_turn").iterdir()))
+    for made, number in zip(made_here, (6, num_files), strict=True):
+        assert 1 <= len(made) <= number - 2  # two at least wait for the other process
+    assert content(tmp_path / "two" / "out") == content(tmp_path / "one" / "out") == undisturbed
+    one = {name: data for name, data in content(tmp_path / "one" / "cache").items() if name.endswith(".arrow")}
+    two = {name: data for name, data in content(tmp_path / "cache").items() if name.endswith(".arrow")}
+    assert one == two and sum(name.startswith("tokens/") for name in two) == 6
+
+
+@pytest.mark.slow
+def test_cut_and_shuffled_rows_do_not_depend_on_the_number_of_processes(mini, unit_model, tmp_path, in_processes):
+    changes = {"config_name": "multi_turn", "max_length": 400, "overflow": "split", "shuffle_seed": 3}
+    counts = prepare(**options(mini, unit_model, tmp_path, num_proc=1, **changes))
+    assert counts["splits"]["train"]["rows_cut"]
+    prepare(**options(mini, unit_model, tmp_path, output_path=str(tmp_path / "two"), **changes))
+    assert content(tmp_path / "two") == content(tmp_path / "out")
+
+
+def test_small_corpus_starts_no_process(mini, unit_model, tmp_path, undisturbed, monkeypatch):
+    monkeypatch.setattr("usdm_sft.utils.processes.start_process", None)
+    prepare(**options(mini, unit_model, tmp_path, num_proc=8))
+    assert content(tmp_path / "out") == undisturbed
+
+
+def test_number_of_processes_is_checked(mini, unit_model, tmp_path):
+    with pytest.raises(ValueError, match="num_proc is 0: give a positive number"):
+        prepare(**options(mini, unit_model, tmp_path, num_proc=0))
+
+
+@pytest.mark.slow
+def test_script_without_a_main_guard(mini, unit_model, tmp_path, undisturbed):
+    run = write_script(tmp_path, f"pipeline.prepare(**{options(mini, unit_model, tmp_path, num_proc=2)!r})")
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the script runs\n", "")
+    assert content(tmp_path / "out") == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", ["cache/tokens/*.arrow", "out/.unfinished/*/single_turn/*.parquet"])
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_run_ends_its_processes_and_is_resumed(
+    mini, unit_model, tmp_path, undisturbed, pattern, signal_number
+):
+    arguments = command(mini, unit_model, tmp_path, "--num_proc", "2")[3:]
+    run = write_script(tmp_path, "from usdm_sft.cli.main import main", f"main({arguments!r})")
+    run = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(lambda: list(tmp_path.glob(pattern)), run)
+    if signal_number == signal.SIGINT:
+        os.killpg(run.pid, signal_number)  # as a terminal does
+        assert run.communicate(timeout=60)[1] == (
+            "dailytalk-usdm prepare: interrupted; start it again, finished work is kept\n"
+        )
+        assert run.returncode == 130
+    else:
+        run.kill()
+        run.wait()
+    wait_for_end_of_group(run.pid)
+    subprocess.run(command(mini, unit_model, tmp_path), check=True, capture_output=True)
+    assert content(tmp_path / "out") == undisturbed
+    assert not list(tmp_path.rglob("*.unfinished"))
+
+
+@pytest.mark.slow
+def test_full_disk_in_a_process_gives_one_line(mini, unit_model, tmp_path, undisturbed):
+    units = prepare(**options(mini, unit_model, tmp_path, output_path=str(tmp_path / "first")))
+    assert units["splits"]["train"]["rows"]
+    for path in (tmp_path / "cache" / "tokens").glob("*.arrow"):
+        path.unlink()
+    arguments = command(mini, unit_model, tmp_path, "--num_proc", "2")[3:]
+    limit = "import resource, sys; sys.dont_write_bytecode = True; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"  # EFBIG in place of ENOSPC
+    run = write_script(tmp_path, "from usdm_sft.cli.main import main", limit, f"main({arguments!r})")
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "File too large" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "out" / "counts.json").exists()
+    subprocess.run(command(mini, unit_model, tmp_path), check=True, capture_output=True)
+    assert content(tmp_path / "out") == undisturbed

@@ -1,0 +1,514 @@
+import errno
+import multiprocessing
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from dailytalk_usdm import DailyTalkUSDM
+from tests.helpers import (
+    REPOSITORY,
+    command,
+    content,
+    inodes,
+    make_in_two_runs_at_once,
+    options,
+    wait_for,
+    wait_for_end_of_group,
+)
+from usdm_sft.audio.reading import AudioError
+from usdm_sft.prepare.prepare import devices, prepare, workers
+from usdm_sft.units import reading
+from usdm_sft.units.model import UnitModel
+from usdm_sft.utils import processes
+from usdm_sft.utils.lazily import Lazily
+from usdm_sft.utils.shard_cache import ShardCache
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+    """Two processes on the CPU in place of two GPUs."""
+    monkeypatch.setattr(devices, "find_devices", lambda num_gpus: ["cpu", "cpu:0"])
+
+
+@pytest.fixture
+def two_readers(monkeypatch):
+    """For each device, two processes read the audio, as for a GPU and a larger corpus."""
+    monkeypatch.setattr(workers, "count_readers", lambda shards, devices: 2)
+
+
+def test_processes_that_read_audio_give_the_bytes_of_threads(
+    mini, unit_model, tmp_path, two_readers, undisturbed, monkeypatch
+):
+    monkeypatch.setattr(reading, "_read_here", None)  # this process reads nothing
+    prepare(**options(mini, unit_model, tmp_path))
+    assert content(tmp_path / "out") == undisturbed
+    assert multiprocessing.active_children() == []
+
+
+def read_or_be_killed(source, contents):
+    if source.endswith("0_1_d8.wav"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return reading.read_at_16_khz(source, contents)
+
+
+@pytest.mark.slow
+def test_killed_reader_ends_the_run_and_finished_work_is_kept(
+    mini, unit_model, tmp_path, two_readers, undisturbed, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setitem(reading.READS, "soxr", read_or_be_killed)
+        with pytest.raises(
+            RuntimeError, match=r"a process died \(reads audio, process \d, exit code -9\): start the run"
+        ):
+            prepare(**options(mini, unit_model, tmp_path))
+    assert multiprocessing.active_children() == []
+    finished = inodes(tmp_path, "cache/units/*.arrow")
+    assert 0 < len(finished) < 6
+    prepare(**options(mini, unit_model, tmp_path))
+    assert inodes(tmp_path, "cache/units/*.arrow").items() >= finished.items()
+    assert content(tmp_path / "out") == undisturbed
+
+
+def test_number_of_readers(monkeypatch):
+    def count(num_files, devices):
+        return workers.count_readers(
+            [workers.UnitShard("", [], dict.fromkeys(map(str, range(num_files)), ""))], devices
+        )
+
+    monkeypatch.setattr(workers, "num_cores", lambda: 24)
+    gpus = [f"cuda:{index}" for index in range(4)]
+    assert [count(num_files, gpus[:1]) for num_files in (0, 255, 256, 1_000, 100_000)] == [0, 0, 1, 3, 8]
+    assert [count(100_000, gpus), count(2_100, gpus), count(100_000, ["cpu"])] == [6, 2, 0]
+    monkeypatch.setattr(workers, "num_cores", lambda: 2)
+    assert [count(100_000, gpus[:1]), count(100_000, gpus)] == [2, 1]
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # which may not start processes
+    assert count(100_000, gpus) == 0
+
+
+class FourAtATime:
+    """Takes the place of a device process: a thread that finishes a shard when it has three later ones, as on CUDA."""
+
+    exitcode = None
+
+    def __init__(self, target, args, name):
+        self._waiting, self._done = args[-2:]
+        self._thread = threading.Thread(target=self._work)
+        self._thread.start()
+        self.join, self.terminate = self._thread.join, lambda: None
+
+    def _work(self):
+        held = []
+        for shard in iter(self._waiting.get, None):
+            held.append(shard)
+            if len(held) == 4:
+                self._done.put((held.pop(0).key, Path("finished")))
+        for shard in held:
+            self._done.put((shard.key, Path("finished")))
+
+
+@pytest.mark.parametrize(("num_shards", "num_devices"), [(60, 3), (5, 3), (2, 3), (0, 2)])
+def test_few_shards_are_in_memory_for_several_devices(monkeypatch, num_shards, num_devices):
+    monkeypatch.setattr(workers, "start_process", FourAtATime)
+    made, ahead, finished = [], [], []
+    shards = Lazily(lambda index: made.append(index) or workers.UnitShard(f"key {index}", [], {}), num_shards)
+    unit_tokenizer, devices = SimpleNamespace(release=lambda: None), [f"cpu:{index}" for index in range(num_devices)]
+    for key, path in workers.make_unit_shards(shards, unit_tokenizer, devices, None):
+        ahead.append(len(made) - len(ahead))
+        finished.append(key)
+        assert path == Path("finished")
+    assert made == list(range(num_shards))
+    assert sorted(finished) == sorted(f"key {index}" for index in range(num_shards))
+    assert max(ahead, default=0) == min(4 * num_devices + 1, num_shards)  # four for each, and the next one
+
+
+def test_readers_are_counted_without_making_all_shards(monkeypatch):
+    monkeypatch.setattr(workers, "num_cores", lambda: 24)
+    made = []
+    digests = dict.fromkeys(map(str, range(1_000)), "")
+    shards = Lazily(lambda index: made.append(index) or workers.UnitShard("", [], digests), 1_000)
+    assert workers.count_readers(shards, ["cuda:0"]) == 8
+    assert made == [0, 1, 2]  # 2,048 files are enough for 8 processes
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_bytes_of_one(
+    mini, unit_model, tmp_path, two_processes, two_readers, undisturbed, monkeypatch
+):
+    monkeypatch.setattr(UnitModel, "forward", None)  # this process computes no units
+    prepare(**options(mini, unit_model, tmp_path))
+    assert content(tmp_path / "out") == undisturbed
+
+
+@pytest.fixture
+def after_the_first_pass(monkeypatch):
+    """A function that makes a file of the corpus change between the first pass over the audio and the units."""
+    load = DailyTalkUSDM.as_dataset
+
+    def write(path, data):
+        monkeypatch.setattr(
+            DailyTalkUSDM, "as_dataset", lambda self, split: path.write_bytes(data) and load(self, split=split)
+        )
+
+    return write
+
+
+@pytest.mark.slow
+def test_error_in_a_process_reaches_the_caller_and_prints_no_traceback(
+    mini, unit_model, tmp_path, two_processes, two_readers, after_the_first_pass, capfd
+):
+    corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
+    path = corpus / "data" / "8" / "0_1_d8.wav"
+    after_the_first_pass(path, path.read_bytes()[:244])
+    with pytest.raises(AudioError, match=r"0_1_d8\.wav was changed during the run") as caught:
+        prepare(**options(mini, unit_model, tmp_path, data_dir=str(corpus)))
+    assert "in read_unchanged" in caught.value.__notes__[0]  # the traceback in the process that reads
+    assert "in _run_process" in caught.value.__notes__[1]  # and in that of the device
+    assert capfd.readouterr().err == ""
+
+
+def test_audio_that_changes_during_the_run_is_refused_and_makes_no_unit_shard(
+    mini, unit_model, tmp_path, after_the_first_pass, undisturbed
+):
+    corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
+    path = corpus / "data" / "8" / "0_1_d8.wav"
+    before = path.read_bytes()
+    after_the_first_pass(path, (corpus / "data" / "3" / "0_0_d3.wav").read_bytes())
+    with pytest.raises(AudioError, match=r"0_1_d8\.wav was changed during the run"):
+        prepare(**options(mini, unit_model, tmp_path, data_dir=str(corpus)))
+    path.write_bytes(before)
+    after_the_first_pass(path, before)
+    prepare(**options(mini, unit_model, tmp_path, data_dir=str(corpus)))
+    assert content(tmp_path / "out") == undisturbed
+
+
+def test_audio_that_is_swapped_while_it_is_decoded_has_the_units_of_its_digest(
+    mini, unit_model, tmp_path, undisturbed, monkeypatch
+):
+    corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
+    path, other = corpus / "data" / "8" / "0_1_d8.wav", corpus / "data" / "3" / "0_0_d3.wav"
+    check, swapped = reading.read_unchanged, []
+
+    def swap_after_the_check(address, *rest):
+        contents = check(address, *rest)
+        if address == str(path):
+            swapped.append(path.write_bytes(other.read_bytes()))
+        return contents
+
+    monkeypatch.setattr(reading, "read_unchanged", swap_after_the_check)
+    prepare(**options(mini, unit_model, tmp_path, data_dir=str(corpus)))
+    assert len(swapped) == 1  # read once
+    assert content(tmp_path / "out") == undisturbed
+
+
+@pytest.mark.slow
+def test_process_that_dies_is_named_and_finished_work_is_kept(
+    mini, unit_model, tmp_path, two_processes, undisturbed, monkeypatch
+):
+    killer = tmp_path / "sitecustomize.py"  # Python runs it in every process that this one starts
+    killer.write_text(
+        "import os, sys\n"
+        "if 'spawn_main' in ' '.join(sys.orig_argv):\n"
+        "    import threading, time, glob\n"
+        "    def kill():\n"
+        f"        while not glob.glob({str(tmp_path / 'cache' / 'units' / '*.arrow')!r}):\n"
+        "            time.sleep(0.001)\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "    threading.Thread(target=kill, daemon=True).start()\n"
+    )
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(REPOSITORY)]))
+        with pytest.raises(RuntimeError, match=r"a process died \(units on cpu.*, exit code -9\): start the run again"):
+            prepare(**options(mini, unit_model, tmp_path))
+    finished = inodes(tmp_path, "cache/units/*.arrow")
+    assert finished
+    prepare(**options(mini, unit_model, tmp_path))
+    assert inodes(tmp_path, "cache/units/*.arrow").items() >= finished.items()
+    assert content(tmp_path / "out") == undisturbed
+
+
+KILL_POINTS = (  # when the first, fourth and last unit shard, the second token shard, and the fifth output file are finished
+    ("cache/units/*.arrow", 1),
+    ("cache/units/*.arrow", 4),
+    ("cache/units/*.arrow", 6),
+    ("cache/tokens/*.arrow", 2),
+    ("out/.unfinished/*/single_turn/*.parquet", 5),
+)
+
+
+@pytest.mark.slow
+def test_killed_run_is_resumed(mini, unit_model, tmp_path, undisturbed):
+    """One run after the other is killed, and each goes on where the one before it was killed."""
+    arguments, finished = command(mini, unit_model, tmp_path), {}
+    for pattern, number in KILL_POINTS:
+        run = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(lambda pattern=pattern, number=number: len(list(tmp_path.glob(pattern))) >= number, run)
+        run.kill()
+        run.wait()
+        assert not (tmp_path / "out" / "counts.json").exists()
+        before, finished = finished, inodes(tmp_path, "cache/*/*.arrow")
+        assert finished.items() >= before.items()  # no finished file was written again
+        assert len(finished) >= (number if "cache" in pattern else 12)
+    prepare(**options(mini, unit_model, tmp_path))
+    assert inodes(tmp_path, "cache/*/*.arrow") == finished
+    assert content(tmp_path / "out") == undisturbed
+    assert not list(tmp_path.rglob("*.unfinished"))
+
+
+@pytest.mark.slow
+def test_two_runs_share_one_cache(mini, unit_model, tmp_path, undisturbed, monkeypatch):
+    make_in_two_runs_at_once(mini, unit_model, tmp_path, monkeypatch)
+    assert content(tmp_path / "out") == undisturbed
+    assert content(tmp_path / "other") == undisturbed
+
+
+@pytest.mark.slow
+def test_agreement_is_measured_once_and_is_in_counts_and_log(mini, unit_model, tmp_path, caplog, monkeypatch):
+    counts = prepare(**options(mini, unit_model, tmp_path, precision="bf16"))
+    agreement = counts["agreement"]
+    assert agreement["utterances"] == 19
+    assert 0.9 < agreement["share"] == round(agreement["equal_units"] / agreement["units"], 6) < 1
+    assert (
+        f"bf16, soxr: {100 * agreement['share']:.2f} % of the units equal those of fp32 and soxr (19 utterances)"
+        in caplog.text
+    )
+    monkeypatch.setattr(UnitModel, "forward", None)
+    again = prepare(**options(mini, unit_model, tmp_path, precision="bf16", output_path=str(tmp_path / "again")))
+    assert again["agreement"] == agreement
+
+
+def test_agreement_is_none_for_the_settings_of_the_reference(mini, unit_model, tmp_path):
+    assert prepare(**options(mini, unit_model, tmp_path))["agreement"] is None
+
+
+def test_more_gpus_than_this_machine_has(mini, unit_model, tmp_path):
+    with pytest.raises(ValueError, match="num_gpus is 99: this machine has"):
+        prepare(**options(mini, unit_model, tmp_path, num_gpus=99))
+
+
+def test_work_shards_that_overlap_give_the_bytes_of_one_after_the_other(
+    mini, unit_model, tmp_path, undisturbed, monkeypatch
+):
+    pipeline = workers._Pipeline
+    monkeypatch.setattr(workers, "_Pipeline", lambda *args, ahead, num_readers: pipeline(*args, ahead=1, num_readers=0))
+    prepare(**options(mini, unit_model, tmp_path))
+    assert content(tmp_path / "out") == undisturbed
+    assert not list(tmp_path.rglob("*.unfinished"))
+
+
+class Device:
+    """A `UnitTokenizer` that writes down what is asked of it."""
+
+    def __init__(self, done):
+        self.settings, self.fp32_fallback = {"device": "cuda"}, set()
+        self.done = done
+
+    def start_reader(self, num_processes):
+        self.reading = True
+
+    def end_reader(self):
+        self.reading = False
+
+    def read_ahead(self, sources, digests):
+        self.done.append(f"read {sources[0]}")
+
+    def forget(self, sources):
+        self.done.append(f"forget {sources[0]}")
+
+    def start_files(self, sources, digests):
+        self.done.append(f"start {sources[0]}")
+
+        def finish():
+            self.done.append(f"finish {sources[0]}")
+            if "bad" in sources:
+                raise ValueError("bad")
+            return [[1, 2]] * len(sources), [0.5] * len(sources)
+
+        return finish
+
+
+def unit_shards(*names):
+    """Work shards of one file each; their keys begin with the name and therefore have different locks."""
+    return [workers.UnitShard(name * 16, [name], {name: "0" * 64}) for name in names]
+
+
+def test_device_gets_the_next_work_shard_before_the_file_of_this_one_is_written(tmp_path):
+    done = []
+    device = Device(done)
+    shards = unit_shards("a", "b", "c", "d")
+    for key, path in workers.make_unit_shards(shards, device, ["cuda"], ShardCache(tmp_path)):
+        assert device.reading
+        assert path.name.startswith(key)
+        done.append(f"yield {key[0]}")
+    assert done == [
+        "read a", "read b", "start a", "read c", "start b", "finish a", "read d", "start c", "finish b", "yield a",
+        "start d", "finish c", "yield b", "finish d", "yield c", "yield d",
+    ]  # fmt: skip
+    assert len(list(tmp_path.glob("*.arrow"))) == 4
+    assert not device.reading
+
+
+@pytest.mark.parametrize(("names", "error", "kept"), [("ab", OSError, ""), (("a", "b", "bad", "c"), ValueError, "ab")])
+def test_errors_of_device_and_writer_surface_and_later_runs_are_not_blocked(tmp_path, monkeypatch, names, error, kept):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    level, shards = ShardCache(tmp_path), unit_shards(*names)
+    with monkeypatch.context() as patch:
+        if error is OSError:
+            patch.setattr(workers, "map_shard", full)
+        with pytest.raises(error, match=r"No space left on device|bad"):
+            list(workers.make_unit_shards(shards, Device([]), ["cuda"], level))
+    assert sorted(path.name[0] for path in tmp_path.glob("*.arrow")) == list(kept)
+    for shard in shards:
+        with level.claim(shard.key, wait=False) as claim:  # None would mean that a lock is still held
+            assert (claim.finished is not None) == (shard.audio[0] in kept)
+
+
+def test_run_that_waits_for_another_one_gives_up_its_own_claims_first(tmp_path):
+    level, done = ShardCache(tmp_path), []
+    shards = unit_shards("a", "b", "c")
+    other = level.claim(shards[1].key)
+    made = workers.make_unit_shards(shards, Device(done), ["cuda"], level)
+    assert next(made)[0] == shards[0].key  # written although the second work shard is not available
+    with level.claim(shards[0].key, wait=False) as claim:
+        assert claim.finished is not None
+    path = other.write(lambda path: Path(path).write_bytes(b"of the other run"))
+    other.release()
+    assert [key[0] for key, _ in made] == ["b", "c"]
+    assert path.read_bytes() == b"of the other run"
+    assert "start b" not in done and "forget b" in done
+
+
+class TwoArguments(Exception):
+    def __init__(self, one, two):
+        super().__init__(one)
+
+
+@pytest.mark.parametrize(
+    "error", [TwoArguments("what was wrong", 2), type("Local", (ValueError,), {})("what was wrong")]
+)
+def test_error_that_cannot_be_pickled_keeps_its_message(error):
+    sent = processes.sendable(error)
+    assert type(sent) is RuntimeError and str(sent) == f"{type(error).__name__}: what was wrong"
+
+
+def test_error_that_can_be_pickled_keeps_its_class():
+    assert isinstance(processes.sendable(AudioError("bad")), AudioError)
+
+
+class Queue:
+    """A queue of results: `get` calls one turn after the other. None means that no result came in time."""
+
+    def __init__(self, *turns):
+        self.turns = list(turns)
+
+    def get(self, timeout):
+        result = self.turns.pop(0)()
+        if result is None:
+            raise queue.Empty
+        return result
+
+
+def test_processes_that_end_before_their_work_is_done():
+    ended, running = SimpleNamespace(exitcode=0), SimpleNamespace(exitcode=None)
+    results = Queue(lambda: None, lambda: (0, "a"))
+    assert list(processes.receive(results, {"cuda:0": ended, "cuda:1": running}, 1)) == [(0, "a")]
+    with pytest.raises(RuntimeError, match="the processes ended before their work was done"):
+        next(processes.receive(Queue(lambda: None), {"cuda:0": ended, "cuda:1": ended}, 1))
+
+
+def test_last_result_sent_right_before_the_exit_is_received():
+    process = SimpleNamespace(exitcode=None)
+    # The process sends its result and ends just after the timeout.
+    late = Queue(lambda: setattr(process, "exitcode", 0), lambda: (0, "a"))
+    assert list(processes.receive(late, {"cuda:0": process}, 1)) == [(0, "a")]
+
+
+SCRIPT = """
+import os
+from usdm_sft.prepare.prepare import devices
+from usdm_sft.prepare.prepare import workers
+from usdm_sft.utils import processes
+from usdm_sft.utils.lazily import Lazily
+
+devices.find_devices = lambda num_gpus: ["cpu", "cpu:0"]
+workers.count_readers = lambda shards, devices: 1
+print("the script runs")
+"""
+
+
+def script(folder, *lines):
+    """Write a script that computes in two processes and has no main guard; return its command line."""
+    (folder / "script.py").write_text("\n".join([SCRIPT, *lines]) + "\n")
+    return [sys.executable, str(folder / "script.py")]
+
+
+@pytest.mark.slow
+def test_script_without_a_main_guard(mini, unit_model, tmp_path, undisturbed):
+    given = options(mini, unit_model, tmp_path)
+    run = script(tmp_path, "from usdm_sft.prepare.prepare import prepare", f"prepare(**{given!r})")
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the script runs\n", "")
+    assert content(tmp_path / "out") == undisturbed
+
+
+# Moments of the Ctrl-C: while the second process starts, or when the first unit shard is finished.
+AT_THE_START = """
+import time
+start = processes.SpawnProcess.start
+def start_and_mark(process):
+    start(process)
+    if process.name == "units on cpu:0":
+        time.sleep(0.5)  # the process is importing now
+        open({started!r}, "w").close()
+processes.SpawnProcess.start = start_and_mark
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lines", "pattern"), [(AT_THE_START, "started"), ("", "cache/units/*.arrow")], ids=["at the start", "at work"]
+)
+def test_ctrl_c_with_several_processes_prints_one_line(mini, unit_model, tmp_path, undisturbed, lines, pattern):
+    arguments = command(mini, unit_model, tmp_path)[3:]
+    lines = lines.format(started=str(tmp_path / "started"))
+    run = script(tmp_path, lines, "from usdm_sft.cli.main import main", f"main({arguments!r})")
+    run = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(lambda: list(tmp_path.glob(pattern)), run)
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+    assert run.communicate(timeout=60)[1] == (
+        "dailytalk-usdm prepare: interrupted; start it again, finished work is kept\n"
+    )
+    assert run.returncode == 130
+    wait_for_end_of_group(run.pid)
+    prepare(**options(mini, unit_model, tmp_path))
+    assert content(tmp_path / "out") == undisturbed
+
+
+@pytest.mark.slow
+def test_processes_end_when_their_parent_is_killed(mini, unit_model, tmp_path):
+    code = (
+        "from usdm_sft.executors import devices\n"
+        "from usdm_sft.prepare import workers\n"
+        "devices.find_devices = lambda num_gpus: ['cpu', 'cpu:0']\n"
+        "workers.count_readers = lambda shards, devices: 1\n"
+        "from usdm_sft.cli.main import main\n"
+        "if __name__ == '__main__':\n"
+        f"    main({command(mini, unit_model, tmp_path)[3:]!r})\n"
+    )
+    (tmp_path / "run.py").write_text(code)
+    run = subprocess.Popen(
+        [sys.executable, str(tmp_path / "run.py")], stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    wait_for(lambda: list(tmp_path.glob("cache/units/*.arrow")), run)
+    run.kill()
+    run.wait()
+    wait_for_end_of_group(run.pid)

@@ -1,0 +1,195 @@
+"""A corpus on the Hub as manifests and recordings in the cache.
+
+The dataset has the columns of a manifest; of a dataset folder that was prepared with `--keep_audio`, the config `utterances` is
+read. Its audio is in the rows, or in files of the dataset repository. Other files are refused: an untrusted dataset could
+otherwise read files of the user and put their sound into the output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from usdm_sft.audio.addresses import absolute_file, disk_files
+from usdm_sft.audio.digests import file_digests
+from usdm_sft.corpus.manifest import OPTIONAL, REQUIRED, UTTERANCES
+from usdm_sft.corpus.problems import CorpusError, add_problem
+from usdm_sft.utils.atomic import replace_text, write_then_replace
+from usdm_sft.utils.cache_keys import cache_root
+from usdm_sft.utils.hashes import sha256_file
+from usdm_sft.utils.locks import path_lock
+from usdm_sft.utils.texts import first_line, quote
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "hub:"
+_DIGEST = re.compile(r"[0-9a-f]{64}")  # name of a recording
+_REMOTE = ("hf://", "https://", "http://")
+_VERSION = 2  # version of the manifests in the cache; those of version 1 may name any file
+
+
+def is_hub_corpus(data_dir: Any) -> bool:
+    """Return True if `data_dir` is "hub:USER/NAME" or "hub:USER/NAME@REVISION"."""
+    return str(data_dir).startswith(PREFIX)
+
+
+def fetch_corpus(name: str, cache_dir: str | Path | None = None) -> dict[str, Path]:
+    """Load a dataset from the Hub and write its recordings to files in the cache, once.
+
+    Args:
+        name: Such as "hub:user/calls", or "hub:user/calls@v1" for a revision.
+        cache_dir: Where manifests and recordings are kept; this package's cache by default.
+
+    Returns:
+        The manifest of each split.
+
+    Raises:
+        OSError: The dataset cannot be loaded.
+        ValueError: A column of a manifest is missing, or a folder here has the name of the dataset.
+        CorpusError: A row names audio outside the dataset; the message names each such row.
+    """
+    import datasets  # slow to import, and needed for a corpus on the Hub only
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    repository, _, revision = name.removeprefix(PREFIX).partition("@")
+    if Path(repository).exists():  # datasets would read it in place of the dataset on the Hub
+        raise ValueError(
+            f"{PREFIX}{repository} names a dataset of the Hub, but {Path(repository).resolve()} exists here and would be "
+            "read in its place: run the command in another folder"
+        )
+    try:
+        builder = datasets.load_dataset_builder(repository, revision=revision or None)
+        if UTTERANCES in builder.builder_configs:
+            builder = datasets.load_dataset_builder(repository, UTTERANCES, revision=revision or None)
+        check_data_files(repository, builder.config.data_files)
+        builder.download_and_prepare()
+        splits = builder.as_dataset()
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if isinstance(error, CorpusError):
+            raise
+        reason = first_line(error.__cause__ or error)  # datasets itself says no more than that an error occurred
+        raise OSError(
+            f"dataset {repository} cannot be loaded from the Hub ({reason}): check its name and the network"
+        ) from error
+    cache = cache_root(cache_dir)
+    files = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="dataset")).resolve()
+    return {
+        split: _write_manifest(rows, f"{repository}, split {split}", files, cache) for split, rows in splits.items()
+    }
+
+
+def check_data_files(repository: str, data_files: Mapping[Any, Iterable[Any]] | None) -> None:
+    """Check that all data files of a dataset lie on the Hub. datasets 3 takes any path from a dataset card.
+
+    Raises:
+        CorpusError: The card names a local file.
+    """
+    for file in chain.from_iterable((data_files or {}).values()):
+        if not str(file).rpartition("::")[2].startswith(_REMOTE):
+            raise CorpusError([f"dataset {repository} names the local file {file} as its data: use another dataset"])
+
+
+def _write_manifest(rows: Dataset, name: str, files: Path, cache: Path) -> Path:
+    """Write the manifest and recordings of one split, unless the cache has them. Damage in the cache is found and made good.
+
+    Args:
+        rows: The split.
+        name: Repository and split, for error messages.
+        files: The folder of the downloaded repository.
+        cache: The cache folder.
+    """
+    import datasets
+
+    if missing := [column for column in REQUIRED if column not in rows.column_names]:
+        raise ValueError(f"{name} has no column {', '.join(missing)}: rename its columns to those of a manifest")
+    folder = cache / "hub" / hashlib.sha256(f"{_VERSION} {rows._fingerprint}".encode()).hexdigest()[:32]
+    manifest, record = folder / "manifest.jsonl", folder / "manifest.sha256"  # the record is written last
+    with path_lock(folder, cache):
+        num_recordings = _remove_damaged(folder, cache)
+        if manifest.is_file() and record.is_file():
+            if record.read_bytes() == f"{sha256_file(manifest)} {num_recordings}".encode():
+                return manifest
+            logger.warning("%s was damaged after it was written: making it again", folder)
+        rows = rows.select_columns([column for column in (*REQUIRED, *OPTIONAL) if column in rows.column_names])
+        if isinstance(rows.features["audio"], datasets.Audio):
+            rows = rows.cast_column("audio", datasets.Audio(decode=False))
+        problems: list[str] = []
+        with write_then_replace(manifest) as file:
+            for number, row in enumerate(rows):
+                row["audio"], problem = _write_audio(row["audio"], number, folder, files)
+                if problem is not None:
+                    add_problem(problems, f"{name}, row {number}: {problem}")
+                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+            if problems:
+                raise CorpusError(problems)
+        replace_text(record, f"{sha256_file(manifest)} {len(_find_recordings(folder))}")
+    return manifest
+
+
+def _remove_damaged(folder: Path, cache: Path) -> int:
+    """Remove recordings whose bytes do not have the digest in their name, and return the number of the others."""
+    recordings = _find_recordings(folder)
+    damaged = [
+        path
+        for path, sha256 in zip(recordings, file_digests(recordings, cache), strict=True)
+        if sha256 != os.path.basename(path)
+    ]
+    for path in damaged:
+        os.unlink(path)
+    return len(recordings) - len(damaged)
+
+
+def _find_recordings(folder: Path) -> list[str]:
+    """Return the absolute paths of the recordings, as a manifest in the folder means them."""
+    names = filter(_DIGEST.fullmatch, os.listdir(folder) if folder.is_dir() else [])
+    return [os.path.abspath(folder / name) for name in names]
+
+
+def _write_audio(audio: Any, number: int, folder: Path, files: Path) -> tuple[Any, str | None]:
+    """Return the path of the recording of a row and what is wrong with it.
+
+    Bytes become a file with their sha256 as its name. A row without a recording gets the name of a file that does not exist, which
+    `on_bad_audio` then decides about as it does about any missing file.
+    """
+    if audio is None:
+        return f"no recording in row {number}", None
+    content, path = (audio.get("bytes"), audio.get("path")) if isinstance(audio, dict) else (None, audio)
+    if isinstance(path, bytes):  # a column of type binary
+        content = path
+    if content is not None:
+        if not isinstance(content, bytes):
+            return (
+                None,
+                f"audio is a {type(content).__name__}, not the bytes of a recording: put the recording into the row",
+            )
+        return _write_bytes(content, folder), None
+    if isinstance(path, str) and path and not _is_inside(path, folder, files):
+        return path, f"audio {quote(path)} is not a file of the dataset: put the audio itself into the row"
+    return path, None
+
+
+def _write_bytes(content: bytes, folder: Path) -> str:
+    path = folder / hashlib.sha256(content).hexdigest()
+    if not path.is_file():
+        with write_then_replace(path, "wb", sync=False) as file:  # every run checks the digest
+            file.write(content)
+    return path.name
+
+
+def _is_inside(path: str, folder: Path, files: Path) -> bool:
+    """Return True if every file of the address is in `files`, with symlinks followed; relative paths start at `folder`."""
+    try:
+        return all(Path(file).is_relative_to(files) for file in disk_files(absolute_file(path, folder)))
+    except ValueError:  # a NUL in the path
+        return False

@@ -1,0 +1,154 @@
+"""Compare a dataset folder with the reference's train.txt and test.txt, as multisets of lines."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from usdm_sft.folder.ranges import RowRange, count_processes, divide_rows
+from usdm_sft.folder.text_lines import format_lines, parse_line
+from usdm_sft.template.special_tokens import naming_errors
+from usdm_sft.utils.processes import ProcessPool, in_order
+from usdm_sft.utils.texts import count_noun
+
+
+def first_difference(found: npt.ArrayLike, expected: npt.ArrayLike) -> int | None:
+    """The first position at which two sequences of ids differ, or None if they are equal."""
+    found, expected = np.asarray(found), np.asarray(expected)
+    length = min(len(found), len(expected))
+    different = np.flatnonzero(found[:length] != expected[:length])
+    if different.size:
+        return int(different[0])
+    return None if len(found) == len(expected) else length
+
+
+def describe_difference(
+    found: npt.ArrayLike, expected: npt.ArrayLike, at: int, tokenizer: Tokenizer | None = None
+) -> str:
+    """Describe a difference, such as "token 57 is 5081 ('▁yes'), not 708 ('▁no')"."""
+
+    def name(ids: npt.ArrayLike) -> str:
+        ids = np.asarray(ids)
+        if at >= len(ids):
+            return "missing"
+        token = tokenizer.id_to_token(int(ids[at])) if tokenizer is not None and ids[at] >= 0 else None
+        return f"{ids[at]}" if token is None else f"{ids[at]} ({token!r})"
+
+    return f"token {at} is {name(found)}, not {name(expected)}"
+
+
+def compare_with_text(
+    files: Mapping[str, Sequence[Path]], text_dir: Path, tokenizer_dir: Path, *, num_proc: int | None = 1
+) -> Iterator[str]:
+    """Compare each split with `<split>.txt` and yield the first difference of each split.
+
+    Args:
+        files: The Parquet files of each split.
+        text_dir: Folder of the text files, in the format of `text_lines`.
+        tokenizer_dir: Folder of the tokenizer that names the tokens that differ.
+        num_proc: Largest number of processes that read rows; None means one per core that this process may use.
+
+    Raises:
+        FileNotFoundError: A text file is missing.
+    """
+    with naming_errors(str(tokenizer_dir)):
+        tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    ranges = {split: [each for path in paths for each in divide_rows(path, split)] for split, paths in files.items()}
+    with ProcessPool(count_processes([each for split in ranges.values() for each in split], num_proc)) as pool:
+        for split, rows in ranges.items():
+            path = text_dir / f"{split}.txt"
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"{path} is not a file: name the folder with the reference's train.txt and test.txt"
+                )
+            yield from _first_difference_of_split(split, path, rows, tokenizer, pool)
+
+
+def _first_difference_of_split(
+    split: str, path: Path, ranges: Sequence[RowRange], tokenizer: Tokenizer, pool: ProcessPool
+) -> Iterator[str]:
+    rows: dict[bytes, list[int]] = {}  # digest of a line -> numbers of the rows that it belongs to
+    num_rows = 0
+    for _, digests in in_order(pool.map(_digest_rows, ranges, name="lines of rows")):
+        for digest in digests:
+            rows.setdefault(digest, []).append(num_rows)
+            num_rows += 1
+    matched: Counter[bytes] = Counter()  # of equal rows, the first ones are taken for the lines
+    extra: tuple[int, str] | None = None  # number and text of the first line that is not a row
+    for number, line in enumerate(_read_lines(path), start=1):
+        digest = _digest(line.encode())
+        if matched[digest] < len(rows.get(digest, ())):
+            matched[digest] += 1
+        elif extra is None:
+            extra = number, line
+    missing = [number for digest, numbers in rows.items() for number in numbers[matched[digest] :]]
+    if extra is not None:
+        number, line = extra
+        if num_equal := len(rows.get(_digest(line.encode()), ())):
+            yield f"{path}:{number} stands more often in the file than in {split}, which has it {count_noun(num_equal, 'time')}"
+        else:
+            yield f"{path}:{number} is not a row of {split}{_describe_line(line, ranges, {*missing}, tokenizer)}"
+    elif missing:
+        yield f"{_describe_row(ranges, missing[0])} is not a line of {path}"
+
+
+def _digest(line: bytes) -> bytes:
+    return hashlib.blake2b(line, digest_size=16).digest()  # tells any two lines apart
+
+
+def _digest_rows(rows: RowRange) -> list[bytes]:
+    batches = rows.read(columns=["input_ids", "labels"])
+    return [_digest(line) for batch in batches for line in format_lines(batch)]
+
+
+def _read_lines(path: Path) -> Iterator[str]:
+    with open(path, encoding="utf-8", newline="\n") as text:
+        for line in text:
+            yield line.removesuffix("\n")
+
+
+def _describe_row(ranges: Sequence[RowRange], number: int) -> str:
+    """Name a row of a split, whose id is read again."""
+    for rows in ranges:
+        if number < rows.num_rows:
+            break
+        number -= rows.num_rows
+    ids = (row_id for batch in rows.read(columns=["id"]) for row_id in batch["id"].to_pylist())
+    return f"{rows.path}: row {rows.start + number} ({next(islice(ids, number, None))})"
+
+
+def _describe_line(line: str, ranges: Sequence[RowRange], missing: Container[int], tokenizer: Tokenizer) -> str:
+    """Say how a line differs from the missing row that shares the longest beginning with it."""
+    try:
+        halves = parse_line(line)
+    except (ValueError, OverflowError):
+        return ": it is not input_ids, '|' and labels"
+    best: tuple[int, str] = (-1, "")
+    number = 0
+    for batch in (batch for each in ranges for batch in each.read(columns=["id", "input_ids", "labels"])):
+        for position in range(len(batch)):
+            if number + position not in missing:
+                continue
+            row_id, *expected = (batch[name][position].as_py() for name in ("id", "input_ids", "labels"))
+            for prefix, found, ids in zip(("", "of the labels, "), halves, expected, strict=True):
+                at = first_difference(found, ids)
+                if at is None:
+                    continue
+                if at > best[0]:
+                    difference = describe_difference(found, ids, at, tokenizer)
+                    best = at, f": the nearest row is {row_id}; {prefix}{difference}"
+                break
+            else:  # the numbers are equal
+                remedy = (
+                    "it ends with CR and LF: convert the file to LF" if line.endswith("\r") else "separate by one space"
+                )
+                return f": it differs from row {row_id} in white space only ({remedy})"
+        number += len(batch)
+    return best[1]

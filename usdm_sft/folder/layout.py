@@ -1,0 +1,297 @@
+"""The dataset folder: Parquet files and a README that `load_dataset` and the Hub read, the tokenizer, and counts.json.
+
+    README.md                                    dataset card; its YAML names the files and the features
+    counts.json                                  counts, statistics, what was left out and why, digests, versions
+    single_turn/train-00000-of-00064.parquet     ...
+    utterances/train-00000-of-00012.parquet      with keep_audio: each recording once, with its text and units
+    tokenizer/                                   for `AutoTokenizer.from_pretrained` and the trainers
+    pictures/                                    an example and plots of the statistics, which the card shows
+    .unfinished/<key>/                           files of the run with this key, until they are moved into place
+    .lock                                        locked by the run that checks or writes the folder
+
+counts.json is removed first and written last: a folder that has it is complete. No file depends on the time or on paths. `prepare`
+follows a link to the folder itself, but none inside it: it removes or replaces the link, and never changes what it points to.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from usdm_sft.corpus.manifest import UTTERANCES
+from usdm_sft.template.chat import ChatIds, Frames
+from usdm_sft.template.config import Template
+from usdm_sft.template.parts import RowLayout
+from usdm_sft.template.special_tokens import TemplateTokens
+from usdm_sft.template.tokenizer import MAX_UNITS, ustm_tokens
+from usdm_sft.utils.atomic import remove_path
+from usdm_sft.utils.hashes import sha256_file
+from usdm_sft.utils.locks import file_lock, require_locks
+
+logger = logging.getLogger(__name__)
+
+COUNTS = "counts.json"
+UNFINISHED = ".unfinished"
+LOCK = ".lock"
+PICTURES = "pictures"
+OVERWRITE = "pass --overwrite (Python: overwrite=True)"
+PREPARE_AGAIN = f"run prepare again and {OVERWRITE}"
+
+# Packages that can change a row: they decode, resample, make units, encode or shuffle. Of the other packages that counts.json names,
+# datasets and pyarrow change the bytes of files at most, and matplotlib the pictures.
+ROW_PACKAGES = ("dailytalk-usdm", "numpy", "soundfile", "soxr", "tokenizers", "torch", "transformers")
+_IDENTITY = ("config", "corpus", "unit_model", "tokenizer", "num_units", "settings", "digests")  # with them, the run
+
+_TYPES = {
+    "key": str, "config": str, "num_units": int,
+    "settings": dict, "digests": dict, "splits": dict, "statistics": dict, "files": dict,
+}  # fmt: skip
+
+
+def read_counts(folder: str | Path) -> dict[str, Any]:
+    """Read counts.json of a dataset folder.
+
+    Raises:
+        FileNotFoundError: The folder is not a finished dataset folder.
+        ValueError: counts.json is not one that `prepare` wrote.
+    """
+    path = Path(folder) / COUNTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {COUNTS}: name a folder that 'dailytalk-usdm prepare' finished")
+    try:
+        counts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): {PREPARE_AGAIN}") from error
+    if not _is_counts(counts):
+        raise ValueError(f"{path} is not the counts of a dataset folder: {PREPARE_AGAIN}")
+    # These names become paths, and the folder may come from an untrusted source.
+    plain = (counts["config"], *counts["splits"])
+    for name in (*plain, *counts["files"]):
+        if not _is_inside(name) or (name in plain and "/" in name):
+            raise ValueError(f"{path}: {name!r} is not a name in a dataset folder: {PREPARE_AGAIN}")
+    return counts
+
+
+def _is_counts(counts: Any) -> bool:
+    """True if every value that other modules read from counts.json exists and has its type."""
+    return (
+        isinstance(counts, dict)
+        and all(isinstance(counts.get(name), kind) for name, kind in _TYPES.items())
+        and 0 < counts["num_units"] <= MAX_UNITS
+        and bool(counts["splits"])
+        and all(isinstance(split, dict) for split in counts["splits"].values())
+        and _has_splits(counts.get(UTTERANCES, counts["splits"]), counts["splits"])
+        and isinstance(counts["settings"].get("template"), dict)
+        and all(isinstance(counts["settings"].get(name), int) for name in ("history", "max_length"))
+    )
+
+
+def _has_splits(utterances: Any, splits: Mapping[str, Any]) -> bool:
+    """True if the counts of the utterances are those of the same splits."""
+    return (
+        isinstance(utterances, dict)
+        and utterances.keys() == splits.keys()
+        and all(isinstance(split, dict) for split in utterances.values())
+    )
+
+
+def _is_inside(name: str) -> bool:
+    """True if `name`, with "/" between its parts, is a path inside a folder."""
+    parts = name.split("/")
+    return name.isprintable() and "\\" not in name and not {"", ".", ".."} & {*parts}
+
+
+def read_normalization(counts: Mapping[str, Any]) -> str:
+    """Return how the unit model of a dataset folder normalizes waveforms. A model that was made from a .pt file does not say it."""
+    unit_model = counts.get("unit_model")
+    return str(unit_model.get("normalization", "fairseq")) if isinstance(unit_model, dict) else "fairseq"
+
+
+def read_template(path: Path, counts: Mapping[str, Any]) -> Template:
+    """The template of a dataset folder.
+
+    Args:
+        path: Of counts.json, for error messages.
+        counts: Its content.
+
+    Raises:
+        ValueError: The settings are not those of a template.
+    """
+    try:
+        return Template(**counts["settings"]["template"])
+    except TypeError as error:  # an unknown field
+        raise ValueError(f"{path}: settings.template is not a template ({error}): {PREPARE_AGAIN}") from error
+
+
+def read_layout(path: Path, counts: Mapping[str, Any]) -> RowLayout:
+    """Return what tells the parts of the rows of a dataset folder apart; arguments and errors as of `read_template`."""
+    template, tokenizer = read_template(path, counts), counts.get("tokenizer")
+    if not isinstance(tokenizer, dict) or "ids" not in tokenizer:
+        return RowLayout(ustm_tokens(MAX_UNITS), template)
+    ids = tokenizer["ids"]
+    if not _are_ids(ids):
+        raise ValueError(f"{path}: tokenizer.ids is {ids!r}, not the ids of a template: {PREPARE_AGAIN}")
+    chat = None
+    if template.tokenization == "chat":
+        values = tokenizer.get("chat")
+        if (
+            not isinstance(values, dict)
+            or values.keys() != {*Frames._fields, "stop_id"}
+            or not _has_ids([*values.values()])
+        ):
+            raise ValueError(f"{path}: tokenizer.chat is {values!r}, not the ids of a chat template: {PREPARE_AGAIN}")
+        chat = ChatIds(Frames(*(values[name] for name in Frames._fields)), values["stop_id"])
+    return RowLayout(TemplateTokens(**ids), template, chat)
+
+
+def _are_ids(ids: object) -> bool:
+    """True for a value of each field of `TemplateTokens`."""
+    return isinstance(ids, dict) and ids.keys() == {*TemplateTokens._fields} and _has_ids([*ids.values()])
+
+
+def _has_ids(values: list[Any] | tuple[Any, ...]) -> bool:
+    """True for ids, and for lists of them at any depth."""
+    return all(_has_ids(value) if isinstance(value, list | tuple) else isinstance(value, int) for value in values)
+
+
+def data_files(folder: str | Path, counts: Mapping[str, Any], config: str | None = None) -> dict[str, list[Path]]:
+    """The Parquet files of each split, in the order of the rows.
+
+    Args:
+        folder: A dataset folder.
+        counts: Its counts.json.
+        config: `UTTERANCES`, or by default the config of the rows.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+    """
+    files = {}
+    for split in counts["splits"]:
+        prefix = f"{config or counts['config']}/{split}-"
+        files[split] = [Path(folder) / name for name in sorted(counts["files"]) if name.startswith(prefix)]
+        for path in files[split]:
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing: run prepare again")
+    return files
+
+
+def lock_output(folder: Path) -> FileLock:
+    """Return the lock of an output folder, which is created if it does not exist. It excludes runs with any cache.
+
+    Raises:
+        OSError: The folder is on a file system without working locks, or cannot be written.
+    """
+    return file_lock(folder / LOCK, option="output_path")
+
+
+def find_finished(folder: Path, counts: Mapping[str, Any], *, overwrite: bool) -> dict[str, Any] | None:
+    """Find what the same run made earlier. The caller holds `lock_output`.
+
+    Args:
+        folder: The output folder.
+        counts: The counts of the run as far as they are known, with its key.
+        overwrite: Allow other content.
+
+    Returns:
+        The counts of the finished folder. None if the run may write into the folder.
+
+    Raises:
+        FileExistsError: The error of `check_output`; a finished folder counts as other content.
+        OSError: The folder cannot be written.
+    """
+    if _is_up_to_date(folder, counts["key"]):
+        remove_path(folder / UNFINISHED)
+        logger.info("%s is finished already, with the same settings and data: nothing was done", folder)
+        return read_counts(folder)
+    check_output(folder, overwrite=overwrite, finished_too=True, counts=counts)
+    return None
+
+
+def _is_up_to_date(folder: Path, key: str) -> bool:
+    """True if `folder` is the finished result of the run with this key, and every file is unchanged."""
+    try:
+        counts = read_counts(folder)
+    except (FileNotFoundError, ValueError):
+        return False
+    return counts["key"] == key and all(
+        (folder / name).is_file() and sha256_file(folder / name) == digest for name, digest in counts["files"].items()
+    )
+
+
+def open_unfinished(folder: Path, key: str, keep: Collection[str]) -> Path:
+    """Return the absolute path of the folder for the unfinished files of a run, with none of another run beside it.
+
+    Args:
+        folder: The output folder.
+        key: Key of the run, which owns the files.
+        keep: Names of folders of files that stay if an interrupted run with this key left them.
+    """
+    owned = (folder / UNFINISHED / key[:16]).absolute()  # tasks run in other working directories
+    for path, kept in ((owned.parent, {owned.name}), (owned, {*keep})):
+        if path.is_symlink() or not path.is_dir():
+            remove_path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        for entry in path.iterdir():
+            if entry.name not in kept or entry.is_symlink():
+                remove_path(entry)
+    for file in owned.glob("*/*"):
+        if file.is_symlink():
+            file.unlink()
+    return owned
+
+
+def check_output(folder: Path, *, overwrite: bool, finished_too: bool, counts: Mapping[str, Any] | None = None) -> None:
+    """Refuse to write into a folder with other content, before any work is done.
+
+    Args:
+        folder: The output folder.
+        overwrite: Allow other content.
+        finished_too: Refuse a finished dataset folder too. False while its key has not been compared yet.
+        counts: The counts of the run as far as they are known; the message then names versions that differ.
+
+    Raises:
+        FileExistsError: The folder has other content than an interrupted run, and `overwrite` is false.
+        OSError: The folder cannot be written, or file locks do not work in it.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    if not existing.is_dir():
+        raise FileExistsError(f"{existing} is not a folder: name another output_path")
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written ({error.strerror}): name another output_path") from error
+    require_locks(existing, option="output_path")
+    if overwrite or not folder.is_dir() or {*os.listdir(folder)} <= {LOCK}:
+        return
+    unfinished = folder / UNFINISHED
+    finished = os.path.lexists(folder / COUNTS)
+    if finished_too if finished else unfinished.is_symlink() or not unfinished.is_dir():
+        raise FileExistsError(f"{folder} holds {_describe(folder, counts)}: name another output_path, or {OVERWRITE}")
+
+
+def _describe(folder: Path, counts: Mapping[str, Any] | None) -> str:
+    """Describe the content of a folder that is not the result of the run with these counts."""
+    unknown = "something else (or the result of other settings)"
+    try:
+        found = read_counts(folder)
+    except (FileNotFoundError, ValueError):
+        return unknown
+    versions = found.get("versions")
+    if counts is None or not isinstance(versions, dict):
+        return unknown
+    changed = [
+        f"{name} {versions.get(name)} -> {counts['versions'][name]}"
+        for name in ROW_PACKAGES
+        if versions.get(name) != counts["versions"][name]
+    ]
+    if not changed:
+        return unknown
+    same = all(found.get(name) == counts[name] for name in _IDENTITY)
+    return f"the result of {'the same' if same else 'other'} settings with other versions ({', '.join(changed)})"

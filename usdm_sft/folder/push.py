@@ -1,0 +1,149 @@
+"""Push a dataset folder to the Hub: the verified files, byte for byte, in one commit.
+
+All contents are uploaded first and become visible together with the commit. The Hub addresses contents by their sha256, so
+a push after a broken connection does not send finished uploads again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is httpx's
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RevisionNotFoundError,
+)
+
+from usdm_sft.folder.layout import COUNTS, read_counts
+from usdm_sft.folder.verify import verify
+from usdm_sft.utils.texts import first_line
+
+_HARMLESS = {".gitattributes", "README.md", "LICENSE"}  # files that a repository may have before its first push
+_SLICE = 100  # files per upload call
+
+
+def push(
+    dataset_dir: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Verify a dataset folder and upload it. Files of an earlier push that it no longer has are removed.
+
+    Args:
+        dataset_dir: A folder that `prepare` made. Only counts.json and the files that it names are uploaded.
+        repo_id: The dataset repository, such as "user/name"; created if it does not exist.
+        private: Create the repository private (True) or public (False); by default as in the settings of its owner. An
+            existing repository keeps its visibility, but must be private if this is True.
+        token: Token of the Hub; by default HF_TOKEN, or the one that `hf auth login` saved.
+        revision: Branch to commit to; created if it does not exist. The main branch by default.
+        commit_message: First line of the commit; by default "Upload", the config and the first digits of the folder's key.
+        create_pr: Open a pull request to the branch, which must exist, instead of a commit.
+
+    Returns:
+        The URL of the commit or of the pull request. If the files are unchanged, the URL of the last commit.
+
+    Raises:
+        FileNotFoundError: `dataset_dir` is not a finished dataset folder.
+        ValueError: The folder does not pass `verify`; the repository has other files, is public though `private` is True,
+            or does not have the branch of the pull request; or a name or the commit message is wrong.
+        OSError: The Hub refuses the push or cannot be reached, or offline mode is on.
+    """
+    if commit_message is not None and not commit_message.strip():
+        raise ValueError(f"commit_message {commit_message!r} is empty: give a text, or leave it out")
+    verify(dataset_dir)
+    counts = read_counts(dataset_dir)
+    additions = _list_additions(Path(dataset_dir), counts)
+    api = HfApi(token=token)
+    target: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "create_pr": create_pr}
+    with _errors_in_one_line(repo_id, revision):
+        _create_repository(api, repo_id, private=private, branch=None if create_pr else revision)
+        head = api.repo_info(repo_id, repo_type="dataset", revision=revision).sha
+        gone = _find_replaced(api, repo_id, head) - {addition.path_in_repo for addition in additions}
+        for start in range(0, len(additions), _SLICE):
+            files = additions[start : start + _SLICE]
+            api.preupload_lfs_files(repo_id, files, free_memory=False, **target)
+        commit = api.create_commit(
+            repo_id,
+            [*additions, *(CommitOperationDelete(path, is_folder=False) for path in sorted(gone))],
+            commit_message=commit_message or f"Upload {counts['config']}: {counts['key'][:16]}",
+            parent_commit=head,
+            **target,
+        )
+    url: str = commit.pr_url or commit.commit_url
+    return url
+
+
+def _list_additions(folder: Path, counts: Mapping[str, Any]) -> list[CommitOperationAdd]:
+    """The files to upload, with the digests that counts.json names."""
+    additions = [CommitOperationAdd(name, folder / name) for name in [*counts["files"], COUNTS]]
+    for addition in additions:
+        name = addition.path_in_repo
+        if name != COUNTS and addition.upload_info.sha256.hex() != counts["files"][name]:
+            raise ValueError(f"{folder / name} was changed after it was verified: push again")
+    return additions
+
+
+def _create_repository(api: HfApi, repo_id: str, *, private: bool | None, branch: str | None) -> None:
+    """Create the repository and the branch where they do not exist."""
+    api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+    if private and not api.repo_info(repo_id, repo_type="dataset").private:
+        raise ValueError(f"{repo_id} exists and is public: make it private on the Hub, or name another repository")
+    if branch is not None:
+        api.create_branch(repo_id, repo_type="dataset", branch=branch, exist_ok=True)
+
+
+def _find_replaced(api: HfApi, repo_id: str, head: str | None) -> set[str]:
+    """The files of an earlier push at commit `head`.
+
+    Raises:
+        ValueError: The repository has files that no push wrote.
+    """
+    existing = set(api.list_repo_files(repo_id, repo_type="dataset", revision=head))
+    pushed: set[str] = set()
+    if COUNTS in existing:
+        path = api.hf_hub_download(repo_id, COUNTS, repo_type="dataset", revision=head)
+        with suppress(ValueError):  # not the counts.json of a dataset folder
+            pushed = {*read_counts(Path(path).parent)["files"], COUNTS}
+    if other := sorted(existing - pushed - _HARMLESS):
+        raise ValueError(f"{repo_id} has {other[0]}, which no push of a dataset folder wrote: name another repository")
+    return existing & pushed
+
+
+@contextmanager
+def _errors_in_one_line(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turn errors of the Hub into one line without URLs and headers."""
+    try:
+        yield
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is not the name of a repository ({error}): give USER/NAME") from None
+    except OfflineModeIsEnabled:
+        raise OSError(f"offline mode (HF_HUB_OFFLINE) forbids a push to {repo_id}: unset it and push again") from None
+    except RevisionNotFoundError:
+        raise ValueError(
+            f"{repo_id} has no branch {revision!r}: name one that exists, or push without create_pr"
+        ) from None
+    except (HTTPError, RuntimeError, LocalEntryNotFoundError) as error:
+        cause = error if isinstance(error, HTTPError) else error.__cause__  # file transfers wrap it
+        if not isinstance(cause, HTTPError):
+            raise
+        if not isinstance(cause, HfHubHTTPError):  # no answer came
+            raise OSError(
+                f"the Hub cannot be reached ({first_line(cause)}): check the network and push again, nothing is sent twice"
+            ) from None
+        status = cause.response.status_code
+        if status in (401, 403, 404):  # the Hub's answers to a token without write permission
+            remedy = "log in with 'hf auth login', or set HF_TOKEN to a token that may write there"
+            raise OSError(f"the Hub does not let you write to {repo_id} (status {status}): {remedy}") from None
+        raise OSError(f"the upload to {repo_id} failed (status {status}): push again, nothing is sent twice") from None

@@ -1,0 +1,102 @@
+"""Write a dataset folder. It is complete as soon as it has counts.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from usdm_sft.corpus.manifest import UTTERANCES
+from usdm_sft.folder.card import make_card
+from usdm_sft.folder.example_picture import draw_example
+from usdm_sft.folder.layout import (
+    COUNTS,
+    PICTURES,
+    UNFINISHED,
+    open_unfinished,
+    read_layout,
+)
+from usdm_sft.folder.parquet import write_parquet
+from usdm_sft.folder.pictures import draw_pictures
+from usdm_sft.folder.utterance_parquet import write_utterances
+from usdm_sft.template.tokenizer import save_tokenizer
+from usdm_sft.utils.atomic import remove_path, replace_path, replace_text, sync_folder
+from usdm_sft.utils.hashes import sha256_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from usdm_sft.folder.parquet import SplitRows
+    from usdm_sft.folder.utterance_parquet import SplitUtterances
+    from usdm_sft.utils.pool import Pool
+
+
+def write_folder(
+    folder: Path,
+    config_name: str,
+    splits: Mapping[str, SplitRows],
+    tokenizer: PreTrainedTokenizerFast,
+    counts: dict[str, Any],
+    pool: Pool,
+    *,
+    key: str,
+    num_output_shards: int | None = None,
+    utterances: Mapping[str, SplitUtterances] | None = None,
+) -> dict[str, Any]:
+    """Write all files into a hidden folder inside the output folder, then move them into place, counts.json last.
+
+    Args:
+        folder: The output folder. Its entries with the names of a dataset folder are replaced, others stay. The caller holds its
+            lock.
+        config_name: Name of the config, such as "single_turn", and of the folder of the Parquet files.
+        splits: The finished rows.
+        tokenizer: The tokenizer to save in `tokenizer/`.
+        counts: The counts so far; statistics and digests of the files are added.
+        pool: Shares out the Parquet files.
+        key: Key of all rows. Parquet files of an interrupted run that had the same key are kept, if the pool finds them.
+        num_output_shards: As in `write_parquet`.
+        utterances: The config `utterances` by split, if the folder keeps the audio.
+
+    Returns:
+        The counts as written.
+    """
+    unfinished = open_unfinished(folder, key, (config_name, UTTERANCES) if utterances else (config_name,))
+    written = write_parquet(
+        unfinished / config_name, splits, num_output_shards, read_layout(folder / COUNTS, counts), pool, key=key
+    )
+    files = {split: list(each.digests) for split, each in written.items()}
+    num_bytes = {split: each.num_bytes for split, each in written.items()}
+    statistics = {split: each.statistics for split, each in written.items()}
+    digests = {path: sha256 for each in written.values() for path, sha256 in each.digests.items()}
+    save_tokenizer(tokenizer, unfinished / "tokenizer")
+    draw_pictures(statistics, counts["num_units"], unfinished / PICTURES)
+    counts = counts | {"statistics": {split: values.summary() for split, values in statistics.items()}}
+    draw_example(files, tokenizer.backend_tokenizer, unfinished / PICTURES, read_layout(folder / COUNTS, counts))
+    other_info = []
+    if utterances is not None:
+        counts[UTTERANCES], info, found = write_utterances(unfinished / UTTERANCES, utterances, pool, key=key)
+        other_info, digests = [info], digests | found
+    counts["files"] = {path.relative_to(unfinished).as_posix(): sha256 for path, sha256 in digests.items()}
+    card = make_card(config_name, num_bytes, counts, files, tokenizer.backend_tokenizer, other_info)
+    (unfinished / "README.md").write_text(card, encoding="utf-8")
+    names = sorted(path.relative_to(unfinished).as_posix() for path in unfinished.rglob("*") if path.is_file())
+    counts["files"] = {name: digests.get(unfinished / name) or sha256_file(unfinished / name) for name in names}
+    replace_text(unfinished / COUNTS, _to_json(counts))
+    _move_into_place(unfinished, folder)
+    return counts
+
+
+def _move_into_place(unfinished: Path, folder: Path) -> None:
+    """Replace the entries of a folder. Killed at any point, it leaves the earlier folder, or one that the next run completes."""
+    (folder / COUNTS).unlink(missing_ok=True)  # a folder without counts.json is unfinished
+    sync_folder(folder)
+    remove_path(folder / UTTERANCES)  # a run without `keep_audio` has none in their place
+    for entry in sorted(unfinished.iterdir(), key=lambda path: path.name == COUNTS):
+        remove_path(folder / entry.name)
+        replace_path(entry, folder / entry.name)
+    remove_path(folder / UNFINISHED)
+
+
+def _to_json(counts: Mapping[str, Any]) -> str:
+    return json.dumps(counts, indent=2, ensure_ascii=False) + "\n"

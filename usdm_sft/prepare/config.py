@@ -1,0 +1,187 @@
+"""Every option of `prepare`: the one definition that the Python API, the command line, YAML files and `--help` share.
+
+The base classes are the groups that `--help` and the documentation show. This module imports nothing heavy, so that `--help`
+answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, get_type_hints
+
+from usdm_sft.corpus.examples import SINGLE_TURN, check_config
+from usdm_sft.corpus.hub_corpus import is_hub_corpus
+from usdm_sft.prepare.config_checks import check_settings
+from usdm_sft.template.config import MAX_LENGTH, REFERENCE, USTM, Template, UnitRepetition
+from usdm_sft.units.settings import PrecisionName, ResamplerName
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusOptions:
+    """Corpus"""
+
+    data_dir: str | Path
+    """DailyTalk's folder (with data/), its data folder, or its zip archive; or the folder of another corpus, with
+    manifests; or hub:USER/NAME."""
+
+    config_name: Literal["single_turn", "multi_turn"] = SINGLE_TURN
+    """single_turn (as the reference: one exchange per row) or multi_turn (one conversation per row)."""
+
+    history: int = 0
+    """single_turn only: number of earlier exchanges that each row brings along as context, without loss."""
+
+    agent: str | int | None = None
+    """The speaker who is the agent in every pair; a number is the speaker of this name. By default each side is the agent in
+    turn, as in the reference. Required for dialogs of a manifest with more than two speakers."""
+
+    merge_speaker_turns: bool = False
+    """Join neighbouring turns of one speaker. By default a dialog with such turns is left out, as in the reference."""
+
+    train_metadata_path: str | Path | None = None
+    """Split list or manifest of the train split. By default the lists beside the data, or else DailyTalk's own, which are
+    downloaded once."""
+
+    test_metadata_path: str | Path | None = None
+    """Split list or manifest of the test split."""
+
+    on_bad_audio: Literal["error", "skip"] = "error"
+    """What to do with audio that cannot become units: error stops before any work and names every file; skip leaves out
+    the pairs that use it and lists them in counts.json and in the card."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerOptions:
+    """Tokenizer and template"""
+
+    pretrained_model_name_or_path: str | Path = USTM
+    """The speech-text tokenizer: a Hub repository, a folder, or mistral-common for the one that is built offline."""
+
+    template: Template = REFERENCE
+    """The words of the template, and the parts that are labelled."""
+
+    unit_repetition: UnitRepetition = "keep"
+    """keep (as the reference: one unit per 20 ms frame) or collapse (one unit per run of equal units; the columns user_durations and
+    agent_durations restore the frames)."""
+
+    max_length: int = MAX_LENGTH
+    """Largest number of tokens in a row, BOS and EOS included."""
+
+    overflow: Literal["drop", "truncate", "split"] | None = None
+    """What to do with longer rows: drop leaves them out; truncate keeps the leading exchanges that fit (with history: the
+    latest); split puts the rest into further rows (multi_turn). An exchange that is too long by itself is left out. By default drop where a row is one exchange, else truncate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitModelOptions:
+    """Unit model"""
+
+    unit_model: str | Path = "xlsr2_1b_v2"
+    """A unit model folder, a model repository of the Hub that holds one, or xlsr2_1b_v2 to download and convert the published
+    one."""
+
+    precision: PrecisionName = "fp32"
+    """fp32 (as the reference), tf32, fp16, bf16, fp16x3 or bf16x3."""
+
+    resampler: ResamplerName = "soxr"
+    """soxr (as the reference) or torchaudio (on the device; needs the extra torchaudio)."""
+
+    batch_seconds: float | None = None
+    """Seconds of audio, padding included, in one forward pass. By default 160 on the CPU, where only utterances with the same
+    number of frames share a pass, and 320 on CUDA."""
+
+    agreement_utterances: int = 64
+    """Number of utterances on which the share of units equal to those of fp32 and soxr is measured, where precision or
+    resampler differ from these."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions:
+    """Compute and cache"""
+
+    num_gpus: int | None = None
+    """GPUs to use, one process each; all of them by default. 0 means the CPU. With an executor each task has one GPU,
+    unless this is 0."""
+
+    num_proc: int | None = None
+    """Largest number of processes that read recordings and make token shards and Parquet files. By default one per core that this process may use. A small corpus needs none."""
+
+    shard_dialogs: int = 64
+    """Number of dialogs in a work shard. A crash loses at most the work shards in progress."""
+
+    cache_dir: str | Path | None = None
+    """Where finished work is kept. By default the folder dailytalk_usdm in HF_HOME."""
+
+    model_cache_dir: str | Path | None = None
+    """Where the downloaded unit model and tokenizer are kept. By default dailytalk_usdm/unit_models in HF_HOME, whatever
+    cache_dir is, and the cache of the Hub."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """Output"""
+
+    output_path: str | Path
+    """The dataset folder to make."""
+
+    num_output_shards: int | None = None
+    """Parquet files per split, never more than rows. By default 64 for train and 8 for other splits, or more if these would have over
+    20 million tokens each."""
+
+    shuffle_seed: int | None = None
+    """Shuffle the rows of each split with this seed. By default rows are in order of dialog and turn."""
+
+    keep_audio: bool = False
+    """Put the recordings into the folder as well, as a second config named utterances: one row for each turn, with text, audio and
+    units. The pushed folder is then a corpus (data_dir hub:USER/NAME), and the viewer of the Hub plays it. It has the size of
+    the audio. The card says what publishing it means."""
+
+    overwrite: bool = False
+    """Write into an output folder that holds something else. Its README.md, counts.json, pictures, tokenizer, utterances and the
+    folder of the config are replaced."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutorOptions:
+    """Executor"""
+
+    executor: Literal["slurm", "ray"] | None = None
+    """Read recordings, and make units, token shards and Parquet files in datatrove tasks (extra executors): ray
+    uses the cluster of RAY_ADDRESS or starts one; slurm submits an array job for each stage, and a job after it that submits
+    the next. All machines must see data, unit model, cache, output and
+    environment under the same paths. By default there is no executor: processes of this machine do the work."""
+
+    tasks: int = 1
+    """Number of tasks that the work of each stage is divided into; as many as GPUs are available at once."""
+
+    slurm: dict | None = None  # type: ignore[type-arg]  # with dict[str, Any] jsonargparse reads 04:00:00 as a number
+    """Options of datatrove's SlurmPipelineExecutor: partition and time, and optionally cpus_per_task (4),
+    mem_per_cpu_gb (4), gpus_per_task (1), qos, sbatch_args, env_command, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig(CorpusOptions, TokenizerOptions, UnitModelOptions, ComputeOptions, OutputOptions, ExecutorOptions):
+    """Options of `prepare`, validated when the config is made.
+
+    Raises:
+        ValueError: A value is of another type or out of range, or two options contradict each other.
+    """
+
+    def __post_init__(self) -> None:
+        check_settings(get_type_hints(type(self)), {field.name: getattr(self, field.name) for field in fields(self)})
+        if self.agent is not None:
+            object.__setattr__(self, "agent", str(self.agent))  # speakers are texts, also those that are numbers
+        check_config(self.config_name, self.history)
+        if self.executor is None and (self.tasks != 1 or self.slurm is not None):
+            raise ValueError("tasks and slurm are options of an executor: name one with --executor")
+        if self.data_files and is_hub_corpus(self.data_dir):
+            raise ValueError(
+                f"data_dir is {self.data_dir}, a dataset of the Hub with splits of its own: leave out the metadata paths"
+            )
+
+    @property
+    def data_files(self) -> dict[str, str] | None:
+        """The absolute path of each split list or manifest that is named, or None if none is."""
+        lists = {"train": self.train_metadata_path, "test": self.test_metadata_path}
+        named = {split: str(Path(path).expanduser().resolve()) for split, path in lists.items() if path is not None}
+        return named or None

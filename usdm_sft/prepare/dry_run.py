@@ -1,0 +1,184 @@
+"""What `prepare` would do: rows, what would be left out, work in the cache, sizes and time. Nothing stays on the disk.
+
+Only the number of units matters to the length of a row, and it follows from the length of the recording. The rows are therefore
+encoded with units of the right number, by the code that `prepare` runs.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from usdm_sft.audio.addresses import disk_files
+from usdm_sft.audio.frames import SAMPLE_RATE, count_units
+from usdm_sft.prepare.config import PrepareConfig
+from usdm_sft.prepare.devices import choose_devices
+from usdm_sft.prepare.fit import fit_splits
+from usdm_sft.prepare.mapping import map_shard
+from usdm_sft.prepare.open_run import Run, open_run
+from usdm_sft.prepare.plan import Plan, Shard
+from usdm_sft.prepare.rows import load_rows
+from usdm_sft.units.published import PUBLISHED, locate_unit_model
+from usdm_sft.units.settings import make_settings
+from usdm_sft.units.tokenizer import UnitTokenizer
+from usdm_sft.utils.cache_keys import cache_root
+from usdm_sft.utils.processes import ProcessPool
+from usdm_sft.utils.progress import Stages
+from usdm_sft.utils.shard_cache import ShardCache
+from usdm_sft.utils.texts import count_noun, format_bytes
+
+# Measured for DailyTalk (docs/scale-out.md): 102 + 1,115 B/s in the cache and 472 B/s in the dataset folder, and a margin.
+CACHE_BYTES = 1_400  # per second of recording
+FOLDER_BYTES = 600  # per second of recording
+TOKENIZER_BYTES = 10_000_000  # the tokenizer and the pictures of a dataset folder
+
+# Seconds of audio per second with the published unit model, as measured on two cores (docs/performance.md). No rate of a GPU is
+# known.
+RATES = {("cpu", "fp32"): 1.7, ("cpu", "bf16"): 4.5}
+_STAGES = ("tokenizer", "corpus", "unit model", "rows")
+_REMEMBERED = ("digests.sqlite", "split_lists")  # parts of the cache that save the first pass and a download
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """The result of a dry run.
+
+    Attributes:
+        splits: As `splits` in counts.json.
+        num_shards: Number of work shards.
+        missing_units: Number of unit shards that the cache lacks.
+        missing_tokens: Number of token shards that the cache lacks.
+        missing_seconds: Seconds of audio in the missing unit shards.
+        seconds: Seconds of audio in all of them.
+        audio_bytes: Size of the files of the corpus.
+        has_model: Whether the unit model is on this machine.
+        device: Kind of device.
+    """
+
+    splits: dict[str, Any]
+    num_shards: int
+    missing_units: int
+    missing_tokens: int
+    missing_seconds: float
+    seconds: float
+    audio_bytes: int
+    has_model: bool
+    device: str
+
+
+def dry_run(config: PrepareConfig) -> DryRun:
+    """Do what `prepare` would do without the unit model, in a temporary folder.
+
+    The tokenizer, split lists and a corpus of the Hub are downloaded where they are not on this machine. The unit model is not.
+
+    Raises:
+        Exception: What `prepare` would raise before its first forward pass, or because no row is left.
+    """
+    cache = cache_root(config.cache_dir)
+    folder = locate_unit_model(config.unit_model, config.model_cache_dir)
+    with TemporaryDirectory(prefix="dailytalk-usdm-") as scratch, Stages(_STAGES) as stages:
+        for name in _REMEMBERED:
+            if (cache / name).is_file():
+                shutil.copyfile(cache / name, Path(scratch, name))
+            elif (cache / name).is_dir():
+                shutil.copytree(cache / name, Path(scratch, name))
+        run = open_run(
+            replace(config, cache_dir=scratch), stages, _stand_in(config, scratch) if folder is None else None
+        )
+        stages.start("rows")
+        units = {shard.units_key: _write_units(shard, run) for shard in run.plan}
+        rows = load_rows(run.builder)
+        with ProcessPool(1) as pool:
+            _, splits, _ = fit_splits(run, rows, units, pool)
+        missing = _find_missing(cache / "units", run.plan, "units_key")
+        files = {file for address in run.builder.audio_digests for file in disk_files(address)}
+        return DryRun(
+            splits=splits,
+            num_shards=len(run.plan),
+            missing_units=len(missing),
+            missing_tokens=len(_find_missing(cache / "tokens", run.plan, "tokens_key")),
+            missing_seconds=_count_seconds(missing),
+            seconds=_count_seconds(run.plan),
+            audio_bytes=sum(os.stat(file).st_size for file in files),
+            has_model=folder is not None,
+            device=str(run.unit_tokenizer.settings["device"]),
+        )
+
+
+def _stand_in(config: PrepareConfig, scratch: str) -> UnitTokenizer:
+    """A unit tokenizer with the settings of the run, and with a digest that no cached work has."""
+    device = choose_devices(config)[0]
+    settings = make_settings(device.split(":")[0], config.precision, config.resampler, config.batch_seconds)
+    tokenizer = UnitTokenizer(Path(scratch), "not on this machine", settings, device)
+    tokenizer.normalization = (
+        "fairseq"  # as the published model; a repository of the Hub may differ by a unit per 320 recordings
+    )
+    return tokenizer
+
+
+def _write_units(shard: Shard, run: Run) -> Path:
+    """Write a unit shard whose utterances have the right number of units: all of them unit 0, or where units are collapsed no two equal neighbours."""
+    content = run.plan.content(shard)
+    num_distinct = 1 if run.config.unit_repetition == "keep" else min(2, run.encoder.num_units)
+    columns = {
+        "units": [
+            np.arange(count_units(length, run.unit_tokenizer.normalization), dtype=np.uint16) % num_distinct
+            for length in content.lengths
+        ],
+        "seconds": [np.float32(length / SAMPLE_RATE) for length in content.lengths],
+    }
+    write = partial(map_shard, Dataset.from_dict({"audio": content.audio}), lambda batch: columns)
+    return ShardCache(run.cache / "units").make(shard.units_key, write)
+
+
+def _find_missing(folder: Path, plan: Plan, key: str) -> list[Shard]:
+    """Return the work shards that have no file in the cache; unlike `ShardCache.find`, this removes no damaged file."""
+    cached = {path.name.partition(".")[0] for path in folder.glob("*.arrow")}
+    return [shard for shard in plan if getattr(shard, key) not in cached]
+
+
+def _count_seconds(shards: Iterable[Shard]) -> float:
+    return sum(shard.num_samples for shard in shards) / SAMPLE_RATE
+
+
+def describe_dry_run(found: DryRun, config: PrepareConfig) -> list[str]:
+    """Return the lines that tell what `prepare` would do, without the rows."""
+    shards = f"{found.num_shards - found.missing_units} of {count_noun(found.num_shards, 'work shard')}"
+    tokens = found.num_shards - found.missing_tokens
+    lines = [f"cache: it has the units of {shards}, and the tokens of {tokens:,}"]
+    if config.unit_repetition == "collapse":
+        lines.append(
+            "tokens: the numbers are those of keep, an upper limit; how many units repeat shows when they are computed"
+        )
+    hours = found.missing_seconds / 3600
+    rate = RATES.get((found.device, config.precision))
+    if not found.has_model:
+        lines.append(
+            f"unit model: {config.unit_model} is not on this machine; 'dailytalk-usdm doctor' says what its download takes"
+        )
+    if not found.missing_units:
+        lines.append("time: no audio is left to compute")
+    elif rate is None or str(config.unit_model) != PUBLISHED:
+        lines.append(
+            f"time: {hours:.2f} h of audio are to be computed; no rate was measured for this unit model, {found.device} and {config.precision}"
+        )
+    else:
+        lines.append(
+            f"time: {hours:.2f} h of audio take about {hours / rate:.1f} h at {rate} s of audio per second, measured on two CPU "
+            f"cores in {config.precision}"
+        )
+    sizes = [f"about {format_bytes(FOLDER_BYTES * found.seconds + TOKENIZER_BYTES)} for {config.output_path}"]
+    if config.keep_audio:
+        sizes.append(f"about {format_bytes(found.audio_bytes)} for its recordings")
+    if found.missing_units:
+        sizes.append(f"about {format_bytes(CACHE_BYTES * found.missing_seconds)} for the cache")
+    return [*lines, f"disk: {', '.join(sizes)}", "nothing was written"]

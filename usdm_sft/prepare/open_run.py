@@ -1,0 +1,166 @@
+"""One run of `prepare`: its corpus, tokenizer, unit model and work shards, opened and described."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from usdm_sft import __version__
+from usdm_sft.corpus.builder import DailyTalkUSDM
+from usdm_sft.corpus.published_lists import describe_corpus, list_kind
+from usdm_sft.folder.layout import ROW_PACKAGES, check_output
+from usdm_sft.prepare.config import PrepareConfig
+from usdm_sft.prepare.devices import choose_devices
+from usdm_sft.prepare.overflow import choose_overflow
+from usdm_sft.prepare.plan import Plan, plan_shards
+from usdm_sft.template.encoder import TemplateEncoder
+from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer
+from usdm_sft.units.published import describe_unit_model, find_unit_model
+from usdm_sft.units.tokenizer import UnitTokenizer, open_for
+from usdm_sft.utils.cache_keys import cache_key, cache_root
+from usdm_sft.utils.locks import require_locks
+from usdm_sft.utils.pool import Pool
+from usdm_sft.utils.progress import Stages
+
+# counts.json names the versions of the packages that write the folder. The key of the folder holds those of `ROW_PACKAGES`.
+_VERSIONED = (
+    "datasets", "matplotlib", "numpy", "pyarrow", "soundfile", "soxr", "tokenizers", "torch", "transformers",
+)  # fmt: skip
+
+
+# A process takes two seconds to start, in which this one encodes and writes the rows of about 10,000 utterances. It starts as soon
+# as the corpus is read, so that it is ready when there is work.
+UTTERANCES_PER_PROCESS = 5_000
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that the steps of one run share."""
+
+    config: PrepareConfig
+    overflow: str
+    output: Path
+    cache: Path
+    devices: list[str]  # such as ["cuda:0", "cuda:1"]
+    builder: DailyTalkUSDM
+    tokenizer: PreTrainedTokenizerFast
+    encoder: TemplateEncoder
+    unit_tokenizer: UnitTokenizer
+    plan: Plan
+
+
+def open_run(
+    config: PrepareConfig, stages: Stages, unit_tokenizer: UnitTokenizer | None = None, *, pool: Pool | None = None
+) -> Run:
+    """Open corpus, tokenizer and unit model, and plan the work shards; everything that can be refused is refused here.
+
+    Args:
+        config: The options.
+        stages: Learns when a stage begins.
+        unit_tokenizer: Takes the place of the unit model of the config, which is then not looked for.
+        pool: Shares out recordings that are read for the first time.
+
+    Raises:
+        Submitted: Slurm reads the recordings.
+    """
+    overflow = choose_overflow(config.overflow, config.config_name, config.history)
+    devices = choose_devices(config)
+    output = Path(config.output_path).expanduser()
+    check_output(output, overwrite=config.overwrite, finished_too=False)
+    output = output.resolve()  # a link to the folder is followed once
+    cache = cache_root(config.cache_dir)
+    require_locks(cache / "locks")
+    stages.start("tokenizer")
+    tokenizer = load_tokenizer(config.pretrained_model_name_or_path, config.model_cache_dir)
+    encoder = TemplateEncoder(
+        tokenizer,
+        config.template,
+        last_exchange_only=config.history > 0,
+        unit_repetition=config.unit_repetition,
+    )
+    stages.start("corpus")
+    builder = _open_corpus(config, cache, pool)
+    if pool is not None:
+        pool.start(len(builder.audio_digests) // UTTERANCES_PER_PROCESS)
+    stages.start("unit model")
+    if unit_tokenizer is None:
+        unit_tokenizer = _open_unit_model(config, devices[0], cache)
+        if unit_tokenizer.num_units > encoder.num_units:
+            raise ValueError(
+                f"the unit model has {unit_tokenizer.num_units} units, the tokenizer only {encoder.num_units}: "
+                "use the unit model and the tokenizer that belong together"
+            )
+    plan = plan_shards(builder, unit_tokenizer, encoder, config.shard_dialogs)
+    return Run(config, overflow, output, cache, devices, builder, tokenizer, encoder, unit_tokenizer, plan)
+
+
+def _open_unit_model(config: PrepareConfig, device: str, cache: Path) -> UnitTokenizer:
+    return open_for(
+        device,
+        find_unit_model(config.unit_model, config.model_cache_dir),
+        precision=config.precision,
+        batch_seconds=config.batch_seconds,
+        resampler=config.resampler,
+        cache_dir=cache,
+    )
+
+
+def _open_corpus(config: PrepareConfig, cache: Path, pool: Pool | None) -> DailyTalkUSDM:
+    """Read the split lists or manifests, and check all audio."""
+    return DailyTalkUSDM(
+        config_name=config.config_name,
+        history=config.history,
+        agent=config.agent,
+        merge_speaker_turns=config.merge_speaker_turns,
+        data_dir=config.data_dir,
+        data_files=config.data_files,
+        cache_dir=str(cache / "builder"),
+        digest_cache_dir=cache,
+        on_bad_audio=config.on_bad_audio,
+        pool=pool,
+    )
+
+
+def describe_run(run: Run) -> dict[str, Any]:
+    """The part of counts.json that is known before any work, with the key of the run."""
+    config, builder = run.config, run.builder
+    is_reference = (config.precision, config.resampler) == ("fp32", "soxr")
+    lists = {f"{split} {list_kind(builder.split_lists[split])}": sha for split, sha in builder.list_digests.items()}
+    counts: dict[str, Any] = {
+        "format_version": 2,
+        "config": config.config_name,
+        "corpus": describe_corpus(builder.split_lists, builder.list_digests),
+        "unit_model": describe_unit_model(run.unit_tokenizer.folder, run.unit_tokenizer.description),
+        "tokenizer": describe_tokenizer(
+            str(config.pretrained_model_name_or_path), run.encoder.tokens, run.encoder.layout.chat
+        ),
+        "num_units": run.unit_tokenizer.num_units,
+        "settings": {
+            "history": config.history,
+            "agent": config.agent,
+            "merge_speaker_turns": config.merge_speaker_turns,
+            "template": config.template.settings(),
+            "max_length": config.max_length,
+            "overflow": run.overflow,
+            "shuffle_seed": config.shuffle_seed,
+            "num_output_shards": config.num_output_shards,
+            "shard_dialogs": config.shard_dialogs,
+            **({} if config.unit_repetition == "keep" else {"unit_repetition": config.unit_repetition}),
+            **({"keep_audio": True} if config.keep_audio else {}),
+            **run.unit_tokenizer.settings,
+            **({} if is_reference else {"agreement_utterances": config.agreement_utterances}),
+        },
+        "digests": {
+            **lists,
+            "lists and audio": builder.config.corpus_digest,
+            "unit model": run.unit_tokenizer.digest,
+            "tokenizer": run.encoder.tokenizer_digest,
+        },
+        "versions": {"dailytalk-usdm": __version__} | {name: importlib.metadata.version(name) for name in _VERSIONED},
+    }
+    decisive = counts | {"versions": {name: counts["versions"][name] for name in ROW_PACKAGES}}
+    return counts | {"key": cache_key(decisive, [shard.tokens_key for shard in run.plan])}

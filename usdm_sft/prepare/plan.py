@@ -1,0 +1,146 @@
+"""The plan of work shards: whole dialogs in order, each shard with the keys of its two cache files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, NamedTuple, overload
+
+from usdm_sft.corpus.examples import has_lists, make_examples
+from usdm_sft.utils.cache_keys import cache_key
+
+if TYPE_CHECKING:
+    from usdm_sft.corpus.builder import DailyTalkUSDM
+    from usdm_sft.corpus.dialogs import Dialog, Split
+    from usdm_sft.template.encoder import TemplateEncoder
+    from usdm_sft.units.tokenizer import UnitTokenizer
+
+
+class Shard(NamedTuple):
+    """A work shard: rows `start` to `stop` of a split, and the keys of its two cache files. `Plan.content` has the rest."""
+
+    number: int  # in the plan, from 0
+    split: str
+    dialogs: tuple[int, int]  # the range that it covers of the dialogs of the split before bad audio was left out
+    start: int
+    stop: int
+    num_samples: int  # at 16 kHz, of all its utterances
+    longest: int  # samples of its longest utterance
+    units_key: str
+    tokens_key: str
+
+
+class Content(NamedTuple):
+    """The utterances and the rows of a work shard."""
+
+    ids: list[str]  # of each utterance, in order
+    audio: list[str]  # path of its recording
+    digests: list[str]  # sha256 of its recording
+    lengths: list[int]  # its samples at 16 kHz
+    seconds: list[float]
+    dialogs: list[tuple[str, int]]  # id and number of utterances of each dialog; bad audio cuts some into several parts
+    num_pairs: int
+    rows: list[list[tuple[int, int]]]  # for each row its exchanges: indices of the user's and the agent's utterance
+    lists: bool  # the user and agent columns are lists with one entry per exchange
+
+
+class Plan(Sequence[Shard]):
+    """All work shards in order, and their contents, which travel to a process only with the shard that it makes."""
+
+    def __init__(self) -> None:
+        self._shards: list[Shard] = []
+        self._contents: list[Content] = []
+
+    def append(self, shard: Shard, content: Content) -> None:
+        """Add a work shard at the end."""
+        self._shards.append(shard)
+        self._contents.append(content)
+
+    def content(self, shard: Shard) -> Content:
+        """Return the content of a work shard."""
+        return self._contents[shard.number]
+
+    def of_split(self, split: str) -> list[Shard]:
+        """Return the work shards of a split, in order."""
+        return [shard for shard in self._shards if shard.split == split]
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    @overload
+    def __getitem__(self, index: int) -> Shard: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Shard]: ...
+    def __getitem__(self, index: int | slice) -> Shard | list[Shard]:
+        return self._shards[index]
+
+
+def plan_shards(
+    builder: DailyTalkUSDM, unit_tokenizer: UnitTokenizer, encoder: TemplateEncoder, shard_dialogs: int
+) -> Plan:
+    """Divide each split into work shards of `shard_dialogs` whole dialogs, in order."""
+    plan = Plan()
+    for split in builder.corpus.values():
+        start = 0
+        for first, dialogs in _group_dialogs(split, shard_dialogs):
+            content = _describe_dialogs(dialogs, builder)
+            units_key = cache_key("utterances", *unit_tokenizer.key, content.ids, content.digests)
+            texts = [utterance.text for dialog in dialogs for utterance in dialog.utterances]
+            tokens_key = cache_key("rows", *encoder.key, units_key, texts, content.rows, content.lists)
+            stop = start + len(content.rows)
+            shard = Shard(
+                number=len(plan),
+                split=split.name,
+                dialogs=(first, first + shard_dialogs),
+                start=start,
+                stop=stop,
+                num_samples=sum(content.lengths),
+                longest=max(content.lengths),
+                units_key=units_key,
+                tokens_key=tokens_key,
+            )
+            plan.append(shard, content)
+            start = stop
+    return plan
+
+
+def _group_dialogs(split: Split, shard_dialogs: int) -> Iterator[tuple[int, list[Dialog]]]:
+    """Group the dialogs of a split, each group with its first position in `dialog_ids`.
+
+    Dialogs left out for bad audio are counted, so that later shards keep their keys.
+    """
+    ids = enumerate(split.dialog_ids)
+    position, dialog_id = -1, None
+
+    def number(dialog: Dialog) -> int:
+        nonlocal position, dialog_id
+        while dialog_id != dialog.id:
+            position, dialog_id = next(ids)
+        return position // shard_dialogs
+
+    for group_number, group in groupby(split.dialogs, key=number):
+        yield group_number * shard_dialogs, list(group)
+
+
+def _describe_dialogs(dialogs: Sequence[Dialog], builder: DailyTalkUSDM) -> Content:
+    name, history = builder.config.name, builder.config.history
+    utterances = [utterance for dialog in dialogs for utterance in dialog.utterances]
+    ids = [utterance.id for utterance in utterances]
+    audio = [utterance.audio for utterance in utterances]
+    found = builder.audio_digests.find_all(audio)
+    positions = {utterance_id: position for position, utterance_id in enumerate(ids)}
+    return Content(
+        ids=ids,
+        audio=audio,
+        digests=[digest.sha256 for digest in found],
+        lengths=[digest.num_samples for digest in found],
+        seconds=[digest.seconds for digest in found],
+        dialogs=[(dialog.id, len(dialog.utterances)) for dialog in dialogs],
+        num_pairs=sum(1 for dialog in dialogs for _ in dialog.pairs()),
+        rows=[
+            [(positions[user.id], positions[agent.id]) for user, agent in example.exchanges]
+            for dialog in dialogs
+            for example in make_examples(dialog, name, history)
+        ],
+        lists=has_lists(name, history),
+    )

@@ -1,0 +1,185 @@
+"""prepare(): from a corpus to a dataset folder, in work shards that a crash cannot take back.
+
+    split lists -> dialogs -> examples -> units -> input_ids, labels -> dataset folder
+                   corpus     builder     .map     .map                 Parquet, card
+
+A work shard is a fixed number of whole dialogs in order. Its units and its tokens are two files of the cache, so that another
+tokenizer or length limit needs no forward pass.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from usdm_sft.folder.layout import find_finished, lock_output
+from usdm_sft.folder.writer import write_folder
+from usdm_sft.prepare.config import PrepareConfig
+from usdm_sft.prepare.fit import fit_splits
+from usdm_sft.prepare.mapping import name_versions
+from usdm_sft.prepare.open_run import Run, describe_run, open_run
+from usdm_sft.prepare.rows import load_rows
+from usdm_sft.prepare.unit_shards import make_units
+from usdm_sft.prepare.utterance_files import UtteranceFiles
+from usdm_sft.units.agreement import measure_agreement, pick_sample
+from usdm_sft.units.batches import padding_share
+from usdm_sft.utils.cache_keys import cache_key, cache_root
+from usdm_sft.utils.locks import warn_of_local_locks
+from usdm_sft.utils.memory import give_back_memory
+from usdm_sft.utils.pool import Pool, Submitted
+from usdm_sft.utils.processes import ProcessPool, num_cores
+from usdm_sft.utils.progress import Stages, quiet
+
+if TYPE_CHECKING:
+    from usdm_sft.executors.engine import Engine
+
+__all__ = ["Submitted", "prepare"]
+
+logger = logging.getLogger(__name__)
+
+# The stages that the progress view and the summary name.
+STAGES = ("tokenizer", "corpus", "unit model", "rows", "units", "tokens", "folder")
+
+# What the processes need for token shards and Parquet files; they import it while this process reads the corpus.
+_MODULES = ("usdm_sft.prepare.token_shards", "usdm_sft.folder.parquet", "usdm_sft.template.encoder")
+
+
+def prepare(config: PrepareConfig | None = None, /, **fields: Any) -> dict[str, Any]:
+    """Make a dataset folder of examples with units, `input_ids` and `labels`.
+
+    A script may call this without `if __name__ == "__main__":`, on several devices as well.
+
+    Args:
+        config: The options.
+        fields: The fields of a `PrepareConfig`, in place of `config`.
+
+    Returns:
+        The counts, as in counts.json.
+
+    Raises:
+        Submitted: Slurm makes a stage, and its jobs go on until the folder is finished. This is not an error.
+        FileNotFoundError: Data, a split list, an audio file or a model is missing.
+        FileExistsError: The output folder holds something else, and `overwrite` is false.
+        TypeError: Both `config` and fields are given, or a field is unknown.
+        ValueError: Split lists, audio, unit model, tokenizer or an option are wrong. The message names the remedy.
+    """
+    if config is None:
+        config = PrepareConfig(**fields)
+    elif fields:
+        raise TypeError(f"prepare() takes a config or fields, not both: put {', '.join(fields)} into the config")
+    with Stages(STAGES) as stages, ExitStack() as held:
+        counts, is_new = _make(config, stages, held)
+    if is_new and stages.shown:
+        logger.info("%s", stages.summary())
+    return counts
+
+
+@contextmanager
+def _open_pool(config: PrepareConfig) -> Iterator[tuple[Engine | None, Pool]]:
+    """Yield the engine, if there is an executor, and the tasks or processes that share out the work of all stages but the units."""
+    if config.executor is None:
+        with ProcessPool(config.num_proc or num_cores(), _MODULES) as processes:
+            yield None, processes
+        return
+    from usdm_sft.executors.engine import Engine  # datatrove is an optional dependency
+    from usdm_sft.executors.pool import TaskPool
+
+    go_on = partial(_go_on, config=config, directory=os.getcwd())
+    cache = cache_root(config.cache_dir)
+    warn_of_local_locks(cache)
+    with Engine(config.executor, config.tasks, cache, slurm=config.slurm, go_on=go_on) as engine:
+        yield engine, TaskPool(engine)
+
+
+def _go_on(data: Any, rank: int, world_size: int, *, config: PrepareConfig, directory: str) -> None:
+    """Call prepare again, in a job that Slurm starts when the tasks of a stage have ended.
+
+    datatrove calls this as the only step of its pipeline.
+    """
+    os.chdir(directory)
+    with suppress(Submitted):  # the next stage
+        prepare(config)
+
+
+def _make(config: PrepareConfig, stages: Stages, held: ExitStack) -> tuple[dict[str, Any], bool]:
+    """Run the stages. `held` ends the processes.
+
+    Returns:
+        The counts, and whether this run made the folder; otherwise it was finished already.
+    """
+    engine, pool = held.enter_context(_open_pool(config))
+    run = open_run(config, stages, pool=pool)
+    counts = describe_run(run)
+    with lock_output(run.output):
+        if (finished := find_finished(run.output, counts, overwrite=config.overwrite)) is not None:
+            return finished, False
+    stages.start("rows")
+    rows, settings = load_rows(run.builder), run.unit_tokenizer.settings
+    stages.start("units")
+    agreement, units = _tokenize_audio(run, engine)
+    give_back_memory()
+    stages.start("tokens")
+    splits, split_counts, tokens = fit_splits(run, rows, units, pool)
+    give_back_memory()
+    stages.start("folder")
+    counts |= {
+        "padding_share": round(
+            padding_share(
+                (run.plan.content(shard).lengths for shard in run.plan),
+                settings["batch_seconds"],
+                settings["device"],
+                run.unit_tokenizer.normalization,
+            ),
+            4,
+        ),
+        "agreement": agreement,
+        "splits": split_counts,
+        "versions": name_versions(counts["versions"], units.values()),
+    }
+    utterances = {split: UtteranceFiles(run.builder, split, run.plan, units) for split in splits}
+    with lock_output(run.output), quiet():
+        # Another run may have finished the folder meanwhile, and is replaced only with `overwrite`.
+        if (finished := find_finished(run.output, counts, overwrite=config.overwrite)) is not None:
+            return finished, False
+        counts = write_folder(
+            run.output,
+            config.config_name,
+            splits,
+            run.tokenizer,
+            counts,
+            pool,
+            key=cache_key(counts["key"], sorted(shard.path.name for shard in tokens)),
+            num_output_shards=config.num_output_shards,
+            utterances=utterances if config.keep_audio else None,
+        )
+    return counts, True
+
+
+def _tokenize_audio(run: Run, engine: Engine | None) -> tuple[dict[str, Any] | None, dict[str, Path]]:
+    """Make the unit shards that the cache lacks.
+
+    Returns:
+        The agreement with fp32 and soxr, or None where these are in use, and the file of each unit shard by its key.
+    """
+    config = run.config
+    if engine is not None:
+        from usdm_sft.prepare.unit_tasks import run_tasks
+
+        run_tasks(
+            engine,
+            run.plan,
+            run.unit_tokenizer,
+            sample=pick_sample(run.builder.audio_digests, config.agreement_utterances),
+        )
+    agreement = measure_agreement(run.unit_tokenizer, run.builder.audio_digests, run.cache, config.agreement_utterances)
+    if agreement is not None:
+        logger.warning(
+            "%s, %s: %.2f %% of the units equal those of fp32 and soxr (%d utterances)",
+            config.precision, config.resampler, 100 * agreement["share"], agreement["utterances"],
+        )  # fmt: skip
+    return agreement, make_units(run.plan, run.unit_tokenizer, run.devices, run.cache)

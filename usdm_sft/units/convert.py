@@ -1,0 +1,248 @@
+"""A speech encoder's checkpoint and k-means centroids -> a unit model folder.
+
+The folder consists of `config.json` (a Wav2Vec2Config or HubertConfig with the layers that are needed), `model.safetensors`,
+`kmeans.npy` (float32, one centroid per row) and `unit_model.json` (layer, sample rate, normalization of waveforms, sha256 of
+every file and every source). XLS-R 1B needs 35 of its 48 layers: 2.8 GB instead of 3.9 GB. Every value stays the same.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from usdm_sft.audio.frames import SAMPLE_RATE
+from usdm_sft.template.tokenizer import MAX_UNITS
+from usdm_sft.units.folder import DESCRIPTION, FILES, read_array, read_description
+from usdm_sft.units.model import empty_model
+from usdm_sft.units.model_config import XLSR_1B, XLSR_LAYER, cut_config
+from usdm_sft.units.rename_weights import to_transformers
+from usdm_sft.units.transformers_folder import (
+    read_folder_config,
+    read_folder_weights,
+    read_normalization,
+    weight_files,
+)
+from usdm_sft.utils.atomic import SUFFIX, remove_path, replace_path
+from usdm_sft.utils.hashes import sha256_file
+from usdm_sft.utils.json_files import read_json
+from usdm_sft.utils.locks import file_lock
+from usdm_sft.utils.texts import first_line
+
+
+def convert(
+    checkpoint: str | Path,
+    kmeans: str | Path,
+    unit_model_dir: str | Path,
+    *,
+    model_config: str | Path | None = None,
+    layer: int = XLSR_LAYER,
+    final_norm: bool = False,
+) -> Path:
+    """Make a unit model folder.
+
+    Args:
+        checkpoint: A folder with a wav2vec 2.0 or HuBERT model as transformers saves it, or a .pt file of a wav2vec 2.0 model
+            `{"model": {...}}` with the keys of fairseq or fairseq2. Only tensors and plain values are unpickled, and no code
+            in the folder runs. A folder's preprocessor_config.json says how waveforms are normalized.
+        kmeans: A .npy file of float32 centroids, one per row, at most 65,536.
+        unit_model_dir: The folder to make. A folder that was made from the same files and settings is left unchanged.
+        model_config: For a .pt file, a transformers Wav2Vec2Config in JSON that describes the whole checkpoint; by default
+            that of XLS-R 1B. A folder has its own.
+        layer: The layer, counted from 1, whose output becomes units: `hidden_states[layer]` of transformers.
+        final_norm: Apply the norm that follows the last layer of a model with pre-norm layers, for a k-means that was fit on
+            `last_hidden_state`, or on `hidden_states[-1]` of transformers before mid-2026 (the same then; since then
+            `hidden_states[-1]` is without the norm, as in fairseq).
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: A source does not exist.
+        FileExistsError: The folder exists and has other content.
+        ValueError: A source is invalid; the message names the place and the remedy.
+    """
+    checkpoint, kmeans = Path(checkpoint).expanduser(), Path(kmeans).expanduser()
+    folder = Path(unit_model_dir).expanduser().resolve()
+    if not kmeans.is_file():
+        raise FileNotFoundError(f"{kmeans} is not a file: name the downloaded file")
+    config, settings, sources = _read_settings(checkpoint, model_config, layer, final_norm=final_norm)
+    description: dict[str, Any] = {"format_version": 1, "layer": layer, "sample_rate": SAMPLE_RATE, **settings}
+    sources |= {"kmeans": kmeans}
+    description["sources"] = {name: sha256_file(path) for name, path in sources.items()}
+    if _is_finished(folder, description, config):
+        return folder
+    lock_file = folder.with_name(f".{folder.name}.lock")  # beside the folder: two runs may have different caches
+    with file_lock(lock_file, option="unit_model_dir"):
+        if not _is_finished(folder, description, config):  # otherwise another run was faster
+            centroids = _read_kmeans(kmeans, config)
+            read_weights = read_folder_weights if checkpoint.is_dir() else _read_weights
+            _write(folder, description, config, centroids, read_weights(checkpoint, config), sources)
+        lock_file.unlink(missing_ok=True)  # who gets a lock from now on finds the finished folder
+    return folder
+
+
+def _read_settings(
+    checkpoint: Path, model_config: str | Path | None, layer: int, *, final_norm: bool
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Path]]:
+    """Return the config of the unit model, the settings that unit_model.json records, and the files of the weights."""
+    settings: dict[str, Any] = {}
+    if checkpoint.is_dir():
+        if model_config is not None:
+            raise ValueError(
+                f"model_config {model_config} is for a .pt file: leave it out, {checkpoint} has a config.json"
+            )
+        config = read_folder_config(checkpoint, layer, final_norm=final_norm)
+        settings["normalization"] = read_normalization(checkpoint)
+        sources = {path.name: path for path in weight_files(checkpoint)}
+    elif checkpoint.is_file():
+        config = _read_config(model_config, layer, final_norm=final_norm)
+        sources = {"checkpoint": checkpoint}
+    else:
+        raise FileNotFoundError(f"{checkpoint} is not a file or a folder: name the downloaded one")
+    if final_norm:
+        settings["final_norm"] = True
+    return config, settings, sources
+
+
+def _write(
+    folder: Path,
+    description: dict[str, Any],
+    config: dict[str, Any],
+    centroids: np.ndarray,
+    weights: dict[str, Any],
+    sources: dict[str, Path],
+) -> None:
+    unfinished = folder.with_name(folder.name + SUFFIX)
+    remove_path(unfinished)
+    unfinished.mkdir(parents=True)
+    (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
+    # safetensors makes the file readable for its owner only.
+    shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")
+    np.save(unfinished / "kmeans.npy", centroids)
+    description |= {
+        "num_units": len(centroids),
+        "files": {name: sha256_file(unfinished / name) for name in FILES},
+    }
+    (unfinished / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+    for name, path in sources.items():  # a checkpoint is memory-mapped, and read while it is written
+        if sha256_file(path) != description["sources"][name]:
+            raise ValueError(
+                f"{path} was changed while it was converted: let nothing write to it, and convert it again"
+            )
+    replace_path(unfinished, folder)
+
+
+def _is_finished(folder: Path, description: dict[str, Any], config: dict[str, Any]) -> bool:
+    """Return True for the finished unit model folder, and False for one that can be written.
+
+    Raises:
+        FileExistsError: The folder has other content.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    try:
+        found = read_description(folder)
+        if (
+            {name: value for name, value in found.items() if name not in ("num_units", "files")} == description
+            and all(sha256_file(folder / name) == digest for name, digest in found["files"].items())
+            and read_json(folder / "config.json") == config
+        ):
+            return True
+    except (FileNotFoundError, ValueError):
+        pass
+    raise FileExistsError(
+        f"{folder} exists and was not made from these files and settings, or was changed: remove it or name another folder"
+    )
+
+
+def _read_config(path: str | Path | None, layer: int, *, final_norm: bool = False) -> dict[str, Any]:
+    """Return the config of a .pt file's model, cut to `layer` layers."""
+    config = dict(XLSR_1B) if path is None else read_json(path)
+    if config.setdefault("model_type", "wav2vec2") != "wav2vec2":
+        raise ValueError(f"{path}: model_type is {config['model_type']!r}: name the config of a wav2vec2 model")
+    if not config.get("do_stable_layer_norm"):
+        raise ValueError(
+            f"{path}: do_stable_layer_norm is not true: only models with pre-norm layers are supported as a .pt file; "
+            "convert the model to a folder of transformers first"
+        )
+    return cut_config(config, path, layer, final_norm=final_norm) | {"architectures": ["Wav2Vec2Model"]}
+
+
+def _read_kmeans(path: Path, config: dict[str, Any]) -> np.ndarray:
+    width = config["hidden_size"]
+    try:
+        with open(path, "rb") as file:
+            centroids = read_array(file)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not a plain .npy array ({first_line(error)}): save the centroids as one; for a k-means of scikit-learn, "
+            'np.save("kmeans.npy", kmeans.cluster_centers_.astype("float32"))'
+        ) from error
+    if centroids.ndim != 2 or centroids.shape[1] != width or not len(centroids):
+        raise ValueError(
+            f"{path} has shape {centroids.shape}, not (number of units, {width}): "
+            "name the centroids that belong to this model, one per row"
+        )
+    if centroids.dtype != np.float32:
+        raise ValueError(f"{path} is {centroids.dtype}, not float32: save it as float32")
+    if len(centroids) > MAX_UNITS:
+        raise ValueError(f"{path} has {len(centroids):,} centroids; more than {MAX_UNITS:,} are not supported")
+    if not np.isfinite(centroids).all():
+        raise ValueError(f"{path} holds NaN or infinite values: name the right file")
+    return centroids
+
+
+def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the tensors of a .pt file that the config needs, float32, under transformers' names."""
+    renamed = _load_checkpoint(path)
+    weights = {}
+    for key, parameter in empty_model(config).state_dict().items():
+        if key not in renamed:
+            raise ValueError(f"{path} lacks {key}: name the checkpoint and the --model_config that belong together")
+        tensor = renamed[key]
+        if tensor.shape != parameter.shape:
+            raise ValueError(
+                f"{path}: {key} has shape {tuple(tensor.shape)}, the config says {tuple(parameter.shape)}: "
+                "name the --model_config that belongs to the checkpoint"
+            )
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {key} holds NaN or infinite values: download the checkpoint again")
+        weights[key] = tensor.float().contiguous()
+    return weights
+
+
+def _load_checkpoint(path: Path) -> dict[str, Any]:
+    """Return all tensors of a .pt file that are of use, under transformers' names."""
+    try:
+        # A checkpoint in torch's format from before 1.6 is not a zip file and cannot be memory-mapped.
+        if is_zip := zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                    # torch never compresses them, and a compressed part may unpack to any size.
+                    raise ValueError("its parts are compressed")
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as error:  # the unpickler raises many kinds of errors
+        raise ValueError(
+            f"{path} is not a checkpoint of plain tensors ({first_line(error)}): name the published file"
+        ) from error
+    source = loaded.get("model") if isinstance(loaded, dict) else None
+    if not isinstance(source, dict):
+        raise ValueError(f"{path} holds no 'model': name a fairseq or fairseq2 checkpoint")
+    for key, tensor in source.items():
+        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{path}: {key!r} is not the name of a tensor: name a fairseq or fairseq2 checkpoint")
+    try:
+        return to_transformers(source)
+    except KeyError as error:
+        raise ValueError(
+            f"{path}: {error.args[0]} is not a parameter of a wav2vec 2.0 model in the naming of fairseq or fairseq2: "
+            "name a checkpoint of such a model"
+        ) from error

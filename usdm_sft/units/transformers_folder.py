@@ -1,0 +1,142 @@
+"""A wav2vec 2.0 or HuBERT checkpoint folder, as transformers saves it -> config and weights of a unit model.
+
+transformers itself opens the folder, so that sharded files, older parameter names and models with a head all work. A missing
+weight, which transformers would fill with random values, is an error here. Code in the folder never runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, Wav2Vec2FeatureExtractor
+from transformers.utils import logging
+
+from usdm_sft.audio.frames import SAMPLE_RATE
+from usdm_sft.units.model_config import MODEL_TYPES, cut_config
+from usdm_sft.utils.json_files import read_json
+from usdm_sft.utils.texts import first_line
+
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# Keys of config.json that do not describe the model; `auto_map` names code.
+_OF_THE_CHECKPOINT = ("_name_or_path", "auto_map", "torch_dtype", "transformers_version")
+
+
+def read_folder_config(folder: Path, layer: int, *, final_norm: bool) -> dict[str, Any]:
+    """Return the config of the folder's model, cut to `layer` layers.
+
+    Raises:
+        FileNotFoundError: There is no config.json.
+        ValueError: The model is of another kind, or lacks the layer.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json: name a folder that transformers saved, or a .pt file")
+    config = read_json(path)
+    if (model_type := config.get("model_type")) not in MODEL_TYPES:
+        raise ValueError(f"{path}: model_type is {model_type!r}: name a model of {' or '.join(MODEL_TYPES)}")
+    if "quantization_config" in config:
+        raise ValueError(f"{path}: the weights are quantized: name the checkpoint they were made from")
+    config = {key: value for key, value in config.items() if key not in _OF_THE_CHECKPOINT}
+    # The adapter that `add_adapter` adds follows the last layer, so units do not depend on it.
+    config |= {"architectures": [MODEL_TYPES[model_type]], "dtype": "float32", "add_adapter": False}
+    return cut_config(config, path, layer, final_norm=final_norm)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of the weights that transformers would open.
+
+    Raises:
+        FileNotFoundError: There are none, or one of several files is missing.
+    """
+    path = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{folder} holds none of {', '.join(_WEIGHTS)}: name a folder that transformers saved")
+    if path.suffix != ".json":
+        return [path]
+    files = [folder / name for name in sorted(set(read_json(path).get("weight_map", {}).values()))]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing, though {path.name} names it: download the checkpoint again")
+    return files
+
+
+def read_normalization(folder: Path) -> str:
+    """Return how the folder's feature extractor normalizes waveforms: "transformers" (mean 0, variance 1) or "none".
+
+    Raises:
+        FileNotFoundError: There is neither a preprocessor_config.json nor a processor_config.json, which newer processors save.
+        ValueError: The feature extractor is of another kind, or not for 16 kHz.
+    """
+    try:
+        values, _ = Wav2Vec2FeatureExtractor.get_feature_extractor_dict(folder, local_files_only=True)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{folder} holds no preprocessor_config.json that can be read, which says how waveforms are normalized: copy it "
+            "from the model that the k-means was fit on, or save one with Wav2Vec2FeatureExtractor(do_normalize=...)"
+        ) from error
+    kind = values.get("feature_extractor_type", "Wav2Vec2FeatureExtractor")
+    if kind != "Wav2Vec2FeatureExtractor":
+        raise ValueError(
+            f"{folder}: the feature extractor is a {kind}, not a Wav2Vec2FeatureExtractor: name another model"
+        )
+    if (rate := values.get("sampling_rate", SAMPLE_RATE)) != SAMPLE_RATE:
+        raise ValueError(f"{folder}: sampling_rate is {rate}, not {SAMPLE_RATE}: name a model for 16 kHz")
+    return "transformers" if values.get("do_normalize", True) else "none"
+
+
+def read_folder_weights(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the tensors of the model that `config` describes, float32, under transformers' names.
+
+    Raises:
+        ValueError: A tensor cannot be read, is missing, has another shape than in the config, or is not finite.
+    """
+    try:
+        with _quiet():
+            model, report = AutoModel.from_pretrained(
+                folder,
+                config=AutoConfig.for_model(**config),
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                weights_only=True,
+                ignore_mismatched_sizes=True,  # reported, and an error below
+                output_loading_info=True,
+            )
+    except Exception as error:  # the readers of the formats raise many kinds of errors
+        raise ValueError(
+            f"{folder} cannot be opened as a model of plain tensors that transformers saved ({first_line(error)}): "
+            "download it again, or save it as safetensors"
+        ) from error
+    for key, found, expected in sorted(report["mismatched_keys"]):
+        raise ValueError(
+            f"{folder}: {key} has shape {tuple(found)}, config.json says {tuple(expected)}: "
+            "name the config.json that belongs to the weights"
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{folder} lacks {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "") + ": "
+            "name a complete checkpoint of the model that config.json describes"
+        )
+    weights = model.state_dict()
+    for key, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{folder}: {key} holds NaN or infinite values: download the checkpoint again")
+    return {key: tensor.contiguous() for key, tensor in weights.items()}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Switch off transformers' progress bar and its report of unused weights."""
+    verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # transformers
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # transformers

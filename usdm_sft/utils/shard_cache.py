@@ -1,0 +1,162 @@
+"""The cache of finished work shards: Arrow files that get their name only when they are complete.
+
+A file is named `<key>.<digest>.arrow`. The key identifies the inputs; the digest is the sha256 of the file and shows damage. A
+damaged file is made again. An unfinished shard is in the folder `<key>.unfinished`, which the next run removes.
+
+The folder `locks` of a level has one lock file for all keys with the same first characters, and beside it the list of their
+finished files. A claim therefore reads a short list and never lists the folder, whatever the number of shards.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from filelock import BaseFileLock, Timeout
+
+from usdm_sft.utils.atomic import remove_path, replace_path
+from usdm_sft.utils.hashes import sha256_file
+from usdm_sft.utils.locks import file_lock
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = 4  # characters of a key, which name its lock
+
+
+class ShardCache:
+    """One level of the cache.
+
+    Args:
+        folder: Folder of its files, created by the first write.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    def find(self, key: str) -> Path | None:
+        """Return the finished file of `key`, or None. A damaged file is removed with a warning."""
+        return self.find_all([key]).get(key)
+
+    def find_all(self, keys: Iterable[str]) -> dict[str, Path]:
+        """Return the finished file of each key that has one. The folder is listed once."""
+        written: dict[str, list[str]] = {key: [] for key in keys}
+        for name in sorted(os.listdir(self.folder)) if self.folder.is_dir() else []:
+            key, _, rest = name.partition(".")
+            if rest.endswith(".arrow") and key in written:
+                written[key].append(name)
+        found = {key: self._first_whole(key, names) for key, names in written.items()}
+        return {key: path for key, path in found.items() if path is not None}
+
+    def _find_listed(self, key: str) -> Path | None:
+        """Return the finished file of a claimed key. That of an earlier version is on no list; `find_all` finds it."""
+        try:
+            names = _list_file(self.folder, key).read_text(encoding="utf-8").split()
+        except FileNotFoundError:
+            return None
+        return self._first_whole(key, sorted({name for name in names if name.startswith(f"{key}.")}))
+
+    def _first_whole(self, key: str, names: Iterable[str]) -> Path | None:
+        for path in (self.folder / name for name in names):
+            try:
+                is_whole = sha256_file(path) == path.name.split(".")[1]
+            except FileNotFoundError:  # removed meanwhile, or a run was killed right before it got its name
+                continue
+            if is_whole:
+                # A run that was killed right after the rename leaves this folder.
+                remove_path(self.folder / f"{key}.unfinished")
+                return path
+            logger.warning("%s was damaged after it was written: making it again", path)
+            path.unlink(missing_ok=True)
+        return None
+
+    def make(self, key: str, write: Callable[[str], Any]) -> Path:
+        """Return the finished file of `key`, and make it first where there is none.
+
+        Runs that share the cache take turns, so that only one of them makes the file.
+
+        Args:
+            key: Key of the work shard.
+            write: Called with the path to write the file to.
+        """
+        claim = self.claim(key)
+        assert claim is not None  # it waited
+        with claim:
+            return claim.finished or claim.write(write)
+
+    def claim(self, key: str, *, wait: bool = True) -> Claim | None:
+        """Claim the right to make the file of `key`.
+
+        A caller that holds a claim must not wait for another one: two runs that each wait for the other would wait forever.
+
+        Args:
+            key: Key of the work shard.
+            wait: Wait for another run that has the claim.
+
+        Returns:
+            The claim; None if another run has it and `wait` is false.
+
+        Raises:
+            OSError: The cache is on a file system without working locks.
+        """
+        # Lock files are never removed, so their number is bounded by the first characters of the key. With two characters,
+        # 64 tasks at the same time would often share a lock. A claim may be released by another thread than its owner.
+        lock = file_lock(self.folder / "locks" / key[:_PREFIX], thread_local=False)
+        try:
+            lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            return None
+        try:
+            return Claim(self.folder, key, lock, self._find_listed(key))
+        except BaseException:  # Ctrl-C as well, or no other run could ever make the file; raised again
+            lock.release()
+            raise
+
+
+class Claim:
+    """The exclusive right to make the file of one key, until the `with` block ends or `release` is called.
+
+    Attributes:
+        finished: The file, if it is finished.
+    """
+
+    def __init__(self, folder: Path, key: str, lock: BaseFileLock, finished: Path | None):
+        self.finished = finished
+        self._folder, self._key, self._lock = folder, key, lock
+
+    def write(self, write: Callable[[str], Any]) -> Path:
+        """Make the file and return its path.
+
+        Args:
+            write: Called with the path to write the file to.
+        """
+        unfinished = self._folder / f"{self._key}.unfinished"
+        remove_path(unfinished)
+        unfinished.mkdir()
+        path = unfinished / "shard.arrow"
+        write(str(path))
+        finished = self._folder / f"{self._key}.{sha256_file(path)}.arrow"
+        list_file = _list_file(self._folder, self._key)
+        if list_file.is_symlink():
+            list_file.unlink()
+        with open(list_file, "a", encoding="utf-8") as listed:  # the claim's lock covers the list
+            listed.write(f"\n{finished.name}\n")  # a killed run may have left half a line before
+        replace_path(path, finished)
+        remove_path(unfinished)
+        return finished
+
+    def release(self) -> None:
+        """Let other runs make the file."""
+        self._lock.release()
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
+def _list_file(folder: Path, key: str) -> Path:
+    return folder / "locks" / f"{key[:_PREFIX]}.finished"
