@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from usdm_sft.template.repetition import expand_units as expand_units
     from usdm_sft.template.tokenizer import build_tokenizer as build_tokenizer
     from usdm_sft.template.tokenizer import load_tokenizer as load_tokenizer
-    from usdm_sft.training.collate import PaddingCollator as PaddingCollator
-    from usdm_sft.training.collate import PaddingFreeCollator as PaddingFreeCollator
-    from usdm_sft.training.generation import STEPS as STEPS
-    from usdm_sft.training.generation import StepLogitsProcessor as StepLogitsProcessor
-    from usdm_sft.training.generation import next_prompt as next_prompt
-    from usdm_sft.training.shifted import ShiftedLabels as ShiftedLabels
+    from usdm_sft.training import STEPS as STEPS
+    from usdm_sft.training import PaddingCollator as PaddingCollator
+    from usdm_sft.training import PaddingFreeCollator as PaddingFreeCollator
+    from usdm_sft.training import ShiftedLabels as ShiftedLabels
+    from usdm_sft.training import StepLogitsProcessor as StepLogitsProcessor
+    from usdm_sft.training import next_prompt as next_prompt
     from usdm_sft.units.convert import convert as convert
     from usdm_sft.units.tokenizer import UnitTokenizer as UnitTokenizer
 
@@ -52,12 +52,12 @@ _LAZY = {
     "expand_units": "usdm_sft.template.repetition",
     "build_tokenizer": "usdm_sft.template.tokenizer",
     "load_tokenizer": "usdm_sft.template.tokenizer",
-    "PaddingCollator": "usdm_sft.training.collate",
-    "PaddingFreeCollator": "usdm_sft.training.collate",
-    "STEPS": "usdm_sft.training.generation",
-    "StepLogitsProcessor": "usdm_sft.training.generation",
-    "next_prompt": "usdm_sft.training.generation",
-    "ShiftedLabels": "usdm_sft.training.shifted",
+    "PaddingCollator": "usdm_sft.training",
+    "PaddingFreeCollator": "usdm_sft.training",
+    "STEPS": "usdm_sft.training",
+    "StepLogitsProcessor": "usdm_sft.training",
+    "next_prompt": "usdm_sft.training",
+    "ShiftedLabels": "usdm_sft.training",
     "UnitTokenizer": "usdm_sft.units.tokenizer",
 }
 __all__ = [*_LAZY, "DailyTalkUSDM", "DailyTalkUSDMConfig", "__version__", "load_dataset"]

@@ -23,7 +23,7 @@ import safetensors
 from dailytalk_usdm import load_dataset
 from usdm_sft.cli.main import main, make_parser
 from usdm_sft.cli.parser import _use_underscores
-from usdm_sft.folder.summary import summarize_split
+from usdm_sft.folder.statistics import summarize_split
 from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.template.config import Template
 

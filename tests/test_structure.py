@@ -15,7 +15,6 @@ PACKAGES = [
     "folder",
     "prepare",
     "template",
-    "training",
     "units",
     "utils",
 ]
@@ -24,7 +23,7 @@ MODULES = [REPOSITORY / "dailytalk_usdm.py", *sorted((REPOSITORY / "usdm_sft").r
 
 def test_packages():
     names = {path.name for path in (REPOSITORY / "usdm_sft").iterdir()} - {"__pycache__"}
-    assert names == {*PACKAGES, "__init__.py", "py.typed"}
+    assert names == {*PACKAGES, "__init__.py", "py.typed", "training.py"}
     setup = ConfigParser()
     setup.read(REPOSITORY / "setup.cfg")
     folders = {path.parent for path in (REPOSITORY / "usdm_sft").rglob("__init__.py")}

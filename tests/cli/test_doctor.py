@@ -13,8 +13,8 @@ from huggingface_hub.errors import HTTPError
 
 from tests.bases import byte_level
 from tests.mini_hub import serve
-from usdm_sft.cli import doctor_machine as machine
-from usdm_sft.cli.doctor_findings import Finding, run_check
+from usdm_sft.cli import doctor_checks as machine
+from usdm_sft.cli.doctor_checks import Finding, run_check
 from usdm_sft.cli.main import main
 from usdm_sft.corpus import published_lists
 from usdm_sft.prepare.config import PrepareConfig
@@ -367,7 +367,7 @@ def test_corpus_on_the_hub(doctor, hub):
 
 def test_size_of_the_published_unit_model(doctor, hub, monkeypatch):
     monkeypatch.setattr(
-        "usdm_sft.cli.doctor_sources.remote_size", lambda url, timeout: 3_900_000_000 * url.endswith(".pt")
+        "usdm_sft.cli.doctor_checks.remote_size", lambda url, timeout: 3_900_000_000 * url.endswith(".pt")
     )
     found, _ = doctor("--unit_model", "xlsr2_1b_v2", data_dir=None)
     text = "xlsr2_1b_v2 is not on this machine yet: prepare downloads it once (3.9 GB)"

@@ -16,8 +16,7 @@ from usdm_sft.prepare.prepare import prepare
 from usdm_sft.template.config import Template
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import build_tokenizer, load_tokenizer, save_tokenizer
-from usdm_sft.training.collate import PaddingCollator
-from usdm_sft.training.generation import StepLogitsProcessor, next_prompt
+from usdm_sft.training import PaddingCollator, StepLogitsProcessor, next_prompt
 
 SEPARATE = Template(tokenization="separate")
 

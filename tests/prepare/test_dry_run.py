@@ -121,5 +121,5 @@ def test_time_is_told_where_a_rate_is_known(device, precision, unit_model, expec
     found = DryRun({}, 400, 400, 400, 72_000.0, 72_000.0, 6_300_000_000, True, device)
     lines = describe_dry_run(found, config)
     assert any(line.startswith(expected) for line in lines), lines
-    # 600 and 1,400 bytes per second of audio, and 10 MB (usdm_sft/cli/doctor_machine.py)
+    # 600 and 1,400 bytes per second of audio, and 10 MB (usdm_sft/cli/doctor_checks.py)
     assert "disk: about 53.2 MB for o, about 6.3 GB for its recordings, about 100.8 MB for the cache" in lines

@@ -22,7 +22,7 @@ from usdm_sft.template.config import LABELS, PARTS, Template
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.parts import ROW_PARTS, find_parts
 from usdm_sft.template.view import format_example
-from usdm_sft.training.generation import StepLogitsProcessor, next_prompt
+from usdm_sft.training import StepLogitsProcessor, next_prompt
 
 CHAT = Template(tokenization="chat")
 ROW = {"user_units": [3, 3, 5], "user_text": "Where were you?", "agent_text": "at home.", "agent_units": [19, 0]}

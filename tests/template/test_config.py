@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer
 from tests.helpers import FIXTURES, REPOSITORY
 from usdm_sft.template.config import LABELS, REFERENCE, Template
 from usdm_sft.template.encoder import COLUMNS, TemplateEncoder
-from usdm_sft.training.generation import STEPS, next_prompt
+from usdm_sft.training import STEPS, next_prompt
 
 EXAMPLES = [json.loads(line) for line in (FIXTURES / "multi-turn" / "examples.jsonl").read_text().splitlines()]
 BATCH = {name: [[exchange[name] for exchange in e["exchanges"]] for e in EXAMPLES] for name in COLUMNS}

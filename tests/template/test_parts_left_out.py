@@ -18,7 +18,7 @@ from usdm_sft.template.base import add_units
 from usdm_sft.template.config import PARTS, REFERENCE, Template
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.parts import ROW_PARTS, find_parts
-from usdm_sft.training.generation import StepLogitsProcessor, next_prompt
+from usdm_sft.training import StepLogitsProcessor, next_prompt
 
 NEWLINE, SPACE, CORRESPOND, UNIT_0 = 13, 28705, 32001, 32002
 SUBSETS = [parts for number in (2, 3, 4) for parts in combinations(PARTS, number)]

@@ -4,7 +4,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from tests.helpers import loss_by_hand
-from usdm_sft.training.collate import PaddingCollator, PaddingFreeCollator
+from usdm_sft.training import PaddingCollator, PaddingFreeCollator
 
 ROW = {"id": "d1_0", "user_text": "dropped", "user_units": [1]}
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from usdm_sft.training.generation import STEPS, StepLogitsProcessor, next_prompt
+from usdm_sft.training import STEPS, StepLogitsProcessor, next_prompt
 
 ROW = {
     "user_units": [[11, 12, 13]],

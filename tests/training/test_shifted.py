@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from usdm_sft.training.shifted import ShiftedLabels
+from usdm_sft.training import ShiftedLabels
 
 
 def test_labels_move_one_position_to_the_left():

@@ -21,8 +21,7 @@ from tests.helpers import REPOSITORY, loss_by_hand
 from tests.mini_hub import serve
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import load_tokenizer
-from usdm_sft.training.collate import PaddingCollator, PaddingFreeCollator
-from usdm_sft.training.generation import STEPS, StepLogitsProcessor, next_prompt
+from usdm_sft.training import STEPS, PaddingCollator, PaddingFreeCollator, StepLogitsProcessor, next_prompt
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ import torch
 from usdm_sft.audio.addresses import format_address
 from usdm_sft.audio.reading import AudioError
 from usdm_sft.cli.main import main
-from usdm_sft.units import process, reading
+from usdm_sft.units import reading
+from usdm_sft.units import tokenizer as process
 from usdm_sft.units.batches import prepare_waveform
 from usdm_sft.units.reading import AudioReader
 from usdm_sft.units.stream import audio_seconds, group_by_seconds, stream_units

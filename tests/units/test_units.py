@@ -22,8 +22,9 @@ from soxr import resample
 from tests.helpers import FIXTURES, SHARED
 from usdm_sft.audio.frames import num_frames
 from usdm_sft.audio.reading import AudioError
-from usdm_sft.units import process, reading
+from usdm_sft.units import reading
 from usdm_sft.units import tokenizer as module
+from usdm_sft.units import tokenizer as process
 from usdm_sft.units.batches import normalize, padding_share, plan_batches
 from usdm_sft.units.columns import distinct_audio
 from usdm_sft.units.convert import convert

@@ -21,7 +21,7 @@ def demo(demo_dir: str = "dailytalk-usdm-demo", open: bool = False) -> None:
     """
     from usdm_sft.cli.make_demo import run_demo
     from usdm_sft.cli.show import show
-    from usdm_sft.folder.summary import load_call
+    from usdm_sft.folder.statistics import load_call
 
     dataset, page, counts = run_demo(demo_dir)
     folder, splits = os.fspath(dataset), counts["splits"]

@@ -16,7 +16,7 @@ from docstring_parser import parse_from_object
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings  # type: ignore[attr-defined]  # a re-export
 
 from usdm_sft.cli.help import HelpFormatter
-from usdm_sft.prepare.config_checks import describe_type
+from usdm_sft.prepare.config import describe_type
 from usdm_sft.utils.texts import printable
 
 # A YAML file names values, not code to import; the docstrings of fields are their help.

@@ -31,7 +31,7 @@ def prepare(**options: Any) -> None:
         dailytalk-usdm prepare --config multi_turn --data_dir DailyTalk --output_path conversations
         dailytalk-usdm prepare --data_dir hub:USER/NAME --agent B --output_path calls --keep_audio
     """
-    from usdm_sft.folder.summary import load_call, summarize_split
+    from usdm_sft.folder.statistics import load_call, summarize_split
     from usdm_sft.prepare.prepare import Submitted, prepare
 
     is_dry_run = options.pop("dry_run", False)
@@ -58,7 +58,7 @@ def prepare(**options: Any) -> None:
 
 
 def _dry_run(config: PrepareConfig) -> None:
-    from usdm_sft.folder.summary import summarize_split
+    from usdm_sft.folder.statistics import summarize_split
     from usdm_sft.prepare.dry_run import describe_dry_run, dry_run
 
     found = dry_run(config)

@@ -2,6 +2,8 @@
 
 Processes share out ranges of rows. Each range becomes a piece, a file in a hidden folder, which the calling process adds to the
 output in the order of the rows and removes. So the bytes do not depend on the number of processes, and memory not on that of rows.
+
+A line of naver-ai/usdm's train_sft.py has `input_ids`, "|" and `labels`, each with spaces between the numbers.
 """
 
 from __future__ import annotations
@@ -14,17 +16,41 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from usdm_sft.corpus.features import arrow_schema, folder_features
 from usdm_sft.folder.layout import UNFINISHED, data_files, read_counts
 from usdm_sft.folder.packs import MASKED, PACK, PackWriter, mask_rows
 from usdm_sft.folder.ranges import RowRange, count_processes, divide_rows
-from usdm_sft.folder.text_lines import format_lines
 from usdm_sft.utils.atomic import remove_path, replace_path, write_then_replace
 from usdm_sft.utils.hashes import sha256_file
 from usdm_sft.utils.processes import ProcessPool, in_order
+
+
+def format_lines(rows: pa.RecordBatch) -> list[bytes]:
+    """Return the line of each row of a batch with `input_ids` and `labels`, without a newline."""
+    ids, labels = (
+        pc.binary_join(rows[name].cast(pa.list_(pa.string())), " ").cast(pa.binary())
+        for name in ("input_ids", "labels")
+    )
+    lines: list[bytes] = pc.binary_join_element_wise(ids, labels, b"|").to_pylist()
+    return lines
+
+
+def parse_line(line: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The (num_tokens,) input_ids and labels of a line.
+
+    Raises:
+        ValueError: The line has another format.
+        OverflowError: A number does not fit into int64.
+    """
+    input_ids, labels = (np.array(list(map(int, half.split())), dtype=np.int64) for half in line.split("|"))
+    return input_ids, labels
+
 
 Format = Literal["usdm", "arrow", "megatron"]
 

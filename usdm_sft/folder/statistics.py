@@ -1,8 +1,10 @@
-"""Statistics of a dataset folder, computed from its Parquet files alone."""
+"""Statistics of a dataset folder, computed from its Parquet files alone, and what a command says of a folder."""
 
 from __future__ import annotations
 
+import glob
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +22,7 @@ from usdm_sft.folder.ranges import RowRange, count_processes, divide_rows
 from usdm_sft.template.encoder import IGNORE_INDEX
 from usdm_sft.template.parts import REFERENCE_LAYOUT, ROW_PARTS, RowLayout, find_parts_of_rows
 from usdm_sft.utils.processes import ProcessPool, in_order
-from usdm_sft.utils.texts import printable
+from usdm_sft.utils.texts import count_noun, printable
 
 ROLES = ("user", "agent")
 QUANTILES = {"min": 0.0, "median": 0.5, "95 %": 0.95, "max": 1.0}
@@ -286,3 +288,34 @@ def _run_lengths(column: pa.Array) -> npt.NDArray[np.int64]:
     starts = np.cumsum(lengths) - lengths
     is_start[starts[starts < len(values)]] = True
     return np.diff(np.append(np.flatnonzero(is_start), len(values)))
+
+
+def summarize_split(split: Mapping[str, Any]) -> str:
+    """One line on a split of counts.json: its counts, and the number of rows and dialogs that were left out."""
+    bad_audio, dialogs = split["pairs_with_bad_audio"], split["dialogs_left_out"]
+    left_out = [f"{count_noun(len(split['pairs_left_out']) - bad_audio, 'row')} too long"]
+    if bad_audio:
+        left_out.append(f"{count_noun(bad_audio, 'pair')} with bad audio")
+    reasons = ", ".join(f"{dialog}: {reason}" for dialog, reason in dialogs.items())
+    left_out.append(count_noun(len(dialogs), "dialog") + (f" ({reasons})" if reasons else ""))
+    cut = f"; shortened: {count_noun(len(split['rows_cut']), 'row')}" if split["rows_cut"] else ""
+    return (
+        f"{count_noun(split['rows'], 'row')} from {count_noun(split['dialogs'], 'dialog')} ({split['hours']:.2f} h), "
+        f"{count_noun(split['tokens'], 'token')}, {split['labelled_tokens']:,} labelled; left out: {', '.join(left_out)}{cut}"
+    )
+
+
+def load_call(dataset_dir: str | Path, counts: Mapping[str, Any]) -> str:
+    """Return the call of `datasets.load_dataset` that opens a dataset folder.
+
+    datasets takes the folder's path for a part of a glob pattern, and finds nothing in a folder such as "runs[1]".
+
+    Args:
+        dataset_dir: The folder.
+        counts: Its counts.json.
+    """
+    absolute = os.path.abspath(dataset_dir)
+    if (escaped := glob.escape(absolute)) == absolute:
+        return f"load_dataset({os.fspath(dataset_dir)!r})"
+    files = {split: os.path.join(escaped, counts["config"], f"{split}-*.parquet") for split in counts["splits"]}
+    return f"load_dataset('parquet', data_files={files!r})"

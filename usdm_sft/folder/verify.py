@@ -144,7 +144,7 @@ def _check_counts(folder: Path, counts: Mapping[str, Any], statistics: Mapping[s
 def _check_descriptions(folder: Path, counts: Mapping[str, Any]) -> Iterator[str]:
     """Compare the digest of the data files in the YAML of each config with that of counts.json."""
     path = folder / "README.md"
-    for found, expected in zip(metadata_load(path)["configs"], data_configs(counts), strict=True):
+    for found, expected in zip((metadata_load(path) or {})["configs"], data_configs(counts), strict=True):
         if found != expected:
             yield (
                 f"{path}: the YAML of {expected['config_name']} does not hold the digest of its data files, so that load_dataset may "
@@ -160,9 +160,8 @@ def _read_card(folder: Path, counts: Mapping[str, Any]) -> datasets.DatasetInfo:
     """
     path = folder / "README.md"
     try:
-        if _without_descriptions((metadata_load(path) or {}).get("configs")) != _without_descriptions(
-            data_configs(counts)
-        ):
+        configs = (metadata_load(path) or {}).get("configs")
+        if _without_descriptions(configs) != _without_descriptions(data_configs(counts)):
             raise ValueError("its configs are not the data files of counts.json")
         return read_info(folder, counts["config"])
     except (YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -170,6 +169,6 @@ def _read_card(folder: Path, counts: Mapping[str, Any]) -> datasets.DatasetInfo:
         raise ValueError(f"{path} does not have the YAML of this folder ({reason}): {PREPARE_AGAIN}") from error
 
 
-def _without_descriptions(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _without_descriptions(configs: Any) -> list[dict[str, Any]]:
     """Return the configs of a card without their digests. A card that is not a list of configs raises the errors of `_read_card`."""
     return [{name: value for name, value in config.items() if name != "description"} for config in configs]

@@ -21,12 +21,11 @@ from datasets import Dataset
 from usdm_sft.audio.addresses import disk_files
 from usdm_sft.audio.frames import SAMPLE_RATE, count_units
 from usdm_sft.prepare.config import PrepareConfig
-from usdm_sft.prepare.devices import choose_devices
-from usdm_sft.prepare.fit import fit_splits
 from usdm_sft.prepare.mapping import map_shard
-from usdm_sft.prepare.open_run import Run, open_run
+from usdm_sft.prepare.open_run import Run, choose_devices, open_run
 from usdm_sft.prepare.plan import Plan, Shard
 from usdm_sft.prepare.rows import load_rows
+from usdm_sft.prepare.token_shards import fit_splits
 from usdm_sft.units.published import PUBLISHED, locate_unit_model
 from usdm_sft.units.settings import make_settings
 from usdm_sft.units.tokenizer import UnitTokenizer

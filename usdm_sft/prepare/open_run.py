@@ -1,4 +1,4 @@
-"""One run of `prepare`: its corpus, tokenizer, unit model and work shards, opened and described."""
+"""One run of `prepare`: its devices, corpus, tokenizer, unit model and work shards, opened and described."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from usdm_sft import __version__
@@ -14,17 +15,49 @@ from usdm_sft.corpus.builder import DailyTalkUSDM
 from usdm_sft.corpus.published_lists import describe_corpus, list_kind
 from usdm_sft.folder.layout import ROW_PACKAGES, check_output
 from usdm_sft.prepare.config import PrepareConfig
-from usdm_sft.prepare.devices import choose_devices
 from usdm_sft.prepare.overflow import choose_overflow
 from usdm_sft.prepare.plan import Plan, plan_shards
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer
+from usdm_sft.units.precision import check_cpu
 from usdm_sft.units.published import describe_unit_model, find_unit_model
 from usdm_sft.units.tokenizer import UnitTokenizer, open_for
 from usdm_sft.utils.cache_keys import cache_key, cache_root
 from usdm_sft.utils.locks import require_locks
 from usdm_sft.utils.pool import Pool
 from usdm_sft.utils.progress import Stages
+
+
+def choose_devices(config: PrepareConfig) -> list[str]:
+    """Return the devices of a run, such as ["cuda:0", "cuda:1"]; with an executor the kind of device that their tasks have.
+
+    Raises:
+        FileNotFoundError: The executor is slurm, and this machine has no sbatch.
+        ImportError: The extra executors is not installed.
+        ValueError: `num_gpus` or an option of the executor does not fit this machine.
+    """
+    if config.executor is not None:
+        from usdm_sft.prepare import unit_tasks  # datatrove is an optional dependency
+
+        unit_tasks.check_options(config.executor, config.num_gpus, config.slurm)
+        return [unit_tasks.find_device(config.executor, config.num_gpus)]
+    devices = find_devices(config.num_gpus)
+    if devices == ["cpu"]:
+        check_cpu(config.precision)
+    return devices
+
+
+def find_devices(num_gpus: int | None) -> list[str]:
+    """Return the GPUs of this machine, or its CPU.
+
+    Raises:
+        ValueError: This machine has fewer than `num_gpus` GPUs.
+    """
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if num_gpus is not None and num_gpus > available:
+        raise ValueError(f"num_gpus is {num_gpus}: this machine has {available}; give {available} or fewer")
+    return [f"cuda:{index}" for index in range(available if num_gpus is None else num_gpus)] or ["cpu"]
+
 
 # counts.json names the versions of the packages that write the folder. The key of the folder holds those of `ROW_PACKAGES`.
 _VERSIONED = (

@@ -1,7 +1,7 @@
 """Token shards: the second level of the cache, one row per example with units, `input_ids` and `labels`.
 
 The key of a token shard covers the key of its unit shard, the texts, the utterances of each row, the tokenizer, the template
-and the version of the code that encodes them. `max_length` does not enter it.
+and the version of the code that encodes them. `max_length` does not enter it: `fit_splits` applies it to the finished shards.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from datasets import Dataset
 from datasets.table import InMemoryTable
 
-from usdm_sft.prepare.counts import count_shard
+from usdm_sft.corpus.features import ROLES
+from usdm_sft.prepare.counts import count_shard, count_split
 from usdm_sft.prepare.mapping import map_shard, read_shard
+from usdm_sft.prepare.open_run import Run
 from usdm_sft.prepare.overflow import find_cuts, take_rows
 from usdm_sft.prepare.plan import Content, Plan, Shard
-from usdm_sft.prepare.token_rows import TokenShard, join_columns, slice_examples
+from usdm_sft.prepare.token_rows import FittedSplit, TokenShard, join_columns, slice_examples
 from usdm_sft.template.repetition import collapse_units
 from usdm_sft.units.columns import FP32_FALLBACK
 from usdm_sft.utils.cache_keys import cache_key
@@ -30,6 +32,7 @@ from usdm_sft.utils.shard_cache import ShardCache
 
 if TYPE_CHECKING:
     from usdm_sft.template.encoder import TemplateEncoder
+
 
 _TEXT_COLUMNS = ["id", "user_text", "agent_text"]  # columns of a row that the encoder needs beside the units
 
@@ -143,3 +146,30 @@ def _find_fp32_fallback(content: Content, units: Path) -> list[str]:
         return []
     marks = table[FP32_FALLBACK].to_pylist()
     return [utterance_id for utterance_id, mark in zip(content.ids, marks, strict=True) if mark]
+
+
+def fit_splits(
+    run: Run, rows: Mapping[str, Dataset], units: Mapping[str, Path], pool: Pool
+) -> tuple[dict[str, FittedSplit], dict[str, Any], list[TokenShard]]:
+    """Make the token shards, apply `max_length`, and count the rows.
+
+    Returns:
+        The rows and the counts by split, and all token shards.
+    """
+    config = run.config
+    rows = {split: each.remove_columns([f"{role}_audio" for role in ROLES]) for split, each in rows.items()}
+    maker = TokenMaker(rows, run.encoder, ShardCache(run.cache / "tokens"), config.max_length, run.overflow)
+    tokens = make_tokens(run.plan, maker, units, pool)
+    splits, counts = {}, {}
+    for split, split_rows in rows.items():
+        shards = run.plan.of_split(split)
+        split_tokens = [tokens[shard.number] for shard in shards]
+        counts[split] = count_split(
+            [shard.counts for shard in split_tokens],
+            [shard.cuts for shard in split_tokens],
+            run.builder.corpus[split],
+            config.max_length,
+        )
+        counts[split]["fp32_fallback"] = [each for shard in split_tokens for each in shard.fp32_fallback]
+        splits[split] = FittedSplit(split_rows, shards, split_tokens, run.encoder, config.shuffle_seed)
+    return splits, counts, tokens

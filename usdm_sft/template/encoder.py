@@ -16,8 +16,15 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from usdm_sft.template.chat import make_messages, place_of, read_chat_template
-from usdm_sft.template.chat_form import CHANGED, ChatForm, ChatFrames, read_frames
+from usdm_sft.template.chat import (
+    CHANGED,
+    ChatForm,
+    ChatFrames,
+    make_messages,
+    place_of,
+    read_chat_template,
+    read_frames,
+)
 from usdm_sft.template.config import PARTS, REFERENCE, Template, UnitRepetition
 from usdm_sft.template.exchanges import Exchange, ExchangeReader, match_other_tokens, row_name
 from usdm_sft.template.parts import RowLayout

@@ -1,6 +1,7 @@
 """`UnitTokenizer`: audio columns -> unit columns.
 
-Each distinct recording of a batch is read, resampled and run through the unit model once.
+Each distinct recording of a batch is read, resampled and run through the unit model once. This module also remembers where the
+unit model folders are that this process has opened, because a pickled tokenizer holds only the digest of its model.
 """
 
 from __future__ import annotations
@@ -9,15 +10,16 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import multiprocess.reduction
 import numpy as np
 import torch
 
 from usdm_sft.audio.frames import SAMPLE_RATE, TOO_LOUD, is_too_loud
 from usdm_sft.audio.reading import describe
-from usdm_sft.units import process
 from usdm_sft.units.batches import Waveform, prepare_waveform
 from usdm_sft.units.columns import distinct_audio, unit_columns
 from usdm_sft.units.folder import read_known_description, unit_model_digest
@@ -29,6 +31,70 @@ from usdm_sft.units.settings import make_settings
 
 if TYPE_CHECKING:
     from usdm_sft.units.model import UnitModel
+
+
+IMPORTED_IN = os.getpid()
+_folders: dict[str, Path] = {}  # digest of a unit model -> its folder
+
+
+def remember_folder(digest: str, folder: Path) -> None:
+    """Remember where the unit model of `digest` is, for pickles that hold the digest alone."""
+    _folders[digest] = folder
+
+
+def recall_folder(digest: str) -> Path:
+    """Return the folder of the unit model of `digest`.
+
+    Raises:
+        ValueError: This process has not opened the unit model.
+    """
+    if digest not in _folders:
+        raise ValueError(
+            f"this process has not opened the unit model of digest {digest}, and the pickle does not name its folder: "
+            "call UnitTokenizer.from_pretrained(folder) first"
+        )
+    return _folders[digest]
+
+
+def register_pickler(kind: type[UnitTokenizer]) -> None:
+    """Let pickles for another process contain the path and the GPU, which no fingerprint may depend on."""
+    # The picklers that start processes: torch's DataLoader and utils/processes.py use the first, `.map` the second.
+    ForkingPickler.register(kind, _reduce)
+    multiprocess.reduction.ForkingPickler.register(kind, _reduce)
+
+
+def _reduce(tokenizer: UnitTokenizer) -> tuple[Any, ...]:
+    more = {"folder": str(tokenizer.folder), "device": tokenizer.device}
+    return _open, (type(tokenizer), tokenizer.__getstate__() | more)
+
+
+def _open(kind: type[UnitTokenizer], state: dict[str, Any]) -> UnitTokenizer:
+    tokenizer = kind.__new__(kind)
+    tokenizer.__setstate__(state)
+    return tokenizer
+
+
+def is_forked(process: int, device: str) -> bool:
+    """Return whether this process was forked from `process`, and prepare torch for it.
+
+    Args:
+        process: Id of the process that a tokenizer was last used in.
+        device: Kind of device, "cpu" or "cuda".
+
+    Raises:
+        RuntimeError: The device is "cuda", whose state a fork breaks.
+    """
+    if os.getpid() == process:
+        return False
+    if device == "cuda":
+        raise RuntimeError(
+            "CUDA does not survive a fork: call multiprocess.set_start_method('spawn') before .map with num_proc"
+        )
+    import torch
+
+    torch.set_num_threads(1)  # a forked process has no torch threads and would wait for them forever
+    return True
+
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +130,7 @@ class UnitTokenizer:
         self._in_fp32: UnitTokenizer | None = None
         self._reader: AudioReader | None = None
         self._process = os.getpid()
-        process.remember_folder(digest, folder)
+        remember_folder(digest, folder)
 
     @classmethod
     def from_pretrained(
@@ -122,14 +188,14 @@ class UnitTokenizer:
         return {"digest": self.digest, "settings": self.settings, "version": VERSION}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        folder = state.get("folder") or process.recall_folder(state["digest"])
+        folder = state.get("folder") or recall_folder(state["digest"])
         UnitTokenizer.__init__(self, Path(folder), state["digest"], state["settings"], state.get("device"))
-        self._process = process.IMPORTED_IN  # another process if this one was forked, as `.map(num_proc=...)` does
+        self._process = IMPORTED_IN  # another process if this one was forked, as `.map(num_proc=...)` does
         self._notice_fork()
 
     def _notice_fork(self) -> None:
         """Start again in a forked process, which inherits neither the reader's threads nor torch's own."""
-        if process.is_forked(self._process, self.settings["device"]):
+        if is_forked(self._process, self.settings["device"]):
             self._reader = None
             self._process = os.getpid()
 
@@ -307,4 +373,4 @@ def open_for(
     return UnitTokenizer(folder, unit_model_digest(folder, cache_dir), settings, device)
 
 
-process.register_pickler(UnitTokenizer)
+register_pickler(UnitTokenizer)
