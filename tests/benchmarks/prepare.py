@@ -20,7 +20,7 @@ import usdm_sft.prepare.prepare as pipeline
 from tests.benchmarks.common import TURNS, lengths, machine, speechlike, table
 from tests.helpers import DEMO
 from usdm_sft.folder import verify, writer
-from usdm_sft.prepare.prepare import fit
+from usdm_sft.prepare import token_shards as fit
 from usdm_sft.template.tokenizer import load_tokenizer
 from usdm_sft.units.convert import convert
 

@@ -43,7 +43,7 @@ from usdm_sft.corpus import left_out as bad_audio
 from usdm_sft.corpus import read
 from usdm_sft.folder import writer
 from usdm_sft.folder.verify import verify
-from usdm_sft.prepare.prepare import fit
+from usdm_sft.prepare import token_shards as fit
 from usdm_sft.template.tokenizer import NUM_UNITS, load_tokenizer
 from usdm_sft.units.convert import convert
 from usdm_sft.units.folder import unit_model_digest

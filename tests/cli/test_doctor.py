@@ -17,8 +17,8 @@ from usdm_sft.cli import doctor_checks as machine
 from usdm_sft.cli.doctor_checks import Finding, run_check
 from usdm_sft.cli.main import main
 from usdm_sft.corpus import published_lists
+from usdm_sft.prepare import open_run as devices
 from usdm_sft.prepare.config import PrepareConfig
-from usdm_sft.prepare.prepare import devices
 from usdm_sft.template.tokenizer import build_tokenizer, save_tokenizer
 from usdm_sft.utils import download
 from usdm_sft.utils.hashes import sha256_file

@@ -8,7 +8,8 @@ import pytest
 from tests.helpers import FIXTURES, REPOSITORY
 from usdm_sft.cli.main import main
 from usdm_sft.folder.export import export_text
-from usdm_sft.prepare.prepare import devices, prepare
+from usdm_sft.prepare import open_run as devices
+from usdm_sft.prepare.prepare import prepare
 from usdm_sft.template.config import Template
 from usdm_sft.template.encoder import COLUMNS, TemplateEncoder
 from usdm_sft.units.model import UnitModel

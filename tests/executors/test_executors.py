@@ -23,9 +23,9 @@ from usdm_sft.audio import digest_reader, first_pass
 from usdm_sft.cli.main import main
 from usdm_sft.executors import calls, launchers
 from usdm_sft.folder import parquet
+from usdm_sft.prepare import token_shards as tokens
+from usdm_sft.prepare import unit_tasks
 from usdm_sft.prepare.prepare import prepare
-from usdm_sft.prepare.prepare import token_shards as tokens
-from usdm_sft.prepare.prepare import unit_task as unit_tasks
 from usdm_sft.units.model import UnitModel
 from usdm_sft.units.tokenizer import UnitTokenizer
 

@@ -15,8 +15,8 @@ from tests.helpers import run_task_here, run_tasks_here
 from usdm_sft.executors import calls
 from usdm_sft.executors.engine import Engine
 from usdm_sft.executors.pool import TaskPool
+from usdm_sft.prepare import unit_tasks as run
 from usdm_sft.prepare.plan import Content, Plan, Shard
-from usdm_sft.prepare.prepare import unit_tasks as run
 from usdm_sft.utils.locks import file_lock
 
 made = []  # the items that a task dealt with

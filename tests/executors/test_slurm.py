@@ -15,9 +15,9 @@ from usdm_sft.audio import first_pass, memo
 from usdm_sft.cli.main import main
 from usdm_sft.executors.slurm import submit
 from usdm_sft.folder import parquet
+from usdm_sft.prepare import token_shards as tokens
+from usdm_sft.prepare import unit_tasks
 from usdm_sft.prepare.prepare import Submitted, prepare
-from usdm_sft.prepare.prepare import token_shards as tokens
-from usdm_sft.prepare.prepare import unit_task as unit_tasks
 
 SLURM = {"partition": "gpu", "time": "24:00:00", "sbatch_args": {"account": "speech", "gres": "gpu:1"}}
 

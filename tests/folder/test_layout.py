@@ -14,8 +14,8 @@ from tests.helpers import command, content, options, record_states
 from usdm_sft.folder import layout, writer
 from usdm_sft.folder.layout import LOCK, UNFINISHED, check_output, lock_output
 from usdm_sft.folder.verify import verify
+from usdm_sft.prepare import prepare as preparing
 from usdm_sft.prepare.prepare import prepare
-from usdm_sft.prepare.prepare import prepare as preparing
 
 ROUNDS = int(os.environ.get("USDM_ROUNDS", "2"))  # set it to 20 by hand; each takes seconds
 

@@ -26,8 +26,8 @@ from usdm_sft.folder import utterance_parquet as utterances
 from usdm_sft.folder.layout import read_counts
 from usdm_sft.folder.verify import VerificationError, verify
 from usdm_sft.folder.verify_utterances import check_utterances
+from usdm_sft.prepare import utterance_files as shard_utterances
 from usdm_sft.prepare.prepare import prepare
-from usdm_sft.prepare.prepare import utterance_files as shard_utterances
 from usdm_sft.units.convert import convert
 
 FILE = "utterances/train-00000-of-00001.parquet"

@@ -9,14 +9,14 @@ import pytest
 
 from tests.helpers import command, content, options, wait_for, wait_for_end_of_group
 from usdm_sft.folder import parquet
-from usdm_sft.prepare.prepare import open_run as opening
+from usdm_sft.prepare import open_run as opening
+from usdm_sft.prepare import prepare as pipeline
+from usdm_sft.prepare import token_shards as tokens
 from usdm_sft.prepare.prepare import prepare
-from usdm_sft.prepare.prepare import prepare as pipeline
-from usdm_sft.prepare.prepare import token_shards as tokens
 
 SCRIPT = """
-from usdm_sft.prepare.prepare import prepare as pipeline
-from usdm_sft.prepare.prepare import open_run as opening
+from usdm_sft.prepare import prepare as pipeline
+from usdm_sft.prepare import open_run as opening
 
 opening.UTTERANCES_PER_PROCESS = 1  # so that a small corpus gets processes
 print("the script runs")

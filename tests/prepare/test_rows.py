@@ -5,7 +5,7 @@ from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 
 from dailytalk_usdm import DailyTalkUSDM
-from usdm_sft.prepare.prepare import rows
+from usdm_sft.prepare import rows
 
 
 @pytest.fixture

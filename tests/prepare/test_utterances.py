@@ -7,8 +7,8 @@ import pytest
 from tests.prepare.test_plan import leave_out_dialogs, plan, split
 from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.corpus.left_out import leave_out
+from usdm_sft.prepare import utterance_files as utterances
 from usdm_sft.prepare.plan import Content, Plan, Shard
-from usdm_sft.prepare.prepare import utterance_files as utterances
 from usdm_sft.prepare.utterance_files import UtteranceFiles
 
 

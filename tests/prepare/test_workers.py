@@ -24,7 +24,9 @@ from tests.helpers import (
     wait_for_end_of_group,
 )
 from usdm_sft.audio.reading import AudioError
-from usdm_sft.prepare.prepare import devices, prepare, workers
+from usdm_sft.prepare import open_run as devices
+from usdm_sft.prepare import workers
+from usdm_sft.prepare.prepare import prepare
 from usdm_sft.units import reading
 from usdm_sft.units.model import UnitModel
 from usdm_sft.utils import processes
@@ -434,8 +436,8 @@ def test_last_result_sent_right_before_the_exit_is_received():
 
 SCRIPT = """
 import os
-from usdm_sft.prepare.prepare import devices
-from usdm_sft.prepare.prepare import workers
+from usdm_sft.prepare import open_run as devices
+from usdm_sft.prepare import workers
 from usdm_sft.utils import processes
 from usdm_sft.utils.lazily import Lazily
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import options
-from usdm_sft.prepare.prepare import open_run as opening
+from usdm_sft.prepare import open_run as opening
 from usdm_sft.prepare.prepare import prepare
 from usdm_sft.units.convert import convert
 from usdm_sft.units.folder import unit_model_digest
