@@ -353,7 +353,7 @@ def test_path_with_characters_of_patterns(mini, tmp_path, capsys, name):
     assert "train: 10 rows are correct" in capsys.readouterr().out
     for args in (["stats"], ["show"], ["show", "--html", str(tmp_path / f"{name}.html"), "--data_dir", str(corpus)]):
         main([args[0], str(out), *args[1:]])
-    for kind in ("text", "arrow"):
+    for kind in ("usdm", "arrow", "megatron"):
         main(["export", str(out), str(tmp_path / kind / name), "--format", kind])
     capsys.readouterr()
     main(["units", str(model), str(corpus / "data" / "3" / "0_0_d3.wav")])
