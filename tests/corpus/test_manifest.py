@@ -155,7 +155,7 @@ def test_length_of_a_text_in_parquet_is_limited(tmp_path, length, refused):
     path = write_texts(tmp_path / "m.parquet", ["a", "ü" * length, "b"])
     problems = []
     turns = read_manifest(path, problems, tmp_path)
-    [(_, found)] = turns.dialogs()
+    [found] = turns.dialogs.values()
     message = f"{path}: row 1: text has 1,000,001 characters: give 1,000,000 or fewer"
     assert problems == ([message] if refused else [])
     assert [turn.turn for turn, _ in found] == ([0, 2] if refused else [0, 1, 2])

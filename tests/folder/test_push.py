@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import datasets
 import pytest
 
+from tests.helpers import content
 from tests.mini_hub import serve
 from usdm_sft.cli.main import make_parser
 from usdm_sft.folder.push import push
@@ -50,7 +51,8 @@ def files_on(hub, branch="main"):
 
 
 def files_in(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """The files of a dataset folder, without the lock of its runs."""
+    return {name: data for name, data in content(folder).items() if name != ".lock"}
 
 
 def commits(hub):

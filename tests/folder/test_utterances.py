@@ -243,7 +243,11 @@ def swap_audio(rows):
 
 
 def cut_audio(rows):
-    rows[0]["audio"]["bytes"] = rows[0]["audio"]["bytes"][:-8]
+    """Drop the last four samples of a recording, and say so in its header."""
+    samples, rate = soundfile.read(io.BytesIO(rows[0]["audio"]["bytes"]), dtype="int16")
+    file = io.BytesIO()
+    soundfile.write(file, samples[:-4], rate, format="WAV")
+    rows[0]["audio"]["bytes"] = file.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -359,7 +359,7 @@ def test_device_gets_the_next_work_shard_before_the_file_of_this_one_is_written(
 
 @pytest.mark.parametrize(("names", "error", "kept"), [("ab", OSError, ""), (("a", "b", "bad", "c"), ValueError, "ab")])
 def test_errors_of_device_and_writer_surface_and_later_runs_are_not_blocked(tmp_path, monkeypatch, names, error, kept):
-    def full(*args):
+    def full(*args, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     level, shards = ShardCache(tmp_path), unit_shards(*names)

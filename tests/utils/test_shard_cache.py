@@ -168,4 +168,4 @@ def test_links_among_the_files_are_not_followed(tmp_path):
     with pytest.raises(
         OSError, match=r"locks/lock is a link, and the lock of one run must not change another file: rem"
     ):
-        level.lock("lock")
+        level.claim("lock")

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usdm_sft.audio.addresses import absolute_file, disk_files
-from usdm_sft.audio.digests import file_digests
 from usdm_sft.corpus.manifest import OPTIONAL, REQUIRED, UTTERANCES
 from usdm_sft.corpus.problems import CorpusError, add_problem
 from usdm_sft.utils.atomic import replace_text, write_then_replace
@@ -139,6 +138,10 @@ def _write_manifest(rows: Dataset, name: str, files: Path, cache: Path) -> Path:
 
 def _remove_damaged(folder: Path, cache: Path) -> int:
     """Remove recordings whose bytes do not have the digest in their name, and return the number of the others."""
+    from usdm_sft.audio.digests import (
+        file_digests,  # the command line reads this module, and soundfile is slow to import
+    )
+
     recordings = _find_recordings(folder)
     damaged = [
         path

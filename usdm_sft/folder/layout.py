@@ -273,12 +273,12 @@ def check_output(folder: Path, *, overwrite: bool, finished_too: bool, counts: M
     unfinished = folder / UNFINISHED
     finished = os.path.lexists(folder / COUNTS)
     if finished_too if finished else unfinished.is_symlink() or not unfinished.is_dir():
-        raise FileExistsError(f"{folder} holds {_describe(folder, counts)}: name another output_path, or {OVERWRITE}")
+        raise FileExistsError(f"{folder} {_describe(folder, counts)}: name another output_path, or {OVERWRITE}")
 
 
 def _describe(folder: Path, counts: Mapping[str, Any] | None) -> str:
     """Describe the content of a folder that is not the result of the run with these counts."""
-    unknown = "something else (or the result of other settings)"
+    unknown = "holds something else (or the result of other settings)"
     try:
         found = read_counts(folder)
     except (FileNotFoundError, ValueError):
@@ -294,4 +294,4 @@ def _describe(folder: Path, counts: Mapping[str, Any] | None) -> str:
     if not changed:
         return unknown
     same = all(found.get(name) == counts[name] for name in _IDENTITY)
-    return f"the result of {'the same' if same else 'other'} settings with other versions ({', '.join(changed)})"
+    return f"holds the result of {'the same' if same else 'other'} settings with other versions ({', '.join(changed)})"
