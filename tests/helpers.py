@@ -131,7 +131,7 @@ def command(mini, unit_model, folder, *more):
 # A run that makes a file when it has found that there is work.
 OTHER_RUN = """
 from pathlib import Path
-from usdm_sft.prepare.prepare import prepare
+from usdm_sft.prepare import prepare
 from usdm_sft.cli.main import main
 load_rows = prepare.load_rows
 def start(builder):

@@ -498,7 +498,7 @@ def test_ctrl_c_with_several_processes_prints_one_line(mini, unit_model, tmp_pat
 @pytest.mark.slow
 def test_processes_end_when_their_parent_is_killed(mini, unit_model, tmp_path):
     code = (
-        "from usdm_sft.executors import devices\n"
+        "from usdm_sft.prepare import open_run as devices\n"
         "from usdm_sft.prepare import workers\n"
         "devices.find_devices = lambda num_gpus: ['cpu', 'cpu:0']\n"
         "workers.count_readers = lambda shards, devices: 1\n"
