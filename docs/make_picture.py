@@ -13,7 +13,7 @@ from usdm_sft.folder.example_picture import render_svg
 from usdm_sft.template.tokenizer import build_tokenizer
 
 DOCS = Path(__file__).resolve().parent
-LINES = DOCS.parent / "usdm_sft" / "demo" / "files" / "expected" / "train.txt"
+LINES = DOCS.parent / "usdm_sft" / "cli" / "demo_files" / "expected" / "train.txt"
 WORDS = "did you water the plants"  # of the row that is drawn
 
 

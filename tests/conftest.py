@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -34,6 +35,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "oracle" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _end_chat_renderer():
+    """End the process that renders chat templates, which lives as long as its parent: other tests count processes."""
+    yield
+    if (chat_render := sys.modules.get("usdm_sft.template.chat_render")) is not None:
+        while chat_render._processes:
+            chat_render._processes.popitem()[1].close()
 
 
 @pytest.fixture(scope="session")
