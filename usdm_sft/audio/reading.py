@@ -22,9 +22,8 @@ from usdm_sft.audio.containers import AudioError as AudioError
 from usdm_sft.audio.frames import SAMPLE_RATE, TOO_LOUD, is_too_loud, resampled_length
 from usdm_sft.audio.sound import Extent, Samples, find_frames, find_problem, open_sound
 
-MAX_DECODED_BYTES = (
-    1 << 30
-)  # 50 minutes of stereo at 44.1 kHz; of a longer recording, each stretch is decoded by itself
+# 50 minutes of stereo at 44.1 kHz; of a longer recording, each stretch is decoded by itself.
+MAX_DECODED_BYTES = 1 << 30
 
 
 class SharedBytes(bytes):

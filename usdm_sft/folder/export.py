@@ -145,7 +145,7 @@ def _export_arrow(dataset_dir: Path, arrow_dir: Path, *, num_proc: int | None) -
         try:
             for target in reversed(targets):
                 replace_path(saved / target.name, target)
-        except BaseException:  # Ctrl-C as well; raised again
+        except BaseException:  # Ctrl-C as well, or a part would look like a finished export; raised again
             _remove_all(targets)
             raise
     return num_rows
