@@ -1,14 +1,11 @@
 import errno
 import multiprocessing
 import os
-import queue
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -29,8 +26,6 @@ from usdm_sft.prepare import workers
 from usdm_sft.prepare.prepare import prepare
 from usdm_sft.units import reading
 from usdm_sft.units.model import UnitModel
-from usdm_sft.utils import processes
-from usdm_sft.utils.lazily import Lazily
 from usdm_sft.utils.shard_cache import ShardCache
 
 
@@ -95,51 +90,6 @@ def test_number_of_readers(monkeypatch):
     assert count(100_000, gpus) == 0
 
 
-class FourAtATime:
-    """Takes the place of a device process: a thread that finishes a shard when it has three later ones, as on CUDA."""
-
-    exitcode = None
-
-    def __init__(self, target, args, name):
-        self._waiting, self._done = args[-2:]
-        self._thread = threading.Thread(target=self._work)
-        self._thread.start()
-        self.join, self.terminate = self._thread.join, lambda: None
-
-    def _work(self):
-        held = []
-        for shard in iter(self._waiting.get, None):
-            held.append(shard)
-            if len(held) == 4:
-                self._done.put((held.pop(0).key, Path("finished")))
-        for shard in held:
-            self._done.put((shard.key, Path("finished")))
-
-
-@pytest.mark.parametrize(("num_shards", "num_devices"), [(60, 3), (5, 3), (2, 3), (0, 2)])
-def test_few_shards_are_in_memory_for_several_devices(monkeypatch, num_shards, num_devices):
-    monkeypatch.setattr(workers, "start_process", FourAtATime)
-    made, ahead, finished = [], [], []
-    shards = Lazily(lambda index: made.append(index) or workers.UnitShard(f"key {index}", [], {}), num_shards)
-    unit_tokenizer, devices = SimpleNamespace(release=lambda: None), [f"cpu:{index}" for index in range(num_devices)]
-    for key, path in workers.make_unit_shards(shards, unit_tokenizer, devices, None):
-        ahead.append(len(made) - len(ahead))
-        finished.append(key)
-        assert path == Path("finished")
-    assert made == list(range(num_shards))
-    assert sorted(finished) == sorted(f"key {index}" for index in range(num_shards))
-    assert max(ahead, default=0) == min(4 * num_devices + 1, num_shards)  # four for each, and the next one
-
-
-def test_readers_are_counted_without_making_all_shards(monkeypatch):
-    monkeypatch.setattr(workers, "num_cores", lambda: 24)
-    made = []
-    digests = dict.fromkeys(map(str, range(1_000)), "")
-    shards = Lazily(lambda index: made.append(index) or workers.UnitShard("", [], digests), 1_000)
-    assert workers.count_readers(shards, ["cuda:0"]) == 8
-    assert made == [0, 1, 2]  # 2,048 files are enough for 8 processes
-
-
 @pytest.mark.slow
 def test_two_processes_give_the_bytes_of_one(
     mini, unit_model, tmp_path, two_processes, two_readers, undisturbed, monkeypatch
@@ -172,7 +122,7 @@ def test_error_in_a_process_reaches_the_caller_and_prints_no_traceback(
     with pytest.raises(AudioError, match=r"0_1_d8\.wav was changed during the run") as caught:
         prepare(**options(mini, unit_model, tmp_path, data_dir=str(corpus)))
     assert "in read_unchanged" in caught.value.__notes__[0]  # the traceback in the process that reads
-    assert "in _run_process" in caught.value.__notes__[1]  # and in that of the device
+    assert "in _serve_device" in caught.value.__notes__[1]  # and in that of the device
     assert capfd.readouterr().err == ""
 
 
@@ -389,57 +339,11 @@ def test_run_that_waits_for_another_one_gives_up_its_own_claims_first(tmp_path):
     assert "start b" not in done and "forget b" in done
 
 
-class TwoArguments(Exception):
-    def __init__(self, one, two):
-        super().__init__(one)
-
-
-@pytest.mark.parametrize(
-    "error", [TwoArguments("what was wrong", 2), type("Local", (ValueError,), {})("what was wrong")]
-)
-def test_error_that_cannot_be_pickled_keeps_its_message(error):
-    sent = processes.sendable(error)
-    assert type(sent) is RuntimeError and str(sent) == f"{type(error).__name__}: what was wrong"
-
-
-def test_error_that_can_be_pickled_keeps_its_class():
-    assert isinstance(processes.sendable(AudioError("bad")), AudioError)
-
-
-class Queue:
-    """A queue of results: `get` calls one turn after the other. None means that no result came in time."""
-
-    def __init__(self, *turns):
-        self.turns = list(turns)
-
-    def get(self, timeout):
-        result = self.turns.pop(0)()
-        if result is None:
-            raise queue.Empty
-        return result
-
-
-def test_processes_that_end_before_their_work_is_done():
-    ended, running = SimpleNamespace(exitcode=0), SimpleNamespace(exitcode=None)
-    results = Queue(lambda: None, lambda: (0, "a"))
-    assert list(processes.receive(results, {"cuda:0": ended, "cuda:1": running}, 1)) == [(0, "a")]
-    with pytest.raises(RuntimeError, match="the processes ended before their work was done"):
-        next(processes.receive(Queue(lambda: None), {"cuda:0": ended, "cuda:1": ended}, 1))
-
-
-def test_last_result_sent_right_before_the_exit_is_received():
-    process = SimpleNamespace(exitcode=None)
-    # The process sends its result and ends just after the timeout.
-    late = Queue(lambda: setattr(process, "exitcode", 0), lambda: (0, "a"))
-    assert list(processes.receive(late, {"cuda:0": process}, 1)) == [(0, "a")]
-
-
 SCRIPT = """
 import os
 from usdm_sft.prepare import open_run as devices
 from usdm_sft.prepare import workers
 from usdm_sft.utils import processes
-from usdm_sft.utils.lazily import Lazily
 
 devices.find_devices = lambda num_gpus: ["cpu", "cpu:0"]
 workers.count_readers = lambda shards, devices: 1

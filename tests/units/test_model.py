@@ -1,6 +1,7 @@
 """Untrusted unit model folders are checked even if their digests fit; units depend on the folder and the audio only."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -100,6 +101,17 @@ def test_npy_header_is_refused_with_little_memory(folder, tmp_path, header):
         assert "\n" not in str(raised.value) and tracemalloc.get_traced_memory()[1] < 20e6
     finally:
         tracemalloc.stop()
+
+
+def test_weights_are_read_where_a_sandbox_forbids_memfd_create(folder, monkeypatch):
+    expected = UnitModel.from_pretrained(folder).state_dict()
+
+    def forbid(name):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "memfd_create", forbid, raising=False)
+    found = UnitModel.from_pretrained(folder).state_dict()
+    assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_centroids_in_fortran_order_are_read(folder):

@@ -3,6 +3,7 @@ import math
 import multiprocessing
 import operator
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -10,9 +11,8 @@ import time
 
 import pytest
 
-from usdm_sft.utils.lazily import Lazily
-from usdm_sft.utils.piped_process import PipedProcess
-from usdm_sft.utils.processes import ProcessPool, num_cores, start_process
+from usdm_sft.audio.reading import AudioError
+from usdm_sft.utils.processes import PipedProcess, ProcessPool, num_cores, sendable, serve, share_out, start_process
 
 
 def test_starting_a_process_restores_main_and_the_signal_mask():
@@ -53,7 +53,7 @@ def work(item):
     return item, os.getpid()
 
 
-def test_processes_of_a_pool_share_out_calls_and_serve_several_maps():
+def test_pool_shares_out_calls_of_several_maps():
     with ProcessPool(3) as pool:
         found = dict(pool.map(work, range(20), name="calls"))
         assert {index: item for index, (item, _) in found.items()} == {index: index for index in range(20)}
@@ -122,7 +122,7 @@ def ask(connection, number):
     return connection.recv()
 
 
-def test_process_with_a_pipe_serves_until_it_is_closed_or_dies():
+def test_piped_process_serves_until_it_dies():
     process = PipedProcess(add_up, (10,), name="sums")
     assert [process.call(functools.partial(ask, number=number)) for number in (1, 2)] == [11, 13]
     for _ in range(2):
@@ -132,7 +132,7 @@ def test_process_with_a_pipe_serves_until_it_is_closed_or_dies():
     assert multiprocessing.active_children() == []
 
 
-def test_process_with_a_pipe_is_not_used_after_half_an_answer():
+def test_piped_process_is_not_used_after_half_an_answer():
     process = PipedProcess(add_up, (10,), name="sums")
     with pytest.raises(ZeroDivisionError):
         process.call(lambda connection: connection.send(1) or 1 / 0)
@@ -141,10 +141,10 @@ def test_process_with_a_pipe_is_not_used_after_half_an_answer():
     process.close()
 
 
-def test_process_ends_when_its_pipe_is_closed(capfd):
+def test_piped_process_ends_when_its_pipe_is_closed(capfd):
     process = PipedProcess(add_up, (0,), name="sums")
     assert process.call(functools.partial(ask, number=1)) == 1
-    process._connection.close()  # as when the parent is killed
+    process.connection.close()  # as when the parent is killed
     process._process.join(60)
     assert process._process.exitcode == 0
     assert capfd.readouterr().err == ""
@@ -179,12 +179,56 @@ def test_started_process_may_start_others():
     assert process.exitcode == 0
 
 
-@pytest.mark.parametrize("num_proc", [1, 2])
-def test_items_of_a_pool_are_made_one_by_one(num_proc):
-    """No more of them wait than the processes need."""
-    made, ahead = [], []
-    with ProcessPool(num_proc) as pool:
-        for _ in pool.map(operator.neg, Lazily(lambda index: made.append(index) or index, 50), name="calls"):
-            ahead.append(len(made) - len(ahead))
-    assert made == list(range(50))
-    assert max(ahead) <= 2 * num_proc - 1  # two for each other process, and one for this one
+def die_within_a_message(connection):
+    connection.recv()
+    os.write(connection.fileno(), (100).to_bytes(4, "big") + b"half")  # the length of a message, and its beginning
+    os._exit(9)
+
+
+def test_death_within_a_message_is_named():
+    process = PipedProcess(die_within_a_message, (), name="half")
+    with pytest.raises(RuntimeError, match=r"a process died \(half, exit code 9\)"):
+        process.call(functools.partial(ask, number=1))
+    process.close()
+
+
+def double(item):
+    return item + item
+
+
+def test_large_items_and_results_pass_each_other():
+    """Neither end waits until the other one has read."""
+    items = [bytes([number]) * 3_000_000 for number in range(8)]
+    with ProcessPool(2) as pool:
+        assert dict(pool.map(double, items, name="calls")) == {index: item * 2 for index, item in enumerate(items)}
+
+
+def hold_back(items):
+    """Finish an item when three later ones have come, as a device does."""
+    held = []
+    for item in iter(lambda: pickle.loads(items.get()), None):
+        held.append(item)
+        if len(held) == 4:
+            yield held.pop(0)
+    yield from held
+
+
+@pytest.mark.parametrize("num_items", [0, 1, 5, 30])
+def test_streams_of_processes_answer_every_item(num_items):
+    processes = [PipedProcess(serve, (hold_back,), name=f"process {number}") for number in range(2)]
+    assert sorted(share_out(range(num_items), processes, ahead=4)) == list(range(num_items))
+    for process in processes:
+        process.close()
+    assert multiprocessing.active_children() == []
+
+
+class TwoArguments(Exception):
+    def __init__(self, one, two):
+        super().__init__(one)
+
+
+@pytest.mark.parametrize("error", [TwoArguments("wrong", 2), type("Local", (ValueError,), {})("wrong")])
+def test_error_that_cannot_be_pickled_keeps_its_message(error):
+    sent = sendable(error)
+    assert type(sent) is RuntimeError and str(sent) == f"{type(error).__name__}: wrong"
+    assert isinstance(sendable(AudioError("bad")), AudioError)

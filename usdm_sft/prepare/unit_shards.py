@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from usdm_sft.audio.frames import SAMPLE_RATE
-from usdm_sft.prepare.plan import Plan
+from usdm_sft.prepare.plan import Content, Plan, Shard
 from usdm_sft.prepare.workers import UnitShard, make_unit_shards
-from usdm_sft.utils.lazily import Lazily
 from usdm_sft.utils.progress import AUDIO, progress_bar
 from usdm_sft.utils.shard_cache import ShardCache
 
@@ -40,12 +39,9 @@ def make_units(plan: Plan, unit_tokenizer: UnitTokenizer, devices: Sequence[str]
     missing = [shard for shard in plan if shard.units_key not in files]
     missing.sort(key=lambda shard: -shard.longest)  # if memory runs out, it does so in the first shard
 
-    def describe(index: int) -> UnitShard:
-        content = plan.content(missing[index])
-        digests = dict(zip(content.audio, content.digests, strict=True))
-        return UnitShard(missing[index].units_key, content.audio, digests)
-
-    made = make_unit_shards(Lazily(describe, len(missing)), unit_tokenizer, devices, level)
+    made = make_unit_shards(
+        [_describe(shard, plan.content(shard)) for shard in missing], unit_tokenizer, devices, level
+    )
     seconds = {shard.units_key: shard.num_samples / SAMPLE_RATE for shard in missing}
     bar = progress_bar(sum(seconds.values()), "units", AUDIO, disable=not missing)
     with bar, closing(made):  # `closing` ends the processes at once if this loop is interrupted
@@ -53,3 +49,7 @@ def make_units(plan: Plan, unit_tokenizer: UnitTokenizer, devices: Sequence[str]
             files[key] = path
             bar.update(seconds[key])
     return files
+
+
+def _describe(shard: Shard, content: Content) -> UnitShard:
+    return UnitShard(shard.units_key, content.audio, dict(zip(content.audio, content.digests, strict=True)))

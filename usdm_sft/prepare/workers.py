@@ -6,11 +6,12 @@ Each process takes the next work shard when it has finished one.
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from datasets import Dataset
 
 from usdm_sft.prepare.mapping import describe_versions, map_shard
 from usdm_sft.units.columns import FP32_FALLBACK, distinct_audio, unit_columns
-from usdm_sft.utils.processes import num_cores, receive, sendable, start_process
+from usdm_sft.utils.processes import PipedProcess, num_cores, serve, share_out
 from usdm_sft.utils.shard_cache import Claim, ShardCache
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def make_unit_shards(
     """Make the file of each unit shard; yield the key and the file of each as soon as it is finished.
 
     Args:
-        shards: The unit shards to make; only a few are in memory at a time.
+        shards: The unit shards to make.
         unit_tokenizer: Tokenizes the audio. It is pickled into the processes, each of which loads the model itself.
         devices: Such as ["cuda:0", "cuda:1"]; a single device is used by this process.
         level: The cache level of unit shards.
@@ -60,31 +61,15 @@ def make_unit_shards(
             yield shard.key, path
         return
     unit_tokenizer.release()  # free the memory that this process uses on the first GPU
-    context = multiprocessing.get_context("spawn")
-    waiting: Any = context.Queue()
-    done: Any = context.Queue()
-    processes: dict[str, SpawnProcess] = {}
-    num_readers, num_received = count_readers(shards, devices), 0
+    num_readers, processes = count_readers(shards, devices), []
     try:
         for device in devices[: len(shards)]:
-            args = (unit_tokenizer, device, level, num_readers, waiting, done)
-            name = f"units on {device}"
-            processes[name] = start_process(_run_process, args, name=name)
-        for index, shard in enumerate(shards):
-            while index - num_received >= _AHEAD * len(processes):
-                yield from receive(done, processes, 1)
-                num_received += 1
-            waiting.put(shard)
-        for _ in processes:
-            waiting.put(None)
-        yield from receive(done, processes, len(shards) - num_received)
-        for process in processes.values():
-            process.join()
+            args = (_serve_device, unit_tokenizer, device, level, num_readers)
+            processes.append(PipedProcess(serve, args, name=f"units on {device}"))
+        yield from share_out(shards, processes, ahead=_AHEAD)
     finally:
-        waiting.cancel_join_thread()
-        for process in processes.values():
-            process.terminate()
-            process.join()
+        for process in processes:
+            process.close()
 
 
 def count_readers(shards: Sequence[UnitShard], devices: Sequence[str]) -> int:
@@ -94,12 +79,7 @@ def count_readers(shards: Sequence[UnitShard], devices: Sequence[str]) -> int:
     """
     if not devices[0].startswith("cuda") or multiprocessing.current_process().daemon:  # a daemon may not start any
         return 0
-    most = MAX_READERS * FILES_PER_READER * len(devices)
-    num_files = 0
-    for shard in shards:
-        num_files += len(shard.digests)
-        if num_files >= most:
-            break
+    num_files = sum(len(shard.digests) for shard in shards)
     wanted = min(MAX_READERS, num_files // len(devices) // FILES_PER_READER)
     return min(wanted, max(1, num_cores() // len(devices)))
 
@@ -211,19 +191,13 @@ def _write_shard(shard: UnitShard, claim: Claim, columns: dict[str, list[Any]]) 
         return claim.write(lambda path: map_shard(rows, lambda batch: columns, path, metadata=describe_versions()))
 
 
-def _run_process(
-    unit_tokenizer: UnitTokenizer,
-    device: str,
-    level: ShardCache,
-    num_readers: int,
-    waiting: Any,
-    done: Any,
-) -> None:
-    try:
-        unit_tokenizer.device = device
-        if device.startswith("cuda"):
-            torch.cuda.set_device(device)
-        for shard, path in _make_in_turn(iter(waiting.get, None), unit_tokenizer, level, num_readers):
-            done.put((shard.key, path))
-    except Exception as error:  # raised again in the parent
-        done.put(sendable(error))
+def _serve_device(
+    items: SimpleQueue[bytes], unit_tokenizer: UnitTokenizer, device: str, level: ShardCache, num_readers: int
+) -> Iterator[tuple[str, Path]]:
+    """Make the shards that arrive in the process of a device."""
+    unit_tokenizer.device = device
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    shards = iter(lambda: pickle.loads(items.get()), None)
+    for shard, path in _make_in_turn(shards, unit_tokenizer, level, num_readers):
+        yield shard.key, path

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from usdm_sft.utils.piped_process import PipedProcess
+from usdm_sft.utils.processes import PipedProcess
 from usdm_sft.utils.texts import first_line
 
 SECONDS = 10.0  # for one conversation, of which a real template renders thousands in a second
@@ -52,7 +52,7 @@ def render_chat(
     def ask(connection: Connection) -> Rendered | str:
         connection.send((source, dict(special_tokens), [dict(message) for message in messages], dict(options)))
         if not connection.poll(SECONDS):
-            raise TimeoutError
+            raise RenderError(f"it takes more than {SECONDS:.0f} seconds")
         answer: Rendered | str = connection.recv()
         return answer
 
@@ -65,8 +65,6 @@ def render_chat(
             answer = process.call(ask)
         except BaseException as error:
             _processes.pop(os.getpid()).close()
-            if isinstance(error, TimeoutError):
-                raise RenderError(f"it takes more than {SECONDS:.0f} seconds") from error
             if isinstance(error, RuntimeError):
                 raise RenderError("its process died; it may need too much memory") from error
             raise

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -24,7 +25,6 @@ from transformers import AutoConfig, AutoModel
 from usdm_sft.units.folder import ChangedError, copy_known, read_array, read_description, read_known_description
 from usdm_sft.units.precision import PRECISIONS, own_settings
 from usdm_sft.units.split_linear import SplitLinear, split_linear_layers
-from usdm_sft.utils.shared_memory import open_memory
 
 KMEANS_DISTANCES = 4096 * 10_000  # in memory at once, 160 MB: 4,096 frames times 10,000 centroids, or 625 times 65,536
 MAX_LAYERS = 128  # of a kind; the largest published models have 48
@@ -233,11 +233,19 @@ def _read(folder: Path, name: str, description: Mapping[str, Any], max_bytes: in
     return memory
 
 
+def _open_memory() -> IO[bytes]:
+    """Open a new file in memory: one with a descriptor, or a `BytesIO` where the system has none (Windows, macOS)."""
+    try:
+        return open(os.memfd_create("weights"), "wb")
+    except (AttributeError, OSError):  # the second where a sandbox forbids the call
+        return io.BytesIO()
+
+
 def _read_weights(folder: Path, config: dict[str, Any], description: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Read the tensors of model.safetensors, after their number and size were compared with those of the model."""
     expected = empty_model(config).state_dict()
     max_bytes = sum(tensor.nbytes for tensor in expected.values()) + _MAX_HEADER_BYTES
-    with open_memory() as memory:
+    with _open_memory() as memory:
         copy_known(folder / "model.safetensors", description["files"]["model.safetensors"], memory, max_bytes)
         if isinstance(memory, io.BytesIO):
             weights = load(memory.getvalue())

@@ -19,9 +19,7 @@ from usdm_sft.audio.digests import read_recording, read_unchanged
 from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.audio.reading import SharedBytes, read_audio, read_waveform
 from usdm_sft.utils.once import once_per_key
-from usdm_sft.utils.piped_process import PipedProcess
-from usdm_sft.utils.processes import num_cores, sendable
-from usdm_sft.utils.shared_memory import open_memory, receive_floats, send_memory
+from usdm_sft.utils.processes import PipedProcess, num_cores, sendable
 
 Source = str | Path | bytes  # an address of audio, or the content of an audio file
 Audio = tuple[npt.NDArray[np.float32], int]  # (num_samples,) mono, and the sample rate in Hz
@@ -31,7 +29,6 @@ Chunk = list[tuple[Source, str | None]]  # sources with the sha256 that they mus
 CHUNK_FILES = 32  # for one message to a process: some 30 ms of work
 
 _NUM_RECORDINGS = 2  # long recordings in memory; the stretches of one follow each other
-_ALIGNMENT = 64  # bytes; waveforms in shared memory begin where torch and NumPy would let them begin
 
 
 def read_at_16_khz(source: Source, contents: Mapping[str, bytes] | None) -> Audio:
@@ -189,33 +186,25 @@ def _serve(connection: Connection, read: Read) -> None:
     """Read chunks until the parent closes the connection."""
     recordings = _Recordings()
     while True:
-        chunk = connection.recv()
-        found: list[tuple[int, int] | Exception] = []
-        with open_memory() as memory:
-            for each in chunk:
-                outcome = _read_one(read, recordings, *each)
-                if isinstance(outcome, Exception):
-                    found.append(sendable(outcome))
-                    continue
-                samples, rate = outcome
-                found.append((len(samples), rate))
-                memory.write(np.ascontiguousarray(samples).data)
-                memory.write(bytes(-samples.nbytes % _ALIGNMENT))
-            connection.send(found)
-            send_memory(connection, memory)
+        outcomes = [_read_one(read, recordings, *each) for each in connection.recv()]
+        connection.send(
+            [sendable(each) if isinstance(each, Exception) else (len(each[0]), each[1]) for each in outcomes]
+        )
+        for outcome in outcomes:
+            if not isinstance(outcome, Exception):
+                connection.send_bytes(np.ascontiguousarray(outcome[0]).view(np.uint8))
 
 
 def _request(chunk: Chunk, connection: Connection) -> list[Audio | Exception]:
     """Let a process that runs `_serve` read a chunk."""
     connection.send(chunk)
-    found, start = connection.recv(), 0
-    values = receive_floats(connection)
     outcomes: list[Audio | Exception] = []
-    for each in found:
+    for each in connection.recv():
         if isinstance(each, Exception):
             outcomes.append(each)
             continue
         num_samples, rate = each
-        outcomes.append((values[start : start + num_samples], rate))
-        start += num_samples + -num_samples % (_ALIGNMENT // values.itemsize)
+        samples = np.empty(num_samples, np.float32)
+        connection.recv_bytes_into(samples.view(np.uint8))
+        outcomes.append((samples, rate))
     return outcomes

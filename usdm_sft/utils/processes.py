@@ -1,4 +1,4 @@
-"""Spawned processes that do not import the calling script and ignore its Ctrl-C, alone or in a pool."""
+"""Spawned processes that do not import the calling script and ignore its Ctrl-C, each with a pipe of its own, and a pool of them."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ import importlib
 import multiprocessing
 import os
 import pickle
-import queue
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from queue import SimpleQueue
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-POLL_SECONDS = 1.0
-_AHEAD = 2  # items that wait for each process, so that it need not wait for this one
+T = TypeVar("T")
+
+_AHEAD = 2  # items that each process has, so that it need not wait for this one
 
 _lock = threading.Lock()  # only one thread at a time may replace __main__
 
@@ -61,11 +63,132 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def process_died(name: str, exit_code: int | None) -> RuntimeError:
-    """Return the error for a process that died."""
-    return RuntimeError(
-        f"a process died ({name}, exit code {exit_code}): start the run again; finished work shards are kept"
-    )
+class PipedProcess:
+    """A process at the other end of a pipe of its own, which serves one thread at a time.
+
+    Processes share neither a queue nor a lock: when one is killed, its own pipe ends, and no other process is held up.
+
+    Args:
+        target: Called in the process with the other end of the pipe and `args`, as in `start_process`.
+        args: Further arguments.
+        name: Name of the process in errors; it may be changed.
+    """
+
+    def __init__(self, target: Callable[..., object], args: tuple[Any, ...], *, name: str):
+        self.name = name
+        self.connection, theirs = multiprocessing.get_context("spawn").Pipe()
+        with theirs:
+            self._process = start_process(_use_pipe, (target, theirs, *args), name=name)
+
+    def call(self, function: Callable[[Connection], T]) -> T:
+        """Return what `function` makes of this end of the pipe.
+
+        Args:
+            function: Called with the connection. An OSError of it is one of the pipe.
+
+        Raises:
+            RuntimeError: The process died.
+        """
+        try:
+            return function(self.connection)
+        except (EOFError, OSError) as error:  # OSError: it died within a message
+            self._process.join()
+            raise RuntimeError(
+                f"a process died ({self.name}, exit code {self._process.exitcode}): start the run again; finished work "
+                "shards are kept"
+            ) from error
+        except Exception:  # raised again; the next call must not find the rest of an answer
+            self._process.terminate()
+            raise
+
+    def send(self, value: Any) -> None:
+        """Pickle a value and send it. Raises the RuntimeError of `call`."""
+        self.call(lambda connection: connection.send_bytes(pickle.dumps(value)))
+
+    def terminate(self) -> None:
+        """End the process. A thread that waits for it gets the RuntimeError."""
+        self._process.terminate()
+
+    def close(self) -> None:
+        """End the process and close the pipe, which no thread may use then."""
+        self._process.terminate()
+        self._process.join()
+        self.connection.close()
+
+
+def _use_pipe(target: Callable[..., object], connection: Connection, *args: Any) -> None:
+    with suppress(EOFError, ConnectionError):  # the parent has closed its end
+        target(connection, *args)
+
+
+def serve(connection: Connection, stream: Callable[..., Iterator[Any]], *args: Any) -> None:
+    """Answer items with the results of a stream; the target of the processes of `share_out`.
+
+    A thread empties the pipe: if both ends waited until the other one reads, they would wait forever.
+
+    Args:
+        connection: This end of the pipe.
+        stream: Called with a queue of pickled items and with `args`; yields one result for each item, in any order.
+        args: Further arguments.
+    """
+    items: SimpleQueue[bytes] = SimpleQueue()
+
+    def receive() -> None:
+        with suppress(EOFError, OSError):  # the parent has closed its end, and ends this process
+            while True:
+                items.put(connection.recv_bytes())
+
+    threading.Thread(target=receive, daemon=True).start()
+    try:
+        for result in stream(items, *args):
+            connection.send((result, None))
+    except Exception as error:  # raised again in the parent
+        connection.send((None, sendable(error)))
+
+
+def share_out(
+    items: Sequence[Any],
+    processes: Sequence[PipedProcess],
+    *,
+    ahead: int,
+    here: Callable[[Any], Any] | None = None,
+) -> Iterator[Any]:
+    """Send items to processes that run `serve`, and yield their results as they come.
+
+    Args:
+        items: The items. None follows the last one in each process, so that a stream can finish what it has begun.
+        processes: The processes.
+        ahead: Largest number of items that a process has at a time.
+        here: Makes the result of an item in this process, while the others have enough to do.
+
+    Raises:
+        RuntimeError: A process died.
+        Exception: The error of a process.
+    """
+    unanswered = dict.fromkeys(processes, 0)
+    following, are_told = 0, False
+    while following < len(items) or any(unanswered.values()):
+        while following < len(items) and min(unanswered.values(), default=ahead) < ahead:
+            process = min(unanswered, key=unanswered.__getitem__)
+            process.send(items[following])
+            unanswered[process] += 1
+            following += 1
+        if following == len(items) and not are_told:
+            for process in processes:
+                process.send(None)
+            are_told = True
+        is_busy = following < len(items) and here is not None
+        if is_busy:
+            yield here(items[following])
+            following += 1
+        connections = {process.connection: process for process, number in unanswered.items() if number}
+        for connection in wait(list(connections), timeout=0 if is_busy else None):
+            process = connections[connection]
+            result, error = process.call(Connection.recv)
+            if error is not None:
+                raise error
+            unanswered[process] -= 1
+            yield result
 
 
 class ProcessPool:
@@ -82,19 +205,14 @@ class ProcessPool:
     def __init__(self, num_proc: int, modules: Sequence[str] = ()):
         self._num_proc = num_proc
         self._modules = tuple(modules)
-        context = multiprocessing.get_context("spawn")
-        self._waiting: Any = context.Queue()
-        self._done: Any = context.Queue()
-        self._processes: dict[str, SpawnProcess] = {}
+        self._processes: list[PipedProcess] = []
 
     def __enter__(self) -> ProcessPool:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._waiting.cancel_join_thread()
-        for process in self._processes.values():
-            process.terminate()
-            process.join()
+        for process in self._processes:
+            process.close()
 
     def start(self, num_proc: int) -> None:
         """Start processes ahead of the calls, and no more than this number from now on, because more would not pay."""
@@ -102,10 +220,8 @@ class ProcessPool:
         self._start(self._num_proc)
 
     def _start(self, num_proc: int) -> None:
-        for number in range(len(self._processes), num_proc - 1):
-            name = f"process {number + 1}"
-            args = (self._waiting, self._done, self._modules)
-            self._processes[name] = start_process(_serve, args, name=name)
+        for number in range(len(self._processes) + 1, num_proc):
+            self._processes.append(PipedProcess(serve, (_make_calls, self._modules), name=f"process {number}"))
 
     def map(
         self,
@@ -118,26 +234,36 @@ class ProcessPool:
     ) -> Iterator[tuple[int, Any]]:
         """As `Pool.map`. The results of earlier runs are not looked for, so that `keys` and `holds` are unused.
 
-        The function is pickled once, and unpickled once in each process; items are sent a few at a time. Results come in the
-        order in which they are finished.
+        The function is pickled once for each process. Results come in the order in which they are finished.
         """
         num_proc = min(self._num_proc, len(items))
         self._start(num_proc)
-        processes = {f"{name}, {key}": each for key, each in self._processes.items()} if num_proc > 1 else {}
-        pickled = pickle.dumps(function) if processes else b""
-        following = num_sent = 0  # the next item, and items without a result in the processes
-        while following < len(items):
-            while following < len(items) and num_sent < _AHEAD * len(processes):
-                self._waiting.put((following, pickled, pickle.dumps(items[following])))
-                following, num_sent = following + 1, num_sent + 1
-            if following < len(items):
-                yield following, function(items[following])
-                following += 1
-            _check_alive({key: process.exitcode for key, process in processes.items()})
-            while num_sent and not self._done.empty():
-                yield from receive(self._done, processes, 1)
-                num_sent -= 1
-        yield from receive(self._done, processes, num_sent)
+        processes = self._processes if num_proc > 1 else []
+        for number, process in enumerate(processes, start=1):
+            process.name = f"{name}, process {number}"
+            process.send(function)
+        yield from share_out(list(enumerate(items)), processes, ahead=_AHEAD, here=partial(_call_with, function))
+
+
+def _call_with(function: Callable[[Any], Any], indexed: tuple[int, Any]) -> tuple[int, Any]:
+    index, item = indexed
+    return index, function(item)
+
+
+def _make_calls(items: SimpleQueue[bytes], modules: Sequence[str]) -> Iterator[tuple[int, Any]]:
+    """Make the calls of a `ProcessPool`: a function comes, the items that it is called with, and None."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
+    left = list(modules)
+
+    def receive() -> Any:
+        while left and items.empty():
+            importlib.import_module(left.pop(0))
+        return pickle.loads(items.get())
+
+    while True:
+        function = receive()
+        for indexed in iter(receive, None):
+            yield _call_with(function, indexed)
 
 
 def in_order(results: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
@@ -149,51 +275,6 @@ def in_order(results: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
         while following in waiting:
             yield following, waiting.pop(following)
             following += 1
-
-
-def _serve(waiting: Any, done: Any, modules: Sequence[str]) -> None:
-    """Make the calls of a `ProcessPool` until the parent ends this process, or itself ends."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
-    ahead = list(modules)
-    while True:
-        if ahead and waiting.empty():
-            importlib.import_module(ahead.pop(0))
-            continue
-        index, function, item = waiting.get()
-        try:
-            done.put((index, _unpickle(function)(pickle.loads(item))))
-        except Exception as error:  # raised again in the parent
-            done.put(sendable(error))
-
-
-@lru_cache(maxsize=1)
-def _unpickle(function: bytes) -> Callable[[Any], Any]:
-    unpickled: Callable[[Any], Any] = pickle.loads(function)
-    return unpickled
-
-
-def receive(done: Any, processes: Mapping[str, Any], number: int) -> Iterator[Any]:
-    """Yield `number` results from a queue. Raises the error that a process sent, or one that names a process that died."""
-    while number:
-        # Taken before the queue is read: a process that has ended by now has nothing more to send.
-        exit_codes = {name: process.exitcode for name, process in processes.items()}
-        try:
-            outcome = done.get(timeout=POLL_SECONDS)
-        except queue.Empty:
-            _check_alive(exit_codes)
-            continue
-        if isinstance(outcome, BaseException):
-            raise outcome
-        number -= 1
-        yield outcome
-
-
-def _check_alive(exit_codes: Mapping[str, int | None]) -> None:
-    for name, exit_code in exit_codes.items():
-        if exit_code not in (None, 0):
-            raise process_died(name, exit_code)
-    if exit_codes and all(exit_code == 0 for exit_code in exit_codes.values()):
-        raise RuntimeError("the processes ended before their work was done: start the run again")
 
 
 def sendable(error: Exception) -> Exception:
