@@ -28,7 +28,7 @@ import torch
 from tests.benchmarks.common import MEAN_SECONDS, lengths, machine, speechlike, table
 from usdm_sft.audio.digests import audio_digests
 from usdm_sft.audio.frames import SAMPLE_RATE, num_frames
-from usdm_sft.prepare.workers import UnitShard, make_unit_shards
+from usdm_sft.prepare.unit_shards import UnitShard, make_unit_shards
 from usdm_sft.units.tokenizer import UnitTokenizer
 from usdm_sft.utils.shard_cache import ShardCache
 

@@ -9,16 +9,15 @@ import pytest
 
 from tests.helpers import command, content, options, wait_for, wait_for_end_of_group
 from usdm_sft.folder import parquet
-from usdm_sft.prepare import open_run as opening
+from usdm_sft.prepare import open_run, token_shards
 from usdm_sft.prepare import prepare as pipeline
-from usdm_sft.prepare import token_shards as tokens
 from usdm_sft.prepare.prepare import prepare
 
 SCRIPT = """
 from usdm_sft.prepare import prepare as pipeline
-from usdm_sft.prepare import open_run as opening
+from usdm_sft.prepare import open_run
 
-opening.UTTERANCES_PER_PROCESS = 1  # so that a small corpus gets processes
+open_run.UTTERANCES_PER_PROCESS = 1  # so that a small corpus gets processes
 print("the script runs")
 """
 
@@ -26,7 +25,7 @@ print("the script runs")
 @pytest.fixture
 def in_processes(monkeypatch):
     """Two processes make token shards and Parquet files."""
-    monkeypatch.setattr(opening, "UTTERANCES_PER_PROCESS", 1)
+    monkeypatch.setattr(open_run, "UTTERANCES_PER_PROCESS", 1)
     monkeypatch.setattr(pipeline, "num_cores", lambda: 2)
 
 
@@ -44,9 +43,9 @@ def write_script(folder, *lines):
 
 def test_files_do_not_depend_on_the_number_of_processes(mini, unit_model, tmp_path, undisturbed, monkeypatch):
     prepare(**options(mini, unit_model, tmp_path / "one"))
-    monkeypatch.setattr(opening, "UTTERANCES_PER_PROCESS", 1)
+    monkeypatch.setattr(open_run, "UTTERANCES_PER_PROCESS", 1)
     made_here = (
-        count_calls(monkeypatch, tokens, "map_shard"),
+        count_calls(monkeypatch, token_shards, "write_shard"),
         count_calls(monkeypatch, parquet, "_with_trainer_columns"),
     )
     prepare(**options(mini, unit_model, tmp_path / "two", num_proc=2) | {"cache_dir": str(tmp_path / "cache")})

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 
 from tests.helpers import content, inodes, options
-from usdm_sft.prepare.mapping import name_versions
 from usdm_sft.prepare.prepare import prepare
+from usdm_sft.prepare.unit_shards import name_versions
 
 OLD = {"torch": "0.4.1", "soxr": "0.0.1", "numpy": "0.9"}
 

@@ -16,12 +16,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 
 from usdm_sft.audio.addresses import disk_files
 from usdm_sft.audio.frames import SAMPLE_RATE, count_units
 from usdm_sft.prepare.config import PrepareConfig
-from usdm_sft.prepare.mapping import map_shard
 from usdm_sft.prepare.open_run import Run, choose_devices, open_run
 from usdm_sft.prepare.plan import Plan, Shard
 from usdm_sft.prepare.rows import load_rows
@@ -32,7 +30,7 @@ from usdm_sft.units.tokenizer import UnitTokenizer
 from usdm_sft.utils.cache_keys import cache_root
 from usdm_sft.utils.processes import ProcessPool
 from usdm_sft.utils.progress import Stages
-from usdm_sft.utils.shard_cache import ShardCache
+from usdm_sft.utils.shard_cache import ShardCache, write_shard
 from usdm_sft.utils.texts import count_noun, format_bytes
 
 # Measured for DailyTalk (docs/scale-out.md): 102 + 1,115 B/s in the cache and 472 B/s in the dataset folder, and a margin.
@@ -135,8 +133,7 @@ def _write_units(shard: Shard, run: Run) -> Path:
         ],
         "seconds": [np.float32(length / SAMPLE_RATE) for length in content.lengths],
     }
-    write = partial(map_shard, Dataset.from_dict({"audio": content.audio}), lambda batch: columns)
-    return ShardCache(run.cache / "units").make(shard.units_key, write)
+    return ShardCache(run.cache / "units").make(shard.units_key, partial(write_shard, columns))
 
 
 def _find_missing(folder: Path, plan: Plan, key: str) -> list[Shard]:

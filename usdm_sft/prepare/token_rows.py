@@ -13,9 +13,9 @@ from datasets import Dataset
 
 from usdm_sft.corpus.features import TRAINER_COLUMNS, are_collapsed, folder_features
 from usdm_sft.prepare.counts import ShardCounts
-from usdm_sft.prepare.mapping import read_shard
 from usdm_sft.prepare.overflow import Cuts, take_rows
 from usdm_sft.prepare.plan import Shard
+from usdm_sft.utils.shard_cache import read_shard
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -18,7 +18,6 @@ from datasets.table import InMemoryTable
 
 from usdm_sft.corpus.features import ROLES
 from usdm_sft.prepare.counts import count_shard, count_split
-from usdm_sft.prepare.mapping import map_shard, read_shard
 from usdm_sft.prepare.open_run import Run
 from usdm_sft.prepare.overflow import find_cuts, take_rows
 from usdm_sft.prepare.plan import Content, Plan, Shard
@@ -28,7 +27,7 @@ from usdm_sft.units.columns import FP32_FALLBACK
 from usdm_sft.utils.cache_keys import cache_key
 from usdm_sft.utils.pool import Pool
 from usdm_sft.utils.progress import progress_bar
-from usdm_sft.utils.shard_cache import ShardCache
+from usdm_sft.utils.shard_cache import ShardCache, read_shard, write_shard
 
 if TYPE_CHECKING:
     from usdm_sft.template.encoder import TemplateEncoder
@@ -66,12 +65,10 @@ class TokenMaker:
         return TokenShard(path, cuts, counts, _find_fp32_fallback(content, units))
 
     def _write(self, path: str, shard: Shard, content: Content, units: Path) -> None:
-        table = slice_examples(self.rows[shard.split], shard).select(_TEXT_COLUMNS)
+        texts = slice_examples(self.rows[shard.split], shard).select(_TEXT_COLUMNS)
         columns = unit_columns(content, units, collapse=self.encoder.unit_repetition == "collapse")
-        for name, column in columns.items():
-            table = table.append_column(name, column)
-        batch = Dataset(InMemoryTable(table)).with_format("numpy")
-        map_shard(batch, self.encoder, path, remove_columns=_TEXT_COLUMNS)
+        batch = Dataset(InMemoryTable(pa.table(dict(zip(_TEXT_COLUMNS, texts.columns, strict=True)) | columns)))
+        write_shard({**columns, **self.encoder(batch.with_format("numpy")[:])}, path)
 
 
 def make_tokens(plan: Plan, maker: TokenMaker, units: Mapping[str, Path], pool: Pool) -> list[TokenShard]:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from usdm_sft.audio.digests import read_recording, read_unchanged
 from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.audio.playable import make_playable
-from usdm_sft.prepare.mapping import read_shard
 from usdm_sft.prepare.plan import Content, Plan, Shard
 from usdm_sft.utils.once import once_per_key
+from usdm_sft.utils.shard_cache import read_shard
 
 if TYPE_CHECKING:
     from usdm_sft.corpus.builder import DailyTalkUSDM

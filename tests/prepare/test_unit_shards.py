@@ -21,8 +21,8 @@ from tests.helpers import (
     wait_for_end_of_group,
 )
 from usdm_sft.audio.reading import AudioError
-from usdm_sft.prepare import open_run as devices
-from usdm_sft.prepare import workers
+from usdm_sft.prepare import open_run, unit_shards
+from usdm_sft.prepare.plan import Shard
 from usdm_sft.prepare.prepare import prepare
 from usdm_sft.units import reading
 from usdm_sft.units.model import UnitModel
@@ -32,13 +32,13 @@ from usdm_sft.utils.shard_cache import ShardCache
 @pytest.fixture
 def two_processes(monkeypatch):
     """Two processes on the CPU in place of two GPUs."""
-    monkeypatch.setattr(devices, "find_devices", lambda num_gpus: ["cpu", "cpu:0"])
+    monkeypatch.setattr(open_run, "find_devices", lambda num_gpus: ["cpu", "cpu:0"])
 
 
 @pytest.fixture
 def two_readers(monkeypatch):
     """For each device, two processes read the audio, as for a GPU and a larger corpus."""
-    monkeypatch.setattr(workers, "count_readers", lambda shards, devices: 2)
+    monkeypatch.setattr(unit_shards, "count_readers", lambda shards, devices: 2)
 
 
 def test_processes_that_read_audio_give_the_bytes_of_threads(
@@ -62,6 +62,7 @@ def test_killed_reader_ends_the_run_and_finished_work_is_kept(
 ):
     with monkeypatch.context() as patch:
         patch.setitem(reading.READS, "soxr", read_or_be_killed)
+        patch.setattr(unit_shards.random, "sample", lambda window, number: window)  # some shards come before it
         with pytest.raises(
             RuntimeError, match=r"a process died \(reads audio, process \d, exit code -9\): start the run"
         ):
@@ -76,15 +77,15 @@ def test_killed_reader_ends_the_run_and_finished_work_is_kept(
 
 def test_number_of_readers(monkeypatch):
     def count(num_files, devices):
-        return workers.count_readers(
-            [workers.UnitShard("", [], dict.fromkeys(map(str, range(num_files)), ""))], devices
+        return unit_shards.count_readers(
+            [unit_shards.UnitShard("", [], dict.fromkeys(map(str, range(num_files)), ""))], devices
         )
 
-    monkeypatch.setattr(workers, "num_cores", lambda: 24)
+    monkeypatch.setattr(unit_shards, "num_cores", lambda: 24)
     gpus = [f"cuda:{index}" for index in range(4)]
     assert [count(num_files, gpus[:1]) for num_files in (0, 255, 256, 1_000, 100_000)] == [0, 0, 1, 3, 8]
     assert [count(100_000, gpus), count(2_100, gpus), count(100_000, ["cpu"])] == [6, 2, 0]
-    monkeypatch.setattr(workers, "num_cores", lambda: 2)
+    monkeypatch.setattr(unit_shards, "num_cores", lambda: 2)
     assert [count(100_000, gpus[:1]), count(100_000, gpus)] == [2, 1]
     monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # which may not start processes
     assert count(100_000, gpus) == 0
@@ -245,14 +246,24 @@ def test_more_gpus_than_this_machine_has(mini, unit_model, tmp_path):
         prepare(**options(mini, unit_model, tmp_path, num_gpus=99))
 
 
-def test_work_shards_that_overlap_give_the_bytes_of_one_after_the_other(
-    mini, unit_model, tmp_path, undisturbed, monkeypatch
-):
-    pipeline = workers._Pipeline
-    monkeypatch.setattr(workers, "_Pipeline", lambda *args, ahead, num_readers: pipeline(*args, ahead=1, num_readers=0))
+def test_order_of_work_shards_and_overlap_change_no_byte(mini, unit_model, tmp_path, undisturbed, monkeypatch):
+    pipeline, order = unit_shards._Pipeline, unit_shards.order_shards
+    monkeypatch.setattr(
+        unit_shards, "_Pipeline", lambda *args, ahead, num_readers: pipeline(*args, ahead=1, num_readers=0)
+    )
+    monkeypatch.setattr(unit_shards, "order_shards", lambda shards: order(shards)[::-1])
     prepare(**options(mini, unit_model, tmp_path))
     assert content(tmp_path / "out") == undisturbed
     assert not list(tmp_path.rglob("*.unfinished"))
+
+
+def test_each_run_makes_work_shards_in_its_own_order():
+    shards = [Shard(number, "train", (0, 1), 0, 1, 0, number % 100, "", "") for number in range(100)]
+    one, other = unit_shards.order_shards(shards), unit_shards.order_shards(shards)
+    assert one != other
+    for made in (one, other):
+        assert sorted(shard.longest for shard in made[:64]) == list(range(36, 100))  # the longest come first
+        assert sorted(made) == shards
 
 
 class Device:
@@ -286,16 +297,16 @@ class Device:
         return finish
 
 
-def unit_shards(*names):
+def make_shards(*names):
     """Work shards of one file each; their keys begin with the name and therefore have different locks."""
-    return [workers.UnitShard(name * 16, [name], {name: "0" * 64}) for name in names]
+    return [unit_shards.UnitShard(name * 16, [name], {name: "0" * 64}) for name in names]
 
 
 def test_device_gets_the_next_work_shard_before_the_file_of_this_one_is_written(tmp_path):
     done = []
     device = Device(done)
-    shards = unit_shards("a", "b", "c", "d")
-    for key, path in workers.make_unit_shards(shards, device, ["cuda"], ShardCache(tmp_path)):
+    shards = make_shards("a", "b", "c", "d")
+    for key, path in unit_shards.make_unit_shards(shards, device, ["cuda"], ShardCache(tmp_path)):
         assert device.reading
         assert path.name.startswith(key)
         done.append(f"yield {key[0]}")
@@ -312,12 +323,12 @@ def test_errors_of_device_and_writer_surface_and_later_runs_are_not_blocked(tmp_
     def full(*args, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    level, shards = ShardCache(tmp_path), unit_shards(*names)
+    level, shards = ShardCache(tmp_path), make_shards(*names)
     with monkeypatch.context() as patch:
         if error is OSError:
-            patch.setattr(workers, "map_shard", full)
+            patch.setattr(unit_shards, "write_shard", full)
         with pytest.raises(error, match=r"No space left on device|bad"):
-            list(workers.make_unit_shards(shards, Device([]), ["cuda"], level))
+            list(unit_shards.make_unit_shards(shards, Device([]), ["cuda"], level))
     assert sorted(path.name[0] for path in tmp_path.glob("*.arrow")) == list(kept)
     for shard in shards:
         with level.claim(shard.key, wait=False) as claim:  # None would mean that a lock is still held
@@ -326,9 +337,9 @@ def test_errors_of_device_and_writer_surface_and_later_runs_are_not_blocked(tmp_
 
 def test_run_that_waits_for_another_one_gives_up_its_own_claims_first(tmp_path):
     level, done = ShardCache(tmp_path), []
-    shards = unit_shards("a", "b", "c")
+    shards = make_shards("a", "b", "c")
     other = level.claim(shards[1].key)
-    made = workers.make_unit_shards(shards, Device(done), ["cuda"], level)
+    made = unit_shards.make_unit_shards(shards, Device(done), ["cuda"], level)
     assert next(made)[0] == shards[0].key  # written although the second work shard is not available
     with level.claim(shards[0].key, wait=False) as claim:
         assert claim.finished is not None
@@ -341,12 +352,12 @@ def test_run_that_waits_for_another_one_gives_up_its_own_claims_first(tmp_path):
 
 SCRIPT = """
 import os
-from usdm_sft.prepare import open_run as devices
-from usdm_sft.prepare import workers
+from usdm_sft.prepare import open_run
+from usdm_sft.prepare import unit_shards
 from usdm_sft.utils import processes
 
-devices.find_devices = lambda num_gpus: ["cpu", "cpu:0"]
-workers.count_readers = lambda shards, devices: 1
+open_run.find_devices = lambda num_gpus: ["cpu", "cpu:0"]
+unit_shards.count_readers = lambda shards, devices: 1
 print("the script runs")
 """
 
@@ -402,10 +413,10 @@ def test_ctrl_c_with_several_processes_prints_one_line(mini, unit_model, tmp_pat
 @pytest.mark.slow
 def test_processes_end_when_their_parent_is_killed(mini, unit_model, tmp_path):
     code = (
-        "from usdm_sft.prepare import open_run as devices\n"
-        "from usdm_sft.prepare import workers\n"
-        "devices.find_devices = lambda num_gpus: ['cpu', 'cpu:0']\n"
-        "workers.count_readers = lambda shards, devices: 1\n"
+        "from usdm_sft.prepare import open_run\n"
+        "from usdm_sft.prepare import unit_shards\n"
+        "open_run.find_devices = lambda num_gpus: ['cpu', 'cpu:0']\n"
+        "unit_shards.count_readers = lambda shards, devices: 1\n"
         "from usdm_sft.cli.main import main\n"
         "if __name__ == '__main__':\n"
         f"    main({command(mini, unit_model, tmp_path)[3:]!r})\n"
