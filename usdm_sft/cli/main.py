@@ -15,10 +15,9 @@ from typing import Any
 from usdm_sft import __version__
 from usdm_sft.cli.convert import convert
 from usdm_sft.cli.demo import demo
-from usdm_sft.cli.doctor import doctor
 from usdm_sft.cli.help import finish_help, split_docstring
 from usdm_sft.cli.parser import ConfigAction, Parser, add_config_arguments, add_function_arguments
-from usdm_sft.cli.prepare import prepare
+from usdm_sft.cli.prepare import doctor, prepare
 from usdm_sft.cli.share import export, push
 from usdm_sft.cli.show import show, stats
 from usdm_sft.cli.tokenizer import tokenizer
