@@ -14,7 +14,7 @@ from tests.helpers import edit_counts, options, replace_file
 from usdm_sft.cli.main import main
 from usdm_sft.folder.verify import VerificationError, verify
 from usdm_sft.prepare.prepare import prepare
-from usdm_sft.template import base
+from usdm_sft.template import tokenizer as loading
 from usdm_sft.template.config import Template
 from usdm_sft.template.tokenizer import build_tokenizer, load_tokenizer, save_tokenizer
 
@@ -85,8 +85,8 @@ def test_chat_template_comes_with_a_tokenizer_from_a_dataset_on_the_hub(root, tm
                 shutil.copy(file, tmp_path / "tokenizer")
         return tmp_path
 
-    monkeypatch.setattr(base, "hf_hub_download", lambda *args, **options: None)
-    monkeypatch.setattr(base, "snapshot_download", download)
+    monkeypatch.setattr(loading, "hf_hub_download", lambda *args, **options: None)
+    monkeypatch.setattr(loading, "snapshot_download", download)
     loaded = load_tokenizer("tester/pairs", subfolder="tokenizer", repo_type="dataset")
     assert loaded.chat_template == THINKING
 

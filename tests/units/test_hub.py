@@ -66,7 +66,7 @@ def test_broken_proxy_is_one_error_without_network(hub, monkeypatch):
     def fail(*args, **kwargs):
         raise HTTPError("proxy refused")
 
-    monkeypatch.setattr("usdm_sft.units.hub_unit_model.snapshot_download", fail)
+    monkeypatch.setattr("usdm_sft.units.folder.snapshot_download", fail)
     with pytest.raises(OSError, match=r"cannot be downloaded from the Hub \(proxy refused\)"):
         UnitTokenizer.from_pretrained(REPOSITORY, device="cpu")
 

@@ -27,9 +27,8 @@ from usdm_sft.template.chat import (
 )
 from usdm_sft.template.config import PARTS, REFERENCE, Template, UnitRepetition
 from usdm_sft.template.exchanges import Exchange, ExchangeReader, match_other_tokens, row_name
-from usdm_sft.template.parts import RowLayout
+from usdm_sft.template.parts import RowLayout, Step, make_steps
 from usdm_sft.template.special_tokens import TemplateTokens, naming_errors, plain_copy, read_tokens
-from usdm_sft.template.steps import Step, make_steps
 from usdm_sft.template.stretches import Headings, Stretches
 from usdm_sft.template.tokenizer import check_tokenizer
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from usdm_sft.units.convert import convert
-from usdm_sft.units.folder import DESCRIPTION, read_description
-from usdm_sft.units.hub_unit_model import find_cached_folder, find_folder
-from usdm_sft.units.model_config import XLSR_LAYER
+from usdm_sft.units.folder import DESCRIPTION, find_cached_folder, find_folder, read_description
+from usdm_sft.units.transformers_folder import XLSR_LAYER
 from usdm_sft.utils.atomic import remove_path, replace_text
 from usdm_sft.utils.cache_keys import cache_root
 from usdm_sft.utils.download import download

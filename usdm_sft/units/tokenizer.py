@@ -7,8 +7,9 @@ unit model folders are that this process has opened, because a pickled tokenizer
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -18,15 +19,15 @@ import multiprocess.reduction
 import numpy as np
 import torch
 
+from usdm_sft.audio.addresses import file_problem, open_file, parse_address
 from usdm_sft.audio.frames import SAMPLE_RATE, TOO_LOUD, is_too_loud
 from usdm_sft.audio.reading import describe
-from usdm_sft.units.batches import Waveform, prepare_waveform
+from usdm_sft.audio.sound import AUDIO_ERRORS, open_sound
+from usdm_sft.units.batches import Waveform, prepare_waveform, resample_on
 from usdm_sft.units.columns import distinct_audio, unit_columns
-from usdm_sft.units.folder import read_known_description, unit_model_digest
-from usdm_sft.units.hub_unit_model import find_folder
+from usdm_sft.units.folder import find_folder, read_known_description, unit_model_digest
 from usdm_sft.units.precision import check_cpu
 from usdm_sft.units.reading import READS, AudioReader, Source
-from usdm_sft.units.resample import resample_on
 from usdm_sft.units.settings import make_settings
 
 if TYPE_CHECKING:
@@ -333,7 +334,7 @@ class UnitTokenizer:
     def _start(
         self, waveforms: Sequence[Waveform], names: Sequence[str]
     ) -> Callable[[], tuple[list[np.ndarray], list[int]]]:
-        from usdm_sft.units.forward import start_units  # imports transformers, as above
+        from usdm_sft.units.model import start_units  # imports transformers, as above
 
         seconds = self.settings["batch_seconds"]
         return start_units(self.model, waveforms, names, seconds, self._tokenize_in_fp32, self.normalization)
@@ -374,3 +375,68 @@ def open_for(
 
 
 register_pickler(UnitTokenizer)
+
+
+def stream_units(unit_tokenizer: UnitTokenizer, sources: Iterable[str]) -> Iterator[np.ndarray]:
+    """Yield the units of each audio address, in order.
+
+    Neighbouring files of up to `batch_seconds` in all are computed together, while the next group is read. Memory holds two
+    such groups, or a longer file in place of one.
+
+    Yields:
+        (num_units,) uint16 units.
+
+    Raises:
+        FileNotFoundError: An audio file does not exist. The units of all files before it were yielded.
+        ValueError: Audio cannot become units. The units of all files before it were yielded.
+    """
+    groups = group_by_seconds(sources, unit_tokenizer.settings["batch_seconds"])
+    group: list[str] = next(groups, [])
+    following: list[str] = []
+    try:
+        unit_tokenizer.read_ahead(group)
+        while group:
+            following = next(groups, [])
+            unit_tokenizer.read_ahead(following)
+            try:
+                units, _ = unit_tokenizer.tokenize_files(group)
+            except (FileNotFoundError, ValueError):
+                for source in group:  # one by one, to yield the units of the files before the bad one
+                    yield unit_tokenizer.tokenize_files([source])[0][0]
+            else:
+                yield from units
+            group = following
+    finally:
+        unit_tokenizer.forget(following)
+
+
+def group_by_seconds(sources: Iterable[str], seconds: float) -> Iterator[list[str]]:
+    """Yield groups of neighbouring sources with up to `seconds` of audio; a longer or unreadable source is alone."""
+    group: list[str] = []
+    total = 0.0
+    for source in sources:
+        length = audio_seconds(source)
+        if group and total + length > seconds:
+            yield group
+            group, total = [], 0.0
+        group.append(source)
+        total += length
+    if group:
+        yield group
+
+
+def audio_seconds(source: str) -> float:
+    """Return the length of audio as its address or header gives it; infinity if the header does not, or cannot be read."""
+    total = 0.0
+    try:
+        for stretch in parse_address(source):
+            if file_problem(stretch.file):
+                return math.inf
+            if stretch.start is not None and stretch.end is not None:
+                total += stretch.end - stretch.start
+                continue
+            with open_file(stretch.file) as file, open_sound(file) as sound:
+                total += math.inf if sound.frames is None else sound.frames / sound.rate
+    except AUDIO_ERRORS:
+        return math.inf
+    return total
