@@ -13,7 +13,6 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HTTPError
 
 from tests.bases import byte_level
-from tests.mini_hub import serve
 from usdm_sft.cli.main import main
 from usdm_sft.corpus import published_lists
 from usdm_sft.prepare import checks
@@ -298,20 +297,14 @@ def test_unit_model_that_is_damaged_or_none(doctor, unit_model, tmp_path):
 
 
 @pytest.fixture
-def hub(unit_model, tmp_path, monkeypatch):
+def hub(served_hub, unit_model):
     """A stand-in for the Hub with the toy unit model and a tokenizer.json."""
-    server, hub, url = serve(token=TOKEN)
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub, hub.token = served_hub, TOKEN
     files = {path.name: ("reg", path.read_bytes()) for path in unit_model.iterdir()}
     files["tokenizer.json"] = ("reg", b"{}" * 500)
     hub.commit(hub.create("models", "tester/model", False), "main", files, [], "a model", None)
     hub.commit(hub.create("models", "tester/empty", False), "main", {}, [], "nothing", None)
-    yield hub
-    server.shutdown()
-    server.server_close()
+    return hub
 
 
 def test_models_on_the_hub(doctor, hub, unit_model):

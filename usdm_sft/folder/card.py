@@ -98,7 +98,9 @@ def make_card(
         data,
         template_str=template.read_text(encoding="utf-8"),
         config_name=config_name,
-        columns=_columns(features, config_name, lists=lists),
+        columns=_columns(
+            features, config_name, lists=lists, lowercase=counts["settings"]["template"].get("lowercase", True)
+        ),
         counts=counts,
         settings=counts["settings"],
         utterances=counts.get(UTTERANCES),
@@ -190,11 +192,13 @@ def read_info(folder: Path, config: str) -> DatasetInfo:
     return info
 
 
-def _columns(features: Features, config_name: str, *, lists: bool) -> list[tuple[str, str, str]]:
+def _columns(features: Features, config_name: str, *, lists: bool, lowercase: bool) -> list[tuple[str, str, str]]:
     """Name, type and meaning of every column."""
     which = "first user turn of the row" if config_name == MULTI_TURN else "last user turn of the row"
     columns = TEXTS | (COLLAPSED_SPEECH if are_collapsed(features) else SPEECH)
     meanings = MEANINGS | {name: column.meaning for name, column in columns.items()}
+    if not lowercase:
+        meanings["text"] = "transcript as in the corpus; the template keeps it as it is"
     if lists:
         meanings["turn"] = f"number of the {which} in its dialog"
 

@@ -69,7 +69,7 @@ _PROBES = (
 
 def load_tokenizer(
     name_or_path: str | Path = USTM,
-    cache_dir: str | Path | None = None,
+    model_cache_dir: str | Path | None = None,
     *,
     revision: str | None = None,
     token: str | None = None,
@@ -82,7 +82,7 @@ def load_tokenizer(
 
     Args:
         name_or_path: A repository of the Hub, a folder, or "mistral-common" for USTM's tokenizer, built offline.
-        cache_dir: Folder for downloads; the Hub's own cache by default.
+        model_cache_dir: Folder for downloads; the Hub's own cache by default.
         revision: Branch, tag or commit of the repository; its main branch by default.
         token: Token of the Hub, for a private repository; by default HF_TOKEN, or the one that `hf auth login` saved.
         subfolder: Folder of the tokenizer inside the repository or the folder, such as "tokenizer" in a dataset folder.
@@ -97,7 +97,7 @@ def load_tokenizer(
         return build_tokenizer()
     place = f"{name_or_path}/{subfolder}" if subfolder else str(name_or_path)
     tokenizer = open_tokenizer(
-        name_or_path, subfolder, cache_dir=cache_dir, revision=revision, token=token, repo_type=repo_type
+        name_or_path, subfolder, model_cache_dir=model_cache_dir, revision=revision, token=token, repo_type=repo_type
     )
     with naming_errors(place):
         if is_ustm(tokenizer.backend_tokenizer):
@@ -177,7 +177,7 @@ def ustm_tokens(num_units: int = NUM_UNITS) -> TemplateTokens:
 
 
 def build_tokenizer(
-    base: str | Path = OFFLINE, num_units: int = NUM_UNITS, *, cache_dir: str | Path | None = None
+    base: str | Path = OFFLINE, num_units: int = NUM_UNITS, *, model_cache_dir: str | Path | None = None
 ) -> PreTrainedTokenizerFast:
     """Give the tokenizer of a base model the tokens for units: `<|correspond|>`, `<|continue|>` and `<|unit0|>`, `<|unit1|>`, ...
 
@@ -189,7 +189,7 @@ def build_tokenizer(
             offline from the package mistral-common. It equals naver-ai/USTM as transformers 4.40.2 saves it, including the order
             of merges (transformers 5 converts the same model to 29,609 merges at other ranks).
         num_units: Number of units.
-        cache_dir: Folder for downloads; the Hub's own cache by default.
+        model_cache_dir: Folder for downloads; the Hub's own cache by default.
 
     Raises:
         ImportError: mistral-common or sentencepiece is not installed.
@@ -200,7 +200,7 @@ def build_tokenizer(
     if not 1 <= num_units <= MAX_UNITS:
         raise ValueError(f"num_units is {num_units}: give a number from 1 to {MAX_UNITS}")
     if str(base) != OFFLINE:
-        opened = open_tokenizer(base, cache_dir=cache_dir)
+        opened = open_tokenizer(base, model_cache_dir=model_cache_dir)
         with naming_errors(str(base)):
             return add_units(opened, num_units, str(base))
     try:
@@ -289,18 +289,18 @@ def open_tokenizer(
     name_or_path: str | Path,
     subfolder: str | None = None,
     *,
-    cache_dir: str | Path | None = None,
+    model_cache_dir: str | Path | None = None,
     revision: str | None = None,
     token: str | None = None,
     repo_type: str = "model",
 ) -> PreTrainedTokenizerFast:
-    """Open tokenizer.json as it is; arguments as of `load_tokenizer`.
+    """Open tokenizer.json as it is; with the arguments of `load_tokenizer`.
 
     Raises:
         OSError: The tokenizer cannot be found or downloaded.
         ValueError: The tokenizer cannot be opened.
     """
-    hub = {"cache_dir": cache_dir, "revision": revision, "token": token, "repo_type": repo_type}
+    hub = {"cache_dir": model_cache_dir, "revision": revision, "token": token, "repo_type": repo_type}
     _require_tokenizer_json(str(name_or_path), subfolder, hub)
     from transformers import PreTrainedTokenizerFast
 
@@ -309,7 +309,7 @@ def open_tokenizer(
         with naming_errors(place):
             tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
                 _find_folder(str(name_or_path), subfolder, hub),
-                cache_dir=cache_dir,
+                cache_dir=model_cache_dir,
                 revision=revision or "main",
                 token=token,
             )

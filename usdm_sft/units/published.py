@@ -44,7 +44,7 @@ def find_unit_model(name_or_path: str | Path, model_cache_dir: str | Path | None
         cache = model_cache(model_cache_dir)
         with file_lock(cache / f"{PUBLISHED}.lock", option="--model_cache_dir or HF_HOME"):
             return _download_and_convert(cache / PUBLISHED, cache)
-    folder = find_folder(name_or_path, cache_dir=model_cache_dir)
+    folder = find_folder(name_or_path, model_cache_dir=model_cache_dir)
     read_description(folder)
     return folder
 
@@ -59,7 +59,7 @@ def locate_unit_model(name_or_path: str | Path, model_cache_dir: str | Path | No
     if str(name_or_path) == PUBLISHED and not Path(name_or_path).is_dir():
         folder = model_cache(model_cache_dir) / PUBLISHED
         return folder if (folder / DESCRIPTION).is_file() else None
-    return find_cached_folder(name_or_path, cache_dir=model_cache_dir)
+    return find_cached_folder(name_or_path, model_cache_dir=model_cache_dir)
 
 
 def _download_and_convert(folder: Path, cache: Path) -> Path:
