@@ -20,8 +20,7 @@ from usdm_sft.audio.frames import num_frames
 from usdm_sft.units.batches import Waveform, padding_share, plan_batches, prepare_waveform
 from usdm_sft.units.model import UnitModel, start_units
 from usdm_sft.units.precision import PRECISIONS
-from usdm_sft.units.settings import BATCH_SECONDS
-from usdm_sft.units.transformers_folder import XLSR_LAYER
+from usdm_sft.units.settings import BATCH_SECONDS, XLSR_LAYER
 
 SHARD_UTTERANCES = 600  # a work shard of 64 dialogs
 FRAMES_FOR_DEFAULT = 100_000

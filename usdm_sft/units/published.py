@@ -7,9 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from usdm_sft.units.convert import convert
 from usdm_sft.units.folder import DESCRIPTION, find_cached_folder, find_folder, read_description
-from usdm_sft.units.transformers_folder import XLSR_LAYER
+from usdm_sft.units.settings import XLSR_LAYER
 from usdm_sft.utils.atomic import remove_path, replace_text
 from usdm_sft.utils.cache_keys import cache_root
 from usdm_sft.utils.download import download
@@ -78,6 +77,8 @@ def _download_and_convert(folder: Path, cache: Path) -> Path:
         recorded[name] = sha256_file(path)
         replace_text(record, json.dumps(recorded, indent=2) + "\n")
         logger.warning("%s: sha256 %s", name, recorded[name])
+    from usdm_sft.units.convert import convert  # imports the speech encoders of transformers
+
     checkpoint, kmeans = PUBLISHED_FILES
     convert(downloads / checkpoint, downloads / kmeans, folder)
     remove_path(downloads)

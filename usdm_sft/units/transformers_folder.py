@@ -21,9 +21,6 @@ from usdm_sft.utils.texts import first_line
 
 MODEL_TYPES = {"wav2vec2": "Wav2Vec2Model", "hubert": "HubertModel"}
 
-# The layer that the reference's k-means was fit on; its 34 counts from 0.
-XLSR_LAYER = 35
-
 # transformers' config of XLS-R 1B (facebook/wav2vec2-xls-r-1b).
 XLSR_1B = {
     "hidden_size": 1280,
