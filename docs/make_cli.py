@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from usdm_sft.cli.help import format_default
 from usdm_sft.cli.main import make_parser
+from usdm_sft.cli.parser import format_default
 
 DOCS = Path(__file__).resolve().parent
 HEAD = """\

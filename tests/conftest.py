@@ -24,7 +24,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
-from tests.helpers import DEMO, SHARED, content, options  # noqa: E402 - torch reads the environment when it is imported
+# torch and huggingface_hub read the environment when they are imported.
+from huggingface_hub import constants  # noqa: E402
+
+from tests.helpers import DEMO, SHARED, content, options  # noqa: E402
+from tests.mini_hub import serve  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
@@ -111,6 +115,20 @@ def finished(mini, unit_model, tmp_path_factory) -> Path:
 def undisturbed(finished) -> dict[str, bytes]:
     """The files of the finished dataset folder: the bytes by relative path."""
     return content(finished / "out")
+
+
+@pytest.fixture
+def served_hub(tmp_path, monkeypatch):
+    """A stand-in for the Hub, which huggingface_hub in this process asks -> its state."""
+    server, hub, url = serve()
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    yield hub
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture

@@ -103,13 +103,17 @@ def test_convert_prepare_and_export_work_together(tmp_path, mini, capsys):
 def test_summary_agrees_with_its_numbers(number, expected):
     split = dict.fromkeys(("rows", "dialogs", "tokens", "labelled_tokens"), number) | {"hours": 0.5}
     listed = {f"d{i + 1}": "a reason" for i in range(number)}
-    split |= {"pairs_with_bad_audio": 0, "pairs_left_out": listed, "dialogs_left_out": listed, "rows_cut": listed}
+    pairs = dict.fromkeys(listed, "9 tokens, more than max_length 8")
+    split |= {"pairs_with_bad_audio": 0, "pairs_left_out": pairs, "dialogs_left_out": listed, "rows_cut": listed}
     assert summarize_split(split).startswith(expected)
 
 
 def test_pairs_with_bad_audio_are_counted_apart_in_the_summary():
     split = {"rows": 1, "dialogs": 1, "hours": 0, "tokens": 9, "labelled_tokens": 2, "rows_cut": {}}
-    split |= {"pairs_with_bad_audio": 1, "pairs_left_out": {"d1_0": "bad", "d1_1": "long", "d1_2": "long"}}
+    split |= {
+        "pairs_with_bad_audio": 1,
+        "pairs_left_out": {"d1_0": "bad"} | dict.fromkeys(("d1_1", "d1_2"), "9 tokens, more than max_length 8"),
+    }
     assert summarize_split(split | {"dialogs_left_out": {}}) == (
         "1 row from 1 dialog (0.00 h), 9 tokens, 2 labelled; left out: 2 rows too long, 1 pair with bad audio, 0 dialogs"
     )

@@ -19,7 +19,7 @@ import torch
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, LogitsProcessor, PreTrainedTokenizerBase
 
 from usdm_sft.template.encoder import IGNORE_INDEX
-from usdm_sft.template.steps import STEPS, Step
+from usdm_sft.template.parts import STEPS, Step
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, list[int]]]:

@@ -12,8 +12,8 @@ import torch
 from usdm_sft.audio.check import check_audio
 from usdm_sft.audio.frames import resampled_length
 from usdm_sft.audio.reading import AudioError, read_waveform
+from usdm_sft.units.batches import resample_on
 from usdm_sft.units.columns import audio_source
-from usdm_sft.units.resample import resample_on
 
 FORMATS = [
     ("wav", "PCM_16", 22_050, 1),

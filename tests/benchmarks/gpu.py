@@ -18,11 +18,9 @@ from tests.benchmarks.common import alternate, lengths, machine, speechlike, tab
 from tests.benchmarks.unit_models import centroids, flops, matmul_rate, random_model
 from usdm_sft.audio.frames import num_frames
 from usdm_sft.units.batches import Waveform, padding_share, plan_batches, prepare_waveform
-from usdm_sft.units.forward import start_units
-from usdm_sft.units.model import UnitModel
-from usdm_sft.units.model_config import XLSR_LAYER
+from usdm_sft.units.model import UnitModel, start_units
 from usdm_sft.units.precision import PRECISIONS
-from usdm_sft.units.settings import BATCH_SECONDS
+from usdm_sft.units.settings import BATCH_SECONDS, XLSR_LAYER
 
 SHARD_UTTERANCES = 600  # a work shard of 64 dialogs
 FRAMES_FOR_DEFAULT = 100_000

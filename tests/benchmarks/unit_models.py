@@ -7,8 +7,8 @@ from transformers import AutoModel, Wav2Vec2Config
 from tests.benchmarks.common import alternate, speechlike, timed
 from usdm_sft.audio.frames import num_frames
 from usdm_sft.units.model import UnitModel
-from usdm_sft.units.model_config import XLSR_1B
 from usdm_sft.units.precision import fp32_precision
+from usdm_sft.units.transformers_folder import XLSR_1B
 
 NUM_UNITS = 10_000
 

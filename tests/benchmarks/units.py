@@ -17,10 +17,10 @@ from tests.benchmarks.unit_models import centroids, cut, flops, matmul_rate, ran
 from usdm_sft.units import model as unit_model
 from usdm_sft.units.batches import padding_share, prepare_waveform
 from usdm_sft.units.model import UnitModel
-from usdm_sft.units.model_config import XLSR_1B, XLSR_LAYER
 from usdm_sft.units.precision import Precision
-from usdm_sft.units.settings import BATCH_SECONDS
+from usdm_sft.units.settings import BATCH_SECONDS, XLSR_LAYER
 from usdm_sft.units.tokenizer import UnitTokenizer
+from usdm_sft.units.transformers_folder import XLSR_1B
 
 SHARD_UTTERANCES = 600  # 64 dialogs
 # Candidates besides the precisions of the package, with TF32 in the front.

@@ -9,9 +9,9 @@ import pytest
 from datasets import load_dataset
 
 from tests.helpers import DEMO, content
-from usdm_sft.cli import make_demo as run
+from usdm_sft.cli import demo as run
+from usdm_sft.cli.demo import Demo, run_demo
 from usdm_sft.cli.main import main, make_parser
-from usdm_sft.cli.make_demo import Demo, run_demo
 from usdm_sft.folder.layout import read_counts
 from usdm_sft.folder.verify import verify
 

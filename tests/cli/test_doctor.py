@@ -4,6 +4,7 @@ import importlib.metadata
 import shutil
 import socket
 from collections import namedtuple
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,12 +13,11 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HTTPError
 
 from tests.bases import byte_level
-from tests.mini_hub import serve
-from usdm_sft.cli import doctor_checks as machine
-from usdm_sft.cli.doctor_checks import Finding, run_check
 from usdm_sft.cli.main import main
 from usdm_sft.corpus import published_lists
+from usdm_sft.prepare import checks
 from usdm_sft.prepare import open_run as devices
+from usdm_sft.prepare.checks import SetUp, run_check
 from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.template.tokenizer import build_tokenizer, save_tokenizer
 from usdm_sft.utils import download
@@ -95,7 +95,7 @@ def test_good_set_up_without_a_gpu(doctor, mini, unit_model, no_network, tmp_pat
 
 def test_machine_without_a_gpu(doctor, monkeypatch):
     monkeypatch.setattr(devices, "find_devices", lambda num_gpus: ["cpu"])
-    monkeypatch.setattr(machine, "shutil", SimpleNamespace(which=lambda name: None, disk_usage=shutil.disk_usage))
+    monkeypatch.setattr(checks, "shutil", SimpleNamespace(which=lambda name: None, disk_usage=shutil.disk_usage))
     text = f"torch {torch.__version__} finds no GPU, and two CPU cores take about 12 hours for DailyTalk: "
     found, status = doctor(data_dir=None)
     assert status == 0
@@ -103,7 +103,7 @@ def test_machine_without_a_gpu(doctor, monkeypatch):
     assert ok[0] == "ok" and ok[1].startswith("CPU, ") and ok[1].endswith("; precisions fp32, fp16, bf16, bf16x3")
     assert warning == ("warning", text + "use a machine with a GPU for a large corpus (docs/performance.md)")
     assert lines(doctor("--num_gpus", "0", data_dir=None)[0], "device") == [ok]  # the user chose the CPU
-    machine.shutil.which = lambda name: "/usr/bin/nvidia-smi"
+    checks.shutil.which = lambda name: "/usr/bin/nvidia-smi"
     [_, warning] = lines(doctor(data_dir=None)[0], "device")
     remedy = "install torch for CUDA (pytorch.org), because this machine has NVIDIA's driver"
     assert warning == ("warning", text + remedy)
@@ -297,20 +297,14 @@ def test_unit_model_that_is_damaged_or_none(doctor, unit_model, tmp_path):
 
 
 @pytest.fixture
-def hub(unit_model, tmp_path, monkeypatch):
+def hub(served_hub, unit_model):
     """A stand-in for the Hub with the toy unit model and a tokenizer.json."""
-    server, hub, url = serve(token=TOKEN)
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub, hub.token = served_hub, TOKEN
     files = {path.name: ("reg", path.read_bytes()) for path in unit_model.iterdir()}
     files["tokenizer.json"] = ("reg", b"{}" * 500)
     hub.commit(hub.create("models", "tester/model", False), "main", files, [], "a model", None)
     hub.commit(hub.create("models", "tester/empty", False), "main", {}, [], "nothing", None)
-    yield hub
-    server.shutdown()
-    server.server_close()
+    return hub
 
 
 def test_models_on_the_hub(doctor, hub, unit_model):
@@ -366,9 +360,7 @@ def test_corpus_on_the_hub(doctor, hub):
 
 
 def test_size_of_the_published_unit_model(doctor, hub, monkeypatch):
-    monkeypatch.setattr(
-        "usdm_sft.cli.doctor_checks.remote_size", lambda url, timeout: 3_900_000_000 * url.endswith(".pt")
-    )
+    monkeypatch.setattr(checks, "remote_size", lambda url, timeout: 3_900_000_000 * url.endswith(".pt"))
     found, _ = doctor("--unit_model", "xlsr2_1b_v2", data_dir=None)
     text = "xlsr2_1b_v2 is not on this machine yet: prepare downloads it once (3.9 GB)"
     assert lines(found, "unit model") == [("ok", text)]
@@ -384,7 +376,7 @@ def test_size_of_a_remote_file(hub):
 
 def test_an_error_of_a_check_is_one_line():
     def check():
-        yield Finding("ok", "disk", "fine")
+        yield "ok", "fine"
         raise RuntimeError("first\nsecond")
 
     assert list(run_check("disk", check)) == [("ok", "disk", "fine"), ("error", "disk", "first")]
@@ -411,16 +403,16 @@ def test_prepare_points_to_the_doctor(mini, tmp_path, capsys):
 
 def test_locks_of_the_cache(tmp_path, monkeypatch):
     config = PrepareConfig(data_dir=".", output_path=".", cache_dir=tmp_path / "cache")
-    assert list(machine.check_locks(config)) == [("ok", "locks", f"file locks work in {tmp_path}")]
+    examine = partial(SetUp(config).examine, "locks")
+    assert list(examine()) == [("ok", "locks", f"file locks work in {tmp_path}")]
     assert list(tmp_path.iterdir()) == []
     with monkeypatch.context() as patch:
-        patch.setattr(machine, "find_local_locks", lambda folder: "nolock of nfs")
+        patch.setattr(checks, "find_local_locks", lambda folder: "nolock of nfs")
         text = f"file locks in {tmp_path} hold on this machine only, because it is mounted with nolock of nfs"
-        assert list(machine.check_locks(config)) == [
-            ("warning", "locks", f"{text}: let no two machines share this cache")
-        ]
-    monkeypatch.setattr(machine, "lock_problem", lambda folder: "No locks available")
-    text = f"file locks do not work in {tmp_path} (flock: No locks available)"
-    assert list(machine.check_locks(config)) == [
-        ("error", "locks", f"{text}: name a cache on another file system with --cache_dir")
-    ]
+        assert list(examine()) == [("warning", "locks", f"{text}: let no two machines share this cache")]
+    monkeypatch.setattr("usdm_sft.utils.locks._remembered_problem", lambda folder: "No locks available")
+    [(level, _, message)] = examine()
+    assert level == "error" and message.startswith(
+        f"{tmp_path} is on a file system without working file locks (flock: No"
+    )
+    assert message.endswith(": name a folder on another file system with --cache_dir or HF_HOME")

@@ -14,8 +14,9 @@ from tests.helpers import edit_counts, options, replace_file
 from usdm_sft.cli.main import main
 from usdm_sft.folder.verify import VerificationError, verify
 from usdm_sft.prepare.prepare import prepare
-from usdm_sft.template import base
+from usdm_sft.template import tokenizer as loading
 from usdm_sft.template.config import Template
+from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import build_tokenizer, load_tokenizer, save_tokenizer
 
 MAX_LENGTH = 600
@@ -32,7 +33,10 @@ def root(mini, unit_model, tmp_path_factory):
     chat.save_pretrained(root / "base")
     save_tokenizer(build_tokenizer(root / "base", 100), root / "tokenizer")
     chosen = {"config_name": "multi_turn", "max_length": MAX_LENGTH, "overflow": "split"}
-    tokenizer = {"pretrained_model_name_or_path": root / "tokenizer", "template": Template(tokenization="chat")}
+    tokenizer = {
+        "pretrained_model_name_or_path": root / "tokenizer",
+        "template": Template(tokenization="chat", lowercase=False),
+    }
     prepare(**options(mini, unit_model, root, **chosen, **tokenizer))
     return root
 
@@ -45,6 +49,15 @@ def test_verify_passes_and_long_conversations_are_split_to_fit(root):
     assert number["train"] == len(rows) and max(rows["length"]) <= MAX_LENGTH
     assert train["rows_cut"] and all(reason.startswith("kept as ") for reason in train["rows_cut"].values())
     assert sum(map(len, rows["user_text"])) == train["pairs"] - len(train["pairs_left_out"])
+
+
+def test_texts_of_rows_keep_their_case(root):
+    texts = datasets.load_dataset(str(root / "out"), split="test")["user_text"]
+    encoder = TemplateEncoder(load_tokenizer(root / "tokenizer"), Template(tokenization="chat", lowercase=False))
+    decoded = encoder.decode_batch(datasets.load_dataset(str(root / "out"), split="test")["input_ids"])
+    assert any(text != text.lower() for row in texts for text in row)
+    assert all(text in row for row, row_texts in zip(decoded, texts, strict=True) for text in row_texts)
+    assert "the template keeps it as it is" in (root / "out" / "README.md").read_text()
 
 
 def test_counts_are_those_of_the_rows(root):
@@ -85,8 +98,8 @@ def test_chat_template_comes_with_a_tokenizer_from_a_dataset_on_the_hub(root, tm
                 shutil.copy(file, tmp_path / "tokenizer")
         return tmp_path
 
-    monkeypatch.setattr(base, "hf_hub_download", lambda *args, **options: None)
-    monkeypatch.setattr(base, "snapshot_download", download)
+    monkeypatch.setattr(loading, "hf_hub_download", lambda *args, **options: None)
+    monkeypatch.setattr(loading, "snapshot_download", download)
     loaded = load_tokenizer("tester/pairs", subfolder="tokenizer", repo_type="dataset")
     assert loaded.chat_template == THINKING
 

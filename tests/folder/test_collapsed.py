@@ -227,4 +227,4 @@ def test_dry_run_gives_an_upper_limit(mini, unit_model, root, tmp_path, capsys):
     assert {split: counts["tokens"] for split, counts in found.splits.items()} == {
         split: kept[split]["tokens"] for split in kept
     }
-    assert found.missing_units == found.missing_tokens == 0
+    assert found.num_cached_units == found.num_shards and found.missing_seconds == 0

@@ -1,13 +1,15 @@
 """`prepare --dry_run`: what a run would do, without a forward pass and without a file."""
 
 import shutil
+from collections import namedtuple
+from dataclasses import replace
 
 import pytest
 
 from tests.helpers import options
 from usdm_sft.cli.main import main
 from usdm_sft.prepare.config import PrepareConfig
-from usdm_sft.prepare.dry_run import DryRun, describe_dry_run, dry_run
+from usdm_sft.prepare.dry_run import DryRun, check_dry_run, describe_dry_run, dry_run
 from usdm_sft.prepare.prepare import prepare
 
 
@@ -30,7 +32,7 @@ def test_dry_run_counts_what_the_run_counts(finished, mini, unit_model, tmp_path
     expected = {split: values | {"units": values["units"]} for split, values in counts["splits"].items()}
     assert found.splits == expected
     assert 0 < len(found.splits["train"]["pairs_left_out"]) < 10
-    assert (found.num_shards, found.missing_units, found.missing_tokens) == (6, 6, 6)  # one dialog in each
+    assert (found.num_shards, found.num_cached_units, found.num_cached_tokens) == (6, 0, 0)  # one dialog in each
     assert (
         found.missing_seconds
         == found.seconds
@@ -49,7 +51,7 @@ def test_dry_run_of_other_rows(finished, mini, unit_model, tmp_path, changes):
     before = state_of(root)
     config = options(mini, unit_model, root, **changes, output_path=str(tmp_path / "out"))
     found = dry_run(PrepareConfig(**config))
-    assert (found.missing_units, found.missing_tokens, found.missing_seconds) == (0, 6, 0)
+    assert (found.num_cached_units, found.num_cached_tokens, found.missing_seconds) == (6, 0, 0)
     assert state_of(root) == before and not list(tmp_path.iterdir())
     assert found.splits == prepare(**config | {"cache_dir": str(tmp_path / "cache")})["splits"]
 
@@ -89,7 +91,7 @@ def test_command_prints_the_rows_that_would_be_left_out(finished, mini, unit_mod
     assert out[-1] == "nothing was written" and not list(tmp_path.iterdir())
 
 
-def test_long_lists_are_cut(monkeypatch, capsys):
+def test_long_lists_are_cut_and_a_full_disk_is_an_error(monkeypatch, capsys):
     split = {
         "rows": 1,
         "dialogs": 1,
@@ -99,12 +101,19 @@ def test_long_lists_are_cut(monkeypatch, capsys):
         "rows_cut": {},
         "dialogs_left_out": {},
     }
-    split |= {"pairs_with_bad_audio": 0, "pairs_left_out": {f"d{i}_0": "long" for i in range(1234)}}
-    found = DryRun({"train": split}, 1, 1, 1, 3600.0, 3600.0, 0, True, "cpu")
+    split |= {
+        "pairs_with_bad_audio": 0,
+        "pairs_left_out": {f"d{i}_0": "9 tokens, more than max_length 8" for i in range(1234)},
+    }
+    found = DryRun({"train": split}, 1, 0, 0, 3600.0, 3600.0, 0, True, "cpu")
     monkeypatch.setattr("usdm_sft.prepare.dry_run.dry_run", lambda config: found)
-    main(["prepare", "--data_dir", "d", "--output_path", "o", "--dry_run"])
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
+    with pytest.raises(SystemExit, match="1"):
+        main(["prepare", "--data_dir", "d", "--output_path", "o", "--dry_run"])
     out = capsys.readouterr().out.splitlines()
-    assert out[1] == "  d0_0: long" and out[20:22] == ["  d19_0: long", "  1,214 more: counts.json will list them all"]
+    assert out[20:22] == ["  d19_0: 9 tokens, more than max_length 8", "  1,214 more: counts.json will list them all"]
+    assert out[-2].startswith("error    disk: 1.0 MB are free at ") and out[-1] == "nothing was written"
 
 
 @pytest.mark.parametrize(
@@ -117,9 +126,18 @@ def test_long_lists_are_cut(monkeypatch, capsys):
     ],
 )  # fmt: skip
 def test_time_is_told_where_a_rate_is_known(device, precision, unit_model, expected):
-    config = PrepareConfig(data_dir="d", output_path="o", precision=precision, unit_model=unit_model, keep_audio=True)
-    found = DryRun({}, 400, 400, 400, 72_000.0, 72_000.0, 6_300_000_000, True, device)
+    config = PrepareConfig(data_dir="d", output_path="o", precision=precision, unit_model=unit_model)
+    found = DryRun({}, 400, 0, 0, 72_000.0, 72_000.0, 6_300_000_000, True, device)
     lines = describe_dry_run(found, config)
     assert any(line.startswith(expected) for line in lines), lines
-    # 600 and 1,400 bytes per second of audio, and 10 MB (usdm_sft/cli/doctor_checks.py)
-    assert "disk: about 53.2 MB for o, about 6.3 GB for its recordings, about 100.8 MB for the cache" in lines
+
+
+def test_dry_run_checks_the_disks_with_its_sizes(tmp_path, monkeypatch):
+    places = {name: str(tmp_path / name) for name in ("output_path", "cache_dir", "model_cache_dir")}
+    config = PrepareConfig(data_dir="d", **places, keep_audio=True, unit_model="user/model")
+    found = DryRun({}, 400, 200, 200, 36_000.0, 72_000.0, 6_000_000_000, True, "cpu")
+    [disk] = check_dry_run(found, config)
+    # Audio, 600 bytes for each of 72,000 seconds and 1,400 for each of 36,000, and 10 MB (usdm_sft/prepare/checks.py): 6,103.6 MB.
+    assert disk.subject == "disk" and disk.message.endswith("the dataset folder, which take about 6.1 GB")
+    missing = check_dry_run(replace(found, has_model=False), config)
+    assert [finding.subject for finding in missing] == ["Hub", "unit model", "disk"]

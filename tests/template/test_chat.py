@@ -17,10 +17,10 @@ from tests.chat_templates import CHAT_ML, HEADERS, PLAIN, THINKING
 from tests.helpers import REPOSITORY
 from usdm_sft.folder.row_check import render, stand_for
 from usdm_sft.template import chat_render
-from usdm_sft.template.base import add_units
 from usdm_sft.template.config import LABELS, PARTS, Template
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.parts import ROW_PARTS, find_parts
+from usdm_sft.template.tokenizer import add_units
 from usdm_sft.template.view import format_example
 from usdm_sft.training import StepLogitsProcessor, next_prompt
 

@@ -127,6 +127,18 @@ def test_ids_equal_those_of_the_whole_string(tokenizer, template):
             assert encoder.decode(ids) == as_string(template, row)
 
 
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_case_of_texts(tokenizer, lowercase):
+    template = Template(lowercase=lowercase)
+    encoder = TemplateEncoder(tokenizer, template)
+    row = ([5], "Where WERE you?", "At Home. ÉT", [7])
+    read = tuple(each.lower() if lowercase and isinstance(each, str) else each for each in row)
+    ids = encoder({name: [value] for name, value in zip(COLUMNS, row, strict=True)})["input_ids"][0].tolist()
+    assert ids == tokenizer(as_string(template, [read])).input_ids
+    assert ids[: len(encoder.prompt(*row[:3]))] == encoder.prompt(*row[:3]).tolist()
+    assert template.settings().get("lowercase", True) == lowercase and ("lowercase" in template.settings()) != lowercase
+
+
 @pytest.mark.parametrize("template", [REFERENCE, *TEMPLATES])
 def test_prompts_follow_the_template(tokenizer, template):
     encoder = TemplateEncoder(tokenizer, template)
@@ -157,6 +169,7 @@ def test_steps_of_the_reference_template_are_those_of_the_reference(encoder):
         ({"agent_role": "A\nB"}, r"template\.agent_role 'A\\nB' holds the control character '\\n': give one line"),
         ({"agent_role": "</s>"}, r"template\.agent_role '</s>' holds '</s>'"),
         ({"tokenization": "whole"}, r"template\.tokenization is 'whole': give one of reference, separate, chat"),
+        ({"lowercase": "no"}, r"template\.lowercase is 'no': give True or False"),
         ({"loss": []}, r"template\.loss is \[\]: give a list of one or more of user_text, agent_text, agent_units, "),
         ({"loss": "user_text"}, r"template\.loss is 'user_text': give a list of .*, such as \[user_text, agent_text\]"),
         ({"loss": ["user_text", "user_units"]}, r"template\.loss contains 'user_units', which cannot be labelled: name one or more of user_text, ag"),
@@ -181,11 +194,13 @@ def test_added_tokens_in_the_template_are_refused(tokenizer, name):
 def test_fingerprint_and_key_depend_on_the_template_and_survive_pickling(encoder, tokenizer):
     others = [
         TemplateEncoder(tokenizer, template)
-        for template in (Template(loss=["user_text"]), Template(user_role="U"), Template(instruction=""))
-    ]
+        for template in (
+            Template(loss=["user_text"]), Template(user_role="U"), Template(instruction=""), Template(lowercase=False)
+        )
+    ]  # fmt: skip
     others.append(TemplateEncoder(tokenizer, last_exchange_only=True))
-    assert len({Hasher.hash(each) for each in [encoder, *others]}) == 5
-    assert len({json.dumps(each.key) for each in [encoder, *others]}) == 5
+    assert len({Hasher.hash(each) for each in [encoder, *others]}) == 6
+    assert len({json.dumps(each.key) for each in [encoder, *others]}) == 6
     for each in others:
         copy = pickle.loads(pickle.dumps(each))
         for name, rows in copy(BATCH).items():

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from tests.bases import byte_level
 from tests.helpers import REPOSITORY
-from usdm_sft.template.base import add_units
 from usdm_sft.template.config import PARTS, REFERENCE, Template
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.parts import ROW_PARTS, find_parts
+from usdm_sft.template.tokenizer import add_units
 from usdm_sft.training import StepLogitsProcessor, next_prompt
 
 NEWLINE, SPACE, CORRESPOND, UNIT_0 = 13, 28705, 32001, 32002

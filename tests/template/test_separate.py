@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from tests.bases import BASES, byte_level
 from usdm_sft.folder.row_check import render
-from usdm_sft.template.base import add_units
 from usdm_sft.template.config import LABELS, Template
 from usdm_sft.template.encoder import COLUMNS, TemplateEncoder
 from usdm_sft.template.parts import ROW_PARTS, find_parts
+from usdm_sft.template.tokenizer import add_units
 from usdm_sft.template.view import format_example
 from usdm_sft.training import StepLogitsProcessor, next_prompt
 

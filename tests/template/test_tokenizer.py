@@ -136,7 +136,7 @@ def test_missing_tokenizer_is_refused(tmp_path):
         with pytest.raises(
             OSError, match=rf"^tokenizer {name} is not a folder and cannot be fetched from the Hub .*built offline$"
         ):
-            load_tokenizer(name, cache_dir=tmp_path)
+            load_tokenizer(name, model_cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -326,7 +326,7 @@ class TestPublished:
 
     def test_a_download_must_match_the_known_digest_before_it_is_opened(self, tmp_path, monkeypatch):
         monkeypatch.setitem(published.KNOWN_DIGESTS, "kmeans_10k.npy", "0" * 64)
-        monkeypatch.setattr(published, "convert", None)
+        monkeypatch.setattr("usdm_sft.units.convert.convert", None)
         with pytest.raises(ValueError, match="it is not the known file"):
             find_unit_model("xlsr2_1b_v2", tmp_path)
 

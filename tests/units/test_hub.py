@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError
 
-from tests.mini_hub import serve
+from tests.helpers import content
 from usdm_sft.units.folder import read_description
 from usdm_sft.units.published import find_unit_model
 from usdm_sft.units.tokenizer import UnitTokenizer
@@ -16,22 +16,15 @@ REPOSITORY = "tester/unit-model"
 
 
 @pytest.fixture
-def hub(unit_model, tmp_path, monkeypatch):
+def hub(served_hub, unit_model, tmp_path, monkeypatch):
     """Serve the toy unit model as a public and as a private repository -> the stand-in's state."""
-    server, hub, url = serve()
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
+    hub = served_hub
     files = {path.name: ("reg", path.read_bytes()) for path in unit_model.iterdir()}
     for name, private in ((REPOSITORY, False), ("tester/private", True)):
         repository = hub.create("models", name, private)
         hub.commit(repository, "main", files | {"notes.txt": ("reg", b"hello")}, [], "unit model", None)
-    yield hub
-    server.shutdown()
-    server.server_close()
+    return hub
 
 
 def commit(hub, files=None, removed=(), branch="main"):
@@ -66,7 +59,7 @@ def test_broken_proxy_is_one_error_without_network(hub, monkeypatch):
     def fail(*args, **kwargs):
         raise HTTPError("proxy refused")
 
-    monkeypatch.setattr("usdm_sft.units.hub_unit_model.snapshot_download", fail)
+    monkeypatch.setattr("usdm_sft.units.folder.snapshot_download", fail)
     with pytest.raises(OSError, match=r"cannot be downloaded from the Hub \(proxy refused\)"):
         UnitTokenizer.from_pretrained(REPOSITORY, device="cpu")
 
@@ -82,9 +75,9 @@ def test_offline_mode_forbids_the_download(hub, monkeypatch):
 
 def test_files_of_a_repository_are_checked_against_their_digests(hub, unit_model):
     good = hub.rev(hub.repos[("models", REPOSITORY)], "main")
-    content = bytearray((unit_model / "kmeans.npy").read_bytes())
-    content[-1] ^= 1
-    commit(hub, {"kmeans.npy": bytes(content)})
+    centroids = bytearray((unit_model / "kmeans.npy").read_bytes())
+    centroids[-1] ^= 1
+    commit(hub, {"kmeans.npy": bytes(centroids)})
     with pytest.raises(ValueError, match=r"kmeans\.npy is not the file that was converted"):
         UnitTokenizer.from_pretrained(REPOSITORY, device="cpu")
     assert UnitTokenizer.from_pretrained(REPOSITORY, device="cpu", revision=good).num_units == 100
@@ -128,3 +121,43 @@ def test_path_that_is_not_a_repository_id_is_not_asked_for(hub, name):
     with pytest.raises(FileNotFoundError, match=r"is not a unit model folder \(it holds no unit_model\.json\)"):
         UnitTokenizer.from_pretrained(name, device="cpu")
     assert hub.log == []
+
+
+def test_saved_unit_model_is_the_converted_folder(unit_model, tmp_path):
+    tokenizer = UnitTokenizer.from_pretrained(unit_model, device="cpu")
+    tokenizer.save_pretrained(tmp_path / "deep" / "saved")
+    assert content(tmp_path / "deep" / "saved") == content(unit_model)
+    assert UnitTokenizer.from_pretrained(tmp_path / "deep" / "saved", device="cpu").key == tokenizer.key
+    with pytest.raises(FileExistsError, match=r"saved is not an empty folder: name a new one"):
+        tokenizer.save_pretrained(tmp_path / "deep" / "saved")
+
+
+@pytest.mark.parametrize("name", ["kmeans.npy", "unit_model.json"])
+def test_changed_unit_model_is_not_saved_or_pushed(hub, unit_model, tmp_path, name):
+    folder = shutil.copytree(unit_model, tmp_path / "model")
+    tokenizer = UnitTokenizer.from_pretrained(folder, device="cpu")
+    changed = (folder / name).read_bytes().replace(b'"layer": 35', b'"layer": 34')
+    (folder / name).write_bytes(changed if name.endswith("json") else changed[:-1] + bytes([changed[-1] ^ 1]))
+    hub.log.clear()
+    for call in (lambda: tokenizer.save_pretrained(tmp_path / "saved"), lambda: tokenizer.push_to_hub("tester/new")):
+        with pytest.raises(ValueError, match=f"model/{name} was changed after it was converted or opened"):
+            call()
+    assert hub.log == [] and not (tmp_path / "saved").exists()
+
+
+def test_pushed_unit_model_is_opened_from_the_hub(hub, unit_model, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    tokenizer = UnitTokenizer.from_pretrained(unit_model, device="cpu")
+    url = tokenizer.push_to_hub("tester/new", private=True, commit_message="toy")
+    repository = hub.repos["models", "tester/new"]
+    head = repository["commits"][repository["refs"]["main"]]
+    assert (repository["private"], head["title"], url.rpartition("/")[2]) == (True, "toy", repository["refs"]["main"])
+    files = {name: hub.blob(entry) for name, entry in head["files"].items() if name != ".gitattributes"}
+    assert files == content(unit_model)
+    assert UnitTokenizer.from_pretrained("tester/new", device="cpu").key == tokenizer.key
+    hub.create("models", "tester/other", True)
+    assert tokenizer.push_to_hub("tester/other", create_pr=True).endswith("/discussions/1")
+    with pytest.raises(ValueError, match=f"{REPOSITORY} exists and is public: make it private on the Hub"):
+        tokenizer.push_to_hub(REPOSITORY, private=True)
+    with pytest.raises(OSError, match=r"does not let you write to tester/new \(status 401\)"):
+        tokenizer.push_to_hub("tester/new", token="wrong")

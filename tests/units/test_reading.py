@@ -21,8 +21,7 @@ from usdm_sft.units import reading
 from usdm_sft.units import tokenizer as process
 from usdm_sft.units.batches import prepare_waveform
 from usdm_sft.units.reading import AudioReader
-from usdm_sft.units.stream import audio_seconds, group_by_seconds, stream_units
-from usdm_sft.units.tokenizer import UnitTokenizer
+from usdm_sft.units.tokenizer import UnitTokenizer, audio_seconds, group_by_seconds, stream_units
 
 
 @pytest.fixture
@@ -133,7 +132,7 @@ def test_cuda_tokenizer_in_a_forked_process(unit_model, monkeypatch):
 def test_cuda_tokenizer_that_is_pickled_into_a_forked_process(unit_model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     tokenizer = UnitTokenizer.from_pretrained(unit_model, device="cuda")
-    monkeypatch.setattr(process, "IMPORTED_IN", os.getpid() + 1)
+    monkeypatch.setattr(process, "_IMPORTED_IN", os.getpid() + 1)
     with pytest.raises(RuntimeError, match=r"CUDA does not survive a fork: call multiprocess\.set_start_method"):
         UnitTokenizer.__new__(UnitTokenizer).__setstate__(tokenizer.__getstate__())
 

@@ -12,8 +12,7 @@ from usdm_sft.audio.frames import num_frames
 from usdm_sft.prepare.prepare import prepare
 from usdm_sft.units import precision as precisions
 from usdm_sft.units.model import UnitModel
-from usdm_sft.units.precision import check_cpu
-from usdm_sft.units.split_linear import SplitLinear
+from usdm_sft.units.precision import SplitLinear, check_cpu
 from usdm_sft.units.tokenizer import UnitTokenizer
 
 # Largest error of a product, as a share of the product of the absolute values: parts of 22 and of 16 bits, and float32 sums.

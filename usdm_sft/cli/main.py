@@ -13,16 +13,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from usdm_sft import __version__
-from usdm_sft.cli.convert import convert
 from usdm_sft.cli.demo import demo
-from usdm_sft.cli.doctor import doctor
-from usdm_sft.cli.help import finish_help, split_docstring
-from usdm_sft.cli.parser import ConfigAction, Parser, add_config_arguments, add_function_arguments
-from usdm_sft.cli.prepare import prepare
-from usdm_sft.cli.share import export, push
-from usdm_sft.cli.show import show, stats
-from usdm_sft.cli.tokenizer import tokenizer
-from usdm_sft.cli.units import units
+from usdm_sft.cli.folder import export, push, show, stats
+from usdm_sft.cli.models import convert, tokenizer, units
+from usdm_sft.cli.parser import (
+    ConfigAction,
+    Parser,
+    add_config_arguments,
+    add_function_arguments,
+    finish_help,
+    split_docstring,
+)
+from usdm_sft.cli.prepare import doctor, prepare
 from usdm_sft.cli.verify import verify
 from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.utils.errors import describe_error, find_full_disk

@@ -1,14 +1,19 @@
-"""The command `prepare`."""
+"""The commands `prepare` and `doctor`."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.template.config import Template
 from usdm_sft.utils.errors import find_full_disk
+from usdm_sft.utils.texts import count_noun, printable
+
+if TYPE_CHECKING:
+    from usdm_sft.prepare.checks import Finding
 
 _SHOWN = 20  # rows of a dry run that are left out or shortened
 _DOCTOR = "'dailytalk-usdm doctor' with the same options checks the whole set-up"
@@ -59,7 +64,7 @@ def prepare(**options: Any) -> None:
 
 def _dry_run(config: PrepareConfig) -> None:
     from usdm_sft.folder.statistics import summarize_split
-    from usdm_sft.prepare.dry_run import describe_dry_run, dry_run
+    from usdm_sft.prepare.dry_run import check_dry_run, describe_dry_run, dry_run
 
     found = dry_run(config)
     for split, split_counts in found.splits.items():
@@ -67,7 +72,37 @@ def _dry_run(config: PrepareConfig) -> None:
         for reasons in ("pairs_left_out", "rows_cut"):
             for name, reason in list(split_counts[reasons].items())[:_SHOWN]:
                 print(f"  {name}: {reason}")
-            if (more := len(split_counts[reasons]) - _SHOWN) > 0:
-                print(f"  {more:,} more: counts.json will list them all")
+            if more := list(split_counts[reasons])[_SHOWN:]:
+                print(f"  {len(more):,} more: counts.json will list them all")
     for line in describe_dry_run(found, config):
         print(line)
+    levels = [_show(finding) for finding in check_dry_run(found, config)]
+    print("nothing was written")
+    if "error" in levels:
+        sys.exit(1)
+
+
+def doctor(**options: Any) -> None:
+    """Check the set-up before a run: packages, devices, Hub, tokenizer, unit model, corpus and disk.
+
+    It takes the options of prepare, and none of them is required: the corpus is checked if data_dir is given. Nothing is
+    downloaded. Each line says ok, warning or error; the exit status is 1 if there is an error.
+
+    Examples:
+        dailytalk-usdm doctor
+        dailytalk-usdm doctor --data_dir DailyTalk --output_path dailytalk-usdm-data
+    """
+    from usdm_sft.prepare.checks import SetUp
+
+    config = make_config({"data_dir": ".", "output_path": "."} | options)
+    set_up = SetUp(config, has_corpus="data_dir" in options, has_output="output_path" in options)
+    levels = [_show(finding) for finding in set_up.examine()]
+    errors, warnings = levels.count("error"), levels.count("warning")
+    print(f"{count_noun(errors, 'error')}, {count_noun(warnings, 'warning')}")
+    if errors:
+        sys.exit(1)
+
+
+def _show(finding: Finding) -> str:
+    print(printable(str(finding)), flush=True)  # names and values from untrusted files may be in it
+    return finding.level

@@ -166,11 +166,9 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
                 row: dict[str, Any] = {"id": example.id, "dialog_id": dialog.id, "turn": example.turn}
                 for role, utterances in zip(features.ROLES, zip(*example.exchanges, strict=True), strict=True):
                     columns: dict[str, list[Any]] = {
-                        "speaker": [utterance.speaker for utterance in utterances],
-                        "text": [utterance.text for utterance in utterances],
-                        "emotion": [utterance.emotion for utterance in utterances],
-                        "audio": [{"bytes": None, "path": utterance.audio} for utterance in utterances],
+                        column: [getattr(utterance, column) for utterance in utterances] for column in features.TEXTS
                     }
+                    columns["audio"] = [{"bytes": None, "path": utterance.audio} for utterance in utterances]
                     row |= {f"{role}_{column}": values if lists else values[0] for column, values in columns.items()}
                 yield example.id, row
 

@@ -55,6 +55,17 @@ def has_lists(name: str, history: int) -> bool:
     return name == MULTI_TURN or history > 0
 
 
+def first_turn(turn: int, num_exchanges: int, history: int) -> int:
+    """Return the first turn of a row: a row with history is named after its last pair, every other row after its first.
+
+    Args:
+        turn: The turn in the id of the row, or its position in the dialog.
+        num_exchanges: Number of exchanges of the row.
+        history: As in the config.
+    """
+    return turn - 2 * (num_exchanges - 1) if history else turn
+
+
 def make_examples(dialog: Dialog, name: str, history: int = 0) -> Iterator[Example]:
     """Yield the examples of a dialog, by turn.
 
@@ -70,7 +81,7 @@ def make_examples(dialog: Dialog, name: str, history: int = 0) -> Iterator[Examp
     else:
         runs = [_chain(pairs, last, -2, history + 1)[::-1] for last in pairs]
     for turns in runs:
-        named_after = turns[0] if name == MULTI_TURN else turns[-1]
+        named_after = turns[-1] if history else turns[0]  # `first_turn`
         yield Example(dialog.id, named_after, tuple(pairs[turn] for turn in turns))
 
 

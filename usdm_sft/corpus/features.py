@@ -1,8 +1,8 @@
 """The columns of the datasets, as `datasets.Features`: the one definition that the builder, shards, card and checks share."""
 
 import json
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow as pa
@@ -10,6 +10,36 @@ import pyarrow as pa
 from usdm_sft.corpus import saved_audio as saved_audio  # wraps what datasets stores for an `Audio` column
 
 ROLES = ("user", "agent")
+
+
+class Column(NamedTuple):
+    """A column of an utterance: its type, and its meaning in the card."""
+
+    type: Any
+    meaning: str
+
+
+# The columns of an utterance. A new one is added here and made where the others are: a text is a field of
+# `corpus.dialogs.Utterance`, speech comes from a unit shard.
+TEXTS = {
+    "speaker": Column(datasets.Value("string"), "the speaker"),
+    "text": Column(datasets.Value("string"), "transcript as in the corpus; only the template lower-cases it"),
+    "emotion": Column(datasets.Value("string"), "emotion as in the corpus"),
+}
+# Sequence is the spelling that datasets 3 and 5 share; datasets 5 turns it into List.
+SPEECH = {
+    "units": Column(datasets.Sequence(datasets.Value("uint16")), "the speech as discrete units, 50 per second"),
+    "seconds": Column(datasets.Value("float32"), "length of the audio in seconds"),
+}
+# Where runs of equal units are one unit each, durations follow the units.
+COLLAPSED_SPEECH = {
+    "units": SPEECH["units"]._replace(meaning="the speech as discrete units, one for each run of equal units"),
+    "durations": Column(
+        datasets.Sequence(datasets.Value("uint16")),
+        "number of 20 ms frames of each unit; repeating each unit as often restores 50 per second",
+    ),
+    **{name: column for name, column in SPEECH.items() if name != "units"},
+}
 # Columns of a dataset folder that follow from `input_ids`. Some trainers require them (axolotl), others sample rows by length.
 TRAINER_COLUMNS = ("attention_mask", "length")
 
@@ -64,7 +94,7 @@ def example_features(*, lists: bool) -> datasets.Features:
     Args:
         lists: True if the user and agent columns are lists, one entry per exchange.
     """
-    return _features({**_texts(), "audio": StoredAudio()}, lists=lists)
+    return _features({**_types(TEXTS), "audio": StoredAudio()}, lists=lists)
 
 
 def folder_features(*, lists: bool, collapsed: bool = False) -> datasets.Features:
@@ -92,13 +122,10 @@ def folder_features(*, lists: bool, collapsed: bool = False) -> datasets.Feature
         lists: True if the user and agent columns are lists, one entry per exchange (`usdm_sft.corpus.examples.has_lists`).
         collapsed: True if runs of equal units are one unit each, with a duration.
     """
-    names = ("units", "durations") if collapsed else ("units",)
-    units = {name: datasets.Sequence(datasets.Value("uint16")) for name in names} | {
-        "seconds": datasets.Value("float32")
-    }
+    speech = COLLAPSED_SPEECH if collapsed else SPEECH
     tokens = {name: datasets.Sequence(datasets.Value("int32")) for name in ("input_ids", "labels")}
     trainer = {"attention_mask": datasets.Sequence(datasets.Value("int8")), "length": datasets.Value("int32")}
-    return datasets.Features({**_features({**_texts(), **units}, lists=lists), **tokens, **trainer})
+    return datasets.Features({**_features(_types(TEXTS | speech), lists=lists), **tokens, **trainer})
 
 
 def are_collapsed(columns: Iterable[str]) -> bool:
@@ -124,22 +151,20 @@ def utterance_features() -> datasets.Features:
         {
             "dialog": datasets.Value("string"),
             "turn": datasets.Value("int32"),
-            **_texts(),
+            **_types(TEXTS),
             "audio": datasets.Audio(),
-            "units": datasets.Sequence(datasets.Value("uint16")),
-            "seconds": datasets.Value("float32"),
+            **_types(SPEECH),
         }
     )
 
 
-def _texts() -> dict[str, Any]:
-    return {name: datasets.Value("string") for name in ("speaker", "text", "emotion")}
+def _types(columns: Mapping[str, Column]) -> dict[str, Any]:
+    return {name: column.type for name, column in columns.items()}
 
 
 def _features(per_utterance: dict[str, Any], *, lists: bool) -> datasets.Features:
     columns = {"id": datasets.Value("string"), "dialog_id": datasets.Value("string"), "turn": datasets.Value("int32")}
     for role in ROLES:
-        # Sequence is the spelling that datasets 3 and 5 share; datasets 5 turns it into List.
         columns |= {
             f"{role}_{name}": datasets.Sequence(value) if lists else value for name, value in per_utterance.items()
         }

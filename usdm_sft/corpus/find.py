@@ -7,7 +7,7 @@ from pathlib import Path
 
 from usdm_sft.audio.addresses import AddressError, list_members, zip_address
 from usdm_sft.corpus.manifest import SUFFIXES
-from usdm_sft.corpus.published_lists import fetch_split_lists
+from usdm_sft.corpus.published_lists import cached_split_lists, fetch_split_lists
 
 # Names of the two lists beside the data: renamed as the reference asks, or as DailyTalk ships them.
 LIST_NAMES = ({"train": "train.txt", "test": "test.txt"}, {"train": "train_phone.txt", "test": "val_phone.txt"})
@@ -53,7 +53,13 @@ def find_lists(
                 if len(files) != 1:
                     raise ValueError(f"data_files names {len(files)} split lists for {split}: name one")
             return {split: files[0] for split, files in lists.items()}
-    return find_manifests(folder) or find_split_lists(folder) or fetch_split_lists(cache_dir)
+    return find_lists_here(folder, cache_dir) or fetch_split_lists(cache_dir)
+
+
+def find_lists_here(data_dir: FilePath, cache_dir: str | Path | None = None) -> dict[str, Path] | None:
+    """Find the lists as `find_lists` does where none is named, but without a download; None if one would be needed."""
+    folder = check_data_dir(data_dir)
+    return find_manifests(folder) or find_split_lists(folder) or cached_split_lists(cache_dir)
 
 
 def _name_lists(folder: Path, data_files: DataFiles) -> dict[str, list[Path]]:

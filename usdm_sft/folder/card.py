@@ -16,11 +16,19 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from tokenizers import Tokenizer
 
 from usdm_sft.corpus.examples import MULTI_TURN, has_lists
-from usdm_sft.corpus.features import are_collapsed, dataset_info, folder_features
+from usdm_sft.corpus.features import (
+    COLLAPSED_SPEECH,
+    SPEECH,
+    TEXTS,
+    are_collapsed,
+    dataset_info,
+    folder_features,
+)
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.corpus.published_lists import DAILYTALK
 from usdm_sft.folder.example_picture import EXAMPLE
 from usdm_sft.folder.pictures import CAPTIONS
+from usdm_sft.folder.statistics import count_too_long
 from usdm_sft.template.config import OFFLINE, PARTS, REFERENCE
 from usdm_sft.template.parts import ROW_PARTS
 from usdm_sft.template.tokenizer import NUM_UNITS
@@ -52,12 +60,6 @@ MEANINGS = {
     "id": "dialog and turn, such as d23_0",
     "dialog_id": "the dialog",
     "turn": "number of the user's turn in its dialog",
-    "speaker": "the speaker",
-    "text": "transcript as in the corpus; only the template lower-cases it",
-    "emotion": "emotion as in the corpus",
-    "units": "the speech as discrete units, 50 per second",
-    "durations": "number of 20 ms frames of each unit; repeating each unit as often restores 50 per second",
-    "seconds": "length of the audio in seconds",
     "input_ids": "the row in the template, BOS and EOS included",
     "labels": "the id of each labelled token, -100 for all others; not shifted",
     "attention_mask": "1 for every token, for trainers that require the column",
@@ -96,7 +98,9 @@ def make_card(
         data,
         template_str=template.read_text(encoding="utf-8"),
         config_name=config_name,
-        columns=_columns(features, config_name, lists=lists),
+        columns=_columns(
+            features, config_name, lists=lists, lowercase=counts["settings"]["template"].get("lowercase", True)
+        ),
         counts=counts,
         settings=counts["settings"],
         utterances=counts.get(UTTERANCES),
@@ -113,6 +117,7 @@ def make_card(
         shown_reasons=SHOWN_REASONS,
         number=_number,
         plural=count_noun,
+        count_too_long=count_too_long,
         plain=_plain,
         example=format_example(pq.ParquetFile(first[0]).read_row_group(0)[:1].to_pylist()[0], tokenizer, color=False),
         pictures=CAPTIONS,
@@ -187,13 +192,15 @@ def read_info(folder: Path, config: str) -> DatasetInfo:
     return info
 
 
-def _columns(features: Features, config_name: str, *, lists: bool) -> list[tuple[str, str, str]]:
+def _columns(features: Features, config_name: str, *, lists: bool, lowercase: bool) -> list[tuple[str, str, str]]:
     """Name, type and meaning of every column."""
     which = "first user turn of the row" if config_name == MULTI_TURN else "last user turn of the row"
-    collapsed = (
-        {"units": "the speech as discrete units, one for each run of equal units"} if are_collapsed(features) else {}
-    )
-    meanings = MEANINGS | collapsed | ({"turn": f"number of the {which} in its dialog"} if lists else {})
+    columns = TEXTS | (COLLAPSED_SPEECH if are_collapsed(features) else SPEECH)
+    meanings = MEANINGS | {name: column.meaning for name, column in columns.items()}
+    if not lowercase:
+        meanings["text"] = "transcript as in the corpus; the template keeps it as it is"
+    if lists:
+        meanings["turn"] = f"number of the {which} in its dialog"
 
     def describe(feature: Any) -> str:
         if isinstance(feature, list):

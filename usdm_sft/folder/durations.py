@@ -15,6 +15,8 @@ from usdm_sft.corpus.features import ROLES, are_collapsed
 from usdm_sft.template.parts import RowLayout
 from usdm_sft.template.repetition import expand_units, find_problem
 
+_CHECKED = ("units", "durations", "seconds")
+
 
 def describe_missing(schema: pa.Schema, unit_repetition: str) -> str | None:
     """Say why the columns do not fit the setting, or None where they do."""
@@ -26,7 +28,7 @@ def describe_missing(schema: pa.Schema, unit_repetition: str) -> str | None:
 
 def find_wrong_durations(rows: pa.RecordBatch, normalization: str) -> set[int]:
     """Find the rows of a batch whose collapsed units do not restore the frames of the recordings."""
-    names = [f"{role}_{name}" for role in ROLES for name in ("units", "durations", "seconds")]
+    names = [f"{role}_{name}" for role in ROLES for name in _CHECKED]
     return {
         position
         for position, row in enumerate(rows.select(names).to_pylist())
@@ -42,7 +44,7 @@ def duration_problems(row: Mapping[str, Any], normalization: str) -> Iterator[st
         normalization: How the unit model normalizes waveforms.
     """
     for role in ROLES:
-        columns = [row[f"{role}_{name}"] for name in ("units", "durations", "seconds")]
+        columns = [row[f"{role}_{name}"] for name in _CHECKED]
         if not isinstance(columns[2], list):
             columns = [[value] for value in columns]
         if len({len(column) for column in columns}) != 1:

@@ -6,24 +6,16 @@ a push after a broken connection does not send finished uploads again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is httpx's
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RevisionNotFoundError,
-)
 
 from usdm_sft.folder.layout import COUNTS, read_counts
 from usdm_sft.folder.verify import verify
-from usdm_sft.utils.texts import first_line
+from usdm_sft.utils.hub import create_repository, hub_errors_in_one_line
 
 _HARMLESS = {".gitattributes", "README.md", "LICENSE"}  # files that a repository may have before its first push
 _SLICE = 100  # files per upload call
@@ -67,8 +59,8 @@ def push(
     additions = _list_additions(Path(dataset_dir), counts)
     api = HfApi(token=token)
     target: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "create_pr": create_pr}
-    with _errors_in_one_line(repo_id, revision):
-        _create_repository(api, repo_id, private=private, branch=None if create_pr else revision)
+    with hub_errors_in_one_line(repo_id, revision):
+        create_repository(api, repo_id, "dataset", private=private, branch=None if create_pr else revision)
         head = api.repo_info(repo_id, repo_type="dataset", revision=revision).sha
         gone = _find_replaced(api, repo_id, head) - {addition.path_in_repo for addition in additions}
         for start in range(0, len(additions), _SLICE):
@@ -95,15 +87,6 @@ def _list_additions(folder: Path, counts: Mapping[str, Any]) -> list[CommitOpera
     return additions
 
 
-def _create_repository(api: HfApi, repo_id: str, *, private: bool | None, branch: str | None) -> None:
-    """Create the repository and the branch where they do not exist."""
-    api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-    if private and not api.repo_info(repo_id, repo_type="dataset").private:
-        raise ValueError(f"{repo_id} exists and is public: make it private on the Hub, or name another repository")
-    if branch is not None:
-        api.create_branch(repo_id, repo_type="dataset", branch=branch, exist_ok=True)
-
-
 def _find_replaced(api: HfApi, repo_id: str, head: str | None) -> set[str]:
     """The files of an earlier push at commit `head`.
 
@@ -119,31 +102,3 @@ def _find_replaced(api: HfApi, repo_id: str, head: str | None) -> set[str]:
     if other := sorted(existing - pushed - _HARMLESS):
         raise ValueError(f"{repo_id} has {other[0]}, which no push of a dataset folder wrote: name another repository")
     return existing & pushed
-
-
-@contextmanager
-def _errors_in_one_line(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Turn errors of the Hub into one line without URLs and headers."""
-    try:
-        yield
-    except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is not the name of a repository ({error}): give USER/NAME") from None
-    except OfflineModeIsEnabled:
-        raise OSError(f"offline mode (HF_HUB_OFFLINE) forbids a push to {repo_id}: unset it and push again") from None
-    except RevisionNotFoundError:
-        raise ValueError(
-            f"{repo_id} has no branch {revision!r}: name one that exists, or push without create_pr"
-        ) from None
-    except (HTTPError, RuntimeError, LocalEntryNotFoundError) as error:
-        cause = error if isinstance(error, HTTPError) else error.__cause__  # file transfers wrap it
-        if not isinstance(cause, HTTPError):
-            raise
-        if not isinstance(cause, HfHubHTTPError):  # no answer came
-            raise OSError(
-                f"the Hub cannot be reached ({first_line(cause)}): check the network and push again, nothing is sent twice"
-            ) from None
-        status = cause.response.status_code
-        if status in (401, 403, 404):  # the Hub's answers to a token without write permission
-            remedy = "log in with 'hf auth login', or set HF_TOKEN to a token that may write there"
-            raise OSError(f"the Hub does not let you write to {repo_id} (status {status}): {remedy}") from None
-        raise OSError(f"the upload to {repo_id} failed (status {status}): push again, nothing is sent twice") from None

@@ -82,7 +82,7 @@ def render(row: Mapping[str, Any], encoder: TemplateEncoder, *, max_units: int |
         values = {part: [value] for part, value in values.items()}
     exchanges = [
         {
-            part: value.lower() if isinstance(value, str) else _unit_tokens(value[:max_units])
+            part: template.fold_case(value) if isinstance(value, str) else _unit_tokens(value[:max_units])
             for part, value in zip(template.parts, exchange, strict=True)
         }
         for exchange in zip(*values.values(), strict=True)

@@ -17,14 +17,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from usdm_sft.corpus.features import are_collapsed
+from usdm_sft.corpus.features import ROLES, are_collapsed
 from usdm_sft.folder.ranges import RowRange, count_processes, divide_rows
 from usdm_sft.template.encoder import IGNORE_INDEX
 from usdm_sft.template.parts import REFERENCE_LAYOUT, ROW_PARTS, RowLayout, find_parts_of_rows
 from usdm_sft.utils.processes import ProcessPool, in_order
 from usdm_sft.utils.texts import count_noun, printable
 
-ROLES = ("user", "agent")
+TOO_LONG = "more than max_length"  # in the reason of a pair that `prepare.overflow` leaves out
 QUANTILES = {"min": 0.0, "median": 0.5, "95 %": 0.95, "max": 1.0}
 _BATCH = 512
 _BINS, _BAR = 10, 40  # bars of a histogram in the terminal, and characters of the longest
@@ -290,10 +290,15 @@ def _run_lengths(column: pa.Array) -> npt.NDArray[np.int64]:
     return np.diff(np.append(np.flatnonzero(is_start), len(values)))
 
 
+def count_too_long(split: Mapping[str, Any]) -> int:
+    """Count the pairs of a split of counts.json that did not fit into `max_length` tokens, by the reason that it gives for each."""
+    return sum(TOO_LONG in reason for reason in split["pairs_left_out"].values())
+
+
 def summarize_split(split: Mapping[str, Any]) -> str:
     """One line on a split of counts.json: its counts, and the number of rows and dialogs that were left out."""
     bad_audio, dialogs = split["pairs_with_bad_audio"], split["dialogs_left_out"]
-    left_out = [f"{count_noun(len(split['pairs_left_out']) - bad_audio, 'row')} too long"]
+    left_out = [f"{count_noun(count_too_long(split), 'row')} too long"]
     if bad_audio:
         left_out.append(f"{count_noun(bad_audio, 'pair')} with bad audio")
     reasons = ", ".join(f"{dialog}: {reason}" for dialog, reason in dialogs.items())

@@ -16,7 +16,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from usdm_sft.corpus.features import arrow_schema, dataset_info, utterance_features
+from usdm_sft.corpus.features import SPEECH, TEXTS, arrow_schema, dataset_info, utterance_features
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.folder.layout import PREPARE_AGAIN
 from usdm_sft.utils.atomic import SUFFIX
@@ -30,9 +30,8 @@ if TYPE_CHECKING:
 
 _GROUP_BYTES = 50_000_000  # of recordings in a row group, which the viewer of the Hub reads whole
 _GROUP_ROWS = 100
-TEXTS = ("speaker", "text", "emotion")
 _ALWAYS = ("dialog", "turn", *TEXTS)
-_SPOKEN = ("audio", "units", "seconds")  # all three are null where bad audio was left out
+_SPOKEN = ("audio", *SPEECH)  # all three are null where bad audio was left out
 # Statistics of the bytes of audio would be of no use.
 _WITH_STATISTICS = [*_ALWAYS, "audio.path", "units.list.element", "seconds"]
 

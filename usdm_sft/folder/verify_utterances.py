@@ -18,7 +18,8 @@ import numpy as np
 
 from usdm_sft.audio.frames import SAMPLE_RATE, count_units
 from usdm_sft.audio.playable import count_samples
-from usdm_sft.corpus.features import ROLES, are_collapsed
+from usdm_sft.corpus.examples import first_turn
+from usdm_sft.corpus.features import ROLES, SPEECH, TEXTS, are_collapsed
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.corpus.problems import MAX_PROBLEMS_SHOWN
 from usdm_sft.folder.card import read_info
@@ -29,7 +30,6 @@ from usdm_sft.folder.repeated_ids import find_repeated
 from usdm_sft.folder.rows import open_rows
 from usdm_sft.folder.sorted_digests import DigestTable, as_pairs, digest_texts, merge_digests, write_digests
 from usdm_sft.folder.utterance_parquet import (
-    TEXTS,
     Row,
     UtteranceCounts,
     iter_utterances,
@@ -43,7 +43,7 @@ _UTTERANCES_PER_PROCESS = (
     5_000  # a process takes a few seconds to start, in which this one checks about as many recordings
 )
 _LIMIT = MAX_PROBLEMS_SHOWN + 1  # one more tells that there are more
-_FIELDS = (*TEXTS, "units", "seconds")  # of an utterance, that its turn in a row repeats
+_FIELDS = (*TEXTS, *SPEECH)  # of an utterance, that its turn in a row repeats
 
 
 class _Report(NamedTuple):
@@ -221,8 +221,7 @@ def _turns(row: Row, history: int, collapsed: bool) -> Iterator[tuple[str, int, 
     if not isinstance(row["user_text"], list):
         sides = [[[value] for value in side] for side in sides]
     exchanges = len(sides[0][0])
-    # A row with history is named after its last pair, every other row after its first.
-    first = row["turn"] - 2 * (exchanges - 1) if history else row["turn"]
+    first = first_turn(row["turn"], exchanges, history)
     for offset in range(2 * exchanges):
         yield row["dialog_id"], first + offset, [column[offset // 2] for column in sides[offset % 2]]
 

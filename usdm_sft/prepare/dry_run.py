@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 
 from usdm_sft.audio.addresses import disk_files
 from usdm_sft.audio.frames import SAMPLE_RATE, count_units
+from usdm_sft.prepare.checks import Finding, SetUp
 from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.prepare.open_run import Run, choose_devices, open_run
 from usdm_sft.prepare.plan import Plan, Shard
@@ -31,12 +32,7 @@ from usdm_sft.utils.cache_keys import cache_root
 from usdm_sft.utils.processes import ProcessPool
 from usdm_sft.utils.progress import Stages
 from usdm_sft.utils.shard_cache import ShardCache, write_shard
-from usdm_sft.utils.texts import count_noun, format_bytes
-
-# Measured for DailyTalk (docs/scale-out.md): 102 + 1,115 B/s in the cache and 472 B/s in the dataset folder, and a margin.
-CACHE_BYTES = 1_400  # per second of recording
-FOLDER_BYTES = 600  # per second of recording
-TOKENIZER_BYTES = 10_000_000  # the tokenizer and the pictures of a dataset folder
+from usdm_sft.utils.texts import count_noun
 
 # Seconds of audio per second with the published unit model, as measured on two cores (docs/performance.md). No rate of a GPU is
 # known.
@@ -52,8 +48,8 @@ class DryRun:
     Attributes:
         splits: As `splits` in counts.json.
         num_shards: Number of work shards.
-        missing_units: Number of unit shards that the cache lacks.
-        missing_tokens: Number of token shards that the cache lacks.
+        num_cached_units: Number of unit shards that the cache has.
+        num_cached_tokens: Number of token shards that the cache has.
         missing_seconds: Seconds of audio in the missing unit shards.
         seconds: Seconds of audio in all of them.
         audio_bytes: Size of the files of the corpus.
@@ -63,8 +59,8 @@ class DryRun:
 
     splits: dict[str, Any]
     num_shards: int
-    missing_units: int
-    missing_tokens: int
+    num_cached_units: int
+    num_cached_tokens: int
     missing_seconds: float
     seconds: float
     audio_bytes: int
@@ -96,13 +92,14 @@ def dry_run(config: PrepareConfig) -> DryRun:
         rows = load_rows(run.builder)
         with ProcessPool(1) as pool:
             _, splits, _ = fit_splits(run, rows, units, pool)
-        missing = _find_missing(cache / "units", run.plan, "units_key")
+        with_units = _find_cached(cache / "units", run.plan, "units_key")
+        missing = [shard for shard in run.plan if shard not in with_units]
         files = {file for address in run.builder.audio_digests for file in disk_files(address)}
         return DryRun(
             splits=splits,
             num_shards=len(run.plan),
-            missing_units=len(missing),
-            missing_tokens=len(_find_missing(cache / "tokens", run.plan, "tokens_key")),
+            num_cached_units=len(with_units),
+            num_cached_tokens=len(_find_cached(cache / "tokens", run.plan, "tokens_key")),
             missing_seconds=_count_seconds(missing),
             seconds=_count_seconds(run.plan),
             audio_bytes=sum(os.stat(file).st_size for file in files),
@@ -116,9 +113,8 @@ def _stand_in(config: PrepareConfig, scratch: str) -> UnitTokenizer:
     device = choose_devices(config)[0]
     settings = make_settings(device.split(":")[0], config.precision, config.resampler, config.batch_seconds)
     tokenizer = UnitTokenizer(Path(scratch), "not on this machine", settings, device)
-    tokenizer.normalization = (
-        "fairseq"  # as the published model; a repository of the Hub may differ by a unit per 320 recordings
-    )
+    # As the published model; a repository of the Hub may differ by a unit per 320 recordings.
+    tokenizer.normalization = "fairseq"
     return tokenizer
 
 
@@ -136,10 +132,10 @@ def _write_units(shard: Shard, run: Run) -> Path:
     return ShardCache(run.cache / "units").make(shard.units_key, partial(write_shard, columns))
 
 
-def _find_missing(folder: Path, plan: Plan, key: str) -> list[Shard]:
-    """Return the work shards that have no file in the cache; unlike `ShardCache.find`, this removes no damaged file."""
+def _find_cached(folder: Path, plan: Plan, key: str) -> set[Shard]:
+    """Return the work shards that have a file in the cache; unlike `ShardCache.find`, this removes no damaged file."""
     cached = {path.name.partition(".")[0] for path in folder.glob("*.arrow")}
-    return [shard for shard in plan if getattr(shard, key) not in cached]
+    return {shard for shard in plan if getattr(shard, key) in cached}
 
 
 def _count_seconds(shards: Iterable[Shard]) -> float:
@@ -147,21 +143,18 @@ def _count_seconds(shards: Iterable[Shard]) -> float:
 
 
 def describe_dry_run(found: DryRun, config: PrepareConfig) -> list[str]:
-    """Return the lines that tell what `prepare` would do, without the rows."""
-    shards = f"{found.num_shards - found.missing_units} of {count_noun(found.num_shards, 'work shard')}"
-    tokens = found.num_shards - found.missing_tokens
-    lines = [f"cache: it has the units of {shards}, and the tokens of {tokens:,}"]
+    """Return the lines that tell what `prepare` would do, without the rows and the checks."""
+    units, tokens = found.num_cached_units, found.num_cached_tokens
+    lines = [
+        f"cache: it has the units of {units} of {count_noun(found.num_shards, 'work shard')}, and the tokens of {tokens:,}"
+    ]
     if config.unit_repetition == "collapse":
         lines.append(
             "tokens: the numbers are those of keep, an upper limit; how many units repeat shows when they are computed"
         )
     hours = found.missing_seconds / 3600
     rate = RATES.get((found.device, config.precision))
-    if not found.has_model:
-        lines.append(
-            f"unit model: {config.unit_model} is not on this machine; 'dailytalk-usdm doctor' says what its download takes"
-        )
-    if not found.missing_units:
+    if not hours:
         lines.append("time: no audio is left to compute")
     elif rate is None or str(config.unit_model) != PUBLISHED:
         lines.append(
@@ -172,9 +165,12 @@ def describe_dry_run(found: DryRun, config: PrepareConfig) -> list[str]:
             f"time: {hours:.2f} h of audio take about {hours / rate:.1f} h at {rate} s of audio per second, measured on two CPU "
             f"cores in {config.precision}"
         )
-    sizes = [f"about {format_bytes(FOLDER_BYTES * found.seconds + TOKENIZER_BYTES)} for {config.output_path}"]
-    if config.keep_audio:
-        sizes.append(f"about {format_bytes(found.audio_bytes)} for its recordings")
-    if found.missing_units:
-        sizes.append(f"about {format_bytes(CACHE_BYTES * found.missing_seconds)} for the cache")
-    return [*lines, f"disk: {', '.join(sizes)}", "nothing was written"]
+    return lines
+
+
+def check_dry_run(found: DryRun, config: PrepareConfig) -> Iterator[Finding]:
+    """Yield what the doctor finds of the unit model that is missing and of the disks, with the sizes of the dry run."""
+    set_up = SetUp(config)
+    set_up.audio_seconds, set_up.new_seconds = found.seconds, found.missing_seconds
+    set_up.audio_bytes = found.audio_bytes
+    return set_up.examine(*([] if found.has_model else ["Hub", "unit model"]), "disk")

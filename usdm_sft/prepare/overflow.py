@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from usdm_sft.corpus.examples import example_id, has_lists
+from usdm_sft.folder.statistics import TOO_LONG
 from usdm_sft.template.encoder import COLUMNS
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def find_cuts(rows: pa.Table, encoder: TemplateEncoder, max_length: int, overflo
     lengths = list_lengths(rows, "input_ids")
     too_long = np.flatnonzero(lengths > max_length)
     for index, row in zip(too_long.tolist(), rows.take(too_long).to_pylist(), strict=True):
-        reason = f"{lengths[index]} tokens, more than max_length {max_length}"
+        reason = f"{lengths[index]} tokens, {TOO_LONG} {max_length}"
         alone = _lengths_alone(row, encoder)
         runs = [] if overflow == "drop" else _find_runs(alone, lengths[index], encoder, max_length, overflow)
         cuts.runs[index] = [(run.start, run.stop) for run in runs]
@@ -225,9 +226,8 @@ def _pairs_outside(
     for position in positions[-1:] if encoder.last_exchange_only else positions:
         if any(position in run for run in runs):
             continue
-        turn = row["turn"] if encoder.last_exchange_only else row["turn"] + 2 * position
-        left_out[example_id(row["dialog_id"], turn)] = (
-            f"{alone[position]} tokens, more than max_length {max_length}"
+        left_out[_name(row, range(position, position + 1), encoder)["id"]] = (
+            f"{alone[position]} tokens, {TOO_LONG} {max_length}"
             if alone[position] > max_length
             else f"row {row['id']} has {reason}"
         )

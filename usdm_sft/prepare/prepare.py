@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usdm_sft.folder.layout import find_finished, lock_output
-from usdm_sft.folder.writer import write_folder
 from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.prepare.open_run import Run, describe_run, open_run
 from usdm_sft.prepare.rows import load_rows
@@ -140,6 +139,8 @@ def _make(config: PrepareConfig, stages: Stages, held: ExitStack) -> tuple[dict[
         "splits": split_counts,
         "versions": name_versions(counts["versions"], units.values()),
     }
+    from usdm_sft.folder.writer import write_folder  # imports matplotlib, which a finished folder does not need
+
     utterances = {split: UtteranceFiles(run.builder, split, run.plan, units) for split in splits}
     with lock_output(run.output), quiet():
         # Another run may have finished the folder meanwhile, and is replaced only with `overwrite`.

@@ -12,7 +12,7 @@ from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 
 from usdm_sft.corpus.examples import Example, has_lists, make_examples
-from usdm_sft.corpus.features import ROLES
+from usdm_sft.corpus.features import ROLES, TEXTS
 from usdm_sft.utils.progress import quiet
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _make_columns(examples: Sequence[Example], *, lists: bool) -> dict[str, list
         column: [getattr(example, column) for example in examples] for column in ("id", "dialog_id", "turn")
     }
     for side, role in enumerate(ROLES):
-        for field in ("speaker", "text", "emotion"):
+        for field in TEXTS:
             values = [[getattr(exchange[side], field) for exchange in example.exchanges] for example in examples]
             columns[f"{role}_{field}"] = values if lists else [value for [value] in values]
     return columns

@@ -16,7 +16,7 @@ import pyarrow as pa
 from datasets import Dataset
 from datasets.table import InMemoryTable
 
-from usdm_sft.corpus.features import ROLES
+from usdm_sft.corpus.features import ROLES, SPEECH
 from usdm_sft.prepare.counts import count_shard, count_split
 from usdm_sft.prepare.open_run import Run
 from usdm_sft.prepare.overflow import find_cuts, take_rows
@@ -109,12 +109,12 @@ def unit_columns(content: Content, file: Path, *, collapse: bool = False) -> dic
         ValueError: A run is too long for a duration; the message names the recording.
     """
     table = read_shard(file)
-    utterances = {name: table[name].combine_chunks() for name in ("units", "seconds")}
+    utterances = {name: table[name].combine_chunks() for name in SPEECH}
     if collapse:
         utterances |= _collapse(utterances["units"], content)
     offsets = pa.array(list(accumulate(map(len, content.rows), initial=0)), pa.int32())
     columns: dict[str, pa.Array] = {}
-    for side, role in enumerate(("user", "agent")):
+    for side, role in enumerate(ROLES):
         indices = pa.array([exchange[side] for row in content.rows for exchange in row], pa.int64())
         for name, column in utterances.items():
             values = column.take(indices)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from usdm_sft.audio.digests import read_recording, read_unchanged
 from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.audio.playable import make_playable
+from usdm_sft.corpus.features import SPEECH, TEXTS
 from usdm_sft.prepare.plan import Content, Plan, Shard
 from usdm_sft.utils.once import once_per_key
 from usdm_sft.utils.shard_cache import read_shard
@@ -99,12 +100,12 @@ def iter_utterances(parts: list[ShardPart]) -> Iterator[dict[str, Any]]:
         positions = {utterance_id: position for position, utterance_id in enumerate(part.content.ids)}
         for utterance in (utterance for dialog in part.dialogs for utterance in dialog.utterances):
             if (position := positions.get(utterance.id)) is None:
-                yield _make_row(utterance) | {"audio": None, "units": None, "seconds": None}
+                yield _make_row(utterance) | dict.fromkeys(("audio", *SPEECH))
                 continue
             address = part.content.audio[position]
             recording = make_playable(address, read_unchanged(address, part.content.digests[position], read_shared))
             name = re.sub(r"[^\w.-]", "_", f"{utterance.dialog_id}_{utterance.turn}") + recording.suffix
-            values = {column: table[column][position].as_py() for column in ("units", "seconds")}
+            values = {column: table[column][position].as_py() for column in SPEECH}
             yield _make_row(utterance) | values | {"audio": {"bytes": recording.content, "path": name}}
 
 
@@ -112,7 +113,5 @@ def _make_row(utterance: Utterance) -> dict[str, Any]:
     return {
         "dialog": utterance.dialog_id,
         "turn": utterance.turn,
-        "speaker": utterance.speaker,
-        "text": utterance.text,
-        "emotion": utterance.emotion,
+        **{column: getattr(utterance, column) for column in TEXTS},
     }

@@ -27,9 +27,8 @@ from usdm_sft.template.chat import (
 )
 from usdm_sft.template.config import PARTS, REFERENCE, Template, UnitRepetition
 from usdm_sft.template.exchanges import Exchange, ExchangeReader, match_other_tokens, row_name
-from usdm_sft.template.parts import RowLayout
+from usdm_sft.template.parts import RowLayout, Step, make_steps
 from usdm_sft.template.special_tokens import TemplateTokens, naming_errors, plain_copy, read_tokens
-from usdm_sft.template.steps import Step, make_steps
 from usdm_sft.template.stretches import Headings, Stretches
 from usdm_sft.template.tokenizer import check_tokenizer
 
@@ -55,7 +54,7 @@ class TemplateEncoder:
         label  yes . <|correspond|> A ▁
         -100   \\n </s>
 
-    Both texts are lower-cased. Further exchanges follow as `\\n### User\\n ...` blocks before the one `</s>`. Rows of any
+    Both texts are lower-cased, unless `Template.lowercase` is False. Further exchanges follow as `\\n### User\\n ...` blocks before the one `</s>`. Rows of any
     length are encoded. (naver-ai/usdm, preprocess/fine-tuning/dailytalk_single_turn.py, `tokenize_speech`.)
 
     With `Template(tokenization="chat")`, exchanges are messages in the tokenizer's own chat template, as the module `chat` draws them.
@@ -117,7 +116,7 @@ class TemplateEncoder:
         self._frames = frames
         self._stretches = Stretches(tokenizer, tokens, separate=template.tokenization != "reference")
         other_tokens = match_other_tokens(tokenizer)
-        self._reader = ExchangeReader(template.parts, tokens.unit_0, tokens.num_units, other_tokens, repetition)
+        self._reader = ExchangeReader(template, tokens.unit_0, tokens.num_units, other_tokens, repetition)
         for name in ("instruction", "user_role", "agent_role"):
             if other_tokens is not None and (match := other_tokens.search(getattr(template, name))):
                 raise ValueError(

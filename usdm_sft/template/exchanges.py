@@ -1,4 +1,4 @@
-"""The exchanges of a row, checked: texts lower-cased, units as token ids."""
+"""The exchanges of a row, checked: texts as the template has them, units as token ids."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from usdm_sft.template.config import UnitRepetition
+from usdm_sft.template.config import Template, UnitRepetition
 from usdm_sft.template.repetition import drop_repeats
 from usdm_sft.utils.texts import text_problem
 
-# A checked user turn and the answer to it, by part: texts lower-cased, units as (num_units,) int32 arrays of token ids.
+# A checked user turn and the answer to it, by part: texts as in the template, units as (num_units,) int32 arrays of token ids.
 Exchange = dict[str, Any]
 
 
@@ -24,7 +24,7 @@ class ExchangeReader:
     """Reads the exchanges of a row and refuses what a tokenizer would turn into other ids.
 
     Args:
-        parts: The columns to read, some of `COLUMNS`.
+        template: Its parts are the columns to read.
         unit_0: The id of unit 0.
         num_units: Number of units in the vocabulary.
         other_tokens: Matches added tokens of the tokenizer that `text_problem` does not know, or None.
@@ -34,7 +34,7 @@ class ExchangeReader:
         ValueError: `unit_repetition` is unknown.
     """
 
-    parts: tuple[str, ...]
+    template: Template
     unit_0: int
     num_units: int
     other_tokens: re.Pattern[str] | None
@@ -45,6 +45,11 @@ class ExchangeReader:
             raise ValueError(
                 f"unit_repetition is {self.unit_repetition!r}: give {' or '.join(get_args(UnitRepetition))}"
             )
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The columns to read."""
+        return self.template.parts
 
     def exchanges(self, batch: Mapping[str, Sequence[Any]], i: int) -> list[Exchange]:
         """The exchanges of row `i` of a batch.
@@ -122,15 +127,13 @@ class ExchangeReader:
         return [*exchanges, self.read({part: value for part, value in given.items() if part not in empty}) | empty]
 
     def text(self, text: str, place: str) -> str:
-        """The text lower-cased.
+        """The text as the template has it.
 
         Raises:
             ValueError: The template cannot contain it.
         """
         problem = text_problem(text)
-        # Follows the Unicode version of Python: 3.11 and later lower-case 40 letters that 3.10, which the reference used, does
-        # not (U+2C2F, U+A7C0, U+A7D0, U+A7D6, U+A7D8 and 35 of Vithkuqi, all new in Unicode 14). DailyTalk has none of them.
-        text = text.lower()
+        text = self.template.fold_case(text)
         if problem is None and self.other_tokens is not None and (match := self.other_tokens.search(text)):
             problem = f"contains {match.group()!r}, an added token of the tokenizer"
         if problem is not None:

@@ -24,8 +24,10 @@ from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.template.tokenizer import MAX_UNITS
 from usdm_sft.units.folder import DESCRIPTION, FILES, read_array, read_description
 from usdm_sft.units.model import empty_model
-from usdm_sft.units.model_config import XLSR_1B, XLSR_LAYER, cut_config
+from usdm_sft.units.settings import XLSR_LAYER
 from usdm_sft.units.transformers_folder import (
+    XLSR_1B,
+    cut_config,
     read_folder_config,
     read_folder_weights,
     read_normalization,

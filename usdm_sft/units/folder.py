@@ -1,4 +1,4 @@
-"""The unit model folder: its files, its description and its digest."""
+"""The unit model folder: its files, its description and its digest, on this machine or in a model repository of the Hub."""
 
 from __future__ import annotations
 
@@ -11,9 +11,15 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # a re-export
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, but its stubs do not export it
 
 from usdm_sft.units.batches import NORMALIZATIONS
+from usdm_sft.utils.atomic import SUFFIX, remove_path, replace_path
+from usdm_sft.utils.hub import create_repository, hub_errors_in_one_line
 from usdm_sft.utils.json_files import read_json
+from usdm_sft.utils.texts import first_line
 
 FILES = ("config.json", "model.safetensors", "kmeans.npy")
 DESCRIPTION = "unit_model.json"
@@ -94,23 +100,23 @@ def read_known_description(folder: Path, digest: str) -> dict[str, Any]:
     return description
 
 
-def copy_known(path: Path, sha256: str, memory: IO[bytes], max_bytes: int) -> None:
-    """Copy a file into memory. The copied bytes have the digest, whatever happens to the file.
+def copy_known(path: Path, sha256: str, target: IO[bytes], max_bytes: int | None = None) -> None:
+    """Copy a file into memory or another file. The copied bytes have the digest, whatever happens to the file.
 
     Raises:
         ChangedError: They have another one.
-        ValueError: The file is larger than `max_bytes`, which is found before it is read.
+        ValueError: The file is larger than `max_bytes`, if given, which is found before it is read.
     """
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        if (size := os.fstat(file.fileno()).st_size) > max_bytes:
+        if max_bytes is not None and (size := os.fstat(file.fileno()).st_size) > max_bytes:
             raise ValueError(f"{path.name} has {size:,} bytes, more than the {max_bytes:,} that the config allows")
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
-            memory.write(chunk)
+            target.write(chunk)
     if digest.hexdigest() != sha256:
         raise ChangedError(path)
-    memory.flush()
+    target.flush()
 
 
 def read_array(file: IO[bytes]) -> np.ndarray:
@@ -135,3 +141,121 @@ def read_array(file: IO[bytes]) -> np.ndarray:
     file.seek(start)
     values = np.frombuffer(bytearray(file.read(size)), dtype)
     return values.reshape(shape, order="F" if fortran_order else "C")
+
+
+def save_folder(folder: Path, digest: str, target: Path) -> None:
+    """Copy a unit model folder. The copied files have the digests of the unit model that was opened.
+
+    Raises:
+        ChangedError: The folder, or a file of it, was changed since then.
+        FileExistsError: `target` is a file, or a folder that is not empty.
+    """
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise FileExistsError(f"{target} is not an empty folder: name a new one")
+    description = read_known_description(folder, digest)
+    unfinished = target.with_name(target.name + SUFFIX)
+    remove_path(unfinished)
+    unfinished.mkdir(parents=True)
+    for name, sha256 in description["files"].items():
+        with open(unfinished / name, "wb") as file:
+            copy_known(folder / name, sha256, file)
+    (unfinished / DESCRIPTION).write_bytes((folder / DESCRIPTION).read_bytes())
+    if read_description(unfinished) != description:
+        raise ChangedError(folder / DESCRIPTION)
+    replace_path(unfinished, target)
+
+
+def push_folder(
+    folder: Path,
+    digest: str,
+    repo_id: str,
+    *,
+    private: bool | None,
+    token: str | None,
+    revision: str | None,
+    commit_message: str,
+    create_pr: bool,
+) -> str:
+    """Upload a unit model folder to a model repository in one commit; arguments and errors of `UnitTokenizer.push_to_hub`."""
+    description = read_known_description(folder, digest)
+    additions = [CommitOperationAdd(name, folder / name) for name in (*FILES, DESCRIPTION)]
+    for addition in additions[: len(FILES)]:
+        if addition.upload_info.sha256.hex() != description["files"][addition.path_in_repo]:
+            raise ChangedError(folder / addition.path_in_repo)
+    api = HfApi(token=token)
+    with hub_errors_in_one_line(repo_id, revision):
+        create_repository(api, repo_id, "model", private=private, branch=None if create_pr else revision)
+        commit = api.create_commit(
+            repo_id, additions, commit_message=commit_message, revision=revision, create_pr=create_pr
+        )
+    return str(commit.pr_url or commit.commit_url)
+
+
+def find_folder(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    model_cache_dir: str | Path | None = None,
+) -> Path:
+    """Return the unit model folder that `name_or_path` names; a repository is downloaded into the Hub's cache.
+
+    Args:
+        name_or_path: A folder, or the id of a model repository such as "user/unit-model". An existing folder wins.
+        revision: Branch, tag or commit of the repository.
+        token: Token for the Hub, as `huggingface_hub.snapshot_download` takes it.
+        model_cache_dir: Where downloads are kept; by default the Hub's own cache.
+
+    Raises:
+        FileNotFoundError: The repository is not one of a unit model.
+        OSError: The repository cannot be downloaded.
+        ValueError: `revision` is given for a folder.
+    """
+    folder = Path(name_or_path).expanduser()
+    if not folder.is_dir() and _is_repository_id(str(name_or_path)):
+        return _download(str(name_or_path), revision, token, model_cache_dir)
+    if revision is not None:
+        raise ValueError(f"revision is {revision!r}, but {folder} is not a repository of the Hub: leave it out")
+    return folder.resolve()
+
+
+def find_cached_folder(name_or_path: str | Path, *, model_cache_dir: str | Path | None = None) -> Path | None:
+    """Return the folder that `find_folder` would return without a download; None if a repository is not in the cache."""
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir() or not _is_repository_id(str(name_or_path)):
+        return folder.resolve()
+    cached = [
+        try_to_load_from_cache(str(name_or_path), file, cache_dir=model_cache_dir) for file in (DESCRIPTION, *FILES)
+    ]
+    found = [Path(file) for file in cached if isinstance(file, str)]
+    return found[0].parent if len(found) == len(cached) else None
+
+
+def _is_repository_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1
+
+
+def _download(
+    repository: str, revision: str | None, token: str | bool | None, model_cache_dir: str | Path | None
+) -> Path:
+    files = [DESCRIPTION, *FILES]
+    try:
+        folder = Path(
+            snapshot_download(
+                repository, revision=revision, token=token, cache_dir=model_cache_dir, allow_patterns=files
+            )
+        )
+    except (OSError, HTTPError) as error:  # without network, repository, revision or permission; or with a broken proxy
+        raise OSError(
+            f"{repository} is not a folder and cannot be downloaded from the Hub ({first_line(error)}): "
+            "correct the name or the revision, or check the network and the token"
+        ) from error
+    if not (folder / DESCRIPTION).is_file():
+        raise FileNotFoundError(
+            f"the repository {repository} holds no {DESCRIPTION}: upload a folder that 'dailytalk-usdm convert' made"
+        )
+    return folder

@@ -7,10 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from usdm_sft.units.convert import convert
-from usdm_sft.units.folder import DESCRIPTION, read_description
-from usdm_sft.units.hub_unit_model import find_cached_folder, find_folder
-from usdm_sft.units.model_config import XLSR_LAYER
+from usdm_sft.units.folder import DESCRIPTION, find_cached_folder, find_folder, read_description
+from usdm_sft.units.settings import XLSR_LAYER
 from usdm_sft.utils.atomic import remove_path, replace_text
 from usdm_sft.utils.cache_keys import cache_root
 from usdm_sft.utils.download import download
@@ -45,7 +43,7 @@ def find_unit_model(name_or_path: str | Path, model_cache_dir: str | Path | None
         cache = model_cache(model_cache_dir)
         with file_lock(cache / f"{PUBLISHED}.lock", option="--model_cache_dir or HF_HOME"):
             return _download_and_convert(cache / PUBLISHED, cache)
-    folder = find_folder(name_or_path, cache_dir=model_cache_dir)
+    folder = find_folder(name_or_path, model_cache_dir=model_cache_dir)
     read_description(folder)
     return folder
 
@@ -60,7 +58,7 @@ def locate_unit_model(name_or_path: str | Path, model_cache_dir: str | Path | No
     if str(name_or_path) == PUBLISHED and not Path(name_or_path).is_dir():
         folder = model_cache(model_cache_dir) / PUBLISHED
         return folder if (folder / DESCRIPTION).is_file() else None
-    return find_cached_folder(name_or_path, cache_dir=model_cache_dir)
+    return find_cached_folder(name_or_path, model_cache_dir=model_cache_dir)
 
 
 def _download_and_convert(folder: Path, cache: Path) -> Path:
@@ -79,6 +77,8 @@ def _download_and_convert(folder: Path, cache: Path) -> Path:
         recorded[name] = sha256_file(path)
         replace_text(record, json.dumps(recorded, indent=2) + "\n")
         logger.warning("%s: sha256 %s", name, recorded[name])
+    from usdm_sft.units.convert import convert  # imports the speech encoders of transformers
+
     checkpoint, kmeans = PUBLISHED_FILES
     convert(downloads / checkpoint, downloads / kmeans, folder)
     remove_path(downloads)

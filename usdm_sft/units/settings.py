@@ -14,6 +14,9 @@ PrecisionName = Literal["fp32", "tf32", "fp16", "bf16", "fp16x3", "bf16x3"]
 # "soxr" is what librosa uses in the reference; "torchaudio" resamples on the device.
 ResamplerName = Literal["soxr", "torchaudio"]
 
+# The layer of XLS-R 1B that the reference's k-means was fit on; its 34 counts from 0.
+XLSR_LAYER = 35
+
 
 def make_settings(device: str, precision: str, resampler: str, batch_seconds: float | None) -> dict[str, Any]:
     """Check the settings and return those that units depend on, as JSON values.

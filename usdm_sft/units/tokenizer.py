@@ -7,8 +7,9 @@ unit model folders are that this process has opened, because a pickled tokenizer
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -18,87 +19,33 @@ import multiprocess.reduction
 import numpy as np
 import torch
 
+from usdm_sft.audio.addresses import file_problem, open_file, parse_address
 from usdm_sft.audio.frames import SAMPLE_RATE, TOO_LOUD, is_too_loud
 from usdm_sft.audio.reading import describe
-from usdm_sft.units.batches import Waveform, prepare_waveform
+from usdm_sft.audio.sound import AUDIO_ERRORS, open_sound
+from usdm_sft.units.batches import Waveform, prepare_waveform, resample_on
 from usdm_sft.units.columns import distinct_audio, unit_columns
-from usdm_sft.units.folder import read_known_description, unit_model_digest
-from usdm_sft.units.hub_unit_model import find_folder
+from usdm_sft.units.folder import (
+    find_folder,
+    push_folder,
+    read_known_description,
+    save_folder,
+    unit_model_digest,
+)
 from usdm_sft.units.precision import check_cpu
 from usdm_sft.units.reading import READS, AudioReader, Source
-from usdm_sft.units.resample import resample_on
 from usdm_sft.units.settings import make_settings
 
 if TYPE_CHECKING:
     from usdm_sft.units.model import UnitModel
 
 
-IMPORTED_IN = os.getpid()
-_folders: dict[str, Path] = {}  # digest of a unit model -> its folder
-
-
-def remember_folder(digest: str, folder: Path) -> None:
-    """Remember where the unit model of `digest` is, for pickles that hold the digest alone."""
-    _folders[digest] = folder
-
-
-def recall_folder(digest: str) -> Path:
-    """Return the folder of the unit model of `digest`.
-
-    Raises:
-        ValueError: This process has not opened the unit model.
-    """
-    if digest not in _folders:
-        raise ValueError(
-            f"this process has not opened the unit model of digest {digest}, and the pickle does not name its folder: "
-            "call UnitTokenizer.from_pretrained(folder) first"
-        )
-    return _folders[digest]
-
-
-def register_pickler(kind: type[UnitTokenizer]) -> None:
-    """Let pickles for another process contain the path and the GPU, which no fingerprint may depend on."""
-    # The picklers that start processes: torch's DataLoader and utils/processes.py use the first, `.map` the second.
-    ForkingPickler.register(kind, _reduce)
-    multiprocess.reduction.ForkingPickler.register(kind, _reduce)
-
-
-def _reduce(tokenizer: UnitTokenizer) -> tuple[Any, ...]:
-    more = {"folder": str(tokenizer.folder), "device": tokenizer.device}
-    return _open, (type(tokenizer), tokenizer.__getstate__() | more)
-
-
-def _open(kind: type[UnitTokenizer], state: dict[str, Any]) -> UnitTokenizer:
-    tokenizer = kind.__new__(kind)
-    tokenizer.__setstate__(state)
-    return tokenizer
-
-
-def is_forked(process: int, device: str) -> bool:
-    """Return whether this process was forked from `process`, and prepare torch for it.
-
-    Args:
-        process: Id of the process that a tokenizer was last used in.
-        device: Kind of device, "cpu" or "cuda".
-
-    Raises:
-        RuntimeError: The device is "cuda", whose state a fork breaks.
-    """
-    if os.getpid() == process:
-        return False
-    if device == "cuda":
-        raise RuntimeError(
-            "CUDA does not survive a fork: call multiprocess.set_start_method('spawn') before .map with num_proc"
-        )
-    import torch
-
-    torch.set_num_threads(1)  # a forked process has no torch threads and would wait for them forever
-    return True
-
-
 logger = logging.getLogger(__name__)
 
 VERSION = "3"  # part of the cache key; change it whenever the code below makes other units
+
+_IMPORTED_IN = os.getpid()
+_folders: dict[str, Path] = {}  # digest of each unit model that this process has opened -> its folder
 
 
 class UnitTokenizer:
@@ -130,7 +77,7 @@ class UnitTokenizer:
         self._in_fp32: UnitTokenizer | None = None
         self._reader: AudioReader | None = None
         self._process = os.getpid()
-        remember_folder(digest, folder)
+        _folders[digest] = folder
 
     @classmethod
     def from_pretrained(
@@ -142,6 +89,7 @@ class UnitTokenizer:
         batch_seconds: float | None = None,
         resampler: str = "soxr",
         cache_dir: str | Path | None = None,
+        model_cache_dir: str | Path | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
     ) -> UnitTokenizer:
@@ -155,7 +103,8 @@ class UnitTokenizer:
             batch_seconds: Seconds of audio, padding included, in one forward pass; a longer utterance is computed alone.
                 By default 160 on the CPU and 320 on CUDA.
             resampler: "soxr" (as the reference, on the CPU) or "torchaudio" (on the device; needs the extra).
-            cache_dir: Where digests of files are remembered. Downloads are kept in the Hub's own cache.
+            cache_dir: This package's cache, where digests of files are remembered; by default as in `prepare`.
+            model_cache_dir: Where downloads are kept; by default the Hub's own cache.
             revision: Branch, tag or commit of the repository.
             token: Token for a private repository, as `huggingface_hub.snapshot_download` takes it.
 
@@ -172,8 +121,59 @@ class UnitTokenizer:
         settings = make_settings(device.type, precision, resampler, batch_seconds)
         if device.type == "cpu":
             check_cpu(precision)
-        folder = find_folder(name_or_path, revision=revision, token=token)
+        folder = find_folder(name_or_path, revision=revision, token=token, model_cache_dir=model_cache_dir)
         return cls(folder, unit_model_digest(folder, cache_dir), settings, str(device))
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Save the unit model folder, byte for byte, so that `from_pretrained` opens it again. Settings are not saved.
+
+        Args:
+            save_directory: A folder that does not exist or is empty.
+
+        Raises:
+            FileExistsError: The folder is not empty.
+            ValueError: A file of the unit model was changed since it was opened.
+        """
+        save_folder(self.folder, self.digest, Path(save_directory).expanduser())
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload unit model",
+        create_pr: bool = False,
+    ) -> str:
+        """Upload the files of the unit model to the Hub in one commit; `from_pretrained(repo_id)` opens them.
+
+        Args:
+            repo_id: The model repository, such as "user/unit-model"; created if it does not exist.
+            private: Create the repository private (True) or public (False); by default as in the settings of its owner. An
+                existing repository keeps its visibility, but must be private if this is True.
+            token: Token of the Hub; by default HF_TOKEN, or the one that `hf auth login` saved.
+            revision: Branch to commit to; created if it does not exist. The main branch by default.
+            commit_message: First line of the commit.
+            create_pr: Open a pull request to the branch, which must exist, instead of a commit.
+
+        Returns:
+            The URL of the commit or of the pull request.
+
+        Raises:
+            ValueError: A file was changed since the unit model was opened; or the repository is public though `private` is True.
+            OSError: The Hub refuses the push or cannot be reached, or offline mode is on.
+        """
+        return push_folder(
+            self.folder,
+            self.digest,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
 
     def with_settings(self, **settings: Any) -> UnitTokenizer:
         """Return a tokenizer for the same unit model and device with some settings changed."""
@@ -188,16 +188,32 @@ class UnitTokenizer:
         return {"digest": self.digest, "settings": self.settings, "version": VERSION}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        folder = state.get("folder") or recall_folder(state["digest"])
-        UnitTokenizer.__init__(self, Path(folder), state["digest"], state["settings"], state.get("device"))
-        self._process = IMPORTED_IN  # another process if this one was forked, as `.map(num_proc=...)` does
+        digest = state["digest"]
+        folder = state.get("folder") or _folders.get(digest)
+        if folder is None:
+            raise ValueError(
+                f"this process has not opened the unit model of digest {digest}, and the pickle does not name its folder: "
+                "call UnitTokenizer.from_pretrained(folder) first"
+            )
+        UnitTokenizer.__init__(self, Path(folder), digest, state["settings"], state.get("device"))
+        self._process = _IMPORTED_IN  # another process if this one was forked, as `.map(num_proc=...)` does
         self._notice_fork()
 
     def _notice_fork(self) -> None:
-        """Start again in a forked process, which inherits neither the reader's threads nor torch's own."""
-        if is_forked(self._process, self.settings["device"]):
-            self._reader = None
-            self._process = os.getpid()
+        """Start again in a forked process, which inherits neither the reader's threads nor torch's own.
+
+        Raises:
+            RuntimeError: The device is "cuda", whose state a fork breaks.
+        """
+        if os.getpid() == self._process:
+            return
+        if self.settings["device"] == "cuda":
+            raise RuntimeError(
+                "CUDA does not survive a fork: call multiprocess.set_start_method('spawn') before .map with num_proc"
+            )
+        torch.set_num_threads(1)  # a forked process has no torch threads and would wait for them forever
+        self._reader = None
+        self._process = os.getpid()
 
     @property
     def num_units(self) -> int:
@@ -333,7 +349,7 @@ class UnitTokenizer:
     def _start(
         self, waveforms: Sequence[Waveform], names: Sequence[str]
     ) -> Callable[[], tuple[list[np.ndarray], list[int]]]:
-        from usdm_sft.units.forward import start_units  # imports transformers, as above
+        from usdm_sft.units.model import start_units  # imports transformers, as above
 
         seconds = self.settings["batch_seconds"]
         return start_units(self.model, waveforms, names, seconds, self._tokenize_in_fp32, self.normalization)
@@ -373,4 +389,83 @@ def open_for(
     return UnitTokenizer(folder, unit_model_digest(folder, cache_dir), settings, device)
 
 
-register_pickler(UnitTokenizer)
+def _reduce(tokenizer: UnitTokenizer) -> tuple[Any, ...]:
+    """Pickle a tokenizer for another process with the path and the GPU, which no fingerprint may depend on."""
+    more = {"folder": str(tokenizer.folder), "device": tokenizer.device}
+    return _open, (type(tokenizer), tokenizer.__getstate__() | more)
+
+
+def _open(kind: type[UnitTokenizer], state: dict[str, Any]) -> UnitTokenizer:
+    tokenizer = kind.__new__(kind)
+    tokenizer.__setstate__(state)
+    return tokenizer
+
+
+# The picklers that start processes: torch's DataLoader and utils/processes.py use the first, `.map` the second.
+ForkingPickler.register(UnitTokenizer, _reduce)
+multiprocess.reduction.ForkingPickler.register(UnitTokenizer, _reduce)
+
+
+def stream_units(unit_tokenizer: UnitTokenizer, sources: Iterable[str]) -> Iterator[np.ndarray]:
+    """Yield the units of each audio address, in order.
+
+    Neighbouring files of up to `batch_seconds` in all are computed together, while the next group is read. Memory holds two
+    such groups, or a longer file in place of one.
+
+    Yields:
+        (num_units,) uint16 units.
+
+    Raises:
+        FileNotFoundError: An audio file does not exist. The units of all files before it were yielded.
+        ValueError: Audio cannot become units. The units of all files before it were yielded.
+    """
+    groups = group_by_seconds(sources, unit_tokenizer.settings["batch_seconds"])
+    group: list[str] = next(groups, [])
+    following: list[str] = []
+    try:
+        unit_tokenizer.read_ahead(group)
+        while group:
+            following = next(groups, [])
+            unit_tokenizer.read_ahead(following)
+            try:
+                units, _ = unit_tokenizer.tokenize_files(group)
+            except (FileNotFoundError, ValueError):
+                for source in group:  # one by one, to yield the units of the files before the bad one
+                    yield unit_tokenizer.tokenize_files([source])[0][0]
+            else:
+                yield from units
+            group = following
+    finally:
+        unit_tokenizer.forget(following)
+
+
+def group_by_seconds(sources: Iterable[str], seconds: float) -> Iterator[list[str]]:
+    """Yield groups of neighbouring sources with up to `seconds` of audio; a longer or unreadable source is alone."""
+    group: list[str] = []
+    total = 0.0
+    for source in sources:
+        length = audio_seconds(source)
+        if group and total + length > seconds:
+            yield group
+            group, total = [], 0.0
+        group.append(source)
+        total += length
+    if group:
+        yield group
+
+
+def audio_seconds(source: str) -> float:
+    """Return the length of audio as its address or header gives it; infinity if the header does not, or cannot be read."""
+    total = 0.0
+    try:
+        for stretch in parse_address(source):
+            if file_problem(stretch.file):
+                return math.inf
+            if stretch.start is not None and stretch.end is not None:
+                total += stretch.end - stretch.start
+                continue
+            with open_file(stretch.file) as file, open_sound(file) as sound:
+                total += math.inf if sound.frames is None else sound.frames / sound.rate
+    except AUDIO_ERRORS:
+        return math.inf
+    return total

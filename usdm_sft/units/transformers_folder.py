@@ -1,4 +1,4 @@
-"""A wav2vec 2.0 or HuBERT checkpoint folder, as transformers saves it -> config and weights of a unit model.
+"""The config of a speech encoder, as transformers writes it, and its checkpoint folder -> config and weights of a unit model.
 
 transformers itself opens the folder, so that sharded files, older parameter names and models with a head all work. A missing
 weight, which transformers would fill with random values, is an error here. Code in the folder never runs.
@@ -15,10 +15,76 @@ import torch
 from transformers import AutoConfig, AutoModel, Wav2Vec2FeatureExtractor
 from transformers.utils import logging
 
-from usdm_sft.audio.frames import SAMPLE_RATE
-from usdm_sft.units.model_config import MODEL_TYPES, cut_config
+from usdm_sft.audio.frames import FRAME_SAMPLES, MIN_SAMPLES, SAMPLE_RATE
 from usdm_sft.utils.json_files import read_json
 from usdm_sft.utils.texts import first_line
+
+MODEL_TYPES = {"wav2vec2": "Wav2Vec2Model", "hubert": "HubertModel"}
+
+# transformers' config of XLS-R 1B (facebook/wav2vec2-xls-r-1b).
+XLSR_1B = {
+    "hidden_size": 1280,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 16,
+    "intermediate_size": 5120,
+    "hidden_act": "gelu",
+    "feat_extract_norm": "layer",
+    "feat_extract_activation": "gelu",
+    "do_stable_layer_norm": True,
+    "conv_bias": True,
+    "conv_dim": [512] * 7,
+    "conv_kernel": [10, 3, 3, 3, 3, 2, 2],
+    "conv_stride": [5, 2, 2, 2, 2, 2, 2],
+    "num_conv_pos_embeddings": 128,
+    "num_conv_pos_embedding_groups": 16,
+    "layer_norm_eps": 1e-5,
+}
+
+
+def cut_config(config: dict[str, Any], path: str | Path | None, layer: int, *, final_norm: bool) -> dict[str, Any]:
+    """Return the config of the model cut to `layer` layers, for inference only.
+
+    Args:
+        config: Config of the whole model.
+        path: File of the config, for error messages.
+        layer: Number of layers to keep.
+        final_norm: Whether the unit model applies the norm after the last layer.
+
+    Raises:
+        ValueError: The model lacks the layer or the norm, or its frames are not 25 ms long and 20 ms apart.
+    """
+    for name in ("hidden_size", "num_hidden_layers"):
+        if not isinstance(config.get(name), int):
+            raise ValueError(f"{path}: {name} is {config.get(name)!r}: complete the config of the model")
+    num_layers = config["num_hidden_layers"]
+    if not 1 <= layer <= num_layers:
+        raise ValueError(
+            f"layer {layer} does not exist: the model has {num_layers} layers, counted from 1; "
+            "give the layer that the k-means was fit on with --layer"
+        )
+    if final_norm and (layer != num_layers or not config.get("do_stable_layer_norm")):
+        raise ValueError(
+            f"final_norm needs the last layer ({num_layers}) of a model with pre-norm layers (do_stable_layer_norm), "
+            f"and layer {layer} of this model is not one: leave it out"
+        )
+    _check_frames(config, path)
+    inference = {"apply_spec_augment": False, "mask_time_prob": 0.0, "mask_feature_prob": 0.0, "layerdrop": 0.0}
+    return config | inference | {"num_hidden_layers": layer}
+
+
+def _check_frames(config: dict[str, Any], path: str | Path | None) -> None:
+    # Defaults of Wav2Vec2Config and HubertConfig in transformers.
+    kernels = config.get("conv_kernel", (10, 3, 3, 3, 3, 2, 2))
+    strides = config.get("conv_stride", (5, 2, 2, 2, 2, 2, 2))
+    seen, step = 1, 1  # samples that a frame covers, and from frame to frame
+    for kernel, stride in zip(kernels, strides, strict=False):
+        seen, step = seen + (kernel - 1) * step, step * stride
+    if (seen, step) != (MIN_SAMPLES, FRAME_SAMPLES):
+        raise ValueError(
+            f"{path}: conv_kernel and conv_stride make frames of {seen} samples every {step}; only models with "
+            f"{MIN_SAMPLES} every {FRAME_SAMPLES} (25 ms every 20 ms) are supported"
+        )
+
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # Keys of config.json that do not describe the model; `auto_map` names code.

@@ -16,7 +16,11 @@ def cache_key(*parts: Any) -> str:
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
-    """Return `cache_dir`, or by default the folder `dailytalk_usdm` in huggingface_hub's HF_HOME."""
+    """Return this package's cache: `cache_dir`, or by default the folder `dailytalk_usdm` in huggingface_hub's HF_HOME.
+
+    A parameter `cache_dir` names this cache everywhere in the package, and `model_cache_dir` that of downloaded models. Only the builder has
+    a `cache_dir` of datasets, beside its `digest_cache_dir`, which is this cache.
+    """
     if cache_dir is not None:
         return Path(cache_dir).expanduser()
     return Path(constants.HF_HOME) / "dailytalk_usdm"

@@ -8,13 +8,11 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from usdm_sft.corpus.features import are_collapsed
+from usdm_sft.corpus.features import ROLES, SPEECH, TEXTS, are_collapsed
 from usdm_sft.folder.durations import expand_rows
 from usdm_sft.template.parts import REFERENCE_LAYOUT, ROW_PARTS, RowLayout, find_parts
 from usdm_sft.template.special_tokens import NEWLINE_TOKENS
 from usdm_sft.utils.texts import printable
-
-ROLES = ("user", "agent")
 
 
 def describe_row(row: Mapping[str, Any], layout: RowLayout = REFERENCE_LAYOUT) -> dict[str, Any]:
@@ -49,7 +47,7 @@ def _describe_turns(row: Mapping[str, Any], parts: Sequence[str]) -> list[dict[s
     columns = {
         (role, name): row[f"{role}_{name}"] if isinstance(row["user_text"], list) else [row[f"{role}_{name}"]]
         for role in ROLES
-        for name in ("speaker", "text", "emotion", "units", "seconds")
+        for name in (*TEXTS, *SPEECH)
     }
     return [
         {"role": role, "left_out": [name for name in ("text", "units") if f"{role}_{name}" not in parts]}

@@ -15,10 +15,10 @@ import soundfile
 from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.audio.reading import read_waveform
 from usdm_sft.corpus.dialogs import Utterance
-from usdm_sft.corpus.find import find_manifests, find_split_lists
+from usdm_sft.corpus.examples import first_turn
+from usdm_sft.corpus.find import find_lists
 from usdm_sft.corpus.hub_corpus import fetch_corpus, is_hub_corpus
 from usdm_sft.corpus.manifest import is_manifest
-from usdm_sft.corpus.published_lists import fetch_split_lists
 from usdm_sft.corpus.read import Rules, read_corpus
 
 PEAK_SAMPLES = 160  # 100 peaks per second, two per unit
@@ -56,8 +56,7 @@ class Recordings:
         last = next((place for place, utterance in enumerate(utterances) if utterance.turn == row["turn"]), None)
         if last is None:
             raise FileNotFoundError(f"{self._name} has no turn {row['id']}: {_OTHER_CORPUS}")
-        # A row with history is named after its last pair, every other row after its first.
-        first = last - 2 * (num_exchanges - 1) if self._history else last
+        first = first_turn(last, num_exchanges, self._history)
         yield from utterances[first : first + 2 * num_exchanges]
 
 
@@ -103,11 +102,7 @@ def _find_list(data_dir: str | Path, split: str) -> Path:
     """The split list or manifest of a split."""
     if is_manifest(data_dir):
         return Path(data_dir)
-    if is_hub_corpus(data_dir):
-        lists = fetch_corpus(str(data_dir))
-    else:
-        folder = Path(data_dir).expanduser()
-        lists = find_manifests(folder) or find_split_lists(folder) or fetch_split_lists()
+    lists = fetch_corpus(str(data_dir)) if is_hub_corpus(data_dir) else find_lists(data_dir)
     if split not in lists:
         raise FileNotFoundError(f"{data_dir} has no list of {split}: {_OTHER_CORPUS}")
     return lists[split]

@@ -1,0 +1,377 @@
+"""The checks of a set-up before a run, which `doctor` and `prepare --dry_run` share. Every request to the Hub ends after ten seconds at most."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from huggingface_hub import HfApi, constants, get_hf_file_metadata, get_token, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is httpx's
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HTTPError,
+)
+from packaging.requirements import Requirement
+
+from usdm_sft.audio.check import check_audio
+from usdm_sft.corpus.dialogs import Split
+from usdm_sft.corpus.find import find_lists, find_lists_here
+from usdm_sft.corpus.hub_corpus import PREFIX, is_hub_corpus
+from usdm_sft.corpus.problems import CorpusError
+from usdm_sft.corpus.published_lists import SPLIT_LISTS, SPLIT_LISTS_URL, check_not_swapped, describe_corpus
+from usdm_sft.corpus.read import Rules, read_corpus
+from usdm_sft.folder.layout import check_output
+from usdm_sft.prepare.config import PrepareConfig
+from usdm_sft.prepare.open_run import choose_devices
+from usdm_sft.template.config import OFFLINE, USTM
+from usdm_sft.template.encoder import TemplateEncoder
+from usdm_sft.template.tokenizer import load_tokenizer
+from usdm_sft.units.folder import DESCRIPTION, FILES, read_description, unit_model_digest
+from usdm_sft.units.published import (
+    CONVERTED_BYTES,
+    PUBLISHED,
+    PUBLISHED_FILES,
+    PUBLISHED_URL,
+    locate_unit_model,
+    model_cache,
+)
+from usdm_sft.units.settings import PrecisionName, make_settings
+from usdm_sft.utils.cache_keys import cache_root
+from usdm_sft.utils.download import remote_size
+from usdm_sft.utils.hashes import sha256_file
+from usdm_sft.utils.locks import find_local_locks, require_locks
+from usdm_sft.utils.texts import count_noun, first_line, format_bytes
+
+PACKAGE = "dailytalk-usdm"
+_NAMED = ("torch", "transformers", "datasets", "huggingface_hub")  # named with their versions
+_CAPABILITY = {"tf32": 8, "bf16": 8, "bf16x3": 8}  # the first one of CUDA whose tensor cores have the type
+TIMEOUT = 5.0  # seconds
+MAX_PROBLEMS = 5  # problems that are shown
+NUM_SAMPLES = 32  # recordings that are opened
+
+# Measured for DailyTalk (docs/scale-out.md): 102 + 1,115 B/s in the cache and 472 B/s in the dataset folder, and a margin.
+CACHE_BYTES = 1_400  # per second of recording
+FOLDER_BYTES = 600  # per second of recording
+TOKENIZER_BYTES = 10_000_000  # the tokenizer and the pictures of a dataset folder
+
+Level = Literal["ok", "warning", "error"]
+Lines = Iterator[tuple[Level, str]]
+
+
+class Finding(NamedTuple):
+    """One line of the doctor. The message of a warning or an error ends with the remedy."""
+
+    level: Level
+    subject: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.level:<9}{self.subject}: {self.message}"
+
+
+def run_check(subject: str, check: Callable[[], Lines]) -> Iterator[Finding]:
+    """Yield the findings of a check. An error that the check raises becomes a finding, with the remedy of its message."""
+    try:
+        yield from (Finding(level, subject, message) for level, message in check())
+    except (OSError, ValueError, ImportError, RuntimeError, MemoryError, HTTPError) as error:
+        yield Finding("error", subject, first_line(error))
+
+
+class SetUp:
+    """What a run of `prepare` needs, checked. Nothing is downloaded, and no audio but a sample is read.
+
+    Args:
+        config: The options of the run.
+        has_corpus: Whether the user named `data_dir`; otherwise no corpus is read.
+        has_output: Whether the user named `output_path`; otherwise it is not looked at.
+
+    Attributes:
+        is_online: Whether files can be fetched; the check of the Hub finds out.
+        model_bytes: Bytes that the model cache must hold at once.
+        audio_seconds: Seconds of all recordings of the corpus; 0 if it was not read.
+        new_seconds: Seconds of the recordings that the cache has no work for.
+        audio_bytes: Size of the recordings; by `check_recordings` as mono of 16 bits.
+    """
+
+    def __init__(self, config: PrepareConfig, *, has_corpus: bool = True, has_output: bool = True):
+        self.config, self.has_corpus, self.has_output = config, has_corpus, has_output
+        self.is_online = False
+        self.model_bytes = 0
+        self.audio_seconds = self.new_seconds = self.audio_bytes = 0.0
+        self._splits: dict[str, Split] = {}
+
+    def examine(self, *subjects: str) -> Iterator[Finding]:
+        """Yield the findings of the checks of some subjects, or of all, one check after the other."""
+        checks = {
+            "packages": self.check_packages,
+            "device": self.check_devices,
+            "Hub": self.check_hub,
+            "tokenizer": self.check_tokenizer,
+            "unit model": self.check_unit_model,
+            "corpus": self.check_corpus,
+            "recordings": self.check_recordings,
+            "disk": self.check_disks,
+            "locks": self.check_locks,
+        }
+        for subject in subjects or checks:
+            yield from run_check(subject, checks[subject])
+
+    def check_packages(self) -> Lines:
+        """Compare the versions of the required packages with those that this package asks for."""
+        wrong = []
+        for line in importlib.metadata.requires(PACKAGE) or ():
+            requirement = Requirement(line)
+            if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+                continue
+            try:
+                version = importlib.metadata.version(requirement.name)
+            except importlib.metadata.PackageNotFoundError:
+                version = None
+            if version is None or not requirement.specifier.contains(version, prereleases=True):
+                found = "is not installed" if version is None else f"has version {version}"
+                wrong.append(f"{requirement.name} {found}: pip install '{requirement.name}{requirement.specifier}'")
+        yield from (("error", each) for each in wrong)
+        if not wrong:
+            versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in (PACKAGE, *_NAMED))
+            yield "ok", f"Python {platform.python_version()}, {versions}"
+
+    def check_devices(self) -> Lines:
+        """Find the devices that compute the units, and the precisions that each has."""
+        config = self.config
+        devices = choose_devices(config)
+        kind = torch.device(devices[0]).type
+        make_settings(kind, config.precision, config.resampler, config.batch_seconds)
+        if config.executor is not None:
+            yield "ok", f"the tasks of {config.executor} compute the units on other machines ({kind})"
+            return
+        for device in devices:
+            precisions = find_precisions(device)
+            text = f"{describe_device(device)}; precisions {', '.join(precisions)}"
+            if config.precision in precisions:
+                yield "ok", text
+            else:
+                yield "error", f"{text}: choose one of these with --precision"
+        if kind == "cpu" and config.num_gpus != 0:
+            remedy = "use a machine with a GPU for a large corpus (docs/performance.md)"
+            if shutil.which("nvidia-smi") is not None:
+                remedy = "install torch for CUDA (pytorch.org), because this machine has NVIDIA's driver"
+            text = f"torch {torch.__version__} finds no GPU, and two CPU cores take about 12 hours for DailyTalk"
+            yield "warning", f"{text}: {remedy}"
+
+    def check_hub(self) -> Lines:
+        """Find out whether files can be fetched, and whether the user is logged in. No request is sent in offline mode."""
+        if constants.HF_HUB_OFFLINE:
+            yield "ok", "offline mode is on (HF_HUB_OFFLINE), so that nothing is fetched"
+            return
+        try:
+            HfApi().model_info(USTM, timeout=TIMEOUT)
+        except HfHubHTTPError:
+            pass  # an answer of the server; the check of the tokenizer asks for the repository that is used
+        except (OSError, HTTPError) as error:
+            text = f"{constants.ENDPOINT} cannot be reached ({first_line(error)}): check the network and the proxy"
+            yield "warning", f"{text}, or set HF_HUB_OFFLINE=1 if all files are here"
+            return
+        self.is_online = True
+        token = get_token()
+        if token is None:
+            yield (
+                "ok",
+                "reachable; nobody is logged in ('hf auth login' is needed for push and for private repositories)",
+            )
+            return
+        try:
+            name = HfApi().whoami(token)["name"]
+        except (OSError, HTTPError) as error:
+            reason = first_line(error).replace(token, "(token)")
+            text = f"reachable, but it does not accept the token ({reason}): run 'hf auth login', or correct HF_TOKEN"
+            yield "warning", text
+        else:
+            yield "ok", f"reachable; {name} is logged in"
+
+    def check_tokenizer(self) -> Lines:
+        """Load the tokenizer if it is on this machine, or find out how large its download is."""
+        config = self.config
+        name = str(config.pretrained_model_name_or_path)
+        folder: str | None = name
+        if name != OFFLINE and not Path(name).is_dir():
+            cached = try_to_load_from_cache(name, "tokenizer.json", cache_dir=config.model_cache_dir)
+            folder = str(Path(cached).parent) if isinstance(cached, str) else None
+        if folder is not None:
+            encoder = TemplateEncoder(load_tokenizer(folder), config.template)
+            is_reference = config.template.tokenization == "reference"
+            ids = "gives the ids of the reference, for" if is_reference else "has tokens for"
+            yield "ok", f"{name} {ids} {encoder.num_units:,} units"
+        elif not self.is_online:
+            yield _unreachable(name, f"--pretrained_model_name_or_path and a folder, or {OFFLINE}")
+        else:
+            yield _to_download(name, _size_on_hub(name, "tokenizer.json"))
+
+    def check_unit_model(self) -> Lines:
+        """Check the files of the unit model, or find out how large its download is."""
+        name = str(self.config.unit_model)
+        folder = locate_unit_model(name, self.config.model_cache_dir)
+        if folder is not None:
+            unit_model_digest(folder, self.config.cache_dir)
+            description = read_description(folder)
+            yield "ok", f"{folder} is complete: layer {description['layer']}, {description['num_units']:,} units"
+        elif name == PUBLISHED:
+            size = sum(remote_size(f"{PUBLISHED_URL}/{file}", timeout=TIMEOUT) for file in PUBLISHED_FILES)
+            self.model_bytes = size + CONVERTED_BYTES
+            yield _to_download(name, size)
+        elif not self.is_online:
+            yield _unreachable(name, "--unit_model and a folder")
+        else:
+            try:
+                self.model_bytes = sum(_size_on_hub(name, file) for file in (DESCRIPTION, *FILES))
+                yield _to_download(name, self.model_bytes)
+            except EntryNotFoundError:
+                remedy = "upload a folder that 'dailytalk-usdm convert' made"
+                yield "error", f"the repository {name} holds no {DESCRIPTION}: {remedy}"
+
+    def check_corpus(self) -> Lines:
+        """Find and read the lists of the corpus."""
+        config, name = self.config, str(self.config.data_dir)
+        if not self.has_corpus:
+            return
+        if is_hub_corpus(name):
+            if not self.is_online:
+                yield "warning", f"{name} cannot be looked at without the Hub: check the network"
+                return
+            repository, _, revision = name.removeprefix(PREFIX).partition("@")
+            HfApi().dataset_info(repository, revision=revision or None, timeout=TIMEOUT)
+            yield "ok", f"{name} is on the Hub; prepare downloads and checks it"
+            return
+        if config.data_files:
+            lists = find_lists(name, config.data_files)
+        elif (found := find_lists_here(name, config.cache_dir)) is not None:
+            lists = found
+        else:
+            size = sum(remote_size(f"{SPLIT_LISTS_URL}/{file}", timeout=TIMEOUT) for file, _ in SPLIT_LISTS.values())
+            yield "ok", f"{name} has no split lists: prepare downloads DailyTalk's own ({format_bytes(size)})"
+            return
+        try:
+            self._splits = read_corpus(lists, Rules(config.agent, config.merge_speaker_turns), data_dir=name)
+        except CorpusError as error:
+            yield from (("error", problem) for problem in error.problems[:MAX_PROBLEMS])
+            if more := error.problems[MAX_PROBLEMS:]:
+                remedy = "correct these first, prepare then lists 20 at once"
+                yield "error", f"{count_noun(len(more), 'problem')} more: {remedy}"
+            return
+        digests = {split: sha256_file(path) for split, path in lists.items()}
+        check_not_swapped(lists, digests)
+        kind = describe_corpus(lists, digests)
+        for split in self._splits.values():
+            sizes = f"{count_noun(len(split.dialogs), 'dialog')}, {count_noun(split.num_pairs, 'pair')}"
+            text = f"{lists[split.name]} ({kind}): {sizes}"
+            if split.left_out:
+                text += f"; {count_noun(len(split.left_out), 'dialog')} left out, as counts.json will say"
+            if split.dialogs:
+                yield "ok", text
+            else:
+                yield "error", f"{text}: name another list for {split.name}"
+
+    def check_recordings(self) -> Lines:
+        """Open recordings that are spread over the corpus; their mean length gives the size of the run."""
+        addresses = [each.audio for split in self._splits.values() for each in split.utterances()]
+        if not self._splits:
+            return
+        sample = addresses[:: max(1, len(addresses) // NUM_SAMPLES)][:NUM_SAMPLES]
+        checks = [check_audio(address) for address in sample]
+        bad = [f"{path} {check.problem}" for path, check in zip(sample, checks, strict=True) if check.problem]
+        good = [check for check in checks if check.problem is None]
+        remedy = "replace the file, or leave out its pairs with --on_bad_audio skip; prepare lists every such file"
+        for problem in bad[:MAX_PROBLEMS]:
+            yield "warning" if self.config.on_bad_audio == "skip" else "error", f"{problem}: {remedy}"
+        text = f"{len(good)} of {len(sample)} that were opened are good; the corpus has {len(addresses):,}"
+        if good:
+            seconds = sum(check.frames / check.rate for check in good)
+            self.audio_seconds = self.new_seconds = seconds / len(good) * len(addresses)
+            self.audio_bytes = sum(2 * check.frames for check in good) / len(good) * len(addresses)
+            text += f", about {self.audio_seconds / 3600:.2g} hours"
+        yield "ok", text
+
+    def check_disks(self) -> Lines:
+        """Compare the free space of each disk with what the run writes there."""
+        config = self.config
+        output = Path(config.output_path).expanduser()
+        places = [
+            ("the cache", cache_root(config.cache_dir), CACHE_BYTES * self.new_seconds),
+            ("the models", model_cache(config.model_cache_dir), self.model_bytes),
+        ]
+        if self.has_output:
+            check_output(output, overwrite=config.overwrite, finished_too=False)
+            size = FOLDER_BYTES * self.audio_seconds + TOKENIZER_BYTES if self.audio_seconds else 0
+            places.append(("the dataset folder", output, size + self.audio_bytes * config.keep_audio))
+        disks: dict[int, list[tuple[str, Path, float]]] = {}
+        for name, folder, size in places:
+            existing = _find_existing(folder)
+            disks.setdefault(os.stat(existing).st_dev, []).append((name, existing, size))
+        for on_disk in disks.values():
+            names, folders, sizes = zip(*on_disk, strict=True)
+            free, need = shutil.disk_usage(folders[0]).free, sum(sizes)
+            text = f"{format_bytes(free)} are free at {folders[0]} for {', '.join(names)}"
+            if need:
+                text += f", which take about {format_bytes(need)}"
+            if free < need:
+                options = "--cache_dir, --model_cache_dir or --output_path"
+                yield "error", f"{text}: make room, or name a folder on another disk with {options}"
+            else:
+                yield "ok", text
+
+    def check_locks(self) -> Lines:
+        """Check that locks of files work where the cache is, and whether they hold among machines."""
+        existing = _find_existing(cache_root(self.config.cache_dir))
+        require_locks(existing)
+        if (local := find_local_locks(existing)) is None:
+            yield "ok", f"file locks work in {existing}"
+        else:
+            text = f"file locks in {existing} hold on this machine only, because it is mounted with {local}"
+            yield "warning", f"{text}: let no two machines share this cache"
+
+
+def find_precisions(device: str) -> list[str]:
+    """Return the precisions that a device has."""
+    kind, found = torch.device(device).type, []
+    for name in get_args(PrecisionName):
+        try:
+            make_settings(kind, name, "soxr", 1)
+        except ValueError:  # such as tf32 on the CPU
+            continue
+        if kind == "cpu" or torch.cuda.get_device_capability(device)[0] >= _CAPABILITY.get(name, 0):
+            found.append(name)
+    return found
+
+
+def describe_device(device: str) -> str:
+    """Return the name and the size of a device."""
+    if device == "cpu":
+        return f"CPU, {count_noun(torch.get_num_threads(), 'thread')}, {torch.backends.cpu.get_cpu_capability()}"
+    properties = torch.cuda.get_device_properties(device)
+    return f"{device}, {properties.name}, {format_bytes(properties.total_memory)}"
+
+
+def _find_existing(folder: Path) -> Path:
+    """Return the folder itself, or the nearest one above it that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def _size_on_hub(repository: str, file: str) -> int:
+    return get_hf_file_metadata(hf_hub_url(repository, file), token=get_token(), timeout=TIMEOUT).size or 0
+
+
+def _to_download(name: str, size: int) -> tuple[Level, str]:
+    return "ok", f"{name} is not on this machine yet: prepare downloads it once ({format_bytes(size)})"
+
+
+def _unreachable(name: str, option: str) -> tuple[Level, str]:
+    """The error for a source that is neither on this machine nor to be fetched."""
+    return (
+        "error",
+        f"{name} is not on this machine, and nothing can be fetched: run prepare once with a network, or give {option}",
+    )
