@@ -79,7 +79,7 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
         corpus, whole_corpus: The `usdm_sft.corpus.dialogs.Split` of each split, after and before bad audio was left out.
         split_lists: The path of each split's list.
         list_digests: The sha256 of each split's list.
-        audio_digests: The `usdm_sft.audio.digest_table.AudioDigest` of each recording that a pair uses.
+        audio_digests: The `usdm_sft.audio.digests.AudioDigest` of each recording that a pair uses.
         is_dailytalk: True if the lists are DailyTalk's split lists, False for manifests.
 
     Raises:
