@@ -297,6 +297,13 @@ def find_stamp(file: str) -> Stamp:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
+def find_stamps(addresses: Iterable[str]) -> dict[str, Stamp]:
+    """Return the stamp of each file and archive that addresses name. No file is opened."""
+    exists = NamesakeFinder().exists
+    files = dict.fromkeys(stretch.file for address in addresses for stretch in parse_address(address, exists))
+    return {file: find_stamp(file) for file in dict.fromkeys(map(disk_file, files))}
+
+
 def _join(stamps: Sequence[Stamp]) -> Stamp:
     sizes, modified, changed = zip(*stamps, strict=True)
     return sum(sizes), max(modified), max(changed)

@@ -27,6 +27,16 @@ ON_BAD_AUDIO = ("error", "skip")
 _REMEDY = "replace the file, or leave out its pairs with --on_bad_audio skip"
 
 
+def check_option(on_bad_audio: str) -> None:
+    """Check the option `on_bad_audio`.
+
+    Raises:
+        ValueError: It is unknown.
+    """
+    if on_bad_audio not in ON_BAD_AUDIO:
+        raise ValueError(f"on_bad_audio {on_bad_audio!r} is unknown: choose one of {', '.join(ON_BAD_AUDIO)}")
+
+
 def screen_audio(
     splits: Mapping[str, Split], on_bad_audio: str, cache_dir: str | Path | None, pool: "Pool | None" = None
 ) -> tuple[dict[str, Split], dict[str, AudioDigest]]:
@@ -45,11 +55,8 @@ def screen_audio(
         FileNotFoundError: Files are missing, and nothing else is wrong.
         AudioError: Audio is bad, and `on_bad_audio` is "error" or a split has no pair left. The message has a line for each of
             the first 20 files.
-        ValueError: `on_bad_audio` is neither.
     """
-    if on_bad_audio not in ON_BAD_AUDIO:
-        raise ValueError(f"on_bad_audio {on_bad_audio!r} is unknown: choose one of {', '.join(ON_BAD_AUDIO)}")
-    found = audio_digests(_addresses(splits), cache_dir, pool=pool)
+    found = audio_digests(list_addresses(splits), cache_dir, pool=pool)
     problems = {address: digest.problem for address, digest in found.items() if digest.problem is not None}
     if not problems:
         return dict(splits), found
@@ -70,10 +77,10 @@ def screen_audio(
             lines = [f"{_name(each, paths)} {problem}" for each, problem in bad.items() if each in split_ids]
             head = f"bad audio leaves no pair of {name}: replace files, or name another split list"
             raise AudioError(join_problems([head, *lines]))
-    return left, {address: found[address] for address in _addresses(left)}
+    return left, {address: found[address] for address in list_addresses(left)}
 
 
-def _addresses(splits: Mapping[str, Split]) -> list[str]:
+def list_addresses(splits: Mapping[str, Split]) -> list[str]:
     """Return the address of each utterance."""
     return [utterance.audio for split in splits.values() for utterance in split.utterances()]
 
