@@ -1,6 +1,7 @@
 """Each way to load a corpus gives the same rows; caches, digests and public names. Also run on datasets 3.6."""
 
 import ast
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import dailytalk_usdm
 import usdm_sft
 from dailytalk_usdm import DailyTalkUSDM
 from tests.helpers import REPOSITORY
+from usdm_sft.audio import addresses
 from usdm_sft.audio.reading import AudioError
 from usdm_sft.corpus import published_lists
 from usdm_sft.corpus.builder import code_digest
@@ -263,10 +265,14 @@ def test_cache_depends_on_split_lists_audio_code_and_folder(corpus, tmp_path, mo
     audio = corpus / "data" / "3" / "0_0_d3.wav"
     audio.write_bytes((corpus / "data" / "3" / "1_1_d3.wav").read_bytes())
     caches.append(cache_of(corpus))
+    os.utime(audio)
+    caches.append(cache_of(corpus))
+    audio.chmod(0o600)  # what is left out may be readable now
+    caches.append(cache_of(corpus))
     monkeypatch.setattr("usdm_sft.corpus.builder.code_digest", lambda: "another")
     caches.append(cache_of(corpus))
     caches.append(cache_of(shutil.copytree(corpus, tmp_path / "moved")))  # rows contain paths
-    assert len(set(caches)) == 5
+    assert len(set(caches)) == 7
 
 
 def test_changed_list_is_seen_by_load_dataset(corpus, tmp_path):
@@ -281,7 +287,45 @@ def test_digests_are_exposed(corpus):
     builder = DailyTalkUSDM(data_dir=corpus)
     assert len(builder.audio_digests) == 4 + 5 + 2 + 3 + 3 + 2
     assert set(builder.list_digests) == {"train", "test"}
-    assert len(builder.config.corpus_digest) == 64
+    assert len(builder.config.corpus_digest) == len(builder.content_digest) == 64
+
+
+@pytest.mark.parametrize("kind", ["fifo", "missing", "not audio"])
+def test_constructor_opens_no_recording(corpus, tmp_path, monkeypatch, kind):
+    path = corpus / "data" / "3" / "0_0_d3.wav"
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "not audio":
+        path.write_text("not audio")
+    with monkeypatch.context() as patch:
+        patch.setattr(addresses, "open_file", None)
+        patch.setattr(addresses, "open", None, raising=False)
+        builder = DailyTalkUSDM(data_dir=corpus, cache_dir=str(tmp_path / "cache"))
+    error = FileNotFoundError if kind == "missing" else AudioError
+    with pytest.raises(error, match=r"utterance 0_0_d3: audio file .*0_0_d3\.wav .*: replace the file, or leave out"):
+        builder.download_and_prepare()
+    with pytest.raises(error, match=r"utterance 0_0_d3: audio file"):
+        builder.as_streaming_dataset()
+
+
+@pytest.mark.parametrize("screened", [False, True])
+def test_audio_changed_before_rows_is_refused(corpus, tmp_path, screened):
+    """The rows would lie in the cache under the name of the earlier audio."""
+    path = corpus / "data" / "3" / "0_0_d3.wav"
+    content = path.read_bytes()
+    builder = DailyTalkUSDM(data_dir=corpus, cache_dir=str(tmp_path / "cache"), on_bad_audio="skip")
+    if screened:
+        builder.screen_audio()
+    path.write_bytes(b"")
+    with pytest.raises(
+        AudioError, match="recordings were changed after the corpus was opened: let nothing write to them"
+    ):
+        builder.download_and_prepare()
+    path.write_bytes(content)
+    again = DailyTalkUSDM(data_dir=corpus, cache_dir=str(tmp_path / "cache"), on_bad_audio="skip")
+    again.download_and_prepare()
+    assert again.cache_dir != builder.cache_dir and again.as_dataset(split="train")["id"][:] == IDS["train"]
 
 
 def test_errors_name_value_and_place(corpus, tmp_path):
@@ -290,11 +334,6 @@ def test_errors_name_value_and_place(corpus, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data_dir .*nowhere does not exist"):
         DailyTalkUSDM(data_dir=tmp_path / "nowhere")
     (corpus / "data" / "3" / "0_0_d3.wav").write_text("not audio")
-    with pytest.raises(AudioError, match=r"0_0_d3\.wav is not audio"):
-        DailyTalkUSDM(data_dir=corpus)
-    (corpus / "data" / "3" / "0_0_d3.wav").unlink()
-    with pytest.raises(FileNotFoundError, match=r"0_0_d3\.wav does not exist"):
-        DailyTalkUSDM(data_dir=corpus)
     (corpus / "test.txt").write_text("bad\n")
     with pytest.raises(CorpusError, match=r"test\.txt:1: 1 fields instead of 5"):
         DailyTalkUSDM(data_dir=corpus)
@@ -341,10 +380,7 @@ def test_code_digest_covers_the_modules_that_the_builder_imports():
     others = {name for name in done.stdout.split() if name not in covered and name.rpartition(".")[0] not in covered}
     assert others <= {
         "usdm_sft.utils",
-        *(
-            f"usdm_sft.utils.{n}"
-            for n in ("atomic", "cache_keys", "download", "hashes", "lazily", "locks", "once", "progress")
-        ),
+        *(f"usdm_sft.utils.{n}" for n in ("atomic", "cache_keys", "download", "hashes", "locks", "once", "progress")),
     }
 
 
@@ -359,9 +395,15 @@ def test_code_digest_changes_with_the_code(monkeypatch, module):
 def test_builder_names_dailytalk_for_its_published_lists_only(mini, tmp_path, monkeypatch):
     other = DailyTalkUSDM(data_dir=mini / "corpus", cache_dir=str(tmp_path / "other")).info
     assert (other.homepage, other.license, other.citation) == ("", "", "")
+    assert other.description.startswith(
+        "Spoken dialogs as examples for spoken-dialog language models. A row of single_turn is"
+    )
     lists = {split: ("", download.sha256_file(mini / "corpus" / f"{split}.txt")) for split in ("train", "test")}
     monkeypatch.setattr(published_lists, "SPLIT_LISTS", lists)
     published = DailyTalkUSDM(data_dir=mini / "corpus", cache_dir=str(tmp_path / "published")).info
+    assert published.description.startswith(
+        "DailyTalk, 20 hours of English dialogs read by two speakers, as examples for"
+    )
     assert published.homepage == "https://github.com/keonlee9420/DailyTalk"
     assert "CC BY-SA 4.0" in published.license and "CC BY-NC-SA 4.0" in published.license
     assert "arXiv:2207.01063" in published.citation

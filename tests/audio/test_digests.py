@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from usdm_sft.audio import addresses, check, digest_reader, digests, memo
-from usdm_sft.audio.check import AudioCheck
+from usdm_sft.audio import addresses, check, digest_database, digests
+from usdm_sft.audio.containers import AudioError
+from usdm_sft.audio.digest_database import TABLE
 from usdm_sft.audio.digests import audio_digests, file_digest, read_file, read_unchanged
-from usdm_sft.audio.memo import TABLE
-from usdm_sft.audio.reading import AudioError
 
 
 @pytest.fixture
@@ -30,13 +29,17 @@ def reads(monkeypatch):
 
 @pytest.fixture
 def settled(monkeypatch):
-    monkeypatch.setattr(memo, "SETTLED_NS", -(10**18))
+    monkeypatch.setattr(digest_database, "SETTLED_NS", -(10**18))
 
 
 def write_wav(path, seed=0):
     samples = np.random.default_rng(seed).uniform(-0.5, 0.5, 4410)
     soundfile.write(path, samples, 22_050)
     return str(path)
+
+
+def fail(file):
+    raise OSError(5, "Input/output error")
 
 
 def test_audio_digest(tmp_path):
@@ -69,7 +72,7 @@ def test_file_that_appears_after_its_time_was_asked_for_is_not_remembered(tmp_pa
     """It would be taken for unchanged while it does not exist."""
     path = write_wav(tmp_path / "a.wav")
     with monkeypatch.context() as patch:
-        patch.setattr(digest_reader, "find_stamp", lambda file: (0, 0, 0))
+        patch.setattr(digests, "find_stamp", lambda file: (0, 0, 0))
         assert audio_digests([path], tmp_path / "cache")[path].problem is None
     os.unlink(path)
     assert audio_digests([path], tmp_path / "cache")[path].problem == "does not exist"
@@ -102,8 +105,8 @@ def test_bad_audio_is_not_remembered(tmp_path, settled, monkeypatch):
     """So that other permissions, or a soundfile that reads more, get their chance."""
     path = write_wav(tmp_path / "a.wav")
     with monkeypatch.context() as patch:
-        patch.setattr(digest_reader, "check_file", lambda path: (AudioCheck(problem="cannot be read"), None, ""))
-        assert audio_digests([path], tmp_path / "cache")[path].problem == "cannot be read"
+        patch.setattr(digests, "digest_recording", fail)
+        assert audio_digests([path], tmp_path / "cache")[path].problem == "cannot be read (Input/output error)"
     with closing(sqlite3.connect(tmp_path / "cache" / "digests.sqlite")) as database:
         assert database.execute(f"SELECT COUNT(*) FROM {TABLE}").fetchone() == (0,)
     assert audio_digests([path], tmp_path / "cache")[path].problem is None
@@ -125,10 +128,6 @@ def test_digests_of_an_older_version_are_not_used(tmp_path, settled):
 
 def test_file_that_fails_while_it_is_hashed(tmp_path, monkeypatch):
     path = write_wav(tmp_path / "a.wav")
-
-    def fail(file):
-        raise OSError(5, "Input/output error")
-
     monkeypatch.setattr(check, "_digest", fail)
     found = audio_digests([path, f"{path}#t=0,0.1"], tmp_path / "cache")
     assert [digest.problem for digest in found.values()] == ["cannot be read (Input/output error)"] * 2

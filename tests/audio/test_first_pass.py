@@ -2,16 +2,14 @@
 
 import os
 from collections import Counter
-from functools import partial
 
 import numpy as np
 import pytest
 import soundfile
 
-from usdm_sft.audio import addresses, check, digest_reader, first_pass, memo
+from usdm_sft.audio import addresses, check, digest_database, digests
 from usdm_sft.audio.addresses import format_address
 from usdm_sft.audio.digests import audio_digests, read_file, read_unchanged
-from usdm_sft.audio.first_pass import read_ahead
 from usdm_sft.audio.reading import AudioError
 from usdm_sft.units.reading import cut_into_chunks
 from usdm_sft.utils.processes import ProcessPool
@@ -33,7 +31,7 @@ class Pool:
 
 @pytest.fixture
 def settled(monkeypatch):
-    monkeypatch.setattr(memo, "SETTLED_NS", -(10**18))
+    monkeypatch.setattr(digest_database, "SETTLED_NS", -(10**18))
 
 
 @pytest.fixture
@@ -65,37 +63,37 @@ def corpus(tmp_path):
 def test_every_recording_is_hashed_once_and_found_afterwards(tmp_path, corpus, settled, hashed, monkeypatch):
     expected = dict(audio_digests(corpus, tmp_path / "here"))
     assert expected[str(tmp_path / "none.wav")].problem == "does not exist"
-    monkeypatch.setattr(first_pass, "FEW", 1)
-    monkeypatch.setattr(first_pass, "BATCH", 2)
+    monkeypatch.setattr(digests, "FEW", 1)
+    monkeypatch.setattr(digests, "BATCH", 2)
     hashed.clear()
     pool = Pool()
-    found = audio_digests(corpus, tmp_path / "cache", read_ahead=partial(read_ahead, pool=pool))
+    found = audio_digests(corpus, tmp_path / "cache", pool=pool)
     assert dict(found) == expected
     assert hashed == dict.fromkeys(("a.wav", "b.wav", "c.wav", "call.wav", "call.flac"), 1)
     names = [[os.path.basename(address).partition("#")[0] for address in batch] for batch in pool.items]
     assert names == [["a.wav", "b.wav"], ["call.wav"] * 2, ["call.flac"] * 2, ["none.wav", "c.wav"]]
     assert len(set(pool.keys)) == 4
     again = Pool()
-    found = audio_digests(corpus, tmp_path / "cache", read_ahead=partial(read_ahead, pool=again))
+    found = audio_digests(corpus, tmp_path / "cache", pool=again)
     assert dict(found) == expected
     assert again.items == [[str(tmp_path / "none.wav")]]  # a bad file is not remembered
     assert max(hashed.values()) == 1
 
 
 def test_few_recordings_are_read_here(tmp_path, corpus, settled, monkeypatch):
-    monkeypatch.setattr(first_pass, "FEW", 9)  # the corpus has 8
+    monkeypatch.setattr(digests, "FEW", 9)  # the corpus has 8
     pool = Pool()
-    audio_digests(corpus, tmp_path / "cache", read_ahead=partial(read_ahead, pool=pool))
+    audio_digests(corpus, tmp_path / "cache", pool=pool)
     assert pool.items == []
-    monkeypatch.setattr(first_pass, "FEW", 8)
-    audio_digests(corpus, tmp_path / "other", read_ahead=partial(read_ahead, pool=pool))
+    monkeypatch.setattr(digests, "FEW", 8)
+    audio_digests(corpus, tmp_path / "other", pool=pool)
     assert len(pool.items) == 1
 
 
 def test_recording_that_changes_after_a_process_read_it_is_refused_and_read_by_the_next_run(
     tmp_path, corpus, settled, monkeypatch
 ):
-    monkeypatch.setattr(first_pass, "FEW", 1)
+    monkeypatch.setattr(digests, "FEW", 1)
 
     class Late(Pool):
         def map(self, *args, **kwargs):
@@ -103,13 +101,13 @@ def test_recording_that_changes_after_a_process_read_it_is_refused_and_read_by_t
             soundfile.write(tmp_path / "a.wav", np.zeros(16_000), 16_000)
             soundfile.write(tmp_path / "call.wav", np.zeros(32_000), 16_000)
 
-    found = audio_digests(corpus, tmp_path / "cache", read_ahead=partial(read_ahead, pool=Late()))
+    found = audio_digests(corpus, tmp_path / "cache", pool=Late())
     for address in (corpus[0], corpus[2]):
         with pytest.raises(AudioError, match="was changed during the run: let nothing write to it, and run again"):
             read_unchanged(address, found[address].sha256, read_file)
     assert read_unchanged(corpus[1], found[corpus[1]].sha256, read_file)
     pool = Pool()
-    again = audio_digests(corpus, tmp_path / "cache", read_ahead=partial(read_ahead, pool=pool))
+    again = audio_digests(corpus, tmp_path / "cache", pool=pool)
     assert again[corpus[0]].seconds == 1
     assert pool.items == [[corpus[0], corpus[2], corpus[4], corpus[6]]]  # two stretches of call.wav, and none.wav
     for address in (corpus[0], corpus[2]):
@@ -118,10 +116,10 @@ def test_recording_that_changes_after_a_process_read_it_is_refused_and_read_by_t
 
 def test_results_of_earlier_tasks_hold_while_their_recordings_do_not_change(tmp_path, corpus, settled, monkeypatch):
     """Such as while a job of Slurm waits."""
-    monkeypatch.setattr(first_pass, "FEW", 1)
+    monkeypatch.setattr(digests, "FEW", 1)
     pool = Pool()
-    audio_digests(corpus, tmp_path / "cache", read_ahead=partial(read_ahead, pool=pool))
-    result = first_pass.read_recordings(corpus)
+    audio_digests(corpus, tmp_path / "cache", pool=pool)
+    result = digests.read_recordings(corpus)
     assert pool.holds(result)
     for name in ("b.wav", "call.wav", "call.flac"):
         content = (tmp_path / name).read_bytes()
@@ -130,24 +128,24 @@ def test_results_of_earlier_tasks_hold_while_their_recordings_do_not_change(tmp_
         (tmp_path / name).unlink()
         assert not pool.holds(result)
         (tmp_path / name).write_bytes(content)
-        result = first_pass.read_recordings(corpus)
+        result = digests.read_recordings(corpus)
         assert pool.holds(result)
 
 
 def test_results_of_tasks_of_another_version_are_not_found(tmp_path, corpus, monkeypatch):
-    monkeypatch.setattr(first_pass, "FEW", 1)
+    monkeypatch.setattr(digests, "FEW", 1)
     keys = []
     for table in ("files_5", "files_5", "files_6"):
-        monkeypatch.setattr(first_pass, "TABLE", table)
+        monkeypatch.setattr(digests, "TABLE", table)
         pool = Pool()
-        audio_digests(corpus, tmp_path / "cache", read_ahead=partial(read_ahead, pool=pool))
+        audio_digests(corpus, tmp_path / "cache", pool=pool)
         keys += pool.keys
     assert keys[0] == keys[1] != keys[2]
 
 
 def test_files_that_a_process_read_are_not_looked_at_again(tmp_path, corpus, settled, monkeypatch):
     """A later run looks at each file once."""
-    monkeypatch.setattr(first_pass, "FEW", 1)
+    monkeypatch.setattr(digests, "FEW", 1)
     looks = Counter()
 
     def watch(owner, name):
@@ -170,15 +168,15 @@ def test_files_that_a_process_read_are_not_looked_at_again(tmp_path, corpus, set
     monkeypatch.setattr(addresses, "open", open, raising=False)
     for owner, name in ((os, "stat"), (os, "lstat"), (addresses, "open")):
         watch(owner, name)
-    found = audio_digests(corpus, tmp_path / "cache", read_ahead=partial(read_ahead, pool=Elsewhere()))
+    found = audio_digests(corpus, tmp_path / "cache", pool=Elsewhere())
     assert looks == {}
     assert audio_digests(corpus, tmp_path / "cache") == found
     assert looks == dict.fromkeys(("a.wav", "b.wav", "c.wav", "call.wav", "call.flac"), 1)
 
 
 def test_problems_are_in_the_order_of_the_addresses(tmp_path, settled, monkeypatch):
-    monkeypatch.setattr(first_pass, "FEW", 1)
-    monkeypatch.setattr(first_pass, "BATCH", 2)
+    monkeypatch.setattr(digests, "FEW", 1)
+    monkeypatch.setattr(digests, "BATCH", 2)
     soundfile.write(tmp_path / "call.wav", np.zeros(32_000), 16_000)
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16_000)
     call = str(tmp_path / "call.wav")
@@ -191,20 +189,20 @@ def test_problems_are_in_the_order_of_the_addresses(tmp_path, settled, monkeypat
     }
     everything = [call, *bad, format_address(call, 0, 1)]
     for _ in range(2):  # the second one knows the recording
-        found = audio_digests(everything, tmp_path / "cache", read_ahead=partial(read_ahead, pool=Pool()))
-        assert list(found.problems.items()) == list(bad.items())
+        found = audio_digests(everything, tmp_path / "cache", pool=Pool())
+        assert [(each, digest.problem) for each, digest in found.items() if digest.problem] == list(bad.items())
         assert [found[each].seconds for each in (call, everything[-1])] == [2, 1]
 
 
 def test_processes(mini, tmp_path, monkeypatch):
     corpus = [str(path) for path in sorted(mini.glob("corpus/data/*/*.wav"))]
     expected = dict(audio_digests(corpus, tmp_path / "here"))
-    monkeypatch.setattr(first_pass, "FEW", 1)
-    monkeypatch.setattr(first_pass, "BATCH", 8)
-    checked, check_file = [], digest_reader.check_file
-    monkeypatch.setattr(digest_reader, "check_file", lambda file: checked.append(file) or check_file(file))
+    monkeypatch.setattr(digests, "FEW", 1)
+    monkeypatch.setattr(digests, "BATCH", 8)
+    checked, digest_recording = [], digests.digest_recording
+    monkeypatch.setattr(digests, "digest_recording", lambda file: checked.append(file) or digest_recording(file))
     with ProcessPool(2) as pool:
-        assert dict(audio_digests(corpus, tmp_path / "cache", read_ahead=partial(read_ahead, pool=pool))) == expected
+        assert dict(audio_digests(corpus, tmp_path / "cache", pool=pool)) == expected
     assert len(expected) == len(corpus) == len(set(corpus)) > 16
     assert sorted(checked) == corpus[16:]  # the first two batches wait for the other process
 
@@ -212,16 +210,16 @@ def test_processes(mini, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["calls #2", "a#t=0,1", "#"])
 def test_number_sign_in_a_folder_name_divides_nothing_else(tmp_path, settled, monkeypatch, name):
     """Whole files of such a folder are no stretches of one recording."""
-    monkeypatch.setattr(first_pass, "FEW", 1)
-    monkeypatch.setattr(first_pass, "BATCH", 2)
+    monkeypatch.setattr(digests, "FEW", 1)
+    monkeypatch.setattr(digests, "BATCH", 2)
     folder = tmp_path / name
     folder.mkdir()
     paths = [str(folder / f"{number}.wav") for number in range(6)]
     for path in paths:
         soundfile.write(path, np.zeros(16_000), 16_000)
     pool = Pool()
-    found = audio_digests(paths, tmp_path / "cache", read_ahead=partial(read_ahead, pool=pool))
-    assert pool.items == [paths[:2], paths[2:4], paths[4:]] and not found.problems
+    found = audio_digests(paths, tmp_path / "cache", pool=pool)
+    assert pool.items == [paths[:2], paths[2:4], paths[4:]] and not any(digest.problem for digest in found.values())
     stretches = [format_address(path, start, start + 0.5) for path in paths[:2] for start in (0, 0.5)]
     assert cut_into_chunks(paths, 2) == [paths[:2], paths[2:4], paths[4:]]
     assert cut_into_chunks(stretches, 2) == [stretches[:2], stretches[2:]]

@@ -425,12 +425,12 @@ def test_error_names_twenty_files_at_most(corpus, tmp_path):
     for path in corpus.glob("data/*/*.wav"):
         path.unlink()
     with pytest.raises(FileNotFoundError) as caught:  # where nothing else is wrong
-        DailyTalkUSDM(data_dir=corpus)
+        DailyTalkUSDM(data_dir=corpus).screen_audio()
     assert len(str(caught.value).split("\n")) == 19
     with open(corpus / "train.txt", "a") as file:
         file.writelines(f"{turn}_{turn % 2}_d5|{turn % 2}|{{P}}|hello.|none\n" for turn in range(10))
     with pytest.raises(FileNotFoundError) as caught:
-        DailyTalkUSDM(data_dir=corpus)
+        DailyTalkUSDM(data_dir=corpus).screen_audio()
     assert str(caught.value).split("\n")[20:] == ["... and 9 more problems"]
 
 
@@ -533,7 +533,7 @@ def test_split_without_a_pair_left_is_refused(corpus, tmp_path):
     for name in ("105/1_0_d105.wav", "2001/0_0_d2001.wav"):
         (corpus / "data" / name).write_bytes(b"")
     with pytest.raises(AudioError) as caught:
-        DailyTalkUSDM(data_dir=corpus, on_bad_audio="skip")
+        DailyTalkUSDM(data_dir=corpus, on_bad_audio="skip").screen_audio()
     data = corpus.resolve() / "data"
     assert str(caught.value).split("\n") == [
         "bad audio leaves no pair of test: replace files, or name another split list",
@@ -560,7 +560,7 @@ def test_corpus_digest_and_cache_follow_the_pairs_left_out(corpus, mini):
     def state(**options):
         builder = DailyTalkUSDM(data_dir=corpus, on_bad_audio="skip", **options)
         assert builder.config.on_bad_audio == "skip"
-        return builder.config.corpus_digest, builder.cache_dir
+        return builder.content_digest, builder.cache_dir
 
     states = [state()]
     shutil.copyfile(mini / "corpus" / "data" / "3" / "0_0_d3.wav", corpus / "data" / "3" / "0_0_d3.wav")
@@ -593,7 +593,7 @@ def test_symlink_out_of_the_corpus_is_followed(corpus, mini, tmp_path):
         else:
             (corpus / "data" / folder.name).symlink_to(folder)
     linked, plain = DailyTalkUSDM(data_dir=corpus), DailyTalkUSDM(data_dir=mini / "corpus")
-    assert linked.config.corpus_digest == plain.config.corpus_digest
+    assert linked.content_digest == plain.content_digest
     assert read_waveform(corpus / "data" / "3" / "0_0_d3.wav").any()
 
 

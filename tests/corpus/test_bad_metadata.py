@@ -237,7 +237,7 @@ def test_metadata_json_is_not_read(mini_corpus, content, tmp_path):
         builder = DailyTalkUSDM(data_dir=mini_corpus, cache_dir=str(tmp_path / cache))
         builder.download_and_prepare()
         rows = {split: its[:] for split, its in builder.as_dataset().items()}
-        return rows, builder.config.corpus_digest, os.path.relpath(builder.cache_dir, tmp_path / cache)
+        return rows, builder.content_digest, os.path.relpath(builder.cache_dir, tmp_path / cache)
 
     assert (mini_corpus / "metadata.json").is_file()
     before = state("before")

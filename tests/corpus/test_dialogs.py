@@ -1,13 +1,11 @@
-"""Turns are grouped into dialogs, digests are found by address, and the digest of a corpus is that of its JSON."""
+"""Turns are grouped into dialogs, and the digest of a corpus is that of its JSON."""
 
 import hashlib
 import json
-import pickle
 
-import numpy as np
 import pytest
 
-from usdm_sft.audio.digest_table import AudioDigest, AudioDigests
+from usdm_sft.audio.digests import AudioDigest
 from usdm_sft.corpus.dialogs import Dialog, Split, Turns, Utterance
 from usdm_sft.corpus.left_out import corpus_digest
 
@@ -34,37 +32,11 @@ def test_turns_are_grouped_into_dialogs_as_they_appear():
     assert [turns.find("b", turn) for turn in range(5)] == [4, 6, 0, 2, None] and turns.find("c", 0) is None
 
 
-def test_digests_are_found_by_address_in_the_order_of_first_use():
-    addresses = ["b", "a", "b", "c\ud800", "a"]
-    digests = {
-        "b": AudioDigest("1" * 64, 5, 0.5),
-        "a": AudioDigest("", 0, 0.0, "is empty"),
-        "c\ud800": AudioDigest("f" * 64, 7, 1.0),
-    }
-    table = AudioDigests(addresses)
-    assert list(table) == list(digests) and len(table) == 3
-    assert table.find_unset().tolist() == [0, 1, 2]
-    assert table.put(np.array([2, 0]), [digests["c\ud800"], None]) == 1
-    assert table.find_unset().tolist() == [0, 1]
-    assert table.addresses_at(table.find_unset()) == ["b", "a"]
-    assert table.put(np.array([1, 0]), [digests["a"], digests["b"]]) == 2
-    assert not len(table.find_unset())
-    assert dict(table) == digests == dict(pickle.loads(pickle.dumps(table)))
-    assert table.problems == {"a": "is empty"}
-    assert table.find_all(["a", "b", "a"]) == [digests["a"], digests["b"], digests["a"]]
-    assert dict(table.select(["c\ud800", "b"])) == {name: digests[name] for name in ("c\ud800", "b")}
-    for unknown in ("", "0", "d", "zz"):
-        with pytest.raises(KeyError, match=f"'{unknown}'"):
-            table.find_all(["a", unknown])
-    assert list(AudioDigests([])) == []
-
-
 @pytest.mark.parametrize("pairs", [{}, {"d1_0": "audio of ü: is empty"}])
 @pytest.mark.parametrize("num", [0, 1, 3])
 def test_digest_of_a_corpus_is_that_of_its_json(num, pairs):
-    table = AudioDigests([str(index) for index in range(num)])
-    table.put(np.arange(num), [AudioDigest(f"{index:064x}", 1, 0.1) for index in range(num)])
+    audio = {str(index): AudioDigest(f"{index:064x}", 1, 0.1) for index in range(num)}
     splits = {"train": Split("train", (), {}, (), pairs), "test": Split("test", (), {}, ())}
     lists = {"train": "0" * 64, "test": "1" * 64}
     expected = json.dumps([lists, [f"{index:064x}" for index in range(num)], *([pairs] if pairs else [])])
-    assert corpus_digest(lists, table, splits) == hashlib.sha256(expected.encode()).hexdigest()
+    assert corpus_digest(lists, audio, splits) == hashlib.sha256(expected.encode()).hexdigest()

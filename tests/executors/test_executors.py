@@ -19,7 +19,7 @@ from tests.helpers import (
     make_in_two_runs_at_once,
     options,
 )
-from usdm_sft.audio import digest_reader, first_pass
+from usdm_sft.audio import digests
 from usdm_sft.cli.main import main
 from usdm_sft.executors import calls, launchers
 from usdm_sft.folder import parquet
@@ -64,9 +64,9 @@ def elsewhere(monkeypatch):
     monkeypatch.setattr(UnitModel, "forward", None)
     monkeypatch.setattr(tokens, "map_shard", None)
     monkeypatch.setattr(parquet, "_with_trainer_columns", None)
-    monkeypatch.setattr(first_pass, "FEW", 1)
-    monkeypatch.setattr(first_pass, "BATCH", 6)
-    monkeypatch.setattr(digest_reader, "check_file", None)
+    monkeypatch.setattr(digests, "FEW", 1)
+    monkeypatch.setattr(digests, "BATCH", 6)
+    monkeypatch.setattr(digests, "digest_recording", None)
 
 
 def times(folder, pattern):

@@ -11,7 +11,7 @@ import dill
 import pytest
 
 from tests.helpers import command, content, options
-from usdm_sft.audio import first_pass, memo
+from usdm_sft.audio import digest_database, digests
 from usdm_sft.cli.main import main
 from usdm_sft.executors.slurm import submit
 from usdm_sft.folder import parquet
@@ -99,9 +99,9 @@ def queue(slurm, monkeypatch):
 @pytest.fixture
 def many_recordings(monkeypatch):
     """Let the recordings of the mini corpus be enough for tasks."""
-    monkeypatch.setattr(first_pass, "FEW", 10)
-    monkeypatch.setattr(first_pass, "BATCH", 8)
-    monkeypatch.setattr(memo, "SETTLED_NS", -(10**18))
+    monkeypatch.setattr(digests, "FEW", 10)
+    monkeypatch.setattr(digests, "BATCH", 8)
+    monkeypatch.setattr(digest_database, "SETTLED_NS", -(10**18))
 
 
 def slurm_command(mini, unit_model, folder, tasks):

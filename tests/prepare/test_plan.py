@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from usdm_sft.audio.digest_table import AudioDigest
+from usdm_sft.audio.digests import AudioDigest
 from usdm_sft.corpus.dialogs import Dialog, Split, Utterance
 from usdm_sft.corpus.left_out import leave_out
 from usdm_sft.prepare.plan import Content, plan_shards
@@ -15,9 +15,9 @@ SAMPLES = {"a_0": 16_000, "a_1": 8_000, "a_2": 24_000, "b_0": 4_000, "b_1": 32_0
 class Digests:
     """The digest of an address is made of its name."""
 
-    def find_all(self, addresses):
-        lengths = [SAMPLES.get(address.removesuffix(".wav"), 400) for address in addresses]
-        return [AudioDigest(f"sha {each}", num, num / 16_000) for each, num in zip(addresses, lengths, strict=True)]
+    def __getitem__(self, address):
+        num_samples = SAMPLES.get(address.removesuffix(".wav"), 400)
+        return AudioDigest(f"sha {address}", num_samples, num_samples / 16_000)
 
 
 def dialog(name, num_turns):

@@ -39,21 +39,6 @@ def check_audio(address: str | Path) -> AudioCheck:
     return check_stretches(parse_address(address), lru_cache(_measure))
 
 
-def check_file(file: str) -> tuple[AudioCheck, int, str]:
-    """Check a whole file and find its sha256, both in one reading. Raises nothing.
-
-    Returns:
-        The result of `check_audio`; the number of channels; and the sha256 in hex, "" for a bad file.
-    """
-    try:
-        with _open_sound(file) as (opened, sound):
-            extent = sound.measure()
-            check = check_stretches([Stretch(file)], lambda _: extent)
-            return check, extent.channels, _digest(opened) if check.problem is None else ""
-    except AUDIO_ERRORS as error:
-        return AudioCheck(problem=find_problem(error)), 0, ""
-
-
 def check_stretches(stretches: Sequence[Stretch], measure: Callable[[str], Extent]) -> AudioCheck:
     """Return the result of `check_audio` for a parsed address.
 

@@ -3,16 +3,21 @@
 import dataclasses
 import glob
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
 import datasets.data_files
+import soundfile
 
+from usdm_sft.audio.containers import AudioError
+from usdm_sft.audio.digests import AudioDigest, find_stamps
 from usdm_sft.corpus import examples, features, find, published_lists, read
 from usdm_sft.corpus import hub_corpus as hub
 from usdm_sft.corpus import left_out as bad_audio
+from usdm_sft.corpus.dialogs import Split
 from usdm_sft.corpus.manifest import is_manifest
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.utils import texts
@@ -23,13 +28,18 @@ if TYPE_CHECKING:
 
 NAME = "dailytalk_usdm"  # of the dataset, for datasets
 _VERSION = datasets.Version("1.0.0")
+_DESCRIPTION = (
+    "{corpus} as examples for spoken-dialog language models. A row of single_turn is two neighbouring turns of a dialog, the "
+    "earlier spoken by the user and the later by the agent; a row of multi_turn is a conversation. Each turn has its speaker, text, "
+    "emotion and the path of its recording."
+)
 
 
 def code_digest() -> str:
-    """Return the sha256 of the code that decides the rows, so that a change to it invalidates cached rows."""
+    """Return the sha256 of the code and the libraries that decide the rows, so that a change to them invalidates cached rows."""
     package = Path(texts.__file__).parents[1]
     modules = [path for name in ("audio", "corpus") for path in sorted((package / name).glob("*.py"))]
-    code = hashlib.sha256(datasets.__version__.split(".")[0].encode())
+    code = hashlib.sha256(f"{datasets.__version__.split('.')[0]} {soundfile.__libsndfile_version__}".encode())
     for path in (*modules, Path(texts.__file__)):
         code.update(path.read_bytes())
     return code.hexdigest()
@@ -45,8 +55,8 @@ class DailyTalkUSDMConfig(datasets.BuilderConfig):  # type: ignore[misc]  # data
         agent: The speaker who is the agent in every pair. By default each side is the agent in turn, as in the reference.
         merge_speaker_turns: Join neighbouring turns of one speaker. By default such dialogs are left out, as in the reference.
         on_bad_audio: "error" stops at bad audio, "skip" leaves out the pairs that use it.
-        corpus_digest: sha256 over the split lists, the audio and the pairs left out for bad audio. The builder fills it in, and
-            the cache follows it.
+        corpus_digest: sha256 over the split lists and over path, size and times of change of the recordings, as datasets tells
+            data files apart. The builder fills it in, and the cache follows it.
     """
 
     history: int = 0
@@ -57,11 +67,14 @@ class DailyTalkUSDMConfig(datasets.BuilderConfig):  # type: ignore[misc]  # data
 
 
 class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
-    """DailyTalk as pairs: two neighbouring turns of a dialog, the earlier as the user and the later as the agent.
+    """Spoken dialogs as pairs: two neighbouring turns of a dialog, the earlier as the user and the later as the agent.
 
     A row of single_turn is one pair. A row of multi_turn is a conversation; its user and agent columns are lists, one entry per
     exchange. Rows are in order of dialog number and turn. Audio is the path of the recording, never its bytes; symlinks are
     followed. DailyTalk's metadata.json is not read, because the split lists hold everything.
+
+    The constructor reads the lists and opens no recording. The audio is checked when rows are made, or when `screen_audio`,
+    `corpus` or `audio_digests` is used.
 
     Args:
         data_dir: DailyTalk's folder (with `data/`), its `data` folder, or its zip archive. For another corpus, the folder with its
@@ -71,22 +84,19 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
         base_path: As in `datasets.DatasetBuilder`.
         digest_cache_dir: Where digests of audio files are remembered; this package's cache by default.
         on_bad_audio: "error" stops and names every bad file; "skip" leaves out its pairs (`corpus[split].pairs_left_out`).
-        pool: Shares out recordings that are read for the first time; by default threads of this process read them.
         args: Positional arguments of `datasets.DatasetBuilder`.
         kwargs: Fields of `DailyTalkUSDMConfig`, and keyword arguments of `datasets.DatasetBuilder`.
 
     Attributes:
-        corpus, whole_corpus: The `usdm_sft.corpus.dialogs.Split` of each split, after and before bad audio was left out.
+        whole_corpus: The `usdm_sft.corpus.dialogs.Split` of each split, before bad audio is left out.
         split_lists: The path of each split's list.
         list_digests: The sha256 of each split's list.
-        audio_digests: The `usdm_sft.audio.digest_table.AudioDigest` of each recording that a pair uses.
         is_dailytalk: True if the lists are DailyTalk's split lists, False for manifests.
 
     Raises:
         ValueError: The config does not exist, an option is wrong, or DailyTalk's own split lists are swapped.
-        FileNotFoundError: Data, a split list or an audio file is missing.
+        FileNotFoundError: Data or a split list is missing.
         usdm_sft.corpus.problems.CorpusError: The split lists are wrong; the message names each problem with file and line.
-        usdm_sft.audio.reading.AudioError: An audio file cannot become units, or a split has no pair left.
     """
 
     BUILDER_CONFIG_CLASS = DailyTalkUSDMConfig
@@ -104,7 +114,6 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
         base_path: str | None = None,
         digest_cache_dir: str | Path | None = None,
         on_bad_audio: str = "error",
-        pool: "Pool | None" = None,
         **kwargs: Any,
     ) -> None:
         examples.check_config(kwargs.get("config_name") or self.DEFAULT_CONFIG_NAME, kwargs.get("history") or 0)
@@ -120,16 +129,17 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
         if kwargs.get("agent") is not None:
             kwargs["agent"] = str(kwargs["agent"])  # speakers are texts, also those that are numbers
         rules = read.Rules(kwargs.get("agent"), kwargs.get("merge_speaker_turns") or False)
-        self.corpus = self.whole_corpus = read.read_corpus(self.split_lists, rules, data_dir=data_dir)
-        for split in self.corpus.values():
+        self.whole_corpus = read.read_corpus(self.split_lists, rules, data_dir=data_dir)
+        for split in self.whole_corpus.values():
             if not split.dialogs:
                 reasons = "; ".join(f"{dialog}: {reason}" for dialog, reason in split.left_out.items()) or "it is empty"
                 raise CorpusError([f"{self.split_lists[split.name]}: not one pair: {reasons}: name another split list"])
         self.list_digests = {split: sha256_file(path) for split, path in self.split_lists.items()}
         published_lists.check_not_swapped(self.split_lists, self.list_digests)
-        self.corpus, self.audio_digests = bad_audio.screen_audio(self.corpus, on_bad_audio, digest_cache_dir, pool)
-        digest = bad_audio.corpus_digest(self.list_digests, self.audio_digests, self.corpus)
-        kwargs |= {"hash": code_digest(), "on_bad_audio": on_bad_audio, "corpus_digest": digest}
+        bad_audio.check_option(on_bad_audio)
+        self._digest_cache_dir = digest_cache_dir
+        self._screened: tuple[dict[str, Split], dict[str, AudioDigest]] | None = None
+        kwargs |= {"hash": code_digest(), "on_bad_audio": on_bad_audio, "corpus_digest": self._find_corpus_digest()}
         folder = next(iter(self.split_lists.values())).parent if data_dir is None else Path(data_dir).expanduser()
         if self.is_dailytalk and folder.is_dir():
             folder = find.find_data_folder(folder)  # one cache for both spellings of data_dir
@@ -137,11 +147,50 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
         super().__init__(*args, data_dir=str(folder.resolve()), base_path=base_path, **kwargs)
         self.info.features = self._info().features  # an existing cache restores plain Audio, which needs torchcodec
 
+    def _find_corpus_digest(self) -> str:
+        stamps = find_stamps(bad_audio.list_addresses(self.whole_corpus))
+        return hashlib.sha256(json.dumps([self.list_digests, list(stamps.items())]).encode()).hexdigest()
+
+    def screen_audio(self, pool: "Pool | None" = None) -> None:
+        """Check all audio and leave out the pairs with bad audio, once.
+
+        Args:
+            pool: Shares out recordings that are read for the first time; by default threads of this process read them.
+
+        Raises:
+            FileNotFoundError: Audio files are missing, and nothing else is wrong.
+            usdm_sft.audio.reading.AudioError: Audio cannot become units, or a split has no pair left.
+        """
+        if self._screened is None:
+            on_bad_audio = self.config.on_bad_audio
+            self._screened = bad_audio.screen_audio(self.whole_corpus, on_bad_audio, self._digest_cache_dir, pool)
+
+    @property
+    def corpus(self) -> dict[str, Split]:
+        """The `usdm_sft.corpus.dialogs.Split` of each split, after bad audio was left out; checks the audio first."""
+        self.screen_audio()
+        assert self._screened is not None
+        return self._screened[0]
+
+    @property
+    def audio_digests(self) -> dict[str, AudioDigest]:
+        """The `usdm_sft.audio.digests.AudioDigest` of each recording that a pair uses, by address; checks the audio first."""
+        self.screen_audio()
+        assert self._screened is not None
+        return self._screened[1]
+
+    @property
+    def content_digest(self) -> str:
+        """The sha256 over the lists, the content of the audio and the pairs left out for bad audio, wherever the files lie."""
+        return bad_audio.corpus_digest(self.list_digests, self.audio_digests, self.corpus)
+
     def _info(self) -> datasets.DatasetInfo:
+        published = published_lists.are_published_lists(self.list_digests)
+        corpus = "DailyTalk, 20 hours of English dialogs read by two speakers," if published else "Spoken dialogs"
         return datasets.DatasetInfo(
-            description=__doc__,
+            description=_DESCRIPTION.format(corpus=corpus),
             features=features.example_features(lists=examples.has_lists(self.config.name, self.config.history)),
-            **(published_lists.INFO if published_lists.are_published_lists(self.list_digests) else {}),
+            **(published_lists.INFO if published else {}),
         )
 
     def _load_info(self, *args: Any, **kwargs: Any) -> datasets.DatasetInfo:
@@ -150,12 +199,17 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
         return info
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
+        corpus = self.corpus
+        if self._find_corpus_digest() != self.config.corpus_digest:  # which names the folder of the rows
+            raise AudioError(
+                "recordings were changed after the corpus was opened: let nothing write to them, and load it again"
+            )
         # datasets divides the lists in gen_kwargs over processes and streaming workers.
         return [
             datasets.SplitGenerator(
                 name=split, gen_kwargs={"split": split, "dialogs": list(range(len(content.dialogs)))}
             )
-            for split, content in self.corpus.items()
+            for split, content in corpus.items()
         ]
 
     def _generate_examples(self, split: str, dialogs: list[int]) -> Iterator[tuple[str, dict[str, Any]]]:

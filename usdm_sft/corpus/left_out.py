@@ -8,15 +8,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from usdm_sft.audio.addresses import MISSING
-from usdm_sft.audio.digest_table import AudioDigests
-from usdm_sft.audio.digests import audio_digests
-from usdm_sft.audio.first_pass import read_ahead
+from usdm_sft.audio.digests import AudioDigest, audio_digests
 from usdm_sft.audio.reading import AudioError
 from usdm_sft.corpus.dialogs import Dialog, Split
 from usdm_sft.corpus.problems import join_problems
@@ -30,9 +27,19 @@ ON_BAD_AUDIO = ("error", "skip")
 _REMEDY = "replace the file, or leave out its pairs with --on_bad_audio skip"
 
 
+def check_option(on_bad_audio: str) -> None:
+    """Check the option `on_bad_audio`.
+
+    Raises:
+        ValueError: It is unknown.
+    """
+    if on_bad_audio not in ON_BAD_AUDIO:
+        raise ValueError(f"on_bad_audio {on_bad_audio!r} is unknown: choose one of {', '.join(ON_BAD_AUDIO)}")
+
+
 def screen_audio(
     splits: Mapping[str, Split], on_bad_audio: str, cache_dir: str | Path | None, pool: "Pool | None" = None
-) -> tuple[dict[str, Split], AudioDigests]:
+) -> tuple[dict[str, Split], dict[str, AudioDigest]]:
     """Check all audio of a corpus, and leave out the pairs with bad audio.
 
     Args:
@@ -48,21 +55,18 @@ def screen_audio(
         FileNotFoundError: Files are missing, and nothing else is wrong.
         AudioError: Audio is bad, and `on_bad_audio` is "error" or a split has no pair left. The message has a line for each of
             the first 20 files.
-        ValueError: `on_bad_audio` is neither.
     """
-    if on_bad_audio not in ON_BAD_AUDIO:
-        raise ValueError(f"on_bad_audio {on_bad_audio!r} is unknown: choose one of {', '.join(ON_BAD_AUDIO)}")
-    ahead = None if pool is None else partial(read_ahead, pool=pool)
-    found = audio_digests(_addresses(splits), cache_dir, read_ahead=ahead)
-    if not found.problems:
+    found = audio_digests(list_addresses(splits), cache_dir, pool=pool)
+    problems = {address: digest.problem for address, digest in found.items() if digest.problem is not None}
+    if not problems:
         return dict(splits), found
     paths = {
         utterance.id: utterance.audio
         for split in splits.values()
         for utterance in split.utterances()
-        if utterance.audio in found.problems
+        if utterance.audio in problems
     }
-    bad = {name: found.problems[path] for name, path in paths.items()}
+    bad = {name: problems[path] for name, path in paths.items()}
     if on_bad_audio == "error":
         error = FileNotFoundError if all(map(_is_missing, bad.values())) else AudioError
         raise error(join_problems([f"{_name(name, paths)} {problem}: {_REMEDY}" for name, problem in bad.items()]))
@@ -70,13 +74,13 @@ def screen_audio(
     for name, split in left.items():
         if not split.dialogs:
             split_ids = {utterance.id for utterance in splits[name].utterances()}
-            problems = [f"{_name(each, paths)} {problem}" for each, problem in bad.items() if each in split_ids]
+            lines = [f"{_name(each, paths)} {problem}" for each, problem in bad.items() if each in split_ids]
             head = f"bad audio leaves no pair of {name}: replace files, or name another split list"
-            raise AudioError(join_problems([head, *problems]))
-    return left, found.select(_addresses(left))
+            raise AudioError(join_problems([head, *lines]))
+    return left, {address: found[address] for address in list_addresses(left)}
 
 
-def _addresses(splits: Mapping[str, Split]) -> list[str]:
+def list_addresses(splits: Mapping[str, Split]) -> list[str]:
     """Return the address of each utterance."""
     return [utterance.audio for split in splits.values() for utterance in split.utterances()]
 
@@ -107,10 +111,10 @@ def leave_out(split: Split, bad: Mapping[str, str]) -> Split:
     return replace(split, dialogs=dialogs, left_out=left_out, pairs_left_out=pairs_left_out)
 
 
-def corpus_digest(lists: Mapping[str, str], audio: AudioDigests, splits: Mapping[str, Split]) -> str:
+def corpus_digest(lists: Mapping[str, str], audio: Mapping[str, AudioDigest], splits: Mapping[str, Split]) -> str:
     """Return the sha256 of a JSON list: digests of the lists by split, digests of the audio, pairs left out of each split."""
     left_out = [dict(split.pairs_left_out) for split in splits.values() if split.pairs_left_out]
-    content = json.dumps([dict(lists), list(audio.iter_sha256()), *left_out])
+    content = json.dumps([dict(lists), [digest.sha256 for digest in audio.values()], *left_out])
     return hashlib.sha256(content.encode()).hexdigest()
 
 

@@ -116,7 +116,8 @@ def open_run(
         unit_repetition=config.unit_repetition,
     )
     stages.start("corpus")
-    builder = _open_corpus(config, cache, pool)
+    builder = _open_corpus(config, cache)
+    builder.screen_audio(pool)
     if pool is not None:
         pool.start(len(builder.audio_digests) // UTTERANCES_PER_PROCESS)
     stages.start("unit model")
@@ -142,8 +143,8 @@ def _open_unit_model(config: PrepareConfig, device: str, cache: Path) -> UnitTok
     )
 
 
-def _open_corpus(config: PrepareConfig, cache: Path, pool: Pool | None) -> DailyTalkUSDM:
-    """Read the split lists or manifests, and check all audio."""
+def _open_corpus(config: PrepareConfig, cache: Path) -> DailyTalkUSDM:
+    """Read the split lists or manifests."""
     return DailyTalkUSDM(
         config_name=config.config_name,
         history=config.history,
@@ -154,7 +155,6 @@ def _open_corpus(config: PrepareConfig, cache: Path, pool: Pool | None) -> Daily
         cache_dir=str(cache / "builder"),
         digest_cache_dir=cache,
         on_bad_audio=config.on_bad_audio,
-        pool=pool,
     )
 
 
@@ -189,7 +189,7 @@ def describe_run(run: Run) -> dict[str, Any]:
         },
         "digests": {
             **lists,
-            "lists and audio": builder.config.corpus_digest,
+            "lists and audio": builder.content_digest,
             "unit model": run.unit_tokenizer.digest,
             "tokenizer": run.encoder.tokenizer_digest,
         },

@@ -127,7 +127,7 @@ def _describe_dialogs(dialogs: Sequence[Dialog], builder: DailyTalkUSDM) -> Cont
     utterances = [utterance for dialog in dialogs for utterance in dialog.utterances]
     ids = [utterance.id for utterance in utterances]
     audio = [utterance.audio for utterance in utterances]
-    found = builder.audio_digests.find_all(audio)
+    found = [builder.audio_digests[address] for address in audio]
     positions = {utterance_id: position for position, utterance_id in enumerate(ids)}
     return Content(
         ids=ids,

@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from usdm_sft.audio.addresses import AddressError, parse_address
-from usdm_sft.audio.digest_reader import find_stamp, is_whole
-from usdm_sft.audio.digests import read_recording, read_unchanged
+from usdm_sft.audio.digests import find_stamp, is_whole, read_recording, read_unchanged
 from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.audio.reading import SharedBytes, read_audio, read_waveform
 from usdm_sft.utils.once import once_per_key

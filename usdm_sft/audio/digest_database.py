@@ -41,7 +41,7 @@ class Row(NamedTuple):
         return 0 < max(self.mtime_ns, self.ctime_ns) < started_ns - SETTLED_NS
 
 
-class Memo:
+class DigestDatabase:
     """The remembered rows. They only save time: after an error, which is logged, the run goes on without them."""
 
     def __init__(self, path: Path) -> None:
