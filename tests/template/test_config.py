@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer
 from tests.helpers import FIXTURES, REPOSITORY
 from usdm_sft.template.config import LABELS, REFERENCE, Template
 from usdm_sft.template.encoder import COLUMNS, TemplateEncoder
-from usdm_sft.training import STEPS, next_prompt
+from usdm_sft.training import REFERENCE_STAGES, next_prompt
 
 EXAMPLES = [json.loads(line) for line in (FIXTURES / "multi-turn" / "examples.jsonl").read_text().splitlines()]
 BATCH = {name: [[exchange[name] for exchange in e["exchanges"]] for e in EXAMPLES] for name in COLUMNS}
@@ -157,7 +157,7 @@ def test_prompts_follow_the_template(tokenizer, template):
 
 
 def test_stages_of_the_reference_template(encoder):
-    assert encoder.steps == STEPS
+    assert encoder.steps == REFERENCE_STAGES
 
 
 @pytest.mark.parametrize(

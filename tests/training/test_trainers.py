@@ -21,7 +21,7 @@ from tests.helpers import REPOSITORY, loss_by_hand, tiny_mistral
 from tests.mini_hub import serve
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import load_tokenizer
-from usdm_sft.training import STEPS, PaddingCollator, PaddingFreeCollator, StepLogitsProcessor, next_prompt
+from usdm_sft.training import REFERENCE_STAGES, PaddingCollator, PaddingFreeCollator, StepLogitsProcessor, next_prompt
 
 PAD = 42_002
 
@@ -140,7 +140,7 @@ def test_a_trained_model_generates_its_training_example(folder, tokenizer):
     encoder = TemplateEncoder(tokenizer)
     texts = (), (row["user_text"],), (row["user_text"], row["agent_text"])
     prompt = torch.tensor(encoder.prompt(row["user_units"]))[None].long()
-    for step, given in zip(STEPS, texts, strict=True):
+    for step, given in zip(REFERENCE_STAGES, texts, strict=True):
         assert prompt[0].tolist() == encoder.prompt(row["user_units"], *given).tolist()
         generated = model.generate(
             prompt,
