@@ -108,6 +108,14 @@ def test_centroids_in_fortran_order_are_read(folder):
     assert torch.equal(UnitModel.from_pretrained(folder).centroids, model.centroids)
 
 
+@pytest.fixture(scope="module")
+def many_tensors(tmp_path_factory):
+    """A file of 100,000 tensors."""
+    path = tmp_path_factory.mktemp("many") / "model.safetensors"
+    save_file({f"layers.{number}": torch.zeros(1) for number in range(100_000)}, path)
+    return path
+
+
 @pytest.mark.parametrize(
     ("layer", "config"),
     [
@@ -118,11 +126,10 @@ def test_centroids_in_fortran_order_are_read(folder):
     ],
     ids=["layers", "convolutions", "number of convolutions", "adapters"],
 )
-def test_too_many_layers_are_refused_before_any_is_built(folder, monkeypatch, layer, config):
+def test_too_many_layers_are_refused_before_any_is_built(folder, many_tensors, monkeypatch, layer, config):
     set_keys(layer=layer)(folder / "unit_model.json")
     change_file(folder, "config.json", set_keys(**config))
-    many = {f"layers.{number}": torch.zeros(1) for number in range(100_000)}
-    change_file(folder, "model.safetensors", lambda path: save_file(many, path))
+    change_file(folder, "model.safetensors", lambda path: shutil.copyfile(many_tensors, path))
     monkeypatch.setattr("usdm_sft.units.model.AutoModel", None)
     with pytest.raises(
         ValueError, match=r"config\.json is not of a model of 100000 layers|the config has 100,000 layers of one kind"
@@ -130,9 +137,8 @@ def test_too_many_layers_are_refused_before_any_is_built(folder, monkeypatch, la
         UnitModel.from_pretrained(folder)
 
 
-def test_too_many_tensors_are_refused_before_any_is_built(folder, monkeypatch):
-    many = {f"layers.{number}": torch.zeros(1) for number in range(100_000)}
-    change_file(folder, "model.safetensors", lambda path: save_file(many, path))
+def test_too_many_tensors_are_refused_before_any_is_built(folder, many_tensors, monkeypatch):
+    change_file(folder, "model.safetensors", lambda path: shutil.copyfile(many_tensors, path))
     monkeypatch.setattr(torch.nn.Module, "load_state_dict", None)
     with pytest.raises(ValueError, match=r"model\.safetensors has 100,000 tensors, the model [0-9]+"):
         UnitModel.from_pretrained(folder)
