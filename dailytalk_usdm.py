@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from usdm_sft.template.repetition import expand_units as expand_units
     from usdm_sft.template.tokenizer import build_tokenizer as build_tokenizer
     from usdm_sft.template.tokenizer import load_tokenizer as load_tokenizer
+    from usdm_sft.training import REFERENCE_STAGES as REFERENCE_STAGES
     from usdm_sft.training import STEPS as STEPS
     from usdm_sft.training import PaddingCollator as PaddingCollator
     from usdm_sft.training import PaddingFreeCollator as PaddingFreeCollator
@@ -54,6 +55,7 @@ _LAZY = {
     "load_tokenizer": "usdm_sft.template.tokenizer",
     "PaddingCollator": "usdm_sft.training",
     "PaddingFreeCollator": "usdm_sft.training",
+    "REFERENCE_STAGES": "usdm_sft.training",
     "STEPS": "usdm_sft.training",
     "StepLogitsProcessor": "usdm_sft.training",
     "next_prompt": "usdm_sft.training",

@@ -1,5 +1,9 @@
 """Tokenizers of small base models, trained on the spot: one of each algorithm."""
 
+import json
+import os
+import subprocess
+
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -63,3 +67,19 @@ def word_piece():
 
 
 BASES = {"byte-level": byte_level, "unigram": unigram, "word-piece": word_piece}
+
+
+TRANSFORMERS_4 = """
+import json, sys, transformers
+assert transformers.__version__.startswith("4.")
+loaded = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+print(json.dumps([len(loaded), [loaded(text).input_ids for text in json.load(sys.stdin)]]))
+"""
+
+
+def ids_of_transformers_4(folder, texts):
+    """The size of a tokenizer and its ids of texts in transformers 4.57, whose Python `USDM_TRANSFORMERS_4` names."""
+    command = [os.environ["USDM_TRANSFORMERS_4"], "-c", TRANSFORMERS_4, str(folder)]
+    done = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)

@@ -198,6 +198,15 @@ def run_tasks_here(monkeypatch, run=None):
     return ranks_run
 
 
+def tiny_mistral(hidden_size=32, **config):
+    """A Mistral with USTM's vocabulary and random weights."""
+    from transformers import MistralConfig, MistralForCausalLM  # a second that most tests do without
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": hidden_size, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return MistralForCausalLM(MistralConfig(vocab_size=42_003, num_key_value_heads=2, **shape | config))
+
+
 def loss_by_hand(model, rows):
     """Mean over all labelled tokens, each row on its own."""
     total, count = 0.0, 0

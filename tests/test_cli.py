@@ -21,6 +21,7 @@ import pytest
 import safetensors
 
 from dailytalk_usdm import load_dataset
+from tests.helpers import command as prepare_command
 from usdm_sft.cli.main import main, make_parser
 from usdm_sft.cli.parser import _use_underscores
 from usdm_sft.folder.statistics import summarize_split
@@ -28,29 +29,15 @@ from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.template.config import Template
 
 HEAVY = ("torch", "transformers", "datasets", "soundfile", "matplotlib", "pyarrow")
-COMMANDS = (
-    "demo",
-    "doctor",
-    "prepare",
-    "convert",
-    "units",
-    "tokenizer",
-    "export",
-    "show",
-    "stats",
-    "verify",
-    "push",
-)
-
-
+COMMANDS = ("demo", "doctor", "prepare", "convert", "units", "tokenizer", "export", "show", "stats", "verify", "push")
 SHTAB = importlib.util.find_spec("shtab") is not None  # extra completion
 
 # conftest.py switches progress bars off; these processes show them.
 WITH_BARS = {name: value for name, value in os.environ.items() if name != "HF_DATASETS_DISABLE_PROGRESS_BARS"}
 
 
-def command(*args):
-    return subprocess.run([sys.executable, "-m", "usdm_sft.cli", *args], capture_output=True, text=True, env=WITH_BARS)
+def run(command):
+    return subprocess.run(command, capture_output=True, text=True, env=WITH_BARS)
 
 
 def test_help_imports_nothing_heavy():
@@ -119,16 +106,17 @@ def test_pairs_with_bad_audio_are_counted_apart_in_the_summary():
     )
 
 
-def prepare_mini(mini, unit_model, folder, *more):
-    options = {"data_dir": mini / "corpus", "unit_model": unit_model, "output_path": folder / "out"}
-    options |= {"cache_dir": folder / "cache", "pretrained_model_name_or_path": "mistral-common"}
-    return ["prepare", *(str(part) for name, value in options.items() for part in (f"--{name}", value)), *more]
+@pytest.fixture
+def given(monkeypatch):
+    """The configs that the command `prepare` was called with."""
+    configs = []
+    monkeypatch.setattr("usdm_sft.prepare.prepare.prepare", lambda config: configs.append(config) or {"splits": {}})
+    return configs
 
 
 @pytest.mark.slow
 def test_second_run_says_that_everything_is_finished(mini, unit_model, tmp_path):
-    arguments = prepare_mini(mini, unit_model, tmp_path)
-    first, second = command(*arguments), command(*arguments)
+    first, second = (run(prepare_command(mini, unit_model, tmp_path)) for _ in range(2))
     assert first.returncode == 0
     stages = ["tokenizer", "corpus", "unit model", "rows", "units", "tokens", "folder"]
     times = ", ".join(rf"{name} \d+ s( \([\d.]+ s of audio per second\))?" for name in stages)
@@ -144,7 +132,7 @@ def test_second_run_says_that_everything_is_finished(mini, unit_model, tmp_path)
 def test_quiet_shows_no_progress_bars_in_a_terminal(mini, unit_model, tmp_path):
     shown = {}
     for name, more in (("bars", []), ("quiet", ["--quiet"])):
-        arguments = [sys.executable, "-m", "usdm_sft.cli", *prepare_mini(mini, unit_model, tmp_path / name, *more)]
+        arguments = prepare_command(mini, unit_model, tmp_path / name, *more)
         terminal, child_end = pty.openpty()
         termios.tcsetwinsize(child_end, (24, 80))
         with open(terminal, "rb", buffering=0) as terminal:
@@ -166,9 +154,7 @@ def test_quiet_shows_no_progress_bars_in_a_terminal(mini, unit_model, tmp_path):
     assert shown["quiet"] == b""
 
 
-def test_command_line_overrides_template_options_of_the_yaml_file(tmp_path, monkeypatch):
-    given = []
-    monkeypatch.setattr("usdm_sft.prepare.prepare.prepare", lambda config: given.append(config) or {"splits": {}})
+def test_command_line_overrides_template_of_the_yaml_file(tmp_path, given):
     (tmp_path / "run.yaml").write_text("data_dir: d\ntemplate:\n  agent_role: Robot\n  loss: [user_text, agent_text]\n")
     arguments = ["prepare", "--config", str(tmp_path / "run.yaml"), "--output_path", "o"]
     main(arguments)
@@ -188,17 +174,13 @@ def test_bad_template_gives_one_line_on_stderr(capsys):
     )
 
 
-def test_template_may_be_a_yaml_file(tmp_path, monkeypatch):
-    given = []
-    monkeypatch.setattr("usdm_sft.prepare.prepare.prepare", lambda config: given.append(config) or {"splits": {}})
+def test_template_may_be_a_yaml_file(tmp_path, given):
     (tmp_path / "template.yaml").write_text("user_role: Caller\n")
     main(["prepare", "--data_dir", "d", "--output_path", "o", "--template", str(tmp_path / "template.yaml")])
     assert given[0].template == Template(user_role="Caller")
 
 
-def test_template_may_be_a_preset_and_its_loss_follows_the_parts(tmp_path, monkeypatch):
-    given = []
-    monkeypatch.setattr("usdm_sft.prepare.prepare.prepare", lambda config: given.append(config) or {"splits": {}})
+def test_template_may_be_a_preset(tmp_path, monkeypatch, given):
     (tmp_path / "run.yaml").write_text("data_dir: d\ntemplate: tts\n")
     monkeypatch.chdir(tmp_path)
     required = ["prepare", "--data_dir", "d", "--output_path", "o"]
@@ -218,9 +200,7 @@ def test_template_may_be_a_preset_and_its_loss_follows_the_parts(tmp_path, monke
     assert given[-1].template == Template(user_role="Robot")
 
 
-def test_null_in_a_yaml_file_means_the_default(tmp_path, monkeypatch):
-    given = []
-    monkeypatch.setattr("usdm_sft.prepare.prepare.prepare", lambda config: given.append(config) or {"splits": {}})
+def test_null_in_a_yaml_file_means_the_default(tmp_path, given):
     (tmp_path / "run.yaml").write_text("data_dir: d\nmax_length: null\nprecision: null\n")
     main(["prepare", "--config", str(tmp_path / "run.yaml"), "--output_path", "o"])
     assert given == [PrepareConfig(data_dir="d", output_path="o")]
@@ -236,37 +216,30 @@ def test_yaml_file_cannot_import_code(tmp_path, monkeypatch, capsys, spelling):
     assert not (tmp_path / "code-ran").exists()
 
 
+IMPOSSIBLE = "holds a NUL, or bytes that are not UTF-8: rename the file or folder"
+
+
 @pytest.mark.parametrize(
-    "args",
+    ("args", "message"),
     [
-        ["prepare", "--data_dir", "d", "--output_path", "a\0b"],
-        ["prepare", "--data_dir", "a\udcff", "--output_path", "o"],
-        ["units", "m", "good.wav", "a\0b"],
-        ["convert", "c", "k", "a\0b"],
-        ["export", "d", "a\0b"],
-        ["show", "d", "--html", "a\0b"],
+        (["prepare", "--data_dir", "d", "--output_path", "a\0b"], IMPOSSIBLE),
+        (["prepare", "--data_dir", "a\udcff", "--output_path", "o"], IMPOSSIBLE),
+        (["units", "m", "good.wav", "a\0b"], IMPOSSIBLE),
+        (["convert", "c", "k", "a\0b"], IMPOSSIBLE),
+        (["export", "d", "a\0b"], IMPOSSIBLE),
+        (["show", "d", "--html", "a\0b"], IMPOSSIBLE),
+        (["verify", "a" * 5000], "File name too long"),
+        (["units", "a" * 5000, "x"], "File name too long"),
+        (["prepare", "--data_dir", "d", "--output_path", "a" * 5000], "File name too long"),
     ],
 )
-def test_impossible_file_names_give_one_line(args, tmp_path, monkeypatch, capsys):
+def test_impossible_file_names_give_one_line(args, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="1"):
         main(args)
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "holds a NUL, or bytes that are not UTF-8: rename the file or folder" in error
+    assert error.count("\n") == 1 and message in error
     assert not list(tmp_path.iterdir())
-
-
-def test_too_long_file_name_gives_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for args in (
-        ["verify", "a" * 5000],
-        ["units", "a" * 5000, "x"],
-        ["prepare", "--data_dir", "d", "--output_path", "a" * 5000],
-    ):
-        with pytest.raises(SystemExit, match="1"):
-            main(args)
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1 and "File name too long" in error
 
 
 def test_units_prints_one_line_per_file(unit_model, mini, capsys):
@@ -280,7 +253,7 @@ def test_units_prints_one_line_per_file(unit_model, mini, capsys):
 
 
 def test_bad_input_gives_one_line_on_stderr(tmp_path):
-    done = command("export", str(tmp_path), str(tmp_path / "text"))
+    done = run([sys.executable, "-m", "usdm_sft.cli", "export", str(tmp_path), str(tmp_path / "text")])
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         f"dailytalk-usdm export: {tmp_path} has no counts.json: name a folder that 'dailytalk-usdm prepare' finished\n"
@@ -292,6 +265,12 @@ def panic():
         pass
 
     return PanicException("no entry found for key")
+
+
+def generation_error():
+    error = datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset")
+    error.__cause__ = TypeError("no list\nin column text")
+    return error
 
 
 def raise_error(error):
@@ -313,6 +292,7 @@ def raise_error(error):
         (Exception("WordPiece error: Missing [UNK] token"), "WordPiece error: Missing [UNK] token"),
         (panic(), "PanicException: no entry found for key"),
         (MemoryError(), "MemoryError"),
+        (generation_error(), "DatasetGenerationError: no list"),  # its cause
     ],
 )
 def test_errors_of_libraries_give_one_line(monkeypatch, capsys, error, message):
@@ -320,15 +300,6 @@ def test_errors_of_libraries_give_one_line(monkeypatch, capsys, error, message):
     with pytest.raises(SystemExit, match="1"):
         main(["verify", "d"])
     assert capsys.readouterr().err == f"dailytalk-usdm verify: {message}\n"
-
-
-def test_cause_of_an_error_of_datasets_is_named(monkeypatch, capsys):
-    error = datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset")
-    error.__cause__ = TypeError("no list\nin column text")
-    monkeypatch.setattr("usdm_sft.folder.verify.verify", lambda *args, **options: raise_error(error))
-    with pytest.raises(SystemExit, match="1"):
-        main(["verify", "d"])
-    assert capsys.readouterr().err == "dailytalk-usdm verify: DatasetGenerationError: no list\n"
 
 
 @pytest.mark.parametrize("error", [TypeError("x"), KeyError("x"), AttributeError("x"), AssertionError("x")])
@@ -364,6 +335,17 @@ def test_path_with_characters_of_patterns(mini, tmp_path, capsys, name):
     assert len(json.loads(capsys.readouterr().out)["units"]) > 0
     pairs = load_dataset(corpus, cache_dir=str(tmp_path / "datasets"), digest_cache_dir=cache)
     assert {split: len(pairs[split]) for split in pairs} == {"train": 10, "test": 3}
+
+
+WRONG_FILES = {
+    "binary": b"\xff\xfe",
+    "kebab": b"max-length: 3\n",
+    "nested": b"template:\n  user_rol: Q\n",
+    "nul": b"max_length: 3\0\n",
+    "number": b"max_length: big\n",
+    "tag": b'max_length: !!python/object/apply:os.system ["echo hello"]\n',
+    "unknown": b"max_lenght: 3\n",
+}
 
 
 @pytest.mark.parametrize(
@@ -416,19 +398,10 @@ def test_path_with_characters_of_patterns(mini, tmp_path, capsys, name):
     ],
 )
 def test_wrong_usage_gives_a_hint_and_a_reason(tmp_path, capsys, args, message):
-    (tmp_path / "unknown.yaml").write_text("max_lenght: 3\n")
-    (tmp_path / "tag.yaml").write_text('max_length: !!python/object/apply:os.system ["echo hello"]\n')
-    (tmp_path / "nested.yaml").write_text("template:\n  user_rol: Q\n")
-    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
-    (tmp_path / "nul.yaml").write_bytes(b"max_length: 3\0\n")
-    (tmp_path / "number.yaml").write_text("max_length: big\n")
-    files = {f"{{{name}}}": str(tmp_path / f"{name}.yaml") for name in ("binary", "nul", "number")}
-    (tmp_path / "kebab.yaml").write_text("max-length: 3\n")
-    files |= {"{kebab}": str(tmp_path / "kebab.yaml")}
-    files |= {"{nested}": str(tmp_path / "nested.yaml")}
-    files |= {"{unknown}": str(tmp_path / "unknown.yaml"), "{tag}": str(tmp_path / "tag.yaml")}
+    for name, content in WRONG_FILES.items():
+        (tmp_path / f"{name}.yaml").write_bytes(content)
     with pytest.raises(SystemExit, match="2"):
-        main([files.get(arg, arg) for arg in args])
+        main([str(tmp_path / f"{arg.strip('{}')}.yaml") if arg.strip("{}") in WRONG_FILES else arg for arg in args])
     captured = capsys.readouterr()
     hint, reason = captured.err.splitlines()
     assert re.fullmatch(r"usage: see dailytalk-usdm( [a-z]+)? --help", hint)
@@ -456,7 +429,7 @@ def test_options_may_be_written_with_hyphens():
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_each_command_has_a_usage_and_examples_that_the_parser_accepts(name, capsys):
+def test_help_of_each_command_has_a_usage_and_good_examples(name, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([name, "--help"])
     text = capsys.readouterr().out

@@ -10,7 +10,7 @@ import pytest
 
 import dailytalk_usdm
 from tests.code_blocks import MARKER, PAGES, find_blocks, make_workplace, small_environment
-from tests.helpers import REPOSITORY
+from tests.helpers import REPOSITORY, tiny_mistral
 from tests.test_cli import COMMANDS
 from usdm_sft.cli.main import make_parser
 from usdm_sft.folder.example_picture import split_sections
@@ -31,16 +31,7 @@ def load_script(name):
 
 @pytest.fixture(scope="module")
 def workplace(dataset_folder, unit_model, tmp_path_factory):
-    import torch
-    from transformers import MistralConfig, MistralForCausalLM
-
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = MistralForCausalLM(
-        MistralConfig(
-            vocab_size=42_003, num_key_value_heads=2, pad_token_id=42_002, max_position_embeddings=4096, **shape
-        )
-    )
+    model = tiny_mistral(pad_token_id=42_002, max_position_embeddings=4096)
     return make_workplace(tmp_path_factory.mktemp("workplace"), dataset_folder, unit_model, model)
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers import options
 from usdm_sft.folder.verify import verify
 from usdm_sft.prepare.prepare import prepare
 from usdm_sft.template.tokenizer import CORRESPOND, NEWLINE, SPACE, UNIT_0
@@ -60,39 +61,37 @@ def test_control_characters_are_refused(encoder, character):
         encoder({"user_units": [[1]], "user_text": [f"a{character}b"], "agent_text": ["c"], "agent_units": [[1]]})
 
 
-def test_a_hundred_thousand_characters_are_encoded_and_left_out_by_length(mini, unit_model, tmp_path):
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    (corpus / "data").symlink_to(mini / "corpus" / "data")
-    (corpus / "test.txt").write_bytes((mini / "corpus" / "test.txt").read_bytes())
-    lines = (mini / "corpus" / "train.txt").read_text().split("\n")
-    [number] = [number for number, line in enumerate(lines) if re.match(r"0_\d_d3\|", line)]
-    lines[number] = "|".join([*lines[number].split("|")[:3], "word " * 20_000, "none"])
-    (corpus / "train.txt").write_text("\n".join(lines))
-    counts = prepare(
-        data_dir=str(corpus), output_path=str(tmp_path / "out"), unit_model=str(unit_model), cache_dir=str(tmp_path / "cache"),
-        pretrained_model_name_or_path="mistral-common",
-    )  # fmt: skip
-    [(name, reason)] = counts["splits"]["train"]["pairs_left_out"].items()
+@pytest.fixture
+def prepare_with(mini, unit_model, tmp_path):
+    """Prepare the mini corpus with other lines of train.txt -> the counts."""
+
+    def run(change):
+        corpus = tmp_path / "corpus"
+        corpus.mkdir()
+        (corpus / "data").symlink_to(mini / "corpus" / "data")
+        (corpus / "test.txt").write_bytes((mini / "corpus" / "test.txt").read_bytes())
+        lines = (mini / "corpus" / "train.txt").read_text().removesuffix("\n").split("\n")
+        (corpus / "train.txt").write_text("\n".join(change(number, line) for number, line in enumerate(lines)))
+        return prepare(**options(mini, unit_model, tmp_path, data_dir=str(corpus)))
+
+    return run
+
+
+def test_a_hundred_thousand_characters_are_left_out_by_length(prepare_with):
+    def change(number, line):
+        if not re.match(r"0_\d_d3\|", line):
+            return line
+        return "|".join([*line.split("|")[:3], "word " * 20_000, "none"])
+
+    [(name, reason)] = prepare_with(change)["splits"]["train"]["pairs_left_out"].items()
     assert name == "d3_0" and re.fullmatch(r"\d{5,6} tokens, more than max_length 8192", reason)
 
 
 @pytest.mark.slow
-def test_markup_in_emotions_is_shown_as_text(mini, unit_model, tmp_path):
+def test_markup_in_emotions_is_shown_as_text(prepare_with, tmp_path):
     """Emotions appear in the card and its pictures; they are not rendered as a template, as mathematics or as HTML."""
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    (corpus / "data").symlink_to(mini / "corpus" / "data")
-    (corpus / "test.txt").write_bytes((mini / "corpus" / "test.txt").read_bytes())
-    text = (mini / "corpus" / "train.txt").read_text()
     hostile = ["{{ 7 * 7 }}", "$\\frac{1}{0}$", "<script>alert(1)</script>", "x" * 5000, "", *map(str, range(4))]
-    lines = [line for line in text.split("\n") if line]
-    lines = [line.rpartition("|")[0] + "|" + hostile[i % len(hostile)] for i, line in enumerate(lines)]
-    (corpus / "train.txt").write_text("\n".join(lines))
-    prepare(
-        data_dir=str(corpus), output_path=str(tmp_path / "out"), unit_model=str(unit_model), cache_dir=str(tmp_path / "cache"),
-        pretrained_model_name_or_path="mistral-common",
-    )  # fmt: skip
+    prepare_with(lambda number, line: line.rpartition("|")[0] + "|" + hostile[number % len(hostile)])
     card = (tmp_path / "out" / "README.md").read_text()
     assert "49" not in re.findall(r"\b\d+\b", card.partition("## Columns")[0].partition("## Contents")[2])
     assert "<script>" not in card

@@ -59,7 +59,7 @@ def test_readme_is_short():
     assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
-def test_readme_names_the_cpu_build_of_torch_before_the_first_pip_install():
+def test_readme_names_the_cpu_build_of_torch_first():
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert 0 < text.index("export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu") < text.index("pip install")
 

@@ -3,8 +3,8 @@
 A row of a dataset folder also has texts and units. A trainer that does not drop these columns (`remove_unused_columns=False`, a
 plain DataLoader) would fail at the first string, so the collators of transformers are given `input_ids` and `labels` alone.
 
-A trained model answers in steps, such as transcript, answer and speech. `TemplateEncoder.steps` are the steps of a template, `STEPS`
-those of the reference. `TemplateEncoder.prompt` makes the prompt of a step from texts, `next_prompt` from the ids that the step
+A trained model answers in stages, such as transcript, answer and speech. `TemplateEncoder.steps` are the stages of a template,
+`REFERENCE_STAGES` those of the reference. `TemplateEncoder.prompt` makes the prompt of a stage from texts, `next_prompt` from the ids that the stage
 before generated.
 """
 
@@ -19,7 +19,7 @@ import torch
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, LogitsProcessor, PreTrainedTokenizerBase
 
 from usdm_sft.template.encoder import IGNORE_INDEX
-from usdm_sft.template.parts import STEPS, Step
+from usdm_sft.template.parts import REFERENCE_STAGES, AnswerStage
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, list[int]]]:
@@ -104,16 +104,17 @@ class ShiftedLabels:
         return {"labels": shifted}
 
 
-__all__ = ["STEPS", "Step", "StepLogitsProcessor", "next_prompt"]
+STEPS = REFERENCE_STAGES  # the former names, for one version
+Step = AnswerStage
 
 
-def next_prompt(step: Step, prompt: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
-    """Return the prompt of the next step, (1, num_tokens). It is built from ids; no generated text is tokenized again.
+def next_prompt(step: AnswerStage, prompt: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
+    """Return the prompt of the next stage, (1, num_tokens). It is built from ids; no generated text is tokenized again.
 
     The reference omits the agent's heading after an empty transcript. Here the heading is always present, as in training.
 
     Args:
-        step: The step that was generated.
+        step: The stage that was generated.
         prompt: (1, num_tokens), the prompt of `step`.
         generated: (num_new_tokens,), the ids that `step` generated. If a length limit cut off the stop id, it is added.
     """
@@ -124,13 +125,13 @@ def next_prompt(step: Step, prompt: torch.Tensor, generated: torch.Tensor) -> to
 
 
 class StepLogitsProcessor(LogitsProcessor):
-    """Limits generation to the ids of a step: `generate(..., logits_processor=[StepLogitsProcessor(step)])`.
+    """Limits generation to the ids of a stage: `generate(..., logits_processor=[StepLogitsProcessor(step)])`.
 
     Args:
         step: One of `TemplateEncoder.steps`. Pass its `stop_id` as `eos_token_id`.
     """
 
-    def __init__(self, step: Step):
+    def __init__(self, step: AnswerStage):
         self.step = step
         self._blocked = torch.zeros(0, dtype=torch.bool)  # one value per id, made at the first call
 

@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tests.bases import BASES, byte_level
+from tests.bases import BASES, byte_level, ids_of_transformers_4
 from usdm_sft.cli.main import main
 from usdm_sft.template.special_tokens import read_tokens
 from usdm_sft.template.tokenizer import build_tokenizer, check_tokenizer, load_tokenizer, save_tokenizer
@@ -55,24 +54,11 @@ def test_saved_tokenizer_gives_the_same_ids(base, tmp_path):
         assert (loaded.eos_token, loaded.pad_token, len(loaded)) == (built.eos_token, built.pad_token, len(built))
 
 
-TRANSFORMERS_4 = """
-import json, sys, transformers
-assert transformers.__version__.startswith("4.")
-loaded = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
-print(json.dumps([len(loaded), [loaded(text).input_ids for text in json.load(sys.stdin)]]))
-"""
-
-
 @pytest.mark.skipif("USDM_TRANSFORMERS_4" not in os.environ, reason="needs a Python with transformers 4.57 (.ci/run)")
 def test_transformers_4_gives_the_same_ids(base, tmp_path):
     built = build_tokenizer(base, 20)
     save_tokenizer(built, tmp_path)
-    done = subprocess.run(
-        [os.environ["USDM_TRANSFORMERS_4"], "-c", TRANSFORMERS_4, str(tmp_path)],
-        input=json.dumps(PROBES), capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout) == [len(built), [built(text).input_ids for text in PROBES]]
+    assert ids_of_transformers_4(tmp_path, PROBES) == [len(built), [built(text).input_ids for text in PROBES]]
 
 
 def test_command_makes_a_folder_that_prepare_takes(base, tmp_path, capsys):

@@ -102,7 +102,7 @@ def test_labels_are_the_assistant_mask_of_transformers(number):
     assert sum(chat["assistant_masks"]) > 10 * number
 
 
-def test_template_without_system_message_or_special_tokens_in_headings():
+def test_template_without_a_system_message():
     tokenizer = make_tokenizer(chat_template=PLAIN)
     encoded = TemplateEncoder(tokenizer, Template(tokenization="chat", instruction=""))(rows_of(3))
     messages = messages_by_hand(3, system=False)
@@ -115,7 +115,7 @@ def test_template_without_system_message_or_special_tokens_in_headings():
 @pytest.mark.parametrize(
     "parts", [parts for k in (2, 3, 4) for parts in itertools.combinations(PARTS, k)], ids=",".join
 )
-def test_first_part_is_the_message_of_the_user_and_the_others_of_the_assistant(tokenizer, parts):
+def test_first_part_is_of_the_user_and_the_others_of_the_assistant(tokenizer, parts):
     written = {"user_units": units([3, 3, 5]), "user_text": "where were you?", "agent_text": "at home.", "agent_units": units([19, 0])}  # fmt: skip
     user, answer = written[parts[0]], written[parts[1]]
     if parts[0].split("_")[0] == parts[1].split("_")[0]:
@@ -178,12 +178,6 @@ def test_prompt_is_the_generation_prompt_of_the_template():
     expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     encoder = TemplateEncoder(tokenizer, CHAT)
     assert encoder.prompt(ROW["user_units"], history=[tuple(ROW.values())]).tolist() == expected
-
-
-def test_decoded_ids_are_the_rendered_chat():
-    encoder = TemplateEncoder(make_tokenizer(), CHAT)
-    ids = encoder(rows_of(2))["input_ids"][0]
-    assert encoder.decode(ids) == render({name: values[0] for name, values in rows_of(2).items()}, encoder)
 
 
 def test_encoder_survives_pickling(encoder):

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer
 from tests.helpers import FIXTURES, REPOSITORY
 from usdm_sft.template.config import LABELS, REFERENCE, Template
 from usdm_sft.template.encoder import COLUMNS, TemplateEncoder
-from usdm_sft.training import STEPS, next_prompt
+from usdm_sft.training import REFERENCE_STAGES, next_prompt
 
 EXAMPLES = [json.loads(line) for line in (FIXTURES / "multi-turn" / "examples.jsonl").read_text().splitlines()]
 BATCH = {name: [[exchange[name] for exchange in e["exchanges"]] for e in EXAMPLES] for name in COLUMNS}
@@ -60,7 +60,7 @@ def header(encoder):
     "loss",
     [["user_text"], ["agent_units"], ["user_text", "agent_text"], ["agent_text"], ["agent_units", "user_text"], LABELS],
 )
-def test_each_variant_has_the_labels_of_the_reference_in_its_parts(tokenizer, header, loss):
+def test_each_loss_has_the_labels_of_the_reference_in_its_parts(tokenizer, header, loss):
     encoded = TemplateEncoder(tokenizer, Template(loss=loss))(BATCH)
     for ids, labels, example in zip(encoded["input_ids"], encoded["labels"], EXAMPLES, strict=True):
         assert ids.tolist() == example["input_ids"]
@@ -156,8 +156,8 @@ def test_prompts_follow_the_template(tokenizer, template):
     assert after[0].tolist() == encoder.prompt(*row[:2]).tolist()
 
 
-def test_steps_of_the_reference_template_are_those_of_the_reference(encoder):
-    assert encoder.steps == STEPS
+def test_stages_of_the_reference_template(encoder):
+    assert encoder.steps == REFERENCE_STAGES
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_added_tokens_in_the_template_are_refused(tokenizer, name):
         TemplateEncoder(backend, Template(**{name: "a [Bot]"}))
 
 
-def test_fingerprint_and_key_depend_on_the_template_and_survive_pickling(encoder, tokenizer):
+def test_fingerprint_and_key_depend_on_the_template(encoder, tokenizer):
     others = [
         TemplateEncoder(tokenizer, template)
         for template in (

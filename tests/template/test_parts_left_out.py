@@ -65,11 +65,11 @@ def test_ids_equal_those_of_the_whole_string(tokenizer, make_encoder, parts):
         assert encoder.decode(ids) == as_string(parts, exchanges) + "</s>"
 
 
-WORDS = st.text(st.characters(categories=["L", "N", "P", "Zs"], exclude_characters="▁<|"), min_size=1, max_size=12)
+WORDS = st.text(st.characters(categories=["L", "N", "P", "S", "Zs"], exclude_characters="▁<|"), min_size=1, max_size=12)
 WORDS = WORDS.filter(str.strip)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     parts=st.sampled_from(SUBSETS),
     exchanges=st.lists(
@@ -112,7 +112,7 @@ def make_encoder(tokenizers):
 
 @pytest.mark.parametrize("tokenization", ["reference", "separate"])
 @pytest.mark.parametrize("parts", SUBSETS, ids="+".join)
-def test_every_generated_part_is_labelled_with_its_stop_token_and_has_a_step(make_encoder, parts, tokenization):
+def test_every_generated_part_is_labelled_and_has_a_step(make_encoder, parts, tokenization):
     encoder = make_encoder(tokenization, parts)
     encoded = encoder(batch(ROW))
     ids, labels = encoded["input_ids"][0].tolist(), encoded["labels"][0].tolist()
@@ -143,6 +143,13 @@ def test_the_part_of_each_token_is_found_from_the_ids(make_encoder, parts, token
     expected = [unit_0 + unit for unit in [5, 5, 7, 9]] if "user_units" in parts else []
     ids = encoded["input_ids"][0][found == list(ROW_PARTS).index("user_units")]
     assert ids[encoder.layout.is_unit(ids)].tolist() == expected
+
+
+def test_speech_ends_with_correspond_and_the_rest_is_frame(make_encoder):
+    ids = make_encoder("reference", PARTS)(batch(ROW))["input_ids"][0].tolist()
+    parts = find_parts(ids).tolist()
+    assert [token for token, part in zip(ids, parts, strict=True) if part == 1] == [32_007, 32_007, 32_009, CORRESPOND]
+    assert parts[0] == parts[-1] == parts[-2] == 0
 
 
 def labelled_ids(name, rows, tokenizer):

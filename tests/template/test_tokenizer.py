@@ -1,15 +1,13 @@
-import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import datasets
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tests.mini_hub import serve
+from tests.bases import ids_of_transformers_4
+from tests.helpers import replace_file
 from usdm_sft.cli.main import main
 from usdm_sft.template import tokenizer as module
 from usdm_sft.template.tokenizer import build_tokenizer, check_tokenizer, load_tokenizer, save_tokenizer
@@ -27,7 +25,7 @@ HOSTILE = [
 
 
 @pytest.mark.oracle
-def test_built_tokenizer_equals_the_one_that_transformers_4_saves(tokenizer, shared):
+def test_built_tokenizer_is_what_transformers_4_saves(tokenizer, shared):
     reference = json.loads((shared / "oracle" / "ustm-tokenizer" / "tokenizer.json").read_text())
     reference["model"]["merges"] = [merge.split(" ") for merge in reference["model"]["merges"]]
     assert json.loads(tokenizer.backend_tokenizer.to_str()) == reference
@@ -51,30 +49,12 @@ def test_auto_tokenizer_gives_the_same_ids_from_a_saved_folder(tokenizer, tmp_pa
     assert load_tokenizer(tmp_path).backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
 
 
-def test_a_saved_folder_names_a_class_that_transformers_4_knows(tokenizer, tmp_path):
-    save_tokenizer(tokenizer, tmp_path)
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
-
-
-TRANSFORMERS_4 = """
-import json, sys, transformers
-assert transformers.__version__.startswith("4.")
-loaded = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
-print(json.dumps([len(loaded), [loaded(text).input_ids for text in json.load(sys.stdin)]]))
-"""
-
-
 @pytest.mark.skipif("USDM_TRANSFORMERS_4" not in os.environ, reason="needs a Python with transformers 4.57 (.ci/run)")
 def test_auto_tokenizer_of_transformers_4_gives_the_same_ids(encoder, dataset_folder):
     rows = datasets.load_dataset("parquet", data_files=str(dataset_folder / "single_turn" / "*.parquet"), split="train")
     texts = [*HOSTILE, *map(encoder.decode, rows["input_ids"])]
-    done = subprocess.run(
-        [os.environ["USDM_TRANSFORMERS_4"], "-c", TRANSFORMERS_4, str(dataset_folder / "tokenizer")],
-        input=json.dumps(texts), capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
     tokenizer = load_tokenizer(dataset_folder / "tokenizer")
-    size, ids = json.loads(done.stdout)
+    size, ids = ids_of_transformers_4(dataset_folder / "tokenizer", texts)
     assert size == 42_003 and ids == [tokenizer(text).input_ids for text in texts]
     assert ids[len(HOSTILE) :] == rows["input_ids"][:]
 
@@ -110,23 +90,34 @@ def test_non_legacy_tokenizer_is_refused(tokenizer, tmp_path):
         load_tokenizer(tmp_path / "non-legacy")
 
 
-def test_tokenizer_without_units_is_refused(tokenizer, tmp_path):
-    serialized = json.loads(tokenizer.backend_tokenizer.to_str())
+def without_units(serialized):
     serialized["added_tokens"] = serialized["added_tokens"][:3]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(serialized))
-    with pytest.raises(
-        ValueError, match=r"has no <\|correspond\|>: add the tokens for units with `dailytalk-usdm tokenizer`"
-    ):
-        load_tokenizer(tmp_path)
 
 
-def test_other_vocabulary_is_refused(tokenizer, tmp_path):
-    serialized = json.loads(tokenizer.backend_tokenizer.to_str())
+def other_vocabulary(serialized):
     vocab = serialized["model"]["vocab"]
     vocab["▁is"], vocab["▁Below"] = vocab["▁Below"], vocab["▁is"]
+
+
+def huge_output(serialized):
+    serialized["normalizer"] = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10_000}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_units, r"has no <\|correspond\|>: add the tokens for units with `dailytalk-usdm tokenizer`"),
+        (other_vocabulary, r"its vocabulary is not that of Mistral-7B-v0\.1"),
+        (huge_output, r"its vocabulary is not that"),
+    ],
+)
+def test_other_tokenizer_is_refused_in_short(tokenizer, tmp_path, change, message):
+    serialized = json.loads(tokenizer.backend_tokenizer.to_str())
+    change(serialized)
     (tmp_path / "tokenizer.json").write_text(json.dumps(serialized))
-    with pytest.raises(ValueError, match=r"its vocabulary is not that of Mistral-7B-v0\.1"):
+    with pytest.raises(ValueError, match=message) as raised:
         load_tokenizer(tmp_path)
+    assert len(str(raised.value)) < 1000
 
 
 def test_missing_tokenizer_is_refused(tmp_path):
@@ -167,13 +158,10 @@ CONTRADICTIONS = [  # what tokenizers raises plain Exception for, and what it pa
 
 @pytest.mark.parametrize("change", CONTRADICTIONS)
 def test_tokenizer_that_contradicts_itself(tokenizer, folder_copy, capsys, change):
-    path = folder_copy / "tokenizer" / "tokenizer.json"
-    path.write_text(json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()) | change))
+    changed = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()) | change)
+    replace_file(folder_copy, "tokenizer/tokenizer.json", changed.encode())
     with pytest.raises(ValueError, match=r"has a tokenizer that cannot be (opened|used) \(.+\): download it again"):
         load_tokenizer(folder_copy / "tokenizer")
-    counts = json.loads((folder_copy / "counts.json").read_text())
-    counts["files"]["tokenizer/tokenizer.json"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    (folder_copy / "counts.json").write_text(json.dumps(counts))
     for args in (["verify", str(folder_copy)], ["show", str(folder_copy)]):
         with pytest.raises(SystemExit, match="1"):
             main(args)
@@ -200,19 +188,6 @@ def test_code_beside_a_tokenizer_is_not_run(tokenizer, tmp_path):
     assert not (tmp_path / "code-ran").exists()
 
 
-def test_error_for_a_tokenizer_with_huge_output_is_short(tokenizer, tmp_path):
-    serialized = json.loads(tokenizer.backend_tokenizer.to_str())
-    serialized["normalizer"] = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10_000}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(serialized))
-    with pytest.raises(ValueError, match=r"its vocabulary is not that") as raised:
-        load_tokenizer(tmp_path)
-    assert len(str(raised.value)) < 1000
-
-
-def test_check_returns_the_number_of_units():
-    assert check_tokenizer(build_tokenizer(num_units=100).backend_tokenizer).num_units == 100
-
-
 def test_another_model_in_mistral_common_is_refused(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "tokenizer.model.v1").write_bytes(b"other")
@@ -224,36 +199,17 @@ def test_another_model_in_mistral_common_is_refused(tmp_path, monkeypatch):
         build_tokenizer()
 
 
-LOAD = """
-import json, sys
-from usdm_sft.template.tokenizer import check_tokenizer, load_tokenizer
-token = sys.stdin.read()
-sizes = [
-    check_tokenizer(load_tokenizer("tester/tokenizer", sys.argv[1], revision=revision, token=token).backend_tokenizer).num_units
-    for revision in (None, "v1")
-]
-print(json.dumps(sizes))
-load_tokenizer("tester/tokenizer", sys.argv[1] + "-empty")
-"""
-
-
-def test_private_tokenizer_is_loaded_with_token_and_revision(tmp_path):
-    server, hub, url = serve(token="hf_aVerySecretToken")
-    repo = hub.create("models", "tester/tokenizer", True)
+def test_private_tokenizer_is_loaded_with_token_and_revision(served_hub, tmp_path):
+    served_hub.token = "hf_aVerySecretToken"
+    repo = served_hub.create("models", "tester/tokenizer", True)
     for branch, num_units in (("v1", 100), ("main", 50)):
         build_tokenizer(num_units=num_units).save_pretrained(tmp_path / branch)
         files = {path.name: ("reg", path.read_bytes()) for path in (tmp_path / branch).iterdir()}
-        hub.commit(repo, branch, files, [], branch, None)
-    environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(tmp_path / "cache")],
-        env=environment | {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"},
-        input=hub.token,
-        capture_output=True,
-        text=True,
-    )
-    server.shutdown()
-    assert json.loads(done.stdout) == [50, 100], done.stderr
-    error = done.stderr.splitlines()[-1]
-    assert error.startswith("OSError: tokenizer tester/tokenizer is not a folder and cannot be fetched from the Hub (")
-    assert "hf_aVerySecretToken" not in done.stderr
+        served_hub.commit(repo, branch, files, [], branch, None)
+    for revision, num_units in ((None, 50), ("v1", 100)):
+        loaded = load_tokenizer("tester/tokenizer", tmp_path / "cache", revision=revision, token=served_hub.token)
+        assert check_tokenizer(loaded.backend_tokenizer).num_units == num_units
+    message = r"^tokenizer tester/tokenizer is not a folder and cannot be fetched from the Hub \("
+    with pytest.raises(OSError, match=message) as raised:
+        load_tokenizer("tester/tokenizer", tmp_path / "empty", token="hf_anotherSecret")
+    assert "Secret" not in str(raised.value)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from usdm_sft.training import STEPS, StepLogitsProcessor, next_prompt
+from usdm_sft.training import REFERENCE_STAGES, StepLogitsProcessor, next_prompt
 
 ROW = {
     "user_units": [[11, 12, 13]],
@@ -17,12 +17,12 @@ def test_prompts_are_prefixes_of_the_training_ids(encoder):
     ids = encoder(ROW)["input_ids"][0].tolist()
     labels = encoder(ROW)["labels"][0].tolist()
     prompts = [encoder.prompt(units), encoder.prompt(units, user), encoder.prompt(units, user, agent)]
-    for prompt, step in zip(prompts, STEPS, strict=True):
+    for prompt, step in zip(prompts, REFERENCE_STAGES, strict=True):
         assert ids[: len(prompt)] == prompt.tolist()
         stop = ids.index(step.stop_id, len(prompt))
         assert labels[len(prompt) : stop + 1] == ids[len(prompt) : stop + 1]  # the step generates labelled ids
         assert (
-            labels[len(prompt) - 1] == -100 or step is STEPS[2]
+            labels[len(prompt) - 1] == -100 or step is REFERENCE_STAGES[2]
         )  # <|correspond|> is labelled as the end of the answer
 
 
@@ -34,7 +34,7 @@ def test_prompts_after_earlier_exchanges_are_prefixes_too(encoder):
         exchanges = [*earlier[:num], row]
         batch = {name: [list(values)] for name, values in zip(columns, zip(*exchanges, strict=True), strict=True)}
         ids = encoder(batch)["input_ids"][0].tolist()
-        for given, step in zip((row[:1], row[:2], row[:3]), STEPS, strict=True):
+        for given, step in zip((row[:1], row[:2], row[:3]), REFERENCE_STAGES, strict=True):
             prompt = encoder.prompt(*given, history=earlier[:num]).tolist()
             assert ids[: len(prompt)] == prompt
             rest = ids[len(prompt) :]
@@ -65,16 +65,16 @@ def allowed(step):
 
 
 def test_ids_that_each_step_may_generate():
-    transcript, answer, speech = map(allowed, STEPS)
+    transcript, answer, speech = map(allowed, REFERENCE_STAGES)
     assert transcript == set(range(32_000))
     assert answer == set(range(32_002))
     assert speech == {28_705, *range(32_002, 42_003)}
-    assert [step.stop_id for step in STEPS] == [13, 32_001, 28_705]
+    assert [step.stop_id for step in REFERENCE_STAGES] == [13, 32_001, 28_705]
 
 
 def test_next_prompt_after_nothing_or_a_cut_off(encoder):
     prompt = torch.tensor(encoder.prompt([1]))[None].long()
-    empty = next_prompt(STEPS[0], prompt, torch.tensor([13]))
+    empty = next_prompt(REFERENCE_STAGES[0], prompt, torch.tensor([13]))
     assert empty[0].tolist()[-5:] == [32_001, 13, 27_332, 23_393, 13]
-    assert torch.equal(next_prompt(STEPS[0], prompt, torch.tensor([], dtype=torch.long)), empty)
-    assert next_prompt(STEPS[1], empty, torch.tensor([5081]))[0].tolist()[-2:] == [5081, 32_001]
+    assert torch.equal(next_prompt(REFERENCE_STAGES[0], prompt, torch.tensor([], dtype=torch.long)), empty)
+    assert next_prompt(REFERENCE_STAGES[1], empty, torch.tensor([5081]))[0].tolist()[-2:] == [5081, 32_001]

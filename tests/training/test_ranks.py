@@ -11,15 +11,17 @@ pytest.importorskip("trl", reason="needs the extra 'train'")
 import datasets
 
 from tests.code_blocks import find_code, make_workplace, small_environment
+from tests.helpers import tiny_mistral
 from tests.test_docs import shrink
-from tests.training.test_trainers import tiny_model
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def workplace(dataset_folder, unit_model, tmp_path_factory):
-    return make_workplace(tmp_path_factory.mktemp("workplace"), dataset_folder, unit_model, tiny_model())
+    return make_workplace(
+        tmp_path_factory.mktemp("workplace"), dataset_folder, unit_model, tiny_mistral(pad_token_id=42_002)
+    )
 
 
 def run_on_two_ranks(workplace, code):

@@ -13,26 +13,22 @@ import datasets
 import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
-from transformers import MistralConfig, MistralForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from tests.code_blocks import make_workplace, small_environment
-from tests.helpers import REPOSITORY, loss_by_hand
+from tests.helpers import REPOSITORY, loss_by_hand, tiny_mistral
 from tests.mini_hub import serve
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import load_tokenizer
-from usdm_sft.training import STEPS, PaddingCollator, PaddingFreeCollator, StepLogitsProcessor, next_prompt
+from usdm_sft.training import REFERENCE_STAGES, PaddingCollator, PaddingFreeCollator, StepLogitsProcessor, next_prompt
+
+PAD = 42_002
 
 
 @pytest.fixture(scope="module")
 def folder(dataset_folder):
     return dataset_folder
-
-
-def tiny_model(hidden_size=32):
-    torch.manual_seed(0)
-    shape = {"hidden_size": hidden_size, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return MistralForCausalLM(MistralConfig(vocab_size=42_003, num_key_value_heads=2, pad_token_id=42_002, **shape))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +42,7 @@ def load(folder, streaming):
 
 @pytest.fixture(scope="module")
 def expected(folder):
-    return loss_by_hand(tiny_model().eval(), list(load(folder, streaming=False)))
+    return loss_by_hand(tiny_mistral(pad_token_id=PAD).eval(), list(load(folder, streaming=False)))
 
 
 def arguments(kind, tmp_path, **changes):
@@ -74,7 +70,7 @@ def first_loss(trainer):
 @pytest.mark.parametrize("padding_free", [False, True])
 def test_trainer(folder, tokenizer, expected, tmp_path, streaming, padding_free):
     trainer = Trainer(
-        model=tiny_model(),
+        model=tiny_mistral(pad_token_id=PAD),
         args=arguments(TrainingArguments, tmp_path),
         train_dataset=load(folder, streaming),
         data_collator=PaddingFreeCollator() if padding_free else PaddingCollator(tokenizer),
@@ -94,7 +90,7 @@ def test_sft_trainer(folder, tokenizer, expected, tmp_path, streaming, options):
     if options.get("packing"):
         changes["per_device_train_batch_size"] = 1  # all three rows in one
     trainer = SFTTrainer(
-        model=tiny_model(),
+        model=tiny_mistral(pad_token_id=PAD),
         args=arguments(SFTConfig, tmp_path, **changes),
         train_dataset=load(folder, streaming),
         processing_class=tokenizer,
@@ -108,7 +104,10 @@ def test_max_length_of_the_trainer_decides_whether_rows_are_cut(folder, tokenize
     for max_length in (longest - 10, 8192):
         args = arguments(SFTConfig, tmp_path, max_length=max_length)
         trainer = SFTTrainer(
-            model=tiny_model(), args=args, train_dataset=load(folder, streaming=False), processing_class=tokenizer
+            model=tiny_mistral(pad_token_id=PAD),
+            args=args,
+            train_dataset=load(folder, streaming=False),
+            processing_class=tokenizer,
         )
         lengths[max_length] = max(batch["input_ids"].shape[1] for batch in trainer.get_train_dataloader())
     assert lengths == {longest - 10: longest - 10, 8192: longest}
@@ -118,14 +117,14 @@ def test_max_length_of_the_trainer_decides_whether_rows_are_cut(folder, tokenize
 def test_plain_pytorch(folder, tokenizer, expected, streaming):
     [batch] = DataLoader(load(folder, streaming), batch_size=3, collate_fn=PaddingCollator(tokenizer))
     with torch.no_grad():
-        assert abs(tiny_model()(**batch).loss.item() - expected) < 1e-4
+        assert abs(tiny_mistral(pad_token_id=PAD)(**batch).loss.item() - expected) < 1e-4
 
 
 @pytest.mark.slow
 def test_a_trained_model_generates_its_training_example(folder, tokenizer):
     """Labels and stop tokens are right: a model that fits them answers in three steps, speech included."""
     row = load(folder, streaming=False)[0]
-    batch, model = PaddingCollator(tokenizer)([row]), tiny_model(hidden_size=96)
+    batch, model = PaddingCollator(tokenizer)([row]), tiny_mistral(hidden_size=96, pad_token_id=PAD)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     losses = []
     while not losses or (losses[-1] > 0.01 and len(losses) < 300):
@@ -141,7 +140,7 @@ def test_a_trained_model_generates_its_training_example(folder, tokenizer):
     encoder = TemplateEncoder(tokenizer)
     texts = (), (row["user_text"],), (row["user_text"], row["agent_text"])
     prompt = torch.tensor(encoder.prompt(row["user_units"]))[None].long()
-    for step, given in zip(STEPS, texts, strict=True):
+    for step, given in zip(REFERENCE_STAGES, texts, strict=True):
         assert prompt[0].tolist() == encoder.prompt(row["user_units"], *given).tolist()
         generated = model.generate(
             prompt,
@@ -172,7 +171,7 @@ def test_streaming_splits_over_ranks_and_workers(folder):
 
 @pytest.fixture(scope="module")
 def workplace(folder, unit_model, tmp_path_factory):
-    return make_workplace(tmp_path_factory.mktemp("workplace"), folder, unit_model, tiny_model())
+    return make_workplace(tmp_path_factory.mktemp("workplace"), folder, unit_model, tiny_mistral(pad_token_id=PAD))
 
 
 @pytest.mark.slow

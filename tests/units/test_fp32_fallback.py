@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.helpers import options
 from usdm_sft.audio.frames import num_frames
 from usdm_sft.audio.reading import read_waveform
 from usdm_sft.prepare.prepare import prepare
@@ -77,7 +78,7 @@ def test_an_utterance_that_overflows_gets_the_units_of_fp32(loud, mini, caplog):
     assert tokenizer._in_fp32 is None
 
 
-def test_features_that_are_not_finite_in_fp32_either_name_the_utterance(unit_model, tmp_path):
+def test_overflow_in_fp32_too_names_the_utterance(unit_model, tmp_path):
     folder = shutil.copytree(unit_model, tmp_path / "model")
     change_weights(folder, lambda weights: weights[f"{LAYER}intermediate_dense.weight"].fill_(3e38))
     waveforms = [np.random.default_rng(0).standard_normal(1000).astype(np.float32)]
@@ -90,21 +91,11 @@ def test_features_that_are_not_finite_in_fp32_either_name_the_utterance(unit_mod
 
 
 @pytest.mark.slow
-def test_utterances_that_overflow_are_in_counts_and_card_also_when_the_cache_has_their_units(
-    loud, mini, tmp_path, monkeypatch
-):
+def test_utterances_that_overflow_are_in_counts_and_card(loud, mini, tmp_path, monkeypatch):
     folder, _ = loud
 
-    def run(output, **options):
-        return prepare(
-            data_dir=str(mini / "corpus"),
-            output_path=str(tmp_path / output),
-            unit_model=str(folder),
-            pretrained_model_name_or_path="mistral-common",
-            cache_dir=str(tmp_path / "cache"),
-            shard_dialogs=1,
-            **options,
-        )
+    def run(output, **changes):
+        return prepare(**options(mini, folder, tmp_path, output_path=str(tmp_path / output), **changes))
 
     assert [split["fp32_fallback"] for split in run("fp32")["splits"].values()] == [[], []]
     assert "not finite" not in (tmp_path / "fp32" / "README.md").read_text()

@@ -19,7 +19,7 @@ from transformers import (
     Wav2Vec2Model,
 )
 
-from tests.helpers import FIXTURES
+from tests.helpers import FIXTURES, options
 from usdm_sft.audio.frames import num_frames
 from usdm_sft.cli.main import main
 from usdm_sft.prepare.prepare import prepare
@@ -176,7 +176,7 @@ def test_units_equal_those_of_transformers(tmp_path, name, layer):
 
 
 @pytest.mark.parametrize("name", ["wav2vec2 pre-norm", "hubert post-norm", "hubert with batch norm"])
-def test_features_of_a_short_row_in_a_batch_equal_its_features_alone(tmp_path, source, name):
+def test_features_of_a_row_do_not_depend_on_its_batch(tmp_path, source, name):
     kind, settings, _ = MODELS[name]
     folder = save(make_model(kind(**TINY, **settings)), tmp_path / "model")
     model = UnitModel.from_pretrained(convert(folder, source[1], tmp_path / "m", layer=3))
@@ -197,18 +197,12 @@ def test_final_norm_gives_the_units_of_last_hidden_state(tmp_path):
     waveforms = make_waveforms()
     features = [run_transformers(folder, model, waveform)[1].last_hidden_state for waveform in waveforms]
     expected = fit_kmeans(tmp_path / "kmeans.npy", features)
-    made = {
-        final_norm: convert(
-            folder, tmp_path / "kmeans.npy", tmp_path / str(final_norm), layer=NUM_LAYERS, final_norm=final_norm
-        )
-        for final_norm in (True, False)
-    }
-    found = {
-        final_norm: [
-            units.tolist() for units in UnitTokenizer.from_pretrained(each, device="cpu").tokenize_waveforms(waveforms)
-        ]
-        for final_norm, each in made.items()
-    }
+    made, found = {}, {}
+    for norm in (True, False):
+        kmeans = tmp_path / "kmeans.npy"
+        made[norm] = convert(folder, kmeans, tmp_path / str(norm), layer=NUM_LAYERS, final_norm=norm)
+        tokenizer = UnitTokenizer.from_pretrained(made[norm], device="cpu")
+        found[norm] = [units.tolist() for units in tokenizer.tokenize_waveforms(waveforms)]
     assert found[True] == expected != found[False]
     assert unit_model_digest(made[True]) != unit_model_digest(made[False])
     with pytest.raises(FileExistsError, match="was not made from these files and settings"):
@@ -323,13 +317,6 @@ def test_every_way_to_save_a_model_gives_the_same_unit_model(tmp_path, source):
 def test_conversion_prints_nothing(tmp_path, source, capfd):
     convert(*source, tmp_path / "m", layer=2)
     assert capfd.readouterr() == ("", "")
-
-
-def test_transformers_opens_the_folder(tmp_path, source):
-    made = convert(*source, tmp_path / "m", layer=2)
-    model, report = HubertModel.from_pretrained(made, output_loading_info=True)
-    assert len(model.encoder.layers) == 2
-    assert not report["missing_keys"] and not report["unexpected_keys"]
 
 
 def test_converting_again_leaves_the_folder(tmp_path, copy, source):
@@ -465,13 +452,6 @@ def test_layers_after_the_chosen_one_may_be_missing(tmp_path, copy, source):
         convert(copy, source[1], tmp_path / "m4", layer=4)
 
 
-def test_missing_sources_are_named(tmp_path, source):
-    with pytest.raises(FileNotFoundError, match="none is not a file or a folder"):
-        convert(tmp_path / "none", source[1], tmp_path / "m", layer=2)
-    with pytest.raises(FileNotFoundError, match=r"none\.npy is not a file"):
-        convert(source[0], tmp_path / "none.npy", tmp_path / "m", layer=2)
-
-
 @pytest.mark.parametrize("protocol", [2, 5])
 def test_pickled_kmeans_is_refused_and_not_run(tmp_path, source, capfd, protocol):
     (tmp_path / "km.bin").write_bytes(pickle.dumps(Evil(), protocol))
@@ -537,13 +517,7 @@ def run(mini, tmp_path):
 
     def run(unit_model, num_units):
         build_tokenizer(num_units=num_units).save_pretrained(tmp_path / "tokenizer")
-        prepare(
-            data_dir=str(mini / "corpus"),
-            output_path=str(tmp_path / "out"),
-            unit_model=str(unit_model),
-            pretrained_model_name_or_path=str(tmp_path / "tokenizer"),
-            cache_dir=str(tmp_path / "cache"),
-        )
+        prepare(**options(mini, unit_model, tmp_path, pretrained_model_name_or_path=str(tmp_path / "tokenizer")))
         return datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "datasets"))
 
     return run
@@ -558,7 +532,7 @@ def units_of_transformers(source, audio, kmeans):
     return units
 
 
-def test_prepare_with_a_hubert_model_gives_the_units_of_transformers(run, mini, source, tmp_path, capsys):
+def test_prepare_with_hubert_gives_the_units_of_transformers(run, mini, source, tmp_path, capsys):
     main(["convert", *map(str, source), str(tmp_path / "m"), "--layer", "2"])
     assert capsys.readouterr().out == f"{tmp_path / 'm'} is a unit model folder\n"
     rows = run(tmp_path / "m", NUM_UNITS)
@@ -576,7 +550,7 @@ def test_prepare_with_a_hubert_model_gives_the_units_of_transformers(run, mini, 
         assert ids[second + 1 : -3] == [UNIT_0 + unit for unit in agent]
 
 
-def test_more_units_than_the_tokenizer_has_is_an_error_before_any_forward_pass(run, source, tmp_path, monkeypatch):
+def test_more_units_than_tokens_stop_before_a_forward_pass(run, source, tmp_path, monkeypatch):
     made = convert(*source, tmp_path / "m", layer=2)
     monkeypatch.setattr(UnitModel, "forward", None)
     with pytest.raises(

@@ -24,7 +24,6 @@ from usdm_sft.audio.frames import num_frames
 from usdm_sft.audio.reading import AudioError
 from usdm_sft.units import reading
 from usdm_sft.units import tokenizer as module
-from usdm_sft.units import tokenizer as process
 from usdm_sft.units.batches import normalize, padding_share, plan_batches
 from usdm_sft.units.columns import distinct_audio
 from usdm_sft.units.convert import convert
@@ -179,7 +178,7 @@ def test_each_audio_of_a_batch_is_tokenized_once(tokenizer, rows, monkeypatch):
     assert np.array_equal(out["agent_units"][0], out["user_units"][1])
 
 
-def test_bytes_and_lists_of_exchanges_give_the_units_of_the_paths(tokenizer, rows):
+def test_bytes_and_lists_give_the_units_of_the_paths(tokenizer, rows):
     plain = tokenizer(rows)
     content = {role: [Path(path).read_bytes() for path in paths] for role, paths in rows.items()}
     lists = tokenizer({role: [[{"bytes": each, "path": None}] for each in audio] for role, audio in content.items()})
@@ -189,7 +188,7 @@ def test_bytes_and_lists_of_exchanges_give_the_units_of_the_paths(tokenizer, row
         assert list(plain[f"{role}_seconds"]) == [seconds for [seconds] in lists[f"{role}_seconds"]]
 
 
-def test_every_audio_column_gives_units_and_seconds_of_its_prefix(tokenizer, rows):
+def test_every_audio_column_gives_units_and_seconds(tokenizer, rows):
     first, second = rows["user_audio"][:2]
     out = tokenizer({"id": ["a"], "audio": [first], "other_audio": [second], "audio_name": ["b"]})
     assert list(out) == ["units", "seconds", "other_units", "other_seconds"]
@@ -258,10 +257,10 @@ def test_process_finds_the_folder_in_the_pickle_that_starts_it(tokenizer, fairse
         assert pool.apply(operator.attrgetter("folder"), (tokenizer,)) == fairseq.resolve()
 
 
-def test_other_pickles_open_in_a_process_that_has_opened_the_unit_model(tokenizer, fairseq, monkeypatch):
+def test_other_pickles_need_a_unit_model_that_is_open(tokenizer, fairseq, monkeypatch):
     pickled = pickle.dumps(tokenizer)
     assert pickle.loads(pickled).folder == copy.deepcopy(tokenizer).folder == fairseq.resolve()
-    monkeypatch.setattr(process, "_folders", {})
+    monkeypatch.setattr(module, "_folders", {})
     with pytest.raises(
         ValueError,
         match=rf"has not opened the unit model of digest {tokenizer.digest}, .* call UnitTokenizer\.from_pretrained",
@@ -323,16 +322,6 @@ def test_a_minute_of_audio_alone_and_in_a_batch(tokenizer):
     assert np.mean(alone == beside) > 0.999  # ties
 
 
-def test_faster_precision_keeps_most_units(fairseq, golden):
-    cases, waveforms, _ = golden
-    tokenizer = UnitTokenizer.from_pretrained(fairseq, device="cpu", precision="bf16")
-    assert tokenizer.model.layers[0].attention.q_proj.weight.dtype == torch.bfloat16
-    assert tokenizer.model.layers[0].layer_norm.weight.dtype == torch.float32
-    found = tokenizer.tokenize_waveforms([waveforms[name] for name in cases])
-    equal = sum(np.sum(units == case["units"]) for units, case in zip(found, cases.values(), strict=True))
-    assert 0.97 < equal / sum(len(case["units"]) for case in cases.values()) < 1
-
-
 def test_waveforms_pass_the_resampler_on_the_device(rows, fairseq, monkeypatch):
     """A stand-in for torchaudio resamples with soxr."""
     monkeypatch.setattr(
@@ -344,7 +333,7 @@ def test_waveforms_pass_the_resampler_on_the_device(rows, fairseq, monkeypatch):
     assert tokenizer.key != UnitTokenizer.from_pretrained(fairseq, device="cpu").key
 
 
-def test_gpu_number_reaches_processes_and_is_not_in_the_fingerprint(fairseq, monkeypatch):
+def test_gpu_number_reaches_processes_but_no_fingerprint(fairseq, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     first, second = (UnitTokenizer.from_pretrained(fairseq, device=f"cuda:{index}") for index in (0, 1))
     assert Hasher.hash(first) == Hasher.hash(second)
@@ -378,7 +367,7 @@ def test_plan_is_by_length_and_fills_batches(device):
     assert padding_share([[720], [400, 400]], 10, device) == padding_share([], 10, device) == 0
 
 
-def test_batch_on_cuda_holds_no_row_shorter_than_85_percent_of_its_longest():
+def test_batch_on_cuda_holds_rows_of_similar_length():
     assert plan_batches([9_000, 10_000, 8_600, 8_400, 10_000], 100, "cuda") == [[1, 4, 0, 2], [3]]
     assert plan_batches([10_000, 8_500], 100, "cuda") == [[0, 1]]
     assert plan_batches([10_000, 8_499], 100, "cuda") == [[0], [1]]

@@ -27,7 +27,7 @@ from usdm_sft.template.chat import (
 )
 from usdm_sft.template.config import PARTS, REFERENCE, Template, UnitRepetition
 from usdm_sft.template.exchanges import Exchange, ExchangeReader, match_other_tokens, row_name
-from usdm_sft.template.parts import RowLayout, Step, make_steps
+from usdm_sft.template.parts import AnswerStage, RowLayout, make_stages
 from usdm_sft.template.special_tokens import TemplateTokens, naming_errors, plain_copy, read_tokens
 from usdm_sft.template.stretches import Headings, Stretches
 from usdm_sft.template.tokenizer import check_tokenizer
@@ -177,11 +177,11 @@ class TemplateEncoder:
         return key if self._frames is None else (*key, self._frames.ids)
 
     @cached_property
-    def steps(self) -> tuple[Step, ...]:
-        """The steps of inference for `StepLogitsProcessor` and `next_prompt`: transcript, answer, speech."""
+    def steps(self) -> tuple[AnswerStage, ...]:
+        """The stages of inference for `StepLogitsProcessor` and `next_prompt`: transcript, answer, speech."""
         if isinstance(self._form, ChatForm):
-            return make_steps(self.tokens, self.template, (), self._tokenizer, self._form.stop_ids)
-        return make_steps(self.tokens, self.template, self._form.agent_heading, self._tokenizer)
+            return make_stages(self.tokens, self.template, (), self._tokenizer, self._form.stop_ids)
+        return make_stages(self.tokens, self.template, self._form.agent_heading, self._tokenizer)
 
     @naming_errors()
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[npt.NDArray[np.int32]]]:

@@ -140,14 +140,14 @@ def _index(ids: npt.NDArray[np.integer], token_id: int, start: int) -> int:
 NAMES = {"user_text": "transcript", "agent_text": "answer", "agent_units": "speech"}
 
 
-class Step(NamedTuple):
-    """One step of inference.
+class AnswerStage(NamedTuple):
+    """A stage in which a model answers: the transcript, the answer or the speech.
 
     Attributes:
         name: transcript, answer or speech.
-        stop_id: The id that ends the step; it is labelled in training.
+        stop_id: The id that ends the stage; it is labelled in training.
         blocked: Ranges of ids that may not be generated: start and stop, None for no end.
-        following: The ids between the stop id and the next step.
+        following: The ids between the stop id and the next stage.
     """
 
     name: str
@@ -156,14 +156,14 @@ class Step(NamedTuple):
     following: tuple[int, ...] = ()
 
 
-def make_steps(
+def make_stages(
     tokens: TemplateTokens,
     template: Template,
     agent_heading: tuple[int, ...],
     tokenizer: Tokenizer | None = None,
     stop_ids: Mapping[str, int] | None = None,
-) -> tuple[Step, ...]:
-    """Make a step for each part of the template but the first, which is given.
+) -> tuple[AnswerStage, ...]:
+    """Make a stage for each part of the template but the first, which is given.
 
     Args:
         tokens: The ids of the template.
@@ -172,7 +172,7 @@ def make_steps(
         tokenizer: The tokenizer of the ids; the reference's form needs none.
         stop_ids: The id after each part; by default as under headings. In a chat template, no ids are between two parts.
     """
-    steps = []
+    stages = []
     for part in template.parts[1:]:
         stop_id = _stop_id(part, tokens, template) if stop_ids is None else stop_ids[part]
         if tokenizer is None or template.tokenization == "reference":
@@ -180,8 +180,8 @@ def make_steps(
         else:
             blocked = _block(part, stop_id, tokens, tokenizer)
         following = agent_heading if part == "user_text" and part != template.parts[-1] else ()
-        steps.append(Step(NAMES[part], stop_id, blocked, following))
-    return tuple(steps)
+        stages.append(AnswerStage(NAMES[part], stop_id, blocked, following))
+    return tuple(stages)
 
 
 def _stop_id(part: str, tokens: TemplateTokens, template: Template) -> int:
@@ -233,5 +233,5 @@ _USTM = ustm_tokens()
 # "### Agent\n" after a newline, in USTM's tokenizer.
 _AGENT_HEADING = (27332, 23393, _USTM.newline)
 
-# The steps of the inference in naver-ai/usdm.
-STEPS = make_steps(_USTM, REFERENCE, _AGENT_HEADING)
+# The stages of the inference in naver-ai/usdm.
+REFERENCE_STAGES = make_stages(_USTM, REFERENCE, _AGENT_HEADING)

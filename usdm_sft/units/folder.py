@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub import CommitOperationAdd, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # a re-export
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, but its stubs do not export it
 
 from usdm_sft.units.batches import NORMALIZATIONS
 from usdm_sft.utils.atomic import SUFFIX, remove_path, replace_path
-from usdm_sft.utils.hub import create_repository, hub_errors_in_one_line
 from usdm_sft.utils.json_files import read_json
 from usdm_sft.utils.texts import first_line
 
@@ -165,30 +164,18 @@ def save_folder(folder: Path, digest: str, target: Path) -> None:
     replace_path(unfinished, target)
 
 
-def push_folder(
-    folder: Path,
-    digest: str,
-    repo_id: str,
-    *,
-    private: bool | None,
-    token: str | None,
-    revision: str | None,
-    commit_message: str,
-    create_pr: bool,
-) -> str:
-    """Upload a unit model folder to a model repository in one commit; arguments and errors of `UnitTokenizer.push_to_hub`."""
+def list_additions(folder: Path, digest: str) -> list[CommitOperationAdd]:
+    """Return the files of a unit model folder for a commit to the Hub. They have the digests of the unit model that was opened.
+
+    Raises:
+        ChangedError: The folder, or a file of it, was changed since then.
+    """
     description = read_known_description(folder, digest)
     additions = [CommitOperationAdd(name, folder / name) for name in (*FILES, DESCRIPTION)]
     for addition in additions[: len(FILES)]:
         if addition.upload_info.sha256.hex() != description["files"][addition.path_in_repo]:
             raise ChangedError(folder / addition.path_in_repo)
-    api = HfApi(token=token)
-    with hub_errors_in_one_line(repo_id, revision):
-        create_repository(api, repo_id, "model", private=private, branch=None if create_pr else revision)
-        commit = api.create_commit(
-            repo_id, additions, commit_message=commit_message, revision=revision, create_pr=create_pr
-        )
-    return str(commit.pr_url or commit.commit_url)
+    return additions
 
 
 def find_folder(

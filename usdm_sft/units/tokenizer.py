@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import multiprocess.reduction
 import numpy as np
 import torch
+from huggingface_hub import HfApi
 
 from usdm_sft.audio.addresses import file_problem, open_file, parse_address
 from usdm_sft.audio.frames import SAMPLE_RATE, TOO_LOUD, is_too_loud
@@ -27,7 +28,7 @@ from usdm_sft.units.batches import Waveform, prepare_waveform, resample_on
 from usdm_sft.units.columns import distinct_audio, unit_columns
 from usdm_sft.units.folder import (
     find_folder,
-    push_folder,
+    list_additions,
     read_known_description,
     save_folder,
     unit_model_digest,
@@ -35,6 +36,7 @@ from usdm_sft.units.folder import (
 from usdm_sft.units.precision import check_cpu
 from usdm_sft.units.reading import READS, AudioReader, Source
 from usdm_sft.units.settings import make_settings
+from usdm_sft.utils.hub import create_repository, hub_errors_in_one_line
 
 if TYPE_CHECKING:
     from usdm_sft.units.model import UnitModel
@@ -164,16 +166,13 @@ class UnitTokenizer:
             ValueError: A file was changed since the unit model was opened; or the repository is public though `private` is True.
             OSError: The Hub refuses the push or cannot be reached, or offline mode is on.
         """
-        return push_folder(
-            self.folder,
-            self.digest,
-            repo_id,
-            private=private,
-            token=token,
-            revision=revision,
-            commit_message=commit_message,
-            create_pr=create_pr,
-        )
+        additions, api = list_additions(self.folder, self.digest), HfApi(token=token)
+        with hub_errors_in_one_line(repo_id, revision):
+            create_repository(api, repo_id, "model", private=private, branch=None if create_pr else revision)
+            commit = api.create_commit(
+                repo_id, additions, commit_message=commit_message, revision=revision, create_pr=create_pr
+            )
+        return str(commit.pr_url or commit.commit_url)
 
     def with_settings(self, **settings: Any) -> UnitTokenizer:
         """Return a tokenizer for the same unit model and device with some settings changed."""
