@@ -172,10 +172,10 @@ def make_in_two_runs_at_once(mini, unit_model, folder, monkeypatch, *, other=Non
 
 
 def run_task_here(step, folder, tasks, rank):
-    """Run one task in this process, as `launchers._run_ray_task` does in one of Ray."""
-    from usdm_sft.executors import launchers
+    """Run one task in this process, as `ray_tasks._run_ray_task` does in one of Ray."""
+    from usdm_sft.executors import ray_tasks
 
-    launchers._run_ray_task(step, str(folder), tasks, rank)
+    ray_tasks._run_ray_task(step, str(folder), tasks, rank)
 
 
 def run_tasks_here(monkeypatch, run=None):
@@ -185,7 +185,7 @@ def run_tasks_here(monkeypatch, run=None):
         monkeypatch: Undoes it.
         run: Takes the place of `run_task_here`, with the same arguments; returns False if the task failed.
     """
-    from usdm_sft.executors import engine
+    from usdm_sft.executors import tasks as executor_tasks
 
     ranks_run = []
 
@@ -193,8 +193,8 @@ def run_tasks_here(monkeypatch, run=None):
         ranks_run.extend(ranks)
         return [rank for rank in ranks if (run or run_task_here)(step, folder, tasks, rank) is False]
 
-    monkeypatch.setattr(engine, "ray_session", contextlib.nullcontext)
-    monkeypatch.setattr(engine, "run_on_ray", run_on_ray)
+    monkeypatch.setattr(executor_tasks, "ray_session", contextlib.nullcontext)
+    monkeypatch.setattr(executor_tasks, "run_on_ray", run_on_ray)
     return ranks_run
 
 

@@ -1,6 +1,6 @@
 """Units made in datatrove tasks: the output equals that of one process, and finished work survives the death of a task."""
 
-import json
+import dataclasses
 import os
 import re
 import shutil
@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import usdm_sft.executors
 from dailytalk_usdm import DailyTalkUSDM
 from tests.helpers import (
     REPOSITORY,
@@ -21,10 +20,9 @@ from tests.helpers import (
 )
 from usdm_sft.audio import digests
 from usdm_sft.cli.main import main
-from usdm_sft.executors import calls, launchers
+from usdm_sft.executors import ray_tasks, tasks
 from usdm_sft.folder import parquet
-from usdm_sft.prepare import token_shards as tokens
-from usdm_sft.prepare import unit_tasks
+from usdm_sft.prepare import token_shards, unit_tasks
 from usdm_sft.prepare.prepare import prepare
 from usdm_sft.units.model import UnitModel
 from usdm_sft.units.tokenizer import UnitTokenizer
@@ -62,7 +60,7 @@ def armed(tmp_path_factory):
 def elsewhere(monkeypatch):
     """Let this process read few recordings, and make no units, token shards and Parquet files."""
     monkeypatch.setattr(UnitModel, "forward", None)
-    monkeypatch.setattr(tokens, "map_shard", None)
+    monkeypatch.setattr(token_shards, "write_shard", None)
     monkeypatch.setattr(parquet, "_with_trainer_columns", None)
     monkeypatch.setattr(digests, "FEW", 1)
     monkeypatch.setattr(digests, "BATCH", 6)
@@ -93,27 +91,21 @@ def was_finished_by_a_living_task(path):
     return not path.with_name(f"{path.name.partition('.')[0]}.unfinished").exists()
 
 
-def write_changed_task(mini, unit_model, folder, **changes):
-    """Write the file of task 3 with `changes`; return the folder of the plan."""
-    prepare(**options(mini, unit_model, folder))
-    tokenizer = UnitTokenizer.from_pretrained(unit_model, device="cpu")
-    unit_tasks.write_task(folder / "plan", 3, [], tokenizer, folder / "cache", {})
-    path = unit_tasks.task_file(folder / "plan", 3)
-    work = json.loads(path.read_text())
-    path.write_text(json.dumps(work | changes))
-    return str(folder / "plan")
+def make_task(unit_model, folder, **changes):
+    unit_tokenizer = UnitTokenizer.from_pretrained(unit_model, device="cpu")
+    task = unit_tasks.UnitTask(str(unit_model), unit_tokenizer.key, unit_tokenizer.settings, folder / "cache", {})
+    return dataclasses.replace(task, **changes)
 
 
-def test_task_refuses_a_unit_model_that_changed_after_the_plan(mini, unit_model, tmp_path):
-    folder = write_changed_task(mini, unit_model, tmp_path, key=["1", "another digest", {}])
+def test_task_refuses_a_unit_model_that_changed_after_the_plan(unit_model, tmp_path):
+    task = make_task(unit_model, tmp_path, key=("1", "another digest", {}))
     with pytest.raises(ValueError, match="changed after the tasks were planned: run again"):
-        unit_tasks.run_task(None, 3, 4, folder=folder)
+        task(iter([]), 3)
 
 
-@pytest.mark.slow
-def test_task_chooses_a_gpu_by_its_rank(mini, unit_model, tmp_path, monkeypatch):
+def test_task_chooses_a_gpu_by_its_rank(unit_model, tmp_path, monkeypatch):
     settings = {"device": "cuda", "precision": "fp32", "resampler": "soxr", "batch_seconds": 160.0}
-    folder = write_changed_task(mini, unit_model, tmp_path, settings=settings)
+    task = make_task(unit_model, tmp_path, settings=settings)
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -125,7 +117,7 @@ def test_task_chooses_a_gpu_by_its_rank(mini, unit_model, tmp_path, monkeypatch)
 
     monkeypatch.setattr(UnitTokenizer, "from_pretrained", stop)
     with pytest.raises(InterruptedError):
-        unit_tasks.run_task(None, 3, 4, folder=folder)
+        task(iter([]), 3)
     assert chosen == ["cuda:1", "cuda:1"]
 
 
@@ -185,9 +177,9 @@ class TestUsersRayCluster:
             kept |= {path: path.stat().st_ino for path in others}
         stage = make_until_a_task_dies(arguments, armed, "/single_turn/")
         without_a_file, without_results, whole = sorted(int(path.name) for path in stage.glob("completions/*"))
-        next(calls.read_results(stage, without_a_file)).path.unlink()
+        next(tasks.read_results(stage, without_a_file)).path.unlink()
         kept |= inodes(tmp_path, "cache/*/*.arrow")
-        parts = {part.path.name: part.path.stat().st_ino for part in calls.read_results(stage, whole)}
+        parts = {part.path.name: part.path.stat().st_ino for part in tasks.read_results(stage, whole)}
         (stage / "results" / f"{without_results:05d}.pickle").unlink()
         logs = times(tmp_path, "cache/executor/*/logs/*")
         prepare(**arguments)
@@ -245,14 +237,14 @@ class TestUsersRayCluster:
         with pytest.raises(ValueError, match=NO_GPU):
             prepare(data_dir="no data", output_path="no output", executor="ray", tasks=2)
         with pytest.raises(ValueError, match=NO_GPU):  # the cluster lost its GPUs later: no task waits for one
-            launchers.run_on_ray(unit_tasks.run_task, tmp_path, 1, [0], "cuda")
+            ray_tasks.run_on_ray(print, tmp_path, 1, [0], "cuda")
 
 
 @pytest.mark.parametrize(("gpu", "device"), [(True, "cuda"), (False, "cpu")])
 def test_own_ray_cluster_takes_the_device_of_this_machine(ray, monkeypatch, gpu, device):
     monkeypatch.setenv("RAY_ADDRESS", "local")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    assert launchers.find_ray_device() == device
+    assert ray_tasks.find_ray_device() == device
 
 
 def test_unreachable_ray_cluster(ray, monkeypatch):
@@ -262,7 +254,7 @@ def test_unreachable_ray_cluster(ray, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     monkeypatch.setattr(ray, "init", refuse)
     with pytest.raises(ConnectionError, match="no answer"):
-        launchers.find_ray_device()
+        ray_tasks.find_ray_device()
 
 
 SLURM = {"partition": "gpu", "time": "24:00:00", "sbatch_args": {"account": "speech"}}
@@ -326,9 +318,11 @@ def test_bad_slurm_options_on_the_command_line(capsys, given, message):
 @pytest.mark.parametrize("module", ["datatrove.executor.local", "datatrove.executor.slurm"])
 def test_without_datatrove(monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
-    for name in ("extras", "launchers", "run", "slurm", "engine", "pool"):  # to be imported again
-        monkeypatch.delitem(sys.modules, f"usdm_sft.executors.{name}", raising=False)
-        monkeypatch.delattr(usdm_sft.executors, name, raising=False)
+    for name in [name for name in sys.modules if name.startswith("usdm_sft.executors")]:  # to be imported again
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("usdm_sft.executors")
+    monkeypatch.delitem(sys.modules, "usdm_sft.prepare.unit_tasks")
+    monkeypatch.delattr("usdm_sft.prepare.unit_tasks")
     with pytest.raises(ImportError, match=r"--executor needs datatrove .*pip install 'dailytalk-usdm\[executors\]'"):
         prepare(data_dir="no data", output_path="no output", executor="ray")
 
@@ -336,4 +330,4 @@ def test_without_datatrove(monkeypatch, module):
 def test_without_ray(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"--executor ray needs Ray .*pip install 'dailytalk-usdm\[executors\]'"):
-        launchers.run_on_ray(unit_tasks.run_task, tmp_path, 1, [0], "cpu")
+        ray_tasks.run_on_ray(print, tmp_path, 1, [0], "cpu")

@@ -12,11 +12,8 @@ import pytest
 from filelock import Timeout
 
 from tests.helpers import run_task_here, run_tasks_here
-from usdm_sft.executors import calls
-from usdm_sft.executors.engine import Engine
-from usdm_sft.executors.pool import TaskPool
-from usdm_sft.prepare import unit_tasks as run
-from usdm_sft.prepare.plan import Content, Plan, Shard
+from usdm_sft.executors import tasks as executor_tasks
+from usdm_sft.executors.tasks import TaskPool, read_results
 from usdm_sft.utils.locks import file_lock
 
 made = []  # the items that a task dealt with
@@ -40,7 +37,7 @@ def here(monkeypatch):
 
 
 def pool(folder, tasks=3):
-    return TaskPool(Engine("ray", tasks, folder))
+    return TaskPool("ray", tasks, folder)
 
 
 def call(folder, items, *, function=double, holds=None, tasks=3):
@@ -52,7 +49,7 @@ def test_calls_are_divided_into_contiguous_ranges(tmp_path, here):
     assert call(tmp_path, range(8)) == [(index, 2 * index) for index in range(8)]
     assert here == [0, 1, 2]
     (folder,) = tmp_path.glob("executor/*")
-    assert [list(calls.read_results(folder, rank)) for rank in range(3)] == [[0, 2], [4, 6, 8], [10, 12, 14]]
+    assert [list(read_results(folder, rank)) for rank in range(3)] == [[0, 2], [4, 6, 8], [10, 12, 14]]
     assert call(tmp_path, []) == []
     assert call(tmp_path, [5, 6]) == [(0, 10), (1, 12)]  # no task without work
     assert here[3:] == [0, 1]
@@ -106,7 +103,7 @@ def test_task_that_another_run_makes_is_waited_for(tmp_path):
     (folder,) = tmp_path.glob("executor/*")
     results = folder / "results" / "00000.pickle"
     before = results.stat().st_mtime_ns
-    lock = calls._lock(folder, 0)
+    lock = executor_tasks._lock(folder, 0)
     lock.acquire()
     run = threading.Thread(target=call, args=(tmp_path, [1]), kwargs={"tasks": 1})
     run.start()
@@ -132,22 +129,18 @@ def test_finished_task_whose_mark_another_run_removes_has_not_failed(tmp_path, m
     assert call(tmp_path, [1, 2]) == [(0, 2), (1, 4)]
 
 
-def test_only_one_run_at_a_time_plans_the_units(tmp_path, monkeypatch):
-    stage = Engine("ray", 1, tmp_path).open_stage(1, "units", "key")
+def test_only_one_run_at_a_time_plans(tmp_path):
     excluded = []
 
-    def write_task(folder, rank, *rest):
-        with pytest.raises(Timeout):
-            file_lock(folder / "locks" / "plan").acquire(timeout=0)
-        excluded.append(rank)
+    def is_finished(folder, rank, indices):
+        for lock in ("plan", f"{rank:05d}"):
+            with pytest.raises(Timeout):
+                file_lock(folder / "locks" / lock).acquire(timeout=0)
+        excluded.append((rank, indices))
+        return True
 
-    monkeypatch.setattr(run, "write_task", write_task)
-    monkeypatch.setattr(run, "agreement_file", lambda *args: None)
-    plan = Plan()
-    shard = Shard(0, "train", (0, 1), 0, 1, num_samples=800, longest=800, units_key="key", tokens_key="")
-    plan.append(shard, Content([], [], [], [], [], [], 0, [], lists=False))
-    run._plan_tasks(stage, plan, None, tmp_path, {})
-    assert excluded == [0]
+    pool(tmp_path, tasks=2).run(None, [1, 2, 3], name="units", keys=["a", "b", "c"], is_finished=is_finished)
+    assert excluded == [(0, range(1)), (1, range(1, 3))]
 
 
 def test_relative_paths_start_where_the_caller_is(tmp_path, monkeypatch):

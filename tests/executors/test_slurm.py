@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -15,9 +16,8 @@ from usdm_sft.audio import digest_database, digests
 from usdm_sft.cli.main import main
 from usdm_sft.executors.slurm import submit
 from usdm_sft.folder import parquet
-from usdm_sft.prepare import token_shards as tokens
-from usdm_sft.prepare import unit_tasks
-from usdm_sft.prepare.prepare import Submitted, prepare
+from usdm_sft.prepare import token_shards, unit_tasks
+from usdm_sft.prepare.prepare import Submission, prepare
 
 SLURM = {"partition": "gpu", "time": "24:00:00", "sbatch_args": {"account": "speech", "gres": "gpu:1"}}
 
@@ -169,19 +169,15 @@ def test_failed_task_cancels_the_job_after_it_and_the_same_command_goes_on(
 ):
     arguments = options(mini, unit_model, tmp_path, executor="slurm", tasks=2, num_gpus=0, slurm=SLURM)
     fail_once(monkeypatch, unit_tasks, "make_units")
-    fail_once(monkeypatch, tokens, "map_shard")
+    fail_once(monkeypatch, token_shards, "write_shard")
     fail_once(monkeypatch, parquet, "_with_trainer_columns")
-    with pytest.raises(Submitted, match=r"^2 of 2 tasks \(units\) were submitted"):
-        prepare(**arguments)
+    assert str(prepare(**arguments)).startswith("2 of 2 tasks (units) were submitted")
     assert list(queue.run().values()) == [False, False]
-    with pytest.raises(Submitted, match=r"^1 of 2 tasks \(units\) were submitted"):
-        prepare(**arguments)
+    assert str(prepare(**arguments)).startswith("1 of 2 tasks (units) were submitted")
     assert list(queue.run().values())[2:] == [True, True, False, False]
-    with pytest.raises(Submitted, match=r"^1 of 2 tasks \(token shards\) were submitted"):
-        prepare(**arguments)
+    assert str(prepare(**arguments)).startswith("1 of 2 tasks (token shards) were submitted")
     assert list(queue.run().values())[6:] == [True, True, False, False]
-    with pytest.raises(Submitted, match=r"^1 of 2 tasks \(Parquet files\) were submitted"):
-        prepare(**arguments)
+    assert str(prepare(**arguments)).startswith("1 of 2 tasks (Parquet files) were submitted")
     assert list(queue.run().values())[10:] == [True, True]
     assert content(tmp_path / "out") == undisturbed
 
@@ -191,8 +187,7 @@ def test_files_that_vanish_between_stages_are_made_again(
     mini, unit_model, tmp_path, queue, undisturbed, many_recordings
 ):
     arguments = options(mini, unit_model, tmp_path, executor="slurm", tasks=2, num_gpus=0, slurm=SLURM)
-    with pytest.raises(Submitted):
-        prepare(**arguments)
+    assert isinstance(prepare(**arguments), Submission)
     patterns = [
         "cache/executor/*/results/00001.sha256",  # of recordings
         "cache/units/*.arrow",
@@ -214,35 +209,36 @@ def test_files_that_vanish_between_stages_are_made_again(
 def test_two_runs_at_once(mini, unit_model, tmp_path, queue, undisturbed):
     arguments = options(mini, unit_model, tmp_path, executor="slurm", tasks=3, num_gpus=0, slurm=SLURM)
     for _ in range(2):
-        with pytest.raises(Submitted, match=r"^3 of 3 tasks"):
-            prepare(**arguments)
+        assert (prepare(**arguments).num_submitted) == 3
     assert all(queue.run().values())
     assert content(tmp_path / "out") == undisturbed
 
 
 def test_tasks_get_a_gpu_although_this_machine_has_none(mini, unit_model, tmp_path, queue):
-    with pytest.raises(Submitted, match="6 of 6 tasks"):
-        prepare(**options(mini, unit_model, tmp_path, executor="slurm", tasks=9, slurm=SLURM, precision="tf32"))
+    given = options(mini, unit_model, tmp_path, executor="slurm", tasks=9, slurm=SLURM, precision="tf32")
+    submission = prepare(**given)
+    assert (submission.stage, submission.num_submitted, submission.num_tasks) == ("units", 6, 6)
+    assert (submission.job_id, submission.next_job_id) == ("4711", "4712")
     units, following = (directives(script.read_text()) for script in queue.scripts())
     assert units["gpus"] == "1"
     assert "gpus" not in following
-    (task,) = tmp_path.glob("cache/executor/*/tasks/00000.json")
-    assert json.loads(task.read_text())["settings"]["device"] == "cuda"
+    (pickled,) = tmp_path.glob("cache/executor/*/function.pickle")
+    task, _ = pickle.loads(pickled.read_bytes())
+    assert task.settings["device"] == "cuda"
 
 
 def test_job_that_goes_on_waits_for_every_array(tmp_path, queue):
     """More tasks than an array may have are several jobs."""
     (tmp_path / "plan").mkdir()
-    sentence = submit(
-        unit_tasks.run_task, tmp_path / "plan", "units", 5, range(5), "cpu", SLURM | {"max_array_size": 2}, print
-    )
-    assert "(job 4713;" in sentence and sentence.endswith("; job 4714 goes on with the run after them")
+    options = SLURM | {"max_array_size": 2}
+    submission = submit(print, tmp_path / "plan", "units", 5, range(5), "cpu", options, print)
+    assert (submission.job_id, submission.next_job_id) == ("4713", "4714")
     assert [directives(script.read_text())["array"] for script in queue.scripts()] == ["0-1", "0-1", "0-1", "0-0"]
     assert queue.dependencies(3) == [0, 1, 2]
 
 
 def submit_units(folder, options):
-    submit(unit_tasks.run_task, folder / "plan", "units", 1, [0], "cpu", options)
+    assert submit(print, folder / "plan", "units", 1, [0], "cpu", options).next_job_id is None
 
 
 def test_environment_can_be_chosen(tmp_path, queue):
@@ -271,8 +267,7 @@ def test_sbatch_that_fails(tmp_path, slurm):
 @pytest.mark.slow
 def test_job_in_a_process_of_its_own(mini, unit_model, tmp_path, queue):
     """As in a real job, the pickled pipeline is all that the process knows."""
-    with pytest.raises(Submitted):
-        prepare(**options(mini, unit_model, tmp_path, executor="slurm", tasks=6, num_gpus=0, slurm=SLURM))
+    prepare(**options(mini, unit_model, tmp_path, executor="slurm", tasks=6, num_gpus=0, slurm=SLURM))
     (pickled,) = re.findall(r"launch_pickled_pipeline (.*)$", queue.scripts()[0].read_text(), re.MULTILINE)
     (goes_on,) = re.findall(r"launch_pickled_pipeline (.*)$", queue.scripts()[1].read_text(), re.MULTILINE)
     environment = os.environ | {"SLURM_NODELIST": "node1", "SLURM_ARRAY_TASK_ID": "0"}

@@ -6,8 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.helpers import LastFirst, run_tasks_here
-from usdm_sft.executors.engine import Engine
-from usdm_sft.executors.pool import TaskPool
+from usdm_sft.executors.tasks import TaskPool
 from usdm_sft.folder.utterance_parquet import write_utterances
 
 loaded = []  # the files whose rows were made
@@ -43,7 +42,7 @@ def pool(tmp_path, monkeypatch):
     """A pool of two tasks, which run in this process."""
     run_tasks_here(monkeypatch)
     loaded.clear()
-    return TaskPool(Engine("ray", 2, tmp_path / "cache"))
+    return TaskPool("ray", 2, tmp_path / "cache")
 
 
 def inodes(folder):

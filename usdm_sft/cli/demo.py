@@ -96,6 +96,7 @@ def run_demo(demo_dir: str | Path) -> Demo:
         cache_dir=folder / "cache",
         output_path=folder / "dataset",
     )
+    assert isinstance(counts, dict)  # there is no executor
     write_page(folder / "dataset", folder / "page.html", data_dir=folder / "corpus")
     return Demo(folder / "dataset", folder / "page.html", counts)
 

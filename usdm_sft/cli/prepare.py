@@ -37,7 +37,7 @@ def prepare(**options: Any) -> None:
         dailytalk-usdm prepare --data_dir hub:USER/NAME --agent B --output_path calls --keep_audio
     """
     from usdm_sft.folder.statistics import load_call, summarize_split
-    from usdm_sft.prepare.prepare import Submitted, prepare
+    from usdm_sft.prepare.prepare import Submission, prepare
 
     is_dry_run = options.pop("dry_run", False)
     config = make_config(options)
@@ -46,13 +46,13 @@ def prepare(**options: Any) -> None:
             _dry_run(config)
             return
         counts = prepare(config)
-    except Submitted as submitted:
-        print(submitted)
-        return
     except (OSError, ImportError) as error:
         if isinstance(error, FileExistsError) or find_full_disk(error) is not None:
             raise
         raise OSError(f"{error} ({_DOCTOR})") from error
+    if isinstance(counts, Submission):
+        print(counts)
+        return
     for split, split_counts in counts["splits"].items():
         print(f"{split}: {summarize_split(split_counts)}")
     output = os.fspath(config.output_path)

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import inspect
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from loguru import logger as datatrove_logger
 
-from usdm_sft.executors.extras import SlurmPipelineExecutor
-from usdm_sft.executors.launchers import Step
+from usdm_sft.executors import SlurmPipelineExecutor
+from usdm_sft.utils.pool import Submission
 
+_OURS = {"pipeline", "tasks", "logging_dir", "skip_completed", "depends"}  # options of datatrove that we set
 _GPU_ARGUMENTS = {"gres", "gpus", "gpus-per-node", "gpus-per-socket", "gpus-per-task"}  # of sbatch
 
 
@@ -40,8 +42,27 @@ class _Slurm(SlurmPipelineExecutor):  # type: ignore[misc]  # datatrove has no t
         """Submit no job that merges statistics: the tasks have none, and the job would wait for a GPU."""
 
 
+def check_options(options: Mapping[str, Any]) -> None:
+    """Check the options of a job against datatrove and this machine.
+
+    Raises:
+        ValueError: An option is missing, unknown or of another type.
+        FileNotFoundError: This machine has no sbatch.
+    """
+    if missing := [name for name in ("partition", "time") if name not in options]:
+        raise ValueError(f"slurm lacks {' and '.join(missing)}: give --slurm '{{partition: NAME, time: \"04:00:00\"}}'")
+    if not isinstance(options["time"], str):
+        raise ValueError(f'slurm.time is {options["time"]!r}, a number: quote it, such as "24:00:00"')
+    possible = inspect.signature(SlurmPipelineExecutor).parameters.keys() - _OURS
+    if unknown := sorted(map(str, options.keys() - possible)):
+        raise ValueError(f"slurm has {', '.join(unknown)}, but takes only {', '.join(sorted(possible))}")
+    convert_text(options)
+    if shutil.which("sbatch") is None:
+        raise FileNotFoundError("sbatch is not found: use --executor slurm on a machine that submits Slurm jobs")
+
+
 def submit(
-    step: Step,
+    step: Callable[..., None],
     folder: Path,
     name: str,
     tasks: int,
@@ -49,13 +70,13 @@ def submit(
     device: str | None,
     options: Mapping[str, Any],
     go_on: Callable[..., None] | None = None,
-) -> str:
+) -> Submission:
     """Submit the unfinished tasks to Slurm as one array job, and a job that goes on with the run after them.
 
     datatrove pickles the pipeline and the list of unfinished tasks into the folder; the job reads them there.
 
     Args:
-        step: What a task does.
+        step: What a task does: a function of data, rank and world_size.
         folder: Folder of the task files, marks and logs.
         name: Name of the work.
         tasks: Number of all tasks.
@@ -63,9 +84,6 @@ def submit(
         device: "cuda" (each task has one GPU by default), "cpu", or None for one core.
         options: Options of datatrove's SlurmPipelineExecutor.
         go_on: What the other job does: a step of a pipeline. It starts only if all tasks succeed, or else is cancelled.
-
-    Returns:
-        A sentence on what was submitted.
 
     Raises:
         RuntimeError: sbatch failed.
@@ -78,11 +96,11 @@ def submit(
         own = without_gpu | {"cpus_per_task": 1}
     else:
         own = {"gpus_per_task": int(device == "cuda")} | common
-    job = _Slurm([partial(step, folder=str(folder))], tasks=tasks, logging_dir=str(folder), **own)
+    job = _Slurm([step], tasks=tasks, logging_dir=str(folder), **own)
     _launch(job)
-    sentence = f"{len(ranks)} of {tasks} tasks ({name}) were submitted to Slurm (job {job.job_id}; logs in {job.slurm_logs_folder})"
+    submission = Submission(name, len(ranks), tasks, str(job.job_id), str(job.slurm_logs_folder))
     if go_on is None:
-        return sentence
+        return submission
     without_gpu["sbatch_args"]["kill-on-invalid-dep"] = "yes"  # it would wait forever if a task fails
     next_job = _Slurm(
         [go_on],
@@ -93,7 +111,7 @@ def submit(
         **without_gpu,
     )
     _launch(next_job)
-    return f"{sentence}; job {next_job.job_id} goes on with the run after them"
+    return replace(submission, next_job_id=str(next_job.job_id))
 
 
 def _without_gpus(sbatch_args: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,14 +29,14 @@ from usdm_sft.units.batches import padding_share
 from usdm_sft.utils.cache_keys import cache_key, cache_root
 from usdm_sft.utils.locks import warn_of_local_locks
 from usdm_sft.utils.memory import give_back_memory
-from usdm_sft.utils.pool import Pool, Submitted
+from usdm_sft.utils.pool import Submission, Submitted
 from usdm_sft.utils.processes import ProcessPool, num_cores
 from usdm_sft.utils.progress import Stages, quiet
 
 if TYPE_CHECKING:
-    from usdm_sft.executors.engine import Engine
+    from usdm_sft.executors.tasks import TaskPool
 
-__all__ = ["Submitted", "prepare"]
+__all__ = ["Submission", "Submitted", "prepare"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ STAGES = ("tokenizer", "corpus", "unit model", "rows", "units", "tokens", "folde
 _MODULES = ("usdm_sft.prepare.token_shards", "usdm_sft.folder.parquet", "usdm_sft.template.encoder")
 
 
-def prepare(config: PrepareConfig | None = None, /, **fields: Any) -> dict[str, Any]:
+def prepare(config: PrepareConfig | None = None, /, **fields: Any) -> dict[str, Any] | Submission:
     """Make a dataset folder of examples with units, `input_ids` and `labels`.
 
     A script may call this without `if __name__ == "__main__":`, on several devices as well.
@@ -57,10 +57,10 @@ def prepare(config: PrepareConfig | None = None, /, **fields: Any) -> dict[str, 
         fields: The fields of a `PrepareConfig`, in place of `config`.
 
     Returns:
-        The counts, as in counts.json.
+        The counts, as in counts.json; with the executor slurm a `Submission`, if Slurm makes a stage. Its jobs go on until the folder is
+        finished.
 
     Raises:
-        Submitted: Slurm makes a stage, and its jobs go on until the folder is finished. This is not an error.
         FileNotFoundError: Data, a split list, an audio file or a model is missing.
         FileExistsError: The output folder holds something else, and `overwrite` is false.
         TypeError: Both `config` and fields are given, or a field is unknown.
@@ -70,28 +70,31 @@ def prepare(config: PrepareConfig | None = None, /, **fields: Any) -> dict[str, 
         config = PrepareConfig(**fields)
     elif fields:
         raise TypeError(f"prepare() takes a config or fields, not both: put {', '.join(fields)} into the config")
-    with Stages(STAGES) as stages, ExitStack() as held:
-        counts, is_new = _make(config, stages, held)
+    try:
+        with Stages(STAGES) as stages, ExitStack() as held:
+            counts, is_new = _make(config, stages, held)
+    except Submitted as submitted:
+        submission: Submission = submitted.args[0]
+        return submission
     if is_new and stages.shown:
         logger.info("%s", stages.summary())
     return counts
 
 
 @contextmanager
-def _open_pool(config: PrepareConfig) -> Iterator[tuple[Engine | None, Pool]]:
-    """Yield the engine, if there is an executor, and the tasks or processes that share out the work of all stages but the units."""
+def _open_pool(config: PrepareConfig) -> Iterator[ProcessPool | TaskPool]:
+    """Yield the processes or the tasks that share out the work."""
     if config.executor is None:
         with ProcessPool(config.num_proc or num_cores(), _MODULES) as processes:
-            yield None, processes
+            yield processes
         return
-    from usdm_sft.executors.engine import Engine  # datatrove is an optional dependency
-    from usdm_sft.executors.pool import TaskPool
+    from usdm_sft.executors.tasks import TaskPool  # datatrove is an optional dependency
 
     go_on = partial(_go_on, config=config, directory=os.getcwd())
     cache = cache_root(config.cache_dir)
     warn_of_local_locks(cache)
-    with Engine(config.executor, config.tasks, cache, slurm=config.slurm, go_on=go_on) as engine:
-        yield engine, TaskPool(engine)
+    with TaskPool(config.executor, config.tasks, cache, slurm=config.slurm, go_on=go_on) as tasks:
+        yield tasks
 
 
 def _go_on(data: Any, rank: int, world_size: int, *, config: PrepareConfig, directory: str) -> None:
@@ -100,8 +103,7 @@ def _go_on(data: Any, rank: int, world_size: int, *, config: PrepareConfig, dire
     datatrove calls this as the only step of its pipeline.
     """
     os.chdir(directory)
-    with suppress(Submitted):  # the next stage
-        prepare(config)
+    prepare(config)
 
 
 def _make(config: PrepareConfig, stages: Stages, held: ExitStack) -> tuple[dict[str, Any], bool]:
@@ -110,7 +112,7 @@ def _make(config: PrepareConfig, stages: Stages, held: ExitStack) -> tuple[dict[
     Returns:
         The counts, and whether this run made the folder; otherwise it was finished already.
     """
-    engine, pool = held.enter_context(_open_pool(config))
+    pool = held.enter_context(_open_pool(config))
     run = open_run(config, stages, pool=pool)
     counts = describe_run(run)
     with lock_output(run.output):
@@ -119,7 +121,7 @@ def _make(config: PrepareConfig, stages: Stages, held: ExitStack) -> tuple[dict[
     stages.start("rows")
     rows, settings = load_rows(run.builder), run.unit_tokenizer.settings
     stages.start("units")
-    agreement, units = _tokenize_audio(run, engine)
+    agreement, units = _tokenize_audio(run, pool)
     give_back_memory()
     stages.start("tokens")
     splits, split_counts, tokens = fit_splits(run, rows, units, pool)
@@ -160,22 +162,18 @@ def _make(config: PrepareConfig, stages: Stages, held: ExitStack) -> tuple[dict[
     return counts, True
 
 
-def _tokenize_audio(run: Run, engine: Engine | None) -> tuple[dict[str, Any] | None, dict[str, Path]]:
+def _tokenize_audio(run: Run, pool: ProcessPool | TaskPool) -> tuple[dict[str, Any] | None, dict[str, Path]]:
     """Make the unit shards that the cache lacks.
 
     Returns:
         The agreement with fp32 and soxr, or None where these are in use, and the file of each unit shard by its key.
     """
     config = run.config
-    if engine is not None:
+    if not isinstance(pool, ProcessPool):
         from usdm_sft.prepare.unit_tasks import run_tasks
 
-        run_tasks(
-            engine,
-            run.plan,
-            run.unit_tokenizer,
-            sample=pick_sample(run.builder.audio_digests, config.agreement_utterances),
-        )
+        sample = pick_sample(run.builder.audio_digests, config.agreement_utterances)
+        run_tasks(pool, run.plan, run.unit_tokenizer, sample=sample)
     agreement = measure_agreement(run.unit_tokenizer, run.builder.audio_digests, run.cache, config.agreement_utterances)
     if agreement is not None:
         logger.warning(

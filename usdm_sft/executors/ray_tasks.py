@@ -10,31 +10,35 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from usdm_sft.executors.extras import LocalPipelineExecutor, import_ray
+from usdm_sft.executors import INSTALL, LocalPipelineExecutor
 from usdm_sft.utils.progress import progress_bar
 
-Step = Callable[..., None]  # what a task does: a function of data, rank, world_size and folder
+
+def import_ray() -> ModuleType:
+    """Import Ray, which takes a second and which only `--executor ray` needs.
+
+    Raises:
+        ImportError: Ray is not installed.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that we start reports nothing to its makers
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError(f"--executor ray needs Ray ({error}): {INSTALL}") from error
+    return ray
 
 
-def _make_executor(step: Step, folder: str, tasks: int) -> LocalPipelineExecutor:
-    return LocalPipelineExecutor([partial(step, folder=folder)], tasks=tasks, logging_dir=folder)
-
-
-def _run_rank(executor: LocalPipelineExecutor, rank: int) -> None:
+def _run_ray_task(step: Callable[..., None], folder: str, tasks: int, rank: int) -> None:
+    executor = LocalPipelineExecutor([step], tasks=tasks, logging_dir=folder)
     with (
         open(os.devnull, "w") as devnull,
         contextlib.redirect_stderr(devnull),
     ):  # the log of the task has the same lines
         executor._run_for_rank(rank)
-
-
-def _run_ray_task(step: Step, folder: str, tasks: int, rank: int) -> None:
-    _run_rank(_make_executor(step, folder, tasks), rank)
 
 
 def find_ray_device() -> str:
@@ -87,11 +91,11 @@ def ray_session() -> Iterator[ModuleType]:
         ray.shutdown()
 
 
-def run_on_ray(step: Step, folder: Path, tasks: int, ranks: Sequence[int], device: str) -> list[int]:
+def run_on_ray(step: Callable[..., None], folder: Path, tasks: int, ranks: Sequence[int], device: str) -> list[int]:
     """Run tasks on Ray, each as one Ray task.
 
     Args:
-        step: What a task does.
+        step: What a task does: a function of data, rank and world_size.
         folder: Folder of the task files, marks and logs.
         tasks: Number of all tasks.
         ranks: The tasks to run.
