@@ -17,7 +17,7 @@ from dailytalk_usdm import DailyTalkUSDM
 from tests.helpers import REPOSITORY
 from usdm_sft.audio import addresses
 from usdm_sft.audio.reading import AudioError
-from usdm_sft.corpus import published_lists
+from usdm_sft.corpus import dailytalk
 from usdm_sft.corpus.builder import code_digest
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.utils import download
@@ -399,7 +399,7 @@ def test_builder_names_dailytalk_for_its_published_lists_only(mini, tmp_path, mo
         "Spoken dialogs as examples for spoken-dialog language models. A row of single_turn is"
     )
     lists = {split: ("", download.sha256_file(mini / "corpus" / f"{split}.txt")) for split in ("train", "test")}
-    monkeypatch.setattr(published_lists, "SPLIT_LISTS", lists)
+    monkeypatch.setattr(dailytalk, "SPLIT_LISTS", lists)
     published = DailyTalkUSDM(data_dir=mini / "corpus", cache_dir=str(tmp_path / "published")).info
     assert published.description.startswith(
         "DailyTalk, 20 hours of English dialogs read by two speakers, as examples for"

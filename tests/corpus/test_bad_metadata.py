@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dailytalk_usdm import DailyTalkUSDM
-from usdm_sft.corpus import published_lists
+from usdm_sft.corpus import dailytalk
 from usdm_sft.corpus.problems import MAX_PROBLEMS, CorpusError
 from usdm_sft.corpus.read import SAME_SPEAKER, SINGLE_TURN, read_corpus
 from usdm_sft.utils import download
@@ -206,7 +206,7 @@ def mini_corpus(tmp_path, mini):
 def known(mini, monkeypatch):
     """The lists of the mini corpus in the place of DailyTalk's."""
     lists = {split: ("", download.sha256_file(mini / "corpus" / f"{split}.txt")) for split in ("train", "test")}
-    monkeypatch.setattr(published_lists, "SPLIT_LISTS", lists)
+    monkeypatch.setattr(dailytalk, "SPLIT_LISTS", lists)
 
 
 def test_swapped_lists_of_dailytalk_are_refused(mini_corpus, known):

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from tests.helpers import FIXTURES
-from usdm_sft.corpus import published_lists
+from usdm_sft.corpus import dailytalk
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.corpus.read import SAME_SPEAKER, SINGLE_TURN, read_corpus
 from usdm_sft.utils import download
@@ -170,14 +170,14 @@ def test_download_is_kept_only_with_its_digest(server, tmp_path):
 def test_offline_mode_fetches_nothing(server, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match="offline mode"):
-        published_lists.fetch_split_lists(tmp_path, url=server[1])
+        dailytalk.fetch_split_lists(tmp_path, url=server[1])
 
 
 def test_a_wrong_split_list_is_refused(server, tmp_path):
     folder, url = server
     (folder / "train_phone.txt").write_text("not DailyTalk's")
     with pytest.raises(ValueError, match=r"train_phone\.txt has sha256 .* not defdf666"):
-        published_lists.fetch_split_lists(tmp_path, url=url)
+        dailytalk.fetch_split_lists(tmp_path, url=url)
 
 
 @pytest.mark.parametrize(
@@ -204,11 +204,11 @@ def test_broken_answers_of_a_server_are_an_error(tmp_path, monkeypatch, answer):
 @pytest.mark.oracle
 def test_split_lists_are_fetched_once(server, tmp_path, shared):
     folder, url = server
-    for split, (name, _) in published_lists.SPLIT_LISTS.items():
+    for split, (name, _) in dailytalk.SPLIT_LISTS.items():
         (folder / name).write_bytes((shared / "dailytalk" / f"{split}.txt").read_bytes())
-    lists = published_lists.fetch_split_lists(tmp_path, url=url)
+    lists = dailytalk.fetch_split_lists(tmp_path, url=url)
     assert read_corpus(lists)["train"].num_pairs == 20_042
-    assert published_lists.fetch_split_lists(tmp_path, url="http://127.0.0.1:9/never-asked") == lists
+    assert dailytalk.fetch_split_lists(tmp_path, url="http://127.0.0.1:9/never-asked") == lists
 
 
 def test_edge_lists_are_refused_whole():

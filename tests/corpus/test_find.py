@@ -3,20 +3,20 @@
 import pytest
 
 from dailytalk_usdm import DailyTalkUSDM
-from usdm_sft.corpus import find
+from usdm_sft.corpus import dailytalk, find
 
 UTTERANCE = "0_0_d1|0|{P}|hello.|none\n"
 
 
-@pytest.mark.parametrize("names", find.LIST_NAMES)
+@pytest.mark.parametrize("names", dailytalk.LIST_NAMES)
 @pytest.mark.parametrize("given", [".", "data"])
 def test_split_lists_beside_the_data(tmp_path, names, given):
     (tmp_path / "data" / "1").mkdir(parents=True)
     for name in names.values():
         (tmp_path / name).write_text(UTTERANCE)
-    found = find.find_split_lists(tmp_path / given)
+    found = dailytalk.find_split_lists(tmp_path / given)
     assert {split: path.name for split, path in found.items()} == names
-    assert find.find_data_folder(tmp_path / given).resolve() == tmp_path / "data"
+    assert dailytalk.find_data_folder(tmp_path / given).resolve() == tmp_path / "data"
 
 
 def test_split_lists_beside_a_linked_data_folder(tmp_path):
@@ -28,23 +28,27 @@ def test_split_lists_beside_a_linked_data_folder(tmp_path):
     (tmp_path / "disk" / "data" / "1").mkdir(parents=True)
     (tmp_path / "here" / "data").symlink_to(tmp_path / "disk" / "data")
     expected = {split: tmp_path / "here" / f"{split}.txt" for split in ("train", "test")}
-    assert find.find_split_lists(tmp_path / "here") == find.find_split_lists(tmp_path / "here" / "data") == expected
+    assert (
+        dailytalk.find_split_lists(tmp_path / "here")
+        == dailytalk.find_split_lists(tmp_path / "here" / "data")
+        == expected
+    )
 
 
 def test_no_split_lists_and_no_data(tmp_path):
     (tmp_path / "data").mkdir()
-    assert find.find_split_lists(tmp_path) is None
+    assert dailytalk.find_split_lists(tmp_path) is None
     (tmp_path / "train_phone.txt").write_text(UTTERANCE)
     with pytest.raises(FileNotFoundError, match=r"train_phone\.txt has no val_phone\.txt beside it: add it"):
-        find.find_split_lists(tmp_path)
+        dailytalk.find_split_lists(tmp_path)
     with pytest.raises(FileNotFoundError, match="holds neither a folder 'data' nor numbered dialog folders"):
-        find.find_data_folder(tmp_path / "data")
+        dailytalk.find_data_folder(tmp_path / "data")
 
 
 @pytest.mark.parametrize("name", ["find_data_folder", "find_recordings", "find_split_lists"])
 def test_data_dir_that_does_not_exist(tmp_path, name):
     with pytest.raises(FileNotFoundError, match=r"^data_dir .*/nowhere does not exist: give the folder of the corpus"):
-        getattr(find, name)(tmp_path / "nowhere")
+        getattr(dailytalk, name)(tmp_path / "nowhere")
 
 
 def test_missing_data_dir_is_reported_before_split_lists_named_from_it(tmp_path):

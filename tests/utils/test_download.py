@@ -291,11 +291,11 @@ def test_part_survives_a_kill(server, path, waits):
 
 TWO_AT_ONCE = """
 import sys
-from usdm_sft.corpus import published_lists
+from usdm_sft.corpus import dailytalk
 url, folder, sha256 = sys.argv[1:]
-published_lists.SPLIT_LISTS = {"train": ("train_phone.txt", sha256)}
+dailytalk.SPLIT_LISTS = {"train": ("train_phone.txt", sha256)}
 print("ready", flush=True)
-print(published_lists.fetch_split_lists(folder, url=url)["train"].stat().st_size)
+print(dailytalk.fetch_split_lists(folder, url=url)["train"].stat().st_size)
 """
 
 

@@ -25,17 +25,11 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 from packaging.requirements import Requirement
 
 from usdm_sft.audio.check import check_audio
+from usdm_sft.corpus.dailytalk import SPLIT_LISTS, SPLIT_LISTS_URL, check_not_swapped
 from usdm_sft.corpus.dialogs import Split
-from usdm_sft.corpus.find import check_data_dir, find_lists, find_manifests, find_split_lists
+from usdm_sft.corpus.find import describe_corpus, find_lists
 from usdm_sft.corpus.hub_corpus import PREFIX, is_hub_corpus
 from usdm_sft.corpus.problems import CorpusError
-from usdm_sft.corpus.published_lists import (
-    SPLIT_LISTS,
-    SPLIT_LISTS_URL,
-    cached_split_lists,
-    check_not_swapped,
-    describe_corpus,
-)
 from usdm_sft.corpus.read import Rules, read_corpus
 from usdm_sft.folder.layout import check_output
 from usdm_sft.prepare.config import PrepareConfig
@@ -332,8 +326,8 @@ def check_corpus(config: PrepareConfig, needs: Needs) -> Iterator[Finding]:
     if is_hub_corpus(config.data_dir):
         yield _check_hub_corpus(str(config.data_dir), needs)
         return
-    lists = find_lists(config.data_dir, config.data_files) if config.data_files else _find_lists(config)
-    if lists is None:
+    lists = find_lists(config.data_dir, config.data_files, cache_dir=config.cache_dir, may_download=False)
+    if not lists:
         size = sum(remote_size(f"{SPLIT_LISTS_URL}/{name}", timeout=TIMEOUT) for name, _ in SPLIT_LISTS.values())
         text = f"{config.data_dir} has no split lists: prepare downloads DailyTalk's own ({format_bytes(size)})"
         yield Finding("ok", "corpus", text)
@@ -348,12 +342,6 @@ def check_corpus(config: PrepareConfig, needs: Needs) -> Iterator[Finding]:
     check_not_swapped(lists, digests)
     yield from _describe_splits(splits, lists, describe_corpus(lists, digests))
     yield from _check_recordings(splits, needs, skip=config.on_bad_audio == "skip")
-
-
-def _find_lists(config: PrepareConfig) -> dict[str, Path] | None:
-    """Find the lists as `find_lists` does, but without a download."""
-    folder = check_data_dir(config.data_dir)
-    return find_manifests(folder) or find_split_lists(folder) or cached_split_lists(config.cache_dir)
 
 
 def _check_hub_corpus(name: str, needs: Needs) -> Finding:
