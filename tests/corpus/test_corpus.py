@@ -54,20 +54,9 @@ def test_mini_dialogs_in_order_of_number(mini):
     assert user.audio == "2001/0_0_d2001.wav"
 
 
-@pytest.mark.parametrize("end", ["\n", "\r", "\r\n"])
-def test_lines_end_at_newline_and_carriage_return(tmp_path, end):
-    split = read_corpus({"train": write(tmp_path / "l.txt", *GOOD, end=end)})["train"]
-    assert pairs(split) == [("0_0_d1", "1_1_d1")]
-
-
 def test_unicode_separators_do_not_end_a_line(tmp_path):
     path = write(tmp_path / "l.txt", line("0_0_d1", "line\u2028sep\u2029arated"), GOOD[1])
     assert read_corpus({"train": path})["train"].dialogs[0].utterances[0].text == "line\u2028sep\u2029arated"
-
-
-def test_last_newline_may_be_missing(tmp_path):
-    (tmp_path / "l.txt").write_text("\n".join(GOOD))
-    assert read_corpus({"train": tmp_path / "l.txt"})["train"].num_pairs == 1
 
 
 @pytest.mark.parametrize(
@@ -120,18 +109,6 @@ def test_dialog_in_both_splits(tmp_path):
     lists = {split: write(tmp_path / f"{split}.txt", *GOOD) for split in ("train", "test")}
     with pytest.raises(CorpusError, match=r"test\.txt:1: dialog d1 is in two splits, first at .*train\.txt:1"):
         read_corpus(lists)
-
-
-def test_wrong_encoding(tmp_path):
-    content = "".join(f"{line(f'0_0_d{number}')}\n" for number in range(5000)) + "1_1_d1|1|{P}|café|none\n"
-    (tmp_path / "l.txt").write_bytes(content.encode("latin-1"))
-    with pytest.raises(CorpusError, match=r"l\.txt:5001: not UTF-8 .*save the file as UTF-8"):
-        read_corpus({"train": tmp_path / "l.txt"})
-
-
-def test_missing_list(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"the train split list .*nowhere\.txt is not a file"):
-        read_corpus({"train": tmp_path / "nowhere.txt"})
 
 
 @pytest.fixture

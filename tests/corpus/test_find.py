@@ -51,7 +51,7 @@ def test_data_dir_that_does_not_exist(tmp_path, name):
         getattr(dailytalk, name)(tmp_path / "nowhere")
 
 
-def test_missing_data_dir_is_reported_before_split_lists_named_from_it(tmp_path):
+def test_missing_data_dir_is_reported_before_its_lists(tmp_path):
     for data_files in (None, {"train": "train.txt"}, {"train": "train.jsonl"}):
         with pytest.raises(FileNotFoundError, match=r"^data_dir .*/nowhere does not exist"):
             DailyTalkUSDM(data_dir=tmp_path / "nowhere", data_files=data_files)
