@@ -17,7 +17,7 @@ import soundfile
 
 import dailytalk_usdm
 from dailytalk_usdm import DailyTalkUSDM
-from tests.helpers import options
+from tests.helpers import command, options
 from usdm_sft.audio.check import AudioCheck, check_audio
 from usdm_sft.audio.digests import audio_digests
 from usdm_sft.audio.reading import AudioError, read_waveform
@@ -352,18 +352,6 @@ def run(unit_model, tmp_path):
     return run
 
 
-def test_error_names_all_bad_files_before_any_forward_pass(run, corpus, monkeypatch):
-    monkeypatch.setattr(UnitModel, "forward", None)
-    with pytest.raises(AudioError) as caught:
-        run(corpus)
-    lines = str(caught.value).split("\n")
-    assert len(lines) == 4
-    assert (
-        f"utterance 2_1_d8: audio file {corpus.resolve()}/data/8/2_1_d8.wav does not exist: "
-        "replace the file, or leave out its pairs with --on_bad_audio skip"
-    ) in lines
-
-
 def test_error_names_twenty_files_at_most(corpus, tmp_path):
     for path in corpus.glob("data/*/*.wav"):
         path.unlink()
@@ -446,9 +434,8 @@ def test_skip_of_a_good_corpus_is_the_same_folder(run, mini):
 
 
 def test_too_long_and_bad_pairs_are_counted_apart(corpus, unit_model, tmp_path, capsys):
-    options = ["--data_dir", str(corpus), "--unit_model", str(unit_model), "--max_length", "300"]
-    options += ["--pretrained_model_name_or_path", "mistral-common", "--cache_dir", str(tmp_path / "cache")]
-    main(["prepare", *options, "--output_path", str(tmp_path / "out"), "--on_bad_audio", "skip"])
+    arguments = command(corpus.parent, unit_model, tmp_path)[3:]
+    main([*arguments, "--max_length", "300", "--on_bad_audio", "skip"])
     train, test, *_ = capsys.readouterr().out.splitlines()
     counts = json.loads((tmp_path / "out" / "counts.json").read_text())["splits"]["train"]
     too_long = 5 - counts["rows"]
@@ -459,17 +446,20 @@ def test_too_long_and_bad_pairs_are_counted_apart(corpus, unit_model, tmp_path, 
     assert len(counts["pairs_left_out"]) == 5 + too_long
 
 
-def test_command_prints_one_line_per_bad_file(corpus, unit_model, tmp_path, capsys):
-    options = ["--data_dir", str(corpus), "--unit_model", str(unit_model)]
-    options += ["--pretrained_model_name_or_path", "mistral-common", "--cache_dir", str(tmp_path / "cache")]
+def test_command_prints_one_line_per_bad_file(corpus, unit_model, tmp_path, capsys, monkeypatch):
+    """Before any forward pass, and without a traceback."""
+    monkeypatch.setattr(UnitModel, "forward", None)
+    arguments = command(corpus.parent, unit_model, tmp_path)[3:]
     with pytest.raises(SystemExit, match="1"):
-        main(["prepare", *options, "--output_path", str(tmp_path / "out")])
+        main(arguments)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4
     assert lines[0].startswith("dailytalk-usdm prepare: utterance 0_0_d3: audio file ")
-    assert all(line.endswith(": replace the file, or leave out its pairs with --on_bad_audio skip") for line in lines)
+    remedy = ": replace the file, or leave out its pairs with --on_bad_audio skip"
+    assert all(line.endswith(remedy) for line in lines)
+    assert f"utterance 2_1_d8: audio file {corpus.resolve()}/data/8/2_1_d8.wav does not exist{remedy}" in lines
     with pytest.raises(SystemExit, match="2"):
-        main(["prepare", *options, "--output_path", str(tmp_path / "out"), "--on_bad_audio", "ignore"])
+        main([*arguments, "--on_bad_audio", "ignore"])
 
 
 def test_split_without_a_pair_left_is_refused(corpus, tmp_path):
