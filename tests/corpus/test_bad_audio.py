@@ -1,5 +1,6 @@
 """Bad audio, each kind of it: what the first pass over the audio says, and what becomes of the pairs."""
 
+import hashlib
 import json
 import os
 import re
@@ -19,11 +20,11 @@ import dailytalk_usdm
 from dailytalk_usdm import DailyTalkUSDM
 from tests.helpers import command, options
 from usdm_sft.audio.check import AudioCheck, check_audio
-from usdm_sft.audio.digests import audio_digests
+from usdm_sft.audio.digests import AudioDigest, audio_digests
 from usdm_sft.audio.reading import AudioError, read_waveform
 from usdm_sft.cli.main import main
 from usdm_sft.corpus.dialogs import Dialog, Split, Utterance
-from usdm_sft.corpus.left_out import ALL_BAD, leave_out
+from usdm_sft.corpus.left_out import ALL_BAD, corpus_digest, leave_out
 from usdm_sft.prepare.prepare import prepare
 from usdm_sft.units.batches import plan_batches
 from usdm_sft.units.model import UnitModel
@@ -559,3 +560,13 @@ def test_leave_out(bad, pairs, parts):
             "d1_2": "audio of 2_0_d1: hums; audio of 3_1_d1: hums",
             "d1_3": "audio of 3_1_d1: hums",
         }
+
+
+@pytest.mark.parametrize("pairs", [{}, {"d1_0": "audio of ü: is empty"}])
+@pytest.mark.parametrize("num", [0, 1, 3])
+def test_digest_of_a_corpus_is_that_of_its_json(num, pairs):
+    audio = {str(index): AudioDigest(f"{index:064x}", 1, 0.1) for index in range(num)}
+    splits = {"train": Split("train", (), {}, (), pairs), "test": Split("test", (), {}, ())}
+    lists = {"train": "0" * 64, "test": "1" * 64}
+    expected = json.dumps([lists, [f"{index:064x}" for index in range(num)], *([pairs] if pairs else [])])
+    assert corpus_digest(lists, audio, splits) == hashlib.sha256(expected.encode()).hexdigest()

@@ -131,19 +131,6 @@ def server(tmp_path, monkeypatch):
         httpd.shutdown()
 
 
-def test_download_is_kept_only_with_its_digest(server, tmp_path):
-    folder, url = server
-    (folder / "list.txt").write_bytes(b"hello")
-    sha256 = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
-    assert download.download(f"{url}/list.txt", tmp_path / "kept", sha256=sha256) == sha256
-    assert (tmp_path / "kept").read_bytes() == b"hello"
-    with pytest.raises(ValueError, match="it is not the known file and was deleted"):
-        download.download(f"{url}/list.txt", tmp_path / "refused", sha256="0" * 64)
-    with pytest.raises(OSError, match=r"could not fetch .*404.*put the file at .*refused by hand"):
-        download.download(f"{url}/nothing.txt", tmp_path / "refused")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "served"]
-
-
 def test_offline_mode_fetches_nothing(server, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match="offline mode"):

@@ -63,6 +63,10 @@ def test_missing_data_dir_is_reported_before_its_lists(tmp_path):
         ("l.txt", {"train": "l.txt"}),
         (["l.txt"], {"train": "l.txt"}),
         ({"test": "l.txt", "validation": ["v.txt"]}, {"test": "l.txt", "validation": "v.txt"}),
+        (
+            {"train": "train_phone.txt", "validation": "val_phone.txt"},
+            {"train": "train_phone.txt", "validation": "val_phone.txt"},
+        ),
     ],
 )
 def test_named_lists_are_relative_to_data_dir(tmp_path, data_files, expected):
@@ -84,11 +88,6 @@ def test_guess_of_datasets_is_ignored(tmp_path, guess):
         (tmp_path / name).touch()
     expected = {"train": tmp_path / "train.txt", "test": tmp_path / "test.txt"}
     assert find.find_lists(tmp_path, guess, resolved=True) == expected
-
-
-def test_lists_that_the_user_names_are_used(tmp_path):
-    named = {"train": "train_phone.txt", "validation": "val_phone.txt"}
-    assert find.find_lists(tmp_path, named) == {split: tmp_path / name for split, name in named.items()}
 
 
 def test_manifests_take_precedence_over_split_lists(tmp_path):
