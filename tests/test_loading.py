@@ -17,7 +17,7 @@ from dailytalk_usdm import DailyTalkUSDM
 from tests.helpers import REPOSITORY
 from usdm_sft.audio import addresses
 from usdm_sft.audio.reading import AudioError
-from usdm_sft.corpus import published_lists
+from usdm_sft.corpus import dailytalk
 from usdm_sft.corpus.builder import code_digest
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.utils import download
@@ -32,25 +32,25 @@ IDS = {
 }
 
 
-def by_name(data_dir, **options):
-    return datasets.load_dataset("dailytalk_usdm", "single_turn", data_dir=str(data_dir), data_files=LISTS, **options)
+def by_name(data_dir, name="single_turn", **options):
+    return datasets.load_dataset("dailytalk_usdm", name, data_dir=str(data_dir), data_files=LISTS, **options)
 
 
-def by_name_without_files(data_dir, **options):
-    return datasets.load_dataset("dailytalk_usdm", "single_turn", data_dir=str(data_dir), **options)
+def by_name_without_files(data_dir, name="single_turn", **options):
+    return datasets.load_dataset("dailytalk_usdm", name, data_dir=str(data_dir), **options)
 
 
-def by_helper(data_dir, **options):
-    return dailytalk_usdm.load_dataset(data_dir, **options)
+def by_helper(data_dir, name="single_turn", **options):
+    return dailytalk_usdm.load_dataset(data_dir, name, **options)
 
 
-def by_script(data_dir, **options):
+def by_script(data_dir, name="single_turn", **options):
     script = str(REPOSITORY / "dailytalk_usdm.py")
-    return datasets.load_dataset(script, "single_turn", data_dir=str(data_dir), trust_remote_code=True, **options)
+    return datasets.load_dataset(script, name, data_dir=str(data_dir), trust_remote_code=True, **options)
 
 
-def by_builder(data_dir, streaming=False, num_proc=None, **options):
-    builder = DailyTalkUSDM(config_name="single_turn", data_dir=str(data_dir), **options)
+def by_builder(data_dir, name="single_turn", streaming=False, num_proc=None, **options):
+    builder = DailyTalkUSDM(config_name=name, data_dir=str(data_dir), **options)
     if streaming:
         return builder.as_streaming_dataset()
     builder.download_and_prepare(num_proc=num_proc)
@@ -87,29 +87,10 @@ def test_every_way_gives_the_same_rows(way, options, corpus, tmp_path):
     assert "torchcodec" not in sys.modules
 
 
-def with_config(way, name, data_dir, **options):
-    """Load config `name` in one of the ways."""
-    if way is by_name:
-        return datasets.load_dataset("dailytalk_usdm", name, data_dir=str(data_dir), data_files=LISTS, **options)
-    if way is by_name_without_files:
-        return datasets.load_dataset("dailytalk_usdm", name, data_dir=str(data_dir), **options)
-    if way is by_helper:
-        return dailytalk_usdm.load_dataset(data_dir, name, **options)
-    if way is by_script:
-        script = str(REPOSITORY / "dailytalk_usdm.py")
-        return datasets.load_dataset(script, name, data_dir=str(data_dir), trust_remote_code=True, **options)
-    streaming = options.pop("streaming", False)
-    builder = DailyTalkUSDM(config_name=name, data_dir=str(data_dir), **options)
-    if streaming:
-        return builder.as_streaming_dataset()
-    builder.download_and_prepare()
-    return builder.as_dataset()
-
-
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("streaming", [False, True])
 def test_every_way_gives_the_same_conversations(way, streaming, corpus, tmp_path):
-    loaded = with_config(way, "multi_turn", corpus, cache_dir=str(tmp_path / "cache"), streaming=streaming)
+    loaded = way(corpus, "multi_turn", cache_dir=str(tmp_path / "cache"), streaming=streaming)
     rows = {row["id"]: row for row in loaded["train"]}
     assert list(rows) == ["d3_0", "d3_1", "d8_0", "d8_1", "d20_0", "d77_0", "d77_1"]
     audio = {turn: str(corpus / "data" / "8" / f"{turn}_{(turn + 1) % 2}_d8.wav") for turn in range(5)}
@@ -131,7 +112,7 @@ def test_every_way_gives_the_same_conversations(way, streaming, corpus, tmp_path
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_gives_the_same_pairs_with_history(way, corpus, tmp_path):
-    loaded = with_config(way, "single_turn", corpus, cache_dir=str(tmp_path / "cache"), history=1)
+    loaded = way(corpus, cache_dir=str(tmp_path / "cache"), history=1)
     assert {split: loaded[split]["id"][:] for split in loaded} == IDS
     [row] = [row for row in loaded["train"] if row["id"] == "d8_3"]
     assert (row["turn"], row["agent_text"]) == (
@@ -160,7 +141,7 @@ def test_units_of_conversations_equal_those_of_pairs(corpus, unit_model, tmp_pat
     options = {"cache_dir": str(tmp_path / "cache")}
     pairs = by_helper(corpus, **options)["train"].map(tokenizer, batched=True)
     units = {row["id"]: row["agent_units"] for row in pairs}
-    rows = with_config(by_helper, "multi_turn", corpus, **options)["train"].map(tokenizer, batched=True)
+    rows = by_helper(corpus, "multi_turn", **options)["train"].map(tokenizer, batched=True)
     assert {row["id"]: row["agent_units"] for row in rows if row["dialog_id"] == "d8"} == {
         "d8_0": [units["d8_0"], units["d8_2"]],
         "d8_1": [units["d8_1"], units["d8_3"]],
@@ -247,7 +228,7 @@ def cache_of(data_dir, **options):
     return DailyTalkUSDM(data_dir=data_dir, **options).cache_dir
 
 
-def test_cache_depends_on_content_and_not_on_the_spelling_of_a_path(corpus, tmp_path, monkeypatch):
+def test_cache_does_not_depend_on_the_spelling_of_a_path(corpus, tmp_path, monkeypatch):
     first = cache_of(corpus)
     monkeypatch.chdir(tmp_path)
     assert cache_of("corpus") == cache_of(f"{corpus}/../corpus/") == cache_of(corpus / "data") == first
@@ -399,7 +380,7 @@ def test_builder_names_dailytalk_for_its_published_lists_only(mini, tmp_path, mo
         "Spoken dialogs as examples for spoken-dialog language models. A row of single_turn is"
     )
     lists = {split: ("", download.sha256_file(mini / "corpus" / f"{split}.txt")) for split in ("train", "test")}
-    monkeypatch.setattr(published_lists, "SPLIT_LISTS", lists)
+    monkeypatch.setattr(dailytalk, "SPLIT_LISTS", lists)
     published = DailyTalkUSDM(data_dir=mini / "corpus", cache_dir=str(tmp_path / "published")).info
     assert published.description.startswith(
         "DailyTalk, 20 hours of English dialogs read by two speakers, as examples for"

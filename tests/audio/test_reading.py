@@ -74,7 +74,7 @@ def test_resampling_on_the_device_without_torchaudio(monkeypatch):
 
 
 @pytest.mark.parametrize("missing", [-1, 0, 1])
-def test_resampling_on_the_device_has_the_length_of_the_reference(monkeypatch, missing):
+def test_resampling_on_the_device_has_the_right_length(monkeypatch, missing):
     """With a stand-in for torchaudio, which cannot be installed beside a CPU torch."""
 
     def resample(waveform, rate, new_rate, **options):

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HTTPError
 
 from tests.bases import byte_level
 from usdm_sft.cli.main import main
-from usdm_sft.corpus import published_lists
+from usdm_sft.corpus import dailytalk
 from usdm_sft.prepare import checks
 from usdm_sft.prepare import open_run as devices
 from usdm_sft.prepare.checks import SetUp, run_check
@@ -168,7 +168,7 @@ def test_no_split_list_at_all(doctor, mini, tmp_path, no_network):
     found, status = doctor(data_dir=tmp_path / "corpus")
     [(level, message)] = lines(found, "corpus")
     assert (level, status) == ("error", 1)
-    assert message.startswith(published_lists.SPLIT_LISTS_URL) and message.endswith(": run once without offline mode")
+    assert message.startswith(dailytalk.SPLIT_LISTS_URL) and message.endswith(": run once without offline mode")
 
 
 def test_cached_lists_of_dailytalk_are_read(doctor, mini, tmp_path, monkeypatch, no_network):
@@ -177,14 +177,14 @@ def test_cached_lists_of_dailytalk_are_read(doctor, mini, tmp_path, monkeypatch,
     shutil.copytree(mini / "corpus", tmp_path / "cache" / "split_lists", ignore=lambda *_: ["data"])
     names = {split: f"{split}.txt" for split in ("train", "test")}
     known = {split: (name, sha256_file(mini / "corpus" / name)) for split, name in names.items()}
-    monkeypatch.setattr(published_lists, "SPLIT_LISTS", known)
+    monkeypatch.setattr(dailytalk, "SPLIT_LISTS", known)
     found, status = doctor(data_dir=tmp_path / "corpus")
     assert status == 0
     assert lines(found, "corpus")[1] == (
         "ok", f"{tmp_path}/cache/split_lists/test.txt (DailyTalk): 2 dialogs, 3 pairs"
     )  # fmt: skip
     (tmp_path / "cache" / "split_lists" / "test.txt").write_text("cut short")
-    assert published_lists.cached_split_lists(tmp_path / "cache") is None
+    assert dailytalk.cached_split_lists(tmp_path / "cache") is None
 
 
 def test_first_problems_of_a_split_list(doctor, mini, tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dailytalk_usdm import DailyTalkUSDM
-from usdm_sft.corpus import published_lists
+from usdm_sft.corpus import dailytalk
 from usdm_sft.corpus.problems import MAX_PROBLEMS, CorpusError
 from usdm_sft.corpus.read import SAME_SPEAKER, SINGLE_TURN, read_corpus
 from usdm_sft.utils import download
@@ -59,10 +59,14 @@ def test_blank_lines_are_reported(path):
     assert problems(path, "\n" + GOOD + "\n  \r\n\n") == [f"{n}: blank line: delete it" for n in (1, 4, 5, 6)]
 
 
-def test_latin_1_is_refused(path):
+FAR = "".join(f"0_0_d{number}|0|{{P}}|hello.|none\n" for number in range(2, 5001))
+
+
+@pytest.mark.parametrize(("before", "line"), [("bad\n", 3), (FAR, 5001)], ids=["after a bad line", "far into the file"])
+def test_latin_1_is_refused(path, before, line):
     content = GOOD.replace("yes", "café").encode("latin-1")
-    assert problems(path, b"bad\n" + content) == [
-        "3: not UTF-8 (byte 0xE9 in '1_1_d1|1|{P}|caf\\udce9.|none'): save the file as UTF-8"
+    assert problems(path, before.encode() + content) == [
+        f"{line}: not UTF-8 (byte 0xE9 in '1_1_d1|1|{{P}}|caf\\udce9.|none'): save the file as UTF-8"
     ]
 
 
@@ -141,7 +145,7 @@ def test_reading_stops_at_the_thousandth_problem(path, line):
     assert len(str(error)) < 10_000
 
 
-def test_dialogs_without_a_first_turn_stop_at_the_thousandth_problem(path):
+def test_dialogs_without_a_first_turn_stop_the_reading(path):
     content = "".join(f"1_0_d{number}|0|{{P}}|hello.|none\n" for number in range(5000))
     assert len(problems(path, content)) == MAX_PROBLEMS
 
@@ -206,7 +210,7 @@ def mini_corpus(tmp_path, mini):
 def known(mini, monkeypatch):
     """The lists of the mini corpus in the place of DailyTalk's."""
     lists = {split: ("", download.sha256_file(mini / "corpus" / f"{split}.txt")) for split in ("train", "test")}
-    monkeypatch.setattr(published_lists, "SPLIT_LISTS", lists)
+    monkeypatch.setattr(dailytalk, "SPLIT_LISTS", lists)
 
 
 def test_swapped_lists_of_dailytalk_are_refused(mini_corpus, known):
@@ -247,9 +251,9 @@ def test_metadata_json_is_not_read(mini_corpus, content, tmp_path):
     assert state("after") == before
 
 
-@pytest.mark.parametrize("kind", ["folder", "fifo"])
-def test_list_that_is_not_a_file_is_refused(path, kind):
-    path.mkdir() if kind == "folder" else os.mkfifo(path)
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: None], ids=["folder", "fifo", "missing"])
+def test_list_that_is_not_a_file_is_refused(path, make):
+    make(path)
     with pytest.raises(FileNotFoundError, match=r"the train split list .*l\.txt is not a file"):
         read_corpus({"train": path})
 

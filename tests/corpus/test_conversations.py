@@ -5,7 +5,7 @@ import json
 import datasets
 import pytest
 
-from tests.helpers import FIXTURES, REPOSITORY
+from tests.helpers import FIXTURES, REPOSITORY, command, options
 from usdm_sft.cli.main import main
 from usdm_sft.folder.export import export_text
 from usdm_sft.prepare import open_run as devices
@@ -32,14 +32,9 @@ def work(tmp_path_factory):
 def run(work, mini, unit_model):
     """prepare() of the mini corpus into a folder, all on one cache -> (folder, counts)."""
 
-    def run(output, **options):
-        defaults = {
-            "data_dir": str(mini / "corpus"),
-            "pretrained_model_name_or_path": "mistral-common",
-            "unit_model": str(unit_model),
-            "cache_dir": str(work / "cache"),
-        }
-        return work / output, prepare(**(defaults | options), output_path=str(work / output))
+    def run(output, **changes):
+        given = {"output_path": str(work / output), "shard_dialogs": 64} | changes
+        return work / output, prepare(**options(mini, unit_model, work, **given))
 
     return run
 
@@ -60,12 +55,9 @@ def rows_of(folder, split="train", **options):
 
 
 def test_config_file_gives_the_conversations_of_the_reference(work, mini, unit_model, capsys):
-    options = {
-        "data_dir": mini / "corpus", "output_path": work / "by-command", "unit_model": unit_model,
-        "pretrained_model_name_or_path": "mistral-common", "cache_dir": work / "cache",
-    }  # fmt: skip
-    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    main(["prepare", "--config", str(REPOSITORY / "configs" / "multi_turn.yaml"), *arguments])
+    config = str(REPOSITORY / "configs" / "multi_turn.yaml")
+    more = ["--config", config, "--output_path", str(work / "by-command"), "--shard_dialogs", "64"]
+    main([*command(mini, unit_model, work)[3:], *more])
     out = capsys.readouterr().out
     assert "train: 7 rows from 4 dialogs" in out and "cut:" not in out
     expected = {example["exchanges"][0]["user_text"]: example for example in EXAMPLES}
@@ -117,23 +109,15 @@ def test_counts_of_conversations(multi, single):
 def test_other_rows_need_no_forward_pass(single, run, monkeypatch):
     monkeypatch.setattr(UnitModel, "forward", None)
     monkeypatch.setattr("usdm_sft.units.reading.read_waveform", None)
-    for number, options in enumerate(
-        [
-            {"config_name": "multi_turn"},
-            {"config_name": "multi_turn", "max_length": 450},
-            {"history": 1},
-            {"history": 2, "template": Template(loss=["agent_text"])},
-        ]
-    ):
-        run(f"no-audio-{number}", **options)
+    run("no-audio-0", config_name="multi_turn")
+    run("no-audio-1", config_name="multi_turn", max_length=450)
+    run("no-audio-2", history=1)
+    run("no-audio-3", history=2, template=Template(loss=["agent_text"]))
 
 
 def test_command_reports_rows_that_were_cut(work, mini, unit_model, capsys):
-    options = {
-        "data_dir": mini / "corpus", "output_path": work / "cut", "unit_model": unit_model, "max_length": 450,
-        "pretrained_model_name_or_path": "mistral-common", "cache_dir": work / "cache", "config_name": "multi_turn",
-    }  # fmt: skip
-    main(["prepare", *(part for name, value in options.items() for part in (f"--{name}", str(value)))])
+    more = ["--output_path", str(work / "cut"), "--max_length", "450", "--config_name", "multi_turn"]
+    main([*command(mini, unit_model, work)[3:], *more, "--shard_dialogs", "64"])
     assert "train: 7 rows from 4 dialogs" in (out := capsys.readouterr().out)
     assert "left out: 3 rows too long, 2 dialogs (d11: one speaker" in out and "no pair); shortened: 3 rows" in out
 

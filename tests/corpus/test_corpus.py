@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from tests.helpers import FIXTURES
-from usdm_sft.corpus import published_lists
+from usdm_sft.corpus import dailytalk
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.corpus.read import SAME_SPEAKER, SINGLE_TURN, read_corpus
 from usdm_sft.utils import download
@@ -54,20 +54,9 @@ def test_mini_dialogs_in_order_of_number(mini):
     assert user.audio == "2001/0_0_d2001.wav"
 
 
-@pytest.mark.parametrize("end", ["\n", "\r", "\r\n"])
-def test_lines_end_at_newline_and_carriage_return(tmp_path, end):
-    split = read_corpus({"train": write(tmp_path / "l.txt", *GOOD, end=end)})["train"]
-    assert pairs(split) == [("0_0_d1", "1_1_d1")]
-
-
 def test_unicode_separators_do_not_end_a_line(tmp_path):
     path = write(tmp_path / "l.txt", line("0_0_d1", "line\u2028sep\u2029arated"), GOOD[1])
     assert read_corpus({"train": path})["train"].dialogs[0].utterances[0].text == "line\u2028sep\u2029arated"
-
-
-def test_last_newline_may_be_missing(tmp_path):
-    (tmp_path / "l.txt").write_text("\n".join(GOOD))
-    assert read_corpus({"train": tmp_path / "l.txt"})["train"].num_pairs == 1
 
 
 @pytest.mark.parametrize(
@@ -122,18 +111,6 @@ def test_dialog_in_both_splits(tmp_path):
         read_corpus(lists)
 
 
-def test_wrong_encoding(tmp_path):
-    content = "".join(f"{line(f'0_0_d{number}')}\n" for number in range(5000)) + "1_1_d1|1|{P}|café|none\n"
-    (tmp_path / "l.txt").write_bytes(content.encode("latin-1"))
-    with pytest.raises(CorpusError, match=r"l\.txt:5001: not UTF-8 .*save the file as UTF-8"):
-        read_corpus({"train": tmp_path / "l.txt"})
-
-
-def test_missing_list(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"the train split list .*nowhere\.txt is not a file"):
-        read_corpus({"train": tmp_path / "nowhere.txt"})
-
-
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """A web server on this machine -> (its folder, its URL)."""
@@ -154,30 +131,17 @@ def server(tmp_path, monkeypatch):
         httpd.shutdown()
 
 
-def test_download_is_kept_only_with_its_digest(server, tmp_path):
-    folder, url = server
-    (folder / "list.txt").write_bytes(b"hello")
-    sha256 = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
-    assert download.download(f"{url}/list.txt", tmp_path / "kept", sha256=sha256) == sha256
-    assert (tmp_path / "kept").read_bytes() == b"hello"
-    with pytest.raises(ValueError, match="it is not the known file and was deleted"):
-        download.download(f"{url}/list.txt", tmp_path / "refused", sha256="0" * 64)
-    with pytest.raises(OSError, match=r"could not fetch .*404.*put the file at .*refused by hand"):
-        download.download(f"{url}/nothing.txt", tmp_path / "refused")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "served"]
-
-
 def test_offline_mode_fetches_nothing(server, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match="offline mode"):
-        published_lists.fetch_split_lists(tmp_path, url=server[1])
+        dailytalk.fetch_split_lists(tmp_path, url=server[1])
 
 
 def test_a_wrong_split_list_is_refused(server, tmp_path):
     folder, url = server
     (folder / "train_phone.txt").write_text("not DailyTalk's")
     with pytest.raises(ValueError, match=r"train_phone\.txt has sha256 .* not defdf666"):
-        published_lists.fetch_split_lists(tmp_path, url=url)
+        dailytalk.fetch_split_lists(tmp_path, url=url)
 
 
 @pytest.mark.parametrize(
@@ -204,11 +168,11 @@ def test_broken_answers_of_a_server_are_an_error(tmp_path, monkeypatch, answer):
 @pytest.mark.oracle
 def test_split_lists_are_fetched_once(server, tmp_path, shared):
     folder, url = server
-    for split, (name, _) in published_lists.SPLIT_LISTS.items():
+    for split, (name, _) in dailytalk.SPLIT_LISTS.items():
         (folder / name).write_bytes((shared / "dailytalk" / f"{split}.txt").read_bytes())
-    lists = published_lists.fetch_split_lists(tmp_path, url=url)
+    lists = dailytalk.fetch_split_lists(tmp_path, url=url)
     assert read_corpus(lists)["train"].num_pairs == 20_042
-    assert published_lists.fetch_split_lists(tmp_path, url="http://127.0.0.1:9/never-asked") == lists
+    assert dailytalk.fetch_split_lists(tmp_path, url="http://127.0.0.1:9/never-asked") == lists
 
 
 def test_edge_lists_are_refused_whole():

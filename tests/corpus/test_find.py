@@ -3,20 +3,20 @@
 import pytest
 
 from dailytalk_usdm import DailyTalkUSDM
-from usdm_sft.corpus import find
+from usdm_sft.corpus import dailytalk, find
 
 UTTERANCE = "0_0_d1|0|{P}|hello.|none\n"
 
 
-@pytest.mark.parametrize("names", find.LIST_NAMES)
+@pytest.mark.parametrize("names", dailytalk.LIST_NAMES)
 @pytest.mark.parametrize("given", [".", "data"])
 def test_split_lists_beside_the_data(tmp_path, names, given):
     (tmp_path / "data" / "1").mkdir(parents=True)
     for name in names.values():
         (tmp_path / name).write_text(UTTERANCE)
-    found = find.find_split_lists(tmp_path / given)
+    found = dailytalk.find_split_lists(tmp_path / given)
     assert {split: path.name for split, path in found.items()} == names
-    assert find.find_data_folder(tmp_path / given).resolve() == tmp_path / "data"
+    assert dailytalk.find_data_folder(tmp_path / given).resolve() == tmp_path / "data"
 
 
 def test_split_lists_beside_a_linked_data_folder(tmp_path):
@@ -28,26 +28,30 @@ def test_split_lists_beside_a_linked_data_folder(tmp_path):
     (tmp_path / "disk" / "data" / "1").mkdir(parents=True)
     (tmp_path / "here" / "data").symlink_to(tmp_path / "disk" / "data")
     expected = {split: tmp_path / "here" / f"{split}.txt" for split in ("train", "test")}
-    assert find.find_split_lists(tmp_path / "here") == find.find_split_lists(tmp_path / "here" / "data") == expected
+    assert (
+        dailytalk.find_split_lists(tmp_path / "here")
+        == dailytalk.find_split_lists(tmp_path / "here" / "data")
+        == expected
+    )
 
 
 def test_no_split_lists_and_no_data(tmp_path):
     (tmp_path / "data").mkdir()
-    assert find.find_split_lists(tmp_path) is None
+    assert dailytalk.find_split_lists(tmp_path) is None
     (tmp_path / "train_phone.txt").write_text(UTTERANCE)
     with pytest.raises(FileNotFoundError, match=r"train_phone\.txt has no val_phone\.txt beside it: add it"):
-        find.find_split_lists(tmp_path)
+        dailytalk.find_split_lists(tmp_path)
     with pytest.raises(FileNotFoundError, match="holds neither a folder 'data' nor numbered dialog folders"):
-        find.find_data_folder(tmp_path / "data")
+        dailytalk.find_data_folder(tmp_path / "data")
 
 
 @pytest.mark.parametrize("name", ["find_data_folder", "find_recordings", "find_split_lists"])
 def test_data_dir_that_does_not_exist(tmp_path, name):
     with pytest.raises(FileNotFoundError, match=r"^data_dir .*/nowhere does not exist: give the folder of the corpus"):
-        getattr(find, name)(tmp_path / "nowhere")
+        getattr(dailytalk, name)(tmp_path / "nowhere")
 
 
-def test_missing_data_dir_is_reported_before_split_lists_named_from_it(tmp_path):
+def test_missing_data_dir_is_reported_before_its_lists(tmp_path):
     for data_files in (None, {"train": "train.txt"}, {"train": "train.jsonl"}):
         with pytest.raises(FileNotFoundError, match=r"^data_dir .*/nowhere does not exist"):
             DailyTalkUSDM(data_dir=tmp_path / "nowhere", data_files=data_files)
@@ -59,6 +63,10 @@ def test_missing_data_dir_is_reported_before_split_lists_named_from_it(tmp_path)
         ("l.txt", {"train": "l.txt"}),
         (["l.txt"], {"train": "l.txt"}),
         ({"test": "l.txt", "validation": ["v.txt"]}, {"test": "l.txt", "validation": "v.txt"}),
+        (
+            {"train": "train_phone.txt", "validation": "val_phone.txt"},
+            {"train": "train_phone.txt", "validation": "val_phone.txt"},
+        ),
     ],
 )
 def test_named_lists_are_relative_to_data_dir(tmp_path, data_files, expected):
@@ -80,11 +88,6 @@ def test_guess_of_datasets_is_ignored(tmp_path, guess):
         (tmp_path / name).touch()
     expected = {"train": tmp_path / "train.txt", "test": tmp_path / "test.txt"}
     assert find.find_lists(tmp_path, guess, resolved=True) == expected
-
-
-def test_lists_that_the_user_names_are_used(tmp_path):
-    named = {"train": "train_phone.txt", "validation": "val_phone.txt"}
-    assert find.find_lists(tmp_path, named) == {split: tmp_path / name for split, name in named.items()}
 
 
 def test_manifests_take_precedence_over_split_lists(tmp_path):

@@ -190,7 +190,7 @@ def test_folder_with_the_name_of_the_dataset_is_refused(tmp_path, monkeypatch):
         fetch_corpus("hub:user/calls@v1", tmp_path / "cache")
 
 
-def test_row_without_a_recording_names_a_file_that_does_not_exist(snapshot, tmp_path, monkeypatch):
+def test_row_without_a_recording_names_a_missing_file(snapshot, tmp_path, monkeypatch):
     features = datasets.Features(
         {name: datasets.Value("string") for name in ROW} | {"turn": datasets.Value("int32"), "audio": datasets.Audio()}
     )

@@ -1,5 +1,8 @@
+import base64
 import csv
+import io
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -13,13 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from dailytalk_usdm import DailyTalkUSDM
+from dailytalk_usdm import DailyTalkUSDM, load_dataset
 from tests.code_blocks import find_code
-from tests.helpers import REPOSITORY, page_data
+from tests.helpers import REPOSITORY, options, page_data
 from tests.mini_hub import serve
 from usdm_sft.audio.reading import read_waveform
-from usdm_sft.corpus.manifest import read_manifest
+from usdm_sft.corpus.manifest import have_no_problems, read_manifest, row_problems
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.corpus.read import NO_ANSWER, SAME_SPEAKER, Rules, read_corpus
 from usdm_sft.folder.export import export_text
@@ -70,17 +75,6 @@ def test_every_table_format_gives_the_same_dialogs(tmp_path, kind):
     assert {u.emotion for u in utterances} == {"none"}
 
 
-def test_whole_numbers_may_have_a_decimal_point(tmp_path):
-    """A column of whole numbers with gaps is a column of floats to many who write CSV."""
-    rows = [row | {"turn": f"{row['turn']}.0", "channel": "1.0"} for row in rows_of()]
-    [split] = read_corpus({"train": write_csv(tmp_path / "m.csv", rows)}).values()
-    first = split.dialogs[0].utterances
-    assert [(u.id, u.turn, u.audio) for u in first[:2]] == [
-        ("call-1_0", 0, f"{tmp_path}/a.wav#channel=1"),
-        ("call-1_1", 1, f"{tmp_path}/a.wav#channel=1"),
-    ]
-
-
 def test_relative_paths_start_at_the_manifest_or_data_dir(tmp_path):
     rows = rows_of()
     rows[0]["audio"], rows[1]["audio"] = "/elsewhere/x.wav", "zip://x.wav::../x.zip"
@@ -91,31 +85,31 @@ def test_relative_paths_start_at_the_manifest_or_data_dir(tmp_path):
         assert [u.audio for u in utterances[:3]] == ["/elsewhere/x.wav", archive, str(folder / "a.wav")]
 
 
+NAN = math.nan
+
+
 @pytest.mark.parametrize("kind", WRITERS)
-def test_nan_is_a_missing_value(tmp_path, kind):
-    """pandas writes NaN for what a table does not have."""
-    nan = float("nan")
-    rows = [row | {"start": nan, "end": nan, "channel": nan} for row in rows_of()]
-    rows[0] |= {"start": 0.5, "end": 1.25, "channel": 1.0}
+@pytest.mark.parametrize(
+    ("change", "fragment"),
+    [
+        ({"start": NAN, "end": NAN, "channel": NAN}, ""),  # pandas writes NaN for what a table does not have
+        ({"start": 0.5, "end": 1.25, "channel": NAN}, "#t=0.5,1.25"),
+        ({"turn": -0.0, "start": -0.0, "end": 1.2, "channel": -0.0}, "#t=0,1.2&channel=0"),
+    ],
+)
+def test_nan_is_missing_and_negative_zero_is_zero(tmp_path, kind, change, fragment):
+    rows = [row | {"turn": float(row["turn"]), "start": 0.5, "end": 1.25, "channel": 1.0} for row in rows_of()]
+    rows[0] |= change
     [split] = read_corpus({"train": WRITERS[kind](tmp_path / f"m.{kind}", rows)}).values()
-    audio = [utterance.audio for utterance in split.dialogs[0].utterances[:2]]
-    assert audio == [f"{tmp_path}/a.wav#t=0.5,1.25&channel=1", f"{tmp_path}/a.wav"]
+    first, second = split.dialogs[0].utterances[:2]
+    assert (first.id, first.audio) == ("call-1_0", f"{tmp_path}/a.wav{fragment}")
+    assert (second.id, second.audio) == ("call-1_1", f"{tmp_path}/a.wav#t=0.5,1.25&channel=1")
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_nan_emotion_is_a_missing_value(tmp_path, kind):
-    rows = [row | {"emotion": float("nan")} for row in rows_of()]
-    [split] = read_corpus({"train": WRITERS[kind](tmp_path / f"m.{kind}", rows)}).values()
+    [split] = read_corpus({"train": WRITERS[kind](tmp_path / f"m.{kind}", rows_of(emotion=NAN))}).values()
     assert {utterance.emotion for dialog in split.dialogs for utterance in dialog.utterances} == {""}
-
-
-@pytest.mark.parametrize("kind", WRITERS)
-def test_negative_zero_is_zero(tmp_path, kind):
-    rows = [row | {"turn": float(row["turn"]), "start": -0.0, "end": 1.2, "channel": -0.0} for row in rows_of()]
-    rows[0]["turn"] = -0.0
-    [split] = read_corpus({"train": WRITERS[kind](tmp_path / f"m.{kind}", rows)}).values()
-    first = split.dialogs[0].utterances[0]
-    assert (first.id, first.audio) == ("call-1_0", f"{tmp_path}/a.wav#t=0,1.2&channel=0")
 
 
 @pytest.mark.parametrize("field", ["dialog", "speaker", "text", "emotion", "audio"])
@@ -169,7 +163,6 @@ import resource
 import pyarrow.compute, pyarrow.parquet
 from pathlib import Path
 from usdm_sft.corpus.manifest import read_manifest
-from usdm_sft.corpus.manifest import read_manifest
 from usdm_sft.corpus.problems import CorpusError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
@@ -216,12 +209,6 @@ def test_row_groups_nulls_and_types_of_parquet(tmp_path):
         turns = [turn for dialog in split.dialogs for turn in dialog.utterances]
         assert [turn.text for turn in turns] == [row["text"] for row in rows]
         assert [turn.emotion for turn in turns] == [row["emotion"] or "" for row in rows]
-
-
-def test_nested_column_of_parquet_is_refused(tmp_path):
-    pq.write_table(pa.Table.from_pylist(rows_of(emotion=["none"])), tmp_path / "m.parquet")
-    with pytest.raises(CorpusError, match=r"m\.parquet: column emotion is of type 'list<.*>': give one text or number"):
-        read_corpus({"train": tmp_path / "m.parquet"})
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -275,9 +262,23 @@ def test_bad_row(tmp_path, change, message):
         read_corpus({"train": write_jsonl(tmp_path / "m.jsonl", rows)})
 
 
+def parquet(table):
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return sink.getvalue().to_pybytes()
+
+
+DOUBLED = pa.table(
+    [["1"], [0], ["A"], ["one"], ["a.wav"], ["two"]], ["dialog", "turn", "speaker", "text", "audio", "text"]
+)
+NESTED = pa.Table.from_pylist(rows_of(emotion=["none"]))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("m.parquet", parquet(DOUBLED), r"m\.parquet: column text named twice: rename or delete one of the two"),
+        ("m.parquet", parquet(NESTED), r"m\.parquet: column emotion is of type 'list<.*>': give one text or number"),
         ("m.jsonl", b'{"dialog": 1', r"m\.jsonl:1: '\{\"dialog\": 1' is not JSON: write one object per line"),
         ("m.jsonl", b"[1]", r":1: '\[1\]' is not a JSON object"),
         ("m.jsonl", b"[" * 100_000, r":1: .* is not JSON"),
@@ -319,19 +320,69 @@ def test_bad_table(tmp_path, name, content, message):
         read_corpus({"train": tmp_path / name})
 
 
-def test_parquet_manifest_with_a_doubled_column(tmp_path):
-    names = ["dialog", "turn", "speaker", "text", "audio", "text"]
-    pq.write_table(pa.table([[value] for value in ("1", 0, "A", "one", "a.wav", "two")], names), tmp_path / "m.parquet")
-    with pytest.raises(CorpusError, match=r"m\.parquet: column text named twice: rename or delete one of the two"):
-        read_corpus({"train": tmp_path / "m.parquet"})
-
-
 def test_csv_columns_that_are_not_read_may_share_a_name(tmp_path):
     """A spreadsheet writes empty columns as trailing commas; a blank line is none of its rows."""
     lines = ["dialog,turn,speaker,text,audio,,", '1,0,A,"yes, please",a.wav,,', "", "1,1,B,fine,a.wav,,"]
     (tmp_path / "m.csv").write_text("\n".join(lines))
     [dialog] = read_corpus({"train": tmp_path / "m.csv"})["train"].dialogs
     assert [(u.turn, u.text) for u in dialog.utterances] == [(0, "yes, please"), (1, "fine")]
+
+
+GOOD_VALUES = {
+    "dialog": ["d1", "call/2 ü", 7, "١", "nan"],
+    "turn": [0, 1, 2**31 - 1, 3.0, "4", "5.0", " 6", "1e3", "1_0"],
+    "speaker": ["A", 2, "B" * 200],
+    "text": ['hello, "you"', "ß İ Σ", "a | >", "x" * 99],
+    "audio": ["a.wav", "zip://x.wav::y.zip"],
+    "emotion": [None, "", "glad"],
+}
+SPANS = [(None, None), ("", ""), (0, 1), (0.5, 1), ("0", "1.25"), (-0.0, 3), (1, 1 << 60)]
+ODD_VALUES = [
+    None, "", " ", "nan", "NaN", math.nan, math.inf, -1, 1.5, True, False, 2**31, 10**400, "1e400", "\ud800", "a\x85b", "a\0", "<S>",
+    "<|", "C" * 201, [], {}, b"a", "0x1", "٣", 1, "1",
+]  # fmt: skip
+
+
+@settings(deadline=None, max_examples=300)
+@given(data=st.data())
+def test_columns_without_problems_have_none_by_row(data):
+    """The quick check accepts nothing that the checks of single rows refuse."""
+    columns = {name: st.sampled_from(values) for name, values in GOOD_VALUES.items()}
+    span = st.just(SPANS[0]) | st.sampled_from(SPANS)
+    channels = data.draw(st.sampled_from([[None, ""], [0, 1, "1", 1.0]]))
+    rows = data.draw(
+        st.lists(st.fixed_dictionaries(columns | {"channel": st.sampled_from(channels)}), min_size=1, max_size=4)
+    )
+    for row in rows:
+        row["start"], row["end"] = data.draw(span)
+    for _ in range(data.draw(st.integers(0, 2))):
+        data.draw(st.sampled_from(rows))[data.draw(st.sampled_from([*columns, "start", "end", "channel"]))] = data.draw(
+            st.sampled_from(ODD_VALUES) | st.text(max_size=3) | st.floats() | st.integers()
+        )
+    if have_no_problems(rows):
+        assert not [problem for row in rows for problem in row_problems(row)]
+
+
+@pytest.mark.parametrize("span", SPANS)
+@pytest.mark.parametrize("channel", [None, "", 0, "1"])
+def test_usual_columns_are_accepted_at_once(span, channel):
+    rows = [
+        dict(zip(GOOD_VALUES, values, strict=False))
+        for values in zip(*(v * 5 for v in GOOD_VALUES.values()), strict=False)
+    ]
+    assert len(rows) >= 10
+    assert have_no_problems([row | {"start": span[0], "end": span[1], "channel": channel} for row in rows])
+
+
+def test_table_with_a_bad_row_keeps_order_of_problems(tmp_path):
+    """A line that is no row, a bad row and a doubled turn among many good ones are reported in their order."""
+    lines = [json.dumps(row) for row in rows_of([("d", turn, "AB"[turn % 2], "hi") for turn in range(200)])]
+    lines[70], lines[71], lines[150], lines[199] = "no JSON", lines[71].replace("hi", ""), lines[3], "\udcff"
+    (tmp_path / "m.jsonl").write_text("\n".join(lines), errors="surrogateescape")
+    problems = []
+    turns = read_manifest(tmp_path / "m.jsonl", problems, None)
+    assert [problem.partition("m.jsonl:")[2].partition(":")[0] for problem in problems] == ["71", "72", "151", "200"]
+    assert len(turns.dialogs["d"]) == 196
 
 
 def test_all_problems_are_reported_at_once(tmp_path):
@@ -405,11 +456,9 @@ def calls(mini, tmp_path):
     return folder
 
 
-def run(data_dir, output, unit_model, tmp_path, **options):
-    return prepare(
-        data_dir=str(data_dir), output_path=str(output), unit_model=str(unit_model), cache_dir=str(tmp_path / "cache"),
-        pretrained_model_name_or_path="mistral-common", **options,
-    )  # fmt: skip
+def run(data_dir, output, unit_model, tmp_path, **changes):
+    given = {"data_dir": str(data_dir), "output_path": str(output), "shard_dialogs": 64} | changes
+    return prepare(**options(Path(data_dir), unit_model, tmp_path, **given))
 
 
 def lines(folder, tmp_path):
@@ -444,11 +493,6 @@ def test_telephone_calls_give_the_lines_of_the_reference(calls, mini, unit_model
 
 @pytest.mark.parametrize("named", [".", "test.jsonl"])
 def test_page_plays_the_turns_of_a_call(calls, unit_model, tmp_path, named):
-    import base64
-    import io
-
-    from usdm_sft.folder.page import write_page
-
     run(calls, tmp_path / "out", unit_model, tmp_path)
     write_page(tmp_path / "out", tmp_path / "page.html", split="test", num_examples=1, data_dir=calls / named)
     recordings = page_data(tmp_path / "page.html")["recordings"]
@@ -471,9 +515,7 @@ def test_bad_turn_of_a_call_is_left_out(calls, unit_model, tmp_path):
 
 
 def test_manifests_through_load_dataset(calls, tmp_path):
-    import dailytalk_usdm
-
-    rows = dailytalk_usdm.load_dataset(str(calls), split="test", cache_dir=str(tmp_path / "datasets"))
+    rows = load_dataset(str(calls), split="test", cache_dir=str(tmp_path / "datasets"))
     assert rows["id"][:] == ["d105_0", "d105_1", "d2001_0"]
     assert rows[0]["user_audio"]["path"].startswith(f"{calls / 'd105.wav'}#t=0,")
     builder = DailyTalkUSDM(data_files={"test": str(calls / "test.jsonl")}, cache_dir=str(tmp_path / "builder"))
@@ -627,14 +669,9 @@ def test_named_agent_and_merged_turns_end_to_end(calls, unit_model, tmp_path):
     first = [row for row in rows if row["dialog"] == "d8"]
     first[2]["speaker"] = first[1]["speaker"]  # two turns of one speaker, on two channels
     write_jsonl(calls / "train.jsonl", rows)
-    options = {
-        "agent": "1",
-        "merge_speaker_turns": True,
-        "config_name": "multi_turn",
-        "max_length": 400,
-        "overflow": "split",
-    }
-    counts = run(calls, tmp_path / "out", unit_model, tmp_path, **options)
+    merged = {"agent": "1", "merge_speaker_turns": True}
+    cut = {"config_name": "multi_turn", "max_length": 400, "overflow": "split"}
+    counts = run(calls, tmp_path / "out", unit_model, tmp_path, **merged, **cut)
     assert counts["splits"]["train"]["rows_cut"]
     verify(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
@@ -644,7 +681,7 @@ def test_named_agent_and_merged_turns_end_to_end(calls, unit_model, tmp_path):
     data = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "datasets"))
     assert {speaker for row in data["agent_speaker"] for speaker in row} == {"1"}
     assert len(set(data["id"])) == len(data)
-    single = run(calls, tmp_path / "single", unit_model, tmp_path, agent="1", merge_speaker_turns=True)
+    single = run(calls, tmp_path / "single", unit_model, tmp_path, **merged)
     pairs = datasets.load_dataset(str(tmp_path / "single"), split="train", cache_dir=str(tmp_path / "datasets"))
     said = {row["id"]: (row["user_text"], row["agent_text"]) for row in pairs}
     assert single["splits"]["train"]["rows"] == len(said)

@@ -7,7 +7,7 @@ import datasets
 import pytest
 from huggingface_hub import DatasetCard
 
-from usdm_sft.corpus import published_lists
+from usdm_sft.corpus import dailytalk
 from usdm_sft.folder.verify import verify
 from usdm_sft.prepare.prepare import prepare
 from usdm_sft.template.config import Template
@@ -127,7 +127,7 @@ def make(mini, unit_model, folder, **options):
 def known_lists(mini, monkeypatch):
     """Treat the lists of the mini corpus as the published ones."""
     lists = {split: ("", sha256_file(mini / "corpus" / f"{split}.txt")) for split in ("train", "test")}
-    monkeypatch.setattr(published_lists, "SPLIT_LISTS", lists)
+    monkeypatch.setattr(dailytalk, "SPLIT_LISTS", lists)
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from usdm_sft.corpus import published_lists
-from usdm_sft.corpus.published_lists import describe_corpus
+from usdm_sft.corpus import dailytalk
+from usdm_sft.corpus.find import describe_corpus
 from usdm_sft.template.tokenizer import describe_tokenizer, ustm_tokens
 from usdm_sft.units.published import describe_unit_model
 
-TRAIN, TEST = (sha256 for _, sha256 in published_lists.SPLIT_LISTS.values())
+TRAIN, TEST = (sha256 for _, sha256 in dailytalk.SPLIT_LISTS.values())
 OTHER = "0" * 64
 
 

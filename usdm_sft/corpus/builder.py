@@ -14,11 +14,10 @@ import soundfile
 
 from usdm_sft.audio.containers import AudioError
 from usdm_sft.audio.digests import AudioDigest, find_stamps
-from usdm_sft.corpus import examples, features, find, published_lists, read
+from usdm_sft.corpus import dailytalk, examples, features, find, read
 from usdm_sft.corpus import hub_corpus as hub
 from usdm_sft.corpus import left_out as bad_audio
-from usdm_sft.corpus.dialogs import Split
-from usdm_sft.corpus.manifest import is_manifest
+from usdm_sft.corpus.dialogs import FilePath, Split
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.utils import texts
 from usdm_sft.utils.hashes import sha256_file
@@ -91,7 +90,6 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
         whole_corpus: The `usdm_sft.corpus.dialogs.Split` of each split, before bad audio is left out.
         split_lists: The path of each split's list.
         list_digests: The sha256 of each split's list.
-        is_dailytalk: True if the lists are DailyTalk's split lists, False for manifests.
 
     Raises:
         ValueError: The config does not exist, an option is wrong, or DailyTalk's own split lists are swapped.
@@ -109,7 +107,7 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
     def __init__(
         self,
         *args: Any,
-        data_dir: find.FilePath | None = None,
+        data_dir: FilePath | None = None,
         data_files: find.DataFiles | None = None,
         base_path: str | None = None,
         digest_cache_dir: str | Path | None = None,
@@ -117,14 +115,12 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         examples.check_config(kwargs.get("config_name") or self.DEFAULT_CONFIG_NAME, kwargs.get("history") or 0)
-        if hub.is_hub_corpus(data_dir):
-            data_dir, data_files = None, hub.fetch_corpus(str(data_dir), digest_cache_dir)
         self.split_lists: dict[str, Path] = {}
         if data_dir is not None or data_files is not None:
             resolved = isinstance(data_files, datasets.data_files.DataFilesDict)
             self.split_lists = find.find_lists(data_dir, data_files, cache_dir=digest_cache_dir, resolved=resolved)
-        self.is_dailytalk = not (self.split_lists and all(map(is_manifest, self.split_lists.values())))
-        if data_dir is None and self.is_dailytalk:
+        recipes = set(map(find.recipe_of, self.split_lists.values()))
+        if data_dir is None and (not recipes or any(recipe.needs_data_dir for recipe in recipes)):
             raise ValueError("data_dir is missing: name the folder that DailyTalk was unpacked to, or its zip archive")
         if kwargs.get("agent") is not None:
             kwargs["agent"] = str(kwargs["agent"])  # speakers are texts, also those that are numbers
@@ -135,16 +131,13 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
                 reasons = "; ".join(f"{dialog}: {reason}" for dialog, reason in split.left_out.items()) or "it is empty"
                 raise CorpusError([f"{self.split_lists[split.name]}: not one pair: {reasons}: name another split list"])
         self.list_digests = {split: sha256_file(path) for split, path in self.split_lists.items()}
-        published_lists.check_not_swapped(self.split_lists, self.list_digests)
+        dailytalk.check_not_swapped(self.split_lists, self.list_digests)
         bad_audio.check_option(on_bad_audio)
         self._digest_cache_dir = digest_cache_dir
         self._screened: tuple[dict[str, Split], dict[str, AudioDigest]] | None = None
         kwargs |= {"hash": code_digest(), "on_bad_audio": on_bad_audio, "corpus_digest": self._find_corpus_digest()}
-        folder = next(iter(self.split_lists.values())).parent if data_dir is None else Path(data_dir).expanduser()
-        if self.is_dailytalk and folder.is_dir():
-            folder = find.find_data_folder(folder)  # one cache for both spellings of data_dir
         kwargs.setdefault("dataset_name", NAME)  # by default datasets takes the name of this module
-        super().__init__(*args, data_dir=str(folder.resolve()), base_path=base_path, **kwargs)
+        super().__init__(*args, data_dir=str(find.find_root(data_dir, self.split_lists)), base_path=base_path, **kwargs)
         self.info.features = self._info().features  # an existing cache restores plain Audio, which needs torchcodec
 
     def _find_corpus_digest(self) -> str:
@@ -185,12 +178,12 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
         return bad_audio.corpus_digest(self.list_digests, self.audio_digests, self.corpus)
 
     def _info(self) -> datasets.DatasetInfo:
-        published = published_lists.are_published_lists(self.list_digests)
+        published = dailytalk.are_published_lists(self.list_digests)
         corpus = "DailyTalk, 20 hours of English dialogs read by two speakers," if published else "Spoken dialogs"
         return datasets.DatasetInfo(
             description=_DESCRIPTION.format(corpus=corpus),
             features=features.example_features(lists=examples.has_lists(self.config.name, self.config.history)),
-            **(published_lists.INFO if published else {}),
+            **(dailytalk.INFO if published else {}),
         )
 
     def _load_info(self, *args: Any, **kwargs: Any) -> datasets.DatasetInfo:
@@ -228,7 +221,7 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
 
 
 def load_dataset(
-    data_dir: find.FilePath,
+    data_dir: FilePath,
     name: str = examples.SINGLE_TURN,
     *,
     data_files: find.DataFiles | None = None,
@@ -251,12 +244,9 @@ def load_dataset(
     Raises:
         ValueError, OSError: As `DailyTalkUSDM`.
     """
-    cache_dir = kwargs.get("digest_cache_dir")
-    if on_hub := hub.is_hub_corpus(data_dir):
-        lists = hub.fetch_corpus(str(data_dir), cache_dir)
-    elif data_files is None:
-        lists = find.find_lists(data_dir, cache_dir=cache_dir)
+    on_hub = hub.is_hub_corpus(data_dir)
     if on_hub or data_files is None:
+        lists = find.find_lists(data_dir, cache_dir=kwargs.get("digest_cache_dir"))
         data_files = {split: glob.escape(str(path.resolve())) for split, path in lists.items()}
     folder = None if on_hub else data_dir
     counting = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS

@@ -1,8 +1,13 @@
-"""Utterances, dialogs and splits: the data that reading a corpus returns."""
+"""Utterances, dialogs and splits: the data that reading a corpus returns; and the interface of what reads one."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+FilePath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,31 @@ class Turns:
     def find(self, dialog_id: str, turn: int) -> int | None:
         """Return the number of the first line with a turn of a dialog, or None."""
         return self._numbers.get(dialog_id, {}).get(turn)
+
+
+class Recipe(NamedTuple):
+    """How one kind of corpus is found and read. Nothing else asks which kind a corpus is (`usdm_sft.corpus.find.RECIPES`).
+
+    Attributes:
+        kind: The kind of its split files, as counts.json names it.
+        reads: Returns True if a file of this name is such a split file.
+        find: Returns the split files of a corpus by split, or None if it is of another kind. Its arguments are `data_dir`, the folder
+            of the cache or None, and True if files may be downloaded.
+        read: Reads the turns of a split file. Its arguments are the file, a list to which problems are added, and `data_dir` or None.
+        root: Returns one path for all spellings of `data_dir`.
+        needs_data_dir: True if the split files alone do not say where recordings are.
+        first_turn: Number of the first turn of every dialog; None for any number.
+        max_speakers: Number of speakers of a dialog in which each side is the agent in turn; None for any number.
+    """
+
+    kind: str
+    reads: Callable[[Path], bool]
+    find: Callable[[FilePath, FilePath | None, bool], dict[str, Path] | None]
+    read: Callable[[Path, list[str], FilePath | None], Turns]
+    root: Callable[[Path], Path] = lambda data_dir: data_dir
+    needs_data_dir: bool = False
+    first_turn: int | None = None
+    max_speakers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,24 +1,24 @@
-"""Find the split lists or manifests of a corpus, and its recordings."""
+"""Find the split files of a corpus and the recipe that reads them."""
 
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from usdm_sft.audio.addresses import AddressError, list_members, zip_address
-from usdm_sft.corpus.manifest import SUFFIXES
-from usdm_sft.corpus.published_lists import cached_split_lists, fetch_split_lists
+from usdm_sft.corpus import dailytalk, hub_corpus, manifest
+from usdm_sft.corpus.dailytalk import DAILYTALK, are_published_lists, check_data_dir
+from usdm_sft.corpus.dialogs import FilePath, Recipe
 
-# Names of the two lists beside the data: renamed as the reference asks, or as DailyTalk ships them.
-LIST_NAMES = ({"train": "train.txt", "test": "test.txt"}, {"train": "train_phone.txt", "test": "val_phone.txt"})
-SPLITS = ("train", "test", "validation")  # a manifest is named after its split
+RECIPES = (hub_corpus.RECIPE, manifest.RECIPE, dailytalk.RECIPE)  # the first one that fits
 
 # What datasets makes of DailyTalk's own names (`LIST_NAMES`) by their prefixes: the test list would be the validation split.
 _GUESSED = {"train": ["train_phone.txt"], "validation": ["val_phone.txt"]}
-_MEMBER = re.compile(r"((?:[^\n]*/)?)[0-9]+/[0-9]+_[0-9]+_d[0-9]+\.wav")
 
-FilePath = str | os.PathLike[str]
 DataFiles = FilePath | Sequence[FilePath] | Mapping[str, FilePath | Sequence[FilePath]]
+
+
+def recipe_of(path: FilePath) -> Recipe:
+    """Return the recipe that reads a split file."""
+    return next(recipe for recipe in RECIPES if recipe.reads(Path(path)))
 
 
 def find_lists(
@@ -27,39 +27,36 @@ def find_lists(
     *,
     cache_dir: str | Path | None = None,
     resolved: bool = False,
+    may_download: bool = True,
 ) -> dict[str, Path]:
     """Find the split list or manifest of each split.
 
     Args:
-        data_dir: The folder of the corpus, or DailyTalk's zip archive; None is the current folder.
+        data_dir: The folder of the corpus, DailyTalk's zip archive, or "hub:USER/NAME"; None is the current folder.
         data_files: The lists by split, relative to `data_dir`. If None: the manifests in the folder, or else the split lists
             beside the data, or else DailyTalk's own lists, which are downloaded once.
         cache_dir: Where downloaded lists are kept; this package's cache by default.
         resolved: True if datasets has resolved `data_files`. It may have guessed them, and a guess is ignored.
+        may_download: If False, DailyTalk's own lists are taken from the cache only.
 
     Returns:
-        The path of the list of each split.
+        The path of the list of each split; nothing if the lists would have to be downloaded.
 
     Raises:
         FileNotFoundError: `data_dir` does not exist, or only one list of a pair is there.
         ValueError: A split has several lists.
         OSError: DailyTalk's own lists cannot be downloaded.
     """
-    folder = check_data_dir(data_dir or "")
-    if data_files is not None:
+    is_on_hub = hub_corpus.is_hub_corpus(data_dir)
+    folder = Path() if is_on_hub else check_data_dir(data_dir or "")
+    if data_files is not None and not is_on_hub:
         lists = _name_lists(folder, data_files)
         if not (resolved and _is_guess(lists)):
             for split, files in lists.items():
                 if len(files) != 1:
                     raise ValueError(f"data_files names {len(files)} split lists for {split}: name one")
             return {split: files[0] for split, files in lists.items()}
-    return find_lists_here(folder, cache_dir) or fetch_split_lists(cache_dir)
-
-
-def find_lists_here(data_dir: FilePath, cache_dir: str | Path | None = None) -> dict[str, Path] | None:
-    """Find the lists as `find_lists` does where none is named, but without a download; None if one would be needed."""
-    folder = check_data_dir(data_dir)
-    return find_manifests(folder) or find_split_lists(folder) or cached_split_lists(cache_dir)
+    return next(filter(None, (recipe.find(data_dir or "", cache_dir, may_download) for recipe in RECIPES)), {})
 
 
 def _name_lists(folder: Path, data_files: DataFiles) -> dict[str, list[Path]]:
@@ -78,101 +75,26 @@ def _is_guess(lists: Mapping[str, Sequence[Path]]) -> bool:
     return {split: [file.name for file in files] for split, files in lists.items()} == _GUESSED
 
 
-def check_data_dir(data_dir: FilePath) -> Path:
-    """Return `data_dir` as a path, with `~` expanded.
-
-    Raises:
-        FileNotFoundError: It does not exist.
-    """
-    path = Path(data_dir).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(
-            f"data_dir {path} does not exist: give the folder of the corpus, or DailyTalk's zip archive"
-        )
-    return path
+def find_root(data_dir: FilePath | None, lists: Mapping[str, Path]) -> Path:
+    """Return one absolute path for all spellings of `data_dir`; without it, the folder of the first split file."""
+    if data_dir is None or hub_corpus.is_hub_corpus(data_dir):
+        return next(iter(lists.values())).parent.resolve()
+    root = Path(data_dir).expanduser()
+    for recipe in dict.fromkeys(map(recipe_of, lists.values())):
+        root = recipe.root(root)
+    return root.resolve()
 
 
-def find_manifests(folder: FilePath) -> dict[str, Path] | None:
-    """Find the manifests in a folder, such as train.jsonl and test.csv.
-
-    Returns:
-        The manifest of each split, or None if there is none.
-
-    Raises:
-        ValueError: A split has two manifests.
-    """
-    found: dict[str, Path] = {}
-    for path in (Path(folder, f"{split}{suffix}") for split in SPLITS for suffix in SUFFIXES):
-        if path.is_file() and found.setdefault(path.stem, path) != path:
-            raise ValueError(f"{path} stands beside {found[path.stem].name}: keep one, or name the one to use")
-    return found or None
-
-
-def find_split_lists(data_dir: FilePath) -> dict[str, Path] | None:
-    """Find the split lists beside the `data` folder or the zip archive, under either pair of names.
-
-    Returns:
-        The list of each split, or None if there is none.
-
-    Raises:
-        FileNotFoundError: `data_dir` does not exist, or only one list of a pair is there.
-    """
-    data = check_data_dir(data_dir)
-    data = data if data.is_file() else find_data_folder(data_dir)
-    folder = Path(os.path.abspath(data)).parent  # the folder of the link if `data` is a symlink
-    pairs = [{split: folder / name for split, name in names.items()} for names in LIST_NAMES]
-    for lists in pairs:
-        if all(path.is_file() for path in lists.values()):
-            return lists
-    for lists in pairs:
-        if there := [path for path in lists.values() if path.is_file()]:
-            [missing] = set(lists.values()) - set(there)
-            raise FileNotFoundError(
-                f"{there[0]} has no {missing.name} beside it: add it, or name the split lists to use"
-            )
-    return None
-
-
-def find_data_folder(data_dir: FilePath) -> Path:
-    """Find the folder of `<dialog>/<turn>_<speaker>_d<dialog>.wav`.
+def describe_corpus(lists: Mapping[str, Path], digests: Mapping[str, str]) -> str:
+    """Return the kind of corpus that the lists describe.
 
     Args:
-        data_dir: DailyTalk's folder (with `data/`) or, as the reference takes it, its `data` folder.
+        lists: Split list or manifest of each split.
+        digests: sha256 of each split's list.
 
-    Raises:
-        FileNotFoundError: `data_dir` does not exist or has no such folder.
+    Returns:
+        "DailyTalk" for the published lists; otherwise "split list", "manifest", or "manifest and split list".
     """
-    folder = check_data_dir(data_dir)
-    if (folder / "data").is_dir():
-        return folder / "data"
-    if folder.is_dir() and any(entry.name.isdecimal() and entry.is_dir() for entry in folder.iterdir()):
-        return folder
-    raise FileNotFoundError(
-        f"{folder} holds neither a folder 'data' nor numbered dialog folders: "
-        "give the folder that DailyTalk was unpacked into as data_dir"
-    )
-
-
-def find_recordings(data_dir: FilePath) -> Callable[[str], str]:
-    """Return the function from an audio name, such as "23/0_1_d23.wav", to the address of the recording.
-
-    Args:
-        data_dir: A folder as `find_data_folder` takes it, or DailyTalk's zip archive.
-
-    Raises:
-        FileNotFoundError: `data_dir` does not exist or has no recordings of DailyTalk.
-    """
-    archive = check_data_dir(data_dir)
-    if not archive.is_file():
-        folder = find_data_folder(data_dir).resolve()
-        return lambda name: os.path.join(folder, name)
-    try:
-        match = next(filter(None, map(_MEMBER.fullmatch, list_members(archive))), None)
-    except AddressError as error:
-        raise FileNotFoundError(f"{archive} {error}: give DailyTalk's folder or its zip archive") from error
-    if match is None:
-        raise FileNotFoundError(
-            f"{archive} holds no recordings such as data/23/0_1_d23.wav: give the archive that DailyTalk is downloaded as"
-        )
-    prefix = match[1]
-    return lambda name: zip_address(archive.resolve(), prefix + name)
+    if are_published_lists(digests):
+        return DAILYTALK
+    return " and ".join(sorted({recipe_of(path).kind for path in lists.values()}))

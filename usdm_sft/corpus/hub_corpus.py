@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usdm_sft.audio.addresses import absolute_file, disk_files
+from usdm_sft.corpus import manifest
+from usdm_sft.corpus.dialogs import FilePath
 from usdm_sft.corpus.manifest import OPTIONAL, REQUIRED, UTTERANCES
 from usdm_sft.corpus.problems import CorpusError, add_problem
 from usdm_sft.utils.atomic import replace_text, write_then_replace
@@ -42,7 +44,7 @@ def is_hub_corpus(data_dir: Any) -> bool:
     return str(data_dir).startswith(PREFIX)
 
 
-def fetch_corpus(name: str, cache_dir: str | Path | None = None) -> dict[str, Path]:
+def fetch_corpus(name: str, cache_dir: FilePath | None = None) -> dict[str, Path]:
     """Load a dataset from the Hub and write its recordings to files in the cache, once.
 
     Args:
@@ -196,3 +198,10 @@ def _is_inside(path: str, folder: Path, files: Path) -> bool:
         return all(Path(file).is_relative_to(files) for file in disk_files(absolute_file(path, folder)))
     except ValueError:  # a NUL in the path
         return False
+
+
+def _find(data_dir: FilePath, cache_dir: FilePath | None, may_download: bool) -> dict[str, Path] | None:
+    return fetch_corpus(str(data_dir), cache_dir) if may_download and is_hub_corpus(data_dir) else None
+
+
+RECIPE = manifest.RECIPE._replace(find=_find)

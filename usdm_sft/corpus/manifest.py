@@ -11,12 +11,14 @@ import csv
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from usdm_sft.audio.addresses import absolute_file, format_address
-from usdm_sft.corpus.dialogs import Turns, Utterance
+from usdm_sft.corpus.dialogs import FilePath, Recipe, Turns, Utterance
 from usdm_sft.corpus.problems import add_problem
 from usdm_sft.utils.texts import (
     CONTROL,
@@ -30,33 +32,49 @@ from usdm_sft.utils.texts import (
 )
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
+SPLITS = ("train", "test", "validation")  # a manifest is named after its split
 REQUIRED = ("dialog", "turn", "speaker", "text", "audio")
 OPTIONAL = ("start", "end", "channel", "emotion")
 _NUMBERS = ("turn", "start", "end", "channel")
 UTTERANCES = "utterances"  # the config of a dataset folder with these columns, and audio in them (--keep_audio)
 MAX_TURN = 2**31 - 1
 MAX_NAME = 200  # characters of a dialog or speaker
+_BATCH = 64  # rows that are checked at once; each may have a text of `MAX_LINE`
 # Of a Parquet manifest: rows read at once; characters decoded at once; bytes that a column of a row group may have, and on average a row.
 _BATCH_ROWS = 16_384
 _DECODED = 16 * MAX_LINE
 _CHUNK_BYTES = 16 << 20
 _MEAN_BYTES = 4096
 
-_Rows = Iterator[tuple[int, dict[str, Any]]]  # (number of the line or row, and row)
+_Rows = Iterator[
+    tuple[int, dict[str, Any] | str]
+]  # number of the line or row, and the row or what is wrong with the line
 
 
-def is_manifest(path: str | Path) -> bool:
-    """Return True if the path names a manifest, False if it names a split list of DailyTalk."""
-    return Path(path).suffix.lower() in SUFFIXES
+def find_manifests(folder: FilePath) -> dict[str, Path] | None:
+    """Find the manifests in a folder, such as train.jsonl and test.csv.
+
+    Returns:
+        The manifest of each split, or None if there is none.
+
+    Raises:
+        ValueError: A split has two manifests.
+    """
+    found: dict[str, Path] = {}
+    for path in (Path(folder, f"{split}{suffix}").expanduser() for split in SPLITS for suffix in SUFFIXES):
+        if path.is_file() and found.setdefault(path.stem, path) != path:
+            raise ValueError(f"{path} stands beside {found[path.stem].name}: keep one, or name the one to use")
+    return found or None
 
 
-def read_manifest(path: Path, problems: list[str], folder: Path) -> Turns:
+def read_manifest(path: Path, problems: list[str], data_dir: FilePath | None) -> Turns:
     """Read the turns of a manifest, whose dialogs keep its order.
 
     Args:
         path: The manifest.
         problems: Problems are appended to this list.
-        folder: Relative paths of recordings and archives (`zip://member::archive`) start here.
+        data_dir: The folder where relative paths of recordings and archives (`zip://member::archive`) start; None, or the manifest
+            itself, for the manifest's own folder.
 
     Returns:
         The turns, each with its line, or its row in a Parquet file.
@@ -66,13 +84,21 @@ def read_manifest(path: Path, problems: list[str], folder: Path) -> Turns:
     turns = Turns(
         (lambda number: f"{path}: row {number}") if suffix == ".parquet" else lambda number: f"{path}:{number}"
     )
-    try:
-        for number, row in read(path, problems):
-            if wrong := list(_row_problems(row)):
+    folder = Path(path if data_dir is None else data_dir).expanduser()
+    folder = folder.parent if folder.is_file() else folder
+    absolute = lru_cache(1)(lambda file: absolute_file(file, folder))  # the turns of a telephone call follow each other
+    rows = read(path)
+    while batch := list(islice(rows, _BATCH)):
+        are_good = have_no_problems([row for _, row in batch])
+        for number, row in batch:
+            if isinstance(row, str):
+                add_problem(problems, row)
+                continue
+            if not are_good and (wrong := list(row_problems(row))):
                 for problem in wrong:
                     add_problem(problems, f"{turns.place(number)}: {problem}")
                 continue
-            utterance = _make_utterance(row, folder)
+            utterance = _make_utterance(row, absolute)
             if (first := turns.find(utterance.dialog_id, utterance.turn)) is not None:
                 add_problem(
                     problems,
@@ -81,22 +107,64 @@ def read_manifest(path: Path, problems: list[str], folder: Path) -> Turns:
                 )
                 continue
             turns.add(utterance, number)
-    except LineError as error:
-        add_problem(problems, str(error))
     return turns
 
 
-def _make_utterance(row: dict[str, Any], folder: Path) -> Utterance:
+def _make_utterance(row: dict[str, Any], absolute: Callable[[str], str]) -> Utterance:
     """Make the utterance of a row without problems."""
     dialog, turn = str(row["dialog"]), int(float(row["turn"]))
-    start, end = (None if _is_missing(row, name) else float(row[name]) for name in ("start", "end"))
-    channel = None if _is_missing(row, "channel") else int(float(row["channel"]))
+    channel = _whole_number(row.get("channel"))
+    audio = format_address(absolute(row["audio"]), _number(row.get("start")), _number(row.get("end")), channel)
     emotion = "" if _is_missing(row, "emotion") else str(row["emotion"])
-    audio = format_address(absolute_file(row["audio"], folder), start, end, channel)
     return Utterance(f"{dialog}_{turn}", dialog, turn, str(row["speaker"]), row["text"], emotion, audio)
 
 
-def _row_problems(row: dict[str, Any]) -> Iterator[str]:
+def have_no_problems(rows: Sequence[dict[str, Any] | str]) -> bool:
+    """Return True only if `row_problems` finds none in any row: the same checks on whole columns, in a fraction of the time.
+
+    Rows with unusual values, such as recordings and stretches in turn, may have no problems where it returns False.
+    """
+    if str in _types(rows):  # a line that is not a row
+        return False
+    columns = {name: [row.get(name) for row in rows] for name in (*REQUIRED, *OPTIONAL)}  # type: ignore[union-attr]
+    names, texts, audio = columns["dialog"] + columns["speaker"], columns["text"], columns["audio"]
+    start, end, channel, emotions = (columns[name] for name in OPTIONAL)
+    numbers = columns["turn"] + start + end + channel
+    if not (
+        _types(names) <= {str, int}
+        and _types(texts + audio) == {str}
+        and _types(emotions) <= {str, type(None)}
+        and _types(numbers) <= {str, int, float, type(None)}
+    ):
+        return False
+    names = list(map(str, names))
+    values = [*names, *audio, *filter(None, emotions)]
+    if not (all(names) and all(audio) and all(map(str.strip, texts)) and max(map(len, names)) <= MAX_NAME):
+        return False
+    if CONTROL.search("".join(values)) or text_problem(" ".join(texts)):
+        return False
+    try:
+        return (
+            all(0 <= turn <= MAX_TURN and turn.is_integer() for turn in map(float, columns["turn"]))
+            and (
+                _are_empty(start + end)
+                or all(0 <= a < b < math.inf for a, b in zip(map(float, start), map(float, end), strict=True))
+            )
+            and (_are_empty(channel) or all(number >= 0 and number.is_integer() for number in map(float, channel)))
+        )
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _types(values: Sequence[Any]) -> set[type]:
+    return set(map(type, values))
+
+
+def _are_empty(values: Sequence[Any]) -> bool:
+    return all(value is None or value == "" for value in values)
+
+
+def row_problems(row: dict[str, Any]) -> Iterator[str]:
     """Yield each problem of a row with its remedy."""
     missing = [name for name in REQUIRED if _is_missing(row, name)]
     if missing:
@@ -161,53 +229,60 @@ class _DoubledKeyError(ValueError):
 
 
 def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if doubled := _doubled(key for key, _ in pairs):
+    row = dict(pairs)
+    if len(row) < len(pairs) and (doubled := _doubled(key for key, _ in pairs)):
         raise _DoubledKeyError(f"{', '.join(doubled)} given twice in one object: delete one of the two")
-    return dict(pairs)
+    return row
 
 
-def _read_json_lines(path: Path, problems: list[str]) -> _Rows:
-    for number, line in read_limited_lines(path, newline="\n"):
-        place = f"{path}:{number}"
-        if not line.strip():
-            add_problem(problems, f"{place}: blank line: delete it")
-            continue
-        try:
-            row = json.loads(line, object_pairs_hook=_make_object)
-        except _DoubledKeyError as error:
-            add_problem(problems, f"{place}: {error}")
-            continue
-        except (ValueError, RecursionError):
-            add_problem(problems, f"{place}: {quote(line)} is not JSON: write one object per line")
-            continue
-        if isinstance(row, dict):
-            yield number, row
-        else:
-            add_problem(problems, f"{place}: {quote(line)} is not a JSON object: write one object per line")
+def _read_json_lines(path: Path) -> _Rows:
+    decode = json.JSONDecoder(object_pairs_hook=_make_object).decode
+    try:
+        for number, line in read_limited_lines(path, newline="\n"):
+            try:
+                row = decode(line)
+            except _DoubledKeyError as error:
+                yield number, f"{path}:{number}: {error}"
+                continue
+            except (ValueError, RecursionError):
+                problem = (
+                    "blank line: delete it"
+                    if not line.strip()
+                    else f"{quote(line)} is not JSON: write one object per line"
+                )
+                yield number, f"{path}:{number}: {problem}"
+                continue
+            if isinstance(row, dict):
+                yield number, row
+            else:
+                yield number, f"{path}:{number}: {quote(line)} is not a JSON object: write one object per line"
+    except LineError as error:
+        yield 0, str(error)
 
 
-def _read_csv(path: Path, problems: list[str]) -> _Rows:
+def _read_csv(path: Path) -> _Rows:
     table = csv.reader((line for _, line in read_limited_lines(path, newline="\n")), strict=True)
     try:
         names = next(table, [])
         if problem := _column_problem(names):
-            add_problem(problems, f"{path}:1: {problem}")
+            yield 1, f"{path}:1: {problem}"
             return
         for fields in filter(None, table):  # csv gives an empty list for a blank line
-            place = f"{path}:{table.line_num}"
             if len(fields) == len(names):
                 yield table.line_num, dict(zip(names, fields, strict=True))
                 continue
-            add_problem(
-                problems,
-                f"{place}: {len(fields)} fields instead of {len(names)} in {quote(','.join(fields))}: "
+            yield (
+                table.line_num,
+                f"{path}:{table.line_num}: {len(fields)} fields instead of {len(names)} in {quote(','.join(fields))}: "
                 "put a text that holds a comma in quotation marks, or complete the row",
             )
     except csv.Error as error:
-        add_problem(problems, f"{path}:{table.line_num}: not CSV ({error}): correct the line")
+        yield 0, f"{path}:{table.line_num}: not CSV ({error}): correct the line"
+    except LineError as error:
+        yield 0, str(error)
 
 
-def _read_parquet(path: Path, problems: list[str]) -> _Rows:
+def _read_parquet(path: Path) -> _Rows:
     # Imported here because the command line and the configuration read this module, and pyarrow is slow to import.
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -216,11 +291,11 @@ def _read_parquet(path: Path, problems: list[str]) -> _Rows:
         file = pq.ParquetFile(path)
         schema = file.schema_arrow
     except (pa.ArrowException, OSError) as error:
-        add_problem(problems, f"{path}: not a Parquet file ({first_line(error)}): name another manifest")
+        yield 0, f"{path}: not a Parquet file ({first_line(error)}): name another manifest"
         return
     fields = [field for field in schema if field.name in (*REQUIRED, *OPTIONAL)]
     if problem := _column_problem(schema.names) or _find_unreadable(fields, file.metadata):
-        add_problem(problems, f"{path}: {problem}")
+        yield 0, f"{path}: {problem}"
         return
     texts = [field.name for field in fields if _is_text(field.type)]
     number = 0
@@ -229,13 +304,10 @@ def _read_parquet(path: Path, problems: list[str]) -> _Rows:
         file = pq.ParquetFile(path, read_dictionary=texts, metadata=file.metadata)
         for batch in file.iter_batches(_BATCH_ROWS, columns=[field.name for field in fields]):
             for row in _decode_rows(batch):
-                if isinstance(row, str):
-                    add_problem(problems, f"{path}: row {number}: {row}")
-                else:
-                    yield number, row
+                yield number, f"{path}: row {number}: {row}" if isinstance(row, str) else row
                 number += 1
     except (pa.ArrowException, OSError) as error:
-        add_problem(problems, f"{path}: damaged after row {number} ({first_line(error)}): write it again")
+        yield 0, f"{path}: damaged after row {number} ({first_line(error)}): write it again"
 
 
 def _is_text(kind: Any) -> bool:
@@ -314,3 +386,12 @@ def _column_problem(names: list[str]) -> str | None:
     if doubled := _doubled(names):
         return f"column {', '.join(doubled)} named twice: rename or delete one of the two"
     return None
+
+
+RECIPE = Recipe(
+    "manifest",
+    reads=lambda path: path.suffix.lower() in SUFFIXES,
+    find=lambda data_dir, cache_dir, may_download: find_manifests(data_dir),
+    read=read_manifest,
+    max_speakers=2,
+)

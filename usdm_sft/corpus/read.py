@@ -1,21 +1,19 @@
 """Read a corpus: split lists or manifests as dialogs, and the rules that decide which dialogs are kept.
 
-All problems of split lists (`usdm_sft.corpus.split_list`) and manifests (`usdm_sft.corpus.manifest`) are found before any audio is
+All problems of split lists (`usdm_sft.corpus.dailytalk`) and manifests (`usdm_sft.corpus.manifest`) are found before any audio is
 opened, and are reported together with file and line.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 from usdm_sft.audio.addresses import join_addresses
-from usdm_sft.corpus.dialogs import Dialog, Split, Turns, Utterance
-from usdm_sft.corpus.find import find_recordings
-from usdm_sft.corpus.manifest import is_manifest, read_manifest
+from usdm_sft.corpus.dialogs import Dialog, FilePath, Recipe, Split, Turns, Utterance
+from usdm_sft.corpus.find import recipe_of
+from usdm_sft.corpus.hub_corpus import is_hub_corpus
 from usdm_sft.corpus.problems import CorpusError, add_problem
-from usdm_sft.corpus.split_list import read_split_list
 from usdm_sft.utils.texts import quote
 
 # Why a dialog is left out; counts.json and the card show these texts.
@@ -41,7 +39,7 @@ DAILYTALK = Rules()
 
 
 def read_corpus(
-    lists: Mapping[str, str | Path], rules: Rules = DAILYTALK, *, data_dir: str | os.PathLike[str] | None = None
+    lists: Mapping[str, str | Path], rules: Rules = DAILYTALK, *, data_dir: FilePath | None = None
 ) -> dict[str, Split]:
     """Read and validate split lists and manifests.
 
@@ -60,6 +58,8 @@ def read_corpus(
         FileNotFoundError: A list or `data_dir` does not exist.
         CorpusError: A list is wrong; the message names each problem.
     """
+    if is_hub_corpus(data_dir):
+        data_dir = None  # its manifests lie beside its recordings
     problems: list[str] = []
     splits: dict[str, Split] = {}
     # Of each list: number -> place, dialog id -> number.
@@ -68,10 +68,8 @@ def read_corpus(
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"the {name} split list {path} is not a file: name an existing split list")
-        if manifest := is_manifest(path):
-            turns = read_manifest(path, problems, path.parent if data_dir is None else Path(data_dir).expanduser())
-        else:
-            turns = read_split_list(path, problems, str if data_dir is None else find_recordings(data_dir))
+        recipe = recipe_of(path)
+        turns = recipe.read(path, problems, data_dir)
         lines = {dialog_id: found[0][1] for dialog_id, found in turns.dialogs.items()}
         for dialog_id, number in lines.items():
             if first := next((place(found[dialog_id]) for place, found in earlier if dialog_id in found), None):
@@ -81,24 +79,25 @@ def read_corpus(
                     "delete its lines from one of the lists",
                 )
         earlier.append((turns.place, lines))
-        splits[name] = _make_split(name, turns, problems, rules, is_dailytalk=not manifest)
+        splits[name] = _make_split(name, turns, problems, rules, recipe)
     if problems:
         raise CorpusError(problems)
     return splits
 
 
-def _make_split(name: str, turns: Turns, problems: list[str], rules: Rules, *, is_dailytalk: bool) -> Split:
+def _make_split(name: str, turns: Turns, problems: list[str], rules: Rules, recipe: Recipe) -> Split:
     kept: list[Dialog] = []
     left_out: dict[str, str] = {}
     for dialog_id, lines in turns.dialogs.items():
         lines.sort(key=lambda line: line[0].turn)
         utterances = [utterance for utterance, _ in lines]
-        if wrong := _turn_problem(lines, 0 if is_dailytalk else utterances[0].turn):
+        if wrong := _turn_problem(lines, utterances[0].turn if recipe.first_turn is None else recipe.first_turn):
             number, problem = wrong
             add_problem(problems, f"{turns.place(number)}: dialog {dialog_id} {problem}")
             continue
         speakers = sorted({utterance.speaker for utterance in utterances})
-        if len(speakers) > 2 and rules.agent is None and not is_dailytalk:  # the reference does not count speakers
+        most = recipe.max_speakers if rules.agent is None else None
+        if most is not None and len(speakers) > most:
             add_problem(
                 problems,
                 f"{turns.place(lines[0][1])}: dialog {dialog_id} has {len(speakers)} speakers "

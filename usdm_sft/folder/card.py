@@ -15,6 +15,7 @@ from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData
 from tokenizers import Tokenizer
 
+from usdm_sft.corpus.dailytalk import DAILYTALK
 from usdm_sft.corpus.examples import MULTI_TURN, has_lists
 from usdm_sft.corpus.features import (
     COLLAPSED_SPEECH,
@@ -25,7 +26,6 @@ from usdm_sft.corpus.features import (
     folder_features,
 )
 from usdm_sft.corpus.manifest import UTTERANCES
-from usdm_sft.corpus.published_lists import DAILYTALK
 from usdm_sft.folder.example_picture import EXAMPLE
 from usdm_sft.folder.pictures import CAPTIONS
 from usdm_sft.folder.statistics import count_too_long

@@ -20,11 +20,11 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 from packaging.requirements import Requirement
 
 from usdm_sft.audio.check import check_audio
+from usdm_sft.corpus.dailytalk import SPLIT_LISTS, SPLIT_LISTS_URL, check_not_swapped
 from usdm_sft.corpus.dialogs import Split
-from usdm_sft.corpus.find import find_lists, find_lists_here
+from usdm_sft.corpus.find import describe_corpus, find_lists
 from usdm_sft.corpus.hub_corpus import PREFIX, is_hub_corpus
 from usdm_sft.corpus.problems import CorpusError
-from usdm_sft.corpus.published_lists import SPLIT_LISTS, SPLIT_LISTS_URL, check_not_swapped, describe_corpus
 from usdm_sft.corpus.read import Rules, read_corpus
 from usdm_sft.folder.layout import check_output
 from usdm_sft.prepare.config import PrepareConfig
@@ -247,16 +247,14 @@ class SetUp:
             HfApi().dataset_info(repository, revision=revision or None, timeout=TIMEOUT)
             yield "ok", f"{name} is on the Hub; prepare downloads and checks it"
             return
-        if config.data_files:
-            lists = find_lists(name, config.data_files)
-        elif (found := find_lists_here(name, config.cache_dir)) is not None:
-            lists = found
-        else:
+        lists = find_lists(name, config.data_files, cache_dir=config.cache_dir, may_download=False)
+        if not lists:
             size = sum(remote_size(f"{SPLIT_LISTS_URL}/{file}", timeout=TIMEOUT) for file, _ in SPLIT_LISTS.values())
             yield "ok", f"{name} has no split lists: prepare downloads DailyTalk's own ({format_bytes(size)})"
             return
+        rules = Rules(None if config.agent is None else str(config.agent), config.merge_speaker_turns)
         try:
-            self._splits = read_corpus(lists, Rules(config.agent, config.merge_speaker_turns), data_dir=name)
+            self._splits = read_corpus(lists, rules, data_dir=name)
         except CorpusError as error:
             yield from (("error", problem) for problem in error.problems[:MAX_PROBLEMS])
             if more := error.problems[MAX_PROBLEMS:]:

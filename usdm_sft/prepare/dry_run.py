@@ -122,7 +122,7 @@ def _write_units(shard: Shard, run: Run) -> Path:
     """Write a unit shard whose utterances have the right number of units: all of them unit 0, or where units are collapsed no two equal neighbours."""
     content = run.plan.content(shard)
     num_distinct = 1 if run.config.unit_repetition == "keep" else min(2, run.encoder.num_units)
-    columns = {
+    columns: dict[str, list[Any]] = {
         "units": [
             np.arange(count_units(length, run.unit_tokenizer.normalization), dtype=np.uint16) % num_distinct
             for length in content.lengths

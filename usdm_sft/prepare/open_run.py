@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from usdm_sft import __version__
 from usdm_sft.corpus.builder import DailyTalkUSDM
-from usdm_sft.corpus.published_lists import describe_corpus, list_kind
+from usdm_sft.corpus.find import describe_corpus, recipe_of
 from usdm_sft.folder.layout import ROW_PACKAGES, check_output
 from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.prepare.overflow import choose_overflow
@@ -162,7 +162,9 @@ def describe_run(run: Run) -> dict[str, Any]:
     """The part of counts.json that is known before any work, with the key of the run."""
     config, builder = run.config, run.builder
     is_reference = (config.precision, config.resampler) == ("fp32", "soxr")
-    lists = {f"{split} {list_kind(builder.split_lists[split])}": sha for split, sha in builder.list_digests.items()}
+    lists = {
+        f"{split} {recipe_of(builder.split_lists[split]).kind}": sha for split, sha in builder.list_digests.items()
+    }
     counts: dict[str, Any] = {
         "format_version": 2,
         "config": config.config_name,

@@ -14,11 +14,10 @@ import soundfile
 
 from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.audio.reading import read_waveform
+from usdm_sft.corpus import manifest
 from usdm_sft.corpus.dialogs import Utterance
 from usdm_sft.corpus.examples import first_turn
 from usdm_sft.corpus.find import find_lists
-from usdm_sft.corpus.hub_corpus import fetch_corpus, is_hub_corpus
-from usdm_sft.corpus.manifest import is_manifest
 from usdm_sft.corpus.read import Rules, read_corpus
 
 PEAK_SAMPLES = 160  # 100 peaks per second, two per unit
@@ -41,8 +40,7 @@ class Recordings:
     def __init__(self, data_dir: str | Path, split: str, settings: Mapping[str, Any]):
         rules = Rules(settings.get("agent"), settings.get("merge_speaker_turns", False))
         self._name, self._history = data_dir, settings["history"]
-        audio_dir = None if is_manifest(data_dir) or is_hub_corpus(data_dir) else data_dir
-        corpus = read_corpus({split: _find_list(data_dir, split)}, rules, data_dir=audio_dir)
+        corpus = read_corpus({split: _find_list(data_dir, split)}, rules, data_dir=data_dir)
         self._dialogs = {dialog.id: dialog.utterances for dialog in corpus[split].dialogs}
 
     def of_row(self, row: Mapping[str, Any]) -> Iterator[Utterance]:
@@ -100,9 +98,9 @@ def find_peaks(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
 
 def _find_list(data_dir: str | Path, split: str) -> Path:
     """The split list or manifest of a split."""
-    if is_manifest(data_dir):
+    if manifest.RECIPE.reads(Path(data_dir)):
         return Path(data_dir)
-    lists = fetch_corpus(str(data_dir)) if is_hub_corpus(data_dir) else find_lists(data_dir)
+    lists = find_lists(data_dir)
     if split not in lists:
         raise FileNotFoundError(f"{data_dir} has no list of {split}: {_OTHER_CORPUS}")
     return lists[split]

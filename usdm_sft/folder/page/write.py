@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from usdm_sft.corpus.published_lists import DAILYTALK
+from usdm_sft.corpus.dailytalk import DAILYTALK
 from usdm_sft.folder.card import DAILYTALK_METADATA, OTHER_METADATA
 from usdm_sft.folder.layout import COUNTS, read_counts, read_layout
 from usdm_sft.folder.page.examples import describe_row, list_left_out, spell_tokens
