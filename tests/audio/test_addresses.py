@@ -189,22 +189,6 @@ def test_stretch_may_end_slightly_after_its_recording(call):
     assert len(read_audio(f"{call}#t=1,2.04")[0]) == 8000
 
 
-def test_digests_are_of_content_and_stretch(call, tmp_path, monkeypatch):
-    hashed = []
-    real = check._digest
-    monkeypatch.setattr(check, "_digest", lambda file: hashed.append(file.name) or real(file))
-    stretches = [
-        format_address(call, start / 10, start / 10 + 0.5, channel) for start in range(10) for channel in (0, 1)
-    ]
-    found = audio_digests([call, *stretches], tmp_path / "cache", num_threads=1)
-    assert len({digest.sha256 for digest in found.values()}) == 21
-    assert hashed == [call]  # once, for all of its turns
-    copy = tmp_path / "copy.wav"
-    copy.write_bytes(Path(call).read_bytes())
-    other = audio_digests([format_address(str(copy), 0.1, 0.6, 1)], tmp_path / "cache")
-    assert next(iter(other.values())).sha256 == found[format_address(call, 0.1, 0.6, 1)].sha256
-
-
 def test_unchanged_stretches_share_one_reading(call, tmp_path):
     addresses = [call, format_address(call, 0.1, 0.6, 1), f"{format_address(call, 1, 2)}\n{format_address(call, 0, 1)}"]
     known = audio_digests(addresses, tmp_path / "cache")
@@ -227,42 +211,36 @@ def test_unchanged_stretches_share_one_reading(call, tmp_path):
             read_unchanged(address, known[address].sha256, read_shared)
 
 
-def test_threads_hash_a_long_recording_once(call, tmp_path, monkeypatch):
-    other = tmp_path / "other.wav"
-    shutil.copyfile(call, other)
-    hashed = []
-    real = check._digest
-
-    def slow(file):
-        hashed.append(file.name)
-        time.sleep(0.2)
-        return real(file)
-
-    monkeypatch.setattr(check, "_digest", slow)
-    stretches = [format_address(str(file), i / 20, i / 20 + 0.5) for i in range(18) for file in (call, other)]
-    found = audio_digests(stretches, tmp_path / "cache", num_threads=36)
-    assert sorted(hashed) == sorted([call, str(other)])
-    assert len({digest.sha256 for digest in found.values()}) == 18  # both files have the same content
-
-
-def test_threads_read_the_directory_of_an_archive_once(call, tmp_path, monkeypatch):
+def test_threads_share_recordings_and_directories(call, tmp_path, monkeypatch):
+    """36 threads hash each recording once, and read the directory of an archive once."""
     path = tmp_path / "calls.zip"
     with zipfile.ZipFile(path, "w") as file:
         for number in range(36):
             file.write(call, f"{number}.wav")
-    opened = []
+    done, real = [], check._digest
 
     class SlowZipFile(zipfile.ZipFile):
         def __init__(self, file):
-            opened.append(file)
+            done.append(file)
             time.sleep(0.2)
             super().__init__(file)
+
+    def slow(file):
+        done.append(getattr(file, "name", None))  # members have no name
+        time.sleep(0.2)
+        return real(file)
 
     monkeypatch.setattr(addresses.zipfile, "ZipFile", SlowZipFile)
     members = [zip_address(path, f"{number}.wav") for number in range(36)]
     found = audio_digests(members, tmp_path / "cache", num_threads=36)
-    assert {digest.problem for digest in found.values()} == {None}
-    assert opened == [str(path)]
+    assert {digest.problem for digest in found.values()} == {None} and done == [str(path)]
+    monkeypatch.setattr(check, "_digest", slow)
+    done.clear()
+    other = shutil.copyfile(call, tmp_path / "other.wav")
+    stretches = [format_address(str(file), i / 20, i / 20 + 0.5) for i in range(18) for file in (call, other)]
+    found = audio_digests(stretches, tmp_path / "cache", num_threads=36)
+    assert sorted(done) == sorted([call, str(other)])
+    assert len({digest.sha256 for digest in found.values()}) == 18  # both files have the same content
 
 
 def test_failed_call_is_repeated():

@@ -174,38 +174,23 @@ def test_run_goes_on_without_a_digest_file(tmp_path, caplog):
     assert "digests are not remembered this time" in caplog.text
 
 
-def test_recording_of_stretches_is_opened_once_in_all_runs(tmp_path, reads, settled):
-    """Their digest is that of their recording's digest, start, end and channel."""
-    path = tmp_path / "call.wav"
+@pytest.mark.parametrize("kind", ["wav", "flac"])
+def test_recording_of_stretches_is_opened_once_in_all_runs(tmp_path, reads, settled, kind):
+    """Their digest is that of their recording's digest, start, end and channel. FLAC is decoded to its end."""
+    path = tmp_path / f"call.{kind}"
     soundfile.write(path, np.zeros((32_000, 2)), 16_000)
     cut = [f"{path}#t={start / 100:g},{start / 100 + 0.05:g}&channel={start % 2}" for start in range(100, 130)]
     found = audio_digests([*cut, cut[0]], tmp_path / "cache")
     assert audio_digests(cut, tmp_path / "cache") == found
-    assert reads == ["call.wav"]
+    assert reads == [f"call.{kind}"]
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert found[cut[3]] == (
-        hashlib.sha256(json.dumps([[sha256, 1.03, 1.08, 1]]).encode()).hexdigest(),
-        800,
-        0.05,
-        None,
-    )
+    expected = hashlib.sha256(json.dumps([[sha256, 1.03, 1.08, 1]]).encode()).hexdigest()
+    assert found[cut[3]] == (expected, 800, 0.05, None)
     with closing(sqlite3.connect(tmp_path / "cache" / "digests.sqlite")) as database:
-        assert database.execute(f"SELECT path, sha256, frames FROM {TABLE}").fetchall() == [(str(path), sha256, 32_000)]
+        rows = database.execute(f"SELECT path, sha256, frames, channels FROM {TABLE}").fetchall()
+    assert rows == [(str(path), sha256, 32_000, 2)]
     soundfile.write(path, np.ones((32_000, 2)) / 2, 16_000)
     assert audio_digests(cut, tmp_path / "cache")[cut[3]].sha256 != found[cut[3]].sha256
-
-
-def test_compressed_recording_is_opened_once_in_all_runs(tmp_path, reads, settled):
-    """It is decoded to its end, and its stretches follow from what that found."""
-    path = tmp_path / "call.flac"
-    soundfile.write(path, np.zeros(32_000), 16_000)
-    cut = [f"{path}#t={start},{start + 0.5}" for start in (0, 1)]
-    found = audio_digests(cut, tmp_path / "cache")
-    with closing(sqlite3.connect(tmp_path / "cache" / "digests.sqlite")) as database:
-        rows = database.execute(f"SELECT path, frames, channels FROM {TABLE}").fetchall()
-    assert rows == [(str(path), 32_000, 1)]
-    assert audio_digests(cut, tmp_path / "cache") == found
-    assert reads == ["call.flac"]
 
 
 def test_files_that_passed_older_checks_are_checked_again(tmp_path, settled):

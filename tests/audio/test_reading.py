@@ -22,6 +22,7 @@ FORMATS = [
     ("wav", "PCM_24", 48_000, 2),
     ("wav", "FLOAT", 16_000, 1),
     ("wav", "FLOAT", 96_000, 6),
+    ("wav", "PCM_32", 11_025, 2),
     ("flac", "PCM_16", 24_000, 2),
     ("ogg", "VORBIS", 32_000, 1),
     ("mp3", "MPEG_LAYER_III", 44_100, 2),

@@ -144,11 +144,14 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
         stamps = find_stamps(bad_audio.list_addresses(self.whole_corpus))
         return hashlib.sha256(json.dumps([self.list_digests, list(stamps.items())]).encode()).hexdigest()
 
-    def screen_audio(self, pool: "Pool | None" = None) -> None:
+    def screen_audio(self, pool: "Pool | None" = None) -> tuple[dict[str, Split], dict[str, AudioDigest]]:
         """Check all audio and leave out the pairs with bad audio, once.
 
         Args:
             pool: Shares out recordings that are read for the first time; by default threads of this process read them.
+
+        Returns:
+            `corpus` and `audio_digests`.
 
         Raises:
             FileNotFoundError: Audio files are missing, and nothing else is wrong.
@@ -157,20 +160,17 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
         if self._screened is None:
             on_bad_audio = self.config.on_bad_audio
             self._screened = bad_audio.screen_audio(self.whole_corpus, on_bad_audio, self._digest_cache_dir, pool)
+        return self._screened
 
     @property
     def corpus(self) -> dict[str, Split]:
         """The `usdm_sft.corpus.dialogs.Split` of each split, after bad audio was left out; checks the audio first."""
-        self.screen_audio()
-        assert self._screened is not None
-        return self._screened[0]
+        return self.screen_audio()[0]
 
     @property
     def audio_digests(self) -> dict[str, AudioDigest]:
         """The `usdm_sft.audio.digests.AudioDigest` of each recording that a pair uses, by address; checks the audio first."""
-        self.screen_audio()
-        assert self._screened is not None
-        return self._screened[1]
+        return self.screen_audio()[1]
 
     @property
     def content_digest(self) -> str:

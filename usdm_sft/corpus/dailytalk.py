@@ -129,7 +129,7 @@ def find_recordings(data_dir: FilePath) -> Callable[[str], str]:
     return lambda name: zip_address(archive.resolve(), prefix + name)
 
 
-def fetch_split_lists(cache_dir: FilePath | None = None, *, url: str | None = None) -> dict[str, Path]:
+def fetch_split_lists(cache_dir: str | Path | None = None, *, url: str | None = None) -> dict[str, Path]:
     """Return DailyTalk's own split lists, from the cache or else from its repository at a fixed commit.
 
     Args:
@@ -153,7 +153,7 @@ def fetch_split_lists(cache_dir: FilePath | None = None, *, url: str | None = No
     return lists
 
 
-def cached_split_lists(cache_dir: FilePath | None = None) -> dict[str, Path] | None:
+def cached_split_lists(cache_dir: str | Path | None = None) -> dict[str, Path] | None:
     """Return the lists that `fetch_split_lists` would return without a download, or None."""
     folder = cache_root(cache_dir) / "split_lists"
     lists = {split: folder / name for split, (name, _) in SPLIT_LISTS.items()}
@@ -264,7 +264,7 @@ def _parse_line(line: str, place: str, problems: list[str], address: Callable[[s
     return Utterance(utterance_id, f"d{match[3]}", int(match[1]), speaker, text, emotion, audio)
 
 
-def _find(data_dir: FilePath, cache_dir: FilePath | None, may_download: bool) -> dict[str, Path] | None:
+def _find(data_dir: FilePath, cache_dir: str | Path | None, may_download: bool) -> dict[str, Path] | None:
     published = fetch_split_lists if may_download else cached_split_lists
     return find_split_lists(data_dir) or published(cache_dir)
 

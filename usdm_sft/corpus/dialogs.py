@@ -88,7 +88,7 @@ class Recipe(NamedTuple):
 
     kind: str
     reads: Callable[[Path], bool]
-    find: Callable[[FilePath, FilePath | None, bool], dict[str, Path] | None]
+    find: Callable[[FilePath, str | Path | None, bool], dict[str, Path] | None]
     read: Callable[[Path, list[str], FilePath | None], Turns]
     root: Callable[[Path], Path] = lambda data_dir: data_dir
     needs_data_dir: bool = False

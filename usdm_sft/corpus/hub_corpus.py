@@ -44,7 +44,7 @@ def is_hub_corpus(data_dir: Any) -> bool:
     return str(data_dir).startswith(PREFIX)
 
 
-def fetch_corpus(name: str, cache_dir: FilePath | None = None) -> dict[str, Path]:
+def fetch_corpus(name: str, cache_dir: str | Path | None = None) -> dict[str, Path]:
     """Load a dataset from the Hub and write its recordings to files in the cache, once.
 
     Args:
@@ -200,7 +200,7 @@ def _is_inside(path: str, folder: Path, files: Path) -> bool:
         return False
 
 
-def _find(data_dir: FilePath, cache_dir: FilePath | None, may_download: bool) -> dict[str, Path] | None:
+def _find(data_dir: FilePath, cache_dir: str | Path | None, may_download: bool) -> dict[str, Path] | None:
     return fetch_corpus(str(data_dir), cache_dir) if may_download and is_hub_corpus(data_dir) else None
 
 

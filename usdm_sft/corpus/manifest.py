@@ -124,9 +124,10 @@ def have_no_problems(rows: Sequence[dict[str, Any] | str]) -> bool:
 
     Rows with unusual values, such as recordings and stretches in turn, may have no problems where it returns False.
     """
-    if str in _types(rows):  # a line that is not a row
+    read = [row for row in rows if isinstance(row, dict)]
+    if len(read) < len(rows):  # a line that is not a row
         return False
-    columns = {name: [row.get(name) for row in rows] for name in (*REQUIRED, *OPTIONAL)}  # type: ignore[union-attr]
+    columns: dict[str, list[Any]] = {name: [row.get(name) for row in read] for name in (*REQUIRED, *OPTIONAL)}
     names, texts, audio = columns["dialog"] + columns["speaker"], columns["text"], columns["audio"]
     start, end, channel, emotions = (columns[name] for name in OPTIONAL)
     numbers = columns["turn"] + start + end + channel
