@@ -255,8 +255,9 @@ class SetUp:
             size = sum(remote_size(f"{SPLIT_LISTS_URL}/{file}", timeout=TIMEOUT) for file, _ in SPLIT_LISTS.values())
             yield "ok", f"{name} has no split lists: prepare downloads DailyTalk's own ({format_bytes(size)})"
             return
+        rules = Rules(None if config.agent is None else str(config.agent), config.merge_speaker_turns)
         try:
-            self._splits = read_corpus(lists, Rules(config.agent, config.merge_speaker_turns), data_dir=name)
+            self._splits = read_corpus(lists, rules, data_dir=name)
         except CorpusError as error:
             yield from (("error", problem) for problem in error.problems[:MAX_PROBLEMS])
             if more := error.problems[MAX_PROBLEMS:]:
