@@ -5,6 +5,8 @@ import configparser
 import re
 from pathlib import Path
 
+import pytest
+
 from tests.helpers import REPOSITORY
 
 TESTS = Path(__file__).parent
@@ -37,9 +39,14 @@ def test_every_test_of_the_table_exists():
         assert not set(references) - existing, row
 
 
-def test_every_dependency_is_explained():
+@pytest.fixture
+def setup():
     setup = configparser.ConfigParser()
     setup.read(REPOSITORY / "setup.cfg")
+    return setup
+
+
+def test_every_dependency_is_explained(setup):
     names = [
         re.match(r"[\w-]+", line).group() for line in setup["options"]["install_requires"].split("\n") if line.strip()
     ]
@@ -48,9 +55,7 @@ def test_every_dependency_is_explained():
     assert [name for name in names if not re.search(rf"\b{name}\b", text, re.IGNORECASE)] == []
 
 
-def test_every_extra_is_explained():
-    setup = configparser.ConfigParser()
-    setup.read(REPOSITORY / "setup.cfg")
+def test_every_extra_is_explained(setup):
     text = (REPOSITORY / "docs" / "dependencies.md").read_text(encoding="utf-8")
     assert [name for name in setup["options.extras_require"] if f"| `{name}` |" not in text] == []
 

@@ -19,7 +19,8 @@ import torch
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, LogitsProcessor, PreTrainedTokenizerBase
 
 from usdm_sft.template.encoder import IGNORE_INDEX
-from usdm_sft.template.parts import REFERENCE_STAGES, AnswerStage
+from usdm_sft.template.parts import REFERENCE_STAGES as REFERENCE_STAGES
+from usdm_sft.template.parts import AnswerStage as AnswerStage
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, list[int]]]:

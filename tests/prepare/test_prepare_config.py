@@ -26,42 +26,27 @@ def test_config_is_frozen():
         PrepareConfig(**REQUIRED).max_length = 1
 
 
-def test_required_fields():
-    with pytest.raises(TypeError, match="missing 2 required keyword-only arguments: 'output_path' and 'data_dir'"):
-        PrepareConfig()
-
-
-def test_config_and_fields_together_are_refused():
-    with pytest.raises(TypeError, match=r"a config or fields, not both: put max_length, tasks into the config"):
-        prepare(PrepareConfig(**REQUIRED), max_length=1, tasks=2)
-
-
-def test_unknown_field_is_refused():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'max_lenght'"):
-        prepare(**REQUIRED, max_lenght=1)
-
-
-def test_options_of_an_executor_without_one_are_refused():
-    with pytest.raises(ValueError, match="tasks and slurm are options of an executor: name one with --executor"):
-        PrepareConfig(**REQUIRED, tasks=2)
-
-
 @pytest.mark.parametrize(
-    "setting",
-    ["max_length", "shard_dialogs", "num_output_shards", "agreement_utterances", "tasks", "batch_seconds"],
+    ("make", "message"),
+    [
+        (PrepareConfig, "missing 2 required keyword-only arguments: 'output_path' and 'data_dir'"),
+        (
+            lambda: prepare(PrepareConfig(**REQUIRED), max_length=1, tasks=2),
+            "a config or fields, not both: put max_length, tasks",
+        ),
+        (lambda: prepare(**REQUIRED, max_lenght=1), "unexpected keyword argument 'max_lenght'"),
+    ],
 )
-def test_settings_are_positive(setting):
-    with pytest.raises(ValueError, match=f"{setting} is 0: give a positive number"):
-        PrepareConfig(**REQUIRED | {setting: 0})
+def test_wrong_fields_are_refused(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
 
 
-@pytest.mark.parametrize("setting", ["shuffle_seed", "num_gpus"])
-def test_settings_are_not_negative(setting):
-    with pytest.raises(ValueError, match=f"{setting} is -1: give 0 or more"):
-        PrepareConfig(**REQUIRED | {setting: -1})
-
-
-WRONG_TYPES = [
+POSITIVE = ("max_length", "shard_dialogs", "num_output_shards", "agreement_utterances", "tasks", "batch_seconds")
+WRONG = [
+    *(({name: 0}, f"{name} is 0: give a positive number") for name in POSITIVE),
+    *(({name: -1}, f"{name} is -1: give 0 or more") for name in ("shuffle_seed", "num_gpus")),
+    ({"tasks": 2}, "tasks and slurm are options of an executor: name one with --executor"),
     ({"max_length": "8192"}, "max_length is '8192', a value of type str: give a whole number"),
     ({"max_length": True}, "max_length is True, a value of type bool: give a whole number"),
     ({"max_length": None}, "max_length is None: give a whole number"),
@@ -84,8 +69,8 @@ WRONG_TYPES = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), WRONG_TYPES)
-def test_settings_of_the_wrong_type(changes, message):
+@pytest.mark.parametrize(("changes", "message"), WRONG)
+def test_wrong_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         PrepareConfig(**REQUIRED | changes)
 

@@ -115,7 +115,7 @@ def test_template_without_a_system_message():
 @pytest.mark.parametrize(
     "parts", [parts for k in (2, 3, 4) for parts in itertools.combinations(PARTS, k)], ids=",".join
 )
-def test_first_part_is_of_the_user_and_the_others_of_the_assistant(tokenizer, parts):
+def test_first_part_is_the_users_and_the_rest_the_assistants(tokenizer, parts):
     written = {"user_units": units([3, 3, 5]), "user_text": "where were you?", "agent_text": "at home.", "agent_units": units([19, 0])}  # fmt: skip
     user, answer = written[parts[0]], written[parts[1]]
     if parts[0].split("_")[0] == parts[1].split("_")[0]:

@@ -299,7 +299,7 @@ def _find_frames(pieces_of: Callable[[int], list[Piece]], chat: ChatTemplate) ->
     frames = Frames((one[0], two[0], three[2], three[4]), (one[1], two[1], three[3], three[5]), one[-1])
     lengths = [len(user) + len(assistant) for user, assistant in zip(frames[0], frames[1], strict=True)]  # type: ignore[arg-type]
     rows = zip((1, 2, 3, 4), (one, two, three, four), strict=True)
-    # The lengths of exchanges add up, on which `shards.overflow` relies.
+    # The lengths of exchanges add up, on which `prepare.overflow` relies.
     if (
         any(frames.around(number) != pieces for number, pieces in rows)
         or lengths[0] + lengths[2] != lengths[1] + lengths[3]

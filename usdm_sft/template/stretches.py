@@ -148,7 +148,7 @@ class Headings:
         return ids
 
     def encode(self, texts: Sequence[str], parts: Sequence[tuple[str, int]]) -> Sequence[npt.NDArray[np.int32] | None]:
-        """Encode texts; arguments as of `ChatForm.encode`. The place of an exchange does not matter."""
+        """Encode texts, with the arguments of `ChatForm.encode`. The place of an exchange does not matter."""
         # A transcript follows the user's speech; every other text follows the newline of a heading.
         after_newline = [part == "agent_text" or "user_units" not in self._parts for part, _ in parts]
         return self._stretches.encode(texts, after_newline)
