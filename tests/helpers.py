@@ -144,8 +144,8 @@ main({arguments!r})
 
 def make_in_two_runs_at_once(mini, unit_model, folder, monkeypatch, *, other=None, **changes):
     """Run twice over one cache: in this process into `out`, and in another one into `other`, with the options `other`."""
+    from usdm_sft.prepare.open_run import load_rows
     from usdm_sft.prepare.prepare import prepare
-    from usdm_sft.prepare.rows import load_rows
 
     given = {**changes, "output_path": folder / "other", **(other or {})}
     arguments = command(mini, unit_model, folder, *(f"--{name}={value}" for name, value in given.items()))[3:]
