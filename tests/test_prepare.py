@@ -208,7 +208,7 @@ def test_unit_shard_has_one_row_per_utterance(dataset_folder, mini):
 
 
 @pytest.mark.slow
-def test_moved_and_touched_corpus_with_the_same_bytes_redoes_nothing(rerun, mini, forward_passes, tmp_path):
+def test_moved_and_touched_corpus_redoes_nothing(rerun, mini, forward_passes, tmp_path):
     first, _ = rerun()
     passes = len(forward_passes)
     shutil.copytree(mini / "corpus", tmp_path / "moved", copy_function=shutil.copyfile)
@@ -312,7 +312,7 @@ def test_output_folder_with_other_content_is_refused(run, tmp_path, forward_pass
     assert counts["settings"]["max_length"] == 300
 
 
-def test_output_that_cannot_be_a_folder_is_refused_before_any_work(run, tmp_path, forward_passes):
+def test_output_that_cannot_be_a_folder_is_refused(run, tmp_path, forward_passes):
     (tmp_path / "file").write_text("")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
@@ -391,7 +391,7 @@ def test_split_that_max_length_leaves_empty_is_refused(run):
 
 
 @pytest.mark.slow
-def test_finished_folder_is_not_overwritten_because_a_run_was_interrupted_in_it(rerun):
+def test_interrupted_run_does_not_free_a_finished_folder(rerun):
     output, _ = rerun()
     (output / ".unfinished").mkdir()
     with pytest.raises(FileExistsError):
@@ -437,7 +437,7 @@ def test_folders_may_be_path_objects(mini, unit_model, tmp_path):
     assert counts["splits"]["train"]["rows"] == 10
 
 
-def test_unit_model_with_more_units_than_the_tokenizer_is_refused(run, tmp_path, forward_passes):
+def test_unit_model_with_too_many_units_is_refused(run, tmp_path, forward_passes):
     build_tokenizer(num_units=50).save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(ValueError, match="the unit model has 100 units, the tokenizer only 50"):
         run(pretrained_model_name_or_path=str(tmp_path / "tokenizer"))

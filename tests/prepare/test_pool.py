@@ -59,7 +59,7 @@ def test_files_do_not_depend_on_the_number_of_processes(mini, unit_model, tmp_pa
 
 
 @pytest.mark.slow
-def test_cut_and_shuffled_rows_do_not_depend_on_the_number_of_processes(mini, unit_model, tmp_path, in_processes):
+def test_cut_and_shuffled_rows_from_two_processes(mini, unit_model, tmp_path, in_processes):
     changes = {"config_name": "multi_turn", "max_length": 400, "overflow": "split", "shuffle_seed": 3}
     counts = prepare(**options(mini, unit_model, tmp_path, num_proc=1, **changes))
     assert counts["splits"]["train"]["rows_cut"]

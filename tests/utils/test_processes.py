@@ -222,7 +222,7 @@ def test_streams_of_processes_answer_every_item(num_items):
     assert multiprocessing.active_children() == []
 
 
-def test_processes_are_told_of_the_end_if_the_last_item_is_made_here():
+def test_processes_learn_of_the_end_if_it_is_made_here():
     """The pool would take the function of its next map for an item."""
     process = PipedProcess(serve, (hold_back,), name="stream")
     assert list(share_out([1, 2], [process], ahead=0, here=operator.neg)) == [-1, -2]
