@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -107,6 +108,26 @@ def wait_for_end_of_group(group, seconds=30):
             os.killpg(group, 0)
             assert time.monotonic() < deadline, "a process outlives its parent"
             time.sleep(0.05)
+
+
+def stop_run(arguments, folder, pattern, signal_number):
+    """Start a run, and send it a signal when a file of the folder matches `pattern`; all its processes end.
+
+    SIGINT goes to all of them, as from a terminal, and gives one line.
+    """
+    run = subprocess.Popen(
+        arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_for(lambda: list(folder.glob(pattern)), run)
+    if signal_number == signal.SIGINT:
+        os.killpg(run.pid, signal_number)
+        line = "dailytalk-usdm prepare: interrupted; start it again, finished work is kept\n"
+        assert run.communicate(timeout=60)[1] == line
+        assert run.returncode == 130
+    else:
+        run.send_signal(signal_number)
+        run.wait()
+    wait_for_end_of_group(run.pid)
 
 
 def options(mini, unit_model, folder, **changes):

@@ -17,8 +17,8 @@ from tests.helpers import (
     inodes,
     make_in_two_runs_at_once,
     options,
+    stop_run,
     wait_for,
-    wait_for_end_of_group,
 )
 from usdm_sft.audio.reading import AudioError
 from usdm_sft.prepare import open_run, unit_shards
@@ -388,40 +388,20 @@ processes.SpawnProcess.start = start_and_mark
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("lines", "pattern"), [(AT_THE_START, "started"), ("", "cache/units/*.arrow")], ids=["at the start", "at work"]
+    ("lines", "pattern", "signal_number"),
+    [
+        (AT_THE_START, "started", signal.SIGINT),
+        ("", "cache/units/*.arrow", signal.SIGINT),
+        ("", "cache/units/*.arrow", signal.SIGKILL),
+    ],
+    ids=["Ctrl-C at the start", "Ctrl-C at work", "killed"],
 )
-def test_ctrl_c_with_several_processes_prints_one_line(mini, unit_model, tmp_path, undisturbed, lines, pattern):
+def test_stopped_run_with_several_processes_is_resumed(
+    mini, unit_model, tmp_path, undisturbed, lines, pattern, signal_number
+):
     arguments = command(mini, unit_model, tmp_path)[3:]
     lines = lines.format(started=str(tmp_path / "started"))
     run = script(tmp_path, lines, "from usdm_sft.cli.main import main", f"main({arguments!r})")
-    run = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    wait_for(lambda: list(tmp_path.glob(pattern)), run)
-    os.killpg(run.pid, signal.SIGINT)  # as a terminal does
-    assert run.communicate(timeout=60)[1] == (
-        "dailytalk-usdm prepare: interrupted; start it again, finished work is kept\n"
-    )
-    assert run.returncode == 130
-    wait_for_end_of_group(run.pid)
+    stop_run(run, tmp_path, pattern, signal_number)
     prepare(**options(mini, unit_model, tmp_path))
     assert content(tmp_path / "out") == undisturbed
-
-
-@pytest.mark.slow
-def test_processes_end_when_their_parent_is_killed(mini, unit_model, tmp_path):
-    code = (
-        "from usdm_sft.prepare import open_run\n"
-        "from usdm_sft.prepare import unit_shards\n"
-        "open_run.find_devices = lambda num_gpus: ['cpu', 'cpu:0']\n"
-        "unit_shards.count_readers = lambda shards, devices: 1\n"
-        "from usdm_sft.cli.main import main\n"
-        "if __name__ == '__main__':\n"
-        f"    main({command(mini, unit_model, tmp_path)[3:]!r})\n"
-    )
-    (tmp_path / "run.py").write_text(code)
-    run = subprocess.Popen(
-        [sys.executable, str(tmp_path / "run.py")], stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    wait_for(lambda: list(tmp_path.glob("cache/units/*.arrow")), run)
-    run.kill()
-    run.wait()
-    wait_for_end_of_group(run.pid)
