@@ -45,7 +45,7 @@ def test_work_shards_share_files_or_are_divided(monkeypatch, seconds, files):
     made = Plan()
     content = Content([], [], [], [], [], [("a", 2), ("b", 3), ("b", 2), ("c", 2), ("d", 2)], 0, [], False)
     for number, each in enumerate(seconds):
-        made.append(Shard(number, "train", (0, 4), 0, 0, each * SAMPLE_RATE, 0, "", ""), content)
+        made.add(Shard(number, "train", (0, 4), 0, 0, each * SAMPLE_RATE, 0, "", ""), content)
     found = UtteranceFiles(SimpleNamespace(whole_corpus={"train": split({})}), "train", made, {})._files
     assert [[(shard.number, number, count) for shard, number, count in file] for file in found] == files
 
