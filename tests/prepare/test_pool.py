@@ -72,11 +72,6 @@ def test_small_corpus_starts_no_process(mini, unit_model, tmp_path, undisturbed,
     assert content(tmp_path / "out") == undisturbed
 
 
-def test_number_of_processes_is_checked(mini, unit_model, tmp_path):
-    with pytest.raises(ValueError, match="num_proc is 0: give a positive number"):
-        prepare(**options(mini, unit_model, tmp_path, num_proc=0))
-
-
 @pytest.mark.slow
 def test_script_without_a_main_guard(mini, unit_model, tmp_path, undisturbed):
     run = write_script(tmp_path, f"pipeline.prepare(**{options(mini, unit_model, tmp_path, num_proc=2)!r})")

@@ -41,14 +41,9 @@ def test_unknown_field_is_refused():
         prepare(**REQUIRED, max_lenght=1)
 
 
-def test_options_of_an_executor_without_one_are_refused():
-    with pytest.raises(ValueError, match="tasks and slurm are options of an executor: name one with --executor"):
-        PrepareConfig(**REQUIRED, tasks=2)
-
-
 @pytest.mark.parametrize(
     "setting",
-    ["max_length", "shard_dialogs", "num_output_shards", "agreement_utterances", "tasks", "batch_seconds"],
+    ["max_length", "shard_dialogs", "num_output_shards", "agreement_utterances", "num_proc", "tasks", "batch_seconds"],
 )
 def test_settings_are_positive(setting):
     with pytest.raises(ValueError, match=f"{setting} is 0: give a positive number"):
