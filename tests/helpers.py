@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -109,6 +110,26 @@ def wait_for_end_of_group(group, seconds=30):
             time.sleep(0.05)
 
 
+def stop_run(arguments, folder, pattern, signal_number):
+    """Start a run, and send it a signal when a file of the folder matches `pattern`; all its processes end.
+
+    SIGINT goes to all of them, as from a terminal, and gives one line.
+    """
+    run = subprocess.Popen(
+        arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_for(lambda: list(folder.glob(pattern)), run)
+    if signal_number == signal.SIGINT:
+        os.killpg(run.pid, signal_number)
+        line = "dailytalk-usdm prepare: interrupted; start it again, finished work is kept\n"
+        assert run.communicate(timeout=60)[1] == line
+        assert run.returncode == 130
+    else:
+        run.send_signal(signal_number)
+        run.wait()
+    wait_for_end_of_group(run.pid)
+
+
 def options(mini, unit_model, folder, **changes):
     """Options of `prepare` for the mini corpus, one dialog per work shard."""
     return {
@@ -144,8 +165,8 @@ main({arguments!r})
 
 def make_in_two_runs_at_once(mini, unit_model, folder, monkeypatch, *, other=None, **changes):
     """Run twice over one cache: in this process into `out`, and in another one into `other`, with the options `other`."""
+    from usdm_sft.prepare.open_run import load_rows
     from usdm_sft.prepare.prepare import prepare
-    from usdm_sft.prepare.rows import load_rows
 
     given = {**changes, "output_path": folder / "other", **(other or {})}
     arguments = command(mini, unit_model, folder, *(f"--{name}={value}" for name, value in given.items()))[3:]

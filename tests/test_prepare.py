@@ -12,7 +12,6 @@ from usdm_sft.template.config import Template
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import build_tokenizer, load_tokenizer
 from usdm_sft.units import reading
-from usdm_sft.units.convert import convert
 from usdm_sft.units.model import UnitModel
 
 COLUMNS = [
@@ -26,16 +25,9 @@ COLUMNS = [
 def run(mini, unit_model, tmp_path):
     """Return a function that prepares the mini corpus into a folder of tmp_path."""
 
-    def run(output="out", **options):
-        defaults = {
-            "data_dir": str(mini / "corpus"),
-            "pretrained_model_name_or_path": "mistral-common",
-            "unit_model": str(unit_model),
-            "cache_dir": str(tmp_path / "cache"),
-            "shard_dialogs": 1,
-        }
-        counts = prepare(**(defaults | options), output_path=str(tmp_path / output))
-        return tmp_path / output, counts
+    def run(output="out", **changes):
+        given = options(mini, unit_model, tmp_path, output_path=str(tmp_path / output), **changes)
+        return tmp_path / output, prepare(**given)
 
     return run
 
@@ -208,7 +200,7 @@ def test_unit_shard_has_one_row_per_utterance(dataset_folder, mini):
 
 
 @pytest.mark.slow
-def test_moved_and_touched_corpus_with_the_same_bytes_redoes_nothing(rerun, mini, forward_passes, tmp_path):
+def test_moved_and_touched_corpus_redoes_nothing(rerun, mini, forward_passes, tmp_path):
     first, _ = rerun()
     passes = len(forward_passes)
     shutil.copytree(mini / "corpus", tmp_path / "moved", copy_function=shutil.copyfile)
@@ -312,7 +304,7 @@ def test_output_folder_with_other_content_is_refused(run, tmp_path, forward_pass
     assert counts["settings"]["max_length"] == 300
 
 
-def test_output_that_cannot_be_a_folder_is_refused_before_any_work(run, tmp_path, forward_passes):
+def test_output_that_cannot_be_a_folder_is_refused(run, tmp_path, forward_passes):
     (tmp_path / "file").write_text("")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
@@ -391,7 +383,7 @@ def test_split_that_max_length_leaves_empty_is_refused(run):
 
 
 @pytest.mark.slow
-def test_finished_folder_is_not_overwritten_because_a_run_was_interrupted_in_it(rerun):
+def test_interrupted_run_does_not_free_a_finished_folder(rerun):
     output, _ = rerun()
     (output / ".unfinished").mkdir()
     with pytest.raises(FileExistsError):
@@ -409,26 +401,26 @@ def test_damaged_counts_are_refused(rerun, content, tmp_path):
 
 
 @pytest.mark.slow
-def test_damaged_cache_of_the_builder_is_made_again(rerun, tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:-700], "making it again"),
+        (  # still a valid Arrow file
+            lambda data: data.replace(b"did you water", b"did you wader"),
+            "was damaged (column user_text of train differs from the corpus): making it again",
+        ),
+    ],
+    ids=["cut", "flipped byte"],
+)
+def test_damaged_cache_of_the_builder_is_made_again(rerun, tmp_path, caplog, damage, message):
     first, _ = rerun()
     [path] = (tmp_path / "cache" / "builder").rglob("dailytalk_usdm-train.arrow")
-    path.write_bytes(path.read_bytes()[:-700])
+    before = path.read_bytes()
+    path.write_bytes(damage(before))
+    assert path.read_bytes() != before
     second, _ = rerun("second")
     assert content(first) == content(second)
-    assert "making it again" in caplog.text
-
-
-@pytest.mark.slow
-def test_flipped_byte_in_a_cached_text_is_found(rerun, tmp_path, caplog):
-    """The damaged file is still a valid Arrow file."""
-    first, _ = rerun()
-    [path] = (tmp_path / "cache" / "builder").rglob("dailytalk_usdm-train.arrow")
-    damaged = path.read_bytes().replace(b"did you water", b"did you wader")
-    assert damaged != path.read_bytes()
-    path.write_bytes(damaged)
-    second, _ = rerun("second")
-    assert content(first) == content(second)
-    assert "was damaged (column user_text of train differs from the corpus): making it again" in caplog.text
+    assert message in caplog.text
 
 
 def test_folders_may_be_path_objects(mini, unit_model, tmp_path):
@@ -437,7 +429,7 @@ def test_folders_may_be_path_objects(mini, unit_model, tmp_path):
     assert counts["splits"]["train"]["rows"] == 10
 
 
-def test_unit_model_with_more_units_than_the_tokenizer_is_refused(run, tmp_path, forward_passes):
+def test_unit_model_with_too_many_units_is_refused(run, tmp_path, forward_passes):
     build_tokenizer(num_units=50).save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(ValueError, match="the unit model has 100 units, the tokenizer only 50"):
         run(pretrained_model_name_or_path=str(tmp_path / "tokenizer"))
@@ -470,24 +462,3 @@ def test_units_equal_the_reference(finished, mini):
             name = f"{row['turn']}_{row['user_speaker']}_{row['dialog_id']}"
             assert row["user_units"] == expected[name]
             assert abs(len(row["user_units"]) - row["user_seconds"] * 50) < 2  # the first frame sees 25 ms
-
-
-@pytest.mark.slow
-def test_convert_prepare_and_export_work_together(tmp_path, mini):
-    """Call the three commands of the README as functions."""
-    source = mini / "unit_model"
-    model = convert(
-        source / "checkpoint.pt", source / "kmeans.npy", tmp_path / "m", model_config=source / "config.json"
-    )
-    prepare(
-        data_dir=str(mini / "corpus"),
-        output_path=str(tmp_path / "out"),
-        unit_model=str(model),
-        pretrained_model_name_or_path="mistral-common",
-        cache_dir=str(tmp_path / "cache"),
-    )
-    export_text(tmp_path / "out", tmp_path / "text")
-    with pytest.raises(FileNotFoundError, match=r"has no counts\.json: name a folder that"):
-        export_text(tmp_path, tmp_path / "text")
-    assert len((tmp_path / "text" / "train.txt").read_text().split("\n")) == 10
-    assert isinstance(TemplateEncoder(load_tokenizer(tmp_path / "out" / "tokenizer")), TemplateEncoder)

@@ -15,21 +15,20 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-import usdm_sft.prepare.open_run as opening
 import usdm_sft.prepare.prepare as pipeline
 from tests.benchmarks.common import TURNS, lengths, machine, speechlike, table
 from tests.helpers import DEMO
 from usdm_sft.folder import verify, writer
-from usdm_sft.prepare import token_shards as fit
+from usdm_sft.prepare import open_run, token_shards
 from usdm_sft.template.tokenizer import load_tokenizer
 from usdm_sft.units.convert import convert
 
 STAGES = (
-    (opening, "_open_corpus", "split lists, digests and headers of the audio"),
-    (opening, "plan_shards", "plan"),
+    (open_run, "_open_corpus", "split lists, digests and headers of the audio"),
+    (open_run, "plan_shards", "plan"),
     (pipeline, "load_rows", "builder (Arrow)"),
     (pipeline, "_tokenize_audio", "units"),
-    (fit, "make_tokens", "template and max_length"),
+    (token_shards, "make_tokens", "template and max_length"),
     (pipeline, "fit_splits", "counts"),
     (writer, "write_parquet", "Parquet files with statistics and digests"),
     (writer, "draw_pictures", "pictures"),

@@ -32,7 +32,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-import usdm_sft.prepare.open_run as opening
 import usdm_sft.prepare.prepare as pipeline
 from tests.benchmarks.common import TURNS, WORDS, lengths, machine, table
 from tests.benchmarks.template import VOCABULARY
@@ -43,7 +42,7 @@ from usdm_sft.corpus import left_out as bad_audio
 from usdm_sft.corpus import read
 from usdm_sft.folder import writer
 from usdm_sft.folder.verify import verify
-from usdm_sft.prepare import token_shards as fit
+from usdm_sft.prepare import open_run, token_shards
 from usdm_sft.template.tokenizer import NUM_UNITS, load_tokenizer
 from usdm_sft.units.convert import convert
 from usdm_sft.units.folder import unit_model_digest
@@ -54,11 +53,11 @@ from usdm_sft.utils.memory import use_system_allocator
 STAGES = (
     (read, "read_corpus", "manifest"),
     (bad_audio, "screen_audio", "audio digests"),
-    (opening, "plan_shards", "plan"),
+    (open_run, "plan_shards", "plan"),
     (pipeline, "describe_run", "key of the run"),
     (pipeline, "load_rows", "builder rows"),
     (pipeline, "_tokenize_audio", "units, without the model"),
-    (fit, "make_tokens", "tokens and max_length"),
+    (token_shards, "make_tokens", "tokens and max_length"),
     (pipeline, "fit_splits", "counts"),
     (writer, "write_parquet", "Parquet files, statistics"),
     (pipeline, "write_folder", "card, pictures, digests"),
@@ -242,7 +241,7 @@ def run_prepare(root: Path, num_proc: int = 1) -> dict[str, Any]:
     with ExitStack() as patches:
         for owner, name, stage in STAGES:
             patches.enter_context(mock.patch.object(owner, name, meter.watch(getattr(owner, name), stage)))
-        patches.enter_context(mock.patch.object(opening, "_open_unit_model", lambda *_: units))
+        patches.enter_context(mock.patch.object(open_run, "_open_unit_model", lambda *_: units))
         with meter.measure():
             counts = pipeline.prepare(
                 data_dir=str(root / "corpus"),

@@ -132,7 +132,7 @@ def ray():
 
 
 @pytest.mark.slow
-def test_own_ray_cluster_computes_on_the_cpu_and_restarts_a_killed_task(
+def test_own_ray_cluster_restarts_a_killed_task_on_the_cpu(
     ray, mini, unit_model, tmp_path, armed, undisturbed, elsewhere, monkeypatch
 ):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

@@ -120,7 +120,7 @@ def test_task_that_another_run_makes_is_waited_for(tmp_path):
     assert results.stat().st_mtime_ns == before
 
 
-def test_finished_task_whose_mark_another_run_removes_has_not_failed(tmp_path, monkeypatch):
+def test_task_whose_mark_another_run_removes_has_not_failed(tmp_path, monkeypatch):
     def run_and_remove_the_mark(step, folder, tasks, rank):
         run_task_here(step, folder, tasks, rank)
         (folder / "completions" / f"{rank:05d}").unlink()

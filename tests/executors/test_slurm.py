@@ -164,9 +164,7 @@ def fail_once(monkeypatch, module, name):
 
 
 @pytest.mark.slow
-def test_failed_task_cancels_the_job_after_it_and_the_same_command_goes_on(
-    mini, unit_model, tmp_path, queue, undisturbed, monkeypatch
-):
+def test_failed_task_cancels_the_job_after_it(mini, unit_model, tmp_path, queue, undisturbed, monkeypatch):
     arguments = options(mini, unit_model, tmp_path, executor="slurm", tasks=2, num_gpus=0, slurm=SLURM)
     fail_once(monkeypatch, unit_tasks, "make_units")
     fail_once(monkeypatch, token_shards, "write_shard")

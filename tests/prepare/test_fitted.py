@@ -6,10 +6,9 @@ import pytest
 from datasets import Dataset
 
 from usdm_sft.corpus.features import TRAINER_COLUMNS, folder_features
-from usdm_sft.prepare.counts import ShardCounts
 from usdm_sft.prepare.overflow import Cuts
 from usdm_sft.prepare.plan import Shard
-from usdm_sft.prepare.token_rows import FittedSplit, TokenShard
+from usdm_sft.prepare.token_shards import FittedSplit, ShardCounts, TokenShard
 
 FEATURES = datasets.Features(
     {name: each for name, each in folder_features(lists=True).items() if name not in TRAINER_COLUMNS}

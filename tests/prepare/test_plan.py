@@ -89,7 +89,7 @@ def test_rows_of_several_exchanges(name, history, rows):
     assert (made[0].start, made[0].stop) == (0, len(rows))
 
 
-def test_later_shards_keep_dialogs_and_keys_when_bad_audio_leaves_out_whole_dialogs():
+def test_dialogs_left_out_do_not_change_later_shards():
     whole = split(LENGTHS)
     first, second, third = plan(whole)
     made = plan(leave_out_dialogs(whole, "c", "d"))

@@ -42,7 +42,15 @@ def test_wrong_fields_are_refused(make, message):
         make()
 
 
-POSITIVE = ("max_length", "shard_dialogs", "num_output_shards", "agreement_utterances", "tasks", "batch_seconds")
+POSITIVE = (
+    "max_length",
+    "shard_dialogs",
+    "num_output_shards",
+    "agreement_utterances",
+    "num_proc",
+    "tasks",
+    "batch_seconds",
+)
 WRONG = [
     *(({name: 0}, f"{name} is 0: give a positive number") for name in POSITIVE),
     *(({name: -1}, f"{name} is -1: give 0 or more") for name in ("shuffle_seed", "num_gpus")),

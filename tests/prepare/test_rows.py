@@ -5,7 +5,7 @@ from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 
 from dailytalk_usdm import DailyTalkUSDM
-from usdm_sft.prepare import rows
+from usdm_sft.prepare import open_run
 
 
 @pytest.fixture
@@ -20,13 +20,13 @@ def builder(monkeypatch):
 
     made.download_and_prepare = download_and_prepare
     made.as_dataset = lambda split: Dataset.from_dict({"id": ["d1_0"]})
-    monkeypatch.setattr(rows, "_check_rows", lambda *args: None)
+    monkeypatch.setattr(open_run, "_check_rows", lambda *args: None)
     return made
 
 
 def test_examples_that_could_not_be_written_are_made_again(builder, caplog):
     builder.errors = [OSError(5, "Input/output error")]
-    assert rows.load_rows(builder)["train"]["id"][:] == ["d1_0"]
+    assert open_run.load_rows(builder)["train"]["id"][:] == ["d1_0"]
     assert builder.modes == ["reuse_dataset_if_exists", "force_redownload"]
     assert "cache was damaged" in caplog.text
 
@@ -34,14 +34,14 @@ def test_examples_that_could_not_be_written_are_made_again(builder, caplog):
 def test_examples_are_made_again_once(builder):
     builder.errors = [OSError(5, "Input/output error"), OSError(5, "Input/output error")]
     with pytest.raises(DatasetGenerationError, match="An error occurred"):
-        rows.load_rows(builder)
+        open_run.load_rows(builder)
     assert len(builder.modes) == 2
 
 
 def test_other_errors_of_the_builder_are_not_tried_again(builder):
     builder.errors = [ValueError("bad")]
     with pytest.raises(DatasetGenerationError, match="An error occurred"):
-        rows.load_rows(builder)
+        open_run.load_rows(builder)
     assert builder.modes == ["reuse_dataset_if_exists"]
 
 
@@ -50,7 +50,7 @@ def test_rows_are_compared_with_the_corpus_in_batches(mini, tmp_path, monkeypatc
     builder = DailyTalkUSDM(data_dir=mini / "corpus", cache_dir=str(tmp_path / "b"), digest_cache_dir=tmp_path / "c")
     builder.download_and_prepare()
     made = builder.as_dataset(split="train")
-    monkeypatch.setattr(rows, "_BATCH", 4)  # ten rows: the last batch has two
+    monkeypatch.setattr(open_run, "_BATCH", 4)  # ten rows: the last batch has two
     if change == "text":
         made = made.map(lambda row: {"agent_text": row["agent_text"] + "!" * (row["id"] == made[9]["id"])})
     elif change != "none":
@@ -61,7 +61,7 @@ def test_rows_are_compared_with_the_corpus_in_batches(mini, tmp_path, monkeypatc
         "more": "train has 11 rows, but the corpus makes 10",
     }
     if change == "none":
-        rows._check_rows(made, builder, "train")
+        open_run._check_rows(made, builder, "train")
     else:
         with pytest.raises(OSError, match=said[change]):
-            rows._check_rows(made, builder, "train")
+            open_run._check_rows(made, builder, "train")

@@ -17,8 +17,8 @@ from tests.helpers import (
     inodes,
     make_in_two_runs_at_once,
     options,
+    stop_run,
     wait_for,
-    wait_for_end_of_group,
 )
 from usdm_sft.audio.reading import AudioError
 from usdm_sft.prepare import open_run, unit_shards
@@ -114,7 +114,7 @@ def after_the_first_pass(monkeypatch):
 
 
 @pytest.mark.slow
-def test_error_in_a_process_reaches_the_caller_and_prints_no_traceback(
+def test_error_in_a_process_reaches_the_caller(
     mini, unit_model, tmp_path, two_processes, two_readers, after_the_first_pass, capfd
 ):
     corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
@@ -127,9 +127,7 @@ def test_error_in_a_process_reaches_the_caller_and_prints_no_traceback(
     assert capfd.readouterr().err == ""
 
 
-def test_audio_that_changes_during_the_run_is_refused_and_makes_no_unit_shard(
-    mini, unit_model, tmp_path, after_the_first_pass, undisturbed
-):
+def test_audio_that_changes_during_the_run_is_refused(mini, unit_model, tmp_path, after_the_first_pass, undisturbed):
     corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
     path = corpus / "data" / "8" / "0_1_d8.wav"
     before = path.read_bytes()
@@ -142,9 +140,7 @@ def test_audio_that_changes_during_the_run_is_refused_and_makes_no_unit_shard(
     assert content(tmp_path / "out") == undisturbed
 
 
-def test_audio_that_is_swapped_while_it_is_decoded_has_the_units_of_its_digest(
-    mini, unit_model, tmp_path, undisturbed, monkeypatch
-):
+def test_audio_swapped_while_decoded_has_units_of_its_digest(mini, unit_model, tmp_path, undisturbed, monkeypatch):
     corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
     path, other = corpus / "data" / "8" / "0_1_d8.wav", corpus / "data" / "3" / "0_0_d3.wav"
     check, swapped = reading.read_unchanged, []
@@ -302,7 +298,7 @@ def make_shards(*names):
     return [unit_shards.UnitShard(name * 16, [name], {name: "0" * 64}) for name in names]
 
 
-def test_device_gets_the_next_work_shard_before_the_file_of_this_one_is_written(tmp_path):
+def test_device_gets_next_shard_before_this_one_is_written(tmp_path):
     done = []
     device = Device(done)
     shards = make_shards("a", "b", "c", "d")
@@ -319,7 +315,7 @@ def test_device_gets_the_next_work_shard_before_the_file_of_this_one_is_written(
 
 
 @pytest.mark.parametrize(("names", "error", "kept"), [("ab", OSError, ""), (("a", "b", "bad", "c"), ValueError, "ab")])
-def test_errors_of_device_and_writer_surface_and_later_runs_are_not_blocked(tmp_path, monkeypatch, names, error, kept):
+def test_errors_of_device_and_writer_hold_no_lock(tmp_path, monkeypatch, names, error, kept):
     def full(*args, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -335,7 +331,7 @@ def test_errors_of_device_and_writer_surface_and_later_runs_are_not_blocked(tmp_
             assert (claim.finished is not None) == (shard.audio[0] in kept)
 
 
-def test_run_that_waits_for_another_one_gives_up_its_own_claims_first(tmp_path):
+def test_run_finishes_its_shards_before_it_waits(tmp_path):
     level, done = ShardCache(tmp_path), []
     shards = make_shards("a", "b", "c")
     other = level.claim(shards[1].key)
@@ -392,40 +388,20 @@ processes.SpawnProcess.start = start_and_mark
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("lines", "pattern"), [(AT_THE_START, "started"), ("", "cache/units/*.arrow")], ids=["at the start", "at work"]
+    ("lines", "pattern", "signal_number"),
+    [
+        (AT_THE_START, "started", signal.SIGINT),
+        ("", "cache/units/*.arrow", signal.SIGINT),
+        ("", "cache/units/*.arrow", signal.SIGKILL),
+    ],
+    ids=["Ctrl-C at the start", "Ctrl-C at work", "killed"],
 )
-def test_ctrl_c_with_several_processes_prints_one_line(mini, unit_model, tmp_path, undisturbed, lines, pattern):
+def test_stopped_run_with_several_processes_is_resumed(
+    mini, unit_model, tmp_path, undisturbed, lines, pattern, signal_number
+):
     arguments = command(mini, unit_model, tmp_path)[3:]
     lines = lines.format(started=str(tmp_path / "started"))
     run = script(tmp_path, lines, "from usdm_sft.cli.main import main", f"main({arguments!r})")
-    run = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    wait_for(lambda: list(tmp_path.glob(pattern)), run)
-    os.killpg(run.pid, signal.SIGINT)  # as a terminal does
-    assert run.communicate(timeout=60)[1] == (
-        "dailytalk-usdm prepare: interrupted; start it again, finished work is kept\n"
-    )
-    assert run.returncode == 130
-    wait_for_end_of_group(run.pid)
+    stop_run(run, tmp_path, pattern, signal_number)
     prepare(**options(mini, unit_model, tmp_path))
     assert content(tmp_path / "out") == undisturbed
-
-
-@pytest.mark.slow
-def test_processes_end_when_their_parent_is_killed(mini, unit_model, tmp_path):
-    code = (
-        "from usdm_sft.prepare import open_run\n"
-        "from usdm_sft.prepare import unit_shards\n"
-        "open_run.find_devices = lambda num_gpus: ['cpu', 'cpu:0']\n"
-        "unit_shards.count_readers = lambda shards, devices: 1\n"
-        "from usdm_sft.cli.main import main\n"
-        "if __name__ == '__main__':\n"
-        f"    main({command(mini, unit_model, tmp_path)[3:]!r})\n"
-    )
-    (tmp_path / "run.py").write_text(code)
-    run = subprocess.Popen(
-        [sys.executable, str(tmp_path / "run.py")], stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    wait_for(lambda: list(tmp_path.glob("cache/units/*.arrow")), run)
-    run.kill()
-    run.wait()
-    wait_for_end_of_group(run.pid)

@@ -7,7 +7,7 @@ import pytest
 from tests.prepare.test_plan import leave_out_dialogs, plan, split
 from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.corpus.left_out import leave_out
-from usdm_sft.prepare import utterance_files as utterances
+from usdm_sft.prepare import utterance_files
 from usdm_sft.prepare.plan import Content, Plan, Shard
 from usdm_sft.prepare.utterance_files import UtteranceFiles
 
@@ -41,18 +41,18 @@ def files_of(whole, made):
     ],
 )
 def test_work_shards_share_files_or_are_divided(monkeypatch, seconds, files):
-    monkeypatch.setattr(utterances, "FILE_SECONDS", 10)
+    monkeypatch.setattr(utterance_files, "FILE_SECONDS", 10)
     made = Plan()
     content = Content([], [], [], [], [], [("a", 2), ("b", 3), ("b", 2), ("c", 2), ("d", 2)], 0, [], False)
     for number, each in enumerate(seconds):
-        made.append(Shard(number, "train", (0, 4), 0, 0, each * SAMPLE_RATE, 0, "", ""), content)
+        made.add(Shard(number, "train", (0, 4), 0, 0, each * SAMPLE_RATE, 0, "", ""), content)
     found = UtteranceFiles(SimpleNamespace(whole_corpus={"train": split({})}), "train", made, {})._files
     assert [[(shard.number, number, count) for shard, number, count in file] for file in found] == files
 
 
 def test_long_dialog_is_not_divided(monkeypatch):
-    monkeypatch.setattr(utterances, "SAMPLE_RATE", 1)
-    monkeypatch.setattr(utterances, "FILE_SECONDS", 500)
+    monkeypatch.setattr(utterance_files, "SAMPLE_RATE", 1)
+    monkeypatch.setattr(utterance_files, "FILE_SECONDS", 500)
     whole = split({"d0": 2, "d1": 10, "d2": 2, "d3": 2})  # of 800, 4,000, 800 and 800 samples
     assert files_of(whole, plan(whole, shard_dialogs=1)) == [[["d0"]], [["d1"]], [["d2"]], [["d3"]]]
     assert files_of(whole, plan(whole, shard_dialogs=2)) == [[["d0"]], [["d1"]], [["d2"]], [["d3"]]]
@@ -62,14 +62,14 @@ def test_every_dialog_is_in_one_file(monkeypatch):
     whole = split({f"d{number}": 2 for number in range(7)})
     made = plan(whole, shard_dialogs=5)  # shards of 4,000 and 1,600 samples
     assert files_of(whole, made) == [[["d0", "d1", "d2", "d3", "d4"], ["d5", "d6"]]]
-    monkeypatch.setattr(utterances, "SAMPLE_RATE", 1)
-    monkeypatch.setattr(utterances, "FILE_SECONDS", 1_500)
+    monkeypatch.setattr(utterance_files, "SAMPLE_RATE", 1)
+    monkeypatch.setattr(utterance_files, "FILE_SECONDS", 1_500)
     assert files_of(whole, made) == [[["d0"]], [["d1", "d2"]], [["d3", "d4"]], [["d5"]], [["d6"]]]
-    monkeypatch.setattr(utterances, "FILE_SECONDS", 4_500)
+    monkeypatch.setattr(utterance_files, "FILE_SECONDS", 4_500)
     assert files_of(whole, made) == [[["d0", "d1", "d2", "d3", "d4"]], [["d5", "d6"]]]
 
 
-def test_dialogs_without_a_pair_are_left_out_and_others_have_all_their_turns():
+def test_only_dialogs_without_a_pair_are_left_out():
     whole = split({"d0": 2, "d1": 5, "d2": 2, "d3": 3, "d4": 2, "d5": 2})
     left = leave_out_dialogs(whole, "d0", "d4", "d5")
     left = leave_out(left, {"d1_2": "is bad", "d3_0": "is bad"})
@@ -88,6 +88,6 @@ def test_dialogs_without_a_pair_are_left_out_and_others_have_all_their_turns():
 def test_dialogs_with_bad_audio_are_divided_with_the_others(monkeypatch):
     whole = split({f"d{number}": 2 for number in range(6)} | {"d6": 4})
     made = plan(leave_out(leave_out_dialogs(whole, "d1", "d2"), {"d6_0": "is bad"}), shard_dialogs=7)
-    monkeypatch.setattr(utterances, "SAMPLE_RATE", 1)
-    monkeypatch.setattr(utterances, "FILE_SECONDS", 2_000)  # 4,400 samples are left
+    monkeypatch.setattr(utterance_files, "SAMPLE_RATE", 1)
+    monkeypatch.setattr(utterance_files, "FILE_SECONDS", 2_000)  # 4,400 samples are left
     assert files_of(whole, made) == [[["d0"]], [["d3", "d4"]], [["d5", "d6"]]]

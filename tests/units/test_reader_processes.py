@@ -67,7 +67,7 @@ def test_processes_read_what_threads_read(files, open_reader, resampler):
             assert samples.flags.writeable  # torch warns of others
 
 
-def test_error_of_a_file_is_that_of_threads_and_concerns_no_other_file(files, open_reader):
+def test_error_of_a_file_is_that_of_threads(files, open_reader):
     good, (missing, text) = files["good"], files["bad"]
     digests = {path: digest.sha256 for path, digest in audio_digests(good).items()} | {good[1]: "0" * 64}
     reader, threads = open_reader(), AudioReader(READS["soxr"])

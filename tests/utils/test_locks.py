@@ -82,7 +82,7 @@ def test_cache_that_cannot_be_written_names_the_option(tmp_path, monkeypatch, nu
         find_unit_model("xlsr2_1b_v2", tmp_path / "new")
 
 
-def test_prepare_without_locks_gives_one_line_and_computes_nothing(mini, unit_model, tmp_path, monkeypatch, capsys):
+def test_prepare_without_locks_computes_nothing(mini, unit_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fcntl, "flock", fail_with(errno.ENOLCK))
     with pytest.raises(SystemExit, match="1"):
         main(command(mini, unit_model, tmp_path)[3:])

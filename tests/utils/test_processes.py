@@ -222,6 +222,15 @@ def test_streams_of_processes_answer_every_item(num_items):
     assert multiprocessing.active_children() == []
 
 
+def test_processes_learn_of_the_end_if_it_is_made_here():
+    """The pool would take the function of its next map for an item."""
+    process = PipedProcess(serve, (hold_back,), name="stream")
+    assert list(share_out([1, 2], [process], ahead=0, here=operator.neg)) == [-1, -2]
+    process._process.join(60)
+    assert process._process.exitcode == 0
+    process.close()
+
+
 class TwoArguments(Exception):
     def __init__(self, one, two):
         super().__init__(one)

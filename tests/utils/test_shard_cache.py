@@ -67,7 +67,7 @@ def test_claim_sees_what_another_process_finished_meanwhile(tmp_path):
         assert claim.finished == made
 
 
-def test_run_killed_around_the_rename_leaves_a_list_that_still_works(tmp_path, monkeypatch):
+def test_list_of_run_killed_around_the_rename_still_works(tmp_path, monkeypatch):
     level, replace = ShardCache(tmp_path), os.replace
 
     def kill(*paths):
@@ -100,7 +100,7 @@ def test_claim_is_exclusive_until_it_is_released(tmp_path):
         assert once_more is not None
 
 
-def test_failed_write_leaves_no_finished_file_and_is_removed_by_the_next(tmp_path):
+def test_failed_write_is_removed_by_the_next(tmp_path):
     level = ShardCache(tmp_path)
 
     def fail(path):

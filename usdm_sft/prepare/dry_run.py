@@ -21,9 +21,8 @@ from usdm_sft.audio.addresses import disk_files
 from usdm_sft.audio.frames import SAMPLE_RATE, count_units
 from usdm_sft.prepare.checks import Finding, SetUp
 from usdm_sft.prepare.config import PrepareConfig
-from usdm_sft.prepare.open_run import Run, choose_devices, open_run
+from usdm_sft.prepare.open_run import Run, choose_devices, load_rows, open_run
 from usdm_sft.prepare.plan import Plan, Shard
-from usdm_sft.prepare.rows import load_rows
 from usdm_sft.prepare.token_shards import fit_splits
 from usdm_sft.units.published import PUBLISHED, locate_unit_model
 from usdm_sft.units.settings import make_settings

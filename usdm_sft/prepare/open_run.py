@@ -1,17 +1,25 @@
-"""One run of `prepare`: its devices, corpus, tokenizer, unit model and work shards, opened and described."""
+"""One run of `prepare`: its devices, corpus, rows, tokenizer, unit model and work shards, opened and described."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
+from datasets import Dataset
+from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerFast
 
 from usdm_sft import __version__
 from usdm_sft.corpus.builder import DailyTalkUSDM
+from usdm_sft.corpus.examples import Example, has_lists, make_examples
+from usdm_sft.corpus.features import ROLES, TEXTS
 from usdm_sft.corpus.find import describe_corpus, recipe_of
 from usdm_sft.folder.layout import ROW_PACKAGES, check_output
 from usdm_sft.prepare.config import PrepareConfig
@@ -25,7 +33,11 @@ from usdm_sft.units.tokenizer import UnitTokenizer, open_for
 from usdm_sft.utils.cache_keys import cache_key, cache_root
 from usdm_sft.utils.locks import require_locks
 from usdm_sft.utils.pool import Pool
-from usdm_sft.utils.progress import Stages
+from usdm_sft.utils.progress import Stages, quiet
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 1_000  # rows that are compared with the corpus at a time
 
 
 def choose_devices(config: PrepareConfig) -> list[str]:
@@ -199,3 +211,62 @@ def describe_run(run: Run) -> dict[str, Any]:
     }
     decisive = counts | {"versions": {name: counts["versions"][name] for name in ROW_PACKAGES}}
     return counts | {"key": cache_key(decisive, [shard.tokens_key for shard in run.plan])}
+
+
+def load_rows(builder: DailyTalkUSDM) -> dict[str, Dataset]:
+    """Load the builder's examples by split. A damaged cache of the builder is made again, once.
+
+    Raises:
+        OSError: The examples differ from the corpus after they were made again, or cannot be read or written.
+        pyarrow.ArrowInvalid: The new files are damaged too.
+    """
+    try:
+        return _load(builder, "reuse_dataset_if_exists")
+    except (pa.ArrowInvalid, OSError, DatasetGenerationError) as error:
+        if isinstance(error, DatasetGenerationError) and not isinstance(error.__cause__, OSError):
+            raise  # such as an error of the builder, which another try would repeat
+        logger.warning("%s was damaged (%s): making it again", builder.cache_dir, error)
+    return _load(builder, "force_redownload")
+
+
+def _load(builder: DailyTalkUSDM, download_mode: str) -> dict[str, Dataset]:
+    with quiet():
+        builder.download_and_prepare(download_mode=download_mode)
+        rows = {split: builder.as_dataset(split=split) for split in builder.corpus}
+        for split, split_rows in rows.items():
+            split_rows.data.validate(full=True)
+            _check_rows(split_rows, builder, split)
+    return rows
+
+
+def _check_rows(rows: Dataset, builder: DailyTalkUSDM, split: str) -> None:
+    """Compare every column but the audio with the corpus; this takes one second for DailyTalk.
+
+    A flipped byte in a text leaves a valid Arrow file, which `validate` cannot find.
+
+    Raises:
+        OSError: A column or the number of rows differs.
+    """
+    name, history = builder.config.name, builder.config.history
+    rows = rows.remove_columns([f"{role}_audio" for role in ROLES])
+    examples = (example for dialog in builder.corpus[split].dialogs for example in make_examples(dialog, name, history))
+    start = 0
+    while batch := list(islice(examples, _BATCH)):
+        found = rows[start : start + len(batch)]
+        for column, values in _make_columns(batch, lists=has_lists(name, history)).items():
+            if found[column] != values:
+                raise OSError(f"column {column} of {split} differs from the corpus")
+        start += len(batch)
+    if start != len(rows):
+        raise OSError(f"{split} has {len(rows):,} rows, but the corpus makes {start:,}")
+
+
+def _make_columns(examples: Sequence[Example], *, lists: bool) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = {
+        column: [getattr(example, column) for example in examples] for column in ("id", "dialog_id", "turn")
+    }
+    for side, role in enumerate(ROLES):
+        for field in TEXTS:
+            values = [[getattr(exchange[side], field) for exchange in example.exchanges] for example in examples]
+            columns[f"{role}_{field}"] = values if lists else [value for [value] in values]
+    return columns

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple, overload
+from typing import TYPE_CHECKING, NamedTuple
 
 from usdm_sft.corpus.examples import has_lists, make_examples
 from usdm_sft.utils.cache_keys import cache_key
@@ -44,16 +44,16 @@ class Content(NamedTuple):
     lists: bool  # the user and agent columns are lists with one entry per exchange
 
 
-class Plan(Sequence[Shard]):
-    """All work shards in order, and their contents, which travel to a process only with the shard that it makes."""
+class Plan(list[Shard]):
+    """All work shards in order. Their contents are apart, so that they travel to a process only with the shard that it makes."""
 
     def __init__(self) -> None:
-        self._shards: list[Shard] = []
+        super().__init__()
         self._contents: list[Content] = []
 
-    def append(self, shard: Shard, content: Content) -> None:
+    def add(self, shard: Shard, content: Content) -> None:
         """Add a work shard at the end."""
-        self._shards.append(shard)
+        self.append(shard)
         self._contents.append(content)
 
     def content(self, shard: Shard) -> Content:
@@ -62,17 +62,7 @@ class Plan(Sequence[Shard]):
 
     def of_split(self, split: str) -> list[Shard]:
         """Return the work shards of a split, in order."""
-        return [shard for shard in self._shards if shard.split == split]
-
-    def __len__(self) -> int:
-        return len(self._shards)
-
-    @overload
-    def __getitem__(self, index: int) -> Shard: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Shard]: ...
-    def __getitem__(self, index: int | slice) -> Shard | list[Shard]:
-        return self._shards[index]
+        return [shard for shard in self if shard.split == split]
 
 
 def plan_shards(
@@ -99,7 +89,7 @@ def plan_shards(
                 units_key=units_key,
                 tokens_key=tokens_key,
             )
-            plan.append(shard, content)
+            plan.add(shard, content)
             start = stop
     return plan
 

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from usdm_sft.folder.layout import find_finished, lock_output
 from usdm_sft.prepare.config import PrepareConfig
-from usdm_sft.prepare.open_run import Run, describe_run, open_run
-from usdm_sft.prepare.rows import load_rows
+from usdm_sft.prepare.open_run import Run, describe_run, load_rows, open_run
 from usdm_sft.prepare.token_shards import fit_splits
 from usdm_sft.prepare.unit_shards import make_units, name_versions
 from usdm_sft.prepare.utterance_files import UtteranceFiles

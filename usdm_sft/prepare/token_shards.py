@@ -1,27 +1,30 @@
 """Token shards: the second level of the cache, one row per example with units, `input_ids` and `labels`.
 
 The key of a token shard covers the key of its unit shard, the texts, the utterances of each row, the tokenizer, the template
-and the version of the code that encodes them. `max_length` does not enter it: `fit_splits` applies it to the finished shards.
+and the version of the code that encodes them. `max_length` does not enter it: `fit_splits` applies it to the finished shards and counts
+what is left. Output files take their rows from the cache, part by part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 from datasets.table import InMemoryTable
 
-from usdm_sft.corpus.features import ROLES, SPEECH
-from usdm_sft.prepare.counts import count_shard, count_split
+from usdm_sft.corpus.features import ROLES, SPEECH, TRAINER_COLUMNS, are_collapsed, folder_features
 from usdm_sft.prepare.open_run import Run
-from usdm_sft.prepare.overflow import find_cuts, take_rows
+from usdm_sft.prepare.overflow import Cuts, find_cuts, list_lengths, take_rows
 from usdm_sft.prepare.plan import Content, Plan, Shard
-from usdm_sft.prepare.token_rows import FittedSplit, TokenShard, join_columns, slice_examples
+from usdm_sft.template.encoder import IGNORE_INDEX
 from usdm_sft.template.repetition import collapse_units
 from usdm_sft.units.columns import FP32_FALLBACK
 from usdm_sft.utils.cache_keys import cache_key
@@ -30,10 +33,42 @@ from usdm_sft.utils.progress import progress_bar
 from usdm_sft.utils.shard_cache import ShardCache, read_shard, write_shard
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from usdm_sft.corpus.dialogs import Split
     from usdm_sft.template.encoder import TemplateEncoder
 
-
 _TEXT_COLUMNS = ["id", "user_text", "agent_text"]  # columns of a row that the encoder needs beside the units
+
+
+class ShardCounts(NamedTuple):
+    """The counts of a work shard after `max_length` was applied."""
+
+    rows: int
+    dialogs: int
+    utterances: int  # in these dialogs
+    pairs: int  # before max_length was applied
+    seconds: float
+    units: int
+    tokens: int
+    labelled_tokens: int
+    shortest: int  # tokens of its shortest row before `max_length` was applied
+
+
+class TokenShard(NamedTuple):
+    """A finished token shard.
+
+    Attributes:
+        path: Its file, one row per example with units, seconds, `input_ids` and `labels`.
+        cuts: Its rows that `max_length` cuts or drops.
+        counts: The counts of what is left.
+        fp32_fallback: Ids of the utterances that overflowed in the chosen precision and therefore have the units of fp32.
+    """
+
+    path: Path
+    cuts: Cuts
+    counts: ShardCounts
+    fp32_fallback: list[str]
 
 
 @dataclass(frozen=True)
@@ -143,6 +178,210 @@ def _find_fp32_fallback(content: Content, units: Path) -> list[str]:
         return []
     marks = table[FP32_FALLBACK].to_pylist()
     return [utterance_id for utterance_id, mark in zip(content.ids, marks, strict=True) if mark]
+
+
+def count_shard(rows: pa.Table, kept: pa.Table, content: Content) -> ShardCounts:
+    """Count the rows of a work shard.
+
+    Args:
+        rows: All rows, before `max_length` was applied.
+        kept: The rows that fit.
+        content: The utterances of the shard.
+    """
+    dialog_ids = set(kept["dialog_id"].unique().to_pylist())  # a dialog may have lost all its rows to max_length
+    num_utterances, position, seconds = 0, 0, []
+    for dialog_id, num in content.dialogs:
+        if dialog_id in dialog_ids:
+            num_utterances += num
+            seconds += content.seconds[position : position + num]
+        position += num
+    return ShardCounts(
+        rows=len(kept),
+        dialogs=len(dialog_ids),
+        utterances=num_utterances,
+        pairs=content.num_pairs,
+        seconds=math.fsum(seconds),
+        units=count_values(kept, "user_units") + count_values(kept, "agent_units"),
+        tokens=count_values(kept, "input_ids"),
+        labelled_tokens=pc.sum(pc.not_equal(pc.list_flatten(kept["labels"]), IGNORE_INDEX)).as_py() or 0,
+        shortest=int(list_lengths(rows, "input_ids").min()),
+    )
+
+
+def count_values(rows: pa.Table, column: str) -> int:
+    """Count the values in a column of lists, or of lists of lists."""
+    values = rows[column]
+    while pa.types.is_list(values.type):
+        values = pc.list_flatten(values)
+    return len(values)
+
+
+def count_split(shards: Sequence[ShardCounts], cuts: Sequence[Cuts], corpus: Split, max_length: int) -> dict[str, Any]:
+    """Add up the counts of a split, and list the dialogs, pairs and rows that were left out or cut.
+
+    Args:
+        shards: The counts of its work shards, in order.
+        cuts: The rows of each shard that `max_length` cut or dropped.
+        corpus: The split.
+        max_length: Largest number of tokens in a row.
+
+    Raises:
+        ValueError: No row is left.
+    """
+    num_rows = sum(shard.rows for shard in shards)
+    if not num_rows:
+        raise ValueError(
+            f"max_length {max_length} leaves no row of {corpus.name}, whose shortest row has "
+            f"{min(shard.shortest for shard in shards)} tokens: raise it"
+        )
+    left_out = dict(corpus.pairs_left_out)
+    cut: dict[str, str] = {}
+    for found in cuts:
+        left_out |= found.left_out
+        cut |= found.cut
+    return {
+        "dialogs": sum(shard.dialogs for shard in shards),
+        "utterances": sum(shard.utterances for shard in shards),
+        "hours": round(math.fsum(shard.seconds for shard in shards) / 3600, 6),
+        "pairs": sum(shard.pairs for shard in shards) + len(corpus.pairs_left_out),
+        "pairs_with_bad_audio": len(corpus.pairs_left_out),
+        "rows": num_rows,
+        "units": sum(shard.units for shard in shards),
+        "tokens": sum(shard.tokens for shard in shards),
+        "labelled_tokens": sum(shard.labelled_tokens for shard in shards),
+        "dialogs_left_out": dict(corpus.left_out),
+        "pairs_left_out": left_out,
+        "rows_cut": cut,
+    }
+
+
+class Piece(NamedTuple):
+    """Rows of one work shard.
+
+    Attributes:
+        shard: The work shard.
+        path: The file of its token shard.
+        runs: As in `Cuts`.
+        chosen: Positions among the rows that are left of the shard, in order.
+    """
+
+    shard: Shard
+    path: Path
+    runs: dict[int, list[tuple[int, int]]]
+    chosen: range | NDArray[np.int64]
+
+
+class Part(NamedTuple):
+    """The rows of one output file: some of several work shards.
+
+    Attributes:
+        pieces: The rows, in the order of the corpus.
+        order: Position of each row of the file among those of the pieces; None where it is the same.
+    """
+
+    pieces: list[Piece]
+    order: NDArray[np.int64] | None
+
+
+class RowLoader:
+    """Loads parts of a split. It is pickled into the processes that write output files.
+
+    Args:
+        rows: The builder's examples of the split.
+        encoder: Encodes rows that were cut; None if there are none, because a process takes half a second to unpickle it.
+    """
+
+    def __init__(self, rows: Dataset, encoder: TemplateEncoder | None):
+        self._rows, self._encoder = rows, encoder
+
+    def __call__(self, part: Part) -> pa.Table:
+        """Load the rows of a part, with all columns of a dataset folder but `TRAINER_COLUMNS`."""
+        tables = [
+            take_rows(join_columns(self._rows, piece.shard, piece.path), piece.runs, self._encoder, piece.chosen)
+            for piece in part.pieces
+        ]
+        rows = pa.concat_tables(tables)
+        return rows if part.order is None else rows.take(part.order)
+
+
+class FittedSplit:
+    """The rows of a split.
+
+    Args:
+        rows: The builder's examples of the split.
+        shards: Its work shards, in order.
+        tokens: The token shard of each.
+        encoder: The encoder that made them.
+        shuffle_seed: Shuffle the rows, as `Dataset.shuffle` with this seed; None leaves them in order.
+    """
+
+    def __init__(
+        self,
+        rows: Dataset,
+        shards: Sequence[Shard],
+        tokens: Sequence[TokenShard],
+        encoder: TemplateEncoder,
+        shuffle_seed: int | None,
+    ):
+        are_cut = any(runs for shard in tokens for runs in shard.cuts.runs.values())
+        self.loader = RowLoader(rows, encoder if are_cut else None)
+        self._shards, self._tokens = shards, tokens
+        self._ends = np.array(list(accumulate((shard.counts.rows for shard in tokens), initial=0)))
+        self.num_rows = int(self._ends[-1])
+        self.num_tokens = sum(shard.counts.tokens for shard in tokens)
+        self._order: NDArray[np.int64] | None = None
+        if shuffle_seed is not None:
+            self._order = np.random.default_rng(shuffle_seed).permutation(self.num_rows)
+
+    def part(self, start: int, stop: int) -> Part:
+        """Describe rows `start` to `stop`, for `loader`."""
+        if self._order is None:
+            return Part(self._find_pieces(np.arange(start, stop)), None)
+        rows = self._order[start:stop]
+        order = np.argsort(rows)
+        return Part(self._find_pieces(rows[order]), np.argsort(order))
+
+    def _find_pieces(self, rows: NDArray[np.int64]) -> list[Piece]:
+        """Divide rows, in ascending order, at the ends of work shards."""
+        numbers = np.searchsorted(self._ends, rows, side="right") - 1
+        found, firsts = np.unique(numbers, return_index=True)
+        pieces = []
+        for number, chosen in zip(found.tolist(), np.split(rows, firsts[1:]), strict=True):
+            token_shard, chosen = self._tokens[number], chosen - self._ends[number]
+            is_range = chosen[-1] - chosen[0] + 1 == len(chosen)
+            pieces.append(
+                Piece(
+                    self._shards[number],
+                    token_shard.path,
+                    token_shard.cuts.runs,
+                    range(int(chosen[0]), int(chosen[-1]) + 1) if is_range else chosen,
+                )
+            )
+        return pieces
+
+
+def slice_examples(rows: Dataset, shard: Shard) -> pa.Table:
+    """Return the examples of a work shard.
+
+    `Dataset.select` and `select_columns` copy a description of each batch of the file, so that their time grows with the corpus.
+    """
+    return rows.data.fast_slice(shard.start, shard.stop - shard.start)
+
+
+def join_columns(rows: Dataset, shard: Shard, tokens: Path) -> pa.Table:
+    """Join the examples of a work shard with its token shard: all columns of a dataset folder but `TRAINER_COLUMNS`.
+
+    Args:
+        rows: The builder's examples of the split.
+        shard: The work shard.
+        tokens: The file of its token shard; it is memory-mapped.
+    """
+    examples = slice_examples(rows, shard)
+    encoded = read_shard(tokens)
+    features = folder_features(lists=False, collapsed=are_collapsed(encoded.column_names))
+    names = [name for name in features if name not in TRAINER_COLUMNS]
+    columns = [(encoded if name in encoded.column_names else examples)[name] for name in names]
+    return pa.table(columns, names)
 
 
 def fit_splits(

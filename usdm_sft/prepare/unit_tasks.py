@@ -64,7 +64,7 @@ class UnitTask:
             measure_agreement(unit_tokenizer, self.sample, self.cache, len(self.sample))
         plan = Plan()
         for number, (shard, content) in enumerate(items):
-            plan.append(shard._replace(number=number), content)
+            plan.add(shard._replace(number=number), content)
         make_units(plan, unit_tokenizer, [unit_tokenizer.device], self.cache)
         return iter(())  # the shards are in the cache
 

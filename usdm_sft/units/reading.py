@@ -191,7 +191,7 @@ def _serve(connection: Connection, read: Read) -> None:
         )
         for outcome in outcomes:
             if not isinstance(outcome, Exception):
-                connection.send_bytes(np.ascontiguousarray(outcome[0]).view(np.uint8))
+                connection.send_bytes(np.ascontiguousarray(outcome[0]).view(np.uint8).data)
 
 
 def _request(chunk: Chunk, connection: Connection) -> list[Audio | Exception]:
@@ -204,6 +204,6 @@ def _request(chunk: Chunk, connection: Connection) -> list[Audio | Exception]:
             continue
         num_samples, rate = each
         samples = np.empty(num_samples, np.float32)
-        connection.recv_bytes_into(samples.view(np.uint8))
+        connection.recv_bytes_into(samples.view(np.uint8).data)
         outcomes.append((samples, rate))
     return outcomes

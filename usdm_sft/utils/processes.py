@@ -173,16 +173,18 @@ def share_out(
             process.send(items[following])
             unanswered[process] += 1
             following += 1
+        timeout = None
+        if following < len(items) and here is not None:
+            yield here(items[following])
+            following, timeout = following + 1, 0
         if following == len(items) and not are_told:
             for process in processes:
                 process.send(None)
             are_told = True
-        is_busy = following < len(items) and here is not None
-        if is_busy:
-            yield here(items[following])
-            following += 1
-        connections = {process.connection: process for process, number in unanswered.items() if number}
-        for connection in wait(list(connections), timeout=0 if is_busy else None):
+        connections: dict[Any, PipedProcess] = {
+            process.connection: process for process, number in unanswered.items() if number
+        }
+        for connection in wait(list(connections), timeout):
             process = connections[connection]
             result, error = process.call(Connection.recv)
             if error is not None:

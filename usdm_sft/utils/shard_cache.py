@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -165,9 +165,7 @@ def _list_file(folder: Path, key: str) -> Path:
     return folder / "locks" / f"{key[:_PREFIX]}.finished"
 
 
-def write_shard(
-    columns: Mapping[str, Sequence[Any]], path: str, *, metadata: Mapping[bytes, bytes] | None = None
-) -> None:
+def write_shard(columns: Mapping[str, Any], path: str, *, metadata: Mapping[bytes, bytes] | None = None) -> None:
     """Write the Arrow file of a work shard.
 
     It has no description of the columns (`huggingface`), because datasets 3 cannot read the one of later versions. Each version of
