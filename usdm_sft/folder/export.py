@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from usdm_sft.corpus.features import arrow_schema, folder_features
 from usdm_sft.folder.layout import UNFINISHED, data_files, read_counts
 from usdm_sft.folder.packs import MASKED, PACK, PackWriter, mask_rows
-from usdm_sft.folder.ranges import RowRange, count_processes, divide_rows
+from usdm_sft.folder.rows import RowRange, count_processes, divide_rows
 from usdm_sft.utils.atomic import remove_path, replace_path, write_then_replace
 from usdm_sft.utils.hashes import sha256_file
 from usdm_sft.utils.processes import ProcessPool, in_order

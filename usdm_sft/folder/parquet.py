@@ -152,7 +152,7 @@ def _write_part(
     # A task of the same run with another executor may write this file at the same time. Each file is complete when it gets the name.
     unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}{SUFFIX}")
     rows = _with_trainer_columns(loaders[task.split](part))
-    num_bytes = sum(map(_count_bytes, rows.columns))
+    num_bytes = sum(map(count_bytes, rows.columns))
     group = max(1, len(rows) * _GROUP_BYTES // num_bytes)
     # `Dataset.to_parquet` of datasets 5 writes the same file, but for the schema. Content-defined pages let the Hub store equal
     # rows of two versions once.
@@ -178,10 +178,10 @@ def _with_trainer_columns(rows: pa.Table) -> pa.Table:
     return pa.table([*rows.columns, ones, pa.array(lengths)], arrow_schema(features))
 
 
-def _count_bytes(column: pa.ChunkedArray) -> int:
+def count_bytes(column: pa.Array | pa.ChunkedArray) -> int:
     """Return the size of a column without nulls in memory; `Table.nbytes` also counts masks of nulls, which depend on the history."""
     if pa.types.is_list(column.type):
-        return 4 * len(column) + _count_bytes(pc.list_flatten(column))
+        return 4 * len(column) + count_bytes(pc.list_flatten(column))
     if pa.types.is_string(column.type):
         return 4 * len(column) + int(pc.sum(pc.binary_length(column)).as_py())
     return len(column) * int(column.type.bit_width) // 8
