@@ -13,7 +13,8 @@ from tests.folder.test_export import load_rows
 from tests.folder.test_verify import FILE
 from tests.helpers import LastFirst, content, edit_counts
 from usdm_sft.folder import export as exporting
-from usdm_sft.folder import packs, ranges
+from usdm_sft.folder import packs
+from usdm_sft.folder import rows as folder_rows
 from usdm_sft.folder.export import export
 
 MAX_LENGTH, PACKS_PER_GROUP = 50, 4
@@ -22,7 +23,7 @@ MAX_LENGTH, PACKS_PER_GROUP = 50, 4
 @pytest.fixture
 def many_rows(folder_copy, monkeypatch):
     """A folder with 312 short rows in several row groups and ranges, of which 304 are in one file; another file is empty."""
-    monkeypatch.setattr(ranges, "ROWS_PER_RANGE", 20)
+    monkeypatch.setattr(folder_rows, "ROWS_PER_RANGE", 20)
     monkeypatch.setattr(packs, "_ROW_GROUP", PACKS_PER_GROUP)
     path, rng = folder_copy / FILE, np.random.default_rng(0)
     [row] = pq.read_table(path).to_pylist()
