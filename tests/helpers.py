@@ -67,11 +67,11 @@ def replace_file(folder, name, data):
     edit_counts(folder, lambda counts: counts["files"].update({name: hashlib.sha256(data).hexdigest()}))
 
 
-def replace_table(folder, name, change):
+def replace_table(folder, name, change, row_group_size=None):
     """Replace a Parquet file: `change` gets its table and returns another one."""
     table = change(pq.read_table(folder / name))
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
+    pq.write_table(table, sink, row_group_size)
     replace_file(folder, name, sink.getvalue().to_pybytes())
 
 

@@ -21,6 +21,7 @@ from datasets import Dataset, disable_progress_bars
 from tests.benchmarks.common import WORDS, lengths, machine, table
 from tests.benchmarks.template import VOCABULARY
 from tests.helpers import DEMO
+from usdm_sft.audio.frames import SAMPLE_RATE, count_units
 from usdm_sft.corpus.features import TRAINER_COLUMNS, folder_features
 from usdm_sft.folder.export import export
 from usdm_sft.folder.layout import COUNTS, data_files, read_layout
@@ -44,17 +45,19 @@ def make_rows(start: int, stop: int, encoder: TemplateEncoder) -> Dataset:
         return [" ".join(rng.choice(VOCABULARY, max(1, rng.poisson(WORDS)))) + "." for _ in range(num)]
 
     columns = {
-        "id": [f"d{row // PAIRS}_{row % PAIRS}" for row in range(start, stop)],
+        "id": [f"d{row // PAIRS}_{2 * (row % PAIRS)}" for row in range(start, stop)],
         "dialog_id": [f"d{row // PAIRS}" for row in range(start, stop)],
-        "turn": [row % PAIRS for row in range(start, stop)],
+        "turn": [2 * (row % PAIRS) for row in range(start, stop)],
     }
     for side, role in enumerate(("user", "agent")):
         seconds = lengths(num, start + side)
         columns[f"{role}_speaker"] = [str(side)] * num
         columns[f"{role}_text"] = texts()
         columns[f"{role}_emotion"] = rng.choice(["none", "happiness", "surprise"], num).tolist()
-        columns[f"{role}_units"] = [rng.integers(NUM_UNITS, size=int(each * 50)).astype(np.uint16) for each in seconds]
-        columns[f"{role}_seconds"] = seconds.astype(np.float32)
+        samples = [int(each * SAMPLE_RATE) for each in seconds]
+        sizes = [count_units(each, "fairseq") for each in samples]
+        columns[f"{role}_units"] = [rng.integers(NUM_UNITS, size=size).astype(np.uint16) for size in sizes]
+        columns[f"{role}_seconds"] = np.array(samples, np.float32) / SAMPLE_RATE
     features = folder_features(lists=False)
     names = [name for name in features if name not in TRAINER_COLUMNS]
     columns |= encoder(columns)
@@ -97,6 +100,10 @@ def make_folder(folder: Path, num_rows: int) -> None:
         labels = [np.asarray(each) for each in rows["labels"]]
         counts["splits"][split] |= {
             "rows": len(rows),
+            "pairs": len(rows),
+            "utterances": 2 * len(rows),
+            "hours": round((sum(rows["user_seconds"]) + sum(rows["agent_seconds"])) / 3600, 6),
+            "dialogs_left_out": {},
             "units": units,
             "tokens": sum(map(len, labels)),
             "labelled_tokens": int(sum((each != -100).sum() for each in labels)),

@@ -10,7 +10,6 @@ import pytest
 from tests.helpers import REPOSITORY, content, edit_counts, edit_rows, options, page_data
 from usdm_sft.cli.main import main
 from usdm_sft.corpus.features import utterance_features
-from usdm_sft.folder.durations import duration_problems
 from usdm_sft.folder.export import export
 from usdm_sft.folder.layout import read_counts
 from usdm_sft.folder.page import write_page
@@ -147,13 +146,14 @@ def test_verify_finds_columns_that_do_not_fit_the_setting(root, tmp_path, name, 
         verify(folder)
 
 
-def test_rows_of_conversations_with_another_number_of_durations_are_reported(root):
-    row = dict(load(root / "talk")[0])
-    assert list(duration_problems(row, "fairseq")) == []
-    row["user_durations"] = row["user_durations"][1:]
-    assert list(duration_problems(row, "fairseq")) == [
-        "user_units, user_durations and user_seconds have different numbers of exchanges"
-    ]
+def test_verify_finds_uneven_exchanges(root, tmp_path):
+    folder = shutil.copytree(root / "talk", tmp_path / "talk")
+    name = min(name for name in content(folder) if name.startswith("multi_turn/train"))
+    edit_rows(folder, name, lambda rows: rows[0]["user_durations"].pop())
+    with pytest.raises(
+        VerificationError, match=r"different numbers of exchanges \(user_speaker \d+, .*user_durations \d+"
+    ):
+        verify(folder)
 
 
 def test_show_expands_the_units(root, capsys):

@@ -11,7 +11,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from tests.folder.test_verify import FILE
-from usdm_sft.folder import compare, ranges
+from usdm_sft.folder import compare
+from usdm_sft.folder import rows as folder_rows
 from usdm_sft.folder.compare import compare_with_text
 from usdm_sft.folder.layout import data_files, read_counts
 
@@ -79,7 +80,7 @@ def expected_problem(rows, lines, path):
 def test_first_difference_of_random_lines(dataset_folder, schema_and_row, tmp_path, monkeypatch, seed):
     loaded = Tokenizer.from_file(str(dataset_folder / "tokenizer" / "tokenizer.json"))
     monkeypatch.setattr(compare, "Tokenizer", SimpleNamespace(from_file=lambda path: loaded))  # it takes long
-    monkeypatch.setattr(ranges, "ROWS_PER_RANGE", 2)
+    monkeypatch.setattr(folder_rows, "ROWS_PER_RANGE", 2)
     rng = np.random.default_rng(seed)
     lines = [([a, b], [a, c]) for a in (5, 6) for b in (5, 6) for c in (-100, 5)]
     files, text = [tmp_path / "a.parquet", tmp_path / "b.parquet", tmp_path / "c.parquet"], tmp_path / "train.txt"
@@ -132,7 +133,7 @@ def test_split_without_rows_or_lines(dataset_folder, schema_and_row, tmp_path):
 
 
 def test_comparison_in_two_processes(dataset_folder, mini, monkeypatch):
-    monkeypatch.setattr(ranges, "ROWS_PER_PROCESS", 1)
+    monkeypatch.setattr(folder_rows, "ROWS_PER_PROCESS", 1)
     files = data_files(dataset_folder, read_counts(dataset_folder))
     assert list(compare_with_text(files, mini / "expected", dataset_folder / "tokenizer", num_proc=2)) == []
     [problem] = compare_with_text({"train": files["test"]}, mini / "expected", dataset_folder / "tokenizer", num_proc=2)

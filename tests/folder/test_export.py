@@ -125,7 +125,7 @@ def test_megatron_refuses_labels_that_it_cannot_express(folder_copy, tmp_path):
 
 
 def test_megatron_row_groups(folder_copy, tmp_path, monkeypatch):
-    monkeypatch.setattr("usdm_sft.folder.packs._ROW_GROUP", 1)
+    monkeypatch.setattr("usdm_sft.folder.export._ROW_GROUP", 1)
     edit_counts(folder_copy, lambda counts: counts["settings"].update(max_length=1200))
     export(folder_copy, tmp_path / "one", format="megatron")
     file = pq.ParquetFile(tmp_path / "one" / "train.idx.parquet")
@@ -184,12 +184,11 @@ def test_export_follows_no_link(dataset_folder, tmp_path, format):
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("mine")
     (tmp_path / "out").mkdir()
-    names = [".unfinished"] if format == "arrow" else [f".unfinished-{format}"]
-    if format != "arrow":
+    if format == "arrow":
+        (tmp_path / "out" / ".unfinished").symlink_to(tmp_path / "precious")
+    else:
         for name in (NAMES[format][0], f"{NAMES[format][1]}.unfinished"):
             (tmp_path / "out" / name).symlink_to(tmp_path / "precious" / "thesis.txt")
-    for name in names:
-        (tmp_path / "out" / name).symlink_to(tmp_path / "precious")
     export(dataset_folder, tmp_path / "out", format=format)
     assert content(tmp_path / "precious") == {"thesis.txt": b"mine"}
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())

@@ -13,7 +13,7 @@ from tests.folder.test_export import load_rows
 from tests.folder.test_verify import FILE
 from tests.helpers import LastFirst, content, edit_counts
 from usdm_sft.folder import export as exporting
-from usdm_sft.folder import packs, ranges
+from usdm_sft.folder import rows as folder_rows
 from usdm_sft.folder.export import export
 
 MAX_LENGTH, PACKS_PER_GROUP = 50, 4
@@ -22,8 +22,8 @@ MAX_LENGTH, PACKS_PER_GROUP = 50, 4
 @pytest.fixture
 def many_rows(folder_copy, monkeypatch):
     """A folder with 312 short rows in several row groups and ranges, of which 304 are in one file; another file is empty."""
-    monkeypatch.setattr(ranges, "ROWS_PER_RANGE", 20)
-    monkeypatch.setattr(packs, "_ROW_GROUP", PACKS_PER_GROUP)
+    monkeypatch.setattr(folder_rows, "ROWS_PER_RANGE", 20)
+    monkeypatch.setattr(exporting, "_ROW_GROUP", PACKS_PER_GROUP)
     path, rng = folder_copy / FILE, np.random.default_rng(0)
     [row] = pq.read_table(path).to_pylist()
     rows = []
@@ -99,13 +99,13 @@ def test_small_folder_starts_no_process(dataset_folder, tmp_path, monkeypatch):
     assert export(dataset_folder, tmp_path, num_proc=8) == {"train": 10, "test": 3}
 
 
-def die_in_another_process(rows, file):
+def die_in_another_process(rows):
     if multiprocessing.parent_process() is not None:
         os.kill(os.getpid(), signal.SIGKILL)
-    return write_masks(rows, file)
+    return make_masks(rows)
 
 
-write_masks = exporting._write_masks
+make_masks = exporting._make_masks
 
 
 def test_killed_process_leaves_the_files_of_an_earlier_export(many_rows, tmp_path, monkeypatch):
@@ -113,7 +113,7 @@ def test_killed_process_leaves_the_files_of_an_earlier_export(many_rows, tmp_pat
     output.mkdir()
     (output / "train.idx.parquet").write_bytes(b"earlier")
     monkeypatch.setattr(exporting, "_ROWS_PER_PROCESS", 1)
-    monkeypatch.setattr(exporting, "_write_masks", die_in_another_process)
+    monkeypatch.setattr(exporting, "_make_masks", die_in_another_process)
     with pytest.raises(RuntimeError, match=r"a process died \(rows, process 1, exit code -9\): start the run again"):
         export(many_rows, output, format="megatron", num_proc=2)
     assert content(output) == {"train.idx.parquet": b"earlier"}
@@ -129,13 +129,3 @@ def test_no_split_is_exported_if_one_cannot_be_read(folder_copy, tmp_path, forma
     with pytest.raises(ValueError, match=r"test-00002-of-00003\.parquet: a value of column labels is missing"):
         export(folder_copy, tmp_path / "out", format=format)
     assert list((tmp_path / "out").iterdir()) == []
-
-
-@pytest.mark.parametrize("format", ["usdm", "megatron"])
-def test_what_a_killed_export_left_is_replaced(dataset_folder, tmp_path, format):
-    export(dataset_folder, tmp_path / "expected", format=format)
-    (tmp_path / "out" / f".unfinished-{format}").mkdir(parents=True)
-    (tmp_path / "out" / f".unfinished-{format}" / "0").write_bytes(b"part")
-    export(dataset_folder, tmp_path / "out", format=format)
-    assert content(tmp_path / "out") == content(tmp_path / "expected")
-    assert not (tmp_path / "out" / f".unfinished-{format}").exists()

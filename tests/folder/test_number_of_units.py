@@ -10,9 +10,9 @@ import soundfile
 
 from tests.helpers import options
 from usdm_sft.audio.frames import count_units
-from usdm_sft.folder.durations import duration_problems
 from usdm_sft.folder.layout import read_counts
 from usdm_sft.folder.verify import VerificationError, verify
+from usdm_sft.folder.verify_rows import find_length_problems
 from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.prepare.dry_run import dry_run
 from usdm_sft.prepare.prepare import prepare
@@ -100,10 +100,10 @@ def test_durations_of_recordings_of_719_and_399_samples():
         f"{role}_{name}": value for role in ("user", "agent") for name, value in (("units", [5]), ("durations", [2]))
     }
     row |= {"user_seconds": 719 / 16_000, "agent_seconds": 719 / 16_000}
-    assert list(duration_problems(row, "fairseq")) == []
-    assert len(list(duration_problems(row, "transformers"))) == 2
+    assert list(find_length_problems(row, "fairseq")) == []
+    assert len(list(find_length_problems(row, "transformers"))) == 2
     row |= {"user_durations": [1], "user_seconds": 399 / 16_000}
-    assert list(duration_problems(row, "fairseq")) == [
+    assert list(find_length_problems(row, "fairseq")) == [
         "user_durations add up to 1 frames, which is not the length of a recording of 0.0249375 s"
     ]
 

@@ -29,9 +29,9 @@ class Pool:
     def map(self, function, items, *, name, keys, holds):
         assert len(set(keys)) == len(items) == len(keys)
         for index in reversed(range(len(items))):
-            task, part = items[index]
-            self.parts[task.path.name] = part
-            yield index, WrittenFile(task.path, len(part), SplitStatistics(), f"sha256 of {task.path.name}")
+            _, path, part = items[index]
+            self.parts[path.name] = part
+            yield index, WrittenFile(path, len(part), SplitStatistics(), f"sha256 of {path.name}")
 
 
 def divide(folder, num_output_shards=None, **splits):

@@ -21,11 +21,9 @@ from tests.helpers import REPOSITORY, LastFirst, content, edit_counts, edit_rows
 from tests.mini_hub import serve
 from usdm_sft.cli.main import main
 from usdm_sft.corpus import hub_corpus as hub
-from usdm_sft.folder import sorted_digests, verify_utterances, writer
 from usdm_sft.folder import utterance_parquet as utterances
-from usdm_sft.folder.layout import read_counts
+from usdm_sft.folder import verify_utterances, writer
 from usdm_sft.folder.verify import VerificationError, verify
-from usdm_sft.folder.verify_utterances import check_utterances
 from usdm_sft.prepare import utterance_files as shard_utterances
 from usdm_sft.prepare.prepare import prepare
 from usdm_sft.units.convert import convert
@@ -238,6 +236,12 @@ def test_verify_accepts_the_folder_and_stats_prints_the_recordings(copy, capsys)
     assert ["bytes", "of", "audio", *(f"{counts[split]['audio_bytes']:,}" for split in ("train", "test"))] in out
 
 
+def find_problems(folder, num_proc=1):
+    with pytest.raises(VerificationError) as raised:
+        verify(folder, num_proc=num_proc)
+    return raised.value.problems
+
+
 def swap_audio(rows):
     rows[0]["audio"], rows[1]["audio"] = rows[1]["audio"], rows[0]["audio"]
 
@@ -256,9 +260,9 @@ def cut_audio(rows):
         (swap_audio, r"d3_0: the recording makes \d+ units, not \d+"),
         (cut_audio, r"d3_0: the recording has [\d.]+ seconds, not [\d.]+"),
         (lambda rows: rows[0]["audio"].update(bytes=b"no audio"), r"d3_0: audio bytes \(8 bytes\) is not audio that"),
-        (lambda rows: rows[0].update(text="other"), r"turn 0 of row d3_0 differs from the utterance d3_0"),
-        (lambda rows: rows[1]["units"].__setitem__(0, 99), r"turn 1 of row d3_0 differs from the utterance d3_1"),
-        (lambda rows: rows.pop(1), r"turn 1 of row d3_0 is not among the utterances"),
+        (lambda rows: rows[0].update(text="other"), r"row 0 \(d3_0\): turn 0 differs from the utterance d3_0"),
+        (lambda rows: rows[1]["units"].__setitem__(0, 99), r"\(d3_0\): turn 1 differs from the utterance d3_1"),
+        (lambda rows: rows.pop(1), r"\(d3_0\): turn 1 is not among the utterances"),
         (lambda rows: rows.append(rows[0]), r"d3_0 is there twice"),
         (lambda rows: rows.append(rows[0] | {"turn": 9}), r"utterances of train are .*15, .*, not .*14"),
         (lambda rows: rows.append(rows[0] | {"turn": 9}), r"does not say that train has 15 utterances"),
@@ -266,7 +270,7 @@ def cut_audio(rows):
 )
 def test_verify_finds_changed_utterances(copy, change, message):
     edit_rows(copy, FILE, change)
-    problems = list(check_utterances(copy, read_counts(copy)))
+    problems = find_problems(copy)
     assert any(re.search(message, problem) for problem in problems), problems
 
 
@@ -279,66 +283,54 @@ def spoil(rows):
 
 
 def check_spoiled(folder, num_proc):
-    problems = list(check_utterances(folder, read_counts(folder), num_proc=num_proc))
-    recordings, rows = str(folder / FILE), str(folder / "single_turn" / "train-0000{}-of-00010.parquet")
+    recordings, rows = str(folder / FILE), str(folder / "single_turn" / "train-0000{}-of-00010.parquet: row 0")
     expected = [
         f"{recordings}: d3_2: audio bytes (8 bytes) is not audio that",
+        f"{recordings}: d8_0: audio bytes (8 bytes) is not audio that",
         f"{recordings}: d3_0 is there twice",
         f"{recordings}: d8_0 is there twice",
-        f"{recordings}: d8_0: audio bytes (8 bytes) is not audio that",
-        f"{rows.format(0)}: turn 1 of row d3_0 differs from the utterance d3_1",
-        f"{rows.format(1)}: turn 1 of row d3_1 differs from the utterance d3_1",
-        f"{rows.format(3)}: turn 0 of row d8_0 differs from the utterance d8_0",  # the last of two counts
-        f"{rows.format(7)}: turn 0 of row d20_0 is not among the utterances",
+        f"{rows.format(0)} (d3_0): turn 1 differs from the utterance d3_1",
+        f"{rows.format(1)} (d3_1): turn 1 differs from the utterance d3_1",
+        f"{rows.format(3)} (d8_0): turn 0 differs from the utterance d8_0",  # the last of two counts
+        f"{rows.format(7)} (d20_0): turn 0 is not among the utterances",
         f"{folder / 'counts.json'}: utterances of train are {{'utterances': 15, 'recordings': 15, ",
         f"{folder / 'README.md'}: its YAML does not say that train has 15 utterances",
     ]
+    problems = find_problems(folder, num_proc)
     assert [found[: len(text)] for found, text in zip(problems, expected, strict=True)] == expected
 
 
-@pytest.mark.parametrize("in_memory", [1, 3, 1000])
-def test_problems_do_not_depend_on_ranges_and_on_digests_in_memory(copy, monkeypatch, in_memory):
+def test_problems_do_not_depend_on_ranges_and_processes(copy, monkeypatch):
     edit_rows(copy, FILE, spoil)
     check_spoiled(copy, 1)
-    pq.write_table(pq.read_table(copy / FILE), copy / FILE, row_group_size=2)
-    monkeypatch.setattr(sorted_digests, "_IN_MEMORY", in_memory)
+    replace_table(copy, FILE, lambda table: table, row_group_size=2)
     monkeypatch.setattr(verify_utterances, "_UTTERANCES_PER_RANGE", 4)
-    monkeypatch.setattr(verify_utterances, "ProcessPool", LastFirst)
-    check_spoiled(copy, 1)
-
-
-def test_problems_do_not_depend_on_the_number_of_processes(copy, monkeypatch):
-    edit_rows(copy, FILE, spoil)
-    pq.write_table(pq.read_table(copy / FILE), copy / FILE, row_group_size=2)
-    monkeypatch.setattr(verify_utterances, "_UTTERANCES_PER_RANGE", 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify_utterances, "ProcessPool", LastFirst)
+        check_spoiled(copy, 1)
     monkeypatch.setattr(verify_utterances, "_UTTERANCES_PER_PROCESS", 1)
     check_spoiled(copy, 2)
 
 
 def test_check_of_utterances_stops_after_the_problems_that_are_shown(copy, monkeypatch):
-    """Damage after them is not read any more."""
     edit_rows(
         copy, FILE, lambda rows: [row.update(text=None) if row["turn"] == 4 else cut_audio([row]) for row in rows]
     )
-    pq.write_table(pq.read_table(copy / FILE), copy / FILE, row_group_size=2)
+    replace_table(copy, FILE, lambda table: table, row_group_size=2)
     monkeypatch.setattr(verify_utterances, "_UTTERANCES_PER_RANGE", 2)
-    with pytest.raises(ValueError, match="a value of d8_4 is missing: run prepare again"):
-        list(check_utterances(copy, read_counts(copy)))  # there are 8 problems before it
-    monkeypatch.setattr(verify_utterances, "_LIMIT", 3)
-    problems = list(check_utterances(copy, read_counts(copy)))
-    assert [re.search(r": (d\d_\d): the recording has", problem)[1] for problem in problems] == ["d3_0", "d3_1", "d3_2"]
+    # The row group with the missing value is a problem after those of the row groups before it.
+    assert [problem for problem in find_problems(copy) if "a value of d8_4 is missing: run prepare again" in problem]
+    monkeypatch.setattr(verify_utterances, "LIMIT", 3)
+    found = [re.search(r": (d\d_\d): the recording has", problem)[1] for problem in find_problems(copy)]
+    assert found == ["d3_0", "d3_1", "d3_2", "d3_3"]  # of two ranges with two each
 
 
-def test_damaged_file_after_others_is_refused_after_their_problems(copy):
-    """As of a single process, problems of the files before it come first."""
+def test_damaged_file_is_a_problem_with_those_of_the_others(copy):
     edit_rows(copy, FILE, spoil)
-    (copy / FILE.replace("00000-of", "00001-of")).write_bytes(b"PAR1")
-    edit_counts(copy, lambda counts: counts["files"].update({FILE.replace("00000-of", "00001-of"): "0" * 64}))
-    problems = check_utterances(copy, read_counts(copy))
-    found = [re.search(r"d\d_\d", next(problems).removeprefix(str(copy)))[0] for _ in range(4)]
-    assert found == ["d3_2", "d3_0", "d8_0", "d8_0"]
-    with pytest.raises(ValueError, match=r"train-00001-of-00001\.parquet is damaged"):
-        next(problems)
+    damaged = FILE.replace("00000-of", "00001-of")
+    replace_file(copy, damaged, b"PAR1")
+    found = find_problems(copy)
+    assert f"{damaged} is damaged" in found[0] and "d3_2: audio bytes" in found[1]
 
 
 @pytest.mark.parametrize(
@@ -351,8 +343,8 @@ def test_damaged_file_after_others_is_refused_after_their_problems(copy):
 )
 def test_verify_refuses_missing_values(copy, change, message):
     edit_rows(copy, FILE, change)
-    with pytest.raises(ValueError, match=message):
-        list(check_utterances(copy, read_counts(copy)))
+    with pytest.raises(VerificationError, match=message):
+        verify(copy)
 
 
 def test_verify_refuses_other_columns_and_damage(copy):
@@ -369,7 +361,7 @@ def test_verify_finds_a_recording_in_the_other_split(copy):
     moved = []
     edit_rows(copy, FILE, lambda rows: moved.extend(rows[4:9]) or rows.__delitem__(slice(4, 9)))
     edit_rows(copy, FILE.replace("train", "test"), lambda rows: rows.extend(moved))
-    with pytest.raises(VerificationError, match=r"turn 0 of row d8_0 is not among the utterances"):
+    with pytest.raises(VerificationError, match=r"\(d8_0\): turn 0 is not among the utterances"):
         verify(copy)
 
 

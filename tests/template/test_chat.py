@@ -15,7 +15,7 @@ from tokenizers import AddedToken
 from tests.bases import BASES
 from tests.chat_templates import CHAT_ML, HEADERS, PLAIN, THINKING
 from tests.helpers import REPOSITORY
-from usdm_sft.folder.row_check import render, stand_for
+from tests.template.rendering import render, stand_for
 from usdm_sft.template import chat_render
 from usdm_sft.template.config import LABELS, PARTS, Template
 from usdm_sft.template.encoder import TemplateEncoder

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.bases import BASES, byte_level
-from usdm_sft.folder.row_check import render
+from tests.template.rendering import render
 from usdm_sft.template.config import LABELS, Template
 from usdm_sft.template.encoder import COLUMNS, TemplateEncoder
 from usdm_sft.template.parts import ROW_PARTS, find_parts

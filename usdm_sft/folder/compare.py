@@ -13,7 +13,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from usdm_sft.folder.export import format_lines, parse_line
-from usdm_sft.folder.ranges import RowRange, count_processes, divide_rows
+from usdm_sft.folder.rows import RowRange, count_processes, divide_rows
 from usdm_sft.template.special_tokens import naming_errors
 from usdm_sft.utils.processes import ProcessPool, in_order
 from usdm_sft.utils.texts import count_noun

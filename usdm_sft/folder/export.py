@@ -1,7 +1,7 @@
 """Export a dataset folder to the files that other trainers read.
 
-Processes share out ranges of rows. Each range becomes a piece, a file in a hidden folder, which the calling process adds to the
-output in the order of the rows and removes. So the bytes do not depend on the number of processes, and memory not on that of rows.
+Processes share out ranges of rows. Each range becomes a piece, the bytes of its rows, which the calling process adds to the output in
+the order of the rows. So the bytes do not depend on the number of processes, and memory not on the number of rows.
 
 A line of naver-ai/usdm's train_sft.py has `input_ids`, "|" and `labels`, each with spaces between the numbers.
 """
@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +23,8 @@ import pyarrow.parquet as pq
 
 from usdm_sft.corpus.features import arrow_schema, folder_features
 from usdm_sft.folder.layout import UNFINISHED, data_files, read_counts
-from usdm_sft.folder.packs import MASKED, PACK, PackWriter, mask_rows
-from usdm_sft.folder.ranges import RowRange, count_processes, divide_rows
+from usdm_sft.folder.rows import RowRange, count_processes, divide_rows
+from usdm_sft.template.encoder import IGNORE_INDEX
 from usdm_sft.utils.atomic import remove_path, replace_path, write_then_replace
 from usdm_sft.utils.hashes import sha256_file
 from usdm_sft.utils.processes import ProcessPool, in_order
@@ -57,6 +56,12 @@ Format = Literal["usdm", "arrow", "megatron"]
 ARROW_COLUMNS = ["input_ids", "labels", "attention_mask"]  # LLaMA-Factory pads every column that it finds
 _ARROW_LAST = "dataset_dict.json"
 _ARROW_FILE = "data-00000-of-00001.arrow"
+_ROW_GROUP = 500  # packs; Megatron-Bridge keeps one row group in memory
+# The columns of the `GPTSFTPackedParquetDataset` of Megatron-Bridge: whole rows one after the other.
+PACK = pa.schema(
+    {"input_ids": pa.list_(pa.int32()), "loss_mask": pa.list_(pa.int8()), "seq_start_id": pa.list_(pa.int32())}
+)
+MASKED = pa.schema([PACK.field("input_ids"), PACK.field("loss_mask")])
 _ROWS_PER_PROCESS = 100_000  # a process takes a few seconds to start, in which this one exports about as many rows
 
 
@@ -97,25 +102,20 @@ def export_text(dataset_dir: Path, text_dir: Path, *, num_proc: int | None = Non
     """Write `<split>.txt` for each split, as the reference without a newline at the end."""
     files = data_files(dataset_dir, read_counts(dataset_dir))
     num_lines = dict.fromkeys(files, 0)
-    folder = text_dir / f"{UNFINISHED}-usdm"
-    with ExitStack() as stack, _make_pieces(files, folder, _write_lines, num_proc) as pieces:
+    text_dir.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
         texts = {split: stack.enter_context(write_then_replace(text_dir / f"{split}.txt", "wb")) for split in files}
-        for split, path, num_rows in pieces:
-            if num_lines[split] and num_rows:
-                texts[split].write(b"\n")
-            with open(path, "rb") as piece:
-                shutil.copyfileobj(piece, texts[split])
-            num_lines[split] += num_rows
+        pieces = stack.enter_context(closing(_make_pieces(files, _make_lines, num_proc)))
+        for rows, piece in pieces:
+            if num_lines[rows.split] and rows.num_rows:
+                texts[rows.split].write(b"\n")
+            texts[rows.split].write(piece)
+            num_lines[rows.split] += rows.num_rows
     return num_lines
 
 
-def _write_lines(rows: RowRange, file: IO[bytes]) -> int:
-    num_rows = 0
-    for batch in rows.read(columns=["input_ids", "labels"]):
-        file.write(b"\n" if num_rows else b"")
-        file.write(b"\n".join(format_lines(batch)))
-        num_rows += len(batch)
-    return num_rows
+def _make_lines(rows: RowRange) -> bytes:
+    return b"\n".join(line for batch in rows.read(columns=["input_ids", "labels"]) for line in format_lines(batch))
 
 
 def _export_arrow(dataset_dir: Path, arrow_dir: Path, *, num_proc: int | None) -> dict[str, int]:
@@ -126,19 +126,21 @@ def _export_arrow(dataset_dir: Path, arrow_dir: Path, *, num_proc: int | None) -
     was_killed = unfinished.is_dir() and not unfinished.is_symlink()
     if arrow_dir.exists() and {*arrow_dir.iterdir()} - {unfinished, *(targets if was_killed else ())}:
         raise FileExistsError(f"{arrow_dir} is not empty: name another folder")
-    _remove_all(targets)  # what a killed export moved into place
-    with _temporary(unfinished):
+    _remove_all([*targets, unfinished])  # what a killed export moved into place, and what it left
+    unfinished.mkdir(parents=True)
+    try:
         saved, num_rows, schema = unfinished / "saved", dict.fromkeys(files, 0), _arrow_schema()
         for split in files:
             (saved / split).mkdir(parents=True)
-        with ExitStack() as stack, _make_pieces(files, unfinished / "pieces", _write_columns, num_proc) as pieces:
+        with ExitStack() as stack:
             streams = {
                 split: stack.enter_context(pa.ipc.new_stream(saved / split / _ARROW_FILE, schema)) for split in files
             }
-            for split, path, number in pieces:
-                for batch in _read_batches(path):
-                    streams[split].write_batch(batch)
-                num_rows[split] += number
+            pieces = stack.enter_context(closing(_make_pieces(files, _select_columns, num_proc)))
+            for rows, piece in pieces:
+                for batch in pa.ipc.open_stream(piece):
+                    streams[rows.split].write_batch(batch)
+                num_rows[rows.split] += rows.num_rows
         for split in files:
             _describe_split(saved / split, split, schema)
         (saved / _ARROW_LAST).write_text(json.dumps({"splits": list(files)}))
@@ -148,6 +150,8 @@ def _export_arrow(dataset_dir: Path, arrow_dir: Path, *, num_proc: int | None) -
         except BaseException:  # Ctrl-C as well, or a part would look like a finished export; raised again
             _remove_all(targets)
             raise
+    finally:
+        shutil.rmtree(unfinished)
     return num_rows
 
 
@@ -179,13 +183,10 @@ def _arrow_schema() -> pa.Schema:
     return arrow_schema(Features({name: features[name] for name in ARROW_COLUMNS}))
 
 
-def _write_columns(rows: RowRange, file: IO[bytes]) -> int:
-    schema, num_rows = _arrow_schema(), 0
-    with pa.ipc.new_stream(file, schema) as stream:
-        for batch in rows.read(columns=ARROW_COLUMNS):
-            stream.write_table(pa.Table.from_batches([batch]).cast(schema))
-            num_rows += len(batch)
-    return num_rows
+def _select_columns(rows: RowRange) -> pa.Buffer:
+    schema = _arrow_schema()
+    batches = rows.read(columns=ARROW_COLUMNS)
+    return _to_stream(schema, (pa.Table.from_batches([batch]).cast(schema) for batch in batches))
 
 
 def _export_megatron(dataset_dir: Path, parquet_dir: Path, *, num_proc: int | None) -> dict[str, int]:
@@ -193,81 +194,133 @@ def _export_megatron(dataset_dir: Path, parquet_dir: Path, *, num_proc: int | No
     counts = read_counts(dataset_dir)
     files = data_files(dataset_dir, counts)
     num_rows = dict.fromkeys(files, 0)
-    folder = parquet_dir / f"{UNFINISHED}-megatron"
-    with ExitStack() as stack, _make_pieces(files, folder, _write_masks, num_proc) as pieces:
+    parquet_dir.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
         packs = {}
         for split in files:
             file = stack.enter_context(write_then_replace(parquet_dir / f"{split}.idx.parquet", "wb"))
             writer = stack.enter_context(pq.ParquetWriter(file, PACK))
             packs[split] = PackWriter(writer, counts["settings"]["max_length"])
-        for split, path, number in pieces:
-            for batch in _read_batches(path):
-                packs[split].add(batch)
-            num_rows[split] += number
+        pieces = stack.enter_context(closing(_make_pieces(files, _make_masks, num_proc)))
+        for rows, piece in pieces:
+            for batch in pa.ipc.open_stream(piece):
+                packs[rows.split].add(batch)
+            num_rows[rows.split] += rows.num_rows
         for each in packs.values():
             each.finish()
     return num_rows
 
 
-def _write_masks(rows: RowRange, file: IO[bytes]) -> int:
-    num_rows = 0
-    with pa.ipc.new_stream(file, MASKED) as stream:
-        for batch in rows.read(columns=["id", "input_ids", "labels"]):
-            stream.write_batch(mask_rows(batch, rows.path))
-            num_rows += len(batch)
-    return num_rows
+def _make_masks(rows: RowRange) -> pa.Buffer:
+    batches = rows.read(columns=["id", "input_ids", "labels"])
+    return _to_stream(MASKED, (pa.Table.from_batches([mask_rows(batch, rows.path)]) for batch in batches))
 
 
-def _read_batches(path: Path) -> Iterator[pa.RecordBatch]:
-    with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as stream:
-        yield from stream
+def _to_stream(schema: pa.Schema, tables: Iterable[pa.Table]) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema) as stream:
+        for table in tables:
+            stream.write_table(table)
+    return sink.getvalue()
 
 
-@contextmanager
 def _make_pieces(
-    files: Mapping[str, Sequence[Path]],
-    folder: Path,
-    write: Callable[[RowRange, IO[bytes]], int],
-    num_proc: int | None,
-) -> Iterator[Iterator[tuple[str, Path, int]]]:
-    """Let processes write a piece for each range of rows.
+    files: Mapping[str, Sequence[Path]], make: Callable[[RowRange], Any], num_proc: int | None
+) -> Generator[tuple[RowRange, Any], None, None]:
+    """Let processes make the piece of each range of rows; yields both, in the order of the rows."""
+    ranges = [each for split, paths in files.items() for path in paths for each in divide_rows(path, split)]
+    with ProcessPool(count_processes(ranges, num_proc, _ROWS_PER_PROCESS)) as pool:
+        for index, piece in in_order(pool.map(make, ranges, name="rows")):
+            yield ranges[index], piece
+
+
+def mask_rows(rows: pa.RecordBatch, path: Path) -> pa.RecordBatch:
+    """Replace the labels of rows by a mask.
+
+    `loss_mask` is shifted: it is 1 where the next token of the same row is labelled. The reader makes the labels from `input_ids`,
+    and leaves out the last token of each row.
 
     Args:
-        files: The Parquet files of each split.
-        folder: The hidden folder of the pieces, which is removed at the end.
-        write: Writes the piece of a range to a file and returns its number of rows.
-        num_proc: Largest number of processes.
+        rows: A batch with `id`, `input_ids` and `labels`.
+        path: Its file, for the error.
 
-    Yields:
-        The split, file and number of rows of each piece in order. A piece is removed when the next one is asked for.
+    Returns:
+        A batch with the columns `MASKED`.
+
+    Raises:
+        ValueError: A label is neither the id of its token nor -100.
     """
-    ranges = [each for split, paths in files.items() for path in paths for each in divide_rows(path, split)]
-    num_proc = count_processes(ranges, num_proc, _ROWS_PER_PROCESS)
-    with _temporary(folder), ProcessPool(num_proc) as pool:
-        yield _iter_pieces(pool, write, [(folder / str(index), each) for index, each in enumerate(ranges)])
+    if (position := _find_wrong_labels(rows)) is not None:
+        raise ValueError(
+            f"{path}: the labels of {rows['id'][position]} are not its input_ids or -100: run 'dailytalk-usdm verify'"
+        )
+    lengths = np.asarray(pc.list_value_length(rows["labels"]))
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    mask = np.append(np.asarray(pc.list_flatten(rows["labels"]))[1:] != IGNORE_INDEX, False)[: offsets[-1]]
+    mask[offsets[1:][lengths > 0] - 1] = False
+    flat = pc.list_flatten(rows["input_ids"]), pa.array(mask.astype(np.int8))
+    return pa.RecordBatch.from_arrays([pa.ListArray.from_arrays(offsets, each) for each in flat], schema=MASKED)
 
 
-def _iter_pieces(
-    pool: ProcessPool, write: Callable[[RowRange, IO[bytes]], int], pieces: Sequence[tuple[Path, RowRange]]
-) -> Iterator[tuple[str, Path, int]]:
-    for index, num_rows in in_order(pool.map(partial(_write_piece, write), pieces, name="rows")):
-        path, rows = pieces[index]
-        yield rows.split, path, num_rows
-        path.unlink()
+def _find_wrong_labels(rows: pa.RecordBatch) -> int | None:
+    """Return the first row whose labels are not its ids or -100, or None."""
+    ids, labels = rows["input_ids"], rows["labels"]
+    uneven = np.flatnonzero(np.asarray(pc.list_value_length(ids)) != np.asarray(pc.list_value_length(labels)))
+    num_even = int(uneven[0]) if uneven.size else len(rows)
+    flat_ids, flat_labels = (np.asarray(pc.list_flatten(each[:num_even])) for each in (ids, labels))
+    wrong = np.flatnonzero((flat_labels != flat_ids) & (flat_labels != IGNORE_INDEX))
+    if wrong.size:
+        return int(pc.list_parent_indices(labels[:num_even])[int(wrong[0])].as_py())
+    return num_even if uneven.size else None
 
 
-def _write_piece(write: Callable[[RowRange, IO[bytes]], int], piece: tuple[Path, RowRange]) -> int:
-    path, rows = piece
-    with open(path, "wb") as file:
-        return write(rows, file)
+class PackWriter:
+    """Writes packs in row groups of 500.
 
+    A pack takes rows until the next one would not fit into `max_length` tokens. One row group and one batch of rows are in memory.
 
-@contextmanager
-def _temporary(folder: Path) -> Iterator[None]:
-    """Make a folder, in place of one that a killed run left, and remove it at the end."""
-    remove_path(folder)
-    folder.mkdir(parents=True)
-    try:
-        yield
-    finally:
-        shutil.rmtree(folder)
+    Args:
+        writer: Writes a file with the columns `PACK`.
+        max_length: Largest number of tokens in a pack; a longer row is alone.
+    """
+
+    def __init__(self, writer: pq.ParquetWriter, max_length: int):
+        self._writer, self._max_length = writer, max_length
+        self._rows: list[pa.RecordBatch] = []  # not written yet
+        # The number of rows of each pack that is not written; the next row may join the last.
+        self._packs: list[int] = []
+        self._num_tokens = 0  # in the last pack
+
+    def add(self, rows: pa.RecordBatch) -> None:
+        """Add rows with the columns `MASKED`."""
+        self._rows.append(rows)
+        for length in pc.list_value_length(rows["input_ids"]).to_pylist():
+            if self._packs and self._num_tokens + length <= self._max_length:
+                self._packs[-1] += 1
+                self._num_tokens += length
+            else:
+                self._packs.append(1)
+                self._num_tokens = length
+        while len(self._packs) > _ROW_GROUP:
+            self._write(_ROW_GROUP)
+
+    def finish(self) -> None:
+        """Write the last packs."""
+        if self._packs:
+            self._write(len(self._packs))
+
+    def _write(self, num_packs: int) -> None:
+        packs, self._packs = self._packs[:num_packs], self._packs[num_packs:]
+        table, num_rows = pa.Table.from_batches(self._rows), sum(packs)
+        self._rows = table.slice(num_rows).to_batches()
+        rows = table.slice(0, num_rows).combine_chunks()
+        lengths = np.asarray(pc.list_value_length(rows["input_ids"]))
+        bounds = np.concatenate([[0], np.cumsum(packs)])  # of the packs, in rows
+        starts = np.concatenate([[0], np.cumsum(lengths)])  # of the rows, in tokens
+        offsets = pa.array(starts[bounds], pa.int32())
+        columns = [
+            pa.ListArray.from_arrays(offsets, pc.list_flatten(rows[name]).combine_chunks()) for name in MASKED.names
+        ]
+        positions = starts[:-1] - np.repeat(starts[bounds[:-1]], packs)
+        columns.append(pa.ListArray.from_arrays(pa.array(bounds, pa.int32()), pa.array(positions, pa.int32())))
+        self._writer.write_table(pa.Table.from_arrays(columns, schema=PACK))

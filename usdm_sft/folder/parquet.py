@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -20,9 +20,7 @@ from usdm_sft.template.parts import RowLayout
 from usdm_sft.utils.atomic import SUFFIX
 from usdm_sft.utils.cache_keys import cache_key
 from usdm_sft.utils.hashes import sha256_file
-from usdm_sft.utils.lazily import Lazily
 from usdm_sft.utils.memory import give_back_memory
-from usdm_sft.utils.processes import in_order
 
 if TYPE_CHECKING:
     from usdm_sft.utils.pool import Pool
@@ -53,12 +51,26 @@ class SplitRows(Protocol):
         """Describe rows `start` to `stop`, for `loader`. It is pickled."""
 
 
+class FileTask(NamedTuple):
+    """An output file to write.
+
+    Attributes:
+        split: Such as "train".
+        path: The file.
+        part: Describes its rows.
+    """
+
+    split: str
+    path: Path
+    part: Any
+
+
 class WrittenFile(NamedTuple):
     """An output file, and what it adds to the folder."""
 
     path: Path
     num_bytes: int  # in memory
-    statistics: SplitStatistics
+    counts: Any  # the statistics of its rows, or the counts of its utterances
     sha256: str
 
 
@@ -68,6 +80,51 @@ class WrittenSplit(NamedTuple):
     digests: dict[Path, str]  # sha256 of each file
     num_bytes: int  # in memory
     statistics: SplitStatistics
+
+
+def write_files(
+    folder: Path,
+    tasks: Sequence[FileTask],
+    write: Callable[[FileTask, Path], tuple[int, Any]],
+    pool: Pool,
+    *,
+    name: str,
+    key: str,
+) -> list[WrittenFile]:
+    """Write the Parquet files of a config.
+
+    Args:
+        folder: Where the files go. It may hold files of an interrupted run; those that have another name are removed.
+        tasks: The files.
+        write: Writes a file under another name; returns its size in memory, and its counts. It is pickled.
+        pool: Shares out the files, whose bytes do not depend on it.
+        name: Name of the files, for messages.
+        key: Key of all that decides the files.
+
+    Returns:
+        The written files, in the order of the tasks.
+    """
+    folder.mkdir(exist_ok=True)
+    keys = [cache_key(key, str(task.path)) for task in tasks]
+    made = dict(pool.map(partial(_write_file, write), tasks, name=name, keys=keys, holds=_is_whole))
+    for path in {*folder.iterdir()} - {task.path for task in tasks}:
+        path.unlink()
+    return [made[index] for index in range(len(tasks))]
+
+
+def _write_file(write: Callable[[FileTask, Path], tuple[int, Any]], task: FileTask) -> WrittenFile:
+    # A task of the same run with another executor may write this file at the same time. Each file is complete when it gets the name.
+    unfinished = task.path.with_name(f"{task.path.name}.{uuid.uuid4().hex}{SUFFIX}")
+    num_bytes, counts = write(task, unfinished)
+    written = WrittenFile(task.path, num_bytes, counts, sha256_file(unfinished))
+    os.replace(unfinished, task.path)
+    give_back_memory()
+    return written
+
+
+def _is_whole(file: WrittenFile) -> bool:
+    """Return True if the file that an earlier run wrote is still there, unchanged."""
+    return file.path.is_file() and sha256_file(file.path) == file.sha256
 
 
 def write_parquet(
@@ -82,7 +139,7 @@ def write_parquet(
     """Write the rows of each split, with `TRAINER_COLUMNS`, into files.
 
     Args:
-        folder: Where the files go. It may hold files of an interrupted run; those that have another name are removed.
+        folder: As in `write_files`.
         splits: The rows.
         num_output_shards: Files per split, never more than rows; by default those of `NUM_OUTPUT_SHARDS`, or more if these
             would have more than `MAX_TOKENS` each.
@@ -95,8 +152,7 @@ def write_parquet(
     Raises:
         ValueError: `num_output_shards` puts more tokens into a file than it can hold.
     """
-    folder.mkdir(exist_ok=True)
-    tasks: list[_Task] = []
+    tasks: list[FileTask] = []
     for split, rows in splits.items():
         default = max(NUM_OUTPUT_SHARDS.get(split, 8), -(-rows.num_tokens // MAX_TOKENS))
         num_files = max(1, min(num_output_shards or default, rows.num_rows))
@@ -108,23 +164,15 @@ def write_parquet(
         for index in range(num_files):
             path = folder / f"{split}-{index:05d}-of-{num_files:05d}.parquet"
             start, stop = (_start(number, rows.num_rows, num_files) for number in (index, index + 1))
-            tasks.append(_Task(split, path, start, stop, cache_key(key, str(path))))
-
-    def describe(index: int) -> tuple[_Task, Any]:
-        task = tasks[index]
-        return task, splits[task.split].part(task.start, task.stop)
-
-    write = partial(_write_part, {split: rows.loader for split, rows in splits.items()}, layout)
-    keys = [task.key for task in tasks]
-    parts = Lazily(describe, len(tasks))
+            tasks.append(FileTask(split, path, rows.part(start, stop)))
+    write = partial(_write_rows, {split: rows.loader for split, rows in splits.items()}, layout)
+    files = write_files(folder, tasks, write, pool, name="Parquet files", key=key)
     written = {split: WrittenSplit({}, 0, SplitStatistics()) for split in splits}
-    for index, part in in_order(pool.map(write, parts, name="Parquet files", keys=keys, holds=_is_whole)):
-        digests, num_bytes, statistics = written[tasks[index].split]
-        digests[part.path] = part.sha256
-        statistics.merge(part.statistics)
-        written[tasks[index].split] = WrittenSplit(digests, num_bytes + part.num_bytes, statistics)
-    for path in {*folder.iterdir()} - {task.path for task in tasks}:
-        path.unlink()
+    for task, file in zip(tasks, files, strict=True):
+        digests, num_bytes, statistics = written[task.split]
+        digests[file.path] = file.sha256
+        statistics.merge(file.counts)
+        written[task.split] = WrittenSplit(digests, num_bytes + file.num_bytes, statistics)
     return written
 
 
@@ -133,39 +181,17 @@ def _start(index: int, num_rows: int, num_files: int) -> int:
     return num_rows // num_files * index + min(index, num_rows % num_files)
 
 
-class _Task(NamedTuple):
-    """An output file to write: rows `start` to `stop` of a split."""
-
-    split: str
-    path: Path
-    start: int
-    stop: int
-    key: str
-
-
-def _write_part(
-    loaders: Mapping[str, Callable[[Any], pa.Table]], layout: RowLayout, described: tuple[_Task, Any]
-) -> WrittenFile:
-    """Write one file; its statistics are those of the rows that can be read from it."""
-    task, part = described
-    path = task.path
-    # A task of the same run with another executor may write this file at the same time. Each file is complete when it gets the name.
-    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}{SUFFIX}")
-    rows = _with_trainer_columns(loaders[task.split](part))
-    num_bytes = sum(map(_count_bytes, rows.columns))
+def _write_rows(
+    loaders: Mapping[str, Callable[[Any], pa.Table]], layout: RowLayout, task: FileTask, path: Path
+) -> tuple[int, SplitStatistics]:
+    """Write the rows of one file; its statistics are those of the rows that can be read from it."""
+    rows = _with_trainer_columns(loaders[task.split](task.part))
+    num_bytes = sum(map(count_bytes, rows.columns))
     group = max(1, len(rows) * _GROUP_BYTES // num_bytes)
     # `Dataset.to_parquet` of datasets 5 writes the same file, but for the schema. Content-defined pages let the Hub store equal
     # rows of two versions once.
-    pq.write_table(rows, unfinished, group, use_content_defined_chunking=True, write_page_index=True)
-    written = WrittenFile(path, num_bytes, compute_statistics({"": [unfinished]}, layout)[""], sha256_file(unfinished))
-    os.replace(unfinished, path)
-    give_back_memory()
-    return written
-
-
-def _is_whole(part: WrittenFile) -> bool:
-    """Return True if the file that an earlier run wrote is still there, unchanged."""
-    return part.path.is_file() and sha256_file(part.path) == part.sha256
+    pq.write_table(rows, path, group, use_content_defined_chunking=True, write_page_index=True)
+    return num_bytes, compute_statistics({"": [path]}, layout)[""]
 
 
 def _with_trainer_columns(rows: pa.Table) -> pa.Table:
@@ -178,10 +204,10 @@ def _with_trainer_columns(rows: pa.Table) -> pa.Table:
     return pa.table([*rows.columns, ones, pa.array(lengths)], arrow_schema(features))
 
 
-def _count_bytes(column: pa.ChunkedArray) -> int:
+def count_bytes(column: pa.Array | pa.ChunkedArray) -> int:
     """Return the size of a column without nulls in memory; `Table.nbytes` also counts masks of nulls, which depend on the history."""
     if pa.types.is_list(column.type):
-        return 4 * len(column) + _count_bytes(pc.list_flatten(column))
+        return 4 * len(column) + count_bytes(pc.list_flatten(column))
     if pa.types.is_string(column.type):
         return 4 * len(column) + int(pc.sum(pc.binary_length(column)).as_py())
     return len(column) * int(column.type.bit_width) // 8

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from usdm_sft.corpus.features import ROLES, are_collapsed
-from usdm_sft.folder.ranges import RowRange, count_processes, divide_rows
+from usdm_sft.folder.rows import RowRange, count_processes, divide_rows
 from usdm_sft.template.encoder import IGNORE_INDEX
 from usdm_sft.template.parts import REFERENCE_LAYOUT, ROW_PARTS, RowLayout, find_parts_of_rows
 from usdm_sft.utils.processes import ProcessPool, in_order

@@ -5,12 +5,10 @@ Its columns are those of a manifest, so that a pushed folder is a corpus: `prepa
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import datasets
 import pyarrow as pa
@@ -19,10 +17,7 @@ import pyarrow.parquet as pq
 from usdm_sft.corpus.features import SPEECH, TEXTS, arrow_schema, dataset_info, utterance_features
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.folder.layout import PREPARE_AGAIN
-from usdm_sft.utils.atomic import SUFFIX
-from usdm_sft.utils.cache_keys import cache_key
-from usdm_sft.utils.hashes import sha256_file
-from usdm_sft.utils.lazily import Lazily
+from usdm_sft.folder.parquet import FileTask, write_files
 from usdm_sft.utils.texts import first_line
 
 if TYPE_CHECKING:
@@ -77,15 +72,6 @@ class UtteranceCounts:
         return numbers | {"hours": round(self.seconds / 3600, 6)}
 
 
-class UtteranceFile(NamedTuple):
-    """An output file, and what it adds to the folder."""
-
-    path: Path
-    num_bytes: int  # in memory
-    counts: UtteranceCounts
-    sha256: str
-
-
 def recording_size(row: Row) -> int | None:
     """Return the size of the recording in a row, or None without one."""
     return None if row["audio"] is None else len(row["audio"]["bytes"])
@@ -97,7 +83,7 @@ def write_utterances(
     """Write the Parquet files of each split.
 
     Args:
-        folder: Where the files go. It may hold files of an interrupted run; those that have another name are removed.
+        folder: As in `write_files`.
         splits: The utterances.
         pool: Shares out the files, whose bytes do not depend on it.
         key: Key of the rows of the folder.
@@ -106,27 +92,16 @@ def write_utterances(
         For each split the number of `utterances` and `recordings`, `audio_bytes` and `hours`, as in counts.json; the entry of the
         config in `dataset_info` of the card's YAML; and the sha256 of each file.
     """
-    folder.mkdir(exist_ok=True)
-    files = [
-        (split, folder / f"{split}-{index:05d}-of-{len(utterances):05d}.parquet", index)
+    tasks = [
+        FileTask(split, folder / f"{split}-{index:05d}-of-{len(utterances):05d}.parquet", utterances.part(index))
         for split, utterances in splits.items()
         for index in range(len(utterances))
     ]
-
-    def describe(number: int) -> tuple[str, Path, Any]:
-        split, path, index = files[number]
-        return split, path, splits[split].part(index)
-
-    write = partial(_write_file, {split: utterances.loader for split, utterances in splits.items()})
-    keys = [cache_key(key, str(path)) for _, path, _ in files]
-    made = dict(
-        pool.map(write, Lazily(describe, len(files)), name="recordings of the folder", keys=keys, holds=_is_whole)
-    )
-    for path in {*folder.iterdir()} - {path for _, path, _ in files}:
-        path.unlink()
+    write = partial(_write_rows, {split: utterances.loader for split, utterances in splits.items()})
+    files = write_files(folder, tasks, write, pool, name="recordings of the folder", key=key)
     counts, infos = {}, datasets.SplitDict()
     for split in splits:
-        found = [made[number] for number in range(len(files)) if files[number][0] == split]
+        found = [file for task, file in zip(tasks, files, strict=True) if task.split == split]
         total = UtteranceCounts()
         for file in found:
             total.merge(file.counts)
@@ -138,32 +113,23 @@ def write_utterances(
         download_size=sum(path.stat().st_size for path in folder.iterdir()),
         dataset_size=sum(each.num_bytes for each in infos.values()),
     )
-    digests = {file.path: file.sha256 for file in made.values()}
-    return counts, dataset_info(UTTERANCES, info), digests
+    return counts, dataset_info(UTTERANCES, info), {file.path: file.sha256 for file in files}
 
 
-def _write_file(loaders: Mapping[str, Callable[[Any], Iterable[Row]]], file: tuple[str, Path, Any]) -> UtteranceFile:
-    """Write one file, with one row group in memory at a time."""
-    split, path, part = file
+def _write_rows(
+    loaders: Mapping[str, Callable[[Any], Iterable[Row]]], task: FileTask, path: Path
+) -> tuple[int, UtteranceCounts]:
+    """Write the utterances of one file, with one row group in memory at a time."""
     counts, num_bytes = UtteranceCounts(), 0
-    # A task of the same run with another executor may write this file at the same time. Each file is complete when it gets the name.
-    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}{SUFFIX}")
     schema = arrow_schema(utterance_features())
-    with pq.ParquetWriter(unfinished, schema, use_dictionary=False, write_statistics=_WITH_STATISTICS) as writer:
-        for group in _group(loaders[split](part)):
+    with pq.ParquetWriter(path, schema, use_dictionary=False, write_statistics=_WITH_STATISTICS) as writer:
+        for group in _group(loaders[task.split](task.part)):
             table = pa.Table.from_pylist(group, schema)
             writer.write_table(table)
             num_bytes += table.nbytes
             for row in group:
                 counts.add(recording_size(row), row["seconds"])
-    written = UtteranceFile(path, num_bytes, counts, sha256_file(unfinished))
-    os.replace(unfinished, path)
-    return written
-
-
-def _is_whole(file: UtteranceFile) -> bool:
-    """Return True if the file that an earlier run wrote is still there, unchanged."""
-    return file.path.is_file() and sha256_file(file.path) == file.sha256
+    return num_bytes, counts
 
 
 def _group(rows: Iterable[Row]) -> Iterator[list[Row]]:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import datasets
-from huggingface_hub.repocard import metadata_load
-from yaml import YAMLError
+import numpy as np
+import pyarrow.compute as pc
+import yaml
+from huggingface_hub.repocard import REGEX_YAML_BLOCK, metadata_load
+from jinja2 import UndefinedError
+from tokenizers import Tokenizer
 
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.corpus.problems import MAX_PROBLEMS_SHOWN
-from usdm_sft.folder.card import data_configs, read_info
+from usdm_sft.folder.card import data_configs, make_card, read_info
 from usdm_sft.folder.compare import compare_with_text
 from usdm_sft.folder.layout import (
     COUNTS,
@@ -26,16 +32,15 @@ from usdm_sft.folder.layout import (
     read_normalization,
     read_template,
 )
-from usdm_sft.folder.statistics import SplitStatistics
-from usdm_sft.folder.verify_rows import check_rows
+from usdm_sft.folder.verify_rows import LIMIT, Check, CheckedRows, check_rows, check_turns
 from usdm_sft.folder.verify_utterances import check_utterances
 from usdm_sft.template.encoder import TemplateEncoder
-from usdm_sft.template.tokenizer import load_tokenizer
+from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer
 from usdm_sft.utils.hashes import sha256_file
 from usdm_sft.utils.processes import num_cores
 from usdm_sft.utils.texts import first_line
 
-COUNTED = ("rows", "tokens", "labelled_tokens", "units")
+COUNTED = ("rows", "dialogs", "tokens", "labelled_tokens", "units")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -70,27 +75,38 @@ def verify(
     folder = Path(dataset_dir)
     counts = read_counts(folder)
     _raise_any(_check_files(folder, counts))  # raises before a damaged file is read
-    encoder = _make_encoder(folder, counts)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    encoder = TemplateEncoder(
+        tokenizer,
+        read_template(folder / COUNTS, counts),
+        last_exchange_only=counts["settings"]["history"] > 0,
+        unit_repetition=counts["settings"].get("unit_repetition", "keep"),
+    )
     if encoder.tokenizer_digest != counts["digests"].get("tokenizer"):  # its rows may decode to any amount of text
         raise VerificationError([f"{folder / 'tokenizer'} is not the tokenizer that {COUNTS} names"], more=False)
     schema = _read_card(folder, counts).features.arrow_schema.remove_metadata()
-    files = data_files(folder, counts)
-    statistics: dict[str, SplitStatistics] = {}
-    normalization, settings = read_normalization(counts), counts["settings"]
-    _raise_any(check_rows(files, schema, encoder, settings, statistics, normalization=normalization, num_proc=num_proc))
-    _raise_any(_check_counts(folder, counts, statistics))
+    files, settings = data_files(folder, counts), counts["settings"]
+    check = Check(encoder, settings["max_length"], settings["history"], read_normalization(counts))
+    checked = check_rows(files, schema, check, num_proc=num_proc)
+    _raise_any(checked.problems)
+    _raise_any(check_turns(checked))
+    _raise_any(chain(_check_counts(folder, counts, checked), _check_totals(folder, counts, checked, encoder)))
     if UTTERANCES in counts:
-        _raise_any(check_utterances(folder, counts, num_proc=num_proc))
-    _raise_any(_check_descriptions(folder, counts))  # last: damaged rows are named first
+        _raise_any(check_utterances(folder, counts, checked, num_proc=num_proc))
+    _raise_any(
+        chain(
+            _check_tokenizer_config(folder, encoder), _check_card(folder, counts, checked, tokenizer.backend_tokenizer)
+        )
+    )
     if against is not None:
         _raise_any(compare_with_text(files, Path(against), folder / "tokenizer", num_proc=num_proc))
-    return {split: values.summary()["rows"] for split, values in statistics.items()}
+    return {split: values.summary()["rows"] for split, values in checked.statistics.items()}
 
 
-def _raise_any(problems: Iterator[str]) -> None:
-    found = [problem for _, problem in zip(range(MAX_PROBLEMS_SHOWN), problems, strict=False)]
+def _raise_any(problems: Iterable[str]) -> None:
+    found = list(islice(problems, LIMIT))
     if found:
-        raise VerificationError(found, more=next(problems, None) is not None)
+        raise VerificationError(found[:MAX_PROBLEMS_SHOWN], more=len(found) > MAX_PROBLEMS_SHOWN)
 
 
 def _check_files(folder: Path, counts: Mapping[str, Any]) -> Iterator[str]:
@@ -115,22 +131,10 @@ def _check_file(folder: Path, name: str, digest: Any) -> str | None:
     return None
 
 
-def _make_encoder(folder: Path, counts: Mapping[str, Any]) -> TemplateEncoder:
-    """The encoder with the tokenizer of the folder and the settings of counts.json."""
-    template = read_template(folder / COUNTS, counts)
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    return TemplateEncoder(
-        tokenizer,
-        template,
-        last_exchange_only=counts["settings"]["history"] > 0,
-        unit_repetition=counts["settings"].get("unit_repetition", "keep"),
-    )
-
-
-def _check_counts(folder: Path, counts: Mapping[str, Any], statistics: Mapping[str, SplitStatistics]) -> Iterator[str]:
+def _check_counts(folder: Path, counts: Mapping[str, Any], checked: CheckedRows) -> Iterator[str]:
     """Compare counts.json and the card with the rows."""
     info = _read_card(folder, counts)
-    for split, split_statistics in statistics.items():
+    for split, split_statistics in checked.statistics.items():
         summary = split_statistics.summary()
         for name in COUNTED:
             if counts["splits"][split].get(name) != summary[name]:
@@ -139,17 +143,98 @@ def _check_counts(folder: Path, counts: Mapping[str, Any], statistics: Mapping[s
             yield f"{folder / COUNTS}: the statistics of {split} differ from those of its rows"
         if split not in info.splits or info.splits[split].num_examples != summary["rows"]:
             yield f"{folder / 'README.md'}: its YAML does not say that {split} has {summary['rows']} rows"
+        if len(split_statistics.unit_counts) > counts["num_units"]:
+            largest = len(split_statistics.unit_counts) - 1
+            yield f"{folder / COUNTS}: {split} has unit {largest}, but num_units is {counts['num_units']}"
 
 
-def _check_descriptions(folder: Path, counts: Mapping[str, Any]) -> Iterator[str]:
-    """Compare the digest of the data files in the YAML of each config with that of counts.json."""
-    path = folder / "README.md"
-    for found, expected in zip((metadata_load(path) or {})["configs"], data_configs(counts), strict=True):
-        if found != expected:
+def _check_totals(
+    folder: Path, counts: Mapping[str, Any], checked: CheckedRows, encoder: TemplateEncoder
+) -> Iterator[str]:
+    """Check the numbers of counts.json that follow from turns, from what was left out, and from the tokenizer."""
+    path = folder / COUNTS
+    settings = counts["settings"]
+    tokenizer = describe_tokenizer("", encoder.tokens, encoder.layout.chat)
+    found = counts.get("tokenizer")
+    if not isinstance(found, dict) or found | {"name": None} != json.loads(json.dumps(tokenizer)):
+        yield f"{path}: tokenizer is not that of the folder: {PREPARE_AGAIN}"
+    turns = checked.turns.group_by(["split", "dialog", "turn"]).aggregate([("seconds", "min")])
+    for number, split in enumerate(checked.statistics):
+        numbers = counts["splits"][split]
+        left_out = numbers.get("pairs_left_out")
+        names = ("utterances", "hours", "pairs", "pairs_with_bad_audio")
+        if not isinstance(left_out, dict) or not all(isinstance(numbers.get(name), int | float) for name in names):
+            yield f"{path}: the counts of {split} are not those of a dataset folder: {PREPARE_AGAIN}"
+            continue
+        exchanges = (
+            pc.sum(pc.and_(pc.equal(checked.turns["split"], number), pc.equal(checked.turns["side"], 0))).as_py() or 0
+        )
+        pairs = (numbers["rows"] if settings["history"] else exchanges) + len(left_out)
+        if numbers["pairs"] != pairs:
+            yield f"{path}: {split} has {pairs} pairs, those in pairs_left_out included, not {numbers['pairs']}"
+        too_long = sum(
+            str(reason).endswith(f"more than max_length {settings['max_length']}") for reason in left_out.values()
+        )
+        if numbers["pairs_with_bad_audio"] != len(left_out) - too_long:
             yield (
-                f"{path}: the YAML of {expected['config_name']} does not hold the digest of its data files, so that load_dataset may "
-                f"give cached rows of other files: {PREPARE_AGAIN}"
+                f"{path}: pairs_left_out of {split} names {len(left_out) - too_long} pairs with bad audio, "
+                f"not {numbers['pairs_with_bad_audio']}"
             )
+        seconds = turns.filter(pc.equal(turns["split"], number))["seconds_min"].to_numpy().astype(np.float64)
+        # An utterance of a kept dialog may be in no row: its pairs were left out, or its speaker is not the agent.
+        is_complete = not left_out and settings.get("agent") is None
+        hours = float(seconds.sum()) / 3600
+        rounding = 1e-6 + 1e-7 * hours  # of the total, and of lengths that are float32
+        fits = abs(numbers["hours"] - hours) <= rounding if is_complete else numbers["hours"] >= hours - rounding
+        if not fits:
+            yield f"{path}: the rows of {split} have {hours:.6f} hours, not {numbers['hours']}"
+        if numbers["utterances"] != len(seconds) if is_complete else numbers["utterances"] < len(seconds):
+            yield f"{path}: the rows of {split} have {len(seconds)} utterances, not {numbers['utterances']}"
+
+
+def _check_tokenizer_config(folder: Path, encoder: TemplateEncoder) -> Iterator[str]:
+    """Check what decides ids in the tokenizer's configuration; the rest depends on the version of transformers that wrote it."""
+    path = folder / "tokenizer" / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    expected: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "auto_map": None}
+    if encoder.template.tokenization == "reference":
+        expected |= {"bos_token": "<s>", "eos_token": "</s>"}
+    for name, value in expected.items():
+        found = config.get(name)
+        if isinstance(found, dict) and name.endswith("_token"):  # transformers 4 writes the token with its properties
+            found = found.get("content")
+        if found != value:
+            yield f"{path}: {name} is {found!r}, not {value!r}: {PREPARE_AGAIN}"
+
+
+def _check_card(folder: Path, counts: Mapping[str, Any], checked: CheckedRows, tokenizer: Tokenizer) -> Iterator[str]:
+    """Compare the card with one rendered again from counts.json and the files.
+
+    A version of huggingface_hub may write YAML in another form, so that its values are compared.
+    """
+    path = folder / "README.md"
+    found, text = _split_card(path.read_text(encoding="utf-8"))
+    infos = found["dataset_info"]
+    other_info = infos[1:] if isinstance(infos, list) else ()  # not derived again: the size of the recordings in memory
+    try:
+        card = make_card(counts["config"], checked.num_bytes, counts, data_files(folder, counts), tokenizer, other_info)
+    except (LookupError, TypeError, AttributeError, ValueError, UndefinedError) as error:
+        yield f"{folder / COUNTS} does not have all that the card says ({first_line(error)}): {PREPARE_AGAIN}"
+        return
+    metadata, expected = _split_card(card)
+    different = sorted(name for name in found.keys() | metadata.keys() if found.get(name) != metadata.get(name))
+    if different or text != expected:
+        where = f"in its YAML ({', '.join(different)})" if different else "in its text"
+        if "configs" in different:  # `_read_card` has compared the rest of them
+            where += ", which does not hold the digest of its data files, so that load_dataset may give cached rows of other files"
+        yield f"{path} is not the card of this folder, it differs {where}: restore it, or {PREPARE_AGAIN}"
+
+
+def _split_card(card: str) -> tuple[dict[str, Any], str]:
+    """Return the values of a card's YAML, and the text below it."""
+    match = REGEX_YAML_BLOCK.search(card)
+    assert match is not None  # `_read_card` has read it
+    return yaml.safe_load(match.group(2)), card[match.end() :]
 
 
 def _read_card(folder: Path, counts: Mapping[str, Any]) -> datasets.DatasetInfo:
@@ -164,7 +249,7 @@ def _read_card(folder: Path, counts: Mapping[str, Any]) -> datasets.DatasetInfo:
         if _without_descriptions(configs) != _without_descriptions(data_configs(counts)):
             raise ValueError("its configs are not the data files of counts.json")
         return read_info(folder, counts["config"])
-    except (YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = first_line(error)
         raise ValueError(f"{path} does not have the YAML of this folder ({reason}): {PREPARE_AGAIN}") from error
 
