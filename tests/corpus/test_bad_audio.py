@@ -247,6 +247,15 @@ def test_silence_has_units(path, unit_model):
     assert len(units) == 49
 
 
+@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000])
+@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_every_usual_kind_is_good(path, rate, subtype, channels):
+    soundfile.write(path, noise(rate // 10, channels), rate, subtype=subtype)
+    assert check_audio(path) == AudioCheck(rate // 10, rate)
+    assert len(read_waveform(path)) == -(-(rate // 10) * 16_000 // rate)
+
+
 def test_odd_number_of_bytes_without_padding_is_good(path):
     with wave.open(str(path), "wb") as file:
         file.setparams((1, 1, 8000, 0, "NONE", ""))
