@@ -32,7 +32,7 @@ STAGES = (
     (pipeline, "fit_splits", "counts"),
     (writer, "write_parquet", "Parquet files with statistics and digests"),
     (writer, "draw_pictures", "pictures"),
-    (pipeline, "write_folder", "card, tokenizer and digests"),
+    (writer, "write_folder", "card, tokenizer and digests"),
     (verify, "verify", "verify"),
 )
 

@@ -60,7 +60,7 @@ STAGES = (
     (token_shards, "make_tokens", "tokens and max_length"),
     (pipeline, "fit_splits", "counts"),
     (writer, "write_parquet", "Parquet files, statistics"),
-    (pipeline, "write_folder", "card, pictures, digests"),
+    (writer, "write_folder", "card, pictures, digests"),
 )
 VERIFY = "verify"  # in a process of its own, as the command
 OTHER = "everything else"
