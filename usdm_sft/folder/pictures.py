@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from usdm_sft.folder.statistics import ROLES, SplitStatistics, Weighted
+from usdm_sft.corpus.features import ROLES
+from usdm_sft.folder.statistics import SplitStatistics, Weighted
 from usdm_sft.template.parts import ROW_PARTS
 from usdm_sft.utils.atomic import write_then_replace
 from usdm_sft.utils.texts import printable

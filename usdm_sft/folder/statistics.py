@@ -17,14 +17,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from usdm_sft.corpus.features import are_collapsed
+from usdm_sft.corpus.features import ROLES, are_collapsed
 from usdm_sft.folder.rows import RowRange, count_processes, divide_rows
 from usdm_sft.template.encoder import IGNORE_INDEX
 from usdm_sft.template.parts import REFERENCE_LAYOUT, ROW_PARTS, RowLayout, find_parts_of_rows
 from usdm_sft.utils.processes import ProcessPool, in_order
 from usdm_sft.utils.texts import count_noun, printable
 
-ROLES = ("user", "agent")
 QUANTILES = {"min": 0.0, "median": 0.5, "95 %": 0.95, "max": 1.0}
 _BATCH = 512
 _BINS, _BAR = 10, 40  # bars of a histogram in the terminal, and characters of the longest
