@@ -99,7 +99,7 @@ def test_card_has_no_placeholders_and_complete_tables(card):
             assert lines[number - 1].count("|") == width == lines[number + 1].count("|"), lines[number - 1]
 
 
-def test_sources_that_are_not_recognized_are_left_to_the_publisher(card):
+def test_unknown_sources_are_left_to_the_publisher(card):
     """The mini corpus has DailyTalk's layout only, and the toy unit model is not SeamlessM4T's."""
     assert "# Spoken dialogs for USDM\n" in card.text
     assert "split lists have DailyTalk's layout but differ from the ones that DailyTalk publishes" in card.text

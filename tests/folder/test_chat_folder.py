@@ -90,7 +90,7 @@ def test_card_says_that_messages_are_labelled(root):
     )
 
 
-def test_chat_template_comes_with_a_tokenizer_from_a_dataset_on_the_hub(root, tmp_path, monkeypatch):
+def test_chat_template_comes_with_a_tokenizer_on_the_hub(root, tmp_path, monkeypatch):
     def download(name, *, allow_patterns, **options):
         for file in (root / "out" / "tokenizer").iterdir():
             if any(fnmatch(f"tokenizer/{file.name}", pattern) for pattern in allow_patterns):

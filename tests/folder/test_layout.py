@@ -159,7 +159,7 @@ def test_links_in_an_output_folder_are_replaced(mini, unit_model, tmp_path, prec
     assert content(precious) == {"thesis.txt": b"mine"}
 
 
-def test_link_in_place_of_unfinished_files_is_not_an_interrupted_run(tmp_path, precious):
+def test_link_to_unfinished_files_is_not_an_interrupted_run(tmp_path, precious):
     (tmp_path / "out").mkdir()
     link(tmp_path / "out" / UNFINISHED, precious)
     with pytest.raises(FileExistsError, match="holds something else"):

@@ -15,8 +15,7 @@ import soundfile
 
 from tests.helpers import page_data
 from usdm_sft.audio.reading import read_waveform
-from usdm_sft.folder.page import write_page
-from usdm_sft.folder.page.recordings import find_peaks
+from usdm_sft.folder.page import find_peaks, write_page
 from usdm_sft.folder.rows import read_rows
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

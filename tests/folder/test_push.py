@@ -135,7 +135,7 @@ def test_private_and_revision(hub, dataset_folder, tmp_path):
 
 
 @pytest.mark.parametrize(("options", "expected"), [([], True), (["--public"], False)])
-def test_visibility_follows_the_option_or_else_the_owners_default(hub, dataset_folder, tmp_path, options, expected):
+def test_visibility_follows_the_option_or_the_default(hub, dataset_folder, tmp_path, options, expected):
     hub.private_by_default = True
     assert run_push(hub, tmp_path, dataset_folder, *options).returncode == 0
     assert hub.repos["datasets", "tester/pairs"]["private"] is expected
@@ -270,7 +270,7 @@ def test_missing_network_raises_one_error_without_a_chain(hub, dataset_folder, t
 
 
 @pytest.mark.slow
-def test_network_failure_during_the_lookup_of_an_earlier_push_gives_one_line(hub, dataset_folder, tmp_path):
+def test_network_failure_during_the_lookup_gives_one_line(hub, dataset_folder, tmp_path):
     assert run_push(hub, tmp_path, dataset_folder).returncode == 0
     answer = hub.handler.do_HEAD
 

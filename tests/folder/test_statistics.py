@@ -71,7 +71,7 @@ def test_statistics_equal_those_of_the_rows(dataset_folder, rows):
         assert found["distributions"]["labelled share"]["max"] == pytest.approx(max(shares), abs=1e-4)
 
 
-def test_stats_prints_the_numbers_and_draws_the_pictures_of_the_card(folder_copy, rows, tmp_path, capsys):
+def test_stats_prints_numbers_and_draws_the_pictures_of_the_card(folder_copy, rows, tmp_path, capsys):
     card = (folder_copy / "README.md").read_text()
     main(["stats", str(folder_copy), "--out", str(tmp_path / "new" / "plots")])
     out = capsys.readouterr().out.splitlines()

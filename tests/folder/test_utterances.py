@@ -152,7 +152,7 @@ def test_card_without_audio_says_nothing_of_voices(dataset_folder):
     assert "The dataset contains no audio." in card and "voices" not in card and "utterances`" not in card
 
 
-def test_repeated_run_changes_nothing_and_a_new_one_gives_the_same_bytes(kept, mini, unit_model, tmp_path, caplog):
+def test_repeated_run_changes_nothing_and_a_new_one_is_equal(kept, mini, unit_model, tmp_path, caplog):
     before = {path: path.stat().st_mtime_ns for path in (kept / "out").rglob("*")}
     with caplog.at_level("INFO", "usdm_sft"):
         prepare(**options(mini, unit_model, kept, keep_audio=True))
@@ -227,7 +227,7 @@ def test_audio_that_changes_after_its_units_were_made_is_refused(mini, unit_mode
     assert not (tmp_path / "out" / "counts.json").exists()
 
 
-def test_verify_accepts_the_folder_and_stats_prints_the_recordings(copy, capsys):
+def test_verify_passes_and_stats_prints_the_recordings(copy, capsys):
     assert verify(copy) == {"train": 10, "test": 3}
     main(["stats", str(copy)])
     out = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -312,7 +312,7 @@ def test_problems_do_not_depend_on_ranges_and_processes(copy, monkeypatch):
     check_spoiled(copy, 2)
 
 
-def test_check_of_utterances_stops_after_the_problems_that_are_shown(copy, monkeypatch):
+def test_check_of_utterances_stops_after_the_shown_problems(copy, monkeypatch):
     edit_rows(
         copy, FILE, lambda rows: [row.update(text=None) if row["turn"] == 4 else cut_audio([row]) for row in rows]
     )

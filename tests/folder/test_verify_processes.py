@@ -136,7 +136,7 @@ def test_number_of_processes_is_checked(dataset_folder, tmp_path, capsys, comman
     assert capsys.readouterr().err == f"dailytalk-usdm {command}: num_proc is 0: give a positive number\n"
 
 
-def test_mean_and_quantiles_of_counted_values_are_those_of_the_values():
+def test_mean_and_quantiles_of_counted_values():
     rng = np.random.default_rng(0)
     for size in (1, 2, 3, 10, 999):
         values = rng.integers(30, size=size).astype(np.float64) / 8

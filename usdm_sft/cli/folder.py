@@ -37,10 +37,9 @@ def show(
         ids: Print the ids as well. The page always shows them.
         expand: Print collapsed units as often as they were repeated. The turns of the page always have one unit per frame.
     """
-    from usdm_sft.folder.durations import expand_ids
     from usdm_sft.folder.layout import COUNTS, read_counts, read_layout
     from usdm_sft.folder.page import write_page
-    from usdm_sft.folder.rows import read_rows
+    from usdm_sft.folder.rows import expand_ids, read_rows
     from usdm_sft.template.tokenizer import load_tokenizer
     from usdm_sft.template.view import format_example
 
