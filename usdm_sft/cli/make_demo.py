@@ -21,7 +21,7 @@ from usdm_sft.folder.page import write_page
 from usdm_sft.prepare.prepare import prepare
 from usdm_sft.template.config import OFFLINE
 from usdm_sft.units.convert import convert
-from usdm_sft.utils.atomic import SUFFIX, remove_path, replace_path
+from usdm_sft.utils.files import SUFFIX, remove_path, replace_path
 
 FILES = Path(__file__).with_name("demo_files")
 

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from usdm_sft.utils.json_files import print_json
+from usdm_sft.utils.files import print_json
 from usdm_sft.utils.texts import count_noun
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from usdm_sft.corpus.manifest import is_manifest
 from usdm_sft.utils.cache_keys import cache_root
 from usdm_sft.utils.download import download
-from usdm_sft.utils.hashes import sha256_file
+from usdm_sft.utils.files import sha256_file
 from usdm_sft.utils.locks import file_lock
 
 DAILYTALK = "DailyTalk"

@@ -19,9 +19,8 @@ import pyarrow.parquet as pq
 from usdm_sft.corpus.features import arrow_schema, dataset_info, utterance_features
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.folder.layout import PREPARE_AGAIN
-from usdm_sft.utils.atomic import SUFFIX
 from usdm_sft.utils.cache_keys import cache_key
-from usdm_sft.utils.hashes import sha256_file
+from usdm_sft.utils.files import SUFFIX, sha256_file
 from usdm_sft.utils.lazily import Lazily
 from usdm_sft.utils.texts import first_line
 

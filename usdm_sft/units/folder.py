@@ -13,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 
 from usdm_sft.units.batches import NORMALIZATIONS
-from usdm_sft.utils.json_files import read_json
+from usdm_sft.utils.files import read_json
 
 FILES = ("config.json", "model.safetensors", "kmeans.npy")
 DESCRIPTION = "unit_model.json"

@@ -11,11 +11,9 @@ from usdm_sft.units.convert import convert
 from usdm_sft.units.folder import DESCRIPTION, read_description
 from usdm_sft.units.hub_unit_model import find_cached_folder, find_folder
 from usdm_sft.units.model_config import XLSR_LAYER
-from usdm_sft.utils.atomic import remove_path, replace_text
 from usdm_sft.utils.cache_keys import cache_root
 from usdm_sft.utils.download import download
-from usdm_sft.utils.hashes import sha256_file
-from usdm_sft.utils.json_files import read_json
+from usdm_sft.utils.files import read_json, remove_path, replace_text, sha256_file
 from usdm_sft.utils.locks import file_lock
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.units.model_config import MODEL_TYPES, cut_config
-from usdm_sft.utils.json_files import read_json
+from usdm_sft.utils.files import read_json
 from usdm_sft.utils.texts import first_line
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")

@@ -22,7 +22,7 @@ from usdm_sft.folder.page.recordings import Recordings, encode_recording
 from usdm_sft.folder.rows import read_rows
 from usdm_sft.template.parts import ROW_PARTS
 from usdm_sft.template.tokenizer import load_tokenizer
-from usdm_sft.utils.atomic import replace_text
+from usdm_sft.utils.files import replace_text
 
 UNITS_PER_SECOND = 50
 
