@@ -361,7 +361,7 @@ def test_code_digest_covers_the_modules_that_the_builder_imports():
     others = {name for name in done.stdout.split() if name not in covered and name.rpartition(".")[0] not in covered}
     assert others <= {
         "usdm_sft.utils",
-        *(f"usdm_sft.utils.{n}" for n in ("atomic", "cache_keys", "download", "hashes", "locks", "once", "progress")),
+        *(f"usdm_sft.utils.{n}" for n in ("cache_keys", "download", "files", "locks", "once", "progress")),
     }
 
 

@@ -21,7 +21,7 @@ from usdm_sft.prepare.checks import SetUp, run_check
 from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.template.tokenizer import build_tokenizer, save_tokenizer
 from usdm_sft.utils import download
-from usdm_sft.utils.hashes import sha256_file
+from usdm_sft.utils.files import sha256_file
 
 TOKEN = "hf_aVerySecretToken"
 OFFLINE = ("--pretrained_model_name_or_path", "mistral-common")

@@ -12,7 +12,7 @@ from usdm_sft.folder.verify import verify
 from usdm_sft.prepare.prepare import prepare
 from usdm_sft.template.config import Template
 from usdm_sft.units import published
-from usdm_sft.utils.hashes import sha256_file
+from usdm_sft.utils.files import sha256_file
 
 
 @pytest.fixture(scope="module")

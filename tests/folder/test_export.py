@@ -13,7 +13,7 @@ from tests.folder.test_verify import FILE, relabel
 from tests.helpers import content, edit_counts, edit_rows, record_states
 from usdm_sft.cli.main import main
 from usdm_sft.folder.export import export
-from usdm_sft.utils.atomic import replace_path
+from usdm_sft.utils.files import replace_path
 
 ARROW = {"input_ids": "int32", "labels": "int32", "attention_mask": "int8"}
 

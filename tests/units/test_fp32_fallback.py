@@ -15,7 +15,7 @@ from usdm_sft.prepare.prepare import prepare
 from usdm_sft.units.batches import normalize
 from usdm_sft.units.model import UnitModel
 from usdm_sft.units.tokenizer import UnitTokenizer
-from usdm_sft.utils.hashes import sha256_file
+from usdm_sft.utils.files import sha256_file
 
 LAYER = "encoder.layers.1.feed_forward."
 LARGEST_FP16 = 65_504

@@ -19,7 +19,7 @@ from usdm_sft.units import tokenizer as units
 from usdm_sft.units.convert import convert
 from usdm_sft.units.model import UnitModel
 from usdm_sft.units.tokenizer import UnitTokenizer
-from usdm_sft.utils.hashes import sha256_file
+from usdm_sft.utils.files import sha256_file
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from usdm_sft.cli.folder import show
 from usdm_sft.template.config import OFFLINE
-from usdm_sft.utils.atomic import SUFFIX, remove_path, replace_path
+from usdm_sft.utils.files import SUFFIX, remove_path, replace_path
 
 FILES = Path(__file__).with_name("demo_files")
 

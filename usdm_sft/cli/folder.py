@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from usdm_sft.utils.json_files import print_json
+from usdm_sft.utils.files import print_json
 from usdm_sft.utils.texts import count_noun
 
 

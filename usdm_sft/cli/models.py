@@ -73,7 +73,7 @@ def tokenizer(base: str, tokenizer_dir: str, num_units: int = 10_000) -> None:
     from pathlib import Path
 
     from usdm_sft.template.tokenizer import build_tokenizer, save_tokenizer
-    from usdm_sft.utils.atomic import SUFFIX, remove_path, replace_path
+    from usdm_sft.utils.files import SUFFIX, remove_path, replace_path
 
     folder = Path(tokenizer_dir).expanduser()
     if folder.is_dir() and any(folder.iterdir()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from usdm_sft.utils.json_files import print_json
+from usdm_sft.utils.files import print_json
 from usdm_sft.utils.texts import count_noun
 
 

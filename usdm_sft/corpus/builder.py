@@ -20,7 +20,7 @@ from usdm_sft.corpus import left_out as bad_audio
 from usdm_sft.corpus.dialogs import FilePath, Split
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.utils import texts
-from usdm_sft.utils.hashes import sha256_file
+from usdm_sft.utils.files import sha256_file
 
 if TYPE_CHECKING:
     from usdm_sft.utils.pool import Pool

@@ -14,7 +14,7 @@ from usdm_sft.corpus.dialogs import FilePath, Recipe, Turns, Utterance
 from usdm_sft.corpus.problems import add_problem
 from usdm_sft.utils.cache_keys import cache_root
 from usdm_sft.utils.download import download
-from usdm_sft.utils.hashes import sha256_file
+from usdm_sft.utils.files import sha256_file
 from usdm_sft.utils.locks import file_lock
 from usdm_sft.utils.texts import CONTROL, LineError, quote, read_limited_lines, text_problem
 

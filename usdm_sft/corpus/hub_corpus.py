@@ -22,9 +22,8 @@ from usdm_sft.corpus import manifest
 from usdm_sft.corpus.dialogs import FilePath
 from usdm_sft.corpus.manifest import OPTIONAL, REQUIRED, UTTERANCES
 from usdm_sft.corpus.problems import CorpusError, add_problem
-from usdm_sft.utils.atomic import replace_text, write_then_replace
 from usdm_sft.utils.cache_keys import cache_root
-from usdm_sft.utils.hashes import sha256_file
+from usdm_sft.utils.files import replace_text, sha256_file, write_then_replace
 from usdm_sft.utils.locks import path_lock
 from usdm_sft.utils.texts import first_line, quote
 

@@ -28,9 +28,8 @@ from filelock import FileLock, Timeout
 from usdm_sft.executors import LocalPipelineExecutor
 from usdm_sft.executors.ray_tasks import ray_session, run_on_ray
 from usdm_sft.executors.slurm import submit
-from usdm_sft.utils.atomic import replace_text, write_then_replace
 from usdm_sft.utils.cache_keys import cache_key
-from usdm_sft.utils.hashes import sha256_file
+from usdm_sft.utils.files import replace_text, sha256_file, write_then_replace
 from usdm_sft.utils.locks import file_lock
 from usdm_sft.utils.pool import Submitted
 

@@ -25,8 +25,7 @@ from usdm_sft.corpus.features import arrow_schema, folder_features
 from usdm_sft.folder.layout import UNFINISHED, data_files, read_counts
 from usdm_sft.folder.rows import RowRange, count_processes, divide_rows
 from usdm_sft.template.encoder import IGNORE_INDEX
-from usdm_sft.utils.atomic import remove_path, replace_path, write_then_replace
-from usdm_sft.utils.hashes import sha256_file
+from usdm_sft.utils.files import remove_path, replace_path, sha256_file, write_then_replace
 from usdm_sft.utils.processes import ProcessPool, in_order
 
 

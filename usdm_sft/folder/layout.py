@@ -31,8 +31,7 @@ from usdm_sft.template.config import Template
 from usdm_sft.template.parts import RowLayout
 from usdm_sft.template.special_tokens import TemplateTokens
 from usdm_sft.template.tokenizer import MAX_UNITS, ustm_tokens
-from usdm_sft.utils.atomic import remove_path
-from usdm_sft.utils.hashes import sha256_file
+from usdm_sft.utils.files import remove_path, sha256_file
 from usdm_sft.utils.locks import file_lock, require_locks
 
 logger = logging.getLogger(__name__)

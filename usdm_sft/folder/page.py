@@ -35,7 +35,7 @@ from usdm_sft.folder.rows import expand_rows, read_rows
 from usdm_sft.template.parts import REFERENCE_LAYOUT, ROW_PARTS, RowLayout, find_parts
 from usdm_sft.template.special_tokens import NEWLINE_TOKENS
 from usdm_sft.template.tokenizer import load_tokenizer
-from usdm_sft.utils.atomic import replace_text
+from usdm_sft.utils.files import replace_text
 from usdm_sft.utils.texts import printable
 
 __all__ = ["write_page"]

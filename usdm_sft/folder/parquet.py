@@ -17,9 +17,8 @@ import pyarrow.parquet as pq
 from usdm_sft.corpus.features import are_collapsed, arrow_schema, folder_features
 from usdm_sft.folder.statistics import SplitStatistics, compute_statistics
 from usdm_sft.template.parts import RowLayout
-from usdm_sft.utils.atomic import SUFFIX
 from usdm_sft.utils.cache_keys import cache_key
-from usdm_sft.utils.hashes import sha256_file
+from usdm_sft.utils.files import SUFFIX, sha256_file
 from usdm_sft.utils.memory import give_back_memory
 
 if TYPE_CHECKING:

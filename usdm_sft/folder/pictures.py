@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from usdm_sft.corpus.features import ROLES
 from usdm_sft.folder.statistics import SplitStatistics, Weighted
 from usdm_sft.template.parts import ROW_PARTS
-from usdm_sft.utils.atomic import write_then_replace
+from usdm_sft.utils.files import write_then_replace
 from usdm_sft.utils.texts import printable
 
 CAPTIONS = {

@@ -36,7 +36,7 @@ from usdm_sft.folder.verify_rows import LIMIT, Check, CheckedRows, check_rows, c
 from usdm_sft.folder.verify_utterances import check_utterances
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer
-from usdm_sft.utils.hashes import sha256_file
+from usdm_sft.utils.files import sha256_file
 from usdm_sft.utils.processes import num_cores
 from usdm_sft.utils.texts import first_line
 

@@ -21,8 +21,7 @@ from usdm_sft.folder.parquet import write_parquet
 from usdm_sft.folder.pictures import draw_pictures
 from usdm_sft.folder.utterance_parquet import write_utterances
 from usdm_sft.template.tokenizer import save_tokenizer
-from usdm_sft.utils.atomic import remove_path, replace_path, replace_text, sync_folder
-from usdm_sft.utils.hashes import sha256_file
+from usdm_sft.utils.files import remove_path, replace_path, replace_text, sha256_file, sync_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

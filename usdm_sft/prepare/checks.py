@@ -44,7 +44,7 @@ from usdm_sft.units.published import (
 from usdm_sft.units.settings import PrecisionName, make_settings
 from usdm_sft.utils.cache_keys import cache_root
 from usdm_sft.utils.download import remote_size
-from usdm_sft.utils.hashes import sha256_file
+from usdm_sft.utils.files import sha256_file
 from usdm_sft.utils.locks import find_local_locks, require_locks
 from usdm_sft.utils.texts import count_noun, first_line, format_bytes
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from usdm_sft.utils.atomic import replace_text
 from usdm_sft.utils.cache_keys import cache_key
+from usdm_sft.utils.files import replace_text
 from usdm_sft.utils.locks import path_lock
 
 if TYPE_CHECKING:

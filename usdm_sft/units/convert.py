@@ -33,9 +33,7 @@ from usdm_sft.units.transformers_folder import (
     read_normalization,
     weight_files,
 )
-from usdm_sft.utils.atomic import SUFFIX, remove_path, replace_path
-from usdm_sft.utils.hashes import sha256_file
-from usdm_sft.utils.json_files import read_json
+from usdm_sft.utils.files import SUFFIX, read_json, remove_path, replace_path, sha256_file
 from usdm_sft.utils.locks import file_lock
 from usdm_sft.utils.texts import first_line
 

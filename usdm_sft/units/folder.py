@@ -16,8 +16,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, but its stubs do not export it
 
 from usdm_sft.units.batches import NORMALIZATIONS
-from usdm_sft.utils.atomic import SUFFIX, remove_path, replace_path
-from usdm_sft.utils.json_files import read_json
+from usdm_sft.utils.files import SUFFIX, read_json, remove_path, replace_path
 from usdm_sft.utils.texts import first_line
 
 FILES = ("config.json", "model.safetensors", "kmeans.npy")

@@ -9,11 +9,9 @@ from typing import Any
 
 from usdm_sft.units.folder import DESCRIPTION, find_cached_folder, find_folder, read_description
 from usdm_sft.units.settings import XLSR_LAYER
-from usdm_sft.utils.atomic import remove_path, replace_text
 from usdm_sft.utils.cache_keys import cache_root
 from usdm_sft.utils.download import download
-from usdm_sft.utils.hashes import sha256_file
-from usdm_sft.utils.json_files import read_json
+from usdm_sft.utils.files import read_json, remove_path, replace_text, sha256_file
 from usdm_sft.utils.locks import file_lock
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, Wav2Vec2FeatureExtractor
 from transformers.utils import logging
 
 from usdm_sft.audio.frames import FRAME_SAMPLES, MIN_SAMPLES, SAMPLE_RATE
-from usdm_sft.utils.json_files import read_json
+from usdm_sft.utils.files import read_json
 from usdm_sft.utils.texts import first_line
 
 MODEL_TYPES = {"wav2vec2": "Wav2Vec2Model", "hubert": "HubertModel"}

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from usdm_sft.utils.atomic import SUFFIX, replace_path
-from usdm_sft.utils.hashes import sha256_file
+from usdm_sft.utils.files import SUFFIX, replace_path, sha256_file
 from usdm_sft.utils.progress import progress_bar
 from usdm_sft.utils.texts import first_line
 

@@ -19,8 +19,7 @@ import numpy as np
 import pyarrow as pa
 from filelock import BaseFileLock, Timeout
 
-from usdm_sft.utils.atomic import remove_path, replace_path
-from usdm_sft.utils.hashes import sha256_file
+from usdm_sft.utils.files import remove_path, replace_path, sha256_file
 from usdm_sft.utils.locks import file_lock
 
 logger = logging.getLogger(__name__)

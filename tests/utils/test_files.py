@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from usdm_sft.utils.atomic import remove_path, replace_path, replace_text, sync_folder, write_then_replace
+from usdm_sft.utils.files import remove_path, replace_path, replace_text, sync_folder, write_then_replace
 
 
 def names(folder):

@@ -1,8 +1,13 @@
-"""Files and folders that get their final name only when they are complete and on the disk. No link is ever followed."""
+"""Files and folders that get their final name only when they are complete and on the disk, digests of files, and JSON.
+
+No link is ever followed when something is written or removed.
+"""
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -91,3 +96,32 @@ def _sync(path: str | Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256_file(path: str | Path) -> str:
+    """Return the sha256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON in plain ASCII, which no terminal changes."""
+    print(json.dumps(value, indent=2))
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file whose top-level value is an object.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not JSON, or its top-level value is not an object.
+    """
+    try:
+        values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is not a file: name a JSON file") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): correct the file") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is not a JSON object but a {type(values).__name__}: correct the file")
+    return values
