@@ -95,6 +95,20 @@ def test_verify_refuses_a_unit_too_many(corpus, mini, as_transformers, unit_mode
         verify(tmp_path / "out")
 
 
+@pytest.mark.parametrize("agent", [None, "1"])
+def test_hours_are_those_of_the_recordings(mini, unit_model, tmp_path, agent):
+    """At 16 kHz the 400 recordings are longer by 18 ms in all, because each length is rounded up to a sample."""
+    (tmp_path / "corpus").mkdir()
+    make_corpus(tmp_path / "corpus", [600 + number for number in range(400)], rate=22_050)
+    prepare(**given(mini, tmp_path / "corpus", unit_model, tmp_path, agent=agent))
+    assert verify(tmp_path / "out") == {"train": 300 if agent is None else 200}
+    counts = read_counts(tmp_path / "out")
+    counts["splits"]["train"]["hours"] -= 1e-5
+    (tmp_path / "out" / "counts.json").write_text(json.dumps(counts))
+    with pytest.raises(VerificationError, match=r"the rows of train have 0\.\d+ hours, not "):
+        verify(tmp_path / "out")
+
+
 def test_durations_of_recordings_of_719_and_399_samples():
     row = {
         f"{role}_{name}": value for role in ("user", "agent") for name, value in (("units", [5]), ("durations", [2]))

@@ -1,6 +1,7 @@
 import errno
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -255,7 +256,9 @@ def test_order_of_work_shards_and_overlap_change_no_byte(mini, unit_model, tmp_p
 
 def test_each_run_makes_work_shards_in_its_own_order():
     shards = [Shard(number, "train", (0, 1), 0, 1, 0, number % 100, "", "") for number in range(100)]
+    state = random.getstate()
     one, other = unit_shards.order_shards(shards), unit_shards.order_shards(shards)
+    assert random.getstate() == state  # which the calling script may have seeded
     assert one != other
     for made in (one, other):
         assert sorted(shard.longest for shard in made[:64]) == list(range(36, 100))  # the longest come first

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from usdm_sft.template.chat import make_messages
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.exchanges import has_lists
 
@@ -10,8 +11,8 @@ from usdm_sft.template.exchanges import has_lists
 def stand_for(rows: Sequence[Sequence[int]], texts: Sequence[str], encoder: TemplateEncoder) -> list[bool]:
     """True for each row whose ids stand for its text: they decode to it, or are those of the whole text of a chat template."""
     if encoder.template.tokenization == "chat":
-        encoded = encoder.encode_whole(texts)
-        return [list(ids) == whole for ids, whole in zip(rows, encoded, strict=True)]
+        encoded = encoder._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [list(ids) == whole.ids for ids, whole in zip(rows, encoded, strict=True)]
     return [found == text for found, text in zip(encoder.decode_batch(rows), texts, strict=True)]
 
 
@@ -34,10 +35,17 @@ def render(row: Mapping[str, Any], encoder: TemplateEncoder) -> str:
         for exchange in zip(*values.values(), strict=True)
     ]
     if template.tokenization == "chat":
-        return encoder.render_chat(exchanges)
+        return encoder._frames.chat.render(make_messages(exchanges, template))
+
+    def spell(text: str) -> str:
+        """The text as it comes back from its ids; a tokenizer may change it, for example to lower case."""
+        if template.tokenization == "reference":
+            return text.replace("▁", " ")  # the tokenizer encodes both alike
+        return encoder._stretches.decode_batch(encoder._stretches.encode([text], [True]))[0]
+
     blocks = []
     for exchange in exchanges:
-        parts = {part: encoder.spell(text) if part.endswith("_text") else text for part, text in exchange.items()}
+        parts = {part: spell(text) if part.endswith("_text") else text for part, text in exchange.items()}
         turns = [
             (heading, "<|correspond|>".join(parts[name] for name in names if name in parts))
             for heading, names in (
@@ -46,9 +54,9 @@ def render(row: Mapping[str, Any], encoder: TemplateEncoder) -> str:
             )
             if any(name in parts for name in names)
         ]
-        blocks.append("\n" + "".join(f"{encoder.spell(heading)}\n{turn}\n" for heading, turn in turns))
-    instruction = "\n".join(encoder.spell(line) for line in template.instruction.split("\n"))
-    return f"{instruction}{''.join(blocks)}{encoder.end}"
+        blocks.append("\n" + "".join(f"{spell(heading)}\n{turn}\n" for heading, turn in turns))
+    instruction = "\n".join(spell(line) for line in template.instruction.split("\n"))
+    return f"{instruction}{''.join(blocks)}{encoder.decode(encoder.tokens.closing)}"
 
 
 def _unit_tokens(units: Iterable[int]) -> str:

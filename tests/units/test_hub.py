@@ -132,6 +132,18 @@ def test_saved_unit_model_is_the_converted_folder(unit_model, tmp_path):
         tokenizer.save_pretrained(tmp_path / "deep" / "saved")
 
 
+def test_unit_model_is_saved_into_an_empty_folder(unit_model, tmp_path, monkeypatch):
+    tokenizer = UnitTokenizer.from_pretrained(unit_model, device="cpu")
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    tokenizer.save_pretrained(tmp_path / "link")
+    assert content(tmp_path / "there") == content(unit_model) and (tmp_path / "link").is_symlink()
+    monkeypatch.chdir(tmp_path / "here")
+    tokenizer.save_pretrained(".")
+    assert content(tmp_path / "here") == content(unit_model)
+
+
 @pytest.mark.parametrize("name", ["kmeans.npy", "unit_model.json"])
 def test_changed_unit_model_is_not_saved_or_pushed(hub, unit_model, tmp_path, name):
     folder = shutil.copytree(unit_model, tmp_path / "model")

@@ -222,6 +222,16 @@ def test_streams_of_processes_answer_every_item(num_items):
     assert multiprocessing.active_children() == []
 
 
+class Unreadable:
+    def __reduce__(self):
+        raise FileNotFoundError("no such recording")
+
+
+def test_error_of_pickling_an_item_is_not_one_of_the_process():
+    with ProcessPool(2) as pool, pytest.raises(FileNotFoundError, match="no such recording"):
+        list(pool.map(str, [Unreadable()] * 4, name="items"))
+
+
 def test_processes_learn_of_the_end_if_it_is_made_here():
     """The pool would take the function of its next map for an item."""
     process = PipedProcess(serve, (hold_back,), name="stream")

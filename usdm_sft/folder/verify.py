@@ -19,6 +19,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK, metadata_load
 from jinja2 import UndefinedError
 from tokenizers import Tokenizer
 
+from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.corpus.problems import MAX_PROBLEMS_SHOWN
 from usdm_sft.folder.card import data_configs, make_card, read_info
@@ -32,6 +33,7 @@ from usdm_sft.folder.layout import (
     read_normalization,
     read_template,
 )
+from usdm_sft.folder.statistics import TOO_LONG
 from usdm_sft.folder.verify_rows import LIMIT, Check, CheckedRows, check_rows, check_turns
 from usdm_sft.folder.verify_utterances import check_utterances
 from usdm_sft.template.encoder import TemplateEncoder
@@ -172,9 +174,7 @@ def _check_totals(
         pairs = (numbers["rows"] if settings["history"] else exchanges) + len(left_out)
         if numbers["pairs"] != pairs:
             yield f"{path}: {split} has {pairs} pairs, those in pairs_left_out included, not {numbers['pairs']}"
-        too_long = sum(
-            str(reason).endswith(f"more than max_length {settings['max_length']}") for reason in left_out.values()
-        )
+        too_long = sum(str(reason).endswith(f"{TOO_LONG} {settings['max_length']}") for reason in left_out.values())
         if numbers["pairs_with_bad_audio"] != len(left_out) - too_long:
             yield (
                 f"{path}: pairs_left_out of {split} names {len(left_out) - too_long} pairs with bad audio, "
@@ -185,8 +185,9 @@ def _check_totals(
         is_complete = not left_out and settings.get("agent") is None
         hours = float(seconds.sum()) / 3600
         rounding = 1e-6 + 1e-7 * hours  # of the total, and of lengths that are float32
-        fits = abs(numbers["hours"] - hours) <= rounding if is_complete else numbers["hours"] >= hours - rounding
-        if not fits:
+        # The total is of the recordings. At 16 kHz each is longer by up to one sample, to which its length is rounded up.
+        least, most = hours - len(seconds) / SAMPLE_RATE / 3600 - rounding, hours + rounding
+        if numbers["hours"] < least or (is_complete and numbers["hours"] > most):
             yield f"{path}: the rows of {split} have {hours:.6f} hours, not {numbers['hours']}"
         if numbers["utterances"] != len(seconds) if is_complete else numbers["utterances"] < len(seconds):
             yield f"{path}: the rows of {split} have {len(seconds)} utterances, not {numbers['utterances']}"

@@ -91,7 +91,8 @@ def order_shards(shards: Iterable[Shard]) -> list[Shard]:
     """
     longest_first = sorted(shards, key=lambda shard: -shard.longest)
     windows = [longest_first[start : start + _WINDOW] for start in range(0, len(longest_first), _WINDOW)]
-    return [shard for window in windows for shard in random.sample(window, len(window))]
+    own = random.Random()  # a script may have seeded the other one, and uses its numbers
+    return [shard for window in windows for shard in own.sample(window, len(window))]
 
 
 def _describe(shard: Shard, content: Content) -> UnitShard:

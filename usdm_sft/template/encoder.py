@@ -20,7 +20,6 @@ from usdm_sft.template.chat import (
     CHANGED,
     ChatForm,
     ChatFrames,
-    make_messages,
     place_of,
     read_chat_template,
     read_frames,
@@ -152,11 +151,6 @@ class TemplateEncoder:
     def layout(self) -> RowLayout:
         """Tells the part of each token of a row."""
         return RowLayout(self.tokens, self.template, None if self._frames is None else self._frames.ids)
-
-    @cached_property
-    def end(self) -> str:
-        """The text of EOS; empty if the tokenizer has none."""
-        return self.decode(self.tokens.closing)
 
     @property
     def num_units(self) -> int:
@@ -291,18 +285,3 @@ class TemplateEncoder:
     def decode_batch(self, rows: Iterable[Iterable[int]]) -> list[str]:
         """Decode rows of ids as `decode` does, faster than one by one."""
         return self._stretches.decode_batch(rows)
-
-    @naming_errors()
-    def spell(self, text: str) -> str:
-        """Return a text as it comes back from its ids."""
-        return self._stretches.spell(text)
-
-    def render_chat(self, exchanges: Sequence[Mapping[str, str]]) -> str:
-        """The string that the chat template gives for exchanges, whose units are strings of tokens."""
-        assert self._frames is not None  # callers ask only where the template is a chat template
-        return self._frames.chat.render(make_messages(exchanges, self.template))
-
-    @naming_errors()
-    def encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of whole strings of a chat template, as `apply_chat_template` gives them."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]

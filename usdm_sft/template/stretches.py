@@ -100,15 +100,6 @@ class Stretches:
         texts = self._tokenizer.decode_batch(list(map(list, runs)), skip_special_tokens=False)
         return ["".join([texts[part] if isinstance(part, int) else part for part in row]) for row in parts]
 
-    def spell(self, text: str) -> str:
-        """The text as it comes back from its ids; a tokenizer may change it, for example to lower case.
-
-        "▁" (U+2581) becomes a space in the reference's form, because the tokenizer encodes both alike.
-        """
-        if not self._separate:
-            return text.replace("▁", " ")
-        return self.decode_batch(self.encode([text], [True]))[0]
-
 
 class Headings:
     """Lays out exchanges under headings, such as "### User".

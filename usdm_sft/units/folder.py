@@ -148,6 +148,7 @@ def save_folder(folder: Path, digest: str, target: Path) -> None:
         ChangedError: The folder, or a file of it, was changed since then.
         FileExistsError: `target` is a file, or a folder that is not empty.
     """
+    target = target.resolve()  # a link to an empty folder is followed
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise FileExistsError(f"{target} is not an empty folder: name a new one")
     description = read_known_description(folder, digest)

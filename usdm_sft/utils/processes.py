@@ -103,7 +103,8 @@ class PipedProcess:
 
     def send(self, value: Any) -> None:
         """Pickle a value and send it. Raises the RuntimeError of `call`."""
-        self.call(lambda connection: connection.send_bytes(pickle.dumps(value)))
+        pickled = pickle.dumps(value)  # an error of this is not one of the pipe
+        self.call(lambda connection: connection.send_bytes(pickled))
 
     def terminate(self) -> None:
         """End the process. A thread that waits for it gets the RuntimeError."""
@@ -186,7 +187,7 @@ def share_out(
         }
         for connection in wait(list(connections), timeout):
             process = connections[connection]
-            result, error = process.call(Connection.recv)
+            result, error = pickle.loads(process.call(Connection.recv_bytes))
             if error is not None:
                 raise error
             unanswered[process] -= 1
