@@ -20,7 +20,7 @@ from usdm_sft.prepare import checks
 from usdm_sft.prepare import open_run as devices
 from usdm_sft.prepare.checks import SetUp, run_check
 from usdm_sft.prepare.config import PrepareConfig
-from usdm_sft.template.tokenizer import build_tokenizer, save_tokenizer
+from usdm_sft.template.tokenizer import build_tokenizer, load_tokenizer, save_tokenizer
 from usdm_sft.utils import download
 from usdm_sft.utils.hashes import sha256_file
 
@@ -37,8 +37,13 @@ class Findings(list):
 
 
 @pytest.fixture
-def doctor(mini, unit_model, tmp_path, capsys):
-    """Run the command in a good set-up, with some options changed."""
+def doctor(unit_model, tokenizer, tmp_path, capsys, monkeypatch):
+    """Run the command in a good set-up, with some options changed; USTM's tokenizer is built once."""
+
+    def load(name):
+        return tokenizer if name == "mistral-common" else load_tokenizer(name)
+
+    monkeypatch.setattr(checks, "load_tokenizer", load)
 
     def run(*changes, data_dir=None):
         given = ["--unit_model", str(unit_model), "--cache_dir", str(tmp_path / "cache"), *OFFLINE]
