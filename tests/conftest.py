@@ -75,6 +75,14 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
+def small_tokenizer():
+    """USTM's tokenizer with 100 units, of which encoders are made in a fraction of the time."""
+    from usdm_sft.template.tokenizer import build_tokenizer
+
+    return build_tokenizer(num_units=100)
+
+
+@pytest.fixture(scope="session")
 def encoder(tokenizer):
     from usdm_sft.template.encoder import TemplateEncoder
 
