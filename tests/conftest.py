@@ -124,3 +124,12 @@ def undisturbed(finished) -> dict[str, bytes]:
 @pytest.fixture
 def folder_copy(dataset_folder, tmp_path) -> Path:
     return Path(shutil.copytree(dataset_folder, tmp_path / "dataset"))
+
+
+@pytest.fixture(scope="module")
+def workplace(dataset_folder, unit_model, tmp_path_factory) -> Path:
+    """A folder with small versions of the files that README.md and docs/ use."""
+    from tests.code_blocks import make_workplace
+    from tests.helpers import tiny_model
+
+    return make_workplace(tmp_path_factory.mktemp("workplace"), dataset_folder, unit_model, tiny_model())

@@ -210,6 +210,22 @@ def loss_by_hand(model, rows):
     return total / count
 
 
+def tiny_model(**changes):
+    """A Mistral model with random weights and the vocabulary of USTM."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"vocab_size": 42_003, "num_key_value_heads": 2, "pad_token_id": 42_002, "max_position_embeddings": 4096}
+    return MistralForCausalLM(MistralConfig(**shape | changes))
+
+
+def ids_and_labels(encoder, batch):
+    """The ids and the labels of the first row of a batch, as lists."""
+    encoded = encoder(batch)
+    return encoded["input_ids"][0].tolist(), encoded["labels"][0].tolist()
+
+
 class LastFirst:
     """Takes the place of `ProcessPool`: one process makes the calls and finishes the last item first."""
 

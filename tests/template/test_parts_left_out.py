@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.bases import byte_level
-from tests.helpers import REPOSITORY
+from tests.helpers import REPOSITORY, ids_and_labels
 from usdm_sft.template.base import add_units
 from usdm_sft.template.config import PARTS, REFERENCE, Template
 from usdm_sft.template.encoder import TemplateEncoder
@@ -102,8 +102,7 @@ def test_any_text_comes_back_in_both_forms_of_tokenization(make_encoder, tokeniz
 def test_generated_parts_are_labelled_and_have_steps(make_encoder, parts, tokenization):
     """The labels of a part include its stop token."""
     encoder = make_encoder(tokenization, parts)
-    encoded = encoder(batch(ROW))
-    ids, labels = encoded["input_ids"][0].tolist(), encoded["labels"][0].tolist()
+    ids, labels = ids_and_labels(encoder, batch(ROW))
     labelled = []
     for step, number in zip(encoder.steps, range(1, len(parts)), strict=True):
         prompt = encoder.prompt(**{part: ROW[part] for part in parts[:number]}).tolist()
@@ -186,7 +185,7 @@ def test_key_depends_on_the_parts_and_survives_pickling(make_encoder):
     for encoder in encoders:
         copy = pickle.loads(pickle.dumps(encoder))
         assert copy.key == encoder.key
-        assert copy(batch(ROW))["input_ids"][0].tolist() == encoder(batch(ROW))["input_ids"][0].tolist()
+        assert ids_and_labels(copy, batch(ROW)) == ids_and_labels(encoder, batch(ROW))
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
 
-from tests.helpers import loss_by_hand
+from tests.helpers import loss_by_hand, tiny_model
 from usdm_sft.training import PaddingCollator, PaddingFreeCollator
 
 ROW = {"id": "d1_0", "user_text": "dropped", "user_units": [1]}
@@ -24,9 +23,7 @@ def rows(encoder):
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return MistralForCausalLM(MistralConfig(vocab_size=42_003, num_key_value_heads=2, **shape)).eval()
+    return tiny_model().eval()
 
 
 def test_padding(tokenizer, rows):
