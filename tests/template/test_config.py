@@ -59,7 +59,7 @@ def header(encoder):
     "loss",
     [["user_text"], ["agent_units"], ["user_text", "agent_text"], ["agent_text"], ["agent_units", "user_text"], LABELS],
 )
-def test_each_variant_has_the_labels_of_the_reference_in_its_parts(tokenizer, header, loss):
+def test_each_variant_has_the_reference_labels_in_its_parts(tokenizer, header, loss):
     encoded = TemplateEncoder(tokenizer, Template(loss=loss))(BATCH)
     for ids, labels, example in zip(encoded["input_ids"], encoded["labels"], EXAMPLES, strict=True):
         assert ids.tolist() == example["input_ids"]
@@ -137,7 +137,7 @@ def test_prompts_follow_the_template(small_tokenizer, template):
     assert after[0].tolist() == encoder.prompt(*row[:2]).tolist()
 
 
-def test_steps_of_the_reference_template_are_those_of_the_reference(encoder):
+def test_steps_of_the_reference_template_are_known(encoder):
     assert encoder.steps == STEPS
 
 

@@ -27,7 +27,7 @@ HOSTILE = [
 
 
 @pytest.mark.oracle
-def test_built_tokenizer_equals_the_one_that_transformers_4_saves(tokenizer, shared):
+def test_built_tokenizer_equals_what_transformers_4_saves(tokenizer, shared):
     reference = json.loads((shared / "oracle" / "ustm-tokenizer" / "tokenizer.json").read_text())
     reference["model"]["merges"] = [merge.split(" ") for merge in reference["model"]["merges"]]
     assert json.loads(tokenizer.backend_tokenizer.to_str()) == reference

@@ -59,7 +59,7 @@ def test_model_that_changes_after_it_was_opened_makes_no_units(folder, other, na
         reopen(tokenizer).tokenize_waveforms(NOISE)
 
 
-def test_file_overwritten_in_place_changes_no_unit_of_a_loaded_model(folder, other, unit_model):
+def test_overwritten_file_changes_no_unit_of_a_loaded_model(folder, other, unit_model):
     tokenizer = UnitTokenizer.from_pretrained(folder, device="cpu")
     [expected] = UnitTokenizer.from_pretrained(unit_model, device="cpu").tokenize_waveforms(NOISE)
     assert tokenizer.tokenize_waveforms(NOISE)[0].tolist() == expected.tolist()
@@ -94,7 +94,7 @@ def test_loading_names_the_file_that_differs(folder, other):
         UnitModel.from_pretrained(folder, digest=digest)
 
 
-def test_number_of_units_and_normalization_are_those_of_the_digest(folder):
+def test_num_units_and_normalization_are_those_of_the_digest(folder):
     for name, value in (("num_units", 7), ("normalization", "none")):
         tokenizer = UnitTokenizer.from_pretrained(folder, device="cpu")
         description = json.loads((folder / "unit_model.json").read_text())

@@ -77,7 +77,7 @@ def test_an_utterance_that_overflows_gets_the_units_of_fp32(loud, mini, caplog):
     assert tokenizer._in_fp32 is None
 
 
-def test_features_that_are_not_finite_in_fp32_either_name_the_utterance(unit_model, tmp_path):
+def test_features_not_finite_in_fp32_name_the_utterance(unit_model, tmp_path):
     folder = shutil.copytree(unit_model, tmp_path / "model")
     change_weights(folder, lambda weights: weights[f"{LAYER}intermediate_dense.weight"].fill_(3e38))
     waveforms = [np.random.default_rng(0).standard_normal(1000).astype(np.float32)]
@@ -90,9 +90,7 @@ def test_features_that_are_not_finite_in_fp32_either_name_the_utterance(unit_mod
 
 
 @pytest.mark.slow
-def test_utterances_that_overflow_are_in_counts_and_card_also_when_the_cache_has_their_units(
-    loud, mini, tmp_path, monkeypatch
-):
+def test_utterances_that_overflow_are_in_counts_and_card(loud, mini, tmp_path, monkeypatch):
     folder, _ = loud
 
     def run(output, **options):

@@ -48,7 +48,7 @@ VALUES = {  # inputs and weight
 
 @pytest.mark.parametrize("dtype", ERROR, ids=str)
 @pytest.mark.parametrize("name", VALUES)
-def test_product_equals_that_of_float64_up_to_the_last_bits_of_the_parts(name, dtype):
+def test_product_equals_float64_up_to_the_last_bits(name, dtype):
     inputs, weight = VALUES[name]
     found = SplitLinear(weight, None, dtype)(inputs)
     assert found.dtype == torch.float32
@@ -126,7 +126,7 @@ def many_frames(request):
 @pytest.mark.parametrize(
     ("precision", "error", "rounding"), [("fp16x3", 1e-6, FLOAT_ROUNDING), ("bf16x3", 1e-5, 4 * FLOAT_ROUNDING)]
 )
-def test_features_and_units_of_10000_frames_of_each_model_are_those_of_float64(many_frames, precision, error, rounding):
+def test_features_and_units_of_10000_frames_equal_float64(many_frames, precision, error, rounding):
     name, waveforms, frames, expected, centroids, units, margins = many_frames
     model = make_unit_model(name, precision, centroids)
     features = []
@@ -140,9 +140,7 @@ def test_features_and_units_of_10000_frames_of_each_model_are_those_of_float64(m
 
 
 @pytest.mark.parametrize("precision", SPLIT)
-def test_precision_is_in_the_cache_key_and_its_agreement_is_measured(
-    unit_model, mini, tmp_path, monkeypatch, precision
-):
+def test_precision_is_in_the_cache_key_and_is_measured(unit_model, mini, tmp_path, monkeypatch, precision):
     from usdm_sft.audio.digests import audio_digests
     from usdm_sft.units.agreement import measure_agreement
 

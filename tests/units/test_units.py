@@ -178,7 +178,7 @@ def test_each_audio_of_a_batch_is_tokenized_once(tokenizer, rows, monkeypatch):
     assert np.array_equal(out["agent_units"][0], out["user_units"][1])
 
 
-def test_bytes_and_lists_of_exchanges_give_the_units_of_the_paths(tokenizer, rows):
+def test_bytes_and_lists_give_the_units_of_the_paths(tokenizer, rows):
     plain = tokenizer(rows)
     content = {role: [Path(path).read_bytes() for path in paths] for role, paths in rows.items()}
     lists = tokenizer({role: [[{"bytes": each, "path": None}] for each in audio] for role, audio in content.items()})
@@ -188,7 +188,7 @@ def test_bytes_and_lists_of_exchanges_give_the_units_of_the_paths(tokenizer, row
         assert list(plain[f"{role}_seconds"]) == [seconds for [seconds] in lists[f"{role}_seconds"]]
 
 
-def test_every_audio_column_gives_units_and_seconds_of_its_prefix(tokenizer, rows):
+def test_every_audio_column_gives_units_of_its_prefix(tokenizer, rows):
     first, second = rows["user_audio"][:2]
     out = tokenizer({"id": ["a"], "audio": [first], "other_audio": [second], "audio_name": ["b"]})
     assert list(out) == ["units", "seconds", "other_units", "other_seconds"]
@@ -257,7 +257,7 @@ def test_process_finds_the_folder_in_the_pickle_that_starts_it(tokenizer, fairse
         assert pool.apply(operator.attrgetter("folder"), (tokenizer,)) == fairseq.resolve()
 
 
-def test_other_pickles_open_in_a_process_that_has_opened_the_unit_model(tokenizer, fairseq, monkeypatch):
+def test_other_pickles_need_a_process_that_opened_the_model(tokenizer, fairseq, monkeypatch):
     pickled = pickle.dumps(tokenizer)
     assert pickle.loads(pickled).folder == copy.deepcopy(tokenizer).folder == fairseq.resolve()
     monkeypatch.setattr(process, "_folders", {})
@@ -343,7 +343,7 @@ def test_waveforms_pass_the_resampler_on_the_device(rows, fairseq, monkeypatch):
     assert tokenizer.key != UnitTokenizer.from_pretrained(fairseq, device="cpu").key
 
 
-def test_gpu_number_reaches_processes_and_is_not_in_the_fingerprint(fairseq, monkeypatch):
+def test_gpu_number_reaches_processes_but_no_fingerprint(fairseq, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     first, second = (UnitTokenizer.from_pretrained(fairseq, device=f"cuda:{index}") for index in (0, 1))
     assert Hasher.hash(first) == Hasher.hash(second)
@@ -377,7 +377,7 @@ def test_plan_is_by_length_and_fills_batches(device):
     assert padding_share([[720], [400, 400]], 10, device) == padding_share([], 10, device) == 0
 
 
-def test_batch_on_cuda_holds_no_row_shorter_than_85_percent_of_its_longest():
+def test_batch_on_cuda_holds_rows_of_85_percent_or_more():
     assert plan_batches([9_000, 10_000, 8_600, 8_400, 10_000], 100, "cuda") == [[1, 4, 0, 2], [3]]
     assert plan_batches([10_000, 8_500], 100, "cuda") == [[0, 1]]
     assert plan_batches([10_000, 8_499], 100, "cuda") == [[0], [1]]
