@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from usdm_sft.folder.verify import verify as verify
     from usdm_sft.prepare.config import PrepareConfig as PrepareConfig
     from usdm_sft.prepare.prepare import Submission as Submission
-    from usdm_sft.prepare.prepare import Submitted as Submitted  # of an earlier version; prepare no longer raises it
     from usdm_sft.prepare.prepare import prepare as prepare
     from usdm_sft.template.config import Template as Template
     from usdm_sft.template.encoder import TemplateEncoder as TemplateEncoder
@@ -47,7 +46,6 @@ _LAZY = {
     "push": "usdm_sft.folder.push",
     "verify": "usdm_sft.folder.verify",
     "Submission": "usdm_sft.prepare.prepare",
-    "Submitted": "usdm_sft.prepare.prepare",
     "prepare": "usdm_sft.prepare.prepare",
     "Template": "usdm_sft.template.config",
     "TemplateEncoder": "usdm_sft.template.encoder",

@@ -127,4 +127,4 @@ def test_site_builds_without_warnings(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     api = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
     assert "dailytalk_usdm.TemplateEncoder" in api
-    assert "corpus/test_bad_audio.py::test_missing" in (tmp_path / "site" / "reliability" / "index.html").read_text()
+    assert "corpus/test_bad_audio.py::test_path_without_content" in (tmp_path / "site" / "reliability" / "index.html").read_text()

@@ -91,7 +91,7 @@ def test_verify_refuses_a_unit_too_many(corpus, mini, as_transformers, unit_mode
     counts = read_counts(tmp_path / "out")
     counts["unit_model"]["normalization"] = "transformers"
     (tmp_path / "out" / "counts.json").write_text(json.dumps(counts))
-    with pytest.raises(VerificationError, match="c0_0: the recording makes 1 units, not 2"):
+    with pytest.raises(VerificationError, match=r"row 0 \(c0_0\): user_units are of 2 frames, which is not the length"):
         verify(tmp_path / "out")
 
 

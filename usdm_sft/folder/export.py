@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from usdm_sft.corpus.features import arrow_schema, folder_features
 from usdm_sft.folder.layout import UNFINISHED, data_files, read_counts
-from usdm_sft.folder.rows import RowRange, count_processes, divide_rows
+from usdm_sft.folder.rows import RowRange, check_num_proc, count_processes, divide_rows
 from usdm_sft.template.encoder import IGNORE_INDEX
 from usdm_sft.utils.files import remove_path, replace_path, sha256_file, write_then_replace
 from usdm_sft.utils.processes import ProcessPool, in_order
@@ -94,6 +94,7 @@ def export(
     writers = {"usdm": export_text, "arrow": _export_arrow, "megatron": _export_megatron}
     if format not in writers:
         raise ValueError(f"format {format!r} is unknown: choose one of {', '.join(writers)}")
+    check_num_proc(num_proc)
     return writers[format](Path(dataset_dir), Path(output_dir), num_proc=num_proc)
 
 

@@ -172,6 +172,16 @@ def divide_groups(path: Path, split: str, metadata: pq.FileMetaData, rows_per_ra
     return [*ranges, RowRange(split, path, range(first, metadata.num_row_groups), start, num_rows)]
 
 
+def check_num_proc(num_proc: int | None) -> None:
+    """Check the largest number of processes.
+
+    Raises:
+        ValueError: It is not positive.
+    """
+    if num_proc is not None and num_proc < 1:
+        raise ValueError(f"num_proc is {num_proc}: give a positive number")
+
+
 def count_processes(ranges: Sequence[RowRange], num_proc: int | None, rows_per_process: int | None = None) -> int:
     """Choose the number of processes for ranges; one for few rows.
 
@@ -183,8 +193,7 @@ def count_processes(ranges: Sequence[RowRange], num_proc: int | None, rows_per_p
     Raises:
         ValueError: `num_proc` is not positive.
     """
-    if num_proc is not None and num_proc < 1:
-        raise ValueError(f"num_proc is {num_proc}: give a positive number")
+    check_num_proc(num_proc)
     return min(num_proc or num_cores(), sum(each.num_rows for each in ranges) // (rows_per_process or ROWS_PER_PROCESS))
 
 

@@ -35,7 +35,7 @@ from usdm_sft.utils.progress import Stages, quiet
 if TYPE_CHECKING:
     from usdm_sft.executors.tasks import TaskPool
 
-__all__ = ["Submission", "Submitted", "prepare"]
+__all__ = ["Submission", "prepare"]
 
 logger = logging.getLogger(__name__)
 
