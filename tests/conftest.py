@@ -79,6 +79,14 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
+def small_tokenizer():
+    """USTM's tokenizer with 100 units, of which encoders are made in a fraction of the time."""
+    from usdm_sft.template.tokenizer import build_tokenizer
+
+    return build_tokenizer(num_units=100)
+
+
+@pytest.fixture(scope="session")
 def encoder(tokenizer):
     from usdm_sft.template.encoder import TemplateEncoder
 
@@ -134,3 +142,12 @@ def served_hub(tmp_path, monkeypatch):
 @pytest.fixture
 def folder_copy(dataset_folder, tmp_path) -> Path:
     return Path(shutil.copytree(dataset_folder, tmp_path / "dataset"))
+
+
+@pytest.fixture(scope="module")
+def workplace(dataset_folder, unit_model, tmp_path_factory) -> Path:
+    """A folder with small versions of the files that README.md and docs/ use."""
+    from tests.code_blocks import make_workplace
+    from tests.helpers import tiny_mistral
+
+    return make_workplace(tmp_path_factory.mktemp("workplace"), dataset_folder, unit_model, tiny_mistral())

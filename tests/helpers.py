@@ -219,13 +219,14 @@ def run_tasks_here(monkeypatch, run=None):
     return ranks_run
 
 
-def tiny_mistral(hidden_size=32, **config):
-    """A Mistral with USTM's vocabulary and random weights."""
+def tiny_mistral(**changes):
+    """A Mistral model with random weights and the vocabulary of USTM."""
     from transformers import MistralConfig, MistralForCausalLM  # a second that most tests do without
 
     torch.manual_seed(0)
-    shape = {"hidden_size": hidden_size, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return MistralForCausalLM(MistralConfig(vocab_size=42_003, num_key_value_heads=2, **shape | config))
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"vocab_size": 42_003, "num_key_value_heads": 2, "pad_token_id": 42_002, "max_position_embeddings": 4096}
+    return MistralForCausalLM(MistralConfig(**shape | changes))
 
 
 def loss_by_hand(model, rows):
@@ -238,6 +239,12 @@ def loss_by_hand(model, rows):
         total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
         count += (labels != -100).sum().item()
     return total / count
+
+
+def ids_and_labels(encoder, batch):
+    """The ids and the labels of the first row of a batch, as lists."""
+    encoded = encoder(batch)
+    return encoded["input_ids"][0].tolist(), encoded["labels"][0].tolist()
 
 
 class LastFirst:

@@ -13,6 +13,7 @@ import sys
 import termios
 import zipfile
 import zlib
+from unittest.mock import Mock
 
 import datasets
 import huggingface_hub.errors
@@ -38,6 +39,33 @@ WITH_BARS = {name: value for name, value in os.environ.items() if name != "HF_DA
 
 def run(command):
     return subprocess.run(command, capture_output=True, text=True, env=WITH_BARS)
+
+
+@pytest.fixture
+def refused(capsys):
+    """Run a command that must fail with one line on stderr, and return the line."""
+
+    def run(*args):
+        with pytest.raises(SystemExit, match="1"):
+            main([*map(str, args)])
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") == 1
+        return captured.err.removesuffix("\n")
+
+    return run
+
+
+@pytest.fixture
+def configured(monkeypatch):
+    """Run `prepare` up to its options, and return them."""
+    given = []
+    monkeypatch.setattr("usdm_sft.prepare.prepare.prepare", lambda config: given.append(config) or {"splits": {}})
+
+    def run(*args):
+        main(["prepare", "--output_path", "o", *args])
+        return given[-1]
+
+    return run
 
 
 def test_help_imports_nothing_heavy():
@@ -106,14 +134,6 @@ def test_pairs_with_bad_audio_are_counted_apart_in_the_summary():
     )
 
 
-@pytest.fixture
-def given(monkeypatch):
-    """The configs that the command `prepare` was called with."""
-    configs = []
-    monkeypatch.setattr("usdm_sft.prepare.prepare.prepare", lambda config: configs.append(config) or {"splits": {}})
-    return configs
-
-
 @pytest.mark.slow
 def test_second_run_says_that_everything_is_finished(mini, unit_model, tmp_path):
     first, second = (run(prepare_command(mini, unit_model, tmp_path)) for _ in range(2))
@@ -123,9 +143,8 @@ def test_second_run_says_that_everything_is_finished(mini, unit_model, tmp_path)
     assert re.fullmatch(rf"{times}: \d+ s in all", first.stderr.splitlines()[-1])
     assert "\r" not in first.stderr  # it is not a terminal: no progress bars
     assert (second.returncode, second.stdout) == (0, first.stdout)
-    assert (
-        second.stderr == f"{tmp_path / 'out'} is finished already, with the same settings and data: nothing was done\n"
-    )
+    text = "is finished already, with the same settings and data: nothing was done"
+    assert second.stderr == f"{tmp_path / 'out'} {text}\n"
 
 
 @pytest.mark.slow
@@ -143,67 +162,51 @@ def test_quiet_shows_no_progress_bars_in_a_terminal(mini, unit_model, tmp_path):
                 while part := terminal.read(1 << 16):
                     shown[name] += part
             assert run.wait() == 0
-    for text in (
-        b"[1/7] tokenizer ...",
-        b"[2/7] corpus ...",
-        b"[5/7] units:   0%|",
-        b"[6/7] tokens:   0%|",
-        b" in all\r\n",
-    ):
-        assert text in shown["bars"]
+    texts = b"[1/7] tokenizer ...", b"[2/7] corpus ...", b"[5/7] units:   0%|", b"[6/7] tokens:   0%|", b" in all\r\n"
+    assert [text for text in texts if text not in shown["bars"]] == []
     assert shown["quiet"] == b""
 
 
-def test_command_line_overrides_template_of_the_yaml_file(tmp_path, given):
-    (tmp_path / "run.yaml").write_text("data_dir: d\ntemplate:\n  agent_role: Robot\n  loss: [user_text, agent_text]\n")
-    arguments = ["prepare", "--config", str(tmp_path / "run.yaml"), "--output_path", "o"]
-    main(arguments)
-    assert given[-1].template == Template(agent_role="Robot", loss=("user_text", "agent_text"))
-    main([*arguments, "--template.loss", "[user_text]", "--template.user_role", "Caller"])
-    assert given[-1].template == Template(user_role="Caller", agent_role="Robot", loss=("user_text",))
-    main(["prepare", "--data_dir", "d", "--output_path", "o"])
-    assert given[-1].template == Template()
+def test_command_line_overrides_the_yaml_file(tmp_path, configured):
+    file = tmp_path / "run.yaml"
+    file.write_text("data_dir: d\ntemplate:\n  agent_role: Robot\n  loss: [user_text, agent_text]\n")
+    assert configured("--config", str(file)).template == Template(agent_role="Robot", loss=("user_text", "agent_text"))
+    changed = configured("--config", str(file), "--template.loss", "[user_text]", "--template.user_role", "Caller")
+    assert changed.template == Template(user_role="Caller", agent_role="Robot", loss=("user_text",))
+    assert configured("--data_dir", "d").template == Template()
+    file.write_text("data_dir: d\nmax_length: null\nprecision: null\n")  # null means the default
+    assert configured("--config", str(file)) == PrepareConfig(data_dir="d", output_path="o")
 
 
-def test_bad_template_gives_one_line_on_stderr(capsys):
-    with pytest.raises(SystemExit, match="1"):
-        main(["prepare", "--data_dir", "d", "--output_path", "o", "--template.loss", "[asr]"])
-    assert capsys.readouterr().err == (
+def test_bad_template_gives_one_line_on_stderr(refused):
+    assert refused("prepare", "--data_dir", "d", "--output_path", "o", "--template.loss", "[asr]") == (
         "dailytalk-usdm prepare: template.loss contains 'asr', which cannot be labelled: "
-        "name one or more of user_text, agent_text, agent_units\n"
+        "name one or more of user_text, agent_text, agent_units"
     )
 
 
-def test_template_may_be_a_yaml_file(tmp_path, given):
-    (tmp_path / "template.yaml").write_text("user_role: Caller\n")
-    main(["prepare", "--data_dir", "d", "--output_path", "o", "--template", str(tmp_path / "template.yaml")])
-    assert given[0].template == Template(user_role="Caller")
-
-
-def test_template_may_be_a_preset(tmp_path, monkeypatch, given):
+def test_template_may_be_a_preset_or_a_yaml_file(tmp_path, monkeypatch, configured):
+    """The loss follows the parts."""
     (tmp_path / "run.yaml").write_text("data_dir: d\ntemplate: tts\n")
+    (tmp_path / "template.yaml").write_text("user_role: Caller\n")
     monkeypatch.chdir(tmp_path)
-    required = ["prepare", "--data_dir", "d", "--output_path", "o"]
+
+    def template(*args):
+        return configured("--data_dir", "d", *args).template
+
+    assert template("--template", str(tmp_path / "template.yaml")) == Template(user_role="Caller")
     recognition = Template("Below is the user's speech and its transcript.\n", parts=("user_units", "user_text"))
-    main([*required, "--template", "asr"])
-    assert given[-1].template == recognition and recognition.loss == ("user_text",)
-    main([*required, "--config", "single_turn", "--template", "asr"])
-    assert given[-1].template == recognition
-    main([*required, "--template", "asr", "--template.user_role", "Caller", "--template.tokenization", "separate"])
-    assert given[-1].template == dataclasses.replace(recognition, user_role="Caller", tokenization="separate")
-    main(["prepare", "--config", "run.yaml", "--output_path", "o"])
-    assert given[-1].template.parts == ("agent_text", "agent_units") and given[-1].template.loss == ("agent_units",)
-    main([*required, "--template.parts", "[user_text, agent_text]"])
-    assert given[-1].template == Template(parts=("user_text", "agent_text"), loss=("agent_text",))
+    assert template("--template", "asr") == recognition and recognition.loss == ("user_text",)
+    assert template("--config", "single_turn", "--template", "asr") == recognition
+    changes = "--template.user_role", "Caller", "--template.tokenization", "separate"
+    expected = dataclasses.replace(recognition, user_role="Caller", tokenization="separate")
+    assert template("--template", "asr", *changes) == expected
+    synthesis = configured("--config", "run.yaml").template
+    assert (synthesis.parts, synthesis.loss) == (("agent_text", "agent_units"), ("agent_units",))
+    expected = Template(parts=("user_text", "agent_text"), loss=("agent_text",))
+    assert template("--template.parts", "[user_text, agent_text]") == expected
     (tmp_path / "asr").write_text("user_role: Robot\n")  # a file goes before a preset of its name
-    main([*required, "--template", "asr"])
-    assert given[-1].template == Template(user_role="Robot")
-
-
-def test_null_in_a_yaml_file_means_the_default(tmp_path, given):
-    (tmp_path / "run.yaml").write_text("data_dir: d\nmax_length: null\nprecision: null\n")
-    main(["prepare", "--config", str(tmp_path / "run.yaml"), "--output_path", "o"])
-    assert given == [PrepareConfig(data_dir="d", output_path="o")]
+    assert template("--template", "asr") == Template(user_role="Robot")
 
 
 @pytest.mark.parametrize("spelling", ["{{class_path: {0}}}", "{{class_path: {0}, init_args: {{}}}}", "{0}"])
@@ -232,13 +235,11 @@ IMPOSSIBLE = "holds a NUL, or bytes that are not UTF-8: rename the file or folde
         (["units", "a" * 5000, "x"], "File name too long"),
         (["prepare", "--data_dir", "d", "--output_path", "a" * 5000], "File name too long"),
     ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_impossible_file_names_give_one_line(args, message, tmp_path, monkeypatch, capsys):
+def test_impossible_file_names_give_one_line(args, message, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="1"):
-        main(args)
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and message in error
+    assert message in refused(*args)
     assert not list(tmp_path.iterdir())
 
 
@@ -255,9 +256,8 @@ def test_units_prints_one_line_per_file(unit_model, mini, capsys):
 def test_bad_input_gives_one_line_on_stderr(tmp_path):
     done = run([sys.executable, "-m", "usdm_sft.cli", "export", str(tmp_path), str(tmp_path / "text")])
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == (
-        f"dailytalk-usdm export: {tmp_path} has no counts.json: name a folder that 'dailytalk-usdm prepare' finished\n"
-    )
+    text = f"{tmp_path} has no counts.json: name a folder that 'dailytalk-usdm prepare' finished"
+    assert done.stderr == f"dailytalk-usdm export: {text}\n"
 
 
 def panic():
@@ -267,14 +267,22 @@ def panic():
     return PanicException("no entry found for key")
 
 
-def generation_error():
-    error = datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset")
-    error.__cause__ = TypeError("no list\nin column text")
+@pytest.fixture
+def fail(monkeypatch):
+    """Let `verify` fail with an error."""
+
+    def fail(error):
+        monkeypatch.setattr("usdm_sft.folder.verify.verify", Mock(side_effect=error))
+
+    return fail
+
+
+def caused(error, cause):
+    error.__cause__ = cause
     return error
 
 
-def raise_error(error):
-    raise error
+GENERATION = datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset")
 
 
 @pytest.mark.parametrize(
@@ -282,6 +290,7 @@ def raise_error(error):
     [
         (datasets.exceptions.DatasetsError("wrong splits"), "DatasetsError: wrong splits"),
         (datasets.exceptions.NonMatchingSplitsSizesError([{"a": 1}]), "NonMatchingSplitsSizesError: [{'a': 1}]"),
+        (caused(GENERATION, TypeError("no list\nin column text")), "DatasetGenerationError: no list"),
         (pa.ArrowTypeError("no list"), "ArrowTypeError: no list"),
         (pa.ArrowKeyError("no field"), "ArrowKeyError: no field"),
         (pa.ArrowCapacityError("array is full\nsecond line"), "ArrowCapacityError: array is full"),
@@ -292,19 +301,17 @@ def raise_error(error):
         (Exception("WordPiece error: Missing [UNK] token"), "WordPiece error: Missing [UNK] token"),
         (panic(), "PanicException: no entry found for key"),
         (MemoryError(), "MemoryError"),
-        (generation_error(), "DatasetGenerationError: no list"),  # its cause
     ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
-def test_errors_of_libraries_give_one_line(monkeypatch, capsys, error, message):
-    monkeypatch.setattr("usdm_sft.folder.verify.verify", lambda *args, **options: raise_error(error))
-    with pytest.raises(SystemExit, match="1"):
-        main(["verify", "d"])
-    assert capsys.readouterr().err == f"dailytalk-usdm verify: {message}\n"
+def test_errors_of_libraries_give_one_line(fail, refused, error, message):
+    fail(error)
+    assert refused("verify", "d") == f"dailytalk-usdm verify: {message}"
 
 
-@pytest.mark.parametrize("error", [TypeError("x"), KeyError("x"), AttributeError("x"), AssertionError("x")])
-def test_mistake_in_the_program_keeps_its_traceback(monkeypatch, error):
-    monkeypatch.setattr("usdm_sft.folder.verify.verify", lambda *args, **options: raise_error(error))
+@pytest.mark.parametrize("error", [TypeError("x"), KeyError("x"), AttributeError("x"), AssertionError("x")], ids=repr)
+def test_mistake_in_the_program_keeps_its_traceback(fail, error):
+    fail(error)
     with pytest.raises(type(error), match="x"):
         main(["verify", "d"])
 
@@ -337,71 +344,73 @@ def test_path_with_characters_of_patterns(mini, tmp_path, capsys, name):
     assert {split: len(pairs[split]) for split in pairs} == {"train": 10, "test": 3}
 
 
-WRONG_FILES = {
-    "binary": b"\xff\xfe",
-    "kebab": b"max-length: 3\n",
+FILES = {  # an argument "{name}" is the path of name.yaml
+    "unknown": b"max_lenght: 3\n",
+    "tag": b'max_length: !!python/object/apply:os.system ["echo hello"]\n',
     "nested": b"template:\n  user_rol: Q\n",
+    "binary": b"\xff\xfe",
     "nul": b"max_length: 3\0\n",
     "number": b"max_length: big\n",
-    "tag": b'max_length: !!python/object/apply:os.system ["echo hello"]\n',
-    "unknown": b"max_lenght: 3\n",
+    "kebab": b"max-length: 3\n",
 }
+PREPARE = [
+    ("--bach_seconds 3", "did you mean batch_seconds?"),
+    ("--bach-seconds 3", "did you mean batch_seconds?"),
+    ("--template.user-rule 3", "did you mean template.user_role?"),
+    ("--data_dir d", "the following arguments are required: output_path"),
+    ("--data_dir d --output_path o --max_length big", "max_length is 'big': give a whole number"),
+    ("--num_gpus 1.5", "num_gpus is '1.5': give a whole number"),
+    ("--batch_seconds many", "batch_seconds is 'many': give a number"),
+    (f"--batch_seconds {'1' * 400}", "111': give a number"),
+    ("--executor k8s", "executor is 'k8s': give one of slurm, ray"),
+    ("--slurm gpu", "slurm is 'gpu': give names and values, such as {partition: NAME, time: "),
+    (
+        "--template Robot",
+        "template is 'Robot': give names and values, such as {user_role: Caller}, a YAML file such as ./template.yaml, "
+        "or one of asr, s2t, t2t, tts",
+    ),
+    (
+        "--template.parts user_text",
+        "template.parts is 'user_text': give a list of two or more of user_units, user_text, ",
+    ),
+    (
+        "--template.loss user_text",
+        "template.loss is 'user_text': give a list of one or more of user_text, agent_text, agent_units, ",
+    ),
+    ("--config {number}", "max_length is 'big': give a whole number"),
+    ("--config {kebab}", "did you mean max_length?"),
+    ("--config {unknown}", "did you mean max_length?"),
+    ("--config {nested}", "did you mean template.user_role?"),
+    ("--config {tag}", "could not determine a constructor for the tag"),
+    ("--config {binary}", "can't decode byte 0xff"),
+    ("--config {nul}", "control characters are not allowed"),
+    ("--config /nowhere.yaml", "nowhere.yaml"),
+    ("--config a\0b", "embedded null byte"),
+]
+OTHERS = [
+    ("show d --index first", "index is 'first': give a whole number"),
+    ("show d --dat-dir 3", "did you mean data_dir?"),
+    ("perpare", "there is no command 'perpare' (did you mean prepare?): choose one of demo, doctor, prepare, "),
+    ("xyz", "there is no command 'xyz': choose one of demo, doctor, prepare, "),
+    ("", "the command is missing: name one of demo, doctor, prepare, "),
+    (
+        "--print_completion shtab-fish9",
+        "choose from" if SHTAB else "completion needs shtab: pip install 'dailytalk-",
+    ),
+]
 
 
 @pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["prepare", "--bach_seconds", "3"], "did you mean batch_seconds?"),
-        (["prepare", "--data_dir", "d"], "the following arguments are required: output_path"),
-        (
-            ["prepare", "--data_dir", "d", "--output_path", "o", "--max_length", "big"],
-            "max_length is 'big': give a whole number",
-        ),
-        (["prepare", "--num_gpus", "1.5"], "num_gpus is '1.5': give a whole number"),
-        (["prepare", "--batch_seconds", "many"], "batch_seconds is 'many': give a number"),
-        (["prepare", "--executor", "k8s"], "executor is 'k8s': give one of slurm, ray"),
-        (["prepare", "--slurm", "gpu"], "slurm is 'gpu': give names and values, such as {partition: NAME, time: "),
-        (
-            ["prepare", "--template", "Robot"],
-            "template is 'Robot': give names and values, such as {user_role: Caller}, a YAML file such as ./template.yaml, "
-            "or one of asr, s2t, t2t, tts",
-        ),
-        (
-            ["prepare", "--template.parts", "user_text"],
-            "template.parts is 'user_text': give a list of two or more of user_units, user_text, ",
-        ),
-        (
-            ["prepare", "--template.loss", "user_text"],
-            "template.loss is 'user_text': give a list of one or more of user_text, agent_text, agent_units, ",
-        ),
-        (["prepare", "--config", "{number}"], "max_length is 'big': give a whole number"),
-        (["show", "d", "--index", "first"], "index is 'first': give a whole number"),
-        (["perpare"], "there is no command 'perpare' (did you mean prepare?): choose one of demo, doctor, prepare, "),
-        (["xyz"], "there is no command 'xyz': choose one of demo, doctor, prepare, "),
-        ([], "the command is missing: name one of demo, doctor, prepare, "),
-        (["prepare", "--bach-seconds", "3"], "did you mean batch_seconds?"),
-        (["prepare", "--template.user-rule", "3"], "did you mean template.user_role?"),
-        (["show", "d", "--dat-dir", "3"], "did you mean data_dir?"),
-        (["prepare", "--config", "{kebab}"], "did you mean max_length?"),
-        (
-            ["--print_completion", "shtab-fish9"],
-            "choose from" if SHTAB else "completion needs shtab: pip install 'dailytalk-",
-        ),
-        (["prepare", "--config", "{unknown}"], "did you mean max_length?"),
-        (["prepare", "--config", "{nested}"], "did you mean template.user_role?"),
-        (["prepare", "--config", "{tag}"], "could not determine a constructor for the tag"),
-        (["prepare", "--config", "/nowhere.yaml"], "nowhere.yaml"),
-        (["prepare", "--config", "{binary}"], "can't decode byte 0xff"),
-        (["prepare", "--config", "{nul}"], "control characters are not allowed"),
-        (["prepare", "--config", "a\0b"], "embedded null byte"),
-        (["prepare", "--batch_seconds", "1" * 400], "111': give a number"),
-    ],
+    ("line", "message"),
+    [*((f"prepare {line}", message) for line, message in PREPARE), *OTHERS],
+    ids=lambda value: value[:40].replace("\0", "NUL"),
 )
-def test_wrong_usage_gives_a_hint_and_a_reason(tmp_path, capsys, args, message):
-    for name, content in WRONG_FILES.items():
+def test_wrong_usage_gives_a_hint_and_a_reason(tmp_path, capsys, line, message):
+    for name, content in FILES.items():
         (tmp_path / f"{name}.yaml").write_bytes(content)
+    paths = {f"{{{name}}}": str(tmp_path / f"{name}.yaml") for name in FILES}
     with pytest.raises(SystemExit, match="2"):
-        main([str(tmp_path / f"{arg.strip('{}')}.yaml") if arg.strip("{}") in WRONG_FILES else arg for arg in args])
+        main([paths.get(word, word) for word in line.split()])
     captured = capsys.readouterr()
     hint, reason = captured.err.splitlines()
     assert re.fullmatch(r"usage: see dailytalk-usdm( [a-z]+)? --help", hint)
@@ -428,11 +437,21 @@ def test_options_may_be_written_with_hyphens():
     assert _use_underscores(["a-b", "--c-d=e-f", "-g", "--", "--h-i"]) == ["a-b", "--c_d=e-f", "-g", "--", "--h-i"]
 
 
+@pytest.fixture
+def help_of(capsys):
+    """Return what `--help` prints."""
+
+    def run(*command):
+        with pytest.raises(SystemExit, match="0"):
+            main([*command, "--help"])
+        return capsys.readouterr().out
+
+    return run
+
+
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_each_command_has_a_usage_and_good_examples(name, capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main([name, "--help"])
-    text = capsys.readouterr().out
+def test_help_of_each_command_has_a_usage_and_good_examples(name, help_of):
+    text = help_of(name)
     assert re.match(rf"usage: dailytalk-usdm {name}( [\[\]A-Za-z_.-]+)* \[options\]\n\n", text)
     assert "type: " not in text and "null" not in text
     _, _, examples = text.partition("\nexamples:\n")
@@ -442,25 +461,17 @@ def test_help_of_each_command_has_a_usage_and_good_examples(name, capsys):
         assert make_parser().parse_args(shlex.split(line)[1:]).command == name
 
 
-def test_help_of_the_program_names_each_command(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main(["--help"])
-    text = capsys.readouterr().out
+def test_help_of_the_program_names_each_command(help_of):
+    text = help_of()
     assert text.startswith("usage: dailytalk-usdm COMMAND [options]\n")
     assert [line.split()[0] for line in text.splitlines() if re.match(r"    [a-z]+ ", line)] == [*COMMANDS]
     assert "examples:\n  dailytalk-usdm demo  " in text
 
 
-def test_defaults_are_shown_as_they_are_given(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main(["prepare", "--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    for part in (
-        "(default: 8192)",
-        "without loss. (default: 0)",
-        "(default: [user_units, user_text, agent_text, agent_units])",
-        "(required)",
-    ):
+def test_defaults_are_shown_as_they_are_given(help_of):
+    text = " ".join(help_of("prepare").split())
+    units = "(default: [user_units, user_text, agent_text, agent_units])"
+    for part in ("(default: 8192)", "without loss. (default: 0)", units, "(required)"):
         assert part in text
     assert "--overflow {drop,truncate,split}" in text and "--executor {slurm,ray}" in text
 

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 import dailytalk_usdm
-from tests.code_blocks import MARKER, PAGES, find_blocks, make_workplace, small_environment
-from tests.helpers import REPOSITORY, tiny_mistral
+from tests.code_blocks import MARKER, PAGES, find_blocks, small_environment
+from tests.helpers import REPOSITORY
 from tests.test_cli import COMMANDS
 from usdm_sft.cli.main import make_parser
 from usdm_sft.folder.example_picture import split_sections
@@ -29,12 +29,6 @@ def load_script(name):
     return module
 
 
-@pytest.fixture(scope="module")
-def workplace(dataset_folder, unit_model, tmp_path_factory):
-    model = tiny_mistral(pad_token_id=42_002, max_position_embeddings=4096)
-    return make_workplace(tmp_path_factory.mktemp("workplace"), dataset_folder, unit_model, model)
-
-
 def shrink(code):
     code = re.sub(r"max_steps=1000,\s*", "", code).replace("bf16=True", "bf16=False")
     return re.sub(r"(SFTConfig|TrainingArguments)\(", rf"\g<1>({SMALL}", code)
@@ -48,13 +42,8 @@ def test_python_block_runs(workplace, block):
     """Run the block with the training arguments `SMALL`."""
     if re.search(r"\b(trl|peft|Trainer)\b", block.code):
         pytest.importorskip("trl", reason="needs the extra 'train'")
-    done = subprocess.run(
-        [sys.executable, "-c", shrink(block.code)],
-        cwd=workplace,
-        env=small_environment(),
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-c", shrink(block.code)]
+    done = subprocess.run(command, cwd=workplace, env=small_environment(), capture_output=True, text=True)
     assert done.returncode == 0, block.code + done.stderr[-3000:]
 
 
@@ -81,23 +70,16 @@ def test_commands_of_bash_blocks_are_accepted_by_the_parser(monkeypatch):
 
 
 def test_command_line_reference_is_current():
-    message = "run: python docs/make_cli.py"
-    assert (DOCS / "cli.md").read_text(encoding="utf-8") == load_script("make_cli").make_cli(), message
-
-
-def test_command_line_reference_lists_options_of_each_command():
     text = (DOCS / "cli.md").read_text(encoding="utf-8")
+    assert text == load_script("make_cli").make_cli(), "run: python docs/make_cli.py"
     for option in ("--data_dir", "--template.loss", "--on_bad_audio", "--final_norm", "--against", "--private"):
         assert f"| `{option}` |" in text
 
 
-def test_picture_is_current():
-    message = "run: python docs/make_picture.py"
-    assert (DOCS / "example.svg").read_text(encoding="utf-8") == load_script("make_picture").make_picture(), message
-
-
-def test_picture_marks_exactly_the_labelled_tokens():
+def test_picture_is_current_and_marks_the_labelled_tokens():
     script = load_script("make_picture")
+    svg = (DOCS / "example.svg").read_text(encoding="utf-8")
+    assert svg == script.make_picture(), "run: python docs/make_picture.py"
     tokenizer = script.build_tokenizer().backend_tokenizer
     input_ids, labels = script.read_row(script.LINES, script.WORDS, tokenizer)
     sections = {section.name: section for section in split_sections(input_ids, labels)}
@@ -105,16 +87,10 @@ def test_picture_marks_exactly_the_labelled_tokens():
     assert counted == {"transcript", "answer", "agent's speech"}
     assert all(set(section.labels) == {-100} for name, section in sections.items() if name not in counted)
     assert sum((section.input_ids for section in sections.values()), []) == input_ids  # noqa: RUF017
-    svg = (DOCS / "example.svg").read_text(encoding="utf-8")
     assert len(re.findall('class="mark"', svg)) == len(re.findall('class="loss"', svg)) == 3
-
-
-def test_words_that_no_line_contains_are_refused():
-    script = load_script("make_picture")
-    with pytest.raises(
-        ValueError, match=r"train\.txt has no line with 'zebra crossing': name words of one of its dial"
-    ):
-        script.read_row(script.LINES, "zebra crossing", script.build_tokenizer().backend_tokenizer)
+    message = r"train\.txt has no line with 'zebra crossing': name words of one of its dial"
+    with pytest.raises(ValueError, match=message):
+        script.read_row(script.LINES, "zebra crossing", tokenizer)
 
 
 def test_api_page_has_each_public_name():

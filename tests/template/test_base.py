@@ -2,7 +2,6 @@
 
 import json
 import os
-from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, models
@@ -82,52 +81,44 @@ def test_number_of_units_is_checked(num_units):
         build_tokenizer(num_units=num_units)
 
 
-@pytest.mark.parametrize("num_units", [1, 5])
+@pytest.mark.parametrize("num_units", [1, 5, 100])
 def test_few_units(num_units):
     assert check_tokenizer(build_tokenizer(num_units=num_units).backend_tokenizer).num_units == num_units
 
 
 def test_base_that_has_units_already_is_refused(base, tmp_path):
     save_tokenizer(build_tokenizer(base, 5), tmp_path)
-    with pytest.raises(
-        ValueError, match=r"has the token <\|correspond\|> already \(id \d+\): name the tokenizer of a base"
-    ):
+    message = r"has the token <\|correspond\|> already \(id \d+\): name the tokenizer of a base"
+    with pytest.raises(ValueError, match=message):
         build_tokenizer(tmp_path, 5)
 
 
 def test_probes_name_what_fails(tmp_path):
     tokenizer = byte_level()
-    with pytest.raises(
-        ValueError, match=r"^this tokenizer has no <\|correspond\|>: add the tokens for units with `dai"
-    ):
+    message = r"^this tokenizer has no <\|correspond\|>: add the tokens for units with `dai"
+    with pytest.raises(ValueError, match=message):
         read_tokens(tokenizer)
     with_a_gap = "<|correspond|>", "<|continue|>", "<|unit0|>", "gap", "<|unit1|>"
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in with_a_gap])
     first = tokenizer.convert_tokens_to_ids("<|unit0|>")
-    with pytest.raises(
-        ValueError, match=rf"has id {first + 2} for <\|unit1\|> instead of {first + 1}: the ids of units must"
-    ):
+    message = rf"has id {first + 2} for <\|unit1\|> instead of {first + 1}: the ids of units must"
+    with pytest.raises(ValueError, match=message):
         read_tokens(tokenizer)
 
     # no added tokens: a text never becomes them
     vocab = {"<unk>": 0, "<|correspond|>": 1, "<|unit0|>": 2, "\n": 3, "<|continue|>": 4}
     split = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="<unk>")))
-    with pytest.raises(
-        ValueError, match=r"gives \[0\] for '<\|unit0\|>.*' instead of \[2, 1, 4\]: it does not read a token for units"
-    ):
+    message = r"gives \[0\] for '<\|unit0\|>.*' instead of \[2, 1, 4\]: it does not read a token for units"
+    with pytest.raises(ValueError, match=message):
         read_tokens(split)
 
-    serialized = json.loads(build_tokenizer(_saved(tmp_path / "base"), 5).backend_tokenizer.to_str())
+    byte_level().save_pretrained(tmp_path / "base")
+    serialized = json.loads(build_tokenizer(tmp_path / "base", 5).backend_tokenizer.to_str())
     serialized["normalizer"] = {"type": "Replace", "pattern": {"String": "\n"}, "content": "  "}
     (tmp_path / "lost").mkdir()
     (tmp_path / "lost" / "tokenizer.json").write_text(json.dumps(serialized))
     with pytest.raises(ValueError, match=r"lost gives \[.*\] for a newline, which must be one id: add the tokens"):
         load_tokenizer(tmp_path / "lost")
-
-
-def _saved(folder: Path) -> Path:
-    byte_level().save_pretrained(folder)
-    return folder
 
 
 def test_a_base_of_32000_tokens_is_not_taken_for_ustm(tmp_path):

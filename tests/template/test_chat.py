@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 
 from tests.bases import BASES
 from tests.chat_templates import CHAT_ML, HEADERS, PLAIN, THINKING
-from tests.helpers import REPOSITORY
+from tests.helpers import REPOSITORY, ids_and_labels
 from tests.template.rendering import render, stand_for
 from usdm_sft.template import chat_render
 from usdm_sft.template.config import LABELS, PARTS, Template
@@ -41,6 +41,10 @@ def make_tokenizer(base="byte-level", chat_template=CHAT_ML):
 def rows_of(number):
     """A batch of one row with a number of exchanges."""
     return {name: [[value] * number] for name, value in ROW.items()}
+
+
+def row_of(number):
+    return {name: [value] * number for name, value in ROW.items()}
 
 
 def units(values):
@@ -70,9 +74,13 @@ def by_offsets(tokenizer, text, contents, stop):
     ]
 
 
-@pytest.fixture(scope="module", params=itertools.product(BASES, (CHAT_ML, HEADERS, THINKING)), ids=lambda p: f"{p[0]}-{['ml', 'headers', 'thinking'][(CHAT_ML, HEADERS, THINKING).index(p[1])]}")  # fmt: skip
+STYLES = {"ml": CHAT_ML, "headers": HEADERS, "thinking": THINKING}
+
+
+@pytest.fixture(scope="module", params=itertools.product(BASES, STYLES), ids="-".join)
 def tokenizer(request):
-    return make_tokenizer(*request.param)
+    base, style = request.param
+    return make_tokenizer(base, STYLES[style])
 
 
 @pytest.fixture(scope="module")
@@ -82,34 +90,35 @@ def encoder(tokenizer):
 
 @pytest.mark.parametrize("number", [1, 2, 3, 6])
 def test_ids_and_labels_are_those_of_the_rendered_chat(tokenizer, encoder, number):
-    encoded = encoder(rows_of(number))
     messages = messages_by_hand(number)
     fixed = tokenizer.chat_template.replace("strftime_now('%d %b %Y')", "'26 Jul 2024'")
     text = tokenizer.apply_chat_template(messages, chat_template=fixed, tokenize=False)
     contents = [message["content"] for message in messages if message["role"] == "assistant"]
-    ids, labels = by_offsets(tokenizer, text, contents, STOPS[tokenizer.chat_template])
-    assert (encoded["input_ids"][0].tolist(), encoded["labels"][0].tolist()) == (ids, labels)
-    assert render({name: values[0] for name, values in rows_of(number).items()}, encoder) == text
+    expected = by_offsets(tokenizer, text, contents, STOPS[tokenizer.chat_template])
+    assert ids_and_labels(encoder, rows_of(number)) == expected
+    assert render(row_of(number), encoder) == text
 
 
 @pytest.mark.parametrize("number", [1, 3])
 def test_labels_are_the_assistant_mask_of_transformers(number):
     tokenizer = make_tokenizer()
     chat = tokenizer.apply_chat_template(messages_by_hand(number), return_dict=True, return_assistant_tokens_mask=True)
-    encoded = TemplateEncoder(tokenizer, CHAT)(rows_of(number))
-    assert encoded["input_ids"][0].tolist() == chat["input_ids"]
-    assert (encoded["labels"][0] != -100).tolist() == [bool(mask) for mask in chat["assistant_masks"]]
+    encoder = TemplateEncoder(tokenizer, CHAT)
+    ids, labels = ids_and_labels(encoder, rows_of(number))
+    assert ids == chat["input_ids"]
+    assert [label != -100 for label in labels] == [bool(mask) for mask in chat["assistant_masks"]]
     assert sum(chat["assistant_masks"]) > 10 * number
+    assert encoder.decode(ids) == render(row_of(number), encoder)
 
 
 def test_template_without_a_system_message():
     tokenizer = make_tokenizer(chat_template=PLAIN)
-    encoded = TemplateEncoder(tokenizer, Template(tokenization="chat", instruction=""))(rows_of(3))
+    encoder = TemplateEncoder(tokenizer, Template(tokenization="chat", instruction=""))
     messages = messages_by_hand(3, system=False)
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert text.startswith("<s>[INST]<|unit3|>") and "<|correspond|>[/INST]where were you?" in text
-    ids, labels = by_offsets(tokenizer, text, [message["content"] for message in messages[1::2]], "</s>")
-    assert (encoded["input_ids"][0].tolist(), encoded["labels"][0].tolist()) == (ids, labels)
+    expected = by_offsets(tokenizer, text, [message["content"] for message in messages[1::2]], "</s>")
+    assert ids_and_labels(encoder, rows_of(3)) == expected
 
 
 @pytest.mark.parametrize(
@@ -122,33 +131,33 @@ def test_first_part_is_the_users_and_the_rest_the_assistants(tokenizer, parts):
         user += "<|correspond|>"
     for before, part in itertools.pairwise(parts[1:]):
         answer += ("<|correspond|>" if before[0] == part[0] else "<|continue|>") + written[part]
-    template = Template(tokenization="chat", instruction="", parts=parts)
     messages = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}] * 2
     text = tokenizer.apply_chat_template(messages, tokenize=False)
-    encoder = TemplateEncoder(tokenizer, template)
-    ids, labels = by_offsets(tokenizer, text, [answer] * 2, STOPS[tokenizer.chat_template])
-    encoded = encoder(rows_of(2))
-    assert (encoded["input_ids"][0].tolist(), encoded["labels"][0].tolist()) == (ids, labels)
+    encoder = TemplateEncoder(tokenizer, Template(tokenization="chat", instruction="", parts=parts))
+    ids, labels = ids_and_labels(encoder, rows_of(2))
+    assert (ids, labels) == by_offsets(tokenizer, text, [answer] * 2, STOPS[tokenizer.chat_template])
     for part in parts[1:]:
         one = TemplateEncoder(tokenizer, Template(tokenization="chat", instruction="", parts=parts, loss=(part,)))
-        is_part = find_parts(ids, one.layout) == list(ROW_PARTS).index(part)
-        assert (one(rows_of(2))["labels"][0] != -100).tolist() == is_part.tolist()
-    assert {ROW_PARTS[name] for name in parts} == {
-        list(ROW_PARTS.values())[part] for part in find_parts(ids, encoder.layout) if part
-    }
+        found = [list(ROW_PARTS)[index] for index in find_parts(ids, one.layout)]
+        assert [label != -100 for label in ids_and_labels(one, rows_of(2))[1]] == [name == part for name in found]
+    indexes = {index for index in find_parts(ids, encoder.layout) if index}
+    assert {ROW_PARTS[name] for name in parts} == {list(ROW_PARTS.values())[index] for index in indexes}
 
 
-def test_last_exchange_alone_is_labelled(tokenizer):
-    whole, last = (TemplateEncoder(tokenizer, CHAT, last_exchange_only=flag)(rows_of(3)) for flag in (False, True))
-    assert whole["input_ids"][0].tolist() == last["input_ids"][0].tolist()
-    labelled = [row["labels"][0][row["labels"][0] != -100].tolist() for row in (whole, last)]
+def test_last_exchange_alone_is_labelled(tokenizer, encoder):
+    (ids, whole), (same_ids, last) = (
+        ids_and_labels(each, rows_of(3))
+        for each in (encoder, TemplateEncoder(tokenizer, CHAT, last_exchange_only=True))
+    )
+    assert ids == same_ids
+    labelled = [[label for label in labels if label != -100] for labels in (whole, last)]
     assert labelled[0] == labelled[1] * 3
-    start = len(last["labels"][0]) - len(TemplateEncoder(tokenizer, CHAT)(rows_of(1))["labels"][0])
-    assert (last["labels"][0][:start] == -100).all()
+    start = len(last) - len(ids_and_labels(encoder, rows_of(1))[1])
+    assert set(last[:start]) == {-100}
 
 
 def test_prompts_are_prefixes_and_each_step_ends_in_one_known_id(tokenizer, encoder):
-    ids, labels = (encoder(rows_of(2))[name][0].tolist() for name in ("input_ids", "labels"))
+    ids, labels = ids_and_labels(encoder, rows_of(2))
     history = [tuple(ROW.values())]
     stops = tokenizer.convert_tokens_to_ids(["<|continue|>", "<|correspond|>", STOPS[tokenizer.chat_template]])
     assert [step.stop_id for step in encoder.steps] == stops
@@ -182,7 +191,7 @@ def test_prompt_is_the_generation_prompt_of_the_template():
 
 def test_encoder_survives_pickling(encoder):
     copy = pickle.loads(pickle.dumps(encoder))
-    assert copy(rows_of(2))["input_ids"][0].tolist() == encoder(rows_of(2))["input_ids"][0].tolist()
+    assert ids_and_labels(copy, rows_of(2)) == ids_and_labels(encoder, rows_of(2))
     assert (copy.key, copy.steps, copy.layout) == (encoder.key, encoder.steps, encoder.layout)
 
 
@@ -201,11 +210,10 @@ def test_ids_of_any_text_are_those_of_the_whole_string(row):
     encoder = chat_ml_encoder()
     batch = {name: [list(values)] for name, values in zip(PARTS, zip(*row, strict=True), strict=True)}
     try:
-        encoded = encoder(batch)
+        ids, labels = ids_and_labels(encoder, batch)
     except ValueError as error:
         assert any(reason in str(error) for reason in ("special token", "white space", "added token"))
         return
-    ids, labels = encoded["input_ids"][0].tolist(), encoded["labels"][0].tolist()
     text = render({name: values[0] for name, values in batch.items()}, encoder)
     assert stand_for([ids], [text], encoder) == [True]
     assert encoder.decode(ids) == text
@@ -271,46 +279,35 @@ def test_chat_template_that_harms_long_conversations_only(monkeypatch):
     encoder = TemplateEncoder(make_tokenizer(chat_template=source), CHAT)
     monkeypatch.setattr(chat_render, "SECONDS", 1.0)
     with pytest.raises(ValueError, match="it takes more than 1 seconds"):
-        render({name: [value] * 6 for name, value in ROW.items()}, encoder)
+        render(row_of(6), encoder)
 
 
 def test_white_space_that_the_template_removes_is_refused():
     template = Template(tokenization="chat", instruction="", parts=("user_text", "agent_text"))
     encoder = TemplateEncoder(make_tokenizer(chat_template=HEADERS), template)
-    for change in (
-        {"user_text": " hello"},
-        {"user_text": "hello "},
-        {"agent_text": " hello"},
-        {"agent_text": "hello "},
-    ):
-        with pytest.raises(
-            ValueError, match=r"row 0 of the batch: .*_text ' ?hello ?' does not stay as it is in the chat template"
-        ):
-            encoder({name: [value] for name, value in (ROW | change).items()})
+    message = r"row 0 of the batch: .*_text ' ?hello ?' does not stay as it is in the chat template"
+    for name, text in itertools.product(("user_text", "agent_text"), (" hello", "hello ")):
+        with pytest.raises(ValueError, match=message):
+            encoder({column: [value] for column, value in (ROW | {name: text}).items()})
     kept = TemplateEncoder(make_tokenizer(), template)
-    assert " hello <|im_end|>" in kept.decode(kept({name: [v] for name, v in (ROW | {"user_text": " hello "}).items()})["input_ids"][0])  # fmt: skip
+    ids, _ = ids_and_labels(kept, {name: [value] for name, value in (ROW | {"user_text": " hello "}).items()})
+    assert " hello <|im_end|>" in kept.decode(ids)
 
 
 def test_text_that_melts_into_the_words_before_it_is_refused():
     tokenizer = make_tokenizer(chat_template=PLAIN.replace("[/INST]", "[/INST]wher"))
     encoder = TemplateEncoder(tokenizer, Template(tokenization="chat", instruction=""))
-    with pytest.raises(
-        ValueError, match=r"user_text 'e you' does not stay as it is in the chat template, which .*: correct the text"
-    ):
+    message = r"user_text 'e you' does not stay as it is in the chat template, which .*: correct the text"
+    with pytest.raises(ValueError, match=message):
         encoder({name: [value] for name, value in (ROW | {"user_text": "e you"}).items()})
 
 
-def test_instruction_with_unknown_characters_is_refused():
-    with pytest.raises(
-        ValueError, match=r"template.instruction '日本' has characters that the tokenizer does not know: c"
-    ):
+def test_instruction_and_roles_that_a_chat_cannot_hold():
+    message = r"template.instruction '日本' has characters that the tokenizer does not know: c"
+    with pytest.raises(ValueError, match=message):
         TemplateEncoder(make_tokenizer("unigram"), Template(tokenization="chat", instruction="日本"))
-
-
-def test_roles_cannot_be_named():
-    with pytest.raises(
-        ValueError, match="user_role and agent_role are not in a chat template, whose roles are user and"
-    ):
+    message = "user_role and agent_role are not in a chat template, whose roles are user and"
+    with pytest.raises(ValueError, match=message):
         Template(tokenization="chat", agent_role="Robot")
 
 
@@ -327,9 +324,8 @@ def test_published_chat_templates(name):
         tokenizer.add_tokens([AddedToken(token, normalized=False) for token in sorted(written)], special_tokens=True)
         encoder = TemplateEncoder(tokenizer, CHAT)
         for number in (1, 2, 5):
-            encoded = encoder(rows_of(number))
-            ids, labels = (encoded[column][0].tolist() for column in ("input_ids", "labels"))
-            text = render({column: values[0] for column, values in rows_of(number).items()}, encoder)
+            ids, labels = ids_and_labels(encoder, rows_of(number))
+            text = render(row_of(number), encoder)
             assert stand_for([ids], [text], encoder) == [True]
             assert "where were you?<|continue|>at home." in text
             if "{% generation %}" in tokenizer.chat_template:
@@ -344,8 +340,7 @@ def test_published_chat_templates(name):
 def test_example_in_the_documentation_is_what_show_prints():
     tokenizer = make_tokenizer()
     row = ROW | {"user_units": [3, 3, 5, 5, 5, 7], "agent_units": [19, 0, 1, 1, 1, 2, 2]}
-    encoded = TemplateEncoder(tokenizer, CHAT)({name: [value] for name, value in row.items()})
-    ids, labels = (encoded[name][0].tolist() for name in ("input_ids", "labels"))
+    ids, labels = ids_and_labels(TemplateEncoder(tokenizer, CHAT), {name: [value] for name, value in row.items()})
     shown = format_example({"id": "d1_0", "input_ids": ids, "labels": labels}, tokenizer.backend_tokenizer, color=False)
     _, example = shown.split("\n", 1)
     assert f"```text\n{example}\n```" in (REPOSITORY / "docs/training/other-models.md").read_text()

@@ -1,14 +1,13 @@
 import json
 import pickle
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from datasets.fingerprint import Hasher
 from tokenizers import AddedToken, Tokenizer
 
-from tests.helpers import FIXTURES, REPOSITORY
+from tests.helpers import FIXTURES, REPOSITORY, ids_and_labels
 from usdm_sft.template.config import LABELS, REFERENCE, Template
 from usdm_sft.template.encoder import COLUMNS, TemplateEncoder
 from usdm_sft.training import REFERENCE_STAGES, next_prompt
@@ -69,11 +68,10 @@ def test_each_loss_has_the_labels_of_the_reference_in_its_parts(tokenizer, heade
         assert {*labels.tolist()} > {-100}
 
 
-def test_stop_tokens_are_labelled_with_their_parts(tokenizer):
+def test_stop_tokens_are_labelled_with_their_parts(small_tokenizer):
     batch = {"user_units": [[1]], "user_text": ["no"], "agent_text": ["yes"], "agent_units": [[2, 3]]}
-    labels = {
-        part: TemplateEncoder(tokenizer, Template(loss=[part]))(batch)["labels"][0].tolist()[-13:] for part in LABELS
-    }
+    encoders = {part: TemplateEncoder(small_tokenizer, Template(loss=[part])) for part in LABELS}
+    labels = {part: ids_and_labels(encoder, batch)[1][-13:] for part, encoder in encoders.items()}
     assert labels == {
         #            no   \n | ### Agent \n | yes   <|correspond|> <|unit2|> <|unit3|> ▁ | \n </s>
         "user_text": [-100, 708, 13, *[-100] * 10],
@@ -112,47 +110,42 @@ def as_string(template, exchanges):
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_ids_equal_those_of_the_whole_string(tokenizer, template):
-    encoder = TemplateEncoder(tokenizer, template)
+def test_ids_equal_those_of_the_whole_string(small_tokenizer, template):
+    encoder = TemplateEncoder(small_tokenizer, template)
     header = len(encoder.prompt([])) - 1
     for user_text in TEXTS:
         exchanges = [([5, 6], user_text, agent_text, [7]) for agent_text in TEXTS]
         for row in (exchanges[:1], exchanges):
-            encoded = encoder(
-                {name: [list(values)] for name, values in zip(COLUMNS, zip(*row, strict=True), strict=True)}
-            )
-            ids, labels = encoded["input_ids"][0].tolist(), encoded["labels"][0].tolist()
-            assert ids == tokenizer(as_string(template, row)).input_ids
+            batch = {name: [list(values)] for name, values in zip(COLUMNS, zip(*row, strict=True), strict=True)}
+            ids, labels = ids_and_labels(encoder, batch)
+            assert ids == small_tokenizer(as_string(template, row)).input_ids
             assert labels == labels_of(ids, header, LABELS)
             assert encoder.decode(ids) == as_string(template, row)
 
 
 @pytest.mark.parametrize("lowercase", [True, False])
-def test_case_of_texts(tokenizer, lowercase):
+def test_case_of_texts(small_tokenizer, lowercase):
     template = Template(lowercase=lowercase)
-    encoder = TemplateEncoder(tokenizer, template)
+    encoder = TemplateEncoder(small_tokenizer, template)
     row = ([5], "Where WERE you?", "At Home. ÉT", [7])
     read = tuple(each.lower() if lowercase and isinstance(each, str) else each for each in row)
     ids = encoder({name: [value] for name, value in zip(COLUMNS, row, strict=True)})["input_ids"][0].tolist()
-    assert ids == tokenizer(as_string(template, [read])).input_ids
+    assert ids == small_tokenizer(as_string(template, [read])).input_ids
     assert ids[: len(encoder.prompt(*row[:3]))] == encoder.prompt(*row[:3]).tolist()
     assert template.settings().get("lowercase", True) == lowercase and ("lowercase" in template.settings()) != lowercase
 
 
 @pytest.mark.parametrize("template", [REFERENCE, *TEMPLATES])
-def test_prompts_follow_the_template(tokenizer, template):
-    encoder = TemplateEncoder(tokenizer, template)
+def test_prompts_follow_the_template(small_tokenizer, template):
+    encoder = TemplateEncoder(small_tokenizer, template)
     row = ([11, 12], "where were you?", "at home.", [21, 22])
     ids = encoder({name: [value] for name, value in zip(COLUMNS, row, strict=True)})["input_ids"][0].tolist()
     for given in (row[:1], row[:2], row[:3]):
         prompt = encoder.prompt(*given).tolist()
         assert ids[: len(prompt)] == prompt
-    generated = ids[len(encoder.prompt(row[0])) : ids.index(NEWLINE, len(encoder.prompt(row[0]))) + 1]
-    after = next_prompt(
-        encoder.steps[0],
-        torch.tensor(encoder.prompt(row[0]))[None],
-        torch.tensor(generated),
-    )
+    prompt = encoder.prompt(row[0])
+    generated = ids[len(prompt) : ids.index(NEWLINE, len(prompt)) + 1]
+    after = next_prompt(encoder.steps[0], torch.tensor(prompt)[None], torch.tensor(generated))
     assert after[0].tolist() == encoder.prompt(*row[:2]).tolist()
 
 
@@ -181,32 +174,29 @@ def test_invalid_templates_are_refused(change, message):
 
 
 @pytest.mark.parametrize("name", ["instruction", "user_role", "agent_role"])
-def test_added_tokens_in_the_template_are_refused(tokenizer, name):
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+def test_added_tokens_in_the_template_are_refused(small_tokenizer, name):
+    backend = Tokenizer.from_str(small_tokenizer.backend_tokenizer.to_str())
     backend.add_special_tokens([AddedToken("[Bot]", normalized=False)])
     TemplateEncoder(backend, Template(**{name: "Bot"}))
-    with pytest.raises(
-        ValueError, match=rf"template\.{name} contains '\[Bot\]', an added token of the tokenizer: remove it"
-    ):
+    message = rf"template\.{name} contains '\[Bot\]', an added token of the tokenizer: remove it"
+    with pytest.raises(ValueError, match=message):
         TemplateEncoder(backend, Template(**{name: "a [Bot]"}))
 
 
-def test_fingerprint_and_key_depend_on_the_template(encoder, tokenizer):
-    others = [
-        TemplateEncoder(tokenizer, template)
-        for template in (
-            Template(loss=["user_text"]), Template(user_role="U"), Template(instruction=""), Template(lowercase=False)
-        )
-    ]  # fmt: skip
-    others.append(TemplateEncoder(tokenizer, last_exchange_only=True))
-    assert len({Hasher.hash(each) for each in [encoder, *others]}) == 6
-    assert len({json.dumps(each.key) for each in [encoder, *others]}) == 6
-    for each in others:
-        copy = pickle.loads(pickle.dumps(each))
-        for name, rows in copy(BATCH).items():
-            assert all(map(np.array_equal, rows, each(BATCH)[name]))
+def test_fingerprint_and_key_depend_on_the_template(small_tokenizer):
+    """Both survive pickling."""
+    changes = {"loss": ["user_text"]}, {"user_role": "U"}, {"instruction": ""}, {"lowercase": False}
+    templates = REFERENCE, *(Template(**change) for change in changes)
+    encoders = [TemplateEncoder(small_tokenizer, template) for template in templates]
+    encoders.append(TemplateEncoder(small_tokenizer, last_exchange_only=True))
+    fingerprints = [Hasher.hash(each) for each in encoders]
+    assert len(set(fingerprints)) == len({json.dumps(each.key) for each in encoders}) == 6
+    texts = {"user_text": [["no", "Why"]], "agent_text": [["yes", "so"]]}
+    batch = {"user_units": [[[1], [4]]], **texts, "agent_units": [[[2, 3], [5]]]}
+    for each in encoders:
+        assert ids_and_labels(pickle.loads(pickle.dumps(each)), batch) == ids_and_labels(each, batch)
     spelled = Template(loss=["agent_units", "user_text", "agent_text", "user_text"])
-    assert spelled == REFERENCE and Hasher.hash(TemplateEncoder(tokenizer, spelled)) == Hasher.hash(encoder)
+    assert spelled == REFERENCE and Hasher.hash(TemplateEncoder(small_tokenizer, spelled)) == fingerprints[0]
 
 
 def test_single_turn_yaml_has_the_template_of_the_reference():

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.bases import byte_level
-from tests.helpers import REPOSITORY
+from tests.helpers import REPOSITORY, ids_and_labels
 from usdm_sft.template.config import PARTS, REFERENCE, Template
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.parts import ROW_PARTS, find_parts
@@ -22,7 +22,6 @@ from usdm_sft.training import StepLogitsProcessor, next_prompt
 
 NEWLINE, SPACE, CORRESPOND, UNIT_0 = 13, 28705, 32001, 32002
 SUBSETS = [parts for number in (2, 3, 4) for parts in combinations(PARTS, number)]
-PRESETS = ("asr", "s2t", "t2t", "tts")
 ROW = {"user_units": [5, 5, 7], "user_text": "What? ", "agent_text": "### Agent", "agent_units": [3]}
 OTHER = {"user_units": [9], "user_text": " é 🤖", "agent_text": " Yes.", "agent_units": [0, 0]}
 
@@ -39,55 +38,58 @@ def as_string(parts, exchanges, instruction=REFERENCE.instruction):
     """The string of a row: each turn is a heading and a line, whose parts have <|correspond|> between them."""
     text = instruction
     for exchange in exchanges:
-        values = {
-            part: value.lower() if isinstance(value, str) else "".join(f"<|unit{unit}|>" for unit in value)
-            for part, value in exchange.items()
-            if part in parts
-        }
         text += "\n"
-        for role in ("user", "agent"):
-            names = [
-                name
-                for name in (("user_units", "user_text"), ("agent_text", "agent_units"))[role == "agent"]
-                if name in parts
-            ]
-            if names:
-                text += f"### {role.capitalize()}\n{'<|correspond|>'.join(values[name] for name in names)}\n"
+        for heading, names in (("### User", PARTS[:2]), ("### Agent", PARTS[2:])):
+            values = [exchange[name] for name in names if name in parts]
+            written = [each.lower() if isinstance(each, str) else units_as_text(each) for each in values]
+            if written:
+                text += f"{heading}\n{'<|correspond|>'.join(written)}\n"
     return text
 
 
+def units_as_text(units):
+    return "".join(f"<|unit{unit}|>" for unit in units)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(small_tokenizer):
+    return {"reference": small_tokenizer, "separate": add_units(byte_level(), 20, "base")}
+
+
+@pytest.fixture(scope="module")
+def make_encoder(tokenizers):
+    @functools.cache
+    def make(tokenization, parts, loss=None):
+        return TemplateEncoder(tokenizers[tokenization], Template(tokenization=tokenization, parts=parts, loss=loss))
+
+    return make
+
+
 @pytest.mark.parametrize("parts", SUBSETS, ids="+".join)
-def test_ids_equal_those_of_the_whole_string(tokenizer, make_encoder, parts):
+def test_ids_equal_those_of_the_whole_string(small_tokenizer, make_encoder, parts):
     encoder = make_encoder("reference", parts)
     for exchanges in ([ROW], [OTHER], [ROW, OTHER, ROW]):
         ids = encoder(batch(*exchanges))["input_ids"][0].tolist()
-        assert ids == tokenizer(as_string(parts, exchanges) + "</s>").input_ids
-        assert encoder.decode(ids) == as_string(parts, exchanges) + "</s>"
+        text = as_string(parts, exchanges) + "</s>"
+        assert ids == small_tokenizer(text).input_ids
+        assert encoder.decode(ids) == text
 
 
 WORDS = st.text(st.characters(categories=["L", "N", "P", "S", "Zs"], exclude_characters="▁<|"), min_size=1, max_size=12)
 WORDS = WORDS.filter(str.strip)
 
 
+VALUES = {
+    part: WORDS if part.endswith("_text") else st.lists(st.integers(0, 19), min_size=1, max_size=4) for part in PARTS
+}
+
+
 @settings(max_examples=120, deadline=None)
-@given(
-    parts=st.sampled_from(SUBSETS),
-    exchanges=st.lists(
-        st.fixed_dictionaries(
-            {
-                part: WORDS if part.endswith("_text") else st.lists(st.integers(0, 19), min_size=1, max_size=4)
-                for part in PARTS
-            }
-        ),
-        min_size=1,
-        max_size=3,
-    ),
-)
+@given(parts=st.sampled_from(SUBSETS), exchanges=st.lists(st.fixed_dictionaries(VALUES), min_size=1, max_size=3))
 def test_any_text_comes_back_in_both_forms_of_tokenization(make_encoder, tokenizers, parts, exchanges):
     for tokenization, tokenizer in tokenizers.items():
         encoder = make_encoder(tokenization, parts)
-        row = encoder(batch(*exchanges))
-        ids = row["input_ids"][0].tolist()
+        ids = encoder(batch(*exchanges))["input_ids"][0].tolist()
         assert encoder.decode(ids) == as_string(parts, exchanges) + tokenizer.eos_token
         history, last = [[each[part] for part in parts] for each in exchanges[:-1]], exchanges[-1]
         for number in range(1, len(parts)):
@@ -95,27 +97,11 @@ def test_any_text_comes_back_in_both_forms_of_tokenization(make_encoder, tokeniz
             assert ids[: len(prompt)] == prompt
 
 
-@pytest.fixture(scope="module")
-def tokenizers(tokenizer):
-    return {"reference": tokenizer, "separate": add_units(byte_level(), 20, "base")}
-
-
-@pytest.fixture(scope="module")
-def make_encoder(tokenizers):
-    @functools.cache
-    def make(tokenization, parts, loss=None):
-        template = Template(tokenization=tokenization, parts=parts, loss=loss)
-        return TemplateEncoder(tokenizers[tokenization], template)
-
-    return make
-
-
 @pytest.mark.parametrize("tokenization", ["reference", "separate"])
 @pytest.mark.parametrize("parts", SUBSETS, ids="+".join)
 def test_every_generated_part_is_labelled_and_has_a_step(make_encoder, parts, tokenization):
     encoder = make_encoder(tokenization, parts)
-    encoded = encoder(batch(ROW))
-    ids, labels = encoded["input_ids"][0].tolist(), encoded["labels"][0].tolist()
+    ids, labels = ids_and_labels(encoder, batch(ROW))
     labelled = []
     for step, number in zip(encoder.steps, range(1, len(parts)), strict=True):
         prompt = encoder.prompt(**{part: ROW[part] for part in parts[:number]}).tolist()
@@ -152,11 +138,27 @@ def test_speech_ends_with_correspond_and_the_rest_is_frame(make_encoder):
     assert parts[0] == parts[-1] == parts[-2] == 0
 
 
-def labelled_ids(name, rows, tokenizer):
-    """The labelled ids of each row with a preset."""
-    encoder = TemplateEncoder(tokenizer, preset(name))
-    encoded = encoder({part: rows[part][:] for part in PARTS})
-    return [labels[labels != -100].tolist() for labels in encoded["labels"]]
+# The column that a preset teaches, and the prompt for ROW.
+TAUGHT = {
+    "asr": ("user_text", "### User\n<|unit5|><|unit5|><|unit7|><|correspond|>"),
+    "s2t": ("agent_text", "### User\n<|unit5|><|unit5|><|unit7|>\n### Agent\n"),
+    "t2t": ("agent_text", "### User\nwhat? \n### Agent\n"),
+    "tts": ("agent_units", "### Agent\n### agent<|correspond|>"),
+}
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_preset_gives_and_teaches_what_its_task_says(rows, small_tokenizer, name):
+    column, prompt = TAUGHT[name]
+    encoder = TemplateEncoder(small_tokenizer, preset(name))
+    for labels, value in zip(encoder({part: rows[part][:] for part in PARTS})["labels"], rows[column], strict=True):
+        *ids, stop = labels[labels != -100].tolist()
+        if column == "agent_units":
+            assert ([token_id - UNIT_0 for token_id in ids], stop) == (list(value), SPACE)
+        else:
+            assert (small_tokenizer.decode(ids), stop) == (value.lower(), NEWLINE)
+    part = encoder.template.parts[0]
+    assert encoder.decode(encoder.prompt(**{part: ROW[part]})) == f"{encoder.template.instruction}\n{prompt}"
 
 
 @pytest.fixture(scope="module")
@@ -164,52 +166,19 @@ def rows(dataset_folder):
     return load_dataset(str(dataset_folder), split="train")
 
 
-def test_asr_trains_the_transcript(rows, tokenizer):
-    for ids, text in zip(labelled_ids("asr", rows, tokenizer), rows["user_text"], strict=True):
-        assert (tokenizer.decode(ids[:-1]), ids[-1]) == (text.lower(), NEWLINE)
-
-
-@pytest.mark.parametrize("name", ["s2t", "t2t"])
-def test_s2t_and_t2t_train_the_answer_in_text(name, rows, tokenizer):
-    for ids, text in zip(labelled_ids(name, rows, tokenizer), rows["agent_text"], strict=True):
-        assert (tokenizer.decode(ids[:-1]), ids[-1]) == (text.lower(), NEWLINE)
-
-
-def test_tts_trains_the_units_of_the_answer(rows, tokenizer):
-    for ids, units in zip(labelled_ids("tts", rows, tokenizer), rows["agent_units"], strict=True):
-        assert ([token_id - UNIT_0 for token_id in ids[:-1]], ids[-1]) == (list(units), SPACE)
-
-
-def test_each_preset_gives_the_model_what_its_task_gives(tokenizer):
-    given = {
-        "asr": "### User\n<|unit5|><|unit5|><|unit7|><|correspond|>",
-        "s2t": "### User\n<|unit5|><|unit5|><|unit7|>\n### Agent\n",
-        "t2t": "### User\nwhat? \n### Agent\n",
-        "tts": "### Agent\n### agent<|correspond|>",
-    }
-    for name, expected in given.items():
-        encoder = TemplateEncoder(tokenizer, preset(name))
-        part = encoder.template.parts[0]
-        assert encoder.decode(encoder.prompt(**{part: ROW[part]})) == encoder.template.instruction + "\n" + expected
-
-
 def test_presets_have_instructions_of_their_own():
     files = sorted((REPOSITORY / "configs" / "templates").glob("*.yaml"))
-    assert [file.stem for file in files] == list(PRESETS)
-    assert len({preset(name).instruction for name in PRESETS} | {REFERENCE.instruction}) == 5
-    for name in PRESETS:
-        assert preset(name) == Template(
-            instruction=preset(name).instruction, parts=preset(name).parts
-        )  # its loss is the default
+    presets = {file.stem: preset(file.stem) for file in files}
+    assert list(presets) == list(TAUGHT)
+    assert len({each.instruction for each in presets.values()} | {REFERENCE.instruction}) == 5
+    for each in presets.values():  # the loss is the default
+        assert each == Template(instruction=each.instruction, parts=each.parts)
 
 
 def test_loss_follows_the_parts():
     assert Template(parts=["user_text", "user_units"]).loss == ("user_text",)
     assert Template(parts=PARTS[::-1]) == REFERENCE == Template(loss=PARTS[1:])
     assert dataclasses.replace(REFERENCE, parts=("agent_text", "agent_units"), loss=None).loss == ("agent_units",)
-
-
-def test_settings_of_the_reference_do_not_name_its_parts():
     assert "parts" not in REFERENCE.settings()
     settings = Template(parts=("user_units", "agent_text")).settings()
     assert (settings["parts"], settings["loss"]) == (["user_units", "agent_text"], ["agent_text"])
@@ -222,7 +191,7 @@ def test_key_depends_on_the_parts_and_survives_pickling(make_encoder):
     for encoder in encoders:
         copy = pickle.loads(pickle.dumps(encoder))
         assert copy.key == encoder.key
-        assert copy(batch(ROW))["input_ids"][0].tolist() == encoder(batch(ROW))["input_ids"][0].tolist()
+        assert ids_and_labels(copy, batch(ROW)) == ids_and_labels(encoder, batch(ROW))
 
 
 @pytest.mark.parametrize(
@@ -256,6 +225,6 @@ def test_invalid_parts_are_refused(change, message):
         (PARTS[:2], {"user_units": [1], "history": [([1], "a", "b", [2])]}, r"history\[0\] has 4 parts: give user_units, user_text"),
     ],
 )  # fmt: skip
-def test_prompts_that_a_template_does_not_have_are_refused(tokenizer, parts, given, message):
+def test_prompts_that_a_template_does_not_have_are_refused(small_tokenizer, parts, given, message):
     with pytest.raises(ValueError, match=message):
-        TemplateEncoder(tokenizer, Template(parts=parts)).prompt(**given)
+        TemplateEncoder(small_tokenizer, Template(parts=parts)).prompt(**given)

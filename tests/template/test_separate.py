@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.bases import BASES, byte_level
+from tests.helpers import ids_and_labels
 from tests.template.rendering import render
 from usdm_sft.template.config import LABELS, Template
 from usdm_sft.template.encoder import COLUMNS, TemplateEncoder
@@ -24,6 +25,11 @@ ROW = {"user_units": [3, 3, 5], "user_text": "Where were you?", "agent_text": "a
 
 def columns(*rows):
     return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def batch_of(exchanges):
+    """A batch of one row with these exchanges."""
+    return {name: [list(values)] for name, values in zip(COLUMNS, zip(*exchanges, strict=True), strict=True)}
 
 
 @pytest.fixture(scope="module", params=BASES)
@@ -61,13 +67,12 @@ def by_hand(tokenizer, row):
 
 
 def test_ids_and_labels_are_those_of_lines_encoded_alone(base, encoder):
-    encoded = encoder(columns(ROW))
-    assert (encoded["input_ids"][0].tolist(), encoded["labels"][0].tolist()) == by_hand(base, ROW)
+    assert ids_and_labels(encoder, columns(ROW)) == by_hand(base, ROW)
 
 
 def test_newline_does_not_melt_into_a_question_mark(encoder, base):
     question = base("you?\n", add_special_tokens=False)
-    ids = encoder(columns(ROW))["input_ids"][0].tolist()
+    ids, _ = ids_and_labels(encoder, columns(ROW))
     assert ids.count(encoder.tokens.newline) == 6
     if "?Ċ" in base.get_vocab():
         assert question.tokens()[-1] == "?Ċ" and base.convert_tokens_to_ids("?Ċ") not in ids
@@ -76,10 +81,8 @@ def test_newline_does_not_melt_into_a_question_mark(encoder, base):
 def test_decoded_text_is_the_template(encoder, base):
     text = encoder.decode(encoder(columns(ROW))["input_ids"][0])
     units = "<|unit3|><|unit3|><|unit5|>", "<|unit19|><|unit0|>"
-    lines = [
-        *(SEPARATE.instruction, "### User"),
-        *(f"{units[0]}<|correspond|>where were you?", "### Agent", f"at home.<|correspond|>{units[1]}"),
-    ]
+    user, agent = f"{units[0]}<|correspond|>where were you?", f"at home.<|correspond|>{units[1]}"
+    lines = [SEPARATE.instruction, "### User", user, "### Agent", agent]
     expected = "\n".join(lines) + "\n" + (base.eos_token or "")
     if base.unk_token == "[UNK]":  # WordPiece lower-cases and decodes with spaces of its own
         text, expected = (each.lower().replace(" ", "") for each in (text, expected))
@@ -87,7 +90,7 @@ def test_decoded_text_is_the_template(encoder, base):
 
 
 def test_prompts_are_prefixes_and_each_step_ends_in_one_known_id(encoder, base):
-    ids, labels = (encoder(columns(ROW))[name][0].tolist() for name in ("input_ids", "labels"))
+    ids, labels = ids_and_labels(encoder, columns(ROW))
     given = [ROW["user_units"]], [ROW["user_units"], ROW["user_text"]], [*ROW.values()][:3]
     for step, values in zip(encoder.steps, given, strict=True):
         prompt = encoder.prompt(*values).tolist()
@@ -126,15 +129,12 @@ def test_parts_are_those_that_the_template_labels(base):
 
 
 def test_example_for_the_terminal_hides_nothing(encoder, base):
-    encoded = encoder(columns(ROW))
-    row = {"id": "d1_0", "input_ids": encoded["input_ids"][0].tolist(), "labels": encoded["labels"][0].tolist()}
+    ids, labels = ids_and_labels(encoder, columns(ROW))
+    row = {"id": "d1_0", "input_ids": ids, "labels": labels}
     shown = format_example(row, base.backend_tokenizer, color=False).splitlines()
     spaces = "".join(shown).replace(" ", "")
-    for text in (
-        "wherewereyou?⏎",
-        "athome.<|correspond|><|unit19|><|unit0|>⏎",
-        "<|unit3|><|unit3|><|unit5|><|correspond|>",
-    ):
+    units = "<|unit3|><|unit3|><|unit5|><|correspond|>"
+    for text in ("wherewereyou?⏎", "athome.<|correspond|><|unit19|><|unit0|>⏎", units):
         assert text in spaces
     assert [line.split()[0] for line in shown if "you?" in line or "home" in line] == ["loss", "loss"]
 
@@ -159,15 +159,14 @@ def test_texts_that_the_tokenizer_cannot_hold_are_refused(encoder, base, change,
 
 def test_encoder_survives_pickling(encoder):
     copy = pickle.loads(pickle.dumps(encoder))
-    assert copy(columns(ROW))["input_ids"][0].tolist() == encoder(columns(ROW))["input_ids"][0].tolist()
-    assert copy.key == encoder.key and copy.steps == encoder.steps
+    assert ids_and_labels(copy, columns(ROW)) == ids_and_labels(encoder, columns(ROW))
+    assert (copy.key, copy.steps) == (encoder.key, encoder.steps)
 
 
-def test_key_depends_on_eos(base):
-    other = add_units(byte_level(), 20, "base")
+def test_key_depends_on_eos():
+    first, other = (add_units(byte_level(), 20, "base") for _ in range(2))
     other.eos_token = "<|im_start|>"
-    first = TemplateEncoder(add_units(byte_level(), 20, "base"), SEPARATE)
-    assert first.key != TemplateEncoder(other, SEPARATE).key
+    assert TemplateEncoder(first, SEPARATE).key != TemplateEncoder(other, SEPARATE).key
 
 
 def test_wrong_form_for_a_tokenizer_is_refused(base):
@@ -194,17 +193,14 @@ PLAIN_EXCHANGE = st.tuples(UNITS, PLAIN_WORDS, PLAIN_WORDS, UNITS)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(row=st.lists(PLAIN_EXCHANGE, min_size=1, max_size=3))
 def test_known_texts_have_the_ids_of_their_lines(encoder, base, row):
-    batch = {name: [list(values)] for name, values in zip(COLUMNS, zip(*row, strict=True), strict=True)}
-    encoded = encoder(batch)
-    ids, labels = encoded["input_ids"][0].tolist(), encoded["labels"][0].tolist()
-    expected = []
+    ids, labels = ids_and_labels(encoder, batch_of(row))
+    newline, expected = encoder.tokens.newline, []
     for _, user_text, agent_text, agent_units in row:
         user, agent = (base(text.lower(), add_special_tokens=False).input_ids for text in (user_text, agent_text))
         units = base.convert_tokens_to_ids([f"<|unit{unit}|>" for unit in agent_units])
-        newline = encoder.tokens.newline
         expected += [*user, newline, *agent, encoder.tokens.correspond, *units, newline]
     assert [label for label in labels if label != -100] == expected
-    assert encoder.decode(ids) == render({name: values[0] for name, values in batch.items()}, encoder)
+    assert encoder.decode(ids) == render({name: values[0] for name, values in batch_of(row).items()}, encoder)
     prompt = encoder.prompt(*row[-1][:3], history=row[:-1]).tolist()
     assert ids[: len(prompt)] == prompt
 
@@ -220,8 +216,6 @@ def test_a_published_tokenizer_of_131072_tokens(tmp_path):
     tokenizer = add_units(convert_tekken_tokenizer(str(file)), 10_000, "tekken")
     assert tokenizer("you?\n", add_special_tokens=False).tokens()[-1] == "?Ċ"
     encoder = TemplateEncoder(tokenizer, SEPARATE)
-    ids, labels = by_hand(tokenizer, ROW)
-    encoded = encoder(columns(ROW))
-    assert (encoded["input_ids"][0].tolist(), encoded["labels"][0].tolist()) == (ids, labels)
+    assert ids_and_labels(encoder, columns(ROW)) == by_hand(tokenizer, ROW)
     blocked = torch.isinf(StepLogitsProcessor(encoder.steps[0])(None, torch.zeros(1, len(tokenizer)))[0])
     assert blocked[tokenizer.convert_tokens_to_ids("?Ċ")] and not blocked[encoder.tokens.newline]

@@ -38,19 +38,22 @@ def test_folder_of_the_reference_gives_the_same_ids(tokenizer, shared):
     assert [loaded(text).input_ids for text in HOSTILE] == [tokenizer(text).input_ids for text in HOSTILE]
 
 
-@pytest.mark.parametrize("model_config", [None, {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}])
-def test_auto_tokenizer_gives_the_same_ids_from_a_saved_folder(tokenizer, tmp_path, model_config):
+def test_auto_tokenizer_gives_the_same_ids_from_a_saved_folder(tokenizer, tmp_path):
     save_tokenizer(tokenizer, tmp_path)
-    if model_config:  # as in a training checkpoint
-        (tmp_path / "config.json").write_text(json.dumps(model_config))
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert [loaded(text).input_ids for text in HOSTILE] == [tokenizer(text).input_ids for text in HOSTILE]
-    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id, len(loaded)) == (1, 2, 42002, 42003)
-    assert load_tokenizer(tmp_path).backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    # A class that transformers 4 knows.
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    for model_config in (None, {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}):
+        if model_config:  # as in a training checkpoint
+            (tmp_path / "config.json").write_text(json.dumps(model_config))
+        loaded = AutoTokenizer.from_pretrained(tmp_path)
+        assert [loaded(text).input_ids for text in HOSTILE] == [tokenizer(text).input_ids for text in HOSTILE]
+        assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id, len(loaded)) == (1, 2, 42002, 42003)
+    for name in (tmp_path, "mistral-common"):
+        assert load_tokenizer(name).backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
 
 
 @pytest.mark.skipif("USDM_TRANSFORMERS_4" not in os.environ, reason="needs a Python with transformers 4.57 (.ci/run)")
-def test_auto_tokenizer_of_transformers_4_gives_the_same_ids(encoder, dataset_folder):
+def test_transformers_4_gives_the_same_ids(encoder, dataset_folder):
     rows = datasets.load_dataset("parquet", data_files=str(dataset_folder / "single_turn" / "*.parquet"), split="train")
     texts = [*HOSTILE, *map(encoder.decode, rows["input_ids"])]
     tokenizer = load_tokenizer(dataset_folder / "tokenizer")
@@ -66,10 +69,6 @@ def test_tokenizer_in_a_folder_of_a_dataset_folder(tokenizer, dataset_folder):
         load_tokenizer(dataset_folder, subfolder="pictures")
 
 
-def test_offline_tokenizer_is_loaded_by_its_name(tokenizer):
-    assert load_tokenizer("mistral-common").backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
-
-
 def llama_folder(tokenizer, folder, **config):
     """A folder that makes AutoTokenizer rebuild the tokenizer, like the folder of naver-ai/USTM."""
     tokenizer.save_pretrained(folder)
@@ -78,43 +77,39 @@ def llama_folder(tokenizer, folder, **config):
     return AutoTokenizer.from_pretrained(folder)
 
 
-def test_rebuilt_tokenizer_is_refused(tokenizer, tmp_path):
+def test_rebuilt_or_non_legacy_tokenizer_is_refused(small_tokenizer, tmp_path):
+    rebuilt = llama_folder(small_tokenizer, tmp_path / "legacy", legacy=True)
     with pytest.raises(ValueError, match=r"for ' yes' instead of \[28705, 5081\]: it was rebuilt .*load_tokenizer"):
-        check_tokenizer(llama_folder(tokenizer, tmp_path, legacy=True).backend_tokenizer)
-
-
-def test_non_legacy_tokenizer_is_refused(tokenizer, tmp_path):
-    rebuilt = llama_folder(tokenizer, tmp_path / "rebuilt", legacy=False)
+        check_tokenizer(rebuilt.backend_tokenizer)
+    rebuilt = llama_folder(small_tokenizer, tmp_path / "rebuilt", legacy=False)
     PreTrainedTokenizerFast(tokenizer_object=rebuilt.backend_tokenizer).save_pretrained(tmp_path / "non-legacy")
     with pytest.raises(ValueError, match=r"non-legacy gives \[32001, 9780, 32001\] .*not in the legacy form"):
         load_tokenizer(tmp_path / "non-legacy")
 
 
-def without_units(serialized):
-    serialized["added_tokens"] = serialized["added_tokens"][:3]
-
-
-def other_vocabulary(serialized):
-    vocab = serialized["model"]["vocab"]
+def swap_words(content):
+    vocab = content["model"]["vocab"]
     vocab["▁is"], vocab["▁Below"] = vocab["▁Below"], vocab["▁is"]
 
 
-def huge_output(serialized):
-    serialized["normalizer"] = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10_000}
+HUGE = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10_000}
+OTHER_VOCABULARY = r"its vocabulary is not that of Mistral-7B-v0\.1"
+NO_UNITS = r"has no <\|correspond\|>: add the tokens for units with `dailytalk-usdm tokenizer`"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without_units, r"has no <\|correspond\|>: add the tokens for units with `dailytalk-usdm tokenizer`"),
-        (other_vocabulary, r"its vocabulary is not that of Mistral-7B-v0\.1"),
-        (huge_output, r"its vocabulary is not that"),
+        (lambda content: content.update(added_tokens=content["added_tokens"][:3]), NO_UNITS),
+        (swap_words, OTHER_VOCABULARY),
+        (lambda content: content.update(normalizer=HUGE), OTHER_VOCABULARY),
     ],
+    ids=["no units", "other vocabulary", "huge output"],
 )
-def test_other_tokenizer_is_refused_in_short(tokenizer, tmp_path, change, message):
-    serialized = json.loads(tokenizer.backend_tokenizer.to_str())
-    change(serialized)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(serialized))
+def test_other_tokenizer_is_refused(small_tokenizer, tmp_path, change, message):
+    content = json.loads(small_tokenizer.backend_tokenizer.to_str())
+    change(content)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message) as raised:
         load_tokenizer(tmp_path)
     assert len(str(raised.value)) < 1000
@@ -124,24 +119,18 @@ def test_missing_tokenizer_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no tokenizer\.json: name a folder with a fast tokenizer"):
         load_tokenizer(tmp_path)
     for name in ("naver-ai/USTM", "/no/such/folder"):  # offline mode; not the name of a repository
-        with pytest.raises(
-            OSError, match=rf"^tokenizer {name} is not a folder and cannot be fetched from the Hub .*built offline$"
-        ):
+        message = rf"^tokenizer {name} is not a folder and cannot be fetched from the Hub .*built offline$"
+        with pytest.raises(OSError, match=message):
             load_tokenizer(name, model_cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [
-        ("tokenizer.json", ""),
-        ("tokenizer.json", "[]"),
-        ("tokenizer.json", "{"),
-        ("tokenizer_config.json", "[]"),
-        ("tokenizer_config.json", '{"bos_token": 5}'),
-    ],
+    [("tokenizer.json", content) for content in ("", "[]", "{")]
+    + [("tokenizer_config.json", content) for content in ("[]", '{"bos_token": 5}')],
 )
-def test_malformed_tokenizer_is_refused(tokenizer, tmp_path, name, content):
-    tokenizer.save_pretrained(tmp_path)
+def test_malformed_tokenizer_is_refused(small_tokenizer, tmp_path, name, content):
+    small_tokenizer.save_pretrained(tmp_path)
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=r"has a tokenizer that cannot be opened \(.+\): download it again, or use"):
         load_tokenizer(tmp_path)
@@ -156,35 +145,34 @@ CONTRADICTIONS = [  # what tokenizers raises plain Exception for, and what it pa
 ]
 
 
-@pytest.mark.parametrize("change", CONTRADICTIONS)
-def test_tokenizer_that_contradicts_itself(tokenizer, folder_copy, capsys, change):
-    changed = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()) | change)
-    replace_file(folder_copy, "tokenizer/tokenizer.json", changed.encode())
+@pytest.mark.parametrize("change", CONTRADICTIONS, ids=lambda change: next(iter(change.values()))["type"])
+def test_tokenizer_that_contradicts_itself(small_tokenizer, folder_copy, capsys, change):
+    content = json.loads(small_tokenizer.backend_tokenizer.to_str()) | change
+    replace_file(folder_copy, "tokenizer/tokenizer.json", json.dumps(content).encode())
     with pytest.raises(ValueError, match=r"has a tokenizer that cannot be (opened|used) \(.+\): download it again"):
         load_tokenizer(folder_copy / "tokenizer")
-    for args in (["verify", str(folder_copy)], ["show", str(folder_copy)]):
+    for command in ("verify", "show"):
         with pytest.raises(SystemExit, match="1"):
-            main(args)
+            main([command, str(folder_copy)])
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and "has a tokenizer that cannot be" in error
 
 
-def test_full_disk_while_the_tokenizer_is_saved(tokenizer, tmp_path):
-    if not os.path.exists("/dev/full"):
-        pytest.skip("the system has no /dev/full")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+def test_full_disk_while_the_tokenizer_is_saved(small_tokenizer, tmp_path):
     (tmp_path / "tokenizer.json").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"the tokenizer cannot be written to .*: No space left on device") as raised:
-        save_tokenizer(tokenizer, tmp_path)
+        save_tokenizer(small_tokenizer, tmp_path)
     assert find_full_disk(raised.value) is raised.value
 
 
-def test_code_beside_a_tokenizer_is_not_run(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path)
+def test_code_beside_a_tokenizer_is_not_run(small_tokenizer, tmp_path):
+    small_tokenizer.save_pretrained(tmp_path)
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'code-ran')!r}, 'w')")
     path = tmp_path / "tokenizer_config.json"
     auto_map = {"auto_map": {"AutoTokenizer": ["evil.Slow", "evil.Fast"]}, "tokenizer_class": "Fast"}
     path.write_text(json.dumps(json.loads(path.read_text()) | auto_map))
-    assert load_tokenizer(tmp_path).backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    assert load_tokenizer(tmp_path).backend_tokenizer.to_str() == small_tokenizer.backend_tokenizer.to_str()
     assert not (tmp_path / "code-ran").exists()
 
 

@@ -10,18 +10,10 @@ pytest.importorskip("trl", reason="needs the extra 'train'")
 
 import datasets
 
-from tests.code_blocks import find_code, make_workplace, small_environment
-from tests.helpers import tiny_mistral
+from tests.code_blocks import find_code, small_environment
 from tests.test_docs import shrink
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def workplace(dataset_folder, unit_model, tmp_path_factory):
-    return make_workplace(
-        tmp_path_factory.mktemp("workplace"), dataset_folder, unit_model, tiny_mistral(pad_token_id=42_002)
-    )
 
 
 def run_on_two_ranks(workplace, code):
@@ -64,9 +56,8 @@ def test_trainer_reads_every_row_of_a_stream_once(workplace, padding_free):
 def test_trainer_with_map_style_rows_repeats_some(workplace):
     code = shrink(find_code("pad_to_multiple_of=8"))
     code = code.replace(", streaming=True).shuffle(seed=1, buffer_size=1000)", ")")
-    seen = run_on_two_ranks(
-        workplace, code.replace("max_steps=1, ", "max_steps=1, per_device_train_batch_size=4, ") + RECORD
-    )
+    code = code.replace("max_steps=1, ", "max_steps=1, per_device_train_batch_size=4, ")
+    seen = run_on_two_ranks(workplace, code + RECORD)
     rows = datasets.load_dataset(str(workplace / "dailytalk-usdm-data"), split="train")["input_ids"][:]
     assert [len(each) for each in seen] == [8, 8]  # two batches of 4 for each rank, of 10 rows
     assert {*map(tuple, seen[0] + seen[1])} == {*map(tuple, rows)}

@@ -16,49 +16,35 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from tests.code_blocks import make_workplace, small_environment
+from tests.code_blocks import small_environment
 from tests.helpers import REPOSITORY, loss_by_hand, tiny_mistral
 from tests.mini_hub import serve
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import load_tokenizer
 from usdm_sft.training import REFERENCE_STAGES, PaddingCollator, PaddingFreeCollator, StepLogitsProcessor, next_prompt
 
-PAD = 42_002
+
+@pytest.fixture(scope="module")
+def tokenizer(dataset_folder):
+    return load_tokenizer(dataset_folder / "tokenizer")
+
+
+def load(dataset_folder, streaming=False):
+    return datasets.load_dataset(str(dataset_folder), split="test", streaming=streaming)
+
+
+BOTH = pytest.mark.parametrize("streaming", [False, True], ids=["map", "streaming"])
 
 
 @pytest.fixture(scope="module")
-def folder(dataset_folder):
-    return dataset_folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder):
-    return load_tokenizer(folder / "tokenizer")
-
-
-def load(folder, streaming):
-    return datasets.load_dataset(str(folder), split="test", streaming=streaming)
-
-
-@pytest.fixture(scope="module")
-def expected(folder):
-    return loss_by_hand(tiny_mistral(pad_token_id=PAD).eval(), list(load(folder, streaming=False)))
+def expected(dataset_folder):
+    return loss_by_hand(tiny_mistral().eval(), list(load(dataset_folder)))
 
 
 def arguments(kind, tmp_path, **changes):
-    options = {
-        "output_dir": str(tmp_path / "out"),
-        "max_steps": 1,
-        "per_device_train_batch_size": 3,
-        "learning_rate": 0.0,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
-    return kind(**(options | changes))
+    options = {"max_steps": 1, "per_device_train_batch_size": 3, "learning_rate": 0.0, "logging_steps": 1}
+    options |= {"report_to": "none", "use_cpu": True, "bf16": False, "save_strategy": "no", "disable_tqdm": True}
+    return kind(output_dir=str(tmp_path / "out"), **(options | changes))
 
 
 def first_loss(trainer):
@@ -66,65 +52,60 @@ def first_loss(trainer):
     return trainer.state.log_history[0]["loss"]
 
 
-@pytest.mark.parametrize("streaming", [False, True], ids=["map", "streaming"])
+@BOTH
 @pytest.mark.parametrize("padding_free", [False, True])
-def test_trainer(folder, tokenizer, expected, tmp_path, streaming, padding_free):
+def test_trainer(dataset_folder, tokenizer, expected, tmp_path, streaming, padding_free):
     trainer = Trainer(
-        model=tiny_mistral(pad_token_id=PAD),
+        model=tiny_mistral(),
         args=arguments(TrainingArguments, tmp_path),
-        train_dataset=load(folder, streaming),
+        train_dataset=load(dataset_folder, streaming),
         data_collator=PaddingFreeCollator() if padding_free else PaddingCollator(tokenizer),
         processing_class=tokenizer,
     )
     assert abs(first_loss(trainer) - expected) < 1e-4
 
 
-@pytest.mark.parametrize("streaming", [False, True], ids=["map", "streaming"])
+@BOTH
 @pytest.mark.parametrize(
     "options",
     [{}, {"packing": True}, {"padding_free": True, "max_length": None}],
     ids=["padding", "packing", "padding-free"],
 )
-def test_sft_trainer(folder, tokenizer, expected, tmp_path, streaming, options):
+def test_sft_trainer(dataset_folder, tokenizer, expected, tmp_path, streaming, options):
     changes = {"max_length": 8192, "packing_strategy": "bfd", "gradient_checkpointing": False, **options}
     if options.get("packing"):
         changes["per_device_train_batch_size"] = 1  # all three rows in one
     trainer = SFTTrainer(
-        model=tiny_mistral(pad_token_id=PAD),
+        model=tiny_mistral(),
         args=arguments(SFTConfig, tmp_path, **changes),
-        train_dataset=load(folder, streaming),
+        train_dataset=load(dataset_folder, streaming),
         processing_class=tokenizer,
     )
     assert abs(first_loss(trainer) - expected) < 1e-4
 
 
-def test_max_length_of_the_trainer_decides_whether_rows_are_cut(folder, tokenizer, tmp_path):
-    longest = max(map(len, load(folder, streaming=False)["input_ids"]))
-    lengths = {}
+def test_max_length_of_the_trainer_decides_whether_rows_are_cut(dataset_folder, tokenizer, tmp_path):
+    rows, lengths = load(dataset_folder), {}
+    longest = max(map(len, rows["input_ids"]))
     for max_length in (longest - 10, 8192):
         args = arguments(SFTConfig, tmp_path, max_length=max_length)
-        trainer = SFTTrainer(
-            model=tiny_mistral(pad_token_id=PAD),
-            args=args,
-            train_dataset=load(folder, streaming=False),
-            processing_class=tokenizer,
-        )
+        trainer = SFTTrainer(model=tiny_mistral(), args=args, train_dataset=rows, processing_class=tokenizer)
         lengths[max_length] = max(batch["input_ids"].shape[1] for batch in trainer.get_train_dataloader())
     assert lengths == {longest - 10: longest - 10, 8192: longest}
 
 
-@pytest.mark.parametrize("streaming", [False, True], ids=["map", "streaming"])
-def test_plain_pytorch(folder, tokenizer, expected, streaming):
-    [batch] = DataLoader(load(folder, streaming), batch_size=3, collate_fn=PaddingCollator(tokenizer))
+@BOTH
+def test_plain_pytorch(dataset_folder, tokenizer, expected, streaming):
+    [batch] = DataLoader(load(dataset_folder, streaming), batch_size=3, collate_fn=PaddingCollator(tokenizer))
     with torch.no_grad():
-        assert abs(tiny_mistral(pad_token_id=PAD)(**batch).loss.item() - expected) < 1e-4
+        assert abs(tiny_mistral()(**batch).loss.item() - expected) < 1e-4
 
 
 @pytest.mark.slow
-def test_a_trained_model_generates_its_training_example(folder, tokenizer):
+def test_a_trained_model_generates_its_training_example(dataset_folder, tokenizer):
     """Labels and stop tokens are right: a model that fits them answers in three steps, speech included."""
-    row = load(folder, streaming=False)[0]
-    batch, model = PaddingCollator(tokenizer)([row]), tiny_mistral(hidden_size=96, pad_token_id=PAD)
+    row = load(dataset_folder)[0]
+    batch, model = PaddingCollator(tokenizer)([row]), tiny_mistral(hidden_size=96)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     losses = []
     while not losses or (losses[-1] > 0.01 and len(losses) < 300):
@@ -156,24 +137,6 @@ def test_a_trained_model_generates_its_training_example(folder, tokenizer):
     assert prompt[0].tolist() == row["input_ids"][:-2]  # all but the last newline and </s>
 
 
-def ids(rows):
-    return [row["id"] for row in rows]
-
-
-def test_streaming_splits_over_ranks_and_workers(folder):
-    whole = ids(datasets.load_dataset(str(folder), split="train"))
-    stream = datasets.load_dataset(str(folder), split="train", streaming=True)
-    parts = [ids(split_dataset_by_node(stream, rank, 2)) for rank in range(2)]
-    assert sorted(sum(parts, [])) == sorted(whole) and all(len(part) == 5 for part in parts)  # noqa: RUF017
-    loader = DataLoader(stream.select_columns(["id"]), batch_size=None, num_workers=2)
-    assert sorted(ids(loader)) == sorted(whole)
-
-
-@pytest.fixture(scope="module")
-def workplace(folder, unit_model, tmp_path_factory):
-    return make_workplace(tmp_path_factory.mktemp("workplace"), folder, unit_model, tiny_mistral(pad_token_id=PAD))
-
-
 @pytest.mark.slow
 def test_trl_command(workplace):
     command = [
@@ -196,28 +159,31 @@ def test_accelerate_config_is_valid():
     assert config.deepspeed_config["zero_stage"] == 3
 
 
+def test_streaming_splits_over_ranks_and_workers(dataset_folder):
+    whole = sorted(datasets.load_dataset(str(dataset_folder), split="train")["id"])
+    stream = datasets.load_dataset(str(dataset_folder), split="train", streaming=True).select_columns(["id"])
+    parts = [[row["id"] for row in split_dataset_by_node(stream, rank, 2)] for rank in range(2)]
+    assert sorted(parts[0] + parts[1]) == whole and [len(part) for part in parts] == [5, 5]
+    assert sorted(row["id"] for row in DataLoader(stream, batch_size=None, num_workers=2)) == whole
+
+
 @pytest.mark.slow
-def test_rows_loaded_from_the_hub_equal_those_of_the_folder(folder, tmp_path):
+def test_rows_loaded_from_the_hub_equal_those_of_the_folder(dataset_folder, tmp_path):
     """The folder is uploaded to a stand-in of the Hub and loaded by name, plain and streaming."""
     server, _, url = serve()
     script = f"""
 import datasets, huggingface_hub, json
 api = huggingface_hub.HfApi()
 api.create_repo("tester/dailytalk", repo_type="dataset")
-api.upload_folder(folder_path={str(folder)!r}, repo_id="tester/dailytalk", repo_type="dataset")
+api.upload_folder(folder_path={str(dataset_folder)!r}, repo_id="tester/dailytalk", repo_type="dataset")
 plain = datasets.load_dataset("tester/dailytalk", split="test")
 streamed = datasets.load_dataset("tester/dailytalk", split="test", streaming=True)
 print(json.dumps([list(plain), list(streamed)]))
 """
-    hub = {
-        "HF_ENDPOINT": url,
-        "HF_TOKEN": "hf_test",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_OFFLINE": "0",
-        "HF_HOME": str(tmp_path),
-    }
-    done = subprocess.run([sys.executable, "-c", script], env=small_environment() | hub, capture_output=True, text=True)
+    hub = {"HF_ENDPOINT": url, "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    environment = small_environment() | hub | {"HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     server.shutdown()
     assert done.returncode == 0, done.stderr[-3000:]
     plain, streamed = json.loads(done.stdout.splitlines()[-1])
-    assert plain == streamed == list(load(folder, streaming=False))
+    assert plain == streamed == list(load(dataset_folder))

@@ -4,21 +4,36 @@ from usdm_sft.audio.digests import audio_digests
 from usdm_sft.units.agreement import measure_agreement
 from usdm_sft.units.tokenizer import UnitTokenizer
 
+DAMAGE = {
+    "cut": lambda text: text[:-5],
+    "other number": lambda text: text.replace("19", "18"),
+    "number": lambda text: "5",
+}
 
-@pytest.mark.parametrize("damage", [lambda text: text[:-5], lambda text: text.replace("19", "18"), lambda text: "5"])
-def test_damaged_agreement_is_measured_again(unit_model, mini, tmp_path, damage):
-    paths = [str(path) for path in sorted(mini.glob("corpus/data/*/*.wav"))][:19]
-    tokenizer = UnitTokenizer.from_pretrained(unit_model, device="cpu", precision="bf16")
-    audio = audio_digests(paths, tmp_path)
+
+@pytest.fixture(scope="module")
+def tokenizer(unit_model):
+    return UnitTokenizer.from_pretrained(unit_model, device="cpu", precision="bf16")
+
+
+@pytest.fixture(scope="module")
+def paths(mini):
+    return [str(path) for path in sorted(mini.glob("corpus/data/*/*.wav"))]
+
+
+def test_damaged_agreement_is_measured_again(tokenizer, paths, tmp_path):
+    audio = audio_digests(paths[:19], tmp_path)
     first = measure_agreement(tokenizer, audio, tmp_path)
+    assert first["utterances"] == 19
     [file] = (tmp_path / "agreement").glob("*.json")
-    file.write_text(damage(file.read_text()))
-    assert measure_agreement(tokenizer, audio, tmp_path) == first
+    written = file.read_text()
+    for name, damage in DAMAGE.items():
+        file.write_text(damage(written))
+        assert file.read_text() != written
+        assert measure_agreement(tokenizer, audio, tmp_path) == first, name
 
 
-def test_sample_is_spread_over_the_corpus(mini, unit_model, tmp_path, monkeypatch):
-    paths = [str(path) for path in sorted(mini.glob("corpus/data/*/*.wav"))]
-    tokenizer = UnitTokenizer.from_pretrained(unit_model, device="cpu", precision="bf16")
+def test_sample_is_spread_over_the_corpus(tokenizer, paths, tmp_path, monkeypatch):
     read = []
     tokenize = UnitTokenizer.tokenize_files
     monkeypatch.setattr(

@@ -1,6 +1,7 @@
 """Conversion of .pt checkpoints, and the published unit model."""
 
 import json
+import pickle
 import shutil
 import tracemalloc
 import zipfile
@@ -36,9 +37,13 @@ def changed(path, change):
 
 
 def test_both_key_layouts_give_the_same_folder(tmp_path):
-    folders = [convert_small(tmp_path / name, UNITS / f"model_{name}.pt") for name in ("fairseq", "fairseq2")]
+    """So does the format that torch wrote before zip files."""
+    fairseq = torch.load(UNITS / "model_fairseq.pt", weights_only=True)
+    torch.save(fairseq, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    sources = UNITS / "model_fairseq.pt", UNITS / "model_fairseq2.pt", tmp_path / "old.pt"
+    folders = [convert_small(tmp_path / source.stem, source) for source in sources]
     for name in ("model.safetensors", "config.json", "kmeans.npy"):
-        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+        assert len({(folder / name).read_bytes() for folder in folders}) == 1
 
 
 def test_values_are_unchanged_and_later_layers_dropped(tmp_path):
@@ -67,17 +72,16 @@ def test_transformers_opens_the_unit_model_folder(tmp_path):
     assert not report["missing_keys"] and not report["unexpected_keys"]
 
 
-def test_checkpoint_in_the_format_before_zip_files_is_read(tmp_path):
-    loaded = torch.load(UNITS / "model_fairseq.pt", weights_only=True)
-    torch.save(loaded, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    folders = convert_small(tmp_path / "old", tmp_path / "old.pt"), convert_small(tmp_path / "new")
-    assert (folders[0] / "model.safetensors").read_bytes() == (folders[1] / "model.safetensors").read_bytes()
-
-
 def test_half_precision_checkpoint_is_widened(tmp_path):
     path = changed(tmp_path / "half.pt", lambda model: model.update({key: t.half() for key, t in model.items()}))
     weights = load_file(convert_small(tmp_path / "model", path) / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def small_config(path, **changes):
+    """Save the config of the small checkpoint with some keys changed."""
+    path.write_text(json.dumps(json.loads((UNITS / "config.json").read_text()) | changes))
+    return path
 
 
 def test_converting_again_leaves_the_folder(tmp_path):
@@ -85,17 +89,14 @@ def test_converting_again_leaves_the_folder(tmp_path):
     before = (folder / "unit_model.json").stat().st_mtime_ns
     assert convert_small(folder) == folder
     assert (folder / "unit_model.json").stat().st_mtime_ns == before
-    with pytest.raises(
-        FileExistsError, match="exists and was not made from these files and settings, or was changed: remove"
-    ):
+    message = "exists and was not made from these files and settings, or was changed: remove"
+    with pytest.raises(FileExistsError, match=message):
         convert_small(folder, layer=4)
-    config = json.loads((UNITS / "config.json").read_text())
-    (tmp_path / "heads.json").write_text(json.dumps(config | {"num_attention_heads": 2}))  # the shapes are the same
-    with pytest.raises(FileExistsError):
-        convert_small(folder, model_config=tmp_path / "heads.json")
+    with pytest.raises(FileExistsError, match=message):  # the shapes are the same
+        convert_small(folder, model_config=small_config(tmp_path / "heads.json", num_attention_heads=2))
     with open(folder / "model.safetensors", "ab") as file:
         file.write(b"x")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(FileExistsError, match=message):
         convert_small(folder)
 
 
@@ -137,21 +138,16 @@ class Evil:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda m: m.pop("encoder.layers.3.fc1.bias"),
-            r"lacks encoder\.layers\.3\.feed_forward\.intermediate_dense\.bias",
-        ),
+        (lambda m: m.pop("encoder.layers.3.fc1.bias"), r"lacks encoder\.layers\.3\.feed_forward\.intermediate_dense\.bias"),
         (lambda m: m.update({"layer_norm.weight": torch.ones(3)}), r"has shape \(3,\), the config says \(32,\)"),
-        (
-            lambda m: m.update({"surprise.weight": torch.ones(3)}),
-            r"surprise\.weight is not a parameter of a wav2vec 2\.0",
-        ),
+        (lambda m: m.update({"surprise.weight": torch.ones(3)}), r"surprise\.weight is not a parameter of a wav2vec 2\.0"),
         (lambda m: m["layer_norm.weight"].fill_(float("nan")), "holds NaN or infinite values: download"),
         (lambda m: m.update({"layer_norm.weight": Evil()}), "is not a checkpoint of plain tensors"),
         (lambda m: m.update({7: torch.ones(3)}), "7 is not the name of a tensor"),
         (lambda m: m.update({"layer_norm.weight": 1.5}), r"'layer_norm\.weight' is not the name of a tensor"),
     ],
-)
+    ids=["missing", "shape", "unknown", "NaN", "code", "number as name", "number as tensor"],
+)  # fmt: skip
 def test_bad_checkpoint_names_the_tensor(tmp_path, capfd, change, message):
     with pytest.raises(ValueError, match=message):
         convert_small(tmp_path / "model", changed(tmp_path / "bad.pt", change))
@@ -183,21 +179,51 @@ def test_files_that_are_not_checkpoints(tmp_path):
         convert_small(tmp_path / "model", tmp_path / "none.pt")
     with pytest.raises(FileNotFoundError, match=r"none\.npy is not a file: name the downloaded file"):
         convert_small(tmp_path / "model", kmeans=tmp_path / "none.npy")
+    with pytest.raises(FileNotFoundError, match=r"none\.json is not a file"):
+        convert_small(tmp_path / "model", model_config=tmp_path / "none.json")
+
+
+def save_array(array):
+    return lambda path: np.save(path, array)
+
+
+def save_npz(path):
+    with open(path, "wb") as file:
+        np.savez(file, np.zeros((10, 64), np.float32))
+
+
+def save_pickle(protocol):
+    return lambda path: path.write_bytes(pickle.dumps(Evil(), protocol))
+
+
+# An attacker would send a pickle; writing it here is safe, and reading it is refused.
+OBJECTS = np.array([[Evil()] * 64], dtype=object)
+NOT_PLAIN = r"k\.npy is not a plain \.npy array"
+REMEDY = NOT_PLAIN + r' .*np\.save\("kmeans\.npy", kmeans\.cluster_centers_'
 
 
 @pytest.mark.parametrize(
-    ("array", "message"),
+    ("write", "message"),
     [
-        (np.zeros((10, 7), np.float32), r"has shape \(10, 7\), not \(number of units, 64\)"),
-        (np.zeros((10, 64), np.float64), "is float64, not float32: save it as float32"),
-        (np.zeros((65_537, 64), np.float32), "has 65,537 centroids"),
-        (np.full((10, 64), np.nan, np.float32), "holds NaN or infinite values"),
+        (save_array(np.zeros((10, 7), np.float32)), r"has shape \(10, 7\), not \(number of units, 64\)"),
+        (save_array(np.zeros((0, 64), np.float32)), r"has shape \(0, 64\), not \(number of units, 64\)"),
+        (save_array(np.zeros((10, 64), np.float64)), "is float64, not float32: save it as float32"),
+        (save_array(np.zeros((65_537, 64), np.float32)), "has 65,537 centroids"),
+        (save_array(np.full((10, 64), np.nan, np.float32)), "holds NaN or infinite values"),
+        (save_pickle(2), REMEDY),
+        (save_pickle(5), REMEDY),
+        (lambda path: np.save(path, OBJECTS, allow_pickle=True), NOT_PLAIN),
+        (save_npz, NOT_PLAIN),
+        (lambda path: path.touch(), NOT_PLAIN),
     ],
+    ids=["width", "rows", "type", "number", "NaN", "pickle 2", "pickle 5", "objects", "npz", "empty"],
 )
-def test_bad_centroids_name_the_difference(tmp_path, array, message):
-    np.save(tmp_path / "k.npy", array)
+def test_bad_centroids_name_the_difference(tmp_path, capfd, write, message):
+    write(tmp_path / "k.npy")
     with pytest.raises(ValueError, match=message):
         convert_small(tmp_path / "model", kmeans=tmp_path / "k.npy")
+    assert not (tmp_path / "model").exists()
+    assert "code ran" not in capfd.readouterr().out
 
 
 def test_source_that_changes_while_it_is_converted_is_refused(tmp_path, monkeypatch):
@@ -216,16 +242,18 @@ def test_source_that_changes_while_it_is_converted_is_refused(tmp_path, monkeypa
     assert not (tmp_path / "model").exists()
 
 
-def test_bad_config(tmp_path):
-    with pytest.raises(ValueError, match="layer 7 does not exist: the model has 6 layers"):
-        convert_small(tmp_path / "model", layer=7)
-    config = json.loads((UNITS / "config.json").read_text())
-    (tmp_path / "c.json").write_text(json.dumps(config | {"model_type": "bert"}))
-    with pytest.raises(ValueError, match="model_type is 'bert'"):
-        convert_small(tmp_path / "model", model_config=tmp_path / "c.json")
-    (tmp_path / "c.json").write_text(json.dumps(config | {"do_stable_layer_norm": False}))
-    with pytest.raises(ValueError, match="only models with pre-norm layers"):
-        convert_small(tmp_path / "model", model_config=tmp_path / "c.json")
+@pytest.mark.parametrize(
+    ("change", "layer", "message"),
+    [
+        ({}, 7, "layer 7 does not exist: the model has 6 layers"),
+        ({"model_type": "bert"}, 5, "model_type is 'bert'"),
+        ({"do_stable_layer_norm": False}, 5, "only models with pre-norm layers"),
+    ],
+    ids=["layer", "kind", "post-norm"],
+)
+def test_bad_config(tmp_path, change, layer, message):
+    with pytest.raises(ValueError, match=message):
+        convert_small(tmp_path / "model", model_config=small_config(tmp_path / "c.json", **change), layer=layer)
 
 
 @pytest.mark.parametrize(
@@ -235,34 +263,26 @@ def test_bad_config(tmp_path):
         ("{", "is not JSON"),
         ('{"do_stable_layer_norm": true}', "hidden_size is None: complete"),
     ],
+    ids=["list", "cut", "incomplete"],
 )
 def test_unreadable_config(tmp_path, content, message):
     (tmp_path / "c.json").write_text(content)
     with pytest.raises(ValueError, match=rf"c\.json.* {message}"):
         convert_small(tmp_path / "model", model_config=tmp_path / "c.json")
-    with pytest.raises(FileNotFoundError, match=r"none\.json is not a file"):
-        convert_small(tmp_path / "model", model_config=tmp_path / "none.json")
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"num_attention_heads": 0},
-        {"num_attention_heads": 7},
-        {"hidden_act": "evil"},
-        {"conv_dim": [1]},
-        {"dtype": "nonsense"},
-        {"intermediate_size": "x"},
+        {"num_attention_heads": 0}, {"num_attention_heads": 7}, {"hidden_act": "evil"}, {"conv_dim": [1]},
+        {"dtype": "nonsense"}, {"intermediate_size": "x"},
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_config_that_transformers_cannot_use_is_one_line(tmp_path, change):
-    config = json.loads((UNITS / "config.json").read_text())
-    (tmp_path / "c.json").write_text(json.dumps(config | change))
-    with pytest.raises(
-        ValueError, match=r"the config is not that of a Wav2Vec2 or HuBERT model \(.*\): correct it"
-    ) as raised:
-        convert_small(tmp_path / "model", model_config=tmp_path / "c.json")
+    message = r"the config is not that of a Wav2Vec2 or HuBERT model \(.*\): correct it"
+    with pytest.raises(ValueError, match=message) as raised:
+        convert_small(tmp_path / "model", model_config=small_config(tmp_path / "c.json", **change))
     assert "\n" not in str(raised.value)
 
 
@@ -324,7 +344,7 @@ class TestPublished:
         with pytest.raises(ValueError, match="it is not the known file"):
             find_unit_model("xlsr2_1b_v2", tmp_path)
 
-    def test_a_later_download_must_match_the_record(self, tmp_path):
+    def test_later_download_must_match_the_record(self, tmp_path):
         (tmp_path / "xlsr2_1b_v2.sha256.json").write_text(json.dumps({"kmeans_10k.npy": "0" * 64}))
         with pytest.raises(ValueError, match="it is not the known file"):
             find_unit_model("xlsr2_1b_v2", tmp_path)

@@ -46,13 +46,10 @@ def test_unit_model_of_the_hub_is_the_folder_that_was_uploaded(hub, unit_model, 
     assert hub.log == []
 
 
-def test_prepare_finds_a_unit_model_of_the_hub(hub, unit_model):
-    found = find_unit_model(REPOSITORY)
-    assert read_description(found) == read_description(unit_model)
-
-
-def test_unit_model_of_the_hub_is_kept_in_the_model_cache(hub, tmp_path):
-    assert find_unit_model(REPOSITORY, tmp_path / "models").is_relative_to(tmp_path / "models")
+def test_unit_model_of_the_hub_is_kept_in_the_model_cache(hub, unit_model, tmp_path):
+    found = find_unit_model(REPOSITORY, tmp_path / "models")
+    assert found.is_relative_to(tmp_path / "models")
+    assert read_description(found) == read_description(find_unit_model(REPOSITORY)) == read_description(unit_model)
 
 
 def test_broken_proxy_is_one_error_without_network(hub, monkeypatch):
@@ -66,9 +63,8 @@ def test_broken_proxy_is_one_error_without_network(hub, monkeypatch):
 
 def test_offline_mode_forbids_the_download(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        OSError, match=rf"^{REPOSITORY} is not a folder and cannot be downloaded from the Hub \(.*HF_HUB_OFF"
-    ):
+    message = rf"^{REPOSITORY} is not a folder and cannot be downloaded from the Hub \(.*HF_HUB_OFF"
+    with pytest.raises(OSError, match=message):
         UnitTokenizer.from_pretrained(REPOSITORY, device="cpu")
     assert hub.log == []
 
@@ -84,9 +80,8 @@ def test_files_of_a_repository_are_checked_against_their_digests(hub, unit_model
 
 
 def test_private_repository_needs_a_token(hub):
-    with pytest.raises(
-        OSError, match=r"tester/private is not a folder and cannot be downloaded .* check the network and"
-    ):
+    message = r"tester/private is not a folder and cannot be downloaded .* check the network and"
+    with pytest.raises(OSError, match=message):
         UnitTokenizer.from_pretrained("tester/private", device="cpu", token=False)
     assert UnitTokenizer.from_pretrained("tester/private", device="cpu", token="hf_test").num_units == 100
 
@@ -99,9 +94,8 @@ def test_unknown_repository_and_revision(hub):
 
 def test_repository_without_a_unit_model(hub):
     commit(hub, removed=["unit_model.json"])
-    with pytest.raises(
-        FileNotFoundError, match=rf"the repository {REPOSITORY} holds no unit_model\.json: upload a folder"
-    ):
+    message = rf"the repository {REPOSITORY} holds no unit_model\.json: upload a folder"
+    with pytest.raises(FileNotFoundError, match=message):
         UnitTokenizer.from_pretrained(REPOSITORY, device="cpu")
     commit(hub, {"unit_model.json": json.dumps({}).encode()})
     with pytest.raises(ValueError, match=r"unit_model\.json is not what convert wrote"):

@@ -61,6 +61,21 @@ def set_header(make):
     return change
 
 
+@pytest.fixture(scope="module")
+def many_tensors(tmp_path_factory):
+    """A safetensors file of 100,000 tensors."""
+    path = tmp_path_factory.mktemp("many") / "many.safetensors"
+    one = torch.zeros(1).numpy().tobytes()
+    header = {f"layers.{i}": {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i in range(100_000)}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + one * len(header))
+    return path
+
+
+def use_file(source):
+    return lambda path: shutil.copyfile(source, path)
+
+
 def npy(header):
     """A .npy file of 200 x 64 float32 with another header."""
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(200 * 64 * 4)
@@ -84,20 +99,15 @@ HEADERS = [
 @pytest.mark.parametrize("header", HEADERS, ids=lambda header: header[:80])
 def test_npy_header_is_refused_with_little_memory(folder, tmp_path, header):
     change_file(folder, "kmeans.npy", lambda path: path.write_bytes(npy(header)))
-    source = FIXTURES / "units"
-    (tmp_path / "k.npy").write_bytes(npy(header))
+    source, kmeans, options = FIXTURES / "units", tmp_path / "k.npy", {"layer": 5}
+    kmeans.write_bytes(npy(header))
+    options["model_config"] = source / "config.json"
     tracemalloc.start()
     try:
         with pytest.raises(ValueError, match=r"model is not what convert wrote .* convert the unit model again$"):
             UnitModel.from_pretrained(folder)
         with pytest.raises(ValueError, match=r"k\.npy (is|has) .*: (save|name) ") as raised:
-            convert(
-                source / "model_fairseq.pt",
-                tmp_path / "k.npy",
-                tmp_path / "made",
-                model_config=source / "config.json",
-                layer=5,
-            )
+            convert(source / "model_fairseq.pt", kmeans, tmp_path / "made", **options)
         assert "\n" not in str(raised.value) and tracemalloc.get_traced_memory()[1] < 20e6
     finally:
         tracemalloc.stop()
@@ -120,37 +130,33 @@ def test_centroids_in_fortran_order_are_read(folder):
     assert torch.equal(UnitModel.from_pretrained(folder).centroids, model.centroids)
 
 
-@pytest.fixture(scope="module")
-def many_tensors(tmp_path_factory):
-    """A file of 100,000 tensors."""
-    path = tmp_path_factory.mktemp("many") / "model.safetensors"
-    save_file({f"layers.{number}": torch.zeros(1) for number in range(100_000)}, path)
-    return path
+TOO_MANY = r"config\.json is not of a model of 100000 layers|the config has 100,000 layers of one kind"
 
 
 @pytest.mark.parametrize(
-    ("layer", "config"),
+    ("layer", "config", "message"),
     [
-        (100_000, {"num_hidden_layers": 100_000}),
-        (5, {"conv_dim": [64] * 100_000, "conv_kernel": [1] * 100_000, "conv_stride": [1] * 100_000}),
-        (5, {"num_feat_extract_layers": 100_000}),
-        (5, {"add_adapter": True, "num_adapter_layers": 100_000}),
+        (100_000, {"num_hidden_layers": 100_000}, TOO_MANY),
+        (5, {"conv_dim": [64] * 100_000, "conv_kernel": [1] * 100_000, "conv_stride": [1] * 100_000}, TOO_MANY),
+        (5, {"num_feat_extract_layers": 100_000}, TOO_MANY),
+        (5, {"add_adapter": True, "num_adapter_layers": 100_000}, TOO_MANY),
+        (200, {"num_hidden_layers": 200}, r"config\.json is not of a model of 200 layers"),
+        (0, {"num_hidden_layers": 0}, r"config\.json is not of a model of 0 layers"),
     ],
-    ids=["layers", "convolutions", "number of convolutions", "adapters"],
+    ids=["layers", "convolutions", "number of convolutions", "adapters", "more layers than weights", "no layer"],
 )
-def test_too_many_layers_are_refused_before_any_is_built(folder, many_tensors, monkeypatch, layer, config):
+def test_bad_number_of_layers_is_refused_before_any_is_built(folder, many_tensors, monkeypatch, layer, config, message):
     set_keys(layer=layer)(folder / "unit_model.json")
     change_file(folder, "config.json", set_keys(**config))
-    change_file(folder, "model.safetensors", lambda path: shutil.copyfile(many_tensors, path))
+    if 100_000 in (layer, *config.values()):
+        change_file(folder, "model.safetensors", use_file(many_tensors))
     monkeypatch.setattr("usdm_sft.units.model.AutoModel", None)
-    with pytest.raises(
-        ValueError, match=r"config\.json is not of a model of 100000 layers|the config has 100,000 layers of one kind"
-    ):
+    with pytest.raises(ValueError, match=message):
         UnitModel.from_pretrained(folder)
 
 
 def test_too_many_tensors_are_refused_before_any_is_built(folder, many_tensors, monkeypatch):
-    change_file(folder, "model.safetensors", lambda path: shutil.copyfile(many_tensors, path))
+    change_file(folder, "model.safetensors", use_file(many_tensors))
     monkeypatch.setattr(torch.nn.Module, "load_state_dict", None)
     with pytest.raises(ValueError, match=r"model\.safetensors has 100,000 tensors, the model [0-9]+"):
         UnitModel.from_pretrained(folder)
@@ -186,9 +192,8 @@ def test_too_many_tensors_are_refused_before_any_is_built(folder, many_tensors, 
 )  # fmt: skip
 def test_untrusted_folder_with_fitting_digests_is_checked(folder, name, change, message):
     change_file(folder, name, change)
-    with pytest.raises(
-        ValueError, match=f"model is not what convert wrote .*{message}.* convert the unit model again$"
-    ) as raised:
+    message = f"model is not what convert wrote .*{message}.* convert the unit model again$"
+    with pytest.raises(ValueError, match=message) as raised:
         UnitTokenizer.from_pretrained(folder, device="cpu").tokenize_waveforms([np.zeros(400, np.float32)])
     assert "\n" not in str(raised.value)
 
@@ -206,14 +211,6 @@ def test_untrusted_description_is_checked(folder, keys):
     set_keys(**keys)(folder / "unit_model.json")
     with pytest.raises(ValueError, match=r"unit_model\.json is not what convert wrote: remove the folder"):
         UnitTokenizer.from_pretrained(folder, device="cpu")
-
-
-@pytest.mark.parametrize("layers", [0, 200])
-def test_number_of_layers_is_checked_before_they_are_built(folder, layers):
-    set_keys(layer=layers)(folder / "unit_model.json")
-    change_file(folder, "config.json", set_keys(num_hidden_layers=layers))
-    with pytest.raises(ValueError, match=rf"config\.json is not of a model of {layers} layers"):
-        UnitTokenizer.from_pretrained(folder, device="cpu").tokenize_waveforms([np.zeros(400, np.float32)])
 
 
 @pytest.mark.parametrize(
