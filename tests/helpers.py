@@ -259,6 +259,6 @@ class LastFirst:
     def __exit__(self, *error):
         pass
 
-    def map(self, function, items, *, name, keys=(), holds=None):
+    def map(self, function, items, *, name, keys=(), is_valid=None):
         for index in reversed(range(len(items))):
             yield index, function(items[index])

@@ -18,7 +18,7 @@ from usdm_sft.audio.reading import read_waveform
 
 pytestmark = pytest.mark.loading
 
-TURNS = [  # a stretch, a channel of a stretch, and a channel of a member of an archive
+TURNS = [  # a segment, a channel of a segment, and a channel of a member of an archive
     {"speaker": "a", "audio": "call.wav", "start": 0, "end": 0.5},
     {"speaker": "b", "audio": "call.wav", "start": 0.5, "end": 1.25, "channel": 1},
     {"speaker": "a", "audio": "zip://calls/one.wav::calls.zip"},
@@ -106,7 +106,7 @@ def test_recording_that_is_lost_cannot_be_saved(corpus, tmp_path):
 
 
 def test_recordings_of_other_datasets_are_embedded_as_before(tmp_path):
-    """A file, a file with the name of a stretch, and bytes."""
+    """A file, a file with the name of a segment, and bytes."""
     contents = {}
     for name in ("a.wav", "b.wav#t=0,1"):
         contents[name] = name.encode()

@@ -16,7 +16,7 @@ from usdm_sft.audio import addresses, check
 from usdm_sft.audio.addresses import (
     AddressError,
     NamesakeFinder,
-    Stretch,
+    Segment,
     format_address,
     join_addresses,
     list_members,
@@ -40,22 +40,22 @@ def call(tmp_path):
 
 
 def test_addresses_are_read_as_they_are_written(tmp_path):
-    for stretch in (
-        Stretch("a.wav"),
-        Stretch("a.wav", 1.5, 2.25),
-        Stretch("a.wav", None, None, 1),
-        Stretch("a b#.wav", 0, 3, 0),
+    for segment in (
+        Segment("a.wav"),
+        Segment("a.wav", 1.5, 2.25),
+        Segment("a.wav", None, None, 1),
+        Segment("a b#.wav", 0, 3, 0),
     ):
-        assert parse_address(format_address(*stretch)) == [stretch]
+        assert parse_address(format_address(*segment)) == [segment]
     assert format_address("a.wav", 1.0, 12.345678, 1) == "a.wav#t=1,12.345678&channel=1"
-    assert parse_address("a.wav#t=1,2\nb.wav") == [Stretch("a.wav", 1, 2), Stretch("b.wav")]
-    assert parse_address("a.wav#t=x,2") == [Stretch("a.wav#t=x,2")]
+    assert parse_address("a.wav#t=1,2\nb.wav") == [Segment("a.wav", 1, 2), Segment("b.wav")]
+    assert parse_address("a.wav#t=x,2") == [Segment("a.wav#t=x,2")]
     strange = tmp_path / "b.wav#t=1,2"
     strange.touch()
-    assert parse_address(strange) == [Stretch(str(strange))]  # a file of that very name
+    assert parse_address(strange) == [Segment(str(strange))]  # a file of that very name
 
 
-def test_only_a_stretch_is_looked_up_on_disk():
+def test_only_a_segment_is_looked_up_on_disk():
     asked = []
     parse_address("a.wav\nzip://a.wav::b.zip\nb#.wav", lambda name: asked.append(name))
     assert asked == []
@@ -114,7 +114,7 @@ def test_namesake_that_appears_during_the_run(call, tmp_path):
 
 @pytest.mark.parametrize(("start", "end"), [(0.5, 1.25), (0, 2), (1.0001, 1.9)])
 @pytest.mark.parametrize("channel", [0, 1, None])
-def test_stretch_has_the_samples_between_start_and_end(call, start, end, channel):
+def test_segment_has_the_samples_between_start_and_end(call, start, end, channel):
     samples, rate = read_audio(format_address(call, start, end, channel))
     sign = {0: 1, 1: -1, None: 0}[channel]
     assert rate == 8000
@@ -122,7 +122,7 @@ def test_stretch_has_the_samples_between_start_and_end(call, start, end, channel
     assert check_audio(format_address(call, start, end, channel))[:2] == (len(samples), 8000)
 
 
-def test_stretch_has_the_waveform_of_a_cut_file(call, tmp_path):
+def test_segment_has_the_waveform_of_a_cut_file(call, tmp_path):
     samples, rate = soundfile.read(call, dtype="int16")
     soundfile.write(tmp_path / "cut.wav", samples[4000:12_000, 1], rate, subtype="PCM_16")
     assert np.array_equal(read_waveform(format_address(call, 0.5, 1.5, 1)), read_waveform(tmp_path / "cut.wav"))
@@ -138,7 +138,7 @@ def test_several_recordings_in_turn(call, tmp_path):
     assert check_audio(f"{first}\n{tmp_path / 'other.wav'}").problem == "has several sample rates (8000, 16000 Hz)"
 
 
-def test_neighbouring_stretches_join_with_the_pause_between():
+def test_neighbouring_segments_join_with_the_pause_between():
     assert join_addresses("a.wav#t=1,2&channel=0", "a.wav#t=2.5,3&channel=0") == "a.wav#t=1,3&channel=0"
     for second in ("a.wav#t=2.5,3&channel=1", "b.wav#t=2.5,3&channel=0", "a.wav#t=0,1&channel=0", "a.wav"):
         assert join_addresses("a.wav#t=1,2&channel=0", second) == f"a.wav#t=1,2&channel=0\n{second}"
@@ -167,7 +167,7 @@ def test_neighbouring_stretches_join_with_the_pause_between():
         (["a#t=1,5", "a#t=2,3", "a#t=4,6"], "a#t=1,6"),
     ],
 )
-def test_joined_stretches_play_no_sample_twice(turns, expected):
+def test_joined_segments_play_no_sample_twice(turns, expected):
     assert reduce(join_addresses, turns) == expected
 
 
@@ -180,16 +180,16 @@ def test_joined_stretches_play_no_sample_twice(turns, expected):
         ("#t=1,1.01", "has 160 samples at 16 kHz, fewer than the 400"),
     ],
 )
-def test_stretch_outside_its_recording_is_reported(call, fragment, problem):
+def test_segment_outside_its_recording_is_reported(call, fragment, problem):
     assert check_audio(call + fragment).problem.startswith(problem)
 
 
-def test_stretch_may_end_slightly_after_its_recording(call):
+def test_segment_may_end_slightly_after_its_recording(call):
     assert check_audio(f"{call}#t=1,2.04")[:2] == (8000, 8000)
     assert len(read_audio(f"{call}#t=1,2.04")[0]) == 8000
 
 
-def test_unchanged_stretches_share_one_reading(call, tmp_path):
+def test_unchanged_segments_share_one_reading(call, tmp_path):
     addresses = [call, format_address(call, 0.1, 0.6, 1), f"{format_address(call, 1, 2)}\n{format_address(call, 0, 1)}"]
     known = audio_digests(addresses, tmp_path / "cache")
     shared_reads = []
@@ -237,8 +237,8 @@ def test_threads_share_recordings_and_directories(call, tmp_path, monkeypatch):
     monkeypatch.setattr(check, "_digest", slow)
     done.clear()
     other = shutil.copyfile(call, tmp_path / "other.wav")
-    stretches = [format_address(str(file), i / 20, i / 20 + 0.5) for i in range(18) for file in (call, other)]
-    found = audio_digests(stretches, tmp_path / "cache", num_threads=36)
+    segments = [format_address(str(file), i / 20, i / 20 + 0.5) for i in range(18) for file in (call, other)]
+    found = audio_digests(segments, tmp_path / "cache", num_threads=36)
     assert sorted(done) == sorted([call, str(other)])
     assert len({digest.sha256 for digest in found.values()}) == 18  # both files have the same content
 

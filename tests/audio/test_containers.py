@@ -97,10 +97,10 @@ def test_vbr_mp3_that_libsndfile_reads_in_part_is_refused(tmp_path):
     )
     assert result(content, tmp_path) == said
     for start in (0.5, 5):  # before and after the end of the estimate
-        stretch = format_address(str(tmp_path / "recording.bin"), start, start + 0.5)
-        assert check_audio(stretch).problem == said
+        segment = format_address(str(tmp_path / "recording.bin"), start, start + 0.5)
+        assert check_audio(segment).problem == said
         with pytest.raises(AudioError, match="has no Xing tag with its length"):
-            read_audio(stretch)
+            read_audio(segment)
 
 
 def test_mp3_one_after_the_other(tmp_path):
@@ -275,7 +275,7 @@ def test_container_that_is_cut(tmp_path, kind, codec, options, channels):
     assert result(content * 2, tmp_path).startswith("holds several files one after the other, of which only the first")
 
 
-def test_stretches_before_the_missing_end_are_good(tmp_path):
+def test_segments_before_the_missing_end_are_good(tmp_path):
     samples = noise(2)
     for kind in ("WAV", "AIFF", "AU"):
         path = tmp_path / f"a.{kind}"
@@ -348,13 +348,13 @@ def test_header_that_lies_ends_no_run(tmp_path):
             assert check.problem is not None or check.frames > 0
 
 
-# Stretches of compressed audio
+# Segments of compressed audio
 
 COMPRESSED = [("MP3", "MPEG_LAYER_III"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("FLAC", "PCM_16"), ("WAV", "IMA_ADPCM")]
 
 
 @pytest.mark.parametrize(("kind", "codec"), COMPRESSED)
-def test_stretch_is_a_part_of_the_whole(tmp_path, kind, codec, monkeypatch):
+def test_segment_is_a_part_of_the_whole(tmp_path, kind, codec, monkeypatch):
     monkeypatch.setattr("usdm_sft.audio.sound.BLOCK_SAMPLES", 7777)
     path = tmp_path / "call"
     options = {"bitrate_mode": "VARIABLE"} if kind == "MP3" else {}
@@ -382,7 +382,7 @@ def decoded(monkeypatch):
     return counts
 
 
-def test_compressed_recording_is_decoded_once_for_its_stretches(tmp_path, decoded, monkeypatch):
+def test_compressed_recording_is_decoded_once_for_its_segments(tmp_path, decoded, monkeypatch):
     path = tmp_path / "call.mp3"
     path.write_bytes(cbr(4))
     addresses = [format_address(str(path), start, start + 0.1) for start in np.arange(39) / 10]
@@ -406,7 +406,7 @@ def test_blocks_are_the_samples_of_one_reading(tmp_path):
     assert np.array_equal(read_audio(content)[0], decode(content))
 
 
-def test_stretch_without_the_sample_that_is_not_finite(tmp_path):
+def test_segment_without_the_sample_that_is_not_finite(tmp_path):
     samples = noise(2).astype(np.float32)
     samples[RATE] = np.nan
     path = tmp_path / "a.wav"

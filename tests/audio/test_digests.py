@@ -175,7 +175,7 @@ def test_run_goes_on_without_a_digest_file(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("kind", ["wav", "flac"])
-def test_recording_of_stretches_is_opened_once_in_all_runs(tmp_path, reads, settled, kind):
+def test_recording_of_segments_is_opened_once_in_all_runs(tmp_path, reads, settled, kind):
     """Their digest is that of their recording's digest, start, end and channel. FLAC is decoded to its end."""
     path = tmp_path / f"call.{kind}"
     soundfile.write(path, np.zeros((32_000, 2)), 16_000)
@@ -219,8 +219,8 @@ class Pool:
     def start(self, num_proc):
         raise AssertionError
 
-    def map(self, function, items, *, name, keys, holds=None):
-        self.items, self.keys, self.holds = list(items), list(keys), holds
+    def map(self, function, items, *, name, keys, is_valid=None):
+        self.items, self.keys, self.is_valid = list(items), list(keys), is_valid
         return enumerate(map(function, items))
 
 
@@ -245,7 +245,7 @@ def share(monkeypatch):
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Addresses of three whole files, of stretches of a WAV and a FLAC file in turn, and of a file that does not exist."""
+    """Addresses of three whole files, of segments of a WAV and a FLAC file in turn, and of a file that does not exist."""
     rng = np.random.default_rng(0)
     for name in ("a.wav", "b.wav", "c.wav", "call.wav", "call.flac"):
         soundfile.write(tmp_path / name, rng.uniform(-0.5, 0.5, 32_000), 16_000)
@@ -307,7 +307,7 @@ def test_recording_that_changes_after_the_pass_is_refused(tmp_path, corpus, sett
     pool = Pool()
     again = audio_digests(corpus, tmp_path / "cache", pool=pool)
     assert again[corpus[0]].seconds == 1
-    assert pool.items == [[corpus[0], corpus[2], corpus[4], corpus[6]]]  # two stretches of call.wav, and none.wav
+    assert pool.items == [[corpus[0], corpus[2], corpus[4], corpus[6]]]  # two segments of call.wav, and none.wav
     for address in (corpus[0], corpus[2]):
         assert read_unchanged(address, again[address].sha256, read_file)
 
@@ -318,16 +318,16 @@ def test_results_of_tasks_hold_until_recordings_change(tmp_path, corpus, settled
     pool = Pool()
     audio_digests(corpus, tmp_path / "cache", pool=pool)
     result = digests.read_recordings(corpus)
-    assert pool.holds(result)
+    assert pool.is_valid(result)
     for name in ("b.wav", "call.wav", "call.flac"):
         content = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(content[:-2])
-        assert not pool.holds(result)
+        assert not pool.is_valid(result)
         (tmp_path / name).unlink()
-        assert not pool.holds(result)
+        assert not pool.is_valid(result)
         (tmp_path / name).write_bytes(content)
         result = digests.read_recordings(corpus)
-        assert pool.holds(result)
+        assert pool.is_valid(result)
 
 
 def test_results_of_tasks_of_another_version_are_not_found(tmp_path, corpus, monkeypatch, share):
@@ -405,7 +405,7 @@ def test_processes(mini, tmp_path, monkeypatch, share):
 
 @pytest.mark.parametrize("name", ["calls #2", "a#t=0,1", "#"])
 def test_number_sign_in_a_folder_name_divides_nothing_else(tmp_path, settled, share, name):
-    """Whole files of such a folder are no stretches of one recording."""
+    """Whole files of such a folder are no segments of one recording."""
     share(2)
     folder = tmp_path / name
     folder.mkdir()
@@ -415,6 +415,6 @@ def test_number_sign_in_a_folder_name_divides_nothing_else(tmp_path, settled, sh
     pool = Pool()
     found = audio_digests(paths, tmp_path / "cache", pool=pool)
     assert pool.items == [paths[:2], paths[2:4], paths[4:]] and not any(digest.problem for digest in found.values())
-    stretches = [format_address(path, start, start + 0.5) for path in paths[:2] for start in (0, 0.5)]
+    segments = [format_address(path, start, start + 0.5) for path in paths[:2] for start in (0, 0.5)]
     assert cut_into_chunks(paths, 2) == [paths[:2], paths[2:4], paths[4:]]
-    assert cut_into_chunks(stretches, 2) == [stretches[:2], stretches[2:]]
+    assert cut_into_chunks(segments, 2) == [segments[:2], segments[2:]]

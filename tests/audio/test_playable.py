@@ -100,7 +100,7 @@ def test_big_endian_wav_and_wav_after_a_tag_are_not_kept(tmp_path):
         ("MP3", "MPEG_LAYER_III", 2, 0, "WAV FLOAT"),
     ],
 )
-def test_stretch_of_a_recording_keeps_every_sample(tmp_path, kind, codec, channels, channel, expected):
+def test_segment_of_a_recording_keeps_every_sample(tmp_path, kind, codec, channels, channel, expected):
     path = write(tmp_path, kind, codec, channels=channels)
     address = format_address(str(path), 0.1, 0.5, channel)
     recording = make_playable(address)

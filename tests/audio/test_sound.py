@@ -130,9 +130,9 @@ def test_codec_that_cannot_seek(tmp_path, kind, subtype):
     for source in ways_to(path.read_bytes(), tmp_path).values():
         assert np.array_equal(read_waveform(source), expected)
     for start, end in ((0.0, 0.5), (0.5, 1.25)):
-        stretch = format_address(str(path), start, end)
-        assert check_audio(stretch) == AudioCheck(round((end - start) * 8000), 8000)
-        assert np.array_equal(read_audio(stretch)[0], frames[round(start * 8000) : round(end * 8000)])
+        segment = format_address(str(path), start, end)
+        assert check_audio(segment) == AudioCheck(round((end - start) * 8000), 8000)
+        assert np.array_equal(read_audio(segment)[0], frames[round(start * 8000) : round(end * 8000)])
 
 
 def test_skipped_blocks_change_no_later_sample(tmp_path, monkeypatch):
@@ -193,5 +193,5 @@ def test_16_bits_read_at_once_are_the_samples_of_libsndfile(tmp_path, kind, chan
         found, expected if channels == 1 else np.mean(expected.T, axis=0)
     )
     for channel in range(channels):
-        stretch = format_address(str(path), 0.01, 0.02, channel)
-        assert np.array_equal(read_audio(stretch)[0], expected.reshape(-1, channels)[160:320, channel])
+        segment = format_address(str(path), 0.01, 0.02, channel)
+        assert np.array_equal(read_audio(segment)[0], expected.reshape(-1, channels)[160:320, channel])

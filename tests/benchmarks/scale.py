@@ -172,7 +172,7 @@ class RandomUnits(UnitTokenizer):
         self, sources: Any, digests: Mapping[str, str] | None = None
     ) -> Callable[[], tuple[list[Any], Any]]:
         assert digests is not None
-        seconds = [stretch.end - stretch.start for source in sources for stretch in parse_address(source)]
+        seconds = [segment.end - segment.start for source in sources for segment in parse_address(source)]
         starts = [int(digests[source][:5], 16) >> 1 for source in sources]
         units = [
             self._POOL[start : start + count_units(round(length * SAMPLE_RATE), "fairseq")]

@@ -1,7 +1,7 @@
 import pytest
 
 from usdm_sft.corpus.dialogs import Dialog, Utterance
-from usdm_sft.corpus.examples import CONFIGS, check_config, has_lists, make_examples
+from usdm_sft.corpus.examples import CONFIGS, check_config, config_has_lists, make_examples
 
 
 def dialog(num_turns):
@@ -55,8 +55,8 @@ def test_every_pair_is_in_exactly_one_conversation(num_turns):
 
 
 def test_configs_with_list_columns():
-    assert [has_lists(name, 0) for name in CONFIGS] == [False, True]
-    assert has_lists("single_turn", 1)
+    assert [config_has_lists(name, 0) for name in CONFIGS] == [False, True]
+    assert config_has_lists("single_turn", 1)
 
 
 @pytest.mark.parametrize(

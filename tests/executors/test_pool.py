@@ -40,9 +40,9 @@ def pool(folder, tasks=3):
     return TaskPool("ray", tasks, folder)
 
 
-def call(folder, items, *, function=double, holds=None, tasks=3):
+def call(folder, items, *, function=double, is_valid=None, tasks=3):
     keys = [str(item) for item in items]
-    return list(pool(folder, tasks).map(function, items, name="doubles", keys=keys, holds=holds))
+    return list(pool(folder, tasks).map(function, items, name="doubles", keys=keys, is_valid=is_valid))
 
 
 def test_calls_are_divided_into_contiguous_ranges(tmp_path, here):
@@ -79,7 +79,7 @@ def test_failed_task_is_reported_and_finished_tasks_are_kept(tmp_path, monkeypat
 def test_results_that_are_damaged_or_do_not_hold_are_made_again(tmp_path, here, damage):
     files = [str(tmp_path / name) for name in "abc"]
     expected = list(enumerate(files))
-    assert call(tmp_path / "cache", files, function=write, holds=os.path.exists) == expected
+    assert call(tmp_path / "cache", files, function=write, is_valid=os.path.exists) == expected
     (results,) = tmp_path.glob("cache/executor/*/results/00001.pickle")
     if damage == "results":
         content = results.read_bytes()
@@ -90,7 +90,7 @@ def test_results_that_are_damaged_or_do_not_hold_are_made_again(tmp_path, here, 
         results.unlink()
     else:
         os.unlink(files[1])
-    assert call(tmp_path / "cache", files, function=write, holds=os.path.exists) == expected
+    assert call(tmp_path / "cache", files, function=write, is_valid=os.path.exists) == expected
     assert here == [0, 1, 2, 1]
     assert all(map(os.path.exists, files))
     digest = results.with_suffix(".sha256").read_text()

@@ -447,7 +447,7 @@ def make_calls(mini, folder):
 
 @pytest.mark.slow
 def test_turns_of_calls_on_the_hub_give_the_same_rows(mini, unit_model, tmp_path, from_hub):
-    """Stretches of one channel of longer recordings become recordings of their own."""
+    """Segments of one channel of longer recordings become recordings of their own."""
     make_calls(mini, tmp_path / "calls")
     prepare(**options(mini, unit_model, tmp_path, data_dir=str(tmp_path / "calls"), keep_audio=True))
     row = pq.read_table(tmp_path / "out" / FILE).to_pylist()[0]

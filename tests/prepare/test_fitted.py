@@ -6,9 +6,9 @@ import pytest
 from datasets import Dataset
 
 from usdm_sft.corpus.features import TRAINER_COLUMNS, folder_features
-from usdm_sft.prepare.overflow import Cuts
+from usdm_sft.prepare.overflow import Overflowed
 from usdm_sft.prepare.plan import Shard
-from usdm_sft.prepare.token_shards import FittedSplit, ShardCounts, TokenShard
+from usdm_sft.prepare.token_shards import KeptRows, ShardCounts, TokenShard
 
 FEATURES = datasets.Features(
     {name: each for name, each in folder_features(lists=True).items() if name not in TRAINER_COLUMNS}
@@ -67,7 +67,7 @@ def corpus(tmp_path_factory):
         counts = ShardCounts(
             len(left) - first, 0, 0, 0, 0.0, 0, sum(len(row["input_ids"]) for row in left[first:]), 0, 0
         )
-        tokens.append(TokenShard(path, Cuts(runs, {}, {}), counts, []))
+        tokens.append(TokenShard(path, Overflowed(runs, {}, {}), counts, []))
     examples = Dataset.from_list(whole, features=FEATURES).select_columns(EXAMPLES)
     return examples, shards, tokens, left
 
@@ -88,7 +88,7 @@ def test_parts_of_the_rows_in_the_order_of_datasets(corpus, seed, num_files):
     expected = Dataset.from_list(left, features=FEATURES)
     if seed is not None:
         expected = expected.shuffle(seed)
-    split = FittedSplit(examples, shards, tokens, Encoder(), seed)
+    split = KeptRows(examples, shards, tokens, Encoder(), seed)
     assert (split.num_rows, split.num_tokens) == (15, sum(len(row["input_ids"]) for row in left))
     start = 0
     for index in range(num_files):
@@ -103,7 +103,7 @@ def test_parts_of_the_rows_in_the_order_of_datasets(corpus, seed, num_files):
 def test_part_loads_only_its_work_shards(corpus, monkeypatch):
     examples, shards, tokens, _ = corpus
     tokens = [tokens[0], tokens[1]._replace(path="vanished"), *tokens[2:]]
-    split = FittedSplit(examples, shards, tokens, Encoder(), None)
+    split = KeptRows(examples, shards, tokens, Encoder(), None)
     assert split.loader(split.part(0, 4))["id"].to_pylist() == ["d0_0", "d0_4", "d1_0", "d2_0"]
     assert split.loader(split.part(7, 9))["id"].to_pylist() == ["d7_0", "d8_2"]
     with pytest.raises(FileNotFoundError, match="vanished"):

@@ -7,7 +7,7 @@ import pytest
 from usdm_sft.audio.digests import AudioDigest
 from usdm_sft.corpus.dialogs import Dialog, Split, Utterance
 from usdm_sft.corpus.left_out import leave_out
-from usdm_sft.prepare.plan import Content, plan_shards
+from usdm_sft.prepare.plan import ShardContents, plan_shards
 
 SAMPLES = {"a_0": 16_000, "a_1": 8_000, "a_2": 24_000, "b_0": 4_000, "b_1": 32_000}  # of an utterance; others have 400
 
@@ -61,7 +61,7 @@ def test_contents_come_back():
         (2, "train", (4, 6), 7, 8),
         (3, "test", (0, 2), 0, 1),
     ]
-    assert made.content(made[0]) == Content(
+    assert made.content(made[0]) == ShardContents(
         ids=["a_0", "a_1", "a_2", "b_0", "b_1"],
         audio=["a_0.wav", "a_1.wav", "a_2.wav", "b_0.wav", "b_1.wav"],
         digests=["sha a_0.wav", "sha a_1.wav", "sha a_2.wav", "sha b_0.wav", "sha b_1.wav"],

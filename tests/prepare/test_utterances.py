@@ -8,7 +8,7 @@ from tests.prepare.test_plan import leave_out_dialogs, plan, split
 from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.corpus.left_out import leave_out
 from usdm_sft.prepare import utterance_files
-from usdm_sft.prepare.plan import Content, Plan, Shard
+from usdm_sft.prepare.plan import Plan, Shard, ShardContents
 from usdm_sft.prepare.utterance_files import UtteranceFiles
 
 
@@ -43,7 +43,7 @@ def files_of(whole, made):
 def test_work_shards_share_files_or_are_divided(monkeypatch, seconds, files):
     monkeypatch.setattr(utterance_files, "FILE_SECONDS", 10)
     made = Plan()
-    content = Content([], [], [], [], [], [("a", 2), ("b", 3), ("b", 2), ("c", 2), ("d", 2)], 0, [], False)
+    content = ShardContents([], [], [], [], [], [("a", 2), ("b", 3), ("b", 2), ("c", 2), ("d", 2)], 0, [], False)
     for number, each in enumerate(seconds):
         made.add(Shard(number, "train", (0, 4), 0, 0, each * SAMPLE_RATE, 0, "", ""), content)
     found = UtteranceFiles(SimpleNamespace(whole_corpus={"train": split({})}), "train", made, {})._files

@@ -5,7 +5,7 @@ from typing import Any
 
 from usdm_sft.template.chat import make_messages
 from usdm_sft.template.encoder import TemplateEncoder
-from usdm_sft.template.exchanges import has_lists
+from usdm_sft.template.exchanges import values_have_lists
 
 
 def stand_for(rows: Sequence[Sequence[int]], texts: Sequence[str], encoder: TemplateEncoder) -> list[bool]:
@@ -25,7 +25,7 @@ def render(row: Mapping[str, Any], encoder: TemplateEncoder) -> str:
     """
     template = encoder.template
     values = {part: row[part] for part in template.parts}
-    if not has_lists(values):
+    if not values_have_lists(values):
         values = {part: [value] for part, value in values.items()}
     exchanges = [
         {
@@ -41,7 +41,7 @@ def render(row: Mapping[str, Any], encoder: TemplateEncoder) -> str:
         """The text as it comes back from its ids; a tokenizer may change it, for example to lower case."""
         if template.tokenization == "reference":
             return text.replace("▁", " ")  # the tokenizer encodes both alike
-        return encoder._stretches.decode_batch(encoder._stretches.encode([text], [True]))[0]
+        return encoder._text_encoder.decode_batch(encoder._text_encoder.encode([text], [True]))[0]
 
     blocks = []
     for exchange in exchanges:

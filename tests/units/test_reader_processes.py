@@ -20,7 +20,7 @@ from usdm_sft.units.reading import CHUNK_FILES, READS, AudioReader, cut_into_chu
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Addresses of audio of many kinds, among them bad ones, and the recordings that are cut into stretches."""
+    """Addresses of audio of many kinds, among them bad ones, and the recordings that are cut into segments."""
     folder, rng = tmp_path_factory.mktemp("audio"), np.random.default_rng(0)
     whole = [str(folder / f"{index}.wav") for index in range(8)]
     for index, path in enumerate(whole):
@@ -32,11 +32,11 @@ def files(tmp_path_factory):
     for path in calls:
         soundfile.write(path, 0.1 * rng.standard_normal((48_000, 2)), 8_000)
     # The two recordings in turns, as two speakers speak.
-    stretches = [format_address(calls[i % 2], i / 10, i / 10 + 0.25, i % 3 % 2) for i in range(50)]
+    segments = [format_address(calls[i % 2], i / 10, i / 10 + 0.25, i % 3 % 2) for i in range(50)]
     (folder / "text.wav").write_text("not audio")
     bad = [str(folder / "none.wav"), str(folder / "text.wav")]
-    good = [*whole[:4], zip_address(folder / "archive.zip", "a.wav"), *stretches, *whole[4:]]
-    return {"good": good, "bad": bad, "stretches": stretches, "calls": calls}
+    good = [*whole[:4], zip_address(folder / "archive.zip", "a.wav"), *segments, *whole[4:]]
+    return {"good": good, "bad": bad, "segments": segments, "calls": calls}
 
 
 @pytest.fixture
@@ -111,8 +111,8 @@ def read_identity(source, contents):
 
 
 def test_each_recording_is_read_once(files, open_reader):
-    digests = {path: digest.sha256 for path, digest in audio_digests(files["stretches"]).items()}
-    found = open_reader(read_identity).take(files["stretches"], digests)
+    digests = {path: digest.sha256 for path, digest in audio_digests(files["segments"]).items()}
+    found = open_reader(read_identity).take(files["segments"], digests)
     readings = {(path.partition("#")[0], *samples.tolist()) for path, (samples, _) in zip(digests, found, strict=True)}
     assert sorted(path for path, *_ in readings) == files["calls"]
 

@@ -1,4 +1,4 @@
-"""The address of an utterance's audio, as one string: a file, a member of a zip archive, a stretch of either, or several in turn.
+"""The address of an utterance's audio, as one string: a file, a member of a zip archive, a segment of either, or several in turn.
 
     /corpus/data/3/0_0_d3.wav
     zip://DailyTalk/data/3/0_0_d3.wav::/corpus/DailyTalk.zip      as fsspec and datasets spell it
@@ -42,7 +42,7 @@ _FRAGMENT = re.compile(
 )
 
 
-class Stretch(NamedTuple):
+class Segment(NamedTuple):
     """A file or archive member, and the part of it that is meant.
 
     Attributes:
@@ -67,22 +67,22 @@ class AddressError(ValueError):
     """Nothing can be read at an address. The message does not name the path, which the caller adds."""
 
 
-def parse_address(address: str | os.PathLike[str], exists: Callable[[str], bool] = os.path.lexists) -> list[Stretch]:
-    """Split an address into its stretches.
+def parse_address(address: str | os.PathLike[str], exists: Callable[[str], bool] = os.path.lexists) -> list[Segment]:
+    """Split an address into its segments.
 
     Args:
         address: An address.
-        exists: Returns True if there is a file with exactly the name of an address. It is asked for stretches only.
+        exists: Returns True if there is a file with exactly the name of an address. It is asked for segments only.
     """
     return [_parse_line(line, exists) for line in os.fspath(address).split("\n")]
 
 
-def _parse_line(line: str, exists: Callable[[str], bool]) -> Stretch:
+def _parse_line(line: str, exists: Callable[[str], bool]) -> Segment:
     match = _FRAGMENT.fullmatch(line) if "#" in line else None
     if match is None or line.endswith("#") or exists(line):
-        return Stretch(line)
+        return Segment(line)
     start, end, channel = match["start"], match["end"], match["channel"]
-    return Stretch(
+    return Segment(
         match["file"],
         None if start is None else float(start),
         None if end is None else float(end),
@@ -91,16 +91,16 @@ def _parse_line(line: str, exists: Callable[[str], bool]) -> Stretch:
 
 
 class NamesakeFinder:
-    """Finds files whose name is an address. It lists each folder once, where `os.path.lexists` looks at the disk for each stretch.
+    """Finds files whose name is an address. It lists each folder once, where `os.path.lexists` looks at the disk for each segment.
 
-    A file that appears later may be overlooked. Its address then has the digest of the stretch, which `read_unchanged` asks for.
+    A file that appears later may be overlooked. Its address then has the digest of the segment, which `read_unchanged` asks for.
     """
 
     def __init__(self) -> None:
         self._folders: dict[str, bool] = {}  # folder -> it may have such a file
 
     def exists(self, address: str) -> bool:
-        """Return True if there is a file with this name, which is the address of a stretch."""
+        """Return True if there is a file with this name, which is the address of a segment."""
         folder = os.path.dirname(address) or os.curdir
         if folder not in self._folders:
             try:
@@ -114,12 +114,12 @@ class NamesakeFinder:
 
 @lru_cache(maxsize=1024)
 def _has_namesakes(folder: str, mtime_ns: int) -> bool:
-    """Return True if the name of a file in a folder is that of a stretch; the folder is listed again when it has changed."""
+    """Return True if the name of a file in a folder is that of a segment; the folder is listed again when it has changed."""
     return any("#" in name and _FRAGMENT.fullmatch(name) for name in os.listdir(folder))
 
 
 def format_address(file: str, start: float | None = None, end: float | None = None, channel: int | None = None) -> str:
-    """Return the address of a stretch; `start` and `end` are in seconds, both or neither."""
+    """Return the address of a segment; `start` and `end` are in seconds, both or neither."""
     parts = [] if start is None or end is None else [f"t={_format_seconds(start)},{_format_seconds(end)}"]
     if channel is not None:
         parts.append(f"channel={channel}")
@@ -129,31 +129,31 @@ def format_address(file: str, start: float | None = None, end: float | None = No
 def join_addresses(first: str, second: str) -> str:
     """Return the address of two recordings in turn, in which no sample of a channel is played twice.
 
-    A stretch that follows another one of the same channel becomes one with it and the pause between them. Stretches of a channel
+    A segment that follows another one of the same channel becomes one with it and the pause between them. Segments of a channel
     that overlap become one, in the place of the first.
     """
     before, after = parse_address(first), parse_address(second)
     joined = list(before)
-    for stretch in after:
+    for segment in after:
         place = len(joined)
-        if joined and _follows(joined[-1], stretch):
+        if joined and _follows(joined[-1], segment):
             place -= 1
-            stretch = _span(joined.pop(), stretch)
-        while (other := next((i for i, each in enumerate(joined) if _overlap(each, stretch)), None)) is not None:
+            segment = _span(joined.pop(), segment)
+        while (other := next((i for i, each in enumerate(joined) if _overlap(each, segment)), None)) is not None:
             place = min(place, other)
-            stretch = _span(joined.pop(other), stretch)
-        joined.insert(place, stretch)
+            segment = _span(joined.pop(other), segment)
+        joined.insert(place, segment)
     if len(joined) == len(before) + len(after):
         return f"{first}\n{second}"
-    return "\n".join(format_address(*stretch) for stretch in joined)
+    return "\n".join(format_address(*segment) for segment in joined)
 
 
-def _follows(first: Stretch, second: Stretch) -> bool:
+def _follows(first: Segment, second: Segment) -> bool:
     is_later = first.end is not None and second.start is not None and first.end <= second.start
     return is_later and (first.file, first.channel) == (second.file, second.channel)
 
 
-def _overlap(first: Stretch, second: Stretch) -> bool:
+def _overlap(first: Segment, second: Segment) -> bool:
     if (first.file, first.channel) != (second.file, second.channel):
         return False
     if first.start is None or first.end is None or second.start is None or second.end is None:
@@ -161,8 +161,8 @@ def _overlap(first: Stretch, second: Stretch) -> bool:
     return first.start < second.end and second.start < first.end
 
 
-def _span(first: Stretch, second: Stretch) -> Stretch:
-    """Return the stretch from the earlier start to the later end; the whole channel if one of the two is."""
+def _span(first: Segment, second: Segment) -> Segment:
+    """Return the segment from the earlier start to the later end; the whole channel if one of the two is."""
     if first.start is None or first.end is None or second.start is None or second.end is None:
         return first._replace(start=None, end=None)
     return first._replace(start=min(first.start, second.start), end=max(first.end, second.end))
@@ -187,7 +187,7 @@ def absolute_file(file: str, folder: str | os.PathLike[str]) -> str:
 
 def disk_files(address: str | os.PathLike[str]) -> list[str]:
     """Return the real paths of the files and archives that an address names."""
-    return list(dict.fromkeys(os.path.realpath(disk_file(stretch.file)) for stretch in parse_address(address)))
+    return list(dict.fromkeys(os.path.realpath(disk_file(segment.file)) for segment in parse_address(address)))
 
 
 def disk_file(file: str) -> str:

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from usdm_sft.audio.addresses import Stretch, file_problem, open_file, parse_address
+from usdm_sft.audio.addresses import Segment, file_problem, open_file, parse_address
 from usdm_sft.audio.containers import AudioError
 from usdm_sft.audio.frames import MIN_SAMPLES, resampled_length
 from usdm_sft.audio.sound import AUDIO_ERRORS, Extent, Sound, find_frames, find_problem, open_sound
@@ -36,21 +36,21 @@ class AudioCheck(NamedTuple):
 
 def check_audio(address: str | Path) -> AudioCheck:
     """Return the number of frames and the sample rate at an address, or what is wrong with the audio. Raises nothing."""
-    return check_stretches(parse_address(address), lru_cache(_measure))
+    return check_segments(parse_address(address), lru_cache(_measure))
 
 
-def check_stretches(stretches: Sequence[Stretch], measure: Callable[[str], Extent]) -> AudioCheck:
+def check_segments(segments: Sequence[Segment], measure: Callable[[str], Extent]) -> AudioCheck:
     """Return the result of `check_audio` for a parsed address.
 
     Args:
-        stretches: The parsed address.
+        segments: The parsed address.
         measure: Returns what a file holds, or raises what `digest_recording` raises.
     """
     num_frames, rates = 0, set()
     try:
-        for stretch in stretches:
-            extent = measure(stretch.file)
-            first, stop = find_frames(stretch, extent)
+        for segment in segments:
+            extent = measure(segment.file)
+            first, stop = find_frames(segment, extent)
             num_frames += stop - first
             rates.add(extent.rate)
         if len(rates) > 1:

@@ -2,7 +2,7 @@
 
 A first run reads 6 GB of audio; later runs look only at size and times of change. The digest identifies the content; path, size and
 times only tell whether a remembered digest is still valid. Only good files are remembered: a bad one is checked again at each run,
-with other permissions or a newer soundfile. A stretch is remembered nowhere: its digest and check follow from those of its recording.
+with other permissions or a newer soundfile. A segment is remembered nowhere: its digest and check follow from those of its recording.
 
 `read_unchanged` reads the same bytes later, when units are made.
 """
@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 from usdm_sft.audio.addresses import (
     AddressError,
     NamesakeFinder,
-    Stretch,
+    Segment,
     disk_file,
     file_problem,
     open_file,
     parse_address,
 )
-from usdm_sft.audio.check import check_stretches, digest_recording
+from usdm_sft.audio.check import check_segments, digest_recording
 from usdm_sft.audio.containers import AudioError
 from usdm_sft.audio.digest_database import TABLE, DigestDatabase, Row, Stamp
 from usdm_sft.audio.frames import resampled_length
@@ -52,7 +52,7 @@ class AudioDigest(NamedTuple):
     """Digest, length and check of the audio at an address.
 
     Attributes:
-        sha256: Digest of the content, or of the content and the stretch; "" for bad audio.
+        sha256: Digest of the content, or of the content and the segment; "" for bad audio.
         num_samples: Number of samples at 16 kHz.
         seconds: Duration.
         problem: Why the audio is bad, without the path; None if it is good.
@@ -96,7 +96,7 @@ def audio_digests(
     """Digest and check the audio at each address, in threads, with a progress bar for many.
 
     One core reads about 1,000 of DailyTalk's WAV files per second, and later finds 30,000 per second unchanged. It finds 30,000
-    stretches of uncompressed recordings per second. A bad file raises nothing: its `problem` says what is wrong.
+    segments of uncompressed recordings per second. A bad file raises nothing: its `problem` says what is wrong.
 
     Args:
         addresses: Addresses of audio; duplicates are read once.
@@ -129,7 +129,7 @@ def audio_digests(
             shares = _share_out(new)
             # The table is in the keys, so that the results of a version with other rows or checks are not found.
             keys = [cache_key(TABLE, share) for share in shares]
-            calls = pool.map(read_recordings, shares, name="recordings", keys=keys, holds=_are_unchanged)
+            calls = pool.map(read_recordings, shares, name="recordings", keys=keys, is_valid=_are_unchanged)
             for index, (digests, rows) in calls:
                 database.write(rows)
                 put(shares[index], digests)
@@ -145,11 +145,11 @@ def _batches(addresses: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def _share_out(addresses: Sequence[str]) -> list[list[str]]:
-    """Divide addresses into shares. The stretches of one recording are in one share, so that it is read once."""
+    """Divide addresses into shares. The segments of one recording are in one share, so that it is read once."""
     groups: dict[str, list[str]] = {}
     for address in addresses:
-        stretch = parse_address(address, exists=lambda _: False)[0]
-        groups.setdefault(address if stretch.is_whole else stretch.file, []).append(address)
+        segment = parse_address(address, exists=lambda _: False)[0]
+        groups.setdefault(address if segment.is_whole else segment.file, []).append(address)
     shares: list[list[str]] = []
     for group in groups.values():
         if not shares or len(shares[-1]) >= BATCH:
@@ -175,7 +175,7 @@ def _are_unchanged(result: tuple[list[AudioDigest | None], list[Row]]) -> bool:
     return all(map(is_unchanged, result[1]))
 
 
-class _Recording(NamedTuple):
+class _KnownFile(NamedTuple):
     """A recording that is cut: its row, and what it holds; None if it cannot be read."""
 
     row: Row
@@ -198,23 +198,23 @@ class _Reader:
     def __init__(self, threads: ThreadPoolExecutor):
         self._threads = threads
         self._exists = NamesakeFinder().exists
-        self._recordings: dict[str, _Recording] = {}
+        self._recordings: dict[str, _KnownFile] = {}
 
     def recall(self, addresses: Sequence[str], database: DigestDatabase) -> list[AudioDigest | None]:
         """Return the digest of each good address that is remembered or follows from what is; no file is opened."""
         parsed = {address: parse_address(address, self._exists) for address in addresses}
-        whole = {address for address, stretches in parsed.items() if is_whole(stretches)}
+        whole = {address for address, segments in parsed.items() if is_whole(segments)}
         new = self._find_new(parsed)
         rows = database.read(sorted(whole | new))
         for file in new & rows.keys():
             row = rows[file]
             if row.channels and find_stamp(file) == row.stamp:
-                self._recordings[file] = _Recording(row, Extent(row.frames, row.rate, row.channels))
+                self._recordings[file] = _KnownFile(row, Extent(row.frames, row.rate, row.channels))
 
         def recall(address: str) -> AudioDigest | None:
             row = rows.get(address)
             if address not in whole:
-                is_known = all(stretch.file in self._recordings for stretch in parsed[address])
+                is_known = all(segment.file in self._recordings for segment in parsed[address])
                 row = self._derive(address, parsed[address]) if is_known else None
             elif row is None or row.stamp != find_stamp(address):
                 return None
@@ -227,7 +227,7 @@ class _Reader:
         started = time.time_ns()
         parsed = {address: parse_address(address, self._exists) for address in addresses}
         cut = self._find_new(parsed)
-        whole = {address for address, stretches in parsed.items() if is_whole(stretches)} - self._recordings.keys()
+        whole = {address for address, segments in parsed.items() if is_whole(segments)} - self._recordings.keys()
         files = sorted(whole | cut)
         read = dict(zip(files, self._threads.map(_read_recording, files), strict=True))
         self._recordings |= {file: read[file] for file in cut}
@@ -237,39 +237,39 @@ class _Reader:
         ]
         return rows, remembered
 
-    def _find_new(self, parsed: Mapping[str, Sequence[Stretch]]) -> set[str]:
+    def _find_new(self, parsed: Mapping[str, Sequence[Segment]]) -> set[str]:
         """Return the recordings that are cut and not yet known."""
-        files = {each.file for stretches in parsed.values() if not is_whole(stretches) for each in stretches}
+        files = {each.file for segments in parsed.values() if not is_whole(segments) for each in segments}
         return files - self._recordings.keys()
 
-    def _derive(self, address: str, stretches: Sequence[Stretch]) -> Row:
-        """Check stretches, and find their digest from those of their recordings."""
-        check = check_stretches(stretches, lambda file: self._recordings[file].measure())
+    def _derive(self, address: str, segments: Sequence[Segment]) -> Row:
+        """Check segments, and find their digest from those of their recordings."""
+        check = check_segments(segments, lambda file: self._recordings[file].measure())
         if check.problem is not None:
             return Row(address, *_ABSENT, "", 0, 0, 0, check.problem)
-        sha256 = stretches_digest(stretches, lambda file: self._recordings[file].row.sha256)
-        stamps = {each.file: self._recordings[each.file].row.stamp for each in stretches}
+        sha256 = segments_digest(segments, lambda file: self._recordings[file].row.sha256)
+        stamps = {each.file: self._recordings[each.file].row.stamp for each in segments}
         return Row(address, *_join(list(stamps.values())), sha256, check.frames, check.rate, 0)
 
 
-def _read_recording(file: str) -> _Recording:
+def _read_recording(file: str) -> _KnownFile:
     stamp = find_stamp(file)
     try:
         extent, sha256 = digest_recording(file)
     except AUDIO_ERRORS as error:
-        return _Recording(Row(file, *_ABSENT, "", 0, 0, 0, find_problem(error)), None)
-    check = check_stretches([Stretch(file)], lambda _: extent)
-    return _Recording(Row(file, *stamp, sha256, check.frames, check.rate, extent.channels, check.problem), extent)
+        return _KnownFile(Row(file, *_ABSENT, "", 0, 0, 0, find_problem(error)), None)
+    check = check_segments([Segment(file)], lambda _: extent)
+    return _KnownFile(Row(file, *stamp, sha256, check.frames, check.rate, extent.channels, check.problem), extent)
 
 
-def is_whole(stretches: Sequence[Stretch]) -> bool:
+def is_whole(segments: Sequence[Segment]) -> bool:
     """Return True for an address that is one whole file."""
-    return len(stretches) == 1 and stretches[0].is_whole
+    return len(segments) == 1 and segments[0].is_whole
 
 
 def is_unchanged(row: Row) -> bool:
     """Return True if the files of a row have the size and times that they had."""
-    files = dict.fromkeys(stretch.file for stretch in parse_address(row.path))
+    files = dict.fromkeys(segment.file for segment in parse_address(row.path))
     return row.stamp == _join([find_stamp(file) for file in files])
 
 
@@ -280,11 +280,11 @@ def to_digest(row: Row) -> AudioDigest:
     return AudioDigest(row.sha256, resampled_length(row.frames, row.rate), row.frames / row.rate)
 
 
-def stretches_digest(stretches: Sequence[Stretch], files: Callable[[str], str]) -> str:
-    """Return the sha256 of a whole file, or for other addresses the sha256 over the digests of the files and the stretches."""
-    if is_whole(stretches):
-        return files(stretches[0].file)
-    identity = [[files(stretch.file), *stretch[1:]] for stretch in stretches]
+def segments_digest(segments: Sequence[Segment], files: Callable[[str], str]) -> str:
+    """Return the sha256 of a whole file, or for other addresses the sha256 over the digests of the files and the segments."""
+    if is_whole(segments):
+        return files(segments[0].file)
+    identity = [[files(segment.file), *segment[1:]] for segment in segments]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
@@ -300,7 +300,7 @@ def find_stamp(file: str) -> Stamp:
 def find_stamps(addresses: Iterable[str]) -> dict[str, Stamp]:
     """Return the stamp of each file and archive that addresses name. No file is opened."""
     exists = NamesakeFinder().exists
-    files = dict.fromkeys(stretch.file for address in addresses for stretch in parse_address(address, exists))
+    files = dict.fromkeys(segment.file for address in addresses for segment in parse_address(address, exists))
     return {file: find_stamp(file) for file in dict.fromkeys(map(disk_file, files))}
 
 
@@ -317,7 +317,7 @@ def read_unchanged(address: str, sha256: str, read_shared: Callable[[str], tuple
     Args:
         address: Address of audio.
         sha256: Its digest, as `audio_digests` found it.
-        read_shared: `read_recording` with a cache, for recordings of which the address names a stretch.
+        read_shared: `read_recording` with a cache, for recordings of which the address names a segment.
 
     Returns:
         The bytes of each file, by its name in the address.
@@ -327,16 +327,16 @@ def read_unchanged(address: str, sha256: str, read_shared: Callable[[str], tuple
     """
     contents: dict[str, bytes] = {}
     reason = ""
-    for stretches in _find_readings(address):
+    for segments in _find_readings(address):
         contents.clear()
-        read = read_file if all(stretch.is_whole for stretch in stretches) else read_shared
+        read = read_file if all(segment.is_whole for segment in segments) else read_shared
 
         def digest(file: str, read: Callable[[str], tuple[bytes, str]] = read) -> str:
             contents[file], found = read(file)
             return found
 
         try:
-            if stretches_digest(stretches, digest) == sha256:
+            if segments_digest(segments, digest) == sha256:
                 return contents
             reason = ""
         except AddressError as error:
@@ -344,7 +344,7 @@ def read_unchanged(address: str, sha256: str, read_shared: Callable[[str], tuple
     raise AudioError(f"audio file {address} was changed during the run{reason}: let nothing write to it, and run again")
 
 
-def _find_readings(address: str) -> Iterator[list[Stretch]]:
+def _find_readings(address: str) -> Iterator[list[Segment]]:
     """Yield what an address means if no file has its name, and then what it means if one has."""
     first = parse_address(address, exists=lambda _: False)
     yield first
@@ -369,6 +369,6 @@ def read_file(file: str) -> tuple[bytes, str]:
 
 
 def read_recording(file: str) -> tuple[SharedBytes, str]:
-    """As `read_file`, for a recording that several stretches are cut from."""
+    """As `read_file`, for a recording that several segments are cut from."""
     content, sha256 = read_file(file)
     return SharedBytes(content), sha256

@@ -1,6 +1,6 @@
 """Recordings as files that browsers and the viewer of the Hub play, and that give the same units as the original.
 
-A whole file in a format that browsers play is kept byte by byte. A stretch of a longer recording, several in turn, or a file in
+A whole file in a format that browsers play is kept byte by byte. A segment of a longer recording, several in turn, or a file in
 another format becomes the samples that the unit model gets, before resampling: one channel, in FLAC where 16 or 24 bits hold
 every sample exactly, and otherwise in WAV as 32-bit floats.
 """
@@ -37,14 +37,14 @@ _FLOAT_CODE = 3  # WAVE_FORMAT_IEEE_FLOAT
 MAX_BYTES = 2**31 - 1  # the largest value of a binary column in Arrow
 
 
-class Recording(NamedTuple):
+class AudioFile(NamedTuple):
     """The content of an audio file, and the suffix that belongs to its format."""
 
     content: bytes
     suffix: str
 
 
-def make_playable(address: str, contents: Mapping[str, bytes] | None = None) -> Recording:
+def make_playable(address: str, contents: Mapping[str, bytes] | None = None) -> AudioFile:
     """Return the audio at an address as a file that browsers play.
 
     Args:
@@ -60,7 +60,7 @@ def make_playable(address: str, contents: Mapping[str, bytes] | None = None) -> 
         AddressError: A file or archive cannot be read.
     """
     if contents is None:
-        contents = {stretch.file: read_file(stretch.file)[0] for stretch in parse_address(address)}
+        contents = {segment.file: read_file(segment.file)[0] for segment in parse_address(address)}
     recording = _find_whole(address, contents) or _encode(*read_audio(address, contents))
     if len(recording.content) > MAX_BYTES:
         raise AudioError(
@@ -80,21 +80,21 @@ def count_samples(content: bytes) -> int:
     return resampled_length(len(samples), rate)
 
 
-def _find_whole(address: str, contents: Mapping[str, bytes]) -> Recording | None:
+def _find_whole(address: str, contents: Mapping[str, bytes]) -> AudioFile | None:
     """Return the file at an address unchanged, or None if the address is not one whole file that browsers play."""
-    stretch, *more = parse_address(address, contents.__contains__)
-    if more or not stretch.is_whole:
+    segment, *more = parse_address(address, contents.__contains__)
+    if more or not segment.is_whole:
         return None
-    content = contents[stretch.file]
+    content = contents[segment.file]
     with open_sound(io.BytesIO(content)) as sound:
         suffix, codecs = _PLAYED.get(sound.format, ("", set()))
         is_played = (
             sound.subtype in codecs and content.startswith(_FIRST_BYTES.get(suffix, b"")) and not sound.is_patched
         )
-    return Recording(content, suffix) if is_played else None
+    return AudioFile(content, suffix) if is_played else None
 
 
-def _encode(samples: npt.NDArray[np.float32], rate: int) -> Recording:
+def _encode(samples: npt.NDArray[np.float32], rate: int) -> AudioFile:
     """Write (num_samples,) float32 samples without loss."""
     for subtype, bits in (("PCM_16", 16), ("PCM_24", 24)):
         if rate <= _MAX_FLAC_RATE and all(_fits(block, bits) for block in _blocks(samples)):
@@ -102,8 +102,8 @@ def _encode(samples: npt.NDArray[np.float32], rate: int) -> Recording:
             with soundfile.SoundFile(file, "w", rate, 1, subtype, format="FLAC") as sound:
                 for block in _blocks(samples):
                     sound.write((block * np.float32(2**31)).astype(np.int32))
-            return Recording(file.getvalue(), ".flac")
-    return Recording(_make_float_wav(samples, rate), ".wav")
+            return AudioFile(file.getvalue(), ".flac")
+    return AudioFile(_make_float_wav(samples, rate), ".wav")
 
 
 def _blocks(samples: npt.NDArray[np.float32]) -> Iterator[npt.NDArray[np.float32]]:

@@ -17,19 +17,19 @@ import numpy.typing as npt
 import soundfile
 import soxr
 
-from usdm_sft.audio.addresses import MISSING, AddressError, Stretch, file_problem, open_file, parse_address
+from usdm_sft.audio.addresses import MISSING, AddressError, Segment, file_problem, open_file, parse_address
 from usdm_sft.audio.containers import AudioError as AudioError
 from usdm_sft.audio.frames import SAMPLE_RATE, TOO_LOUD, is_too_loud, resampled_length
 from usdm_sft.audio.sound import Extent, Samples, find_frames, find_problem, open_sound
 
-# 50 minutes of stereo at 44.1 kHz; of a longer recording, each stretch is decoded by itself.
+# 50 minutes of stereo at 44.1 kHz; of a longer recording, each segment is decoded by itself.
 MAX_DECODED_BYTES = 1 << 30
 
 
 class SharedBytes(bytes):
-    """The bytes of a recording that stretches are cut from, with its samples once they were decoded, at most `MAX_DECODED_BYTES`.
+    """The bytes of a recording that segments are cut from, with its samples once they were decoded, at most `MAX_DECODED_BYTES`.
 
-    A stretch of compressed audio is a part of the decoded recording. libsndfile decodes other samples after it has jumped into the
+    A segment of compressed audio is a part of the decoded recording. libsndfile decodes other samples after it has jumped into the
     middle of MP3, and takes longer for each jump than for all that stands before it.
     """
 
@@ -57,8 +57,8 @@ def read_audio(
         AudioError: soundfile cannot read the file, or a sample is NaN, infinite or too loud.
     """
     exists = os.path.lexists if contents is None else contents.__contains__
-    stretches = [Stretch("")] if isinstance(source, bytes) else parse_address(source, exists)
-    read = [_read_stretch(source, stretch, contents) for stretch in stretches]
+    segments = [Segment("")] if isinstance(source, bytes) else parse_address(source, exists)
+    read = [_read_segment(source, segment, contents) for segment in segments]
     if len({rate for _, rate in read}) > 1:
         raise AudioError(f"{describe(source)} has several sample rates: bring the recordings to one")
     samples = np.concatenate([samples for samples, _ in read]) if len(read) > 1 else read[0][0]
@@ -71,37 +71,37 @@ def read_audio(
     return samples, read[0][1]
 
 
-def _read_stretch(
-    source: str | Path | bytes, stretch: Stretch, contents: Mapping[str, bytes] | None
+def _read_segment(
+    source: str | Path | bytes, segment: Segment, contents: Mapping[str, bytes] | None
 ) -> tuple[npt.NDArray[np.float32], int]:
-    content = None if contents is None else contents[stretch.file]
-    with _open(source, stretch.file) if content is None else io.BytesIO(content) as file:
+    content = None if contents is None else contents[segment.file]
+    with _open(source, segment.file) if content is None else io.BytesIO(content) as file:
         try:
-            samples, rate = _cut(file, stretch, content if isinstance(content, SharedBytes) else None)
+            samples, rate = _cut(file, segment, content if isinstance(content, SharedBytes) else None)
         except (AudioError, soundfile.LibsndfileError) as error:
             raise AudioError(f"{describe(source)} {find_problem(error)}: replace the file") from error
-    if stretch.channel is not None:
-        samples = samples.reshape(len(samples), -1)[:, stretch.channel]
+    if segment.channel is not None:
+        samples = samples.reshape(len(samples), -1)[:, segment.channel]
     elif samples.ndim > 1:
         samples = np.mean(samples.T, axis=0)
     return samples, rate
 
 
-def _cut(file: io.BufferedIOBase, stretch: Stretch, shared: SharedBytes | None) -> tuple[Samples, int]:
-    """Read a stretch of a file; of compressed audio that others need too, from the samples that were decoded."""
+def _cut(file: io.BufferedIOBase, segment: Segment, shared: SharedBytes | None) -> tuple[Samples, int]:
+    """Read a segment of a file; of compressed audio that others need too, from the samples that were decoded."""
     if shared is None:
         with open_sound(file) as sound:
-            return sound.read(stretch), sound.rate
+            return sound.read(segment), sound.rate
     with shared.lock:
         if shared.decoded is None:
             with open_sound(file) as sound:
                 num_bytes = (sound.frames or len(shared)) * sound.channels * 4
                 if sound.can_seek or num_bytes > MAX_DECODED_BYTES:
-                    return sound.read(stretch), sound.rate
-                samples = sound.read(Stretch(stretch.file))
+                    return sound.read(segment), sound.rate
+                samples = sound.read(Segment(segment.file))
                 shared.decoded = samples, Extent(len(samples), sound.rate, sound.channels)
     samples, extent = shared.decoded
-    first, stop = find_frames(stretch, extent)
+    first, stop = find_frames(segment, extent)
     return samples[first:stop].copy(), extent.rate  # so that it does not keep the whole recording in memory
 
 

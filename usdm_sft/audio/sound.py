@@ -1,4 +1,4 @@
-"""Open audio with soundfile, find out how long it really is, and read all of it or a stretch.
+"""Open audio with soundfile, find out how long it really is, and read all of it or a segment.
 
 A file, a member of an archive and bytes with the same content give the same samples. The check of the first pass and the reading
 use the same functions, so that they agree.
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 
-from usdm_sft.audio.addresses import AddressError, Stretch
+from usdm_sft.audio.addresses import AddressError, Segment
 from usdm_sft.audio.containers import (
     REWRITE,
     AudioError,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 BLOCK_SAMPLES = 1 << 20  # decoded at a time, so that an hour of audio needs little memory
 MIN_RATE = 1000  # Hz; a lower rate in a damaged header would give hours of audio at 16 kHz
-END_TOLERANCE = 0.05  # seconds; a stretch may end this much after its recording, because time stamps are rounded
+END_TOLERANCE = 0.05  # seconds; a segment may end this much after its recording, because time stamps are rounded
 
 _TAGS = (b"ID3\2", b"ID3\3", b"ID3\4")  # the versions that libsndfile skips
 _MISHANDLED = (
@@ -76,7 +76,7 @@ class Extent(NamedTuple):
         frames: Number of frames at the file's own rate, those of `flaws` included.
         rate: Sample rate in Hz.
         channels: Number of channels.
-        flaws: Frames that are missing or not finite. A stretch without them is good.
+        flaws: Frames that are missing or not finite. A segment without them is good.
     """
 
     frames: int
@@ -85,24 +85,24 @@ class Extent(NamedTuple):
     flaws: tuple[Flaw, ...] = ()
 
 
-def find_frames(stretch: Stretch, extent: Extent) -> tuple[int, int]:
-    """Return the first frame of a stretch in its recording, and the frame after its last.
+def find_frames(segment: Segment, extent: Extent) -> tuple[int, int]:
+    """Return the first frame of a segment in its recording, and the frame after its last.
 
     Raises:
-        AudioError: The stretch is not in the recording, or is flawed.
+        AudioError: The segment is not in the recording, or is flawed.
     """
     if extent.rate < MIN_RATE:
         raise AudioError(f"has a sample rate of {extent.rate} Hz, less than {MIN_RATE}")
-    if stretch.channel is not None and stretch.channel >= extent.channels:
-        raise AudioError(f"has no channel {stretch.channel} (its channels are 0 to {extent.channels - 1})")
+    if segment.channel is not None and segment.channel >= extent.channels:
+        raise AudioError(f"has no channel {segment.channel} (its channels are 0 to {extent.channels - 1})")
     first, stop = 0, extent.frames
-    if stretch.start is not None and stretch.end is not None:
+    if segment.start is not None and segment.end is not None:
         seconds = extent.frames / extent.rate
-        if not stretch.start < stretch.end:
-            raise AudioError(f"is to be cut from {stretch.start:g} to {stretch.end:g} s, which is nothing")
-        if stretch.end > seconds + END_TOLERANCE:
-            raise AudioError(f"is to be cut up to {stretch.end:g} s, but has {seconds:g} s")
-        first, stop = _frames_of(stretch, extent.rate)
+        if not segment.start < segment.end:
+            raise AudioError(f"is to be cut from {segment.start:g} to {segment.end:g} s, which is nothing")
+        if segment.end > seconds + END_TOLERANCE:
+            raise AudioError(f"is to be cut up to {segment.end:g} s, but has {seconds:g} s")
+        first, stop = _frames_of(segment, extent.rate)
         stop = min(stop, extent.frames)
     for flaw in extent.flaws:
         if first < flaw.stop and flaw.first < stop:
@@ -112,9 +112,9 @@ def find_frames(stretch: Stretch, extent: Extent) -> tuple[int, int]:
     return first, stop
 
 
-def _frames_of(stretch: Stretch, rate: int) -> tuple[int, int]:
-    assert stretch.start is not None and stretch.end is not None
-    return round(stretch.start * rate), round(stretch.end * rate)
+def _frames_of(segment: Segment, rate: int) -> tuple[int, int]:
+    assert segment.start is not None and segment.end is not None
+    return round(segment.start * rate), round(segment.end * rate)
 
 
 class _Content(io.RawIOBase):
@@ -244,37 +244,37 @@ class Sound:
                 raise AudioError(_NOT_FINITE)
         return self._extent(self.frames or 0 if self.can_seek else decoded, flaws)
 
-    def read(self, stretch: Stretch) -> Samples:
-        """Read a stretch, or the whole file.
+    def read(self, segment: Segment) -> Samples:
+        """Read a segment, or the whole file.
 
         Returns:
             (num_frames,) or (num_frames, num_channels) float32.
 
         Raises:
-            AudioError: As `measure`, or the stretch is not in the recording or is cut short.
+            AudioError: As `measure`, or the segment is not in the recording or is cut short.
             soundfile.LibsndfileError: The file cannot be decoded.
         """
         if self.can_seek:
-            first, stop = find_frames(stretch, self._extent(self.frames or 0))
+            first, stop = find_frames(segment, self._extent(self.frames or 0))
             samples = self._read_frames(first, stop)
             if len(samples) < stop - first:
                 raise AudioError("is cut short")
             return samples
-        return self._decode(stretch)
+        return self._decode(segment)
 
     def _extent(self, frames: int, flaws: Sequence[Flaw] = ()) -> Extent:
         return Extent(frames, self.rate, self.channels, (*self._flaws, *flaws))
 
-    def _decode(self, stretch: Stretch) -> Samples:
-        """Decode from the beginning to the end, and keep a stretch."""
-        first, stop = (0, None) if stretch.start is None else _frames_of(stretch, self.rate)
+    def _decode(self, segment: Segment) -> Samples:
+        """Decode from the beginning to the end, and keep a segment."""
+        first, stop = (0, None) if segment.start is None else _frames_of(segment, self.rate)
         kept, decoded = [], 0
         for block in self._blocks():
             part = block[max(0, first - decoded) : None if stop is None else max(0, stop - decoded)]
             if len(part):
                 kept.append(part)
             decoded += len(block)
-        find_frames(stretch, self._extent(decoded))
+        find_frames(segment, self._extent(decoded))
         return kept[0] if len(kept) == 1 else np.concatenate(kept)
 
     def _blocks(self) -> Iterator[Samples]:

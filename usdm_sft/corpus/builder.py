@@ -182,7 +182,7 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
         corpus = "DailyTalk, 20 hours of English dialogs read by two speakers," if published else "Spoken dialogs"
         return datasets.DatasetInfo(
             description=_DESCRIPTION.format(corpus=corpus),
-            features=features.example_features(lists=examples.has_lists(self.config.name, self.config.history)),
+            features=features.example_features(lists=examples.config_has_lists(self.config.name, self.config.history)),
             **(dailytalk.INFO if published else {}),
         )
 
@@ -207,7 +207,7 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
 
     def _generate_examples(self, split: str, dialogs: list[int]) -> Iterator[tuple[str, dict[str, Any]]]:
         name, history = self.config.name, self.config.history
-        lists = examples.has_lists(name, history)
+        lists = examples.config_has_lists(name, history)
         for dialog in map(self.corpus[split].dialogs.__getitem__, dialogs):
             for example in examples.make_examples(dialog, name, history):
                 row: dict[str, Any] = {"id": example.id, "dialog_id": dialog.id, "turn": example.turn}

@@ -50,7 +50,7 @@ def check_config(name: str, history: int) -> None:
         raise ValueError(f"history is {history}, but {name} holds whole conversations: set it with {SINGLE_TURN} only")
 
 
-def has_lists(name: str, history: int) -> bool:
+def config_has_lists(name: str, history: int) -> bool:
     """Return True if the user and agent columns of the config are lists, one entry per exchange."""
     return name == MULTI_TURN or history > 0
 

@@ -119,7 +119,7 @@ def folder_features(*, lists: bool, collapsed: bool = False) -> datasets.Feature
     `*` is `user` or `agent`.
 
     Args:
-        lists: True if the user and agent columns are lists, one entry per exchange (`usdm_sft.corpus.examples.has_lists`).
+        lists: True if the user and agent columns are lists, one entry per exchange (`usdm_sft.corpus.examples.config_has_lists`).
         collapsed: True if runs of equal units are one unit each, with a duration.
     """
     speech = COLLAPSED_SPEECH if collapsed else SPEECH

@@ -122,7 +122,7 @@ def _make_utterance(row: dict[str, Any], absolute: Callable[[str], str]) -> Utte
 def have_no_problems(rows: Sequence[dict[str, Any] | str]) -> bool:
     """Return True only if `row_problems` finds none in any row: the same checks on whole columns, in a fraction of the time.
 
-    Rows with unusual values, such as recordings and stretches in turn, may have no problems where it returns False.
+    Rows with unusual values, such as recordings and segments in turn, may have no problems where it returns False.
     """
     read = [row for row in rows if isinstance(row, dict)]
     if len(read) < len(rows):  # a line that is not a row
@@ -193,7 +193,7 @@ def row_problems(row: dict[str, Any]) -> Iterator[str]:
     elif not _is_missing(row, "start"):
         start, end = _number(row["start"]), _number(row["end"])
         if start is None or end is None or not 0 <= start < end:
-            yield f"start {row['start']!r} and end {row['end']!r} are not a stretch: give seconds, the start before the end"
+            yield f"start {row['start']!r} and end {row['end']!r} are not a segment: give seconds, the start before the end"
     if not _is_missing(row, "channel") and (channel is None or channel < 0):
         yield f"channel {row['channel']!r} is not a channel: give a whole number from 0 on"
 

@@ -16,7 +16,7 @@ import datasets
 import datasets.arrow_dataset
 import pyarrow as pa
 
-from usdm_sft.audio.addresses import Stretch, disk_file, format_address, open_file, parse_address
+from usdm_sft.audio.addresses import Segment, disk_file, format_address, open_file, parse_address
 from usdm_sft.utils.once import once_per_key
 
 _BYTES_PER_SECOND = 32_000  # 16 bits at 16 kHz: a guess, from which datasets derives the number of files
@@ -25,13 +25,13 @@ _embed_storage = datasets.Audio.embed_storage
 _get_size = datasets.arrow_dataset.xgetsize
 
 
-def _find_stretches(address: str | None) -> list[Stretch]:
-    """Return the stretches of an address, or none if datasets can read it itself."""
-    stretches = parse_address(address) if address else []
-    files = [stretch.file for stretch in stretches]
+def _find_segments(address: str | None) -> list[Segment]:
+    """Return the segments of an address, or none if datasets can read it itself."""
+    segments = parse_address(address) if address else []
+    files = [segment.file for segment in segments]
     if files == [address] == list(map(disk_file, files)) or not all(os.path.exists(disk_file(file)) for file in files):
         return []
-    return stretches
+    return segments
 
 
 def _embed(self: Any, storage: pa.StructArray, *args: Any, **options: Any) -> pa.StructArray:
@@ -39,20 +39,20 @@ def _embed(self: Any, storage: pa.StructArray, *args: Any, **options: Any) -> pa
     read = once_per_key(_read, maxsize=1)  # the turns of a telephone call follow each other
     values = storage.to_pylist()
     for value in values:
-        if value is not None and value["bytes"] is None and (stretches := _find_stretches(value["path"])):
-            value |= _store(value["path"], stretches, read)
+        if value is not None and value["bytes"] is None and (segments := _find_segments(value["path"])):
+            value |= _store(value["path"], segments, read)
     return _embed_storage(self, pa.array(values, storage.type), *args, **options)
 
 
-def _store(address: str, stretches: list[Stretch], read: Callable[[str], bytes]) -> dict[str, Any]:
+def _store(address: str, segments: list[Segment], read: Callable[[str], bytes]) -> dict[str, Any]:
     from usdm_sft.audio.playable import make_playable  # the rows of a corpus are read without its imports
 
-    file = stretches[0].file
-    first = stretches[0]._replace(file=os.path.basename(file.split("::")[0]))
+    file = segments[0].file
+    first = segments[0]._replace(file=os.path.basename(file.split("::")[0]))
     name = re.sub(r"[^\w.-]", "_", format_address(*first))
-    if len(stretches) == 1 and stretches[0].is_whole:  # a member of an archive stays as it is, like a file
+    if len(segments) == 1 and segments[0].is_whole:  # a member of an archive stays as it is, like a file
         return {"bytes": read(file), "path": name}
-    recording = make_playable(address, {stretch.file: read(stretch.file) for stretch in stretches})
+    recording = make_playable(address, {segment.file: read(segment.file) for segment in segments})
     return {"bytes": recording.content, "path": name + recording.suffix}
 
 
@@ -63,12 +63,12 @@ def _read(file: str) -> bytes:
 
 def _estimate_size(path: str, *args: Any, **options: Any) -> int:
     """Return about the number of bytes that `_embed` stores for an address, or the size of a file."""
-    stretches = _find_stretches(path)
-    if not stretches:
+    segments = _find_segments(path)
+    if not segments:
         return int(_get_size(path, *args, **options))
     return sum(
         _get_size(file) if start is None or end is None else round((end - start) * _BYTES_PER_SECOND)
-        for file, start, end, _ in stretches
+        for file, start, end, _ in segments
     )
 
 

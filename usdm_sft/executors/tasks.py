@@ -36,6 +36,7 @@ from usdm_sft.utils.pool import Submitted
 TaskFunction = Callable[[Iterator[Any], int], Iterator[Any]]  # of the items of a task and its number
 
 _NUM_NAMED = 10  # failed tasks that an error lists
+_FORMAT = 2  # of items and results, whose classes are pickled by name; those of other versions are not found
 
 
 class TaskPool:
@@ -79,14 +80,14 @@ class TaskPool:
         *,
         name: str,
         keys: Sequence[str],
-        holds: Callable[[Any], bool] | None = None,
+        is_valid: Callable[[Any], bool] | None = None,
     ) -> Iterator[tuple[int, Any]]:
         """As `Pool.map`. All tasks have ended before the first result; results come in the order of the items."""
         if not items:
             return
 
         def is_finished(folder: Path, rank: int, indices: range) -> bool:
-            return _is_whole(folder, rank) and (holds is None or all(map(holds, read_results(folder, rank))))
+            return _is_whole(folder, rank) and (is_valid is None or all(map(is_valid, read_results(folder, rank))))
 
         folder, ranges = self.run(partial(_call_each, function), items, name=name, keys=keys, is_finished=is_finished)
         for rank, indices in enumerate(ranges):
@@ -121,7 +122,7 @@ class TaskPool:
         """
         tasks = min(self._tasks, len(items))
         ranges = [range(rank * len(items) // tasks, (rank + 1) * len(items) // tasks) for rank in range(tasks)]
-        folder = self.cache / "executor" / cache_key(name, tuple(keys), tasks)
+        folder = self.cache / "executor" / cache_key(_FORMAT, name, tuple(keys), tasks)
         marks = LocalPipelineExecutor([], tasks=tasks, logging_dir=str(folder))
         with file_lock(folder / "locks" / "plan"):
             _write(folder / "function.pickle", [(function, os.getcwd())])

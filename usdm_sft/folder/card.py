@@ -16,7 +16,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from tokenizers import Tokenizer
 
 from usdm_sft.corpus.dailytalk import DAILYTALK
-from usdm_sft.corpus.examples import MULTI_TURN, has_lists
+from usdm_sft.corpus.examples import MULTI_TURN, config_has_lists
 from usdm_sft.corpus.features import (
     COLLAPSED_SPEECH,
     SPEECH,
@@ -85,7 +85,7 @@ def make_card(
         tokenizer: Spells the ids of the example.
         other_info: Entries of `dataset_info` for other configs of the folder.
     """
-    lists = has_lists(config_name, counts["settings"]["history"])
+    lists = config_has_lists(config_name, counts["settings"]["history"])
     collapsed = counts["settings"].get("unit_repetition") == "collapse"
     features = folder_features(lists=lists, collapsed=collapsed)
     data = _make_metadata(config_name, features, num_bytes, counts, files)

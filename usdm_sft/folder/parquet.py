@@ -105,7 +105,7 @@ def write_files(
     """
     folder.mkdir(exist_ok=True)
     keys = [cache_key(key, str(task.path)) for task in tasks]
-    made = dict(pool.map(partial(_write_file, write), tasks, name=name, keys=keys, holds=_is_whole))
+    made = dict(pool.map(partial(_write_file, write), tasks, name=name, keys=keys, is_valid=_is_whole))
     for path in {*folder.iterdir()} - {task.path for task in tasks}:
         path.unlink()
     return [made[index] for index in range(len(tasks))]

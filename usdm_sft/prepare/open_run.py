@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from usdm_sft import __version__
 from usdm_sft.corpus.builder import DailyTalkUSDM
-from usdm_sft.corpus.examples import Example, has_lists, make_examples
+from usdm_sft.corpus.examples import Example, config_has_lists, make_examples
 from usdm_sft.corpus.features import ROLES, TEXTS
 from usdm_sft.corpus.find import describe_corpus, recipe_of
 from usdm_sft.folder.layout import ROW_PACKAGES, check_output
@@ -253,7 +253,7 @@ def _check_rows(rows: Dataset, builder: DailyTalkUSDM, split: str) -> None:
     start = 0
     while batch := list(islice(examples, _BATCH)):
         found = rows[start : start + len(batch)]
-        for column, values in _make_columns(batch, lists=has_lists(name, history)).items():
+        for column, values in _make_columns(batch, lists=config_has_lists(name, history)).items():
             if found[column] != values:
                 raise OSError(f"column {column} of {split} differs from the corpus")
         start += len(batch)

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from usdm_sft.corpus.examples import example_id, has_lists
+from usdm_sft.corpus.examples import config_has_lists, example_id
 from usdm_sft.folder.statistics import TOO_LONG
 from usdm_sft.template.encoder import COLUMNS
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 OVERFLOWS = ("drop", "truncate", "split")
 
 
-class Cuts(NamedTuple):
+class Overflowed(NamedTuple):
     """The rows of a table that `max_length` cuts or drops."""
 
     runs: dict[int, list[tuple[int, int]]]  # position of a row that is too long -> the runs of exchanges to keep
@@ -49,10 +49,10 @@ def choose_overflow(overflow: str | None, config_name: str, history: int) -> str
         ValueError: The value is unknown, or the rows of this config cannot be truncated or split.
     """
     if overflow is None:
-        return "truncate" if has_lists(config_name, history) else "drop"
+        return "truncate" if config_has_lists(config_name, history) else "drop"
     if overflow not in OVERFLOWS:
         raise ValueError(f"overflow {overflow!r} is unknown: choose one of {', '.join(OVERFLOWS)}")
-    if overflow != "drop" and not has_lists(config_name, history):
+    if overflow != "drop" and not config_has_lists(config_name, history):
         raise ValueError(f"overflow is {overflow}, but a row of {config_name} is one pair and cannot be cut: use drop")
     if overflow == "split" and history:
         raise ValueError(
@@ -61,7 +61,7 @@ def choose_overflow(overflow: str | None, config_name: str, history: int) -> str
     return overflow
 
 
-def find_cuts(rows: pa.Table, encoder: TemplateEncoder, max_length: int, overflow: str) -> Cuts:
+def find_cuts(rows: pa.Table, encoder: TemplateEncoder, max_length: int, overflow: str) -> Overflowed:
     """Decide what is kept of each row with more than `max_length` tokens; the others are kept whole.
 
     drop leaves out a row that is too long. truncate keeps the longest run of leading exchanges that fits; where only the last
@@ -74,7 +74,7 @@ def find_cuts(rows: pa.Table, encoder: TemplateEncoder, max_length: int, overflo
         max_length: Largest number of tokens in a row, BOS and EOS included.
         overflow: One of `OVERFLOWS`.
     """
-    cuts = Cuts({}, {}, {})
+    cuts = Overflowed({}, {}, {})
     lengths = list_lengths(rows, "input_ids")
     too_long = np.flatnonzero(lengths > max_length)
     for index, row in zip(too_long.tolist(), rows.take(too_long).to_pylist(), strict=True):
@@ -98,7 +98,7 @@ def take_rows(
 
     Args:
         rows: The rows, as given to `find_cuts`.
-        runs: As in `Cuts`.
+        runs: As in `Overflowed`.
         encoder: The encoder that made `input_ids` and `labels`; None if no row was cut.
         chosen: Positions among the kept and cut rows, in the order to take them; by default all of them.
     """

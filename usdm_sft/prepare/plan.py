@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
-from usdm_sft.corpus.examples import has_lists, make_examples
+from usdm_sft.corpus.examples import config_has_lists, make_examples
 from usdm_sft.utils.cache_keys import cache_key
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Shard(NamedTuple):
     tokens_key: str
 
 
-class Content(NamedTuple):
+class ShardContents(NamedTuple):
     """The utterances and the rows of a work shard."""
 
     ids: list[str]  # of each utterance, in order
@@ -49,14 +49,14 @@ class Plan(list[Shard]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._contents: list[Content] = []
+        self._contents: list[ShardContents] = []
 
-    def add(self, shard: Shard, content: Content) -> None:
+    def add(self, shard: Shard, content: ShardContents) -> None:
         """Add a work shard at the end."""
         self.append(shard)
         self._contents.append(content)
 
-    def content(self, shard: Shard) -> Content:
+    def content(self, shard: Shard) -> ShardContents:
         """Return the content of a work shard."""
         return self._contents[shard.number]
 
@@ -112,14 +112,14 @@ def _group_dialogs(split: Split, shard_dialogs: int) -> Iterator[tuple[int, list
         yield group_number * shard_dialogs, list(group)
 
 
-def _describe_dialogs(dialogs: Sequence[Dialog], builder: DailyTalkUSDM) -> Content:
+def _describe_dialogs(dialogs: Sequence[Dialog], builder: DailyTalkUSDM) -> ShardContents:
     name, history = builder.config.name, builder.config.history
     utterances = [utterance for dialog in dialogs for utterance in dialog.utterances]
     ids = [utterance.id for utterance in utterances]
     audio = [utterance.audio for utterance in utterances]
     found = [builder.audio_digests[address] for address in audio]
     positions = {utterance_id: position for position, utterance_id in enumerate(ids)}
-    return Content(
+    return ShardContents(
         ids=ids,
         audio=audio,
         digests=[digest.sha256 for digest in found],
@@ -132,5 +132,5 @@ def _describe_dialogs(dialogs: Sequence[Dialog], builder: DailyTalkUSDM) -> Cont
             for dialog in dialogs
             for example in make_examples(dialog, name, history)
         ],
-        lists=has_lists(name, history),
+        lists=config_has_lists(name, history),
     )

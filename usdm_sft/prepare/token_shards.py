@@ -22,8 +22,8 @@ from datasets.table import InMemoryTable
 
 from usdm_sft.corpus.features import ROLES, SPEECH, TRAINER_COLUMNS, are_collapsed, folder_features
 from usdm_sft.prepare.open_run import Run
-from usdm_sft.prepare.overflow import Cuts, find_cuts, list_lengths, take_rows
-from usdm_sft.prepare.plan import Content, Plan, Shard
+from usdm_sft.prepare.overflow import Overflowed, find_cuts, list_lengths, take_rows
+from usdm_sft.prepare.plan import Plan, Shard, ShardContents
 from usdm_sft.template.encoder import IGNORE_INDEX
 from usdm_sft.template.repetition import collapse_units
 from usdm_sft.units.columns import FP32_FALLBACK
@@ -66,7 +66,7 @@ class TokenShard(NamedTuple):
     """
 
     path: Path
-    cuts: Cuts
+    cuts: Overflowed
     counts: ShardCounts
     fp32_fallback: list[str]
 
@@ -89,7 +89,7 @@ class TokenMaker:
     max_length: int
     overflow: str
 
-    def __call__(self, part: tuple[Shard, Content, Path]) -> TokenShard:
+    def __call__(self, part: tuple[Shard, ShardContents, Path]) -> TokenShard:
         """Make the token shard of a work shard, given its content and the file of its unit shard."""
         shard, content, units = part
         rows = self.rows[shard.split]
@@ -99,9 +99,9 @@ class TokenMaker:
         counts = count_shard(table, take_rows(table, cuts.runs, self.encoder), content)
         return TokenShard(path, cuts, counts, _find_fp32_fallback(content, units))
 
-    def _write(self, path: str, shard: Shard, content: Content, units: Path) -> None:
+    def _write(self, path: str, shard: Shard, content: ShardContents, units: Path) -> None:
         texts = slice_examples(self.rows[shard.split], shard).select(_TEXT_COLUMNS)
-        columns = unit_columns(content, units, collapse=self.encoder.unit_repetition == "collapse")
+        columns = columns_by_row(content, units, collapse=self.encoder.unit_repetition == "collapse")
         batch = Dataset(InMemoryTable(pa.table(dict(zip(_TEXT_COLUMNS, texts.columns, strict=True)) | columns)))
         write_shard({**columns, **self.encoder(batch.with_format("numpy")[:])}, path)
 
@@ -122,7 +122,7 @@ def make_tokens(plan: Plan, maker: TokenMaker, units: Mapping[str, Path], pool: 
     keys = [cache_key(shard.tokens_key, maker.max_length, maker.overflow) for shard in plan]
     made: dict[int, TokenShard] = {}
     with progress_bar(len(plan), "tokens", "work shards") as bar:
-        for index, shard in pool.map(maker, parts, name="token shards", keys=keys, holds=_is_there):
+        for index, shard in pool.map(maker, parts, name="token shards", keys=keys, is_valid=_is_there):
             made[index] = shard
             bar.update()
     return [made[index] for index in range(len(plan))]
@@ -132,7 +132,7 @@ def _is_there(shard: TokenShard) -> bool:
     return shard.path.is_file()
 
 
-def unit_columns(content: Content, file: Path, *, collapse: bool = False) -> dict[str, pa.Array]:
+def columns_by_row(content: ShardContents, file: Path, *, collapse: bool = False) -> dict[str, pa.Array]:
     """Arrange the units and seconds of a work shard's utterances by row: `user_units`, `user_seconds`, `agent_units`, ...
 
     Args:
@@ -157,7 +157,7 @@ def unit_columns(content: Content, file: Path, *, collapse: bool = False) -> dic
     return columns
 
 
-def _collapse(units: pa.ListArray, content: Content) -> dict[str, pa.ListArray]:
+def _collapse(units: pa.ListArray, content: ShardContents) -> dict[str, pa.ListArray]:
     """The columns `units` and `durations` of collapsed utterances."""
     collapsed = []
     for recording, values in zip(content.audio, units, strict=True):
@@ -171,7 +171,7 @@ def _collapse(units: pa.ListArray, content: Content) -> dict[str, pa.ListArray]:
     }
 
 
-def _find_fp32_fallback(content: Content, units: Path) -> list[str]:
+def _find_fp32_fallback(content: ShardContents, units: Path) -> list[str]:
     """Return the ids of the utterances that overflowed in the chosen precision."""
     table = read_shard(units)
     if FP32_FALLBACK not in table.column_names:
@@ -180,7 +180,7 @@ def _find_fp32_fallback(content: Content, units: Path) -> list[str]:
     return [utterance_id for utterance_id, mark in zip(content.ids, marks, strict=True) if mark]
 
 
-def count_shard(rows: pa.Table, kept: pa.Table, content: Content) -> ShardCounts:
+def count_shard(rows: pa.Table, kept: pa.Table, content: ShardContents) -> ShardCounts:
     """Count the rows of a work shard.
 
     Args:
@@ -216,7 +216,9 @@ def count_values(rows: pa.Table, column: str) -> int:
     return len(values)
 
 
-def count_split(shards: Sequence[ShardCounts], cuts: Sequence[Cuts], corpus: Split, max_length: int) -> dict[str, Any]:
+def count_split(
+    shards: Sequence[ShardCounts], cuts: Sequence[Overflowed], corpus: Split, max_length: int
+) -> dict[str, Any]:
     """Add up the counts of a split, and list the dialogs, pairs and rows that were left out or cut.
 
     Args:
@@ -261,7 +263,7 @@ class Piece(NamedTuple):
     Attributes:
         shard: The work shard.
         path: The file of its token shard.
-        runs: As in `Cuts`.
+        runs: As in `Overflowed`.
         chosen: Positions among the rows that are left of the shard, in order.
     """
 
@@ -271,7 +273,7 @@ class Piece(NamedTuple):
     chosen: range | NDArray[np.int64]
 
 
-class Part(NamedTuple):
+class FileRows(NamedTuple):
     """The rows of one output file: some of several work shards.
 
     Attributes:
@@ -294,7 +296,7 @@ class RowLoader:
     def __init__(self, rows: Dataset, encoder: TemplateEncoder | None):
         self._rows, self._encoder = rows, encoder
 
-    def __call__(self, part: Part) -> pa.Table:
+    def __call__(self, part: FileRows) -> pa.Table:
         """Load the rows of a part, with all columns of a dataset folder but `TRAINER_COLUMNS`."""
         tables = [
             take_rows(join_columns(self._rows, piece.shard, piece.path), piece.runs, self._encoder, piece.chosen)
@@ -304,7 +306,7 @@ class RowLoader:
         return rows if part.order is None else rows.take(part.order)
 
 
-class FittedSplit:
+class KeptRows:
     """The rows of a split.
 
     Args:
@@ -333,13 +335,13 @@ class FittedSplit:
         if shuffle_seed is not None:
             self._order = np.random.default_rng(shuffle_seed).permutation(self.num_rows)
 
-    def part(self, start: int, stop: int) -> Part:
+    def part(self, start: int, stop: int) -> FileRows:
         """Describe rows `start` to `stop`, for `loader`."""
         if self._order is None:
-            return Part(self._find_pieces(np.arange(start, stop)), None)
+            return FileRows(self._find_pieces(np.arange(start, stop)), None)
         rows = self._order[start:stop]
         order = np.argsort(rows)
-        return Part(self._find_pieces(rows[order]), np.argsort(order))
+        return FileRows(self._find_pieces(rows[order]), np.argsort(order))
 
     def _find_pieces(self, rows: NDArray[np.int64]) -> list[Piece]:
         """Divide rows, in ascending order, at the ends of work shards."""
@@ -386,7 +388,7 @@ def join_columns(rows: Dataset, shard: Shard, tokens: Path) -> pa.Table:
 
 def fit_splits(
     run: Run, rows: Mapping[str, Dataset], units: Mapping[str, Path], pool: Pool
-) -> tuple[dict[str, FittedSplit], dict[str, Any], list[TokenShard]]:
+) -> tuple[dict[str, KeptRows], dict[str, Any], list[TokenShard]]:
     """Make the token shards, apply `max_length`, and count the rows.
 
     Returns:
@@ -407,5 +409,5 @@ def fit_splits(
             config.max_length,
         )
         counts[split]["fp32_fallback"] = [each for shard in split_tokens for each in shard.fp32_fallback]
-        splits[split] = FittedSplit(split_rows, shards, split_tokens, run.encoder, config.shuffle_seed)
+        splits[split] = KeptRows(split_rows, shards, split_tokens, run.encoder, config.shuffle_seed)
     return splits, counts, tokens

@@ -27,8 +27,8 @@ import pyarrow as pa
 import torch
 
 from usdm_sft.audio.frames import SAMPLE_RATE
-from usdm_sft.prepare.plan import Content, Plan, Shard
-from usdm_sft.units.columns import FP32_FALLBACK, distinct_audio, unit_columns
+from usdm_sft.prepare.plan import Plan, Shard, ShardContents
+from usdm_sft.units.columns import FP32_FALLBACK, columns_by_audio, distinct_audio
 from usdm_sft.utils.processes import PipedProcess, num_cores, serve, share_out
 from usdm_sft.utils.progress import AUDIO, progress_bar
 from usdm_sft.utils.shard_cache import Claim, ShardCache, write_shard
@@ -95,7 +95,7 @@ def order_shards(shards: Iterable[Shard]) -> list[Shard]:
     return [shard for window in windows for shard in own.sample(window, len(window))]
 
 
-def _describe(shard: Shard, content: Content) -> UnitShard:
+def _describe(shard: Shard, content: ShardContents) -> UnitShard:
     return UnitShard(shard.units_key, content.audio, dict(zip(content.audio, content.digests, strict=True)))
 
 
@@ -238,7 +238,7 @@ class _Pipeline:
 
     def _columns(self, shard: UnitShard, units: Sequence[Any], seconds: Any) -> dict[str, list[Any]]:
         rows = distinct_audio({"audio": shard.audio})[1]
-        columns = unit_columns(rows, units, seconds)
+        columns = columns_by_audio(rows, units, seconds)
         if fallback := self._unit_tokenizer.fp32_fallback:  # a shard without overflow has no such column
             columns[FP32_FALLBACK] = [audio in fallback for audio in shard.audio]
         return columns

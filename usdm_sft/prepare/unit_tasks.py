@@ -13,7 +13,7 @@ from usdm_sft.audio.digests import AudioDigest
 from usdm_sft.executors import slurm
 from usdm_sft.executors.ray_tasks import find_ray_device
 from usdm_sft.executors.tasks import TaskPool
-from usdm_sft.prepare.plan import Content, Plan, Shard
+from usdm_sft.prepare.plan import Plan, Shard, ShardContents
 from usdm_sft.prepare.unit_shards import make_units
 from usdm_sft.units.agreement import agreement_file, measure_agreement
 from usdm_sft.units.tokenizer import UnitTokenizer
@@ -38,7 +38,7 @@ class UnitTask:
     cache: Path
     sample: Mapping[str, AudioDigest]
 
-    def __call__(self, items: Iterator[tuple[Shard, Content]], rank: int) -> Iterator[Any]:
+    def __call__(self, items: Iterator[tuple[Shard, ShardContents]], rank: int) -> Iterator[Any]:
         """Make the shards of task `rank`. If the process sees several GPUs, it takes number `rank` modulo their number.
 
         Raises:

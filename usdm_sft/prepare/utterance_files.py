@@ -11,7 +11,7 @@ from usdm_sft.audio.digests import read_recording, read_unchanged
 from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.audio.playable import make_playable
 from usdm_sft.corpus.features import SPEECH, TEXTS
-from usdm_sft.prepare.plan import Content, Plan, Shard
+from usdm_sft.prepare.plan import Plan, Shard, ShardContents
 from usdm_sft.utils.once import once_per_key
 from usdm_sft.utils.shard_cache import read_shard
 
@@ -32,7 +32,7 @@ class ShardPart(NamedTuple):
     """
 
     dialogs: list[Dialog]
-    content: Content
+    content: ShardContents
     units: Path
 
 

@@ -28,7 +28,7 @@ from usdm_sft.template.config import PARTS, REFERENCE, Template, UnitRepetition
 from usdm_sft.template.exchanges import Exchange, ExchangeReader, match_other_tokens, row_name
 from usdm_sft.template.parts import AnswerStage, RowLayout, make_stages
 from usdm_sft.template.special_tokens import TemplateTokens, naming_errors, plain_copy, read_tokens
-from usdm_sft.template.stretches import Headings, Stretches
+from usdm_sft.template.text_encoder import Headings, TextEncoder
 from usdm_sft.template.tokenizer import check_tokenizer
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class TemplateEncoder:
         self.last_exchange_only, self.unit_repetition = last_exchange_only, repetition
         self._tokenizer = tokenizer
         self._frames = frames
-        self._stretches = Stretches(tokenizer, tokens, separate=template.tokenization != "reference")
+        self._text_encoder = TextEncoder(tokenizer, tokens, separate=template.tokenization != "reference")
         other_tokens = match_other_tokens(tokenizer)
         self._reader = ExchangeReader(template, tokens.unit_0, tokens.num_units, other_tokens, repetition)
         for name in ("instruction", "user_role", "agent_role"):
@@ -123,7 +123,7 @@ class TemplateEncoder:
                 )
         self._form: Headings | ChatForm
         if frames is None:
-            self._form = Headings(self._stretches, tokens, template)
+            self._form = Headings(self._text_encoder, tokens, template)
         else:
             self._form = ChatForm(tokenizer, tokens, template, frames)
 
@@ -215,7 +215,7 @@ class TemplateEncoder:
         texts = [exchange[part] for _, exchange, part, _ in places]
         encoded = self._form.encode(texts, [(part, index) for _, _, part, index in places])
         for (place, exchange, part, _), text, ids in zip(places, texts, encoded, strict=True):
-            if problem := CHANGED if ids is None else self._stretches.problem(text, ids):
+            if problem := CHANGED if ids is None else self._text_encoder.problem(text, ids):
                 raise ValueError(f"{place}{part} {text[:80]!r} {problem}: correct the text")
             exchange[part] = ids
 
@@ -284,4 +284,4 @@ class TemplateEncoder:
     @naming_errors()
     def decode_batch(self, rows: Iterable[Iterable[int]]) -> list[str]:
         """Decode rows of ids as `decode` does, faster than one by one."""
-        return self._stretches.decode_batch(rows)
+        return self._text_encoder.decode_batch(rows)

@@ -67,7 +67,7 @@ class ExchangeReader:
         for part, value in values.items():
             if value is None:
                 raise ValueError(f"{row}: {part} is missing")
-        if not has_lists(values):
+        if not values_have_lists(values):
             values = {part: [value] for part, value in values.items()}
         if len({len(value) for value in values.values()}) != 1:
             lengths = ", ".join(f"{part} {len(value)}" for part, value in values.items())
@@ -168,7 +168,7 @@ def row_name(batch: Mapping[str, Sequence[Any]], i: int) -> str:
     return f"row {batch['id'][i]}" if "id" in batch else f"row {i} of the batch"
 
 
-def has_lists(values: Mapping[str, Any]) -> bool:
+def values_have_lists(values: Mapping[str, Any]) -> bool:
     """True if each value, by part, is a list of exchanges. A list of units is one exchange; a list of lists is several."""
     for part, value in values.items():
         if part.endswith("_text"):

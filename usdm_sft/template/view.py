@@ -22,7 +22,7 @@ BLUE, PLAIN = "\x1b[1;34m", "\x1b[0m"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
-class Part(NamedTuple):
+class LabelledSpan(NamedTuple):
     """A run of tokens that are all labelled or all unlabelled."""
 
     labelled: bool
@@ -30,7 +30,7 @@ class Part(NamedTuple):
     text: str  # runs of units abbreviated, unprintable characters escaped
 
 
-def split_parts(input_ids: Sequence[int], labels: Sequence[int], tokenizer: Tokenizer) -> list[Part]:
+def split_parts(input_ids: Sequence[int], labels: Sequence[int], tokenizer: Tokenizer) -> list[LabelledSpan]:
     """Split a row into labelled and unlabelled parts.
 
     Args:
@@ -47,7 +47,7 @@ def split_parts(input_ids: Sequence[int], labels: Sequence[int], tokenizer: Toke
     tokens = zip(input_ids, labels, strict=True)
     for labelled, run in groupby(tokens, key=lambda token: token[1] != IGNORE_INDEX):
         ids = [token_id for token_id, _ in run]
-        parts.append(Part(labelled, ids, _text(ids, tokenizer)))
+        parts.append(LabelledSpan(labelled, ids, _text(ids, tokenizer)))
     return parts
 
 

@@ -61,7 +61,7 @@ def distinct_audio(batch: Mapping[str, Sequence[Any]]) -> tuple[list[str | bytes
     return list(order), columns
 
 
-def unit_columns(
+def columns_by_audio(
     columns: Mapping[str, Sequence[Index]], units: Sequence[Any], seconds: Sequence[Any] | np.ndarray
 ) -> dict[str, list[Any]]:
     """Return `*units` and `*seconds` for each audio column of `distinct_audio`.

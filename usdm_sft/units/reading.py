@@ -27,7 +27,7 @@ Chunk = list[tuple[Source, str | None]]  # sources with the sha256 that they mus
 
 CHUNK_FILES = 32  # for one message to a process: some 30 ms of work
 
-_NUM_RECORDINGS = 2  # long recordings in memory; the stretches of one follow each other
+_NUM_RECORDINGS = 2  # long recordings in memory; the segments of one follow each other
 
 
 def read_at_16_khz(source: Source, contents: Mapping[str, bytes] | None) -> Audio:
@@ -43,7 +43,7 @@ class AudioReader:
     """Reads audio ahead, in threads or in processes of its own. A forked process needs another reader.
 
     A file is read once, and the bytes whose digest is checked are the bytes that are decoded. Without a digest only a recording of
-    which stretches are read is read into memory.
+    which segments are read is read into memory.
 
     Args:
         read: Called with each source, and with the bytes of its files or None. It must be picklable if processes call it.
@@ -131,7 +131,7 @@ class AudioReader:
 def cut_into_chunks(sources: Sequence[Source], num_processes: int) -> list[list[Source]]:
     """Cut sources into chunks that are read one by one. Threads share memory, and each takes single sources.
 
-    All stretches of one recording are in one chunk, so that one process reads the recording, once.
+    All segments of one recording are in one chunk, so that one process reads the recording, once.
     """
     if not num_processes:
         return [[source] for source in sources]
@@ -141,15 +141,15 @@ def cut_into_chunks(sources: Sequence[Source], num_processes: int) -> list[list[
         file = parse_address(source, exists=lambda _: False)[0].file if isinstance(source, str) else source
         recordings.setdefault(file, []).append(source)
     chunks: list[list[Source]] = []
-    for stretches in recordings.values():
+    for segments in recordings.values():
         if not chunks or len(chunks[-1]) >= size:
             chunks.append([])
-        chunks[-1] += stretches
+        chunks[-1] += segments
     return chunks
 
 
 class _Recordings:
-    """The last recordings that stretches were read of."""
+    """The last recordings that segments were read of."""
 
     def __init__(self) -> None:
         self._read = once_per_key(lambda file, stamp: read_recording(file), maxsize=_NUM_RECORDINGS)
@@ -160,10 +160,10 @@ class _Recordings:
 
     def find(self, source: Source) -> dict[str, bytes] | None:
         """Return the bytes of the files of an address; None for a whole file, and where reading it tells what is wrong."""
-        if isinstance(source, bytes) or is_whole(stretches := parse_address(source)):
+        if isinstance(source, bytes) or is_whole(segments := parse_address(source)):
             return None
         try:
-            return {stretch.file: self.read(stretch.file)[0] for stretch in stretches}
+            return {segment.file: self.read(segment.file)[0] for segment in segments}
         except AddressError:
             return None
 

@@ -25,7 +25,7 @@ from usdm_sft.audio.frames import SAMPLE_RATE, TOO_LOUD, is_too_loud
 from usdm_sft.audio.reading import describe
 from usdm_sft.audio.sound import AUDIO_ERRORS, open_sound
 from usdm_sft.units.batches import Waveform, prepare_waveform, resample_on
-from usdm_sft.units.columns import distinct_audio, unit_columns
+from usdm_sft.units.columns import columns_by_audio, distinct_audio
 from usdm_sft.units.folder import (
     find_folder,
     list_additions,
@@ -269,7 +269,7 @@ class UnitTokenizer:
             self.device = f"cuda:{rank % torch.cuda.device_count()}"
         sources, columns = distinct_audio(batch)
         units, seconds = self.tokenize_files(sources)
-        return unit_columns(columns, units, seconds)
+        return columns_by_audio(columns, units, seconds)
 
     def tokenize_files(self, sources: Sequence[Source]) -> tuple[list[np.ndarray], np.ndarray]:
         """Tokenize audio files.
@@ -457,13 +457,13 @@ def audio_seconds(source: str) -> float:
     """Return the length of audio as its address or header gives it; infinity if the header does not, or cannot be read."""
     total = 0.0
     try:
-        for stretch in parse_address(source):
-            if file_problem(stretch.file):
+        for segment in parse_address(source):
+            if file_problem(segment.file):
                 return math.inf
-            if stretch.start is not None and stretch.end is not None:
-                total += stretch.end - stretch.start
+            if segment.start is not None and segment.end is not None:
+                total += segment.end - segment.start
                 continue
-            with open_file(stretch.file) as file, open_sound(file) as sound:
+            with open_file(segment.file) as file, open_sound(file) as sound:
                 total += math.inf if sound.frames is None else sound.frames / sound.rate
     except AUDIO_ERRORS:
         return math.inf

@@ -47,7 +47,7 @@ def download(url: str, path: str | Path, *, sha256: str | None = None) -> str:
     if constants.HF_HUB_OFFLINE:
         raise OSError(f"offline mode (HF_HUB_OFFLINE) forbids fetching {url}: put the file at {path} by hand")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = _Part(url, path)
+    part = PartialFile(url, path)
     try:
         _fetch_in_tries(part)
     except (OSError, _Broken) as error:
@@ -96,7 +96,7 @@ class _Broken(Exception):
     """A failure that another try may overcome: the connection broke, or the server is busy."""
 
 
-class _Part:
+class PartialFile:
     """The part of a file that has arrived, with the version of the file that it belongs to."""
 
     def __init__(self, url: str, path: Path):
@@ -127,7 +127,7 @@ class _Part:
         self._version.unlink(missing_ok=True)
 
 
-def _fetch_in_tries(part: _Part) -> None:
+def _fetch_in_tries(part: PartialFile) -> None:
     """Fetch a file in as many tries as it takes, as long as no `TRIES` of them in a row bring no new byte."""
     most, failures = part.size(), 0
     while True:
@@ -145,7 +145,7 @@ def _fetch_in_tries(part: _Part) -> None:
             time.sleep(wait)
 
 
-def _fetch(part: _Part) -> None:
+def _fetch(part: PartialFile) -> None:
     """Make one try: fetch the rest of the file, or all of it where the server does not send the rest."""
     # Request the last byte again: a part that is already complete would have no rest to request.
     begin, etag = max(part.size() - 1, 0), part.etag()

@@ -57,7 +57,7 @@ class Pool(Protocol):
         *,
         name: str,
         keys: Sequence[str],
-        holds: Callable[[Any], bool] | None = None,
+        is_valid: Callable[[Any], bool] | None = None,
     ) -> Iterator[tuple[int, Any]]:
         """Call a function with each item.
 
@@ -67,7 +67,7 @@ class Pool(Protocol):
             name: Name of the work, in the plural.
             keys: A key for each item, such as the sha256 of all that decides the result. Tasks that an earlier run finished are
                 found by these keys.
-            holds: Returns True if the result that an earlier run left still holds, such as whether its file is still there. By
+            is_valid: Returns True if the result that an earlier run left still holds, such as whether its file is still there. By
                 default each result does.
 
         Yields:

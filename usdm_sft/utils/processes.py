@@ -233,9 +233,9 @@ class ProcessPool:
         *,
         name: str,
         keys: Sequence[str] = (),
-        holds: Callable[[Any], bool] | None = None,
+        is_valid: Callable[[Any], bool] | None = None,
     ) -> Iterator[tuple[int, Any]]:
-        """As `Pool.map`. The results of earlier runs are not looked for, so that `keys` and `holds` are unused.
+        """As `Pool.map`. The results of earlier runs are not looked for, so that `keys` and `is_valid` are unused.
 
         The function is pickled once for each process. Results come in the order in which they are finished.
         """

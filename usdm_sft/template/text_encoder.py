@@ -1,8 +1,8 @@
-"""Texts of the template <-> ids, stretch by stretch.
+"""Texts of the template <-> ids, piece by piece.
 
-A stretch is the text of a turn or a line of fixed words. The two forms of tokenization differ in what surrounds it:
+A piece is the text of a turn or a line of fixed words. The two forms of tokenization differ in what surrounds it:
 
-- `reference`, for USTM's legacy tokenizer, gives the ids that the stretch has inside the whole string of the template: with a leading "▁"
+- `reference`, for USTM's legacy tokenizer, gives the ids that the piece has inside the whole string of the template: with a leading "▁"
   after a token for units, without one after a newline. A newline is always one token there, so no other neighbour matters.
 - `separate`, for every other tokenizer, encodes each line on its own and puts the id of a newline between two lines. In the whole
   string, a byte-level tokenizer may read "?" and the newline after it as one token.
@@ -22,7 +22,7 @@ from usdm_sft.template.exchanges import Exchange
 from usdm_sft.template.special_tokens import TemplateTokens
 
 
-class Stretches:
+class TextEncoder:
     """Encodes and decodes the texts of a template.
 
     Args:
@@ -105,7 +105,7 @@ class Headings:
     """Lays out exchanges under headings, such as "### User".
 
     Args:
-        stretches: Encodes the texts.
+        text_encoder: Encodes the texts.
         tokens: The ids of the template.
         template: The words and the parts.
 
@@ -113,8 +113,8 @@ class Headings:
         ValueError: The tokenizer does not know the words.
     """
 
-    def __init__(self, stretches: Stretches, tokens: TemplateTokens, template: Template):
-        self._stretches = stretches
+    def __init__(self, text_encoder: TextEncoder, tokens: TemplateTokens, template: Template):
+        self._text_encoder = text_encoder
         self._parts = template.parts
         turns = (tuple(part for part in template.parts if part.startswith(role)) for role in ("user", "agent"))
         self._turns = [parts for parts in turns if parts]
@@ -133,8 +133,8 @@ class Headings:
         return tuple(self._agent_heading.tolist())
 
     def _encode_words(self, text: str, *, after_newline: bool = False) -> npt.NDArray[np.int32]:
-        ids = self._stretches.encode_words(text, after_newline=after_newline)
-        if problem := self._stretches.problem(text, ids):
+        ids = self._text_encoder.encode_words(text, after_newline=after_newline)
+        if problem := self._text_encoder.problem(text, ids):
             raise ValueError(f"the template's words {text!r}: a part {problem}: choose other words")
         return ids
 
@@ -142,7 +142,7 @@ class Headings:
         """Encode texts, with the arguments of `ChatForm.encode`. The place of an exchange does not matter."""
         # A transcript follows the user's speech; every other text follows the newline of a heading.
         after_newline = [part == "agent_text" or "user_units" not in self._parts for part, _ in parts]
-        return self._stretches.encode(texts, after_newline)
+        return self._text_encoder.encode(texts, after_newline)
 
     def pieces(
         self, exchange: Exchange, position: int, number: int
