@@ -26,7 +26,7 @@ class Pool:
     def __init__(self):
         self.parts = {}
 
-    def map(self, function, items, *, name, keys, holds):
+    def map(self, function, items, *, name, keys, is_valid):
         assert len(set(keys)) == len(items) == len(keys)
         for index in reversed(range(len(items))):
             _, path, part = items[index]
