@@ -1,4 +1,4 @@
-"""Digests of recordings are those of their content, remembered while it does not change, whoever read them."""
+"""The digest of a recording is that of its content, and is remembered while the file does not change. A process, a task or this run may read it."""
 
 import hashlib
 import json
