@@ -304,7 +304,7 @@ def test_hour_of_audio_needs_little_memory(path, tmp_path, kind):
     tracemalloc.stop()
     assert (digest.num_samples, digest.seconds, digest.problem) == (3600 * 16_000, 3600.0, None)
     assert peak < 20e6
-    for device, batch_seconds in BATCH_SECONDS.items():
+    for device, batch_seconds in BATCH_SECONDS.items():  # one pass over such a recording holds nothing else
         assert plan_batches([16_000, digest.num_samples, 16_000], batch_seconds, device) == [[1], [0, 2]]
 
 

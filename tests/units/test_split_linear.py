@@ -11,12 +11,14 @@ from tests.units.test_other_models import FLOAT_ROUNDING, MODELS, TINY, make_mod
 from usdm_sft.audio.frames import num_frames
 from usdm_sft.prepare.prepare import prepare
 from usdm_sft.units import precision as precisions
+from usdm_sft.units.cpu import NumpyLinear
 from usdm_sft.units.model import UnitModel
 from usdm_sft.units.precision import SplitLinear, check_cpu
 from usdm_sft.units.tokenizer import UnitTokenizer
 
 # Largest error of a product, as a share of the product of the absolute values: parts of 22 and of 16 bits, and float32 sums.
 ERROR = {torch.float16: 2.0**-20, torch.bfloat16: 2.0**-15}
+LINEAR = (nn.Linear, NumpyLinear)
 SPLIT = {"fp16x3": torch.float16, "bf16x3": torch.bfloat16}
 
 
@@ -94,12 +96,12 @@ def make_unit_model(name, precision, centroids=None):
 @pytest.mark.parametrize("precision", SPLIT)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_linear_layer_is_split(name, precision):
-    linear = [key for key, module in make_unit_model(name, "fp32").named_modules() if isinstance(module, nn.Linear)]
+    linear = [key for key, module in make_unit_model(name, "fp32").named_modules() if isinstance(module, LINEAR)]
     modules = dict(make_unit_model(name, precision).named_modules())
     split = [key for key, module in modules.items() if isinstance(module, SplitLinear)]
     assert split == [*linear, "products"] and len(linear) >= 25
     assert {modules[key].parts.dtype for key in split} == {SPLIT[precision]}
-    assert not any(isinstance(module, nn.Linear) for module in modules.values())
+    assert not any(isinstance(module, LINEAR) for module in modules.values())
 
 
 @pytest.fixture(scope="module", params=["wav2vec2 pre-norm", "hubert pre-norm"])

@@ -19,6 +19,7 @@ import torch
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from soxr import resample
+from torch.nn.utils.rnn import pad_sequence
 
 from tests.helpers import FIXTURES, SHARED
 from usdm_sft.audio.frames import num_frames
@@ -94,9 +95,21 @@ def test_units_of_each_waveform_alone_equal_the_reference(request, golden, layou
         assert_units(found, case, name)
 
 
-def test_units_in_padded_batches_equal_the_reference(tokenizer, golden):
+def test_units_in_packs_equal_the_reference(tokenizer, golden):
     for names in golden[2]:
         assert_batch(tokenizer, golden, names)
+
+
+def test_units_in_padded_batches_equal_the_reference(tokenizer, golden):
+    """A GPU gets padded batches."""
+    cases, waveforms, batches = golden
+    for names in batches:
+        rows = [normalize(torch.from_numpy(waveforms[name])) for name in names]
+        frames = torch.tensor([num_frames(len(waveforms[name])) for name in names])
+        units, finite = tokenizer.model.forward(pad_sequence(rows, batch_first=True), frames)
+        assert finite.all()
+        for name, found in zip(names, units.numpy(), strict=True):
+            assert_units(found[: len(cases[name]["units"])], cases[name], name)
 
 
 @pytest.mark.parametrize("precision", ["fp16x3", "bf16x3"])
@@ -299,10 +312,10 @@ def test_changed_folder_is_refused(fairseq, tmp_path):
 def test_out_of_memory_names_the_setting_to_change(fairseq, monkeypatch):
     tokenizer = UnitTokenizer.from_pretrained(fairseq, device="cpu", batch_seconds=10)
 
-    def fail(self, waveforms, frames):
+    def fail(self, rows, frames, stopped):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(UnitModel, "forward", fail)
+    monkeypatch.setattr(UnitModel, "forward_pack", fail)
     waveforms = [np.zeros(num_samples, np.float32) for num_samples in (64_000, 63_999)]
     message = r"out of memory on cpu with a batch of 2 utterances and 8 s of audio: set --batch_seconds \(now 10\) to 4 or less"
     with pytest.raises(MemoryError, match=message):
@@ -356,14 +369,20 @@ def test_rank_chooses_the_gpu(fairseq, rows, monkeypatch):
     assert Hasher.hash(tokenizer) == before
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_plan_is_by_length_and_fills_batches(device):
-    seconds = 16_000
-    lengths = [1 * seconds, 5 * seconds, 2 * seconds, 2 * seconds, 30 * seconds, 1 * seconds]
-    assert plan_batches(lengths, 10, device) == [[4], [1], [2, 3], [0, 5]]
-    assert plan_batches([16_000] * 5, 2, device) == [[0, 1], [2, 3], [4]]
-    assert plan_batches([], 10, device) == []
-    assert padding_share([[720], [400, 400]], 10, device) == padding_share([], 10, device) == 0
+def test_plan_on_cuda_is_by_length_and_fills_batches():
+    lengths = [16_000 * seconds for seconds in (1, 5, 2, 2, 30, 1)]
+    assert plan_batches(lengths, 10, "cuda") == [[4], [1], [2, 3], [0, 5]]
+    assert plan_batches([16_000] * 5, 2, "cuda") == [[0, 1], [2, 3], [4]]
+    assert plan_batches([], 10, "cuda") == []
+    assert padding_share([[720], [400, 400]], 10, "cuda") == padding_share([], 10, "cuda") == 0
+
+
+def test_packs_on_the_cpu_hold_rows_of_any_length():
+    lengths = [16_000 * seconds for seconds in (1, 5, 2, 2, 30, 1)]
+    assert plan_batches(lengths, 10, "cpu") == [[4], [1, 2, 3, 0], [5]]
+    assert plan_batches(lengths, 160, "cpu") == [[4], [1, 2, 3, 0, 5]]  # 16 s at most
+    assert plan_batches([16_000 * seconds for seconds in (15, 9, 7, 1)], 160, "cpu") == [[0, 3], [1, 2]]
+    assert plan_batches([], 10, "cpu") == [] and padding_share([[720, 1_040]], 10, "cpu") == 0
 
 
 def test_batch_on_cuda_holds_rows_of_similar_length():
@@ -373,11 +392,8 @@ def test_batch_on_cuda_holds_rows_of_similar_length():
     assert padding_share([[7_120, 6_800, 6_480]], 10, "cuda") == 1 - (22 + 21 + 20) / 66
 
 
-def test_batch_on_the_cpu_holds_rows_with_one_number_of_units():
-    """719 to 1,038 samples make 2 units, because 719 become 720; without an appended sample 720 to 1,039 do."""
-    assert plan_batches([720, 1_040, 1_039, 719, 800], 100, "cpu") == [[1, 2], [4, 0, 3]]
-    assert plan_batches([720, 1_040, 1_039, 719, 800], 100, "cpu", "none") == [[1], [2, 4, 0], [3]]
-    assert padding_share([[720, 1_040, 1_039, 719, 800]], 100, "cpu") == 0
+def test_padding_is_counted_in_units():
+    """1,039 samples make 3 units, because 1,039 become 1,040; without an appended sample they make 2."""
     assert padding_share([[1_039, 1_000]], 100, "cuda") == 1 - 5 / 6
     assert padding_share([[1_039, 1_000]], 100, "cuda", "none") == 0
 

@@ -14,6 +14,9 @@ from usdm_sft.audio.frames import MIN_SAMPLES, SAMPLE_RATE, count_units, resampl
 # padding, and a batch has 80 s of audio on average; with 70 % these are 14 % and 150 s (computed).
 MIN_FILL = 0.85
 
+# On the CPU, a pack has 800 frames. Matrix products gain nothing from more, and each thread holds the activations of one pack.
+PACK_SECONDS = 16.0
+
 # The default of torch's layer_norm, which the reference uses; `Wav2Vec2FeatureExtractor` uses 1e-7, which changes 7 % of the units.
 LAYER_NORM_EPS = 1e-5
 FEATURE_EXTRACTOR_EPS = 1e-7
@@ -26,9 +29,7 @@ class Waveform(NamedTuple):
     num_samples: int  # at 16 kHz, without an appended sample
 
 
-def plan_batches(
-    lengths: Sequence[int], batch_seconds: float, device: str, normalization: str = "fairseq"
-) -> list[list[int]]:
+def plan_batches(lengths: Sequence[int], batch_seconds: float, device: str) -> list[list[int]]:
     """Group rows into forward passes, longest first.
 
     The plan depends on the lengths and the kind of device alone, so the same audio makes the same batches on every machine.
@@ -36,44 +37,49 @@ def plan_batches(
     Args:
         lengths: Number of samples at 16 kHz of each row.
         batch_seconds: Seconds of audio, padding included, in one batch; a longer row is a batch of its own.
-        device: Kind of device. On "cuda" rows of similar length share a batch and are padded. Elsewhere only rows with the
-            same number of units share one: a CPU gains little from batches and would lose more to padding.
-        normalization: A key of `NORMALIZATIONS`.
+        device: Kind of device. On "cuda" rows of similar length share a batch and are padded. Elsewhere a batch is a pack of up to
+            `PACK_SECONDS`: rows of any length without padding, each in the first pack that has room for it.
 
     Returns:
         Indices of the rows of each batch.
     """
-    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    room = (batch_seconds if device == "cuda" else min(batch_seconds, PACK_SECONDS)) * SAMPLE_RATE
     batches: list[list[int]] = []
-    for row in order:
-        longest = lengths[batches[-1][0]] if batches else 0
-        fits = bool(batches) and (len(batches[-1]) + 1) * longest <= batch_seconds * SAMPLE_RATE
-        if device == "cuda":
-            similar = lengths[row] >= MIN_FILL * longest
+    rooms: list[float] = []  # left in each pack
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        length = lengths[row]
+        if device != "cuda":
+            found = next((i for i, left in enumerate(rooms) if length <= left), None)
         else:
-            similar = count_units(lengths[row], normalization) == count_units(longest, normalization)
-        if fits and similar:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
+            longest = lengths[batches[-1][0]] if batches else 0
+            fits = bool(batches) and (len(batches[-1]) + 1) * longest <= room and length >= MIN_FILL * longest
+            found = len(batches) - 1 if fits else None
+        if found is None:
+            found = len(batches)
+            batches.append([])
+            rooms.append(room)
+        batches[found].append(row)
+        rooms[found] -= length
     return batches
 
 
 def padding_share(
     shards: Iterable[Sequence[int]], batch_seconds: float, device: str, normalization: str = "fairseq"
 ) -> float:
-    """Return the share of padding in the frames that the batches compute.
+    """Return the share of padding in the frames that the batches compute; 0 on the CPU.
 
     Args:
         shards: For each work shard, the lengths of its utterances in samples at 16 kHz.
         batch_seconds: As in `plan_batches`.
         device: As in `plan_batches`.
-        normalization: As in `plan_batches`.
+        normalization: A key of `NORMALIZATIONS`.
     """
+    if device != "cuda":
+        return 0.0
     used = padded = 0
     for lengths in shards:
         used += sum(count_units(length, normalization) for length in lengths)
-        batches = plan_batches(lengths, batch_seconds, device, normalization)
+        batches = plan_batches(lengths, batch_seconds, device)
         padded += sum(len(rows) * count_units(lengths[rows[0]], normalization) for rows in batches)
     return 1 - used / padded if padded else 0.0
 

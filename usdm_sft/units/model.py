@@ -10,7 +10,11 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,8 +28,9 @@ from transformers import AutoConfig, AutoModel
 
 from usdm_sft.audio.frames import SAMPLE_RATE, count_units, num_frames
 from usdm_sft.units.batches import Waveform, plan_batches
+from usdm_sft.units.cpu import ATTENTION, FrontEnd, NumpyLinear, multiply, numpy_is_faster, side_by_side
 from usdm_sft.units.folder import ChangedError, copy_known, read_array, read_description, read_known_description
-from usdm_sft.units.precision import PRECISIONS, SplitLinear, own_settings, split_linear_layers
+from usdm_sft.units.precision import PRECISIONS, SplitLinear, own_settings, replace_linear_layers
 
 KMEANS_DISTANCES = 4096 * 10_000  # in memory at once, 160 MB: 4,096 frames times 10,000 centroids, or 625 times 65,536
 MAX_LAYERS = 128  # of a kind; the largest published models have 48
@@ -84,9 +89,10 @@ class UnitModel(nn.Module):
                     _compute_in(part, self.precision.layers)
         self.products: nn.Module | None = None  # of features with centroids
         if self.precision.split is not None:
-            for module in (self.feature_projection, self.layers):
-                split_linear_layers(module, self.precision.split)
+            replace_linear_layers([self.feature_projection, self.layers], SplitLinear, self.precision.split)
             self.products = SplitLinear(torch.from_numpy(centroids), None, self.precision.split)
+        elif self.precision.layers == torch.float32 and numpy_is_faster():
+            replace_linear_layers([self.feature_projection, self.layers], NumpyLinear)
         self.register_buffer("centroids", torch.from_numpy(centroids))
         self.register_buffer("centroid_norms", torch.from_numpy(np.square(centroids).sum(axis=1)))
         self.requires_grad_(False).eval()
@@ -122,6 +128,30 @@ class UnitModel(nn.Module):
                 f"{folder} is not what convert wrote ({reason}): remove the folder and convert the unit model again"
             ) from error
 
+    @cached_property
+    def front_end(self) -> FrontEnd:
+        """The feature extractor for packs."""
+        return FrontEnd(self.feature_extractor)
+
+    @torch.inference_mode()
+    def forward_pack(
+        self, rows: Sequence[torch.Tensor], frames: Sequence[int], stopped: threading.Event
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Compute the units of a pack of utterances on the CPU, with the caller's settings of PyTorch.
+
+        Args:
+            rows: (num_samples,) float32 each, normalized.
+            frames: Number of frames of each row, as in `forward`.
+            stopped: If this is set, an error is raised after the layer that is being computed.
+
+        Returns:
+            What `forward` returns, with the units of each row, (num_frames,) uint16, in a list.
+        """
+        features = self.packed_features([self.front_end(row) for row in rows], frames, stopped)
+        finite = [torch.isfinite(row[:num_keys]).all() for row, num_keys in zip(features, frames, strict=True)]
+        units = self.nearest(torch.cat(features))
+        return list(units.split([len(row) for row in features])), torch.stack(finite)
+
     @torch.inference_mode()
     def forward(
         self, waveforms: torch.Tensor | Sequence[torch.Tensor], frames: torch.Tensor
@@ -154,17 +184,44 @@ class UnitModel(nn.Module):
             extracted = pad_sequence([self.feature_extractor(row[None])[0].T for row in waveforms], batch_first=True)
         else:
             extracted = self.feature_extractor(waveforms).transpose(1, 2)
-        hidden = _first(self.feature_projection(extracted))
-        mask = padding = None
+        hidden, padding = self._add_positions(_first(self.feature_projection(extracted)), frames)
+        return self._encode(hidden, attention_mask=None if padding is None else ~padding[:, None, None, :])
+
+    def packed_features(
+        self, extracted: Sequence[torch.Tensor], frames: Sequence[int], stopped: threading.Event | None = None
+    ) -> list[torch.Tensor]:
+        """Return the (num_frames, hidden_size) float32 features of each utterance of a pack.
+
+        Args:
+            extracted: (num_frames, channels) output of the front end for each utterance.
+            frames: As in `forward_packs`.
+            stopped: If this is set, an error is raised after the layer that is being computed.
+        """
+        lengths = [len(each) for each in extracted]
+        hidden = _first(self.feature_projection(torch.cat(list(extracted))[None]))
+        placed = [
+            self._add_positions(each, torch.tensor([num_keys]))[0]
+            for each, num_keys in zip(hidden.split(lengths, dim=1), frames, strict=True)
+        ]
+        pack = list(zip(lengths, frames, strict=True))
+        return list(self._encode(torch.cat(placed, dim=1), stopped, pack=pack)[0].split(lengths))
+
+    def _add_positions(self, hidden: torch.Tensor, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Add the positional convolution to (batch, num_frames, hidden_size); also return the mask of padding, if there is any."""
+        padding = None
         if min(frames.tolist()) < hidden.shape[1]:
             padding = self._padding(frames, hidden)
             hidden = hidden.masked_fill(padding[:, :, None], 0.0)
-            mask = ~padding[:, None, None, :]
-        hidden = hidden + self._positions(hidden, padding)
+        return hidden + self._positions(hidden, padding), padding
+
+    def _encode(self, hidden: torch.Tensor, stopped: threading.Event | None = None, **options: Any) -> torch.Tensor:
+        """Run the layers and their norms; `options` go to the attention of each layer."""
         if self.norm_before_layers is not None:
             hidden = self.norm_before_layers(hidden)
         for layer in self.layers:
-            hidden = _first(layer(hidden, attention_mask=mask))
+            if stopped is not None and stopped.is_set():
+                raise CancelledError  # another pack failed, or Ctrl-C was pressed
+            hidden = _first(layer(hidden, **options))
         return hidden if self.norm_after_layers is None else self.norm_after_layers(hidden)
 
     def _positions(self, hidden: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
@@ -188,8 +245,8 @@ class UnitModel(nn.Module):
         at_once = max(1, KMEANS_DISTANCES // len(self.centroids))
         for start in range(0, len(rows), at_once):
             some = rows[start : start + at_once]
-            products = some @ self.centroids.T if self.products is None else self.products(some)
-            distances = some.pow(2).sum(1, keepdim=True) - 2 * products + self.centroid_norms
+            products = multiply(some, self.centroids) if self.products is None else self.products(some)
+            distances = products.mul_(-2).add_(some.pow(2).sum(1, keepdim=True)).add_(self.centroid_norms)
             units[start : start + at_once] = distances.argmin(dim=1)
         return units.to(torch.uint16).reshape(features.shape[:-1])
 
@@ -221,7 +278,7 @@ def empty_model(config: dict[str, Any]) -> Any:
     try:
         with torch.device("meta"):
             whole = AutoConfig.for_model(**({"model_type": "wav2vec2"} | config))
-            return AutoModel.from_config(whole, attn_implementation="sdpa")  # type: ignore[no-untyped-call]  # transformers
+            return AutoModel.from_config(whole, attn_implementation=ATTENTION)  # type: ignore[no-untyped-call]  # transformers
     except Exception as error:  # transformers checks little and raises many kinds of errors
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"the config is not that of a Wav2Vec2 or HuBERT model ({reason}): correct it") from error
@@ -308,18 +365,27 @@ def start_units(
         MemoryError: The device has too little memory; the message names the setting to change.
     """
     device = model.centroids.device.type
-    batches = plan_batches([waveform.num_samples for waveform in waveforms], batch_seconds, device, normalization)
-    # Submit all batches before reading any result, so that the device never waits.
-    results = [
-        _forward(model, [waveforms[row] for row in rows], [names[row] for row in rows], batch_seconds)
-        for rows in batches
-    ]
+    batches = plan_batches([waveform.num_samples for waveform in waveforms], batch_seconds, device)
+
+    def forward(rows: Sequence[int], stopped: threading.Event | None = None) -> tuple[Any, torch.Tensor]:
+        batch = [waveforms[row] for row in rows]
+        with _out_of_memory_explained(batch, [names[row] for row in rows], device, batch_seconds):
+            return _forward(model, batch) if stopped is None else _forward_pack(model, batch, stopped)
+
+    if device == "cpu":
+        # `SplitLinear` changes a setting of the process during each product, which no other thread may see.
+        at_once = torch.get_num_threads() if model.precision.split is None else 1
+        with own_settings(device, model.precision.front):
+            results = side_by_side(forward, batches, at_once)
+    else:  # submit all batches before reading any result, so that the device never waits
+        results = [forward(rows) for rows in batches]
 
     def finish() -> tuple[list[np.ndarray], list[int]]:
         found: list[np.ndarray] = [np.zeros(0, np.uint16)] * len(waveforms)
         not_finite = []
         for rows, (units, finite) in zip(batches, results, strict=True):
-            for row, row_units, row_finite in zip(rows, units.cpu().numpy(), finite.cpu().numpy(), strict=True):
+            units = [each.numpy() for each in (units if device == "cpu" else units.cpu())]
+            for row, row_units, row_finite in zip(rows, units, finite.cpu().numpy(), strict=True):
                 found[row] = row_units[: count_units(waveforms[row].num_samples, normalization)]
                 if not row_finite:
                     not_finite.append(row)
@@ -333,22 +399,37 @@ def start_units(
     return finish
 
 
-def _forward(
-    model: UnitModel, batch: Sequence[Waveform], names: Sequence[str], batch_seconds: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _frames(batch: Sequence[Waveform]) -> list[int]:
+    """Return the frames of each waveform without the one that an appended sample completes: masked, although it has a unit."""
+    return [num_frames(waveform.num_samples) for waveform in batch]
+
+
+def _forward_pack(
+    model: UnitModel, batch: Sequence[Waveform], stopped: threading.Event
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    return model.forward_pack([waveform.samples for waveform in batch], _frames(batch), stopped)
+
+
+def _forward(model: UnitModel, batch: Sequence[Waveform]) -> tuple[torch.Tensor, torch.Tensor]:
     device = model.centroids.device
-    padded = _pad([waveform.samples for waveform in batch], device)
-    # The frame that an appended sample completes is masked, although it has a unit.
-    frames = torch.tensor([num_frames(waveform.num_samples) for waveform in batch], device="cpu")
+    padded = _pad([waveform.samples for waveform in batch], device).to(device, non_blocking=True)
+    frames = torch.tensor(_frames(batch), device="cpu")
+    if not model.rows_alone:
+        return model.forward(padded, frames)
+    return model.forward([row[: len(each.samples)] for row, each in zip(padded, batch, strict=True)], frames)
+
+
+@contextmanager
+def _out_of_memory_explained(
+    batch: Sequence[Waveform], names: Sequence[str], device: str, batch_seconds: float
+) -> Iterator[None]:
     try:
-        padded = padded.to(device, non_blocking=True)
-        if not model.rows_alone:
-            return model.forward(padded, frames)
-        return model.forward([row[: len(each.samples)] for row, each in zip(padded, batch, strict=True)], frames)
+        yield
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in _OUT_OF_MEMORY):
             raise
-        seconds = padded.numel() / SAMPLE_RATE
+        lengths = [len(waveform.samples) / SAMPLE_RATE for waveform in batch]
+        seconds = sum(lengths) if device == "cpu" else max(lengths) * len(lengths)
         if len(batch) > 1:
             remedy = f"set --batch_seconds (now {batch_seconds:g}) to {seconds / 2:.0f} or less"
         else:

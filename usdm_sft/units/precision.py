@@ -13,7 +13,7 @@ bfloat16 keep 16; float32 has 24.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
@@ -184,13 +184,14 @@ class SplitLinear(nn.Module):
         return parts
 
 
-def split_linear_layers(module: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every `nn.Linear` below a module by a `SplitLinear`."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
-            setattr(module, name, SplitLinear(child.weight, child.bias, dtype))
-        else:
-            split_linear_layers(child, dtype)
+def replace_linear_layers(modules: Iterable[nn.Module], make: Callable[..., nn.Module], *options: Any) -> None:
+    """Replace every `nn.Linear` below some modules by `make(weight, bias, *options)`."""
+    for module in modules:
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, make(child.weight, child.bias, *options))
+            else:
+                replace_linear_layers([child], make, *options)
 
 
 def _multiply(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
