@@ -2,11 +2,14 @@
 
     python -m tests.benchmarks.units [--utterances 2000] [--baseline_utterances 60] [--rounds 3] [--precisions fp32 fp16 ...]
 
-The reference computes all 48 layers in float32, one utterance at a time. The model has the shape of XLS-R 1B and random weights;
-the audio has DailyTalk's distribution of lengths. Needs torch, transformers and numpy besides the project.
+The reference computes all 48 layers in float32, one utterance at a time. On the CPU, fp32 runs with the matrix products of torch and of
+NumPy; the package chooses one of them by the processor's vendor. The model has the shape of XLS-R 1B and random weights; the audio has
+DailyTalk's distribution of lengths. Needs torch, transformers and numpy besides the project.
 """
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ import torch
 
 from tests.benchmarks.common import alternate, lengths, machine, speechlike, table, timed
 from tests.benchmarks.unit_models import centroids, cut, flops, matmul_rate, random_model
+from usdm_sft.units import cpu
 from usdm_sft.units import model as unit_model
 from usdm_sft.units.batches import padding_share, prepare_waveform
 from usdm_sft.units.model import UnitModel
@@ -45,6 +49,23 @@ def own_bytes(which: UnitTokenizer) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+@contextmanager
+def multiplying(*, with_numpy: bool) -> Iterator[None]:
+    """Let one library multiply, whatever processor this is."""
+    chosen = cpu.numpy_is_faster
+    cpu.numpy_is_faster = unit_model.numpy_is_faster = lambda: with_numpy
+    try:
+        yield
+    finally:
+        cpu.numpy_is_faster = unit_model.numpy_is_faster = chosen
+
+
+def numpy_rate(size: int = 2048) -> float:
+    """Measure the FLOP/s of NumPy's large float32 matrix product, the median of five."""
+    a, b = (np.random.default_rng(0).standard_normal((size, size)).astype(np.float32) for _ in range(2))
+    return 2 * size**3 / alternate({"": lambda: timed(lambda: a @ b)}, 5)[""]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
@@ -73,27 +94,37 @@ def main() -> None:
     kmeans = centroids(config, needed, device)
     reference = tokenizer(whole, weights, kmeans, "fp32", device, args.batch_seconds)
     ours = {name: tokenizer(config, needed, kmeans, name, device, args.batch_seconds) for name in args.precisions}
-    expected = tokenizer(config, needed, kmeans, "fp32", device, args.batch_seconds)
-    expected = tokenize(expected)
+    uses_numpy = dict.fromkeys(ours, cpu.numpy_is_faster())
+    if not cuda and "fp32" in ours:
+        other = "fp32, product of torch" if cpu.numpy_is_faster() else "fp32, product of NumPy"
+        uses_numpy[other] = not cpu.numpy_is_faster()
+        with multiplying(with_numpy=uses_numpy[other]):
+            ours[other] = tokenizer(config, needed, kmeans, "fp32", device, args.batch_seconds)
+    expected = [unit_model._forward(ours["fp32"].model, [each])[0][0].cpu().numpy() for each in waveforms]
 
     agreement, memory = {}, {}
     for name, each in ours.items():  # also the warm-up
         if cuda:
             torch.cuda.reset_peak_memory_stats()
             others = torch.cuda.memory_allocated() - own_bytes(each)
-        found = tokenize(each)
+        with multiplying(with_numpy=uses_numpy[name]):
+            found = tokenize(each)
         memory[name] = f"{(torch.cuda.max_memory_allocated() - others) / 2**30:.1f} GiB" if cuda else "-"
         equal = sum(int((a == b).sum()) for a, b in zip(found, expected, strict=True))
         agreement[name] = equal / sum(map(len, expected))
-    reference._tokenize(short[:2], ["", ""])
+    unit_model._forward(reference.model, [short[0]])
+
+    def in_batches(name: str) -> float:
+        with multiplying(with_numpy=uses_numpy[name]):
+            return timed(lambda: tokenize(ours[name])) / seconds
 
     def one_at_a_time(which: UnitTokenizer) -> float:
-        return timed(lambda: [which._tokenize([waveform], [""]) for waveform in short]) / short_seconds
+        return timed(lambda: [unit_model._forward(which.model, [each])[0].cpu() for each in short]) / short_seconds
 
     runs = {"48 layers, one at a time": lambda: one_at_a_time(reference)}
     if "fp32" in ours:
         runs["35 layers, one at a time"] = lambda: one_at_a_time(ours["fp32"])
-    runs |= {name: lambda each=each: timed(lambda: tokenize(each)) / seconds for name, each in ours.items()}
+    runs |= {name: lambda name=name: in_batches(name) for name in ours}
     cost = alternate(runs, args.rounds)  # seconds per second of audio
 
     rates = {}
@@ -104,12 +135,14 @@ def main() -> None:
             (torch.float32, precision.front == "tf32"),
         ):
             rates.setdefault(part, matmul_rate(*part, device))
+    if not cuda:
+        rates[(torch.float32, False)] = max(rates[(torch.float32, False)], numpy_rate())
     rows = []
     baseline = cost["48 layers, one at a time"]
     for name, each in cost.items():
         row = [name, f"{1 / each:,.1f}", f"{baseline / each:.2f}"]
         if name in ours:
-            precision = unit_model.PRECISIONS[name]
+            precision = unit_model.PRECISIONS[name.split(",")[0] if name not in unit_model.PRECISIONS else name]
             front, layers = np.sum([flops(length, config) for length in samples], axis=0) / seconds
             tf32 = precision.front == "tf32"
             floor = front / rates[(torch.float32, tf32)]
