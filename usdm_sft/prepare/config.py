@@ -177,8 +177,8 @@ class UnitModelOptions:
     """soxr (as the reference) or torchaudio (on the device; needs the extra torchaudio)."""
 
     batch_seconds: float | None = None
-    """Seconds of audio, padding included, in one forward pass. By default 160 on the CPU, where only utterances with the same
-    number of frames share a pass, and 320 on CUDA."""
+    """Seconds of audio, padding included, in one forward pass. By default 320 on CUDA and 160 on the CPU, where a pass
+    holds at most 16 s."""
 
     agreement_utterances: int = 64
     """Number of utterances on which the share of units equal to those of fp32 and soxr is measured, where precision or

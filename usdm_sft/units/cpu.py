@@ -77,8 +77,8 @@ class FrontEnd:
         extractor: The feature extractor of a wav2vec 2.0 or HuBERT model in transformers.
     """
 
-    def __init__(self, extractor: nn.Module):
-        self.layers: Any = extractor.conv_layers
+    def __init__(self, extractor: Any):
+        self.layers = extractor.conv_layers
         self.weights = []  # for each layer: first tap and (taps * channels, outputs) weight of each product
         for layer in self.layers:
             weight, stride = layer.conv.weight.permute(2, 1, 0), layer.conv.stride[0]  # (taps, channels, outputs)
@@ -146,6 +146,9 @@ class NumpyLinear(nn.Module):
         weight: (num_outputs, num_inputs) float32.
         bias: (num_outputs,) float32.
     """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
         super().__init__()

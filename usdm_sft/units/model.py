@@ -150,7 +150,7 @@ class UnitModel(nn.Module):
         features = self.packed_features([self.front_end(row) for row in rows], frames, stopped)
         finite = [torch.isfinite(row[:num_keys]).all() for row, num_keys in zip(features, frames, strict=True)]
         units = self.nearest(torch.cat(features))
-        return list(units.split([len(row) for row in features])), torch.stack(finite)
+        return list(torch.split(units, [len(row) for row in features])), torch.stack(finite)
 
     @torch.inference_mode()
     def forward(
@@ -201,10 +201,10 @@ class UnitModel(nn.Module):
         hidden = _first(self.feature_projection(torch.cat(list(extracted))[None]))
         placed = [
             self._add_positions(each, torch.tensor([num_keys]))[0]
-            for each, num_keys in zip(hidden.split(lengths, dim=1), frames, strict=True)
+            for each, num_keys in zip(torch.split(hidden, lengths, dim=1), frames, strict=True)
         ]
         pack = list(zip(lengths, frames, strict=True))
-        return list(self._encode(torch.cat(placed, dim=1), stopped, pack=pack)[0].split(lengths))
+        return list(torch.split(self._encode(torch.cat(placed, dim=1), stopped, pack=pack)[0], lengths))
 
     def _add_positions(self, hidden: torch.Tensor, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Add the positional convolution to (batch, num_frames, hidden_size); also return the mask of padding, if there is any."""
