@@ -19,8 +19,7 @@ import soundfile
 import dailytalk_usdm
 from dailytalk_usdm import DailyTalkUSDM
 from tests.helpers import command, options
-from usdm_sft.audio.check import AudioCheck, check_audio
-from usdm_sft.audio.digests import AudioDigest, audio_digests
+from usdm_sft.audio.digests import AudioCheck, AudioDigest, audio_digests, check_audio
 from usdm_sft.audio.reading import AudioError, read_waveform
 from usdm_sft.cli.main import main
 from usdm_sft.corpus.dialogs import Dialog, Split, Utterance
