@@ -2,8 +2,9 @@
 
 A first run reads 6 GB of audio; later runs look only at size and times of change. The digest identifies the content; path, size and
 times only tell whether a remembered digest is still valid. For PCM in WAV, as DailyTalk has it, the header tells the length; other
-formats are decoded, 1 to 3 ms per file: floats may be NaN, and a compressed file may end in the middle. Only good files are remembered: a bad one is checked again at each run,
-with other permissions or a newer soundfile. A segment is remembered nowhere: its digest and check follow from those of its recording.
+formats are decoded, 1 to 3 ms per file: floats may be NaN, and a compressed file may end in the middle. Only good files are
+remembered: a bad one is checked again at each run, with other permissions or a newer soundfile. A segment is remembered nowhere: its
+digest and check follow from those of its recording.
 
 `read_unchanged` reads the same bytes later, when units are made.
 """

@@ -51,7 +51,7 @@ class Surroundings(NamedTuple):
     strips_right: bool = False
 
     def cut(self, text: str, ids: Sequence[int]) -> Ids | None:
-        """The ids of a text from those of the whole string; None if the text does not stay as it is, or shares a token with its neighbours."""
+        """The ids of a text from those of the whole string; None if the text would change, or shares a token with its neighbours."""
         if (self.strips_left and text != text.lstrip()) or (self.strips_right and text != text.rstrip()):
             return None
         start, stop = len(self.before_ids), len(ids) - len(self.after_ids)
@@ -87,10 +87,7 @@ class RowForm:
     def lay_out(self, exchange: Exchange, position: int, number: int) -> Iterator[tuple[Ids, str | None]]:
         """The ids of an exchange with the part that they belong to, up to the first part that the exchange lacks.
 
-        Args:
-            exchange: Units and texts as ids.
-            position: Of the exchange in the row.
-            number: Number of exchanges in the row.
+        Its texts are ids; `position` is its place among the `number` of exchanges of the row.
         """
         for part, ids in self.exchanges[place_of(position, number)]:
             if ids is None:
