@@ -104,7 +104,7 @@ def read_manifest(path: Path, problems: list[str], data_dir: FilePath | None) ->
 
 def _make_utterance(row: dict[str, Any], absolute: Callable[[str], str]) -> Utterance | list[str]:
     """Make the utterance of a row, or return each problem of the row with its remedy."""
-    values = {name: None if _is_missing(row.get(name), name) else row[name] for name in _COLUMNS}
+    values: dict[str, Any] = {name: None if _is_missing(row.get(name), name) else row[name] for name in _COLUMNS}
     if missing := [name for name in REQUIRED if values[name] is None]:
         return [f"{', '.join(missing)} missing: complete the row (a row has {', '.join(REQUIRED)})"]
     problems = []

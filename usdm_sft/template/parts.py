@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -204,15 +204,10 @@ def _not_text(tokenizer: Tokenizer, tokens: TemplateTokens) -> set[int]:
     return added | broken
 
 
-def _ranges(ids: Iterable[int]) -> list[tuple[int, int]]:
+def _ranges(ids: Sequence[int]) -> list[tuple[int, int]]:
     """Ranges of neighbouring ids; [1, 2, 5] -> [(1, 3), (5, 6)]."""
-    ranges: list[tuple[int, int]] = []
-    for token_id in ids:
-        if ranges and ranges[-1][1] == token_id:
-            ranges[-1] = (ranges[-1][0], token_id + 1)
-        else:
-            ranges.append((token_id, token_id + 1))
-    return ranges
+    runs = np.split(np.array(ids, np.int64), np.flatnonzero(np.diff(ids) > 1) + 1)
+    return [(int(run[0]), int(run[-1]) + 1) for run in runs if len(run)]
 
 
 _USTM = ustm_tokens()
