@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -157,7 +157,7 @@ def audio_digests(
 
         def recall(files: list[str]) -> Files:
             rows = database.read(files).values()
-            return {row.path: _from_row(row) for row in rows if row.channels and _is_unchanged(row)}
+            return _from_rows([row for row in rows if row.channels and _is_unchanged(row)], files)
 
         def read(files: list[str]) -> Files:
             known, rows = _read_files(files, threads)
@@ -173,8 +173,7 @@ def audio_digests(
             calls = pool.map(read_recordings, shares, name="recordings", keys=keys, is_valid=_are_unchanged)
             for index, rows in calls:
                 database.write(rows)
-                made = {row.path: _from_row(row) for row in rows}
-                find(shares[index], lambda files, made=made: made)
+                find(shares[index], partial(_from_rows, rows))
         for batch in _batches(missing()):
             find(batch, read)
     return cast(dict[str, AudioDigest], found)
@@ -226,8 +225,10 @@ def _read_file(file: str) -> _KnownFile:
     return _KnownFile(Row(file, *stamp, sha256, extent.frames, extent.rate, extent.channels), extent)
 
 
-def _from_row(row: Row) -> _KnownFile:
-    return _KnownFile(row, Extent(row.frames, row.rate, row.channels))
+def _from_rows(rows: Iterable[Row], files: list[str]) -> Files:
+    """Return those of the files that have a row, which is of good audio."""
+    known = {row.path: _KnownFile(row, Extent(row.frames, row.rate, row.channels)) for row in rows}
+    return {file: known[file] for file in files if file in known}
 
 
 def _is_unchanged(row: Row) -> bool:

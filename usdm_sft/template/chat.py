@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-Frame = TypeVar("Frame", str, tuple[int, ...])
+Frame = TypeVar("Frame")
 Ids = tuple[int, ...]
 Message = dict[str, str]
 
@@ -318,7 +318,8 @@ def make_chat_form(tokenizer: Tokenizer, tokens: TemplateTokens, template: Templ
 
     def surround(part: str, place: int) -> Surroundings:
         """What stands around a text up to the nearest special tokens."""
-        before, before_ids = CORRESPOND_TOKEN, (tokens.correspond,)
+        before = CORRESPOND_TOKEN
+        before_ids: Ids = (tokens.correspond,)
         if part == first:
             stops = () if place < 2 else (frames.ids.stop_id,)  # of the exchange before it
             before, before_ids = texts.before_user[place], (*stops, *ids.before_user[place])
@@ -327,11 +328,13 @@ def make_chat_form(tokenizer: Tokenizer, tokens: TemplateTokens, template: Templ
         stop = exchanges[place][[piece.part for piece in exchanges[place]].index(part) + 1]
         assert stop.ids is not None  # a fixed piece follows every part
         after_id = int(stop.ids[0])
+        after = tokenizer.id_to_token(after_id)
+        assert after is not None  # an added token
         is_at_end = part == template.parts[-1] or stop.part is None  # of its message
         return Surroundings(
             before,
             before_ids,
-            tokenizer.id_to_token(after_id),
+            after,
             (after_id,),
             strips_left=frames.strips and part in (first, second),
             strips_right=frames.strips and is_at_end,

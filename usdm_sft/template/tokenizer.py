@@ -287,7 +287,7 @@ def _open_tokenizer(name_or_path: str, subfolder: str | None, hub: dict[str, Any
     from transformers import PreTrainedTokenizerFast
 
     place = f"{name_or_path}/{subfolder}" if subfolder else name_or_path
-    options = {"revision": hub.get("revision") or "main", "token": hub.get("token")}
+    options: dict[str, Any] = {"revision": hub.get("revision") or "main", "token": hub.get("token")}
     try:
         with naming_errors(place):
             tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
