@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from usdm_sft.audio import addresses, check
+from usdm_sft.audio import addresses, digests
 from usdm_sft.audio.addresses import (
     AddressError,
-    NamesakeFinder,
     Segment,
     format_address,
     join_addresses,
@@ -23,8 +22,7 @@ from usdm_sft.audio.addresses import (
     parse_address,
     zip_address,
 )
-from usdm_sft.audio.check import check_audio
-from usdm_sft.audio.digests import audio_digests, read_file, read_unchanged
+from usdm_sft.audio.digests import audio_digests, check_audio, read_file, read_unchanged
 from usdm_sft.audio.playable import make_playable
 from usdm_sft.audio.reading import AudioError, read_audio, read_waveform
 from usdm_sft.utils.once import once_per_key
@@ -61,37 +59,6 @@ def test_only_a_segment_is_looked_up_on_disk():
     assert asked == []
     parse_address("a.wav#t=1,2\nb.wav\nc.wav#channel=1", lambda name: asked.append(name))
     assert asked == ["a.wav#t=1,2", "c.wav#channel=1"]
-
-
-def test_folder_is_listed_once_without_namesakes(tmp_path, monkeypatch):
-    listed, real = [], os.listdir
-    monkeypatch.setattr(addresses.os, "listdir", lambda folder: listed.append(folder) or real(folder))
-    cut = [f"{tmp_path}/call #1.wav#t={start},{start + 1}" for start in range(3)]
-    (tmp_path / "call #1.wav").touch()
-    for _ in range(2):  # two passes
-        finder = NamesakeFinder()
-        assert [finder.exists(each) for each in cut] == [False] * 3
-        assert not finder.exists(f"{tmp_path}/none/a.wav#t=1,2")
-        assert not finder.exists(f"zip://a.wav::{tmp_path}/a.zip#t=1,2")
-    assert listed == [str(tmp_path)]
-    Path(cut[1]).touch()
-    os.utime(tmp_path, ns=(1, 1))  # it may have appeared within the precision of the time stamp
-    assert [NamesakeFinder().exists(each) for each in cut] == [False, True, False]
-    assert listed == [str(tmp_path)] * 2
-    monkeypatch.chdir(tmp_path)
-    assert NamesakeFinder().exists("call #1.wav#t=1,2")
-
-
-def test_folder_that_cannot_be_listed(tmp_path, monkeypatch):
-    """Files in it may be readable all the same."""
-    name = f"{tmp_path}/call.wav#t=1,2"
-    Path(name).touch()
-
-    def refuse(folder):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(addresses.os, "listdir", refuse)
-    assert NamesakeFinder().exists(name) and not NamesakeFinder().exists(f"{tmp_path}/call.wav#t=1,3")
 
 
 def test_namesake_that_appears_during_the_run(call, tmp_path):
@@ -217,7 +184,7 @@ def test_threads_share_recordings_and_directories(call, tmp_path, monkeypatch):
     with zipfile.ZipFile(path, "w") as file:
         for number in range(36):
             file.write(call, f"{number}.wav")
-    done, real = [], check._digest
+    done, real = [], digests._digest
 
     class SlowZipFile(zipfile.ZipFile):
         def __init__(self, file):
@@ -234,7 +201,7 @@ def test_threads_share_recordings_and_directories(call, tmp_path, monkeypatch):
     members = [zip_address(path, f"{number}.wav") for number in range(36)]
     found = audio_digests(members, tmp_path / "cache", num_threads=36)
     assert {digest.problem for digest in found.values()} == {None} and done == [str(path)]
-    monkeypatch.setattr(check, "_digest", slow)
+    monkeypatch.setattr(digests, "_digest", slow)
     done.clear()
     other = shutil.copyfile(call, tmp_path / "other.wav")
     segments = [format_address(str(file), i / 20, i / 20 + 0.5) for i in range(18) for file in (call, other)]

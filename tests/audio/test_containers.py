@@ -10,8 +10,7 @@ import pytest
 import soundfile
 
 from usdm_sft.audio.addresses import format_address
-from usdm_sft.audio.check import AudioCheck, check_audio
-from usdm_sft.audio.digests import audio_digests, read_recording
+from usdm_sft.audio.digests import AudioCheck, audio_digests, check_audio, read_recording
 from usdm_sft.audio.playable import make_playable
 from usdm_sft.audio.reading import AudioError, SharedBytes, read_audio
 from usdm_sft.audio.sound import BLOCK_SAMPLES, Sound

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from usdm_sft.audio import addresses, check, digest_database, digests
+from usdm_sft.audio import addresses, digest_database, digests
 from usdm_sft.audio.addresses import format_address
 from usdm_sft.audio.containers import AudioError
 from usdm_sft.audio.digest_database import TABLE
@@ -120,7 +120,7 @@ def test_bad_audio_is_not_remembered(tmp_path, settled, monkeypatch):
 
 def test_file_that_fails_while_it_is_hashed(tmp_path, monkeypatch):
     path = write_wav(tmp_path / "a.wav")
-    monkeypatch.setattr(check, "_digest", fail)
+    monkeypatch.setattr(digests, "_digest", fail)
     found = audio_digests([path, f"{path}#t=0,0.1"], tmp_path / "cache")
     assert [digest.problem for digest in found.values()] == ["cannot be read (Input/output error)"] * 2
 
@@ -227,8 +227,8 @@ class Pool:
 @pytest.fixture
 def hashed(monkeypatch):
     """How often each file was hashed."""
-    counts, real = Counter(), check._digest
-    monkeypatch.setattr(check, "_digest", lambda file: counts.update([os.path.basename(file.name)]) or real(file))
+    counts, real = Counter(), digests._digest
+    monkeypatch.setattr(digests, "_digest", lambda file: counts.update([os.path.basename(file.name)]) or real(file))
     return counts
 
 

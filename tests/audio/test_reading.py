@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import torch
 
-from usdm_sft.audio.check import check_audio
+from usdm_sft.audio.digests import check_audio
 from usdm_sft.audio.frames import resampled_length
 from usdm_sft.audio.reading import AudioError, read_waveform
 from usdm_sft.units.batches import resample_on

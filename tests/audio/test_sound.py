@@ -12,7 +12,7 @@ import pytest
 import soundfile
 
 from usdm_sft.audio.addresses import format_address, zip_address
-from usdm_sft.audio.check import AudioCheck, check_audio
+from usdm_sft.audio.digests import AudioCheck, check_audio
 from usdm_sft.audio.reading import AudioError, read_audio, read_waveform
 from usdm_sft.prepare.prepare import prepare
 from usdm_sft.units.tokenizer import UnitTokenizer

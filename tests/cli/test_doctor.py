@@ -189,7 +189,7 @@ def test_cached_lists_of_dailytalk_are_read(doctor, mini, corpus_copy, tmp_path,
     assert found.about("corpus")[1] == ("ok", f"{lists}/test.txt (DailyTalk): 2 dialogs, 3 pairs")
     assert not [finding for finding in found if finding[0] == "error"]
     (lists / "test.txt").write_text("cut short")
-    assert dailytalk.cached_split_lists(tmp_path / "cache") is None
+    assert dailytalk.fetch_split_lists(tmp_path / "cache", may_download=False) is None
 
 
 def test_first_problems_of_a_split_list(doctor, mini, tmp_path):

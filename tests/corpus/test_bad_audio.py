@@ -19,8 +19,7 @@ import soundfile
 import dailytalk_usdm
 from dailytalk_usdm import DailyTalkUSDM
 from tests.helpers import command, options
-from usdm_sft.audio.check import AudioCheck, check_audio
-from usdm_sft.audio.digests import AudioDigest, audio_digests
+from usdm_sft.audio.digests import AudioCheck, AudioDigest, audio_digests, check_audio
 from usdm_sft.audio.reading import AudioError, read_waveform
 from usdm_sft.cli.main import main
 from usdm_sft.corpus.dialogs import Dialog, Split, Utterance
@@ -85,7 +84,7 @@ def test_file_instead_of_a_folder(tmp_path):
 @pytest.mark.parametrize("call", ["check_audio", "read_waveform"])
 def test_fifo_does_not_hang(path, call):
     os.mkfifo(path)
-    module = "check" if call == "check_audio" else "reading"
+    module = "digests" if call == "check_audio" else "reading"
     code = f"from usdm_sft.audio.{module} import {call}; print({call}({str(path)!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "cannot be read (it is not a regular file)" in done.stdout + done.stderr

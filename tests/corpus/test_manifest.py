@@ -16,15 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from dailytalk_usdm import DailyTalkUSDM, load_dataset
 from tests.code_blocks import find_code
 from tests.helpers import REPOSITORY, options, page_data
 from tests.mini_hub import serve
 from usdm_sft.audio.reading import read_waveform
-from usdm_sft.corpus.manifest import have_no_problems, read_manifest, row_problems
+from usdm_sft.corpus.manifest import read_manifest
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.corpus.read import NO_ANSWER, SAME_SPEAKER, Rules, read_corpus
 from usdm_sft.folder.export import export_text
@@ -326,52 +324,6 @@ def test_csv_columns_that_are_not_read_may_share_a_name(tmp_path):
     (tmp_path / "m.csv").write_text("\n".join(lines))
     [dialog] = read_corpus({"train": tmp_path / "m.csv"})["train"].dialogs
     assert [(u.turn, u.text) for u in dialog.utterances] == [(0, "yes, please"), (1, "fine")]
-
-
-GOOD_VALUES = {
-    "dialog": ["d1", "call/2 ü", 7, "١", "nan"],
-    "turn": [0, 1, 2**31 - 1, 3.0, "4", "5.0", " 6", "1e3", "1_0"],
-    "speaker": ["A", 2, "B" * 200],
-    "text": ['hello, "you"', "ß İ Σ", "a | >", "x" * 99],
-    "audio": ["a.wav", "zip://x.wav::y.zip"],
-    "emotion": [None, "", "glad"],
-}
-SPANS = [(None, None), ("", ""), (0, 1), (0.5, 1), ("0", "1.25"), (-0.0, 3), (1, 1 << 60)]
-ODD_VALUES = [
-    None, "", " ", "nan", "NaN", math.nan, math.inf, -1, 1.5, True, False, 2**31, 10**400, "1e400", "\ud800", "a\x85b", "a\0", "<S>",
-    "<|", "C" * 201, [], {}, b"a", "0x1", "٣", 1, "1",
-]  # fmt: skip
-
-
-@settings(deadline=None, max_examples=300)
-@given(data=st.data())
-def test_columns_without_problems_have_none_by_row(data):
-    """The quick check accepts nothing that the checks of single rows refuse."""
-    columns = {name: st.sampled_from(values) for name, values in GOOD_VALUES.items()}
-    span = st.just(SPANS[0]) | st.sampled_from(SPANS)
-    channels = data.draw(st.sampled_from([[None, ""], [0, 1, "1", 1.0]]))
-    rows = data.draw(
-        st.lists(st.fixed_dictionaries(columns | {"channel": st.sampled_from(channels)}), min_size=1, max_size=4)
-    )
-    for row in rows:
-        row["start"], row["end"] = data.draw(span)
-    for _ in range(data.draw(st.integers(0, 2))):
-        data.draw(st.sampled_from(rows))[data.draw(st.sampled_from([*columns, "start", "end", "channel"]))] = data.draw(
-            st.sampled_from(ODD_VALUES) | st.text(max_size=3) | st.floats() | st.integers()
-        )
-    if have_no_problems(rows):
-        assert not [problem for row in rows for problem in row_problems(row)]
-
-
-@pytest.mark.parametrize("span", SPANS)
-@pytest.mark.parametrize("channel", [None, "", 0, "1"])
-def test_usual_columns_are_accepted_at_once(span, channel):
-    rows = [
-        dict(zip(GOOD_VALUES, values, strict=False))
-        for values in zip(*(v * 5 for v in GOOD_VALUES.values()), strict=False)
-    ]
-    assert len(rows) >= 10
-    assert have_no_problems([row | {"start": span[0], "end": span[1], "channel": channel} for row in rows])
 
 
 def test_table_with_a_bad_row_keeps_order_of_problems(tmp_path):

@@ -6,6 +6,7 @@ from typing import Any
 from usdm_sft.template.chat import make_messages
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.exchanges import values_have_lists
+from usdm_sft.template.row_form import Surroundings
 
 
 def stand_for(rows: Sequence[Sequence[int]], texts: Sequence[str], encoder: TemplateEncoder) -> list[bool]:
@@ -35,13 +36,13 @@ def render(row: Mapping[str, Any], encoder: TemplateEncoder) -> str:
         for exchange in zip(*values.values(), strict=True)
     ]
     if template.tokenization == "chat":
-        return encoder._frames.chat.render(make_messages(exchanges, template))
+        return encoder._frames.chat.render(make_messages(exchanges, template))[0]
 
     def spell(text: str) -> str:
         """The text as it comes back from its ids; a tokenizer may change it, for example to lower case."""
         if template.tokenization == "reference":
             return text.replace("▁", " ")  # the tokenizer encodes both alike
-        return encoder._text_encoder.decode_batch(encoder._text_encoder.encode([text], [True]))[0]
+        return encoder._text_encoder.decode_batch(encoder._text_encoder.encode([text], [Surroundings()]))[0]
 
     blocks = []
     for exchange in exchanges:

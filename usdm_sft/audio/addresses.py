@@ -20,7 +20,6 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
 from usdm_sft.utils.once import once_per_key
@@ -88,34 +87,6 @@ def _parse_line(line: str, exists: Callable[[str], bool]) -> Segment:
         None if end is None else float(end),
         None if channel is None else int(channel),
     )
-
-
-class NamesakeFinder:
-    """Finds files whose name is an address. It lists each folder once, where `os.path.lexists` looks at the disk for each segment.
-
-    A file that appears later may be overlooked. Its address then has the digest of the segment, which `read_unchanged` asks for.
-    """
-
-    def __init__(self) -> None:
-        self._folders: dict[str, bool] = {}  # folder -> it may have such a file
-
-    def exists(self, address: str) -> bool:
-        """Return True if there is a file with this name, which is the address of a segment."""
-        folder = os.path.dirname(address) or os.curdir
-        if folder not in self._folders:
-            try:
-                self._folders[folder] = _has_namesakes(folder, os.stat(folder).st_mtime_ns)
-            except (FileNotFoundError, NotADirectoryError):
-                self._folders[folder] = False
-            except (OSError, ValueError):  # files in it may be readable all the same
-                self._folders[folder] = True
-        return self._folders[folder] and os.path.lexists(address)
-
-
-@lru_cache(maxsize=1024)
-def _has_namesakes(folder: str, mtime_ns: int) -> bool:
-    """Return True if the name of a file in a folder is that of a segment; the folder is listed again when it has changed."""
-    return any("#" in name and _FRAGMENT.fullmatch(name) for name in os.listdir(folder))
 
 
 def format_address(file: str, start: float | None = None, end: float | None = None, channel: int | None = None) -> str:

@@ -85,13 +85,7 @@ def _iter_chunks(
 ) -> Iterator[tuple[bytes, int, int]]:
     """Yield the name of each chunk, the position of its content, and its size.
 
-    Args:
-        file: The file.
-        start: Where the first chunk begins.
-        end: Where the last one ends.
-        form: The header of a chunk, for `struct`: its name and its size.
-        align: Where chunks may begin: at multiples of this many bytes.
-        counted: Bytes of the header that the size includes.
+    `form` is its header for `struct`: name and size, which includes `counted` bytes of the header. Chunks begin at multiples of `align`.
     """
     header = struct.Struct(form)
     for _ in range(_MAX_CHUNKS):
@@ -304,19 +298,12 @@ _RESYNC_BYTES = 1 << 20  # searched for the first frame
 
 
 class _Frame(NamedTuple):
-    """The header of an MPEG frame.
+    """The header of an MPEG frame."""
 
-    Attributes:
-        size: Number of bytes; 0 in the free format, where all frames have the same size, but for `padding`.
-        padding: Bytes of padding, which `size` includes.
-        samples: Number of samples.
-        shared: What all frames of a file share: version, layer, rate, and whether there is one channel.
-    """
-
-    size: int
-    padding: int
+    size: int  # in bytes; 0 in the free format, where all frames have the same size, but for `padding`
+    padding: int  # bytes, which `size` includes
     samples: int
-    shared: tuple[int, ...]
+    shared: tuple[int, ...]  # by all frames of a file: version, layer, rate, and whether there is one channel
 
 
 @lru_cache(4096)
@@ -339,52 +326,38 @@ def _parse_frame(header: bytes) -> _Frame | None:
     return _Frame(size, padding, samples, (version, layer, rate, int(header[3] >> 6 == 3)))
 
 
-class _Window:
-    """Reads small pieces of a file between two positions, a block at a time."""
-
-    def __init__(self, file: io.RawIOBase, end: int) -> None:
-        self._file, self.end = file, end
-        self._start, self._block = 0, b""
-
-    def read(self, position: int, size: int) -> bytes:
-        size = max(0, min(size, self.end - position))
-        if not self._start <= position <= position + size <= self._start + len(self._block):
-            self._start, self._block = position, _read(self._file, position, max(size, _BLOCK_BYTES))
-        return self._block[position - self._start :][:size]
-
-
 def find_mpeg_frames(file: io.RawIOBase, start: int, end: int) -> MpegFrames | None:
     """Find the frames of MP3, or MPEG layer I or II, between two positions; None if there are none.
 
     Raises:
         AudioError: A frame is damaged, or the tag counts fewer frames.
     """
-    window = _Window(file, end)
-    position = _find_frame(window, start, start + _RESYNC_BYTES, None)
-    first = None if position is None else _parse_frame(window.read(position, 4))
-    if position is None or first is None:
+    data = _read(file, 0, end)
+    first_position = _find_frame(data, start, start + _RESYNC_BYTES)
+    if first_position is None:
         return None
-    if position != start and _parse_frame(window.read(start, 4)) is not None:
+    if first_position != start and _parse_frame(data[start : start + 4]) is not None:
         raise AudioError(f"is damaged (there is no MPEG frame after the one at byte {start:,})")
-    first_position = position
-    free_size = 0 if first.size else _find_free_size(window, position, first)
-    num_frames, is_cut = 0, False
+    first = _parse_frame(data[first_position : first_position + 4])
+    assert first is not None  # found above
+    free_size = 0 if first.size else _find_free_size(data, first_position, first)
+    position, num_frames, is_cut = first_position, 0, False
     while position < end:
-        header = window.read(position, 4)
+        header = data[position : position + 4]
         frame = _parse_frame(header)
         if frame is not None and frame.shared == first.shared and (size := frame.size or free_size + frame.padding):
             is_cut = position + size > end
             num_frames += not is_cut
             position += size
             continue
-        following = _skip_tag(window, position) or _find_frame(window, position, end, first.shared)
+        following = _skip_tag(data, position) or _find_frame(data, position, end, first.shared)
         if following is None:
             is_cut = len(header) < 4 and header[:1] == b"\xff"
             break
-        if not window.read(position, 16).startswith(_TAGS):
+        if not data.startswith(_TAGS, position):
             raise AudioError(f"is damaged (there is no MPEG frame at byte {position:,})")
         position = following
-    tag = _find_tag(window.read(first_position, _XING_BYTES + 120))
+    tag = _find_tag(data[first_position : first_position + _XING_BYTES + 120])
     if tag is None:
         return MpegFrames(num_frames, first.samples, None, is_cut)
     promised, num_bytes = tag
@@ -395,50 +368,43 @@ def find_mpeg_frames(file: io.RawIOBase, start: int, end: int) -> MpegFrames | N
     return MpegFrames(num_frames, first.samples, promised, is_cut)
 
 
-def _iter_frames(window: _Window, start: int, stop: int) -> Iterator[tuple[int, _Frame]]:
-    """Yield what looks like a frame between two positions."""
-    position, stop = start, min(stop, window.end)
-    while position < stop:
-        block = window.read(position, min(_BLOCK_BYTES, stop - position + 3))
-        for match in re.finditer(rb"\xff(?=[\xe0-\xff])", block):
-            frame = _parse_frame(block[match.start() : match.start() + 4])
-            if frame is not None:
-                yield position + match.start(), frame
-        position += max(1, len(block) - 3)
+def _iter_frames(data: bytes, start: int, stop: int) -> Iterator[tuple[int, _Frame]]:
+    """Yield the position of what looks like a frame, from `start` to before `stop`, and its header."""
+    for match in re.compile(rb"\xff(?=[\xe0-\xff])").finditer(data, start, stop + 1):
+        if (frame := _parse_frame(data[match.start() : match.start() + 4])) is not None:
+            yield match.start(), frame
 
 
-def _find_frame(window: _Window, start: int, stop: int, shared: tuple[int, ...] | None) -> int | None:
+def _find_frame(data: bytes, start: int, stop: int, shared: tuple[int, ...] | None = None) -> int | None:
     """Find the next frame that another frame, a tag or the end of the file follows; of the kind `shared`, if given."""
-    for position, frame in _iter_frames(window, start, stop):
+    for position, frame in _iter_frames(data, start, stop):
         if shared is None and not frame.size:
             return position
         after = position + frame.size
-        following = _parse_frame(window.read(after, 4))
+        following = _parse_frame(data[after : after + 4])
         is_frame = following is not None and following.shared == frame.shared
-        if shared in (None, frame.shared) and (
-            is_frame or after == window.end or window.read(after, 16).startswith(_TAGS)
-        ):
+        if shared in (None, frame.shared) and (is_frame or after == len(data) or data.startswith(_TAGS, after)):
             return position
     return None
 
 
-def _find_free_size(window: _Window, start: int, first: _Frame) -> int:
+def _find_free_size(data: bytes, start: int, first: _Frame) -> int:
     """Return the size of the frames of the free format without padding: the distance to the next one."""
-    for position, frame in _iter_frames(window, start + 4, start + _RESYNC_BYTES):
+    for position, frame in _iter_frames(data, start + 4, start + _RESYNC_BYTES):
         if (frame.size, frame.shared) == (0, first.shared):
             return position - start - first.padding
-    return window.end - start
+    return len(data) - start
 
 
-def _skip_tag(window: _Window, position: int) -> int | None:
+def _skip_tag(data: bytes, position: int) -> int | None:
     """Return where a tag ends whose size is known: ID3v1, ID3v2 or APEv2; None for anything else."""
-    head = window.read(position, 32)
+    head = data[position : position + 32]
     if head[:3] == b"TAG":
-        return min(position + 128, window.end)
+        return min(position + 128, len(data))
     if head[:8] == b"APETAGEX" and len(head) == 32:
         size, flags = struct.unpack("<12xI4xI", head[:24])
-        return min(position + 32 + (size if flags >> 29 & 1 else 0), window.end)  # of a header, or a footer alone
-    return min(position + id3_size(head), window.end) if head[:3] == b"ID3" and len(head) >= 10 else None
+        return min(position + 32 + (size if flags >> 29 & 1 else 0), len(data))  # of a header, or a footer alone
+    return min(position + id3_size(head), len(data)) if head[:3] == b"ID3" and len(head) >= 10 else None
 
 
 def id3_size(head: bytes) -> int:

@@ -11,7 +11,6 @@ from typing import NamedTuple
 logger = logging.getLogger(__name__)
 
 TABLE = "files_6"  # gets another name when its columns or the checks of audio change
-_BATCH = 512
 SETTLED_NS = 2_000_000_000  # a file that changed more recently could change again with the same time stamp
 
 
@@ -19,7 +18,7 @@ Stamp = tuple[int, int, int]  # size and times of change of files; any later cha
 
 
 class Row(NamedTuple):
-    """A digest, and the size and times of change of the files that it was made from."""
+    """A digest, and the size and times of change of the file that it was made from."""
 
     path: str
     size: int
@@ -29,7 +28,6 @@ class Row(NamedTuple):
     frames: int  # 0 if the file was not checked as audio
     rate: int
     channels: int  # 0 if the file was not checked as audio
-    problem: str | None = None  # not remembered
 
     @property
     def stamp(self) -> Stamp:
@@ -60,18 +58,15 @@ class DigestDatabase:
             self._give_up(error)
 
     def read(self, paths: Sequence[str]) -> dict[str, Row]:
-        """Return the remembered rows of some paths."""
+        """Return the remembered rows of some paths; SQLite takes 32,766 at once."""
         if self._database is None:
             return {}
-        rows: dict[str, Row] = {}
+        query = f"SELECT * FROM {TABLE} WHERE path IN ({','.join('?' * len(paths))})"
         try:
-            for start in range(0, len(paths), _BATCH):
-                batch = paths[start : start + _BATCH]
-                query = f"SELECT * FROM {TABLE} WHERE path IN ({','.join('?' * len(batch))})"
-                rows |= {row[0]: Row(*row) for row in self._database.execute(query, batch)}
+            return {row[0]: Row(*row) for row in self._database.execute(query, paths)}
         except sqlite3.Error as error:
             self._give_up(error)
-        return rows
+            return {}
 
     def write(self, rows: Sequence[Row]) -> None:
         """Remember some rows."""
@@ -79,9 +74,7 @@ class DigestDatabase:
             return
         try:
             with self._database:
-                self._database.executemany(
-                    f"INSERT OR REPLACE INTO {TABLE} VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [row[:8] for row in rows]
-                )
+                self._database.executemany(f"INSERT OR REPLACE INTO {TABLE} VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
         except sqlite3.Error as error:
             self._give_up(error)
 

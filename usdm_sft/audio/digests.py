@@ -1,8 +1,10 @@
 """The first pass over audio: digest, length and check of every recording, remembered in the cache.
 
 A first run reads 6 GB of audio; later runs look only at size and times of change. The digest identifies the content; path, size and
-times only tell whether a remembered digest is still valid. Only good files are remembered: a bad one is checked again at each run,
-with other permissions or a newer soundfile. A segment is remembered nowhere: its digest and check follow from those of its recording.
+times only tell whether a remembered digest is still valid. For PCM in WAV, as DailyTalk has it, the header tells the length; other
+formats are decoded, 1 to 3 ms per file: floats may be NaN, and a compressed file may end in the middle. Only good files are
+remembered: a bad one is checked again at each run, with other permissions or a newer soundfile. A segment is remembered nowhere: its
+digest and check follow from those of its recording.
 
 `read_unchanged` reads the same bytes later, when units are made.
 """
@@ -10,30 +12,23 @@ with other permissions or a newer soundfile. A segment is remembered nowhere: it
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from usdm_sft.audio.addresses import (
-    AddressError,
-    NamesakeFinder,
-    Segment,
-    disk_file,
-    file_problem,
-    open_file,
-    parse_address,
-)
-from usdm_sft.audio.check import check_segments, digest_recording
+from usdm_sft.audio.addresses import AddressError, Segment, disk_file, file_problem, open_file, parse_address
 from usdm_sft.audio.containers import AudioError
 from usdm_sft.audio.digest_database import TABLE, DigestDatabase, Row, Stamp
-from usdm_sft.audio.frames import resampled_length
+from usdm_sft.audio.frames import MIN_SAMPLES, resampled_length
 from usdm_sft.audio.reading import SharedBytes
-from usdm_sft.audio.sound import AUDIO_ERRORS, Extent, find_problem
+from usdm_sft.audio.sound import AUDIO_ERRORS, Extent, Sound, find_frames, find_problem, open_sound
 from usdm_sft.utils.cache_keys import cache_key, cache_root
 from usdm_sft.utils.progress import progress_bar
 
@@ -45,7 +40,6 @@ FEW = 2_000  # addresses that this process reads alone: another process takes a 
 BATCH = 512  # addresses that are looked up, or read by a process or task, in one call
 _BAR = 512  # addresses that are worth a progress bar
 _DATABASE = "digests.sqlite"  # in the cache
-_ABSENT: Stamp = (0, 0, 0)  # no file has this one
 
 
 class AudioDigest(NamedTuple):
@@ -64,6 +58,35 @@ class AudioDigest(NamedTuple):
     problem: str | None = None
 
 
+class AudioCheck(NamedTuple):
+    """The length of an audio file, or why it is bad.
+
+    Attributes:
+        frames: Number of frames at the file's own rate.
+        rate: Sample rate in Hz.
+        problem: Such as "does not exist", without the path; None if the file is good.
+    """
+
+    frames: int = 0
+    rate: int = 0
+    problem: str | None = None
+
+
+class _KnownFile(NamedTuple):
+    """A file of the pass: its row, and what it holds or why it cannot be read."""
+
+    row: Row
+    content: Extent | str
+
+    def measure(self) -> Extent:
+        if isinstance(self.content, str):
+            raise AudioError(self.content)
+        return self.content
+
+
+Files = dict[str, _KnownFile]
+
+
 def file_digest(path: str | Path, cache_dir: str | Path | None = None) -> str:
     """Return the sha256 of any file, in hex; it is remembered."""
     [digest] = file_digests([os.path.realpath(path)], cache_dir)
@@ -77,7 +100,7 @@ def file_digests(paths: Sequence[str], cache_dir: str | Path | None = None) -> I
             known = database.read(batch)
             for path in batch:
                 row = known.get(path)
-                if row is None or not is_unchanged(row):
+                if row is None or not _is_unchanged(row):
                     started = time.time_ns()
                     stamp = find_stamp(path)
                     with open_file(path) as content:
@@ -111,32 +134,48 @@ def audio_digests(
         Submitted: Slurm reads the recordings.
     """
     found: dict[str, AudioDigest | None] = dict.fromkeys(addresses)
+    cut: Files = {}  # the recordings that segments are cut from
     with ExitStack() as stack:
         database = stack.enter_context(closing(DigestDatabase(cache_root(cache_dir) / _DATABASE)))
-        reader = _Reader(stack.enter_context(ThreadPoolExecutor(num_threads)))
+        threads = stack.enter_context(ThreadPoolExecutor(num_threads))
         bar = stack.enter_context(progress_bar(len(found), "reading recordings", "files", disable=len(found) < _BAR))
-
-        def put(batch: Sequence[str], digests: Sequence[AudioDigest | None]) -> None:
-            found.update(zip(batch, digests, strict=True))
-            bar.update(len(batch) - digests.count(None))
 
         def missing() -> list[str]:
             return [address for address, digest in found.items() if digest is None]
 
+        def find(batch: Sequence[str], load: Callable[[list[str]], Files]) -> None:
+            """Find the digests of addresses whose files are known or loaded now."""
+            parsed = [parse_address(address) for address in batch]
+            files = {segment.file for segments in parsed for segment in segments}
+            known = load(sorted(files - cut.keys())) | {file: cut[file] for file in files & cut.keys()}
+            for address, segments in zip(batch, parsed, strict=True):
+                if all(segment.file in known for segment in segments):
+                    found[address] = _make_digest(segments, known)
+                    bar.update()
+                    if not is_whole(segments):
+                        cut.update({segment.file: known[segment.file] for segment in segments})
+
+        def recall(files: list[str]) -> Files:
+            rows = database.read(files).values()
+            return _from_rows([row for row in rows if row.channels and _is_unchanged(row)], files)
+
+        def read(files: list[str]) -> Files:
+            known, rows = _read_files(files, threads)
+            database.write(rows)
+            return known
+
         for batch in _batches(missing()):
-            put(batch, reader.recall(batch, database))
+            find(batch, recall)
         if pool is not None and len(new := missing()) >= FEW:
             shares = _share_out(new)
             # The table is in the keys, so that the results of a version with other rows or checks are not found.
-            keys = [cache_key(TABLE, share) for share in shares]
+            keys = [cache_key(TABLE, "rows", share) for share in shares]
             calls = pool.map(read_recordings, shares, name="recordings", keys=keys, is_valid=_are_unchanged)
-            for index, (digests, rows) in calls:
+            for index, rows in calls:
                 database.write(rows)
-                put(shares[index], digests)
+                find(shares[index], partial(_from_rows, rows))
         for batch in _batches(missing()):
-            rows, remembered = reader.read(batch)
-            database.write(remembered)
-            put(batch, [to_digest(row) for row in rows])
+            find(batch, read)
     return cast(dict[str, AudioDigest], found)
 
 
@@ -158,126 +197,112 @@ def _share_out(addresses: Sequence[str]) -> list[list[str]]:
     return shares
 
 
-def read_recordings(addresses: Sequence[str]) -> tuple[list[AudioDigest | None], list[Row]]:
-    """Digest and check recordings, in a process or task, which does not write to the database.
+def read_recordings(addresses: Sequence[str]) -> list[Row]:
+    """Digest and check the files of addresses, in a process or task, which does not write to the database.
 
     Returns:
-        The digest of each address, None for bad audio and for files that have just changed; and the rows to remember.
+        The rows to remember; none of a bad file, and of one that has just changed.
     """
-    started = time.time_ns()
+    files = {segment.file for address in addresses for segment in parse_address(address)}
     with ThreadPoolExecutor(NUM_THREADS) as threads:
-        rows, remembered = _Reader(threads).read(addresses)
-    return [to_digest(row) if row.problem is None and row.is_settled(started) else None for row in rows], remembered
+        return _read_files(sorted(files), threads)[1]
 
 
-def _are_unchanged(result: tuple[list[AudioDigest | None], list[Row]]) -> bool:
-    """Return True if the files that an earlier run read have not changed since."""
-    return all(map(is_unchanged, result[1]))
+def _read_files(files: list[str], threads: ThreadPoolExecutor) -> tuple[Files, list[Row]]:
+    """Read files anew; return what they hold, and the rows to remember."""
+    started = time.time_ns()
+    known = dict(zip(files, threads.map(_read_file, files), strict=True))
+    good = [each.row for file, each in known.items() if _make_digest([Segment(file)], known).problem is None]
+    return known, [row for row in good if row.is_settled(started)]
 
 
-class _KnownFile(NamedTuple):
-    """A recording that is cut: its row, and what it holds; None if it cannot be read."""
-
-    row: Row
-    extent: Extent | None
-
-    def measure(self) -> Extent:
-        """Return what the recording holds.
-
-        Raises:
-            AudioError: It cannot be read.
-        """
-        if self.extent is None:
-            raise AudioError(self.row.problem)
-        return self.extent
-
-
-class _Reader:
-    """Digests and checks addresses in batches, and knows the recordings that several of them are cut from."""
-
-    def __init__(self, threads: ThreadPoolExecutor):
-        self._threads = threads
-        self._exists = NamesakeFinder().exists
-        self._recordings: dict[str, _KnownFile] = {}
-
-    def recall(self, addresses: Sequence[str], database: DigestDatabase) -> list[AudioDigest | None]:
-        """Return the digest of each good address that is remembered or follows from what is; no file is opened."""
-        parsed = {address: parse_address(address, self._exists) for address in addresses}
-        whole = {address for address, segments in parsed.items() if is_whole(segments)}
-        new = self._find_new(parsed)
-        rows = database.read(sorted(whole | new))
-        for file in new & rows.keys():
-            row = rows[file]
-            if row.channels and find_stamp(file) == row.stamp:
-                self._recordings[file] = _KnownFile(row, Extent(row.frames, row.rate, row.channels))
-
-        def recall(address: str) -> AudioDigest | None:
-            row = rows.get(address)
-            if address not in whole:
-                is_known = all(segment.file in self._recordings for segment in parsed[address])
-                row = self._derive(address, parsed[address]) if is_known else None
-            elif row is None or row.stamp != find_stamp(address):
-                return None
-            return to_digest(row) if row is not None and row.frames else None
-
-        return [recall(address) for address in addresses]
-
-    def read(self, addresses: Sequence[str]) -> tuple[list[Row], list[Row]]:
-        """Read files anew; return the row of each address, and the rows of good files and recordings, to remember."""
-        started = time.time_ns()
-        parsed = {address: parse_address(address, self._exists) for address in addresses}
-        cut = self._find_new(parsed)
-        whole = {address for address, segments in parsed.items() if is_whole(segments)} - self._recordings.keys()
-        files = sorted(whole | cut)
-        read = dict(zip(files, self._threads.map(_read_recording, files), strict=True))
-        self._recordings |= {file: read[file] for file in cut}
-        remembered = [row for row, _ in read.values() if row.problem is None and row.is_settled(started)]
-        rows = [
-            read[address].row if address in whole else self._derive(address, parsed[address]) for address in addresses
-        ]
-        return rows, remembered
-
-    def _find_new(self, parsed: Mapping[str, Sequence[Segment]]) -> set[str]:
-        """Return the recordings that are cut and not yet known."""
-        files = {each.file for segments in parsed.values() if not is_whole(segments) for each in segments}
-        return files - self._recordings.keys()
-
-    def _derive(self, address: str, segments: Sequence[Segment]) -> Row:
-        """Check segments, and find their digest from those of their recordings."""
-        check = check_segments(segments, lambda file: self._recordings[file].measure())
-        if check.problem is not None:
-            return Row(address, *_ABSENT, "", 0, 0, 0, check.problem)
-        sha256 = segments_digest(segments, lambda file: self._recordings[file].row.sha256)
-        stamps = {each.file: self._recordings[each.file].row.stamp for each in segments}
-        return Row(address, *_join(list(stamps.values())), sha256, check.frames, check.rate, 0)
-
-
-def _read_recording(file: str) -> _KnownFile:
+def _read_file(file: str) -> _KnownFile:
     stamp = find_stamp(file)
     try:
         extent, sha256 = digest_recording(file)
     except AUDIO_ERRORS as error:
-        return _KnownFile(Row(file, *_ABSENT, "", 0, 0, 0, find_problem(error)), None)
-    check = check_segments([Segment(file)], lambda _: extent)
-    return _KnownFile(Row(file, *stamp, sha256, check.frames, check.rate, extent.channels, check.problem), extent)
+        return _KnownFile(Row(file, *stamp, "", 0, 0, 0), find_problem(error))
+    return _KnownFile(Row(file, *stamp, sha256, extent.frames, extent.rate, extent.channels), extent)
+
+
+def _from_rows(rows: Iterable[Row], files: list[str]) -> Files:
+    """Return those of the files that have a row, which is of good audio."""
+    known = {row.path: _KnownFile(row, Extent(row.frames, row.rate, row.channels)) for row in rows}
+    return {file: known[file] for file in files if file in known}
+
+
+def _is_unchanged(row: Row) -> bool:
+    """Return True if the file of a row has the size and times that it had."""
+    return row.stamp == find_stamp(row.path)
+
+
+def _are_unchanged(rows: list[Row]) -> bool:
+    """Return True if the files that an earlier run read have not changed since."""
+    return all(map(_is_unchanged, rows))
+
+
+def _make_digest(segments: Sequence[Segment], known: Files) -> AudioDigest:
+    """Check segments, and find their digest from those of their recordings."""
+    check = check_segments(segments, lambda file: known[file].measure())
+    if check.problem is not None:
+        return AudioDigest("", 0, 0.0, check.problem)
+    sha256 = segments_digest(segments, lambda file: known[file].row.sha256)
+    return AudioDigest(sha256, resampled_length(check.frames, check.rate), check.frames / check.rate)
+
+
+def check_audio(address: str | Path) -> AudioCheck:
+    """Return the number of frames and the sample rate at an address, or what is wrong with the audio. Raises nothing."""
+    return check_segments(parse_address(address), lru_cache(_measure))
+
+
+def check_segments(segments: Sequence[Segment], measure: Callable[[str], Extent]) -> AudioCheck:
+    """Return the result of `check_audio` for a parsed address; `measure` returns what a file holds, or raises one of `AUDIO_ERRORS`."""
+    num_frames, rates = 0, set()
+    try:
+        for segment in segments:
+            extent = measure(segment.file)
+            first, stop = find_frames(segment, extent)
+            num_frames += stop - first
+            rates.add(extent.rate)
+        if len(rates) > 1:
+            raise AudioError(f"has several sample rates ({', '.join(map(str, sorted(rates)))} Hz)")
+        [rate] = rates
+        if (num_samples := resampled_length(num_frames, rate)) < MIN_SAMPLES:
+            raise AudioError(
+                f"has {num_samples} samples at 16 kHz, fewer than the {MIN_SAMPLES} (25 ms) that make a unit"
+            )
+    except AUDIO_ERRORS as error:
+        return AudioCheck(problem=find_problem(error))
+    return AudioCheck(num_frames, rate)
+
+
+def _measure(file: str) -> Extent:
+    with _open_sound(file) as (_, sound):
+        return sound.measure()
+
+
+def digest_recording(file: str) -> tuple[Extent, str]:
+    """Find out what a file or a member of an archive holds, and its sha256, in one reading; raises one of `AUDIO_ERRORS`."""
+    with _open_sound(file) as (opened, sound):
+        return sound.measure(), _digest(opened)
+
+
+def _digest(file: io.BufferedIOBase) -> str:
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _open_sound(file: str) -> Iterator[tuple[io.BufferedIOBase, Sound]]:
+    if problem := file_problem(file):
+        raise AudioError(problem)
+    with open_file(file) as opened, open_sound(opened) as sound:
+        yield opened, sound
 
 
 def is_whole(segments: Sequence[Segment]) -> bool:
     """Return True for an address that is one whole file."""
     return len(segments) == 1 and segments[0].is_whole
-
-
-def is_unchanged(row: Row) -> bool:
-    """Return True if the files of a row have the size and times that they had."""
-    files = dict.fromkeys(segment.file for segment in parse_address(row.path))
-    return row.stamp == _join([find_stamp(file) for file in files])
-
-
-def to_digest(row: Row) -> AudioDigest:
-    """Return the digest of a row that is good, or its problem."""
-    if row.problem is not None:
-        return AudioDigest("", 0, 0.0, row.problem)
-    return AudioDigest(row.sha256, resampled_length(row.frames, row.rate), row.frames / row.rate)
 
 
 def segments_digest(segments: Sequence[Segment], files: Callable[[str], str]) -> str:
@@ -293,20 +318,14 @@ def find_stamp(file: str) -> Stamp:
     try:
         found = os.stat(disk_file(file))
     except (OSError, ValueError):  # ValueError: a NUL in the path
-        return _ABSENT  # reading the file reports it
+        return 0, 0, 0  # reading the file reports it
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def find_stamps(addresses: Iterable[str]) -> dict[str, Stamp]:
     """Return the stamp of each file and archive that addresses name. No file is opened."""
-    exists = NamesakeFinder().exists
-    files = dict.fromkeys(segment.file for address in addresses for segment in parse_address(address, exists))
+    files = dict.fromkeys(segment.file for address in addresses for segment in parse_address(address))
     return {file: find_stamp(file) for file in dict.fromkeys(map(disk_file, files))}
-
-
-def _join(stamps: Sequence[Stamp]) -> Stamp:
-    sizes, modified, changed = zip(*stamps, strict=True)
-    return sum(sizes), max(modified), max(changed)
 
 
 def read_unchanged(address: str, sha256: str, read_shared: Callable[[str], tuple[bytes, str]]) -> dict[str, bytes]:

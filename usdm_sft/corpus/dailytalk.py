@@ -129,38 +129,37 @@ def find_recordings(data_dir: FilePath) -> Callable[[str], str]:
     return lambda name: zip_address(archive.resolve(), prefix + name)
 
 
-def fetch_split_lists(cache_dir: str | Path | None = None, *, url: str | None = None) -> dict[str, Path]:
+def fetch_split_lists(
+    cache_dir: str | Path | None = None, *, may_download: bool = True, url: str = SPLIT_LISTS_URL
+) -> dict[str, Path] | None:
     """Return DailyTalk's own split lists, from the cache or else from its repository at a fixed commit.
 
     Args:
         cache_dir: Where the lists are kept; this package's cache by default.
-        url: Another place to download from, for tests.
-
-    Returns:
-        The path of the list of each split.
+        may_download: If False, None is returned for lists that are not in the cache.
+        url: The place to download from.
 
     Raises:
         OSError: There is no network, or offline mode is on.
         ValueError: A downloaded file has another sha256.
     """
     folder = cache_root(cache_dir) / "split_lists"
-    lists = {}
-    with file_lock(folder / "lock"):
-        for split, (name, sha256) in SPLIT_LISTS.items():
-            lists[split] = folder / name
-            if not lists[split].is_file() or sha256_file(lists[split]) != sha256:
-                download(f"{url or SPLIT_LISTS_URL}/{name}", lists[split], sha256=sha256)
-    return lists
-
-
-def cached_split_lists(cache_dir: str | Path | None = None) -> dict[str, Path] | None:
-    """Return the lists that `fetch_split_lists` would return without a download, or None."""
-    folder = cache_root(cache_dir) / "split_lists"
     lists = {split: folder / name for split, (name, _) in SPLIT_LISTS.items()}
-    complete = all(
-        lists[split].is_file() and sha256_file(lists[split]) == sha256 for split, (_, sha256) in SPLIT_LISTS.items()
-    )
-    return lists if complete else None
+
+    def find_missing() -> list[str]:
+        return [
+            split
+            for split, (_, sha256) in SPLIT_LISTS.items()
+            if not lists[split].is_file() or sha256_file(lists[split]) != sha256
+        ]
+
+    if not may_download:
+        return None if find_missing() else lists
+    with file_lock(folder / "lock"):
+        for split in find_missing():
+            name, sha256 = SPLIT_LISTS[split]
+            download(f"{url}/{name}", lists[split], sha256=sha256)
+    return lists
 
 
 def are_published_lists(digests: Mapping[str, str]) -> bool:
@@ -202,25 +201,18 @@ def read_split_list(path: Path, problems: list[str], data_dir: FilePath | None) 
     """
     address = str if data_dir is None else find_recordings(data_dir)
     turns = Turns(lambda number: f"{path}:{number}")
-    seen: dict[str, int] = {}
     broken: set[str] = set()
     before = len(problems)
     try:
         for number, line in read_limited_lines(path):
-            place = f"{path}:{number}"
-            utterance = _parse_line(line.removesuffix("\n"), place, problems, address)
+            utterance, wrong = _parse_line(line.removesuffix("\n"), address)
             if utterance is None:
                 if match := _UTTERANCE_ID.match(line):
                     broken.add(f"d{match[3]}")
-            elif utterance.id in seen:
-                add_problem(
-                    problems,
-                    f"{place}: id {utterance.id} stands already at line {seen[utterance.id]}: "
-                    "delete one of the two lines",
-                )
-            else:
-                seen[utterance.id] = number
-                turns.add(utterance, number)
+            elif (first := turns.add(utterance, number)) is not None:
+                wrong.append(f"id {utterance.id} stands already at line {first}: delete one of the two lines")
+            for problem in wrong:
+                add_problem(problems, f"{turns.place(number)}: {problem}")
     except LineError as error:
         problems[before:] = []  # earlier problems of the file may be a consequence
         add_problem(problems, str(error))
@@ -231,42 +223,35 @@ def read_split_list(path: Path, problems: list[str], data_dir: FilePath | None) 
     return turns
 
 
-def _parse_line(line: str, place: str, problems: list[str], address: Callable[[str], str]) -> Utterance | None:
+def _parse_line(line: str, address: Callable[[str], str]) -> tuple[Utterance | None, list[str]]:
+    """Return the utterance of a line, or None if it is unreadable, and what is wrong with the line."""
     if not line.strip():
-        add_problem(problems, f"{place}: blank line: delete it")
-        return None
+        return None, ["blank line: delete it"]
     fields = line.split("|")
     if len(fields) != 5:
-        add_problem(
-            problems,
-            f"{place}: {len(fields)} fields instead of 5 (id|speaker|phones|text|emotion) in {quote(line)}: "
-            "take '|' out of the text, or complete the line",
-        )
-        return None
+        return None, [
+            f"{len(fields)} fields instead of 5 (id|speaker|phones|text|emotion) in {quote(line)}: "
+            "take '|' out of the text, or complete the line"
+        ]
     utterance_id, speaker, _, text, emotion = fields
     match = _UTTERANCE_ID.fullmatch(utterance_id)
     if match is None:
-        add_problem(
-            problems, f"{place}: id {quote(utterance_id)} is not <turn>_<speaker>_d<dialog>: correct the first field"
-        )
-        return None
+        return None, [f"id {quote(utterance_id)} is not <turn>_<speaker>_d<dialog>: correct the first field"]
     if match[2] != speaker:
-        add_problem(
-            problems,
-            f"{place}: speaker {quote(speaker)} is not the speaker of id {utterance_id}: correct one of the two fields",
-        )
-        return None
+        return None, [
+            f"speaker {quote(speaker)} is not the speaker of id {utterance_id}: correct one of the two fields"
+        ]
+    wrong = []
     if problem := text_problem(text):
-        add_problem(problems, f"{place}: text {quote(text)} of {utterance_id} {problem}: correct the text")
+        wrong.append(f"text {quote(text)} of {utterance_id} {problem}: correct the text")
     if CONTROL.search(emotion):
-        add_problem(problems, f"{place}: emotion {quote(emotion)} holds a control character: correct it")
+        wrong.append(f"emotion {quote(emotion)} holds a control character: correct it")
     audio = address(f"{match[3]}/{utterance_id}.wav")
-    return Utterance(utterance_id, f"d{match[3]}", int(match[1]), speaker, text, emotion, audio)
+    return Utterance(utterance_id, f"d{match[3]}", int(match[1]), speaker, text, emotion, audio), wrong
 
 
 def _find(data_dir: FilePath, cache_dir: str | Path | None, may_download: bool) -> dict[str, Path] | None:
-    published = fetch_split_lists if may_download else cached_split_lists
-    return find_split_lists(data_dir) or published(cache_dir)
+    return find_split_lists(data_dir) or fetch_split_lists(cache_dir, may_download=may_download)
 
 
 RECIPE = Recipe(

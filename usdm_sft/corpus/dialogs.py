@@ -54,21 +54,15 @@ class Turns:
     def __init__(self, place: Callable[[int], str]):
         self.place = place
         self.dialogs: dict[str, list[tuple[Utterance, int]]] = {}
-        self._numbers: dict[str, dict[int, int]] = {}  # dialog id -> turn -> number of its first line
+        self._numbers: dict[str, int] = {}  # utterance id -> number of its line
 
-    def add(self, utterance: Utterance, number: int) -> None:
-        """Add a turn.
-
-        Args:
-            utterance: The turn.
-            number: Number of its line or row.
-        """
+    def add(self, utterance: Utterance, number: int) -> int | None:
+        """Add the turn of a line or row, or return the number of an earlier one with its id."""
+        first = self._numbers.setdefault(utterance.id, number)
+        if first != number:
+            return first
         self.dialogs.setdefault(utterance.dialog_id, []).append((utterance, number))
-        self._numbers.setdefault(utterance.dialog_id, {}).setdefault(utterance.turn, number)
-
-    def find(self, dialog_id: str, turn: int) -> int | None:
-        """Return the number of the first line with a turn of a dialog, or None."""
-        return self._numbers.get(dialog_id, {}).get(turn)
+        return None
 
 
 class Recipe(NamedTuple):

@@ -103,11 +103,7 @@ def check_data_files(repository: str, data_files: Mapping[Any, Iterable[Any]] | 
 def _write_manifest(rows: Dataset, name: str, files: Path, cache: Path) -> Path:
     """Write the manifest and recordings of one split, unless the cache has them. Damage in the cache is found and made good.
 
-    Args:
-        rows: The split.
-        name: Repository and split, for error messages.
-        files: The folder of the downloaded repository.
-        cache: The cache folder.
+    Error messages begin with `name`; `files` is the folder of the downloaded repository.
     """
     import datasets
 
@@ -139,19 +135,14 @@ def _write_manifest(rows: Dataset, name: str, files: Path, cache: Path) -> Path:
 
 def _remove_damaged(folder: Path, cache: Path) -> int:
     """Remove recordings whose bytes do not have the digest in their name, and return the number of the others."""
-    from usdm_sft.audio.digests import (
-        file_digests,  # the command line reads this module, and soundfile is slow to import
-    )
+    # The command line reads this module, and soundfile is slow to import.
+    from usdm_sft.audio.digests import file_digests
 
     recordings = _find_recordings(folder)
-    damaged = [
-        path
-        for path, sha256 in zip(recordings, file_digests(recordings, cache), strict=True)
-        if sha256 != os.path.basename(path)
-    ]
-    for path in damaged:
-        os.unlink(path)
-    return len(recordings) - len(damaged)
+    for path, sha256 in zip(recordings, file_digests(recordings, cache), strict=True):
+        if sha256 != os.path.basename(path):
+            os.unlink(path)
+    return len(_find_recordings(folder))
 
 
 def _find_recordings(folder: Path) -> list[str]:
@@ -173,22 +164,16 @@ def _write_audio(audio: Any, number: int, folder: Path, files: Path) -> tuple[An
         content = path
     if content is not None:
         if not isinstance(content, bytes):
-            return (
-                None,
-                f"audio is a {type(content).__name__}, not the bytes of a recording: put the recording into the row",
-            )
-        return _write_bytes(content, folder), None
+            kind = type(content).__name__
+            return None, f"audio is a {kind}, not the bytes of a recording: put the recording into the row"
+        recording = folder / hashlib.sha256(content).hexdigest()
+        if not recording.is_file():
+            with write_then_replace(recording, "wb", sync=False) as file:  # every run checks the digest
+                file.write(content)
+        return recording.name, None
     if isinstance(path, str) and path and not _is_inside(path, folder, files):
         return path, f"audio {quote(path)} is not a file of the dataset: put the audio itself into the row"
     return path, None
-
-
-def _write_bytes(content: bytes, folder: Path) -> str:
-    path = folder / hashlib.sha256(content).hexdigest()
-    if not path.is_file():
-        with write_then_replace(path, "wb", sync=False) as file:  # every run checks the digest
-            file.write(content)
-    return path.name
 
 
 def _is_inside(path: str, folder: Path, files: Path) -> bool:

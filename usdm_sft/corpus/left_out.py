@@ -60,23 +60,20 @@ def screen_audio(
     problems = {address: digest.problem for address, digest in found.items() if digest.problem is not None}
     if not problems:
         return dict(splits), found
-    paths = {
-        utterance.id: utterance.audio
-        for split in splits.values()
-        for utterance in split.utterances()
-        if utterance.audio in problems
-    }
-    bad = {name: problems[path] for name, path in paths.items()}
+    bad: dict[str, str] = {}
+    lines: dict[str, str] = {}
+    for utterance in (each for split in splits.values() for each in split.utterances() if each.audio in problems):
+        bad[utterance.id] = problem = problems[utterance.audio]
+        lines[utterance.id] = f"utterance {utterance.id}: audio file {utterance.audio} {problem}"
     if on_bad_audio == "error":
-        error = FileNotFoundError if all(map(_is_missing, bad.values())) else AudioError
-        raise error(join_problems([f"{_name(name, paths)} {problem}: {_REMEDY}" for name, problem in bad.items()]))
+        error = FileNotFoundError if all(each.startswith(MISSING) for each in bad.values()) else AudioError
+        raise error(join_problems([f"{line}: {_REMEDY}" for line in lines.values()]))
     left = {name: leave_out(split, bad) for name, split in splits.items()}
     for name, split in left.items():
         if not split.dialogs:
-            split_ids = {utterance.id for utterance in splits[name].utterances()}
-            lines = [f"{_name(each, paths)} {problem}" for each, problem in bad.items() if each in split_ids]
             head = f"bad audio leaves no pair of {name}: replace files, or name another split list"
-            raise AudioError(join_problems([head, *lines]))
+            own = [lines[each.id] for each in splits[name].utterances() if each.id in lines]
+            raise AudioError(join_problems([head, *own]))
     return left, {address: found[address] for address in list_addresses(left)}
 
 
@@ -116,11 +113,3 @@ def corpus_digest(lists: Mapping[str, str], audio: Mapping[str, AudioDigest], sp
     left_out = [dict(split.pairs_left_out) for split in splits.values() if split.pairs_left_out]
     content = json.dumps([dict(lists), [digest.sha256 for digest in audio.values()], *left_out])
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _name(utterance_id: str, paths: Mapping[str, str]) -> str:
-    return f"utterance {utterance_id}: audio file {paths[utterance_id]}"
-
-
-def _is_missing(problem: str) -> bool:
-    return problem.startswith(MISSING)

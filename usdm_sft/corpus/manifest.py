@@ -13,7 +13,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +34,14 @@ SUFFIXES = (".jsonl", ".csv", ".parquet")
 SPLITS = ("train", "test", "validation")  # a manifest is named after its split
 REQUIRED = ("dialog", "turn", "speaker", "text", "audio")
 OPTIONAL = ("start", "end", "channel", "emotion")
+_COLUMNS = (*REQUIRED, *OPTIONAL)
 _NUMBERS = ("turn", "start", "end", "channel")
 UTTERANCES = "utterances"  # the config of a dataset folder with these columns, and audio in them (--keep_audio)
 MAX_TURN = 2**31 - 1
 MAX_NAME = 200  # characters of a dialog or speaker
-_BATCH = 64  # rows that are checked at once; each may have a text of `MAX_LINE`
-# Of a Parquet manifest: rows read at once; characters decoded at once; bytes that a column of a row group may have, and on average a row.
+# Of a Parquet manifest: rows read at once, and decoded at once; bytes that a column of a row group may have, and on average a row.
 _BATCH_ROWS = 16_384
-_DECODED = 16 * MAX_LINE
+_DECODED_ROWS = 64  # each may have a text of `MAX_LINE`
 _CHUNK_BYTES = 16 << 20
 _MEAN_BYTES = 4096
 
@@ -87,123 +86,75 @@ def read_manifest(path: Path, problems: list[str], data_dir: FilePath | None) ->
     folder = Path(path if data_dir is None else data_dir).expanduser()
     folder = folder.parent if folder.is_file() else folder
     absolute = lru_cache(1)(lambda file: absolute_file(file, folder))  # the turns of a telephone call follow each other
-    rows = read(path)
-    while batch := list(islice(rows, _BATCH)):
-        are_good = have_no_problems([row for _, row in batch])
-        for number, row in batch:
-            if isinstance(row, str):
-                add_problem(problems, row)
+    for number, row in read(path):
+        if isinstance(row, str):
+            add_problem(problems, row)
+            continue
+        made = _make_utterance(row, absolute)
+        if isinstance(made, Utterance):
+            first = turns.add(made, number)
+            if first is None:
                 continue
-            if not are_good and (wrong := list(row_problems(row))):
-                for problem in wrong:
-                    add_problem(problems, f"{turns.place(number)}: {problem}")
-                continue
-            utterance = _make_utterance(row, absolute)
-            if (first := turns.find(utterance.dialog_id, utterance.turn)) is not None:
-                add_problem(
-                    problems,
-                    f"{turns.place(number)}: turn {utterance.turn} of {quote(utterance.dialog_id)} stands already at "
-                    f"{turns.place(first)}: delete one of the two",
-                )
-                continue
-            turns.add(utterance, number)
+            place = turns.place(first)
+            made = [f"turn {made.turn} of {quote(made.dialog_id)} stands already at {place}: delete one of the two"]
+        for problem in made:
+            add_problem(problems, f"{turns.place(number)}: {problem}")
     return turns
 
 
-def _make_utterance(row: dict[str, Any], absolute: Callable[[str], str]) -> Utterance:
-    """Make the utterance of a row without problems."""
-    dialog, turn = str(row["dialog"]), int(float(row["turn"]))
-    channel = _whole_number(row.get("channel"))
-    audio = format_address(absolute(row["audio"]), _number(row.get("start")), _number(row.get("end")), channel)
-    emotion = "" if _is_missing(row, "emotion") else str(row["emotion"])
-    return Utterance(f"{dialog}_{turn}", dialog, turn, str(row["speaker"]), row["text"], emotion, audio)
-
-
-def have_no_problems(rows: Sequence[dict[str, Any] | str]) -> bool:
-    """Return True only if `row_problems` finds none in any row: the same checks on whole columns, in a fraction of the time.
-
-    Rows with unusual values, such as recordings and segments in turn, may have no problems where it returns False.
-    """
-    read = [row for row in rows if isinstance(row, dict)]
-    if len(read) < len(rows):  # a line that is not a row
-        return False
-    columns: dict[str, list[Any]] = {name: [row.get(name) for row in read] for name in (*REQUIRED, *OPTIONAL)}
-    names, texts, audio = columns["dialog"] + columns["speaker"], columns["text"], columns["audio"]
-    start, end, channel, emotions = (columns[name] for name in OPTIONAL)
-    numbers = columns["turn"] + start + end + channel
-    if not (
-        _types(names) <= {str, int}
-        and _types(texts + audio) == {str}
-        and _types(emotions) <= {str, type(None)}
-        and _types(numbers) <= {str, int, float, type(None)}
-    ):
-        return False
-    names = list(map(str, names))
-    values = [*names, *audio, *filter(None, emotions)]
-    if not (all(names) and all(audio) and all(map(str.strip, texts)) and max(map(len, names)) <= MAX_NAME):
-        return False
-    if CONTROL.search("".join(values)) or text_problem(" ".join(texts)):
-        return False
-    try:
-        return (
-            all(0 <= turn <= MAX_TURN and turn.is_integer() for turn in map(float, columns["turn"]))
-            and (
-                _are_empty(start + end)
-                or all(0 <= a < b < math.inf for a, b in zip(map(float, start), map(float, end), strict=True))
-            )
-            and (_are_empty(channel) or all(number >= 0 and number.is_integer() for number in map(float, channel)))
-        )
-    except (TypeError, ValueError, OverflowError):
-        return False
-
-
-def _types(values: Sequence[Any]) -> set[type]:
-    return set(map(type, values))
-
-
-def _are_empty(values: Sequence[Any]) -> bool:
-    return all(value is None or value == "" for value in values)
-
-
-def row_problems(row: dict[str, Any]) -> Iterator[str]:
-    """Yield each problem of a row with its remedy."""
-    missing = [name for name in REQUIRED if _is_missing(row, name)]
-    if missing:
-        yield f"{', '.join(missing)} missing: complete the row (a row has {', '.join(REQUIRED)})"
-        return
+def _make_utterance(row: dict[str, Any], absolute: Callable[[str], str]) -> Utterance | list[str]:
+    """Make the utterance of a row, or return each problem of the row with its remedy."""
+    values: dict[str, Any] = {name: None if _is_missing(row.get(name), name) else row[name] for name in _COLUMNS}
+    if missing := [name for name in REQUIRED if values[name] is None]:
+        return [f"{', '.join(missing)} missing: complete the row (a row has {', '.join(REQUIRED)})"]
+    problems = []
     for name in ("dialog", "speaker"):
-        value = row[name]
+        value = values[name]
         if not isinstance(value, str | int) or isinstance(value, bool) or CONTROL.search(str(value)):
-            yield f"{name} {quote(str(value))} is not a name: give plain text or a whole number"
+            problems.append(f"{name} {quote(str(value))} is not a name: give plain text or a whole number")
         elif len(str(value)) > MAX_NAME:
-            yield f"{name} {quote(str(value))} has {len(str(value)):,} characters: give {MAX_NAME} or fewer"
-    turn, channel = _whole_number(row["turn"]), _whole_number(row.get("channel"))
+            length = len(str(value))
+            problems.append(f"{name} {quote(str(value))} has {length:,} characters: give {MAX_NAME} or fewer")
+    turn = _whole_number(values["turn"])
     if turn is None or not 0 <= turn <= MAX_TURN:
-        yield f"turn {quote(str(row['turn']))} is not a whole number from 0 to {MAX_TURN:,}: number the turns of the dialog"
-    if not isinstance(row["text"], str):
-        yield f"text {quote(str(row['text']))} is not a text: correct it"
-    elif problem := text_problem(row["text"]):
-        yield f"text {quote(row['text'])} {problem}: correct the text"
-    if not _is_missing(row, "emotion") and CONTROL.search(str(row["emotion"])):
-        yield f"emotion {quote(str(row['emotion']))} holds a control character: correct it"
-    if not isinstance(row["audio"], str) or CONTROL.search(row["audio"]):
-        yield f"audio {quote(str(row['audio']))} is not a path: give the path of the recording"
-    if _is_missing(row, "start") != _is_missing(row, "end"):
-        yield "start and end go together: give both or neither"
-    elif not _is_missing(row, "start"):
-        start, end = _number(row["start"]), _number(row["end"])
-        if start is None or end is None or not 0 <= start < end:
-            yield f"start {row['start']!r} and end {row['end']!r} are not a segment: give seconds, the start before the end"
-    if not _is_missing(row, "channel") and (channel is None or channel < 0):
-        yield f"channel {row['channel']!r} is not a channel: give a whole number from 0 on"
+        wrong = quote(str(values["turn"]))
+        problems.append(f"turn {wrong} is not a whole number from 0 to {MAX_TURN:,}: number the turns of the dialog")
+    text, audio, emotion = values["text"], values["audio"], values["emotion"]
+    if not isinstance(text, str):
+        problems.append(f"text {quote(str(text))} is not a text: correct it")
+    elif problem := text_problem(text):
+        problems.append(f"text {quote(text)} {problem}: correct the text")
+    if emotion is not None and CONTROL.search(str(emotion)):
+        problems.append(f"emotion {quote(str(emotion))} holds a control character: correct it")
+    if not isinstance(audio, str) or CONTROL.search(audio):
+        problems.append(f"audio {quote(str(audio))} is not a path: give the path of the recording")
+    start, end, channel = (values[name] for name in ("start", "end", "channel"))
+    if (start is None) != (end is None):
+        problems.append("start and end go together: give both or neither")
+    elif start is not None:
+        first, last = _number(start), _number(end)
+        if first is None or last is None or not 0 <= first < last:
+            problems.append(
+                f"start {start!r} and end {end!r} are not a segment: give seconds, the start before the end"
+            )
+        start, end = first, last
+    if channel is not None:
+        number = _whole_number(channel)
+        if number is None or number < 0:
+            problems.append(f"channel {channel!r} is not a channel: give a whole number from 0 on")
+        channel = number
+    if problems or turn is None:
+        return problems
+    dialog, emotion = str(values["dialog"]), "" if emotion is None else str(emotion)
+    address = format_address(absolute(audio), start, end, channel)
+    return Utterance(f"{dialog}_{turn}", dialog, turn, str(values["speaker"]), text, emotion, address)
 
 
-def _is_missing(row: dict[str, Any], name: str) -> bool:
+def _is_missing(value: Any, name: str) -> bool:
     """Return True for no value, an empty one, and NaN, which is how pandas writes a missing value."""
-    value = row.get(name)
-    if name in _NUMBERS and isinstance(value, str):
-        return value.lower() in ("", "nan")
-    return value is None or value == "" or value != value
+    if value is None or value == "" or value != value:
+        return True
+    return isinstance(value, str) and name in _NUMBERS and value.lower() == "nan"
 
 
 def _number(value: Any) -> float | None:
@@ -222,7 +173,7 @@ def _whole_number(value: Any) -> int | None:
 
 def _doubled(names: Iterable[str]) -> list[str]:
     """Return the columns of a manifest that occur twice; only one of them would be read."""
-    return [name for name, count in Counter(names).items() if count > 1 and name in (*REQUIRED, *OPTIONAL)]
+    return [name for name, count in Counter(names).items() if count > 1 and name in _COLUMNS]
 
 
 class _DoubledKeyError(ValueError):
@@ -294,7 +245,7 @@ def _read_parquet(path: Path) -> _Rows:
     except (pa.ArrowException, OSError) as error:
         yield 0, f"{path}: not a Parquet file ({first_line(error)}): name another manifest"
         return
-    fields = [field for field in schema if field.name in (*REQUIRED, *OPTIONAL)]
+    fields = [field for field in schema if field.name in _COLUMNS]
     if problem := _column_problem(schema.names) or _find_unreadable(fields, file.metadata):
         yield 0, f"{path}: {problem}"
         return
@@ -304,7 +255,7 @@ def _read_parquet(path: Path) -> _Rows:
         # As dictionaries, texts that repeat stay as small as they are in the file.
         file = pq.ParquetFile(path, read_dictionary=texts, metadata=file.metadata)
         for batch in file.iter_batches(_BATCH_ROWS, columns=[field.name for field in fields]):
-            for row in _decode_rows(batch):
+            for row in _decode_rows(batch, 1 if _has_long_texts(batch) else _DECODED_ROWS):
                 yield number, f"{path}: row {number}: {row}" if isinstance(row, str) else row
                 number += 1
     except (pa.ArrowException, OSError) as error:
@@ -329,7 +280,7 @@ def _find_unreadable(fields: Sequence[Any], metadata: Any) -> str | None:
         group = metadata.row_group(index)
         most = max(_CHUNK_BYTES, _MEAN_BYTES * group.num_rows)
         for column in map(group.column, range(group.num_columns)):
-            if column.path_in_schema in (*REQUIRED, *OPTIONAL) and column.total_uncompressed_size > most:
+            if column.path_in_schema in _COLUMNS and column.total_uncompressed_size > most:
                 return (
                     f"column {column.path_in_schema} of row group {index} has {column.total_uncompressed_size:,} bytes in "
                     f"{count_noun(group.num_rows, 'row')}: give texts of up to {MAX_LINE:,} characters"
@@ -337,47 +288,48 @@ def _find_unreadable(fields: Sequence[Any], metadata: Any) -> str | None:
     return None
 
 
-def _decode_rows(batch: Any) -> Iterator[dict[str, Any] | str]:
-    """Yield each row of a batch, or what is wrong with it. Only a few long texts are decoded at a time."""
-    import numpy as np
+def _has_long_texts(batch: Any) -> bool:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    lengths = {}
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        if pa.types.is_dictionary(column.type):
-            used = column.indices.dictionary_encode()  # the dictionary is that of the whole row group
-            values = column.dictionary.take(used.dictionary)
-            of_values = (pc.utf8_length if pa.types.is_string(values.type) else pc.binary_length)(values)
-            lengths[name] = of_values.take(used.indices).fill_null(0).to_numpy(zero_copy_only=False)
-    longest = np.max([np.zeros(len(batch), np.int64), *lengths.values()], axis=0)
-    step = max(1, min(len(batch), _DECODED // max(int(longest.max(initial=0)), 1)))
-    for start in range(0, len(batch), step):
-        whole = longest[start : start + step].max() <= MAX_LINE
-        try:
-            rows = _decode(batch.slice(start, step)) if whole else None
-        except UnicodeDecodeError:
-            rows = None
-        if rows is not None:
-            yield from rows
-            continue
-        for number in range(start, min(start + step, len(batch))):
-            name = max(lengths, key=lambda name: lengths[name][number])
-            if longest[number] > MAX_LINE:
-                yield f"{name} has {longest[number]:,} characters: give {MAX_LINE:,} or fewer"
-                continue
-            try:
-                yield from _decode(batch.slice(number, 1))
-            except UnicodeDecodeError as error:
-                yield f"not UTF-8 (byte 0x{error.object[error.start]:02X}): save the texts as UTF-8"
+    dictionaries = [column.dictionary for column in batch.columns if pa.types.is_dictionary(column.type)]
+    return any((pc.max(pc.binary_length(each)).as_py() or 0) > MAX_LINE for each in dictionaries)
 
 
-def _decode(batch: Any) -> list[dict[str, Any]]:
+def _decode_rows(batch: Any, step: int) -> Iterator[dict[str, Any] | str]:
+    """Yield each row of a batch, or what is wrong with it; `step` rows are decoded at a time."""
     import pyarrow as pa
 
-    columns = [each.dictionary_decode() if pa.types.is_dictionary(each.type) else each for each in batch.columns]
-    rows: list[dict[str, Any]] = pa.RecordBatch.from_arrays(columns, batch.schema.names).to_pylist()
-    return rows
+    for start in range(0, len(batch), step):
+        columns = [
+            each.dictionary_decode() if pa.types.is_dictionary(each.type) else each
+            for each in batch.slice(start, step).columns
+        ]
+        part = pa.RecordBatch.from_arrays(columns, batch.schema.names)
+        if step == 1 and (problem := _long_text(part)):
+            yield problem
+            continue
+        try:
+            rows = part.to_pylist()
+        except UnicodeDecodeError as error:
+            if step == 1:
+                rows = [f"not UTF-8 (byte 0x{error.object[error.start]:02X}): save the texts as UTF-8"]
+            else:
+                rows = _decode_rows(part, 1)
+        yield from rows
+
+
+def _long_text(row: Any) -> str | None:
+    """Return which text of a batch of one row is too long, or None."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        if _is_text(column.type):
+            length = (pc.utf8_length if pa.types.is_string(column.type) else pc.binary_length)(column)[0].as_py() or 0
+            if length > MAX_LINE:
+                return f"{name} has {length:,} characters: give {MAX_LINE:,} or fewer"
+    return None
 
 
 def _column_problem(names: list[str]) -> str | None:

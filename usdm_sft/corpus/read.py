@@ -4,7 +4,7 @@ All problems of split lists (`usdm_sft.corpus.dailytalk`) and manifests (`usdm_s
 opened, and are reported together with file and line.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -62,23 +62,22 @@ def read_corpus(
         data_dir = None  # its manifests lie beside its recordings
     problems: list[str] = []
     splits: dict[str, Split] = {}
-    # Of each list: number -> place, dialog id -> number.
-    earlier: list[tuple[Callable[[int], str], dict[str, int]]] = []
+    first: dict[str, str] = {}  # dialog id -> the place of its first line
     for name, path in lists.items():
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"the {name} split list {path} is not a file: name an existing split list")
         recipe = recipe_of(path)
         turns = recipe.read(path, problems, data_dir)
-        lines = {dialog_id: found[0][1] for dialog_id, found in turns.dialogs.items()}
-        for dialog_id, number in lines.items():
-            if first := next((place(found[dialog_id]) for place, found in earlier if dialog_id in found), None):
+        places = {dialog_id: turns.place(lines[0][1]) for dialog_id, lines in turns.dialogs.items()}
+        for dialog_id, place in places.items():
+            if dialog_id in first:
                 add_problem(
                     problems,
-                    f"{turns.place(number)}: dialog {dialog_id} is in two splits, first at {first}: "
+                    f"{place}: dialog {dialog_id} is in two splits, first at {first[dialog_id]}: "
                     "delete its lines from one of the lists",
                 )
-        earlier.append((turns.place, lines))
+        first = places | first
         splits[name] = _make_split(name, turns, problems, rules, recipe)
     if problems:
         raise CorpusError(problems)
@@ -120,12 +119,11 @@ def _make_split(name: str, turns: Turns, problems: list[str], rules: Rules, reci
 
 def _turn_problem(lines: Sequence[tuple[Utterance, int]], first: int) -> tuple[int, str] | None:
     """Return the line and the problem of the sorted turns of a dialog, or None if they count up from `first`."""
-    for expected, (position, (utterance, number)) in enumerate(enumerate(lines), start=first):
-        if utterance.turn == expected:
-            continue
-        if position and utterance.turn == lines[position - 1][0].turn:
+    for expected, (utterance, number) in enumerate(lines, start=first):
+        if utterance.turn < expected:
             return number, f"has turn {utterance.turn} twice: delete one of the two lines"
-        return number, f"has no turn {expected}: add the line, or delete the dialog"
+        if utterance.turn > expected:
+            return number, f"has no turn {expected}: add the line, or delete the dialog"
     return None
 
 

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 )
 from packaging.requirements import Requirement
 
-from usdm_sft.audio.check import check_audio
+from usdm_sft.audio.digests import check_audio
 from usdm_sft.corpus.dailytalk import SPLIT_LISTS, SPLIT_LISTS_URL, check_not_swapped
 from usdm_sft.corpus.dialogs import Split
 from usdm_sft.corpus.find import describe_corpus, find_lists

@@ -18,39 +18,37 @@ comes from probes at load.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
+from itertools import pairwise
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from usdm_sft.template.chat_render import RenderError, render_chat
 from usdm_sft.template.config import Template
-from usdm_sft.template.exchanges import Exchange
+from usdm_sft.template.row_form import NO_IDS, Piece, RowForm, Surroundings, as_ids, place_of
 from usdm_sft.template.special_tokens import CONTINUE_TOKEN, CORRESPOND_TOKEN, TemplateTokens, unit_token
+from usdm_sft.template.text_encoder import TextEncoder
 from usdm_sft.utils.texts import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-Piece = TypeVar("Piece")
+Frame = TypeVar("Frame")
+Ids = tuple[int, ...]
 Message = dict[str, str]
 
 MARK = unit_token(0)  # stands for a message in probes
-OTHER_FORM = "use template.tokenization separate"
 
 # Some templates tell the model the day, which would change the ids every day. This one is the default of Llama 3.1's template.
 TODAY = date(2024, 7, 26)
 _NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
-# Of an exchange: is it the first of its row, and is it the last.
-_PLACES = ((True, True), (True, False), (False, False), (False, True))
 
 
-class Frames(NamedTuple, Generic[Piece]):
+class Frames(NamedTuple, Generic[Frame]):
     """What the chat template puts around the messages of exchanges, as strings or as ids.
 
     Attributes:
@@ -59,11 +57,11 @@ class Frames(NamedTuple, Generic[Piece]):
         closing: After the last message.
     """
 
-    before_user: tuple[Piece, ...]
-    before_assistant: tuple[Piece, ...]
-    closing: Piece
+    before_user: tuple[Frame, ...]
+    before_assistant: tuple[Frame, ...]
+    closing: Frame
 
-    def around(self, number: int) -> list[Piece]:
+    def around(self, number: int) -> list[Frame]:
         """The frames of a row with a number of exchanges, in order."""
         places = [place_of(position, number) for position in range(number)]
         pieces = [piece for place in places for piece in (self.before_user[place], self.before_assistant[place])]
@@ -73,13 +71,8 @@ class Frames(NamedTuple, Generic[Piece]):
 class ChatIds(NamedTuple):
     """The ids of a chat template: its frames, and `stop_id`, which follows every message of the assistant and is not in the frames."""
 
-    frames: Frames[tuple[int, ...]]
+    frames: Frames[Ids]
     stop_id: int
-
-
-def place_of(position: int, number: int) -> int:
-    """The index in `Frames` of an exchange, from its position among a number of exchanges."""
-    return _PLACES.index((position == 0, position == number - 1))
 
 
 @dataclass(frozen=True)
@@ -96,21 +89,12 @@ class ChatTemplate:
     special_tokens: Mapping[str, str]
     name: str
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """The string of `apply_chat_template`.
+    def render(self, messages: Sequence[Message], **options: bool) -> tuple[str, list[tuple[int, int]]]:
+        """The string of `apply_chat_template` with some options, and the spans that the template marks with `{% generation %}`.
 
         Raises:
             ValueError: The template refuses the messages.
         """
-        return self._render(messages, add_generation_prompt=add_generation_prompt)[0]
-
-    def generated(self, messages: Sequence[Message]) -> list[tuple[int, int]] | None:
-        """The spans of `render(messages)` that the template marks with `{% generation %}`, or None where it has no such marks."""
-        if not re.search(r"{%-?\s*generation\b", self.source):
-            return None
-        return self._render(messages, return_assistant_tokens_mask=True)[1]
-
-    def _render(self, messages: Sequence[Message], **options: bool) -> tuple[str, list[tuple[int, int]]]:
         try:
             return render_chat(self.source, self.special_tokens, messages, options)
         except RenderError as error:
@@ -118,6 +102,10 @@ class ChatTemplate:
                 f"the chat template of {self.name} refuses a conversation ({first_line(error)}): if it takes no system message, set "
                 "template.instruction to an empty text; otherwise use template.tokenization separate"
             ) from error
+
+    def error(self, problem: str, remedy: str = "use template.tokenization separate") -> ValueError:
+        """What to raise for a template that cannot be used."""
+        return ValueError(f"the chat template of {self.name} {problem}: {remedy}")
 
 
 def read_chat_template(tokenizer: PreTrainedTokenizerFast, name: str) -> ChatTemplate:
@@ -131,13 +119,14 @@ def read_chat_template(tokenizer: PreTrainedTokenizerFast, name: str) -> ChatTem
             f"{name} has no chat template: name the tokenizer of a chat model, or use template.tokenization separate"
         )
     source = _NOW.sub(lambda match: repr(TODAY.strftime(match[2])), tokenizer.get_chat_template())
-    if "strftime_now(" in source:
-        raise ValueError(
-            f"the chat template of {name} formats the time in a way that cannot be fixed: write a date into it, because "
-            "its ids would differ from day to day"
-        )
     special_tokens = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
-    return ChatTemplate(source, special_tokens, name)
+    chat = ChatTemplate(source, special_tokens, name)
+    if "strftime_now(" in source:
+        raise chat.error(
+            "formats the time in a way that cannot be fixed",
+            "write a date into it, because its ids would differ from day to day",
+        )
+    return chat
 
 
 def separator(part: str, template: Template) -> str | None:
@@ -176,16 +165,16 @@ def join_frames(texts: Frames[str], contents: Sequence[str]) -> str:
     return "".join(piece for pair in zip(pieces, [*contents, ""], strict=True) for piece in pair)
 
 
-def check_messages(chat: ChatTemplate, template: Template, texts: Frames[str]) -> None:
+def _check_messages(chat: ChatTemplate, template: Template, texts: Frames[str]) -> None:
     """Check that messages stay as they are, and that those of the assistant are what the template marks as generated."""
     samples = [{part: f"{part} {number}, or?" for part in template.parts} for number in range(2)]
     messages = make_messages(samples, template)
     contents = [message["content"] for message in messages if message["role"] != "system"]
-    if chat.render(messages) != join_frames(texts, contents):
-        raise ValueError(f"the chat template of {chat.name} changes the messages: {OTHER_FORM}")
-    spans = chat.generated(messages)
-    if spans is None:
+    if chat.render(messages)[0] != join_frames(texts, contents):
+        raise chat.error("changes the messages")
+    if not re.search(r"{%-?\s*generation\b", chat.source):
         return
+    _, spans = chat.render(messages, return_assistant_tokens_mask=True)
     start = 0
     for index, (piece, content) in enumerate(zip(texts.around(2), [*contents, ""], strict=True)):
         start += len(piece)
@@ -193,31 +182,20 @@ def check_messages(chat: ChatTemplate, template: Template, texts: Frames[str]) -
         is_inside = any(first <= start and stop <= last for first, last in spans)
         overlaps = any(first < stop and start < last for first, last in spans)
         if not is_inside if index % 2 else overlaps:
-            raise ValueError(
-                f"the chat template of {chat.name} marks other text as generated than the messages of the assistant "
-                f"({content!r}): correct its {{% generation %}}"
+            raise chat.error(
+                f"marks other text as generated than the messages of the assistant ({content!r})",
+                "correct its {% generation %}",
             )
         start = stop
 
 
-def check_generation_prompt(chat: ChatTemplate, template: Template, texts: Frames[str]) -> None:
+def _check_generation_prompt(chat: ChatTemplate, template: Template, texts: Frames[str]) -> None:
     """Check that the generation prompt is the beginning of what training puts before an answer."""
     *messages, _ = mark_messages(template, 1)
-    found = chat.render(messages, add_generation_prompt=True)
+    found, _ = chat.render(messages, add_generation_prompt=True)
     expected = texts.before_user[0] + MARK + texts.before_assistant[0]
     if not expected.startswith(found):
-        raise ValueError(
-            f"the chat template of {chat.name} begins an answer with {found[-40:]!r}, but in a whole conversation with "
-            f"{expected[-40:]!r}: {OTHER_FORM}"
-        )
-
-
-# Why `ChatForm.encode` has no ids for a text.
-CHANGED = (
-    "does not stay as it is in the chat template, which joins it with its own words or removes white space around it"
-)
-
-Ids = tuple[int, ...]
+        raise chat.error(f"begins an answer with {found[-40:]!r}, but in a whole conversation with {expected[-40:]!r}")
 
 
 @dataclass(frozen=True)
@@ -238,7 +216,7 @@ class ChatFrames:
 
 
 def read_frames(tokenizer: Tokenizer, tokens: TemplateTokens, template: Template, chat: ChatTemplate) -> ChatFrames:
-    """Read the frames of a chat template, and prove with probes what `ChatForm` relies on.
+    """Read the frames of a chat template, and prove with probes what `make_chat_form` relies on.
 
     Args:
         tokenizer: A tokenizer without padding and truncation.
@@ -254,11 +232,13 @@ def read_frames(tokenizer: Tokenizer, tokens: TemplateTokens, template: Template
     """
 
     def texts_of(number: int) -> list[str]:
-        return chat.render(mark_messages(template, number)).split(MARK)
+        return chat.render(mark_messages(template, number))[0].split(MARK)
 
     def ids_of(number: int) -> list[Ids]:
-        ids = tokenizer.encode(chat.render(mark_messages(template, number)), add_special_tokens=False).ids
-        return [tuple(run) for is_mark, run in _runs(ids, tokens.unit_0) if not is_mark]
+        text, _ = chat.render(mark_messages(template, number))
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        marks = [index for index, token_id in enumerate(ids) if token_id == tokens.unit_0]
+        return [tuple(ids[before + 1 : after]) for before, after in pairwise([-1, *marks, len(ids)])]
 
     if {*tokens.unknown} & {*tokenizer.encode(template.instruction, add_special_tokens=False).ids}:
         raise ValueError(
@@ -266,36 +246,27 @@ def read_frames(tokenizer: Tokenizer, tokens: TemplateTokens, template: Template
         )
     texts = _find_frames(texts_of, chat)
     ids = _find_frames(ids_of, chat)
-    check_messages(chat, template, texts)
-    check_generation_prompt(chat, template, texts)
+    _check_messages(chat, template, texts)
+    _check_generation_prompt(chat, template, texts)
     stop_id = _find_stop(tokenizer, chat, template, ids)
     ids = Frames(
         (*ids.before_user[:2], *(frame[1:] for frame in ids.before_user[2:])), ids.before_assistant, ids.closing[1:]
     )
-    strips = chat.render(mark_messages(template, 1, " a ")) != join_frames(texts, [" a "] * 2)
+    strips = chat.render(mark_messages(template, 1, " a "))[0] != join_frames(texts, [" a "] * 2)
     frames = ChatFrames(replace(chat, name="this tokenizer"), texts, ChatIds(ids, stop_id), strips)
-    ChatForm(tokenizer, tokens, template, frames).check_surroundings(chat.name)
+    surroundings = [*make_chat_form(tokenizer, tokens, template, frames).surroundings.values()]
+    encoded = TextEncoder(tokenizer, tokens, separate=True).encode(["a"] * len(surroundings), surroundings)
+    for around, text_ids in zip(surroundings, encoded, strict=True):
+        if text_ids is None:
+            raise chat.error(f"puts words before a text that become one token with it ({around.before[-20:]!r})")
     return frames
 
 
-def _runs(ids: Sequence[int], mark: int) -> Iterator[tuple[bool, list[int]]]:
-    """Cut ids at each mark; two marks have an empty run between them."""
-    run: list[int] = []
-    for token_id in ids:
-        if token_id == mark:
-            yield False, run
-            yield True, [mark]
-            run = []
-        else:
-            run.append(token_id)
-    yield False, run
-
-
-def _find_frames(pieces_of: Callable[[int], list[Piece]], chat: ChatTemplate) -> Frames[Piece]:
+def _find_frames(pieces_of: Callable[[int], list[Frame]], chat: ChatTemplate) -> Frames[Frame]:
     """Find the frames of rows with one to three exchanges, and check that those of four follow from them."""
     one, two, three, four = map(pieces_of, (1, 2, 3, 4))
     if [len(pieces) for pieces in (one, two, three, four)] != [3, 5, 7, 9]:
-        raise ValueError(f"the chat template of {chat.name} leaves out a message or repeats one: {OTHER_FORM}")
+        raise chat.error("leaves out a message or repeats one")
     frames = Frames((one[0], two[0], three[2], three[4]), (one[1], two[1], three[3], three[5]), one[-1])
     lengths = [len(user) + len(assistant) for user, assistant in zip(frames[0], frames[1], strict=True)]  # type: ignore[arg-type]
     rows = zip((1, 2, 3, 4), (one, two, three, four), strict=True)
@@ -304,9 +275,7 @@ def _find_frames(pieces_of: Callable[[int], list[Piece]], chat: ChatTemplate) ->
         any(frames.around(number) != pieces for number, pieces in rows)
         or lengths[0] + lengths[2] != lengths[1] + lengths[3]
     ):
-        raise ValueError(
-            f"the chat template of {chat.name} puts different words around an exchange in rows of different length: {OTHER_FORM}"
-        )
+        raise chat.error("puts different words around an exchange in rows of different length")
     return frames
 
 
@@ -316,136 +285,65 @@ def _find_stop(tokenizer: Tokenizer, chat: ChatTemplate, template: Template, ids
     after = [ids.before_user[2], ids.before_user[3], ids.closing]
     if len({frame[:1] for frame in after}) != 1 or not added & {*ids.closing[:1]}:
         tokens = [tokenizer.id_to_token(frame[0]) if frame else "nothing" for frame in after]
-        raise ValueError(
-            f"the chat template of {chat.name} does not end every answer with the same special token (but with "
-            f"{', '.join(map(repr, tokens))}): {OTHER_FORM}"
+        raise chat.error(
+            f"does not end every answer with the same special token (but with {', '.join(map(repr, tokens))})"
         )
     first = template.parts[0]
-    if first.endswith("_text") and separator(first, template) is None:
-        for frame in ids.before_assistant:
-            if not added & {*frame[:1]}:
-                raise ValueError(
-                    f"the chat template of {chat.name} does not end a message of the user with a special token: {OTHER_FORM}"
-                )
+    ends_with_text = first.endswith("_text") and separator(first, template) is None
+    if ends_with_text and not all(added & {*frame[:1]} for frame in ids.before_assistant):
+        raise chat.error("does not end a message of the user with a special token")
     return ids.closing[0]
 
 
-class Surroundings(NamedTuple):
-    """What stands around a text up to the nearest special tokens."""
+def lay_out_messages(ids: ChatIds, tokens: TemplateTokens, template: Template, place: int) -> tuple[Piece, ...]:
+    """The pieces of an exchange at a place in its row (`place_of`)."""
+    separators = {CORRESPOND_TOKEN: tokens.correspond, CONTINUE_TOKEN: tokens.continue_}
+    pieces = [Piece(None, as_ids(ids.frames.before_user[place]))]
+    for part in template.parts:
+        if part == template.parts[1]:
+            pieces.append(Piece(None, as_ids(ids.frames.before_assistant[place])))
+        pieces.append(Piece(part))
+        if part == template.parts[-1]:
+            pieces.append(Piece(part, as_ids([ids.stop_id])))
+        elif (token := separator(part, template)) is not None:
+            pieces.append(Piece(part, as_ids([separators[token]])))
+    return tuple(pieces)
 
-    before: str
-    before_ids: Ids
-    after: str
-    after_id: int
 
+def make_chat_form(tokenizer: Tokenizer, tokens: TemplateTokens, template: Template, frames: ChatFrames) -> RowForm:
+    """The form of rows in a chat template; `tokenizer` is without padding and truncation."""
+    first, second, *_ = template.parts
+    texts, ids = frames.texts, frames.ids.frames
+    exchanges = tuple(lay_out_messages(frames.ids, tokens, template, place) for place in range(len(ids.before_user)))
 
-class ChatForm:
-    """Lays out exchanges in a chat template.
-
-    Args:
-        tokenizer: A tokenizer without padding and truncation.
-        tokens: Its ids of the template.
-        template: The parts of an exchange.
-        frames: The chat template.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, tokens: TemplateTokens, template: Template, frames: ChatFrames):
-        self._frames = frames
-        self._tokenizer = tokenizer
-        self._parts = template.parts
-        self._correspond = tokens.correspond
-        separators = {part: separator(part, template) for part in template.parts[:-1]}
-        ids = {CORRESPOND_TOKEN: tokens.correspond, CONTINUE_TOKEN: tokens.continue_}
-        self.stop_ids = {part: ids[token] for part, token in separators.items() if token is not None}
-        self.stop_ids[template.parts[-1]] = frames.ids.stop_id
-        self.opening, self.closing = _array(()), _array(frames.ids.frames.closing)
-        self._before_user = [_array(frame) for frame in frames.ids.frames.before_user]
-        self._before_assistant = [_array(frame) for frame in frames.ids.frames.before_assistant]
-        self._stops = {part: _array((stop_id,)) for part, stop_id in self.stop_ids.items()}
-        self._surroundings = {
-            (part, place): self._surround(part, place)
-            for part in template.parts
-            if part.endswith("_text")
-            for place in range(len(self._before_user))
-        }
-
-    def _surround(self, part: str, place: int) -> Surroundings:
-        texts, (ids, stop_id) = self._frames.texts, self._frames.ids
+    def surround(part: str, place: int) -> Surroundings:
+        """What stands around a text up to the nearest special tokens."""
         before = CORRESPOND_TOKEN
-        before_ids: Ids = (self._correspond,)
-        if part == self._parts[0]:
-            is_first = place < 2
-            before, before_ids = texts.before_user[place], (*(() if is_first else (stop_id,)), *ids.before_user[place])
-        elif part == self._parts[1]:
+        before_ids: Ids = (tokens.correspond,)
+        if part == first:
+            stops = () if place < 2 else (frames.ids.stop_id,)  # of the exchange before it
+            before, before_ids = texts.before_user[place], (*stops, *ids.before_user[place])
+        elif part == second:
             before, before_ids = before + texts.before_assistant[place], before_ids + ids.before_assistant[place]
-        after_id = self.stop_ids[part] if part in self.stop_ids else ids.before_assistant[place][0]
-        after = self._tokenizer.id_to_token(after_id)
+        stop = exchanges[place][[piece.part for piece in exchanges[place]].index(part) + 1]
+        assert stop.ids is not None  # a fixed piece follows every part
+        after_id = int(stop.ids[0])
+        after = tokenizer.id_to_token(after_id)
         assert after is not None  # an added token
-        return Surroundings(before, before_ids, after, after_id)
+        is_at_end = part == template.parts[-1] or stop.part is None  # of its message
+        return Surroundings(
+            before,
+            before_ids,
+            after,
+            (after_id,),
+            strips_left=frames.strips and part in (first, second),
+            strips_right=frames.strips and is_at_end,
+        )
 
-    def check_surroundings(self, name: str) -> None:
-        """Check that an ordinary text does not become one token with the words before it.
-
-        Raises:
-            ValueError: It does. The message has the tokenizer's `name`.
-        """
-        for place, ids in zip(
-            self._surroundings, self.encode(["a"] * len(self._surroundings), [*self._surroundings]), strict=True
-        ):
-            if ids is None:
-                raise ValueError(
-                    f"the chat template of {name} puts words before a text that become one token with it "
-                    f"({self._surroundings[place].before[-20:]!r}): {OTHER_FORM}"
-                )
-
-    def encode(self, texts: Sequence[str], parts: Sequence[tuple[str, int]]) -> list[npt.NDArray[np.int32] | None]:
-        """Encode texts as in the whole string of the template.
-
-        Args:
-            texts: One line each.
-            parts: The part of each text, and the place of its exchange in the row (`place_of`).
-
-        Returns:
-            (num_tokens,) int32 ids of each text; None where a token covers both the text and the words beside it, and where the template
-            removes white space of the text.
-        """
-        surroundings = [self._surroundings[each] for each in parts]
-        strings = [around.before + text + around.after for text, around in zip(texts, surroundings, strict=True)]
-        encodings = self._tokenizer.encode_batch(strings, add_special_tokens=False)
-        return [
-            self._cut(encoding.ids, around) if self._stays(text, part) else None
-            for text, (part, _), encoding, around in zip(texts, parts, encodings, surroundings, strict=True)
-        ]
-
-    def _cut(self, ids: Sequence[int], around: Surroundings) -> npt.NDArray[np.int32] | None:
-        start = len(around.before_ids)
-        if tuple(ids[:start]) != around.before_ids or len(ids) <= start or ids[-1] != around.after_id:
-            return None
-        return _array(ids[start:-1])
-
-    def _stays(self, text: str, part: str) -> bool:
-        """False where the template removes white space at the edge of a message."""
-        if not self._frames.strips:
-            return True
-        begins = part in self._parts[:2] and text != text.lstrip()
-        ends = (part == self._parts[-1] or part not in self.stop_ids) and text != text.rstrip()
-        return not begins and not ends
-
-    def pieces(
-        self, exchange: Exchange, position: int, number: int
-    ) -> Iterator[tuple[npt.NDArray[np.int32], str | None]]:
-        """The pieces of an exchange, each with the part that it belongs to, up to the first part that the exchange lacks."""
-        place = place_of(position, number)
-        yield self._before_user[place], None
-        for part in self._parts:
-            if part == self._parts[1]:
-                yield self._before_assistant[place], None
-            if part not in exchange:
-                return
-            yield exchange[part], part
-            if part in self._stops:
-                yield self._stops[part], part
-
-
-def _array(ids: Sequence[int]) -> npt.NDArray[np.int32]:
-    return np.array(ids, dtype=np.int32)
+    surroundings = {
+        (part, place): surround(part, place)
+        for part in template.parts
+        if part.endswith("_text")
+        for place in range(len(exchanges))
+    }
+    return RowForm(NO_IDS, exchanges, as_ids(ids.closing), surroundings)

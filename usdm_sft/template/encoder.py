@@ -16,19 +16,13 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from usdm_sft.template.chat import (
-    CHANGED,
-    ChatForm,
-    ChatFrames,
-    place_of,
-    read_chat_template,
-    read_frames,
-)
+from usdm_sft.template.chat import ChatFrames, make_chat_form, read_chat_template, read_frames
 from usdm_sft.template.config import PARTS, REFERENCE, Template, UnitRepetition
 from usdm_sft.template.exchanges import Exchange, ExchangeReader, match_other_tokens, row_name
 from usdm_sft.template.parts import AnswerStage, RowLayout, make_stages
+from usdm_sft.template.row_form import Ids, place_of
 from usdm_sft.template.special_tokens import TemplateTokens, naming_errors, plain_copy, read_tokens
-from usdm_sft.template.text_encoder import Headings, TextEncoder
+from usdm_sft.template.text_encoder import TextEncoder, make_heading_form
 from usdm_sft.template.tokenizer import check_tokenizer
 
 if TYPE_CHECKING:
@@ -40,6 +34,10 @@ VERSION = "1"  # part of the cache key: change it when the ids or labels below c
 
 IGNORE_INDEX = -100
 COLUMNS = PARTS
+
+_CHANGED = (
+    "does not stay as it is in the chat template, which joins it with its own words or removes white space around it"
+)
 
 
 class TemplateEncoder:
@@ -121,11 +119,10 @@ class TemplateEncoder:
                 raise ValueError(
                     f"template.{name} contains {match.group()!r}, an added token of the tokenizer: remove it"
                 )
-        self._form: Headings | ChatForm
         if frames is None:
-            self._form = Headings(self._text_encoder, tokens, template)
+            self._form = make_heading_form(self._text_encoder, tokens, template)
         else:
-            self._form = ChatForm(tokenizer, tokens, template, frames)
+            self._form = make_chat_form(tokenizer, tokens, template, frames)
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -173,12 +170,10 @@ class TemplateEncoder:
     @cached_property
     def steps(self) -> tuple[AnswerStage, ...]:
         """The stages of inference for `StepLogitsProcessor` and `next_prompt`: transcript, answer, speech."""
-        if isinstance(self._form, ChatForm):
-            return make_stages(self.tokens, self.template, (), self._tokenizer, self._form.stop_ids)
-        return make_stages(self.tokens, self.template, self._form.agent_heading, self._tokenizer)
+        return make_stages(self._form.exchanges[0], self.tokens, self.template, self._tokenizer)
 
     @naming_errors()
-    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[npt.NDArray[np.int32]]]:
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Ids]]:
         """Encode a batch of rows.
 
         Args:
@@ -213,13 +208,14 @@ class TemplateEncoder:
             if part.endswith("_text")
         ]
         texts = [exchange[part] for _, exchange, part, _ in places]
-        encoded = self._form.encode(texts, [(part, index) for _, _, part, index in places])
+        surroundings = [self._form.surroundings[part, index] for _, _, part, index in places]
+        encoded = self._text_encoder.encode(texts, surroundings)
         for (place, exchange, part, _), text, ids in zip(places, texts, encoded, strict=True):
-            if problem := CHANGED if ids is None else self._text_encoder.problem(text, ids):
+            if problem := _CHANGED if ids is None else self._text_encoder.problem(text, ids):
                 raise ValueError(f"{place}{part} {text[:80]!r} {problem}: correct the text")
             exchange[part] = ids
 
-    def _lay_out(self, row: Sequence[Exchange]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    def _lay_out(self, row: Sequence[Exchange]) -> tuple[Ids, Ids]:
         """`input_ids` and `labels` of a row of exchanges whose texts are ids."""
         pieces = [self._form.opening]
         labelled: list[tuple[int, int]] = []
@@ -227,7 +223,7 @@ class TemplateEncoder:
         for position, exchange in enumerate(row):
             is_context = self.last_exchange_only and position < len(row) - 1
             loss = () if is_context else self.template.labelled
-            for ids, part in self._form.pieces(exchange, position, len(row)):
+            for ids, part in self._form.lay_out(exchange, position, len(row)):
                 pieces.append(ids)
                 start, end = end, end + len(ids)
                 if part in loss:
@@ -246,7 +242,7 @@ class TemplateEncoder:
         agent_text: str | None = None,
         *,
         history: Sequence[tuple[Any, ...]] = (),
-    ) -> npt.NDArray[np.int32]:
+    ) -> Ids:
         """The ids before a step of inference, an exact prefix of the training ids.
 
         Give the first part of the template, and the parts after it as far as they are known. The prompt asks for the next one.
@@ -270,7 +266,7 @@ class TemplateEncoder:
         self._encode_texts([("", exchanges)])
         pieces = [self._form.opening]
         for position, exchange in enumerate(exchanges):
-            pieces += [ids for ids, _ in self._form.pieces(exchange, position, len(exchanges))]
+            pieces += [ids for ids, _ in self._form.lay_out(exchange, position, len(exchanges))]
         return np.concatenate(pieces)
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, get_args
 
 import numpy as np
@@ -22,6 +23,8 @@ Exchange = dict[str, Any]
 @dataclass(frozen=True)
 class ExchangeReader:
     """Reads the exchanges of a row and refuses what a tokenizer would turn into other ids.
+
+    Its methods raise a ValueError with the place and the remedy.
 
     Args:
         template: Its parts are the columns to read.
@@ -46,24 +49,10 @@ class ExchangeReader:
                 f"unit_repetition is {self.unit_repetition!r}: give {' or '.join(get_args(UnitRepetition))}"
             )
 
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The columns to read."""
-        return self.template.parts
-
     def exchanges(self, batch: Mapping[str, Sequence[Any]], i: int) -> list[Exchange]:
-        """The exchanges of row `i` of a batch.
-
-        Args:
-            batch: The `COLUMNS`, and `id` for error messages. A row has one value per column, or a list per column.
-            i: Position of the row.
-
-        Raises:
-            ValueError: A value is missing, the columns have different numbers of exchanges, or a text or unit is not
-                allowed.
-        """
+        """The exchanges of row `i` of a batch, whose columns have one value per row, or a list per row."""
         row = row_name(batch, i)
-        values = {part: batch[part][i] for part in self.parts}
+        values = {part: batch[part][i] for part in self.template.parts}
         for part, value in values.items():
             if value is None:
                 raise ValueError(f"{row}: {part} is missing")
@@ -72,66 +61,54 @@ class ExchangeReader:
         if len({len(value) for value in values.values()}) != 1:
             lengths = ", ".join(f"{part} {len(value)}" for part, value in values.items())
             raise ValueError(f"{row}: the columns have different numbers of exchanges ({lengths})")
-        exchanges = zip(*values.values(), strict=True)
-        read = [self.read(dict(zip(self.parts, exchange, strict=True)), f"{row}: ") for exchange in exchanges]
+        read = [
+            self._read(dict(zip(values, exchange, strict=True)), f"{row}: ")
+            for exchange in zip(*values.values(), strict=True)
+        ]
         if not read:
             raise ValueError(f"{row}: it has no exchange")
         return read
 
-    def read(self, values: Mapping[str, Any], place: str = "") -> Exchange:
-        """Check the parts of one exchange.
+    def prompt(self, given: Mapping[str, Any], history: Sequence[Sequence[Any]]) -> list[Exchange]:
+        """The exchanges of a prompt.
 
         Args:
-            values: A text or a list of units for each part.
-            place: What error messages begin with.
-
-        Raises:
-            ValueError: A text or unit is not allowed.
+            given: The leading parts of the last exchange, whose transcript, which a model generated, may be empty.
+            history: All parts of each earlier exchange.
         """
+        parts = self.template.parts
+        for number, each in enumerate(history):
+            if len(each) != len(parts):
+                raise ValueError(f"history[{number}] has {len(each)} parts: give {', '.join(parts)}")
+        for part in given:
+            if part not in parts:
+                raise ValueError(f"the template has no {part}: give one or more of {', '.join(parts[:-1])}")
+        if parts[-1] in given:
+            raise ValueError(f"{parts[-1]} is the last part of the template: leave it out, the model generates it")
+        for before, part in pairwise(parts):
+            if part in given and before not in given:
+                raise ValueError(f"{part} comes without {before}: give {before} as well")
+        if not given:
+            raise ValueError(f"{parts[0]} is missing: every prompt begins with it")
+        exchanges = [self._read(dict(zip(parts, each, strict=True))) for each in history]
+        empty = {"user_text": ""} if given.get("user_text") == "" and parts[0] != "user_text" else {}
+        return [*exchanges, self._read({part: value for part, value in given.items() if part not in empty}) | empty]
+
+    def _read(self, values: Mapping[str, Any], place: str = "") -> Exchange:
+        """Check the parts of one exchange; `place` is what error messages begin with."""
         exchange: Exchange = {}
         for part, value in values.items():
             if part.endswith("_text"):
-                exchange[part] = self.text(value, f"{place}{part}")
+                exchange[part] = self._read_text(value, f"{place}{part}")
                 continue
-            exchange[part] = self.unit_ids(value, f"{place}{part}")
-            if not len(exchange[part]) and part.replace("units", "text") not in self.parts:
+            exchange[part] = self._read_units(value, f"{place}{part}")
+            if not len(exchange[part]) and part.replace("units", "text") not in self.template.parts:
                 # The ids of the turn would be those of a line with a space.
                 raise ValueError(f"{place}{part} is empty, and the template has no text in this turn: leave it out")
         return exchange
 
-    def prompt(self, given: Mapping[str, Any], history: Sequence[Sequence[Any]]) -> list[Exchange]:
-        """Check the exchanges of a prompt. The last one has the leading parts only; its transcript, which a model generated, may be empty.
-
-        Args:
-            given: The parts of the last exchange.
-            history: All parts of each earlier exchange.
-
-        Raises:
-            ValueError: A part is missing, unknown or the last one, or a text or unit is not allowed.
-        """
-        for number, each in enumerate(history):
-            if len(each) != len(self.parts):
-                raise ValueError(f"history[{number}] has {len(each)} parts: give {', '.join(self.parts)}")
-        for part in given:
-            if part not in self.parts:
-                raise ValueError(f"the template has no {part}: give one or more of {', '.join(self.parts[:-1])}")
-        if self.parts[-1] in given:
-            raise ValueError(f"{self.parts[-1]} is the last part of the template: leave it out, the model generates it")
-        for before, part in zip(self.parts, self.parts[1:], strict=False):
-            if part in given and before not in given:
-                raise ValueError(f"{part} comes without {before}: give {before} as well")
-        if not given:
-            raise ValueError(f"{self.parts[0]} is missing: every prompt begins with it")
-        exchanges = [self.read(dict(zip(self.parts, each, strict=True))) for each in history]
-        empty = {"user_text": ""} if given.get("user_text") == "" and self.parts[0] != "user_text" else {}
-        return [*exchanges, self.read({part: value for part, value in given.items() if part not in empty}) | empty]
-
-    def text(self, text: str, place: str) -> str:
-        """The text as the template has it.
-
-        Raises:
-            ValueError: The template cannot contain it.
-        """
+    def _read_text(self, text: str, place: str) -> str:
+        """The text as the template has it."""
         problem = text_problem(text)
         text = self.template.fold_case(text)
         if problem is None and self.other_tokens is not None and (match := self.other_tokens.search(text)):
@@ -140,12 +117,8 @@ class ExchangeReader:
             raise ValueError(f"{place} {text[:80]!r} {problem}: correct the text")
         return text
 
-    def unit_ids(self, units: npt.ArrayLike, place: str) -> npt.NDArray[np.int32]:
-        """(num_units,) int32 token ids of units; where they are collapsed, of each run of equal units.
-
-        Raises:
-            ValueError: They are not a flat list of integers, or the tokenizer does not have one of them.
-        """
+    def _read_units(self, units: npt.ArrayLike, place: str) -> npt.NDArray[np.int32]:
+        """(num_units,) int32 token ids of units; where they are collapsed, of each run of equal units."""
         units = np.asarray(units)
         if units.size == 0:
             return np.zeros(0, dtype=np.int32)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from usdm_sft.template.chat import ChatIds, separator
+from usdm_sft.template.chat import ChatIds, lay_out_messages
 from usdm_sft.template.config import REFERENCE, Template
-from usdm_sft.template.special_tokens import BYTE_NEWLINE, CORRESPOND_TOKEN, TemplateTokens
+from usdm_sft.template.row_form import NO_IDS, Piece, as_ids, place_of
+from usdm_sft.template.special_tokens import BYTE_NEWLINE, TemplateTokens
+from usdm_sft.template.text_encoder import lay_out_turns
 from usdm_sft.template.tokenizer import MAX_UNITS, ustm_tokens
 
 # In the order of a row. Each part but the frame includes the token that ends it.
@@ -100,28 +103,19 @@ def _parts_of_exchange(template: Template) -> list[int]:
 def _find_parts_of_chat(
     ids: npt.NDArray[np.integer], tokens: TemplateTokens, template: Template, chat: ChatIds
 ) -> npt.NDArray[np.int64]:
-    """Walk through the messages: frames have known lengths, and each part ends with a known id that is not inside it."""
-    names = list(ROW_PARTS)
+    """Walk through the pieces of a row: what is fixed has a known length, and each part ends where the next piece begins."""
     parts = np.full(len(ids), FRAME, dtype=np.int64)
     number = _count_exchanges(ids, chat)
-    frames = iter(chat.frames.around(max(number, 0)))
     end = 0
-    for _ in range(number):
-        for part in template.parts:
-            if part in template.parts[:2]:
-                end += len(next(frames))
+    for position in range(number):
+        pieces = lay_out_messages(chat, tokens, template, place_of(position, number))
+        for index, (part, fixed) in enumerate(pieces):
             start = end
-            if part == template.parts[-1]:
-                stop_id = chat.stop_id
-            elif (token := separator(part, template)) is not None:
-                stop_id = tokens.correspond if token == CORRESPOND_TOKEN else tokens.continue_
-            else:
-                found = _index(ids, chat.frames.before_assistant[0][0], start)
-                parts[start:found] = names.index(part)
-                end = found
-                continue
-            end = _index(ids, stop_id, start) + 1
-            parts[start:end] = names.index(part)
+            if fixed is not None:
+                end += len(fixed)
+            elif (following := pieces[index + 1].ids) is not None:
+                end = _index(ids, following[0], start)
+            parts[start:end] = FRAME if part is None else list(ROW_PARTS).index(part)
     return parts
 
 
@@ -157,38 +151,30 @@ class AnswerStage(NamedTuple):
 
 
 def make_stages(
-    tokens: TemplateTokens,
-    template: Template,
-    agent_heading: tuple[int, ...],
-    tokenizer: Tokenizer | None = None,
-    stop_ids: Mapping[str, int] | None = None,
+    pieces: Sequence[Piece], tokens: TemplateTokens, template: Template, tokenizer: Tokenizer | None = None
 ) -> tuple[AnswerStage, ...]:
     """Make a stage for each part of the template but the first, which is given.
 
     Args:
+        pieces: Those of an exchange (`RowForm.exchanges`).
         tokens: The ids of the template.
         template: Its parts and the form of tokenization.
-        agent_heading: The ids of the agent's heading.
         tokenizer: The tokenizer of the ids; the reference's form needs none.
-        stop_ids: The id after each part; by default as under headings. In a chat template, no ids are between two parts.
     """
     stages = []
-    for part in template.parts[1:]:
-        stop_id = _stop_id(part, tokens, template) if stop_ids is None else stop_ids[part]
+    for index, (part, ids) in enumerate(pieces):
+        if part is None or ids is not None or part == template.parts[0]:
+            continue
+        rest = takewhile(lambda piece: piece.ids is not None, pieces[index + 1 :])
+        fixed = [piece.ids for piece in rest if piece.ids is not None]
+        stop_id, *following = np.concatenate(fixed).tolist()
         if tokenizer is None or template.tokenization == "reference":
             blocked = _block_as_reference(part, stop_id, tokens)
         else:
             blocked = _block(part, stop_id, tokens, tokenizer)
-        following = agent_heading if part == "user_text" and part != template.parts[-1] else ()
-        stages.append(AnswerStage(NAMES[part], stop_id, blocked, following))
+        is_last = part == template.parts[-1]
+        stages.append(AnswerStage(NAMES[part], stop_id, blocked, () if is_last else tuple(following)))
     return tuple(stages)
-
-
-def _stop_id(part: str, tokens: TemplateTokens, template: Template) -> int:
-    if part == "agent_units":
-        return tokens.end_of_units[0]
-    is_spoken = part == "agent_text" and "agent_units" in template.parts
-    return tokens.correspond if is_spoken else tokens.newline
 
 
 def _block_as_reference(part: str, stop_id: int, tokens: TemplateTokens) -> tuple[tuple[int, int | None], ...]:
@@ -218,20 +204,15 @@ def _not_text(tokenizer: Tokenizer, tokens: TemplateTokens) -> set[int]:
     return added | broken
 
 
-def _ranges(ids: Iterable[int]) -> list[tuple[int, int]]:
+def _ranges(ids: Sequence[int]) -> list[tuple[int, int]]:
     """Ranges of neighbouring ids; [1, 2, 5] -> [(1, 3), (5, 6)]."""
-    ranges: list[tuple[int, int]] = []
-    for token_id in ids:
-        if ranges and ranges[-1][1] == token_id:
-            ranges[-1] = (ranges[-1][0], token_id + 1)
-        else:
-            ranges.append((token_id, token_id + 1))
-    return ranges
+    runs = np.split(np.array(ids, np.int64), np.flatnonzero(np.diff(ids) > 1) + 1)
+    return [(int(run[0]), int(run[-1]) + 1) for run in runs if len(run)]
 
 
 _USTM = ustm_tokens()
 # "### Agent\n" after a newline, in USTM's tokenizer.
-_AGENT_HEADING = (27332, 23393, _USTM.newline)
+_AGENT_HEADING = as_ids((27332, 23393, _USTM.newline))
 
 # The stages of the inference in naver-ai/usdm.
-REFERENCE_STAGES = make_stages(_USTM, REFERENCE, _AGENT_HEADING)
+REFERENCE_STAGES = make_stages(lay_out_turns(NO_IDS, _AGENT_HEADING, _USTM, REFERENCE), _USTM, REFERENCE)

@@ -10,15 +10,13 @@ A piece is the text of a turn or a line of fixed words. The two forms of tokeniz
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-import numpy as np
-import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from usdm_sft.template.config import Template
-from usdm_sft.template.exchanges import Exchange
+from usdm_sft.template.row_form import Ids, Piece, RowForm, Surroundings, as_ids
 from usdm_sft.template.special_tokens import TemplateTokens
 
 
@@ -41,37 +39,51 @@ class TextEncoder:
         self._refused = frozenset({*added, *tokens.unknown})
         self._decoded = added | ({tokens.newline: "\n"} if separate else {})
 
-    def encode(self, texts: Sequence[str], after_newline: Sequence[bool]) -> list[npt.NDArray[np.int32]]:
-        """Encode lines of text.
+    def encode(self, texts: Sequence[str], surroundings: Sequence[Surroundings]) -> list[Ids | None]:
+        """Encode lines of text in one call of the tokenizer.
 
         Args:
             texts: One line each, without the newline at its end.
-            after_newline: True for a text that follows a newline of the template, False for one after a token for units.
+            surroundings: Of each text.
 
         Returns:
-            (num_tokens,) int32 ids of each text.
+            (num_tokens,) int32 ids of each text; None where `Surroundings.cut` has none.
+        """
+        strings = [around.before + text + around.after for text, around in zip(texts, surroundings, strict=True)]
+        encodings = self._tokenizer.encode_batch(strings, add_special_tokens=False)
+        cut = zip(texts, encodings, surroundings, strict=True)
+        return [around.cut(text, encoding.ids) for text, encoding, around in cut]
+
+    def encode_words(self, text: str, *, after_newline: bool = False) -> Ids:
+        """The ids of fixed words of the template, which end with a newline and may have several lines.
+
+        Raises:
+            ValueError: The tokenizer does not know the words.
         """
         if self._separate:
-            encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-            return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
-        strings = [f"\n{text}\n" if after else f"{text}\n" for text, after in zip(texts, after_newline, strict=True)]
-        encodings = self._tokenizer.encode_batch(strings, add_special_tokens=False)
-        # Without the newlines around the text, and without the "▁" that the tokenizer puts before the first newline.
-        return [
-            np.array(encoding.ids[2 if after else 0 : -1], dtype=np.int32)
-            for encoding, after in zip(encodings, after_newline, strict=True)
-        ]
+            first, *others = self._tokenizer.encode_batch(text.split("\n"), add_special_tokens=False)
+            ids = as_ids([*first.ids, *(i for line in others for i in (self._tokens.newline, *line.ids))])
+        elif after_newline:
+            around = self.surround(after_newline=True)
+            encoded = self._tokenizer.encode(around.before + text, add_special_tokens=False).ids
+            ids = as_ids(encoded[len(around.before_ids) :])
+        else:
+            ids = as_ids(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        if problem := self.problem(text, ids):
+            raise ValueError(f"the template's words {text!r}: a part {problem}: choose other words")
+        return ids
 
-    def encode_words(self, text: str, *, after_newline: bool = False) -> npt.NDArray[np.int32]:
-        """The ids of fixed words that end with a newline and may have several lines."""
-        if not self._separate:
-            ids = self._tokenizer.encode("\n" + text if after_newline else text, add_special_tokens=False).ids
-            return np.array(ids[2 if after_newline else 0 :], dtype=np.int32)
-        first, *others = self.encode(lines := text.split("\n"), [True] * len(lines))
-        newline = np.array([self._tokens.newline], dtype=np.int32)
-        return np.concatenate([first, *(ids for line in others for ids in (newline, line))])
+    def surround(self, *, after_newline: bool) -> Surroundings:
+        """The surroundings of a line of text: after a newline of the template, or after a token for units."""
+        if self._separate:
+            return Surroundings()
+        newline = ("\n", (self._tokens.newline,))
+        # The tokenizer puts "▁" before a newline at the beginning of a string, as it does after units.
+        return (
+            Surroundings("\n", self._tokens.end_of_units, *newline) if after_newline else Surroundings("", (), *newline)
+        )
 
-    def problem(self, text: str, ids: npt.NDArray[np.int32]) -> str | None:
+    def problem(self, text: str, ids: Ids) -> str | None:
         """Say why the ids do not stand for the text, or None where they do. The reference's form knows every text."""
         if not self._separate:
             return None
@@ -101,77 +113,42 @@ class TextEncoder:
         return ["".join([texts[part] if isinstance(part, int) else part for part in row]) for row in parts]
 
 
-class Headings:
-    """Lays out exchanges under headings, such as "### User".
-
-    Args:
-        text_encoder: Encodes the texts.
-        tokens: The ids of the template.
-        template: The words and the parts.
+def make_heading_form(encoder: TextEncoder, tokens: TemplateTokens, template: Template) -> RowForm:
+    """The form of rows with exchanges under headings, such as "### User".
 
     Raises:
-        ValueError: The tokenizer does not know the words.
+        ValueError: The tokenizer does not know the words of the template.
     """
-
-    def __init__(self, text_encoder: TextEncoder, tokens: TemplateTokens, template: Template):
-        self._text_encoder = text_encoder
-        self._parts = template.parts
-        turns = (tuple(part for part in template.parts if part.startswith(role)) for role in ("user", "agent"))
-        self._turns = [parts for parts in turns if parts]
-        has_user_turn = template.parts[0].startswith("user_")
-        heading = template.user_heading if has_user_turn else f"\n{template.agent_heading}"
-        self.opening, self.closing = _array(tokens.opening), _array(tokens.closing)
-        self._correspond, self._newline = _array([tokens.correspond]), _array([tokens.newline])
-        self._end_of_units, self._after_units = _array(tokens.end_of_units[:1]), _array(tokens.end_of_units[1:])
-        self._open = self._encode_words(template.instruction + heading)
-        self._next = self._encode_words(heading, after_newline=True)
-        self._agent_heading = self._encode_words(template.agent_heading, after_newline=True)
-
-    @property
-    def agent_heading(self) -> tuple[int, ...]:
-        """The ids of the agent's heading after a newline."""
-        return tuple(self._agent_heading.tolist())
-
-    def _encode_words(self, text: str, *, after_newline: bool = False) -> npt.NDArray[np.int32]:
-        ids = self._text_encoder.encode_words(text, after_newline=after_newline)
-        if problem := self._text_encoder.problem(text, ids):
-            raise ValueError(f"the template's words {text!r}: a part {problem}: choose other words")
-        return ids
-
-    def encode(self, texts: Sequence[str], parts: Sequence[tuple[str, int]]) -> Sequence[npt.NDArray[np.int32] | None]:
-        """Encode texts, with the arguments of `ChatForm.encode`. The place of an exchange does not matter."""
-        # A transcript follows the user's speech; every other text follows the newline of a heading.
-        after_newline = [part == "agent_text" or "user_units" not in self._parts for part, _ in parts]
-        return self._text_encoder.encode(texts, after_newline)
-
-    def pieces(
-        self, exchange: Exchange, position: int, number: int
-    ) -> Iterator[tuple[npt.NDArray[np.int32], str | None]]:
-        """The pieces of an exchange, each with the part that it belongs to, up to the first part that the exchange lacks.
-
-        The stop token of a part belongs to it.
-
-        Args:
-            exchange: Units and texts as ids.
-            position: Of the exchange in the row.
-            number: Number of exchanges in the row.
-        """
-        heading = self._next if position else self._open
-        for parts in self._turns:
-            yield heading, None
-            for part in parts:
-                if part not in exchange:
-                    return
-                yield exchange[part], part
-                if part != parts[-1]:
-                    yield self._correspond, part
-                elif part.endswith("_text"):
-                    yield self._newline, part
-                else:
-                    yield self._end_of_units, part
-                    yield self._after_units, None
-            heading = self._agent_heading
+    heading = template.user_heading if template.parts[0].startswith("user_") else f"\n{template.agent_heading}"
+    opening = encoder.encode_words(template.instruction + heading)
+    following = encoder.encode_words(heading, after_newline=True)
+    agent_heading = encoder.encode_words(template.agent_heading, after_newline=True)
+    exchanges = tuple(
+        lay_out_turns(words, agent_heading, tokens, template) for words in (opening, opening, following, following)
+    )
+    # A transcript follows the user's speech; every other text follows the newline of a heading.
+    surroundings = {
+        (part, place): encoder.surround(after_newline=part == "agent_text" or "user_units" not in template.parts)
+        for part in template.parts
+        for place in range(len(exchanges))
+    }
+    return RowForm(as_ids(tokens.opening), exchanges, as_ids(tokens.closing), surroundings)
 
 
-def _array(ids: Sequence[int]) -> npt.NDArray[np.int32]:
-    return np.array(ids, dtype=np.int32)
+def lay_out_turns(heading: Ids, agent_heading: Ids, tokens: TemplateTokens, template: Template) -> tuple[Piece, ...]:
+    """The pieces of an exchange after its first heading and, if the user has a turn too, the agent's."""
+    pieces: list[Piece] = []
+    for role in ("user", "agent"):
+        parts = [part for part in template.parts if part.startswith(role)]
+        if parts:
+            pieces.append(Piece(None, agent_heading if pieces else heading))
+        for part in parts:
+            pieces.append(Piece(part))
+            if part != parts[-1]:
+                pieces.append(Piece(part, as_ids([tokens.correspond])))
+            elif part.endswith("_text"):
+                pieces.append(Piece(part, as_ids([tokens.newline])))
+            else:
+                stop_id, *others = tokens.end_of_units
+                pieces += [Piece(part, as_ids([stop_id])), Piece(None, as_ids(others))]
+    return tuple(pieces)

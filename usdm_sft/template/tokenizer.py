@@ -95,10 +95,9 @@ def load_tokenizer(
     """
     if str(name_or_path) == OFFLINE:
         return build_tokenizer()
+    hub = {"cache_dir": model_cache_dir, "revision": revision, "token": token, "repo_type": repo_type}
     place = f"{name_or_path}/{subfolder}" if subfolder else str(name_or_path)
-    tokenizer = open_tokenizer(
-        name_or_path, subfolder, model_cache_dir=model_cache_dir, revision=revision, token=token, repo_type=repo_type
-    )
+    tokenizer = _open_tokenizer(str(name_or_path), subfolder, hub)
     with naming_errors(place):
         if is_ustm(tokenizer.backend_tokenizer):
             check_tokenizer(tokenizer.backend_tokenizer, place)
@@ -200,7 +199,7 @@ def build_tokenizer(
     if not 1 <= num_units <= MAX_UNITS:
         raise ValueError(f"num_units is {num_units}: give a number from 1 to {MAX_UNITS}")
     if str(base) != OFFLINE:
-        opened = open_tokenizer(base, model_cache_dir=model_cache_dir)
+        opened = _open_tokenizer(str(base), None, {"cache_dir": model_cache_dir, "repo_type": "model"})
         with naming_errors(str(base)):
             return add_units(opened, num_units, str(base))
     try:
@@ -282,36 +281,17 @@ def describe_tokenizer(name_or_path: str | Path, tokens: TemplateTokens, chat: C
     return {"name": None if is_folder else str(name_or_path), "num_units": tokens.num_units, **ids}
 
 
-PAD_TOKEN = "<pad>"
-
-
-def open_tokenizer(
-    name_or_path: str | Path,
-    subfolder: str | None = None,
-    *,
-    model_cache_dir: str | Path | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-    repo_type: str = "model",
-) -> PreTrainedTokenizerFast:
-    """Open tokenizer.json as it is; with the arguments of `load_tokenizer`.
-
-    Raises:
-        OSError: The tokenizer cannot be found or downloaded.
-        ValueError: The tokenizer cannot be opened.
-    """
-    hub = {"cache_dir": model_cache_dir, "revision": revision, "token": token, "repo_type": repo_type}
-    _require_tokenizer_json(str(name_or_path), subfolder, hub)
+def _open_tokenizer(name_or_path: str, subfolder: str | None, hub: dict[str, Any]) -> PreTrainedTokenizerFast:
+    """Open tokenizer.json as it is; `hub` has the arguments of `hf_hub_download`. Raises what `load_tokenizer` raises."""
+    source = _find_source(name_or_path, subfolder, hub)
     from transformers import PreTrainedTokenizerFast
 
-    place = f"{name_or_path}/{subfolder}" if subfolder else str(name_or_path)
+    place = f"{name_or_path}/{subfolder}" if subfolder else name_or_path
+    options: dict[str, Any] = {"revision": hub.get("revision") or "main", "token": hub.get("token")}
     try:
         with naming_errors(place):
             tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
-                _find_folder(str(name_or_path), subfolder, hub),
-                cache_dir=model_cache_dir,
-                revision=revision or "main",
-                token=token,
+                source, cache_dir=hub["cache_dir"], **options
             )
     except OSError:
         raise
@@ -323,12 +303,16 @@ def open_tokenizer(
     return tokenizer
 
 
-def _require_tokenizer_json(name_or_path: str, subfolder: str | None, hub: dict[str, Any]) -> None:
-    """Refuse a source without tokenizer.json, for which transformers would convert other files, to other ids."""
+def _find_source(name_or_path: str, subfolder: str | None, hub: dict[str, Any]) -> str:
+    """Return what transformers opens: a folder, or the name of a model repository. It has no names for dataset repositories.
+
+    A source without tokenizer.json is refused, because transformers would convert other files, to other ids.
+    """
+    folder = Path(name_or_path, subfolder or "")
     if Path(name_or_path).is_dir():
-        if not (folder := Path(name_or_path, subfolder or "")).joinpath("tokenizer.json").is_file():
+        if not (folder / "tokenizer.json").is_file():
             raise FileNotFoundError(f"{folder} has no tokenizer.json: name a folder with a fast tokenizer")
-        return
+        return str(folder)
     try:
         hf_hub_download(name_or_path, "tokenizer.json", subfolder=subfolder, **hub)
     except (OSError, HFValidationError) as error:
@@ -336,12 +320,6 @@ def _require_tokenizer_json(name_or_path: str, subfolder: str | None, hub: dict[
             f"tokenizer {name_or_path} is not a folder and cannot be fetched from the Hub ({first_line(error)}): check the "
             f"name and the network, or use {OFFLINE!r}, which is built offline"
         ) from error
-
-
-def _find_folder(name_or_path: str, subfolder: str | None, hub: dict[str, Any]) -> str:
-    """Return what transformers opens: a folder, or the name of a model repository. It has no names for dataset repositories."""
-    if Path(name_or_path).is_dir():
-        return str(Path(name_or_path, subfolder or ""))
     if subfolder is None and hub["repo_type"] == "model":
         return name_or_path
     files = [f"{subfolder}/{name}" if subfolder else name for name in ("*.json", "chat_template.jinja")]
@@ -367,7 +345,7 @@ def add_units(tokenizer: PreTrainedTokenizerFast, num_units: int, name: str) -> 
         if (found := tokenizer.backend_tokenizer.token_to_id(token)) is not None:
             raise ValueError(f"{name} has the token {token} already (id {found}): name the tokenizer of a base model")
     if tokenizer.pad_token is None:
-        tokenizer.add_special_tokens({"pad_token": AddedToken(PAD_TOKEN, normalized=False, special=True)})
+        tokenizer.add_special_tokens({"pad_token": AddedToken("<pad>", normalized=False, special=True)})
     if find_newline(plain_copy(tokenizer.backend_tokenizer)) is None:
         tokenizer.add_tokens([AddedToken("\n", normalized=False)])
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in new], special_tokens=True)

@@ -80,52 +80,41 @@ def title(row: Mapping[str, Any]) -> str:
 def _text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
     """The text of the tokens with nothing hidden: newlines as ⏎, the "▁" after the agent's units as itself."""
     pieces: list[str] = []
-    for is_unit, run in groupby(ids, key=lambda token_id: _is_unit(token_id, tokenizer)):
-        if is_unit:
-            units = [tokenizer.id_to_token(token_id) or "" for token_id in run]
-            if len(units) > 2 * SHOWN_UNITS + 1:
-                left_out = f" … {len(units) - 2 * SHOWN_UNITS} units … "
-                units = [*units[:SHOWN_UNITS], left_out, *units[-SHOWN_UNITS:]]
-            pieces += units
-        else:
-            pieces.append(_spell(list(run), tokenizer))
+    for is_unit, run in groupby(ids, key=lambda token_id: _token(token_id, tokenizer).startswith("<|unit")):
+        if not is_unit:
+            pieces.append(printable(_spell([*run], tokenizer)).replace("\n", "⏎\n"))
+            continue
+        units = [_token(token_id, tokenizer) for token_id in run]
+        if len(units) > 2 * SHOWN_UNITS + 1:
+            left_out = f" … {len(units) - 2 * SHOWN_UNITS} units … "
+            units = [*units[:SHOWN_UNITS], left_out, *units[-SHOWN_UNITS:]]
+        pieces += units
     return "".join(pieces)
 
 
-def _is_unit(token_id: int, tokenizer: Tokenizer) -> bool:
-    return token_id >= 0 and (tokenizer.id_to_token(token_id) or "").startswith("<|unit")
-
-
-def has_own_decoder(tokenizer: Tokenizer) -> bool:
-    """True if tokens of text are no text themselves, as "Ġyes" of a byte-level tokenizer and "##ing" of WordPiece."""
-    decoder = tokenizer.decoder.__getstate__() if tokenizer.decoder is not None else b""
-    return b"ByteLevel" in decoder or b"WordPiece" in decoder
-
-
-def _spell_run(are_added: bool, ids: list[int], tokenizer: Tokenizer) -> str:
-    """The text of tokens that are all added tokens, or all not."""
-    size = tokenizer.get_vocab_size()
-    if are_added:
-        text = "".join(tokenizer.id_to_token(token_id) or "" for token_id in ids)
-    elif all(0 <= token_id < size for token_id in ids):
-        text = tokenizer.decode(ids, skip_special_tokens=False)
-    else:
-        text = "".join(tokenizer.id_to_token(i) or "" if 0 <= i < size else f"<no token {i}>" for i in ids)
-    return printable(text).replace("\n", "⏎\n")
+def _token(token_id: int, tokenizer: Tokenizer) -> str:
+    token = tokenizer.id_to_token(token_id) if token_id >= 0 else None
+    return f"<no token {token_id}>" if token is None else token
 
 
 def _spell(ids: Sequence[int], tokenizer: Tokenizer) -> str:
     """The text of tokens that are not units; an id outside the vocabulary becomes "<no token N>"."""
-    if has_own_decoder(tokenizer):
-        added = tokenizer.get_added_tokens_decoder()
-        return "".join(_spell_run(kind, list(run), tokenizer) for kind, run in groupby(ids, key=added.__contains__))
-    spelled = b""
+    decoder = tokenizer.decoder.__getstate__() if tokenizer.decoder is not None else b""
+    if b"ByteLevel" in decoder or b"WordPiece" in decoder:  # tokens are no text themselves, as "Ġyes" and "##ing"
+        added, size = tokenizer.get_added_tokens_decoder(), tokenizer.get_vocab_size()
+        spelled = ""
+        for are_added, run in groupby(ids, key=added.__contains__):
+            tokens = [*run]
+            if are_added or not all(0 <= token_id < size for token_id in tokens):
+                spelled += "".join(_token(token_id, tokenizer) for token_id in tokens)
+            else:
+                spelled += tokenizer.decode(tokens, skip_special_tokens=False)
+        return spelled
+    content = b""
     for position, token_id in enumerate(ids):
-        token = tokenizer.id_to_token(token_id) if token_id >= 0 else None
-        if token is None:
-            token = f"<no token {token_id}>"
+        token = _token(token_id, tokenizer)
         if byte := _BYTE.fullmatch(token):
-            spelled += bytes([int(byte[1], 16)])
+            content += bytes([int(byte[1], 16)])
         else:
-            spelled += (token if token == "▁" and not position else token.replace("▁", " ")).encode()
-    return printable(spelled.decode(errors="backslashreplace")).replace("\n", "⏎\n")
+            content += (token if token == "▁" and not position else token.replace("▁", " ")).encode()
+    return content.decode(errors="backslashreplace")
