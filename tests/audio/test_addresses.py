@@ -89,12 +89,6 @@ def test_segment_has_the_samples_between_start_and_end(call, start, end, channel
     assert check_audio(format_address(call, start, end, channel))[:2] == (len(samples), 8000)
 
 
-def test_segment_has_the_waveform_of_a_cut_file(call, tmp_path):
-    samples, rate = soundfile.read(call, dtype="int16")
-    soundfile.write(tmp_path / "cut.wav", samples[4000:12_000, 1], rate, subtype="PCM_16")
-    assert np.array_equal(read_waveform(format_address(call, 0.5, 1.5, 1)), read_waveform(tmp_path / "cut.wav"))
-
-
 def test_several_recordings_in_turn(call, tmp_path):
     first, second = format_address(call, 0, 0.5, 0), format_address(call, 1.5, 2, 1)
     samples, _ = read_audio(f"{first}\n{second}")
@@ -105,17 +99,15 @@ def test_several_recordings_in_turn(call, tmp_path):
     assert check_audio(f"{first}\n{tmp_path / 'other.wav'}").problem == "has several sample rates (8000, 16000 Hz)"
 
 
-def test_neighbouring_segments_join_with_the_pause_between():
-    assert join_addresses("a.wav#t=1,2&channel=0", "a.wav#t=2.5,3&channel=0") == "a.wav#t=1,3&channel=0"
-    for second in ("a.wav#t=2.5,3&channel=1", "b.wav#t=2.5,3&channel=0", "a.wav#t=0,1&channel=0", "a.wav"):
-        assert join_addresses("a.wav#t=1,2&channel=0", second) == f"a.wav#t=1,2&channel=0\n{second}"
-    twice = join_addresses("a.wav#t=1,2", "a.wav#t=3,4")
-    assert join_addresses(twice, "a.wav#t=5,6") == "a.wav#t=1,6"
-
-
 @pytest.mark.parametrize(
     ("turns", "expected"),
     [
+        (["a#t=1,2&channel=0", "a#t=2.5,3&channel=0"], "a#t=1,3&channel=0"),  # with the pause between
+        (["a#t=1,2&channel=0", "a#t=2.5,3&channel=1"], "a#t=1,2&channel=0\na#t=2.5,3&channel=1"),
+        (["a#t=1,2&channel=0", "b#t=2.5,3&channel=0"], "a#t=1,2&channel=0\nb#t=2.5,3&channel=0"),
+        (["a#t=1,2&channel=0", "a#t=0,1&channel=0"], "a#t=1,2&channel=0\na#t=0,1&channel=0"),
+        (["a#t=1,2&channel=0", "a"], "a#t=1,2&channel=0\na"),
+        (["a#t=1,2", "a#t=3,4", "a#t=5,6"], "a#t=1,6"),
         (["a#t=1,5", "a#t=2,3"], "a#t=1,5"),  # contained
         (["a#t=2,3", "a#t=1,5"], "a#t=1,5"),
         (["a#t=1,3", "a#t=2,5"], "a#t=1,5"),

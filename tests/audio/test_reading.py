@@ -90,16 +90,6 @@ def test_resampling_on_the_device_has_the_right_length(monkeypatch, missing):
     assert resample_on("cpu", np.zeros(5, np.float32), 16_000).tolist() == [0.0] * 5
 
 
-def test_bad_audio(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none\.wav does not exist: correct the path"):
-        read_waveform(tmp_path / "none.wav")
-    (tmp_path / "text.wav").write_text("not audio")
-    with pytest.raises(AudioError, match=r"text\.wav is not audio that soundfile can read .*: replace the file"):
-        read_waveform(tmp_path / "text.wav")
+def test_bytes_that_are_not_audio():
     with pytest.raises(AudioError, match=r"audio bytes \(9 bytes\) is not audio"):
         read_waveform(b"not audio")
-    with pytest.raises(AudioError, match="cannot be read"):
-        read_waveform(tmp_path)
-    soundfile.write(tmp_path / "nan.wav", np.full(1000, np.nan, np.float32), 16_000, subtype="FLOAT")
-    with pytest.raises(AudioError, match=r"nan\.wav holds NaN or infinite samples"):
-        read_waveform(tmp_path / "nan.wav")

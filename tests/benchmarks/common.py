@@ -5,12 +5,22 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 # DailyTalk has 23,676 utterances of 3.04 s and 2,532 dialogs of 9.35 turns; a turn has 43.8 characters and 8.6 words. The lengths
 # are log-normal with the sigma of the transcripts' lengths.
 MEAN_SECONDS, SIGMA, TURNS, WORDS = 3.04, 0.66, 9.35, 8.6
+
+
+def convert_toy(folder: Path) -> Path:
+    """Convert the toy unit model of the demo."""
+    from tests.helpers import DEMO  # imports pyarrow, which tests.benchmarks.gpu does without
+    from usdm_sft.units.convert import convert
+
+    toy = DEMO / "unit_model"
+    return convert(toy / "checkpoint.pt", toy / "kmeans.npy", folder, model_config=toy / "config.json")
 
 
 def lengths(num: int, seed: int = 0) -> np.ndarray:

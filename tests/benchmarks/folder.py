@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, disable_progress_bars
 
-from tests.benchmarks.common import WORDS, lengths, machine, table
+from tests.benchmarks.common import WORDS, convert_toy, lengths, machine, table
 from tests.benchmarks.template import VOCABULARY
 from tests.helpers import DEMO
 from usdm_sft.audio.frames import SAMPLE_RATE, count_units
@@ -31,7 +31,6 @@ from usdm_sft.folder.writer import write_folder
 from usdm_sft.prepare.prepare import prepare
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import NUM_UNITS, load_tokenizer
-from usdm_sft.units.convert import convert
 from usdm_sft.utils.processes import ProcessPool, num_cores
 
 PAIRS = 8  # pairs of a dialog of DailyTalk
@@ -83,11 +82,8 @@ class Rows:
 def make_folder(folder: Path, num_rows: int) -> None:
     """Write a dataset folder with an eighth of its rows in the split test."""
     with tempfile.TemporaryDirectory() as work:
-        toy, root = DEMO / "unit_model", Path(work)
-        unit_model = convert(
-            toy / "checkpoint.pt", toy / "kmeans.npy", root / "model", model_config=toy / "config.json"
-        )
-        options = {"unit_model": str(unit_model), "pretrained_model_name_or_path": "mistral-common"}
+        root = Path(work)
+        options = {"unit_model": str(convert_toy(root / "model")), "pretrained_model_name_or_path": "mistral-common"}
         counts = prepare(
             data_dir=str(DEMO / "corpus"), output_path=str(root / "out"), cache_dir=str(root / "cache"), **options
         )

@@ -7,7 +7,6 @@ utterances have this length; `--dialogs 2532 --clip_seconds 0.1` has DailyTalk's
 """
 
 import argparse
-import functools
 import tempfile
 import time
 from pathlib import Path
@@ -16,12 +15,11 @@ import numpy as np
 import soundfile
 
 import usdm_sft.prepare.prepare as pipeline
-from tests.benchmarks.common import TURNS, lengths, machine, speechlike, table
-from tests.helpers import DEMO
+from tests.benchmarks.common import TURNS, convert_toy, lengths, machine, speechlike, table
+from tests.benchmarks.scale import Meter
 from usdm_sft.folder import verify, writer
 from usdm_sft.prepare import open_run, token_shards
 from usdm_sft.template.tokenizer import load_tokenizer
-from usdm_sft.units.convert import convert
 
 STAGES = (
     (open_run, "_open_corpus", "split lists, digests and headers of the audio"),
@@ -55,58 +53,31 @@ def write_corpus(root: Path, num_dialogs: int, clip_seconds: float | None) -> tu
     return num, total / 3600
 
 
-def watch(owner: object, name: str, stage: str, spent: dict[str, float], running: list[float]) -> None:
-    """Add the seconds of each call to `spent`, without those of watched calls inside it."""
-    function = getattr(owner, name)
-
-    @functools.wraps(function)
-    def timed(*positional, **named):
-        start = time.perf_counter()
-        running.append(0.0)
-        try:
-            return function(*positional, **named)
-        finally:
-            whole, inside = time.perf_counter() - start, running.pop()
-            spent[stage] = spent.get(stage, 0.0) + whole - inside
-            if running:
-                running[-1] += whole
-
-    setattr(owner, name, timed)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dialogs", type=int, default=200)
     parser.add_argument("--clip_seconds", type=float)
     parser.add_argument("--unit_model")
     args = parser.parse_args()
-    spent: dict[str, float] = {}
-    running: list[float] = []
-    for owner, name, stage in STAGES:
-        watch(owner, name, stage, spent, running)
-
     with tempfile.TemporaryDirectory() as work:
         root = Path(work)
         num, hours = write_corpus(root / "corpus", args.dialogs, args.clip_seconds)
-        toy = DEMO / "unit_model"
-        unit_model = args.unit_model or convert(
-            toy / "checkpoint.pt", toy / "kmeans.npy", root / "model", model_config=toy / "config.json"
-        )
+        unit_model = args.unit_model or convert_toy(root / "model")
         load_tokenizer("mistral-common")  # its imports are no stage
         results = []
         for run in ("first", "second, other folder"):
-            spent.clear()
-            start = time.perf_counter()
-            pipeline.prepare(
-                data_dir=str(root / "corpus"),
-                output_path=str(root / run),
-                unit_model=str(unit_model),
-                pretrained_model_name_or_path="mistral-common",
-                cache_dir=str(root / "cache"),
-            )
-            verify.verify(root / run)
-            whole = time.perf_counter() - start
-            results.append(spent | {"everything else": whole - sum(spent.values()), "whole": whole})
+            meter, start = Meter(), time.perf_counter()
+            with meter.watch_all(STAGES), meter.measure():
+                pipeline.prepare(
+                    data_dir=str(root / "corpus"),
+                    output_path=str(root / run),
+                    unit_model=str(unit_model),
+                    pretrained_model_name_or_path="mistral-common",
+                    cache_dir=str(root / "cache"),
+                )
+                verify.verify(root / run)
+            spent = {stage: each.seconds for stage, each in meter.stages.items()}
+            results.append(spent | {"whole": time.perf_counter() - start})
     print(f"{machine()}\n{args.dialogs} dialogs, {num:,} utterances, {hours:.2f} h\n")
     stages = list(results[0])
     table(["stage", "first run, s", "second run, s"], [[s, *(f"{r.get(s, 0):.2f}" for r in results)] for s in stages])

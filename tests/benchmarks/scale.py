@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import wave
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,9 +33,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import usdm_sft.prepare.prepare as pipeline
-from tests.benchmarks.common import TURNS, WORDS, lengths, machine, table
+from tests.benchmarks.common import TURNS, WORDS, convert_toy, lengths, machine, table
 from tests.benchmarks.template import VOCABULARY
-from tests.helpers import DEMO
 from usdm_sft.audio.addresses import parse_address
 from usdm_sft.audio.frames import SAMPLE_RATE, count_units
 from usdm_sft.corpus import left_out as bad_audio
@@ -44,7 +43,6 @@ from usdm_sft.folder import writer
 from usdm_sft.folder.verify import verify
 from usdm_sft.prepare import open_run, token_shards
 from usdm_sft.template.tokenizer import NUM_UNITS, load_tokenizer
-from usdm_sft.units.convert import convert
 from usdm_sft.units.folder import unit_model_digest
 from usdm_sft.units.settings import make_settings
 from usdm_sft.units.tokenizer import UnitTokenizer
@@ -136,6 +134,14 @@ class Meter:
 
         return watched
 
+    @contextmanager
+    def watch_all(self, stages: Iterable[tuple[object, str, str]]) -> Iterator[None]:
+        """Watch functions, each given by its owner, its name and its stage."""
+        with ExitStack() as patches:
+            for owner, name, stage in stages:
+                patches.enter_context(mock.patch.object(owner, name, self.watch(getattr(owner, name), stage)))
+            yield
+
 
 _STATUS = "/proc/self/status"
 _meter: Meter | None = None
@@ -209,8 +215,7 @@ def make_turns(num: int) -> Iterator[dict[str, Any]]:
 
 def write_inputs(root: Path, num: int, suffix: str) -> int:
     """Write a unit model, the manifests and the recordings, which are one number over and over; return how many recordings."""
-    toy = DEMO / "unit_model"
-    convert(toy / "checkpoint.pt", toy / "kmeans.npy", root / "model", model_config=toy / "config.json")
+    convert_toy(root / "model")
     root = root / "corpus"
     (root / "recordings").mkdir(parents=True)
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
@@ -238,19 +243,15 @@ def run_prepare(root: Path, num_proc: int = 1) -> dict[str, Any]:
     units = RandomUnits(
         model, unit_model_digest(model, root / "cache"), make_settings("cpu", "fp32", "soxr", None), "cpu"
     )
-    with ExitStack() as patches:
-        for owner, name, stage in STAGES:
-            patches.enter_context(mock.patch.object(owner, name, meter.watch(getattr(owner, name), stage)))
-        patches.enter_context(mock.patch.object(open_run, "_open_unit_model", lambda *_: units))
-        with meter.measure():
-            counts = pipeline.prepare(
-                data_dir=str(root / "corpus"),
-                output_path=str(root / "out"),
-                unit_model=str(model),
-                pretrained_model_name_or_path="mistral-common",
-                cache_dir=str(root / "cache"),
-                num_proc=num_proc,
-            )
+    with meter.watch_all(STAGES), mock.patch.object(open_run, "_open_unit_model", lambda *_: units), meter.measure():
+        counts = pipeline.prepare(
+            data_dir=str(root / "corpus"),
+            output_path=str(root / "out"),
+            unit_model=str(model),
+            pretrained_model_name_or_path="mistral-common",
+            cache_dir=str(root / "cache"),
+            num_proc=num_proc,
+        )
     return {
         "rows": sum(split["rows"] for split in counts["splits"].values()),
         "imported": imported,

@@ -25,6 +25,7 @@ from usdm_sft.cli.main import main
 from usdm_sft.corpus.dialogs import Dialog, Split, Utterance
 from usdm_sft.corpus.left_out import ALL_BAD, corpus_digest, leave_out
 from usdm_sft.prepare.prepare import prepare
+from usdm_sft.units import reading
 from usdm_sft.units.batches import plan_batches
 from usdm_sft.units.model import UnitModel
 from usdm_sft.units.settings import BATCH_SECONDS
@@ -246,15 +247,6 @@ def test_silence_has_units(path, unit_model):
     assert len(units) == 49
 
 
-@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000])
-@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT"])
-@pytest.mark.parametrize("channels", [1, 2])
-def test_every_usual_kind_is_good(path, rate, subtype, channels):
-    soundfile.write(path, noise(rate // 10, channels), rate, subtype=subtype)
-    assert check_audio(path) == AudioCheck(rate // 10, rate)
-    assert len(read_waveform(path)) == -(-(rate // 10) * 16_000 // rate)
-
-
 def test_odd_number_of_bytes_without_padding_is_good(path):
     with wave.open(str(path), "wb") as file:
         file.setparams((1, 1, 8000, 0, "NONE", ""))
@@ -310,16 +302,19 @@ def test_hour_of_audio_needs_little_memory(path, tmp_path, kind):
 # What becomes of the pairs
 
 
-@pytest.fixture
-def corpus(tmp_path, mini):
-    """A copy with three kinds of bad audio: in the middle, at both ends, and one of a pair. The rest is good."""
-    corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
+def spoil(corpus):
+    """Give a copy of the corpus three kinds of bad audio: in the middle, at both ends, and one of a pair. The rest is good."""
     data = corpus / "data"
     (data / "8" / "2_1_d8.wav").unlink()  # of five turns the third
     (data / "3" / "0_0_d3.wav").write_bytes(b"")
     (data / "3" / "3_1_d3.wav").write_text("not audio")
     (data / "20" / "1_0_d20.wav").write_bytes((data / "20" / "1_0_d20.wav").read_bytes()[:-2])
     return corpus
+
+
+@pytest.fixture
+def corpus(tmp_path, mini):
+    return spoil(shutil.copytree(mini / "corpus", tmp_path / "corpus"))
 
 
 SHORT = "is cut short (its header promises {:,} bytes of samples, {:,} are there)"
@@ -343,13 +338,17 @@ def left_out(mini):
 KEPT = ["d3_1", "d8_0", "d8_3", "d77_0", "d77_1"]
 
 
-@pytest.fixture
-def run(unit_model, tmp_path):
-    def run(corpus, output="out", **changes):
-        given = {"data_dir": str(corpus), "output_path": str(tmp_path / output)} | changes
-        return tmp_path / output, prepare(**options(corpus.parent, unit_model, tmp_path, **given))
-
-    return run
+@pytest.fixture(scope="module")
+def skipped(mini, unit_model, tmp_path_factory):
+    """A run that leaves out the bad audio: the folder of `corpus`, `cache` and `out`, the counts, and the recordings that were read."""
+    root, read, real = tmp_path_factory.mktemp("skipped"), [], reading.read_waveform
+    corpus = spoil(shutil.copytree(mini / "corpus", root / "corpus"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            reading, "read_waveform", lambda source, *more: read.append(os.path.basename(source)) or real(source, *more)
+        )
+        counts = prepare(**options(mini, unit_model, root, data_dir=str(corpus), on_bad_audio="skip"))
+    return root, counts, read
 
 
 def test_error_names_twenty_files_at_most(corpus, tmp_path):
@@ -365,15 +364,14 @@ def test_error_names_twenty_files_at_most(corpus, tmp_path):
     assert str(caught.value).split("\n")[20:] == ["... and 9 more problems"]
 
 
-@pytest.mark.slow
-def test_skip_leaves_out_exactly_the_pairs_with_bad_audio(run, corpus, mini):
-    whole, _ = run(mini / "corpus", "whole")
-    output, counts = run(corpus, on_bad_audio="skip")
+def test_skip_leaves_out_exactly_the_pairs_with_bad_audio(skipped, finished, mini):
+    root, counts, _ = skipped
+    output, whole = root / "out", datasets.load_dataset(str(finished / "out"))
     rows = datasets.load_dataset(str(output), split="train")
     assert rows["id"][:] == KEPT
-    all_rows = {row["id"]: row for row in datasets.load_dataset(str(whole), split="train")}
+    all_rows = {row["id"]: row for row in whole["train"]}
     assert [dict(row) for row in rows] == [all_rows[name] for name in KEPT]
-    assert datasets.load_dataset(str(output), split="test")[:] == datasets.load_dataset(str(whole), split="test")[:]
+    assert datasets.load_dataset(str(output), split="test")[:] == whole["test"][:]
 
     train = counts["splits"]["train"]
     assert train["pairs_left_out"] == left_out(mini)
@@ -390,47 +388,39 @@ def test_skip_leaves_out_exactly_the_pairs_with_bad_audio(run, corpus, mini):
     assert "- d8_1: audio of 2_1_d8: does not exist\n" in card
 
 
-def test_skip_reads_no_bad_audio_and_makes_no_empty_units(run, corpus, monkeypatch):
-    from usdm_sft.units import reading
-
-    read = []
-    real = reading.read_waveform
-    monkeypatch.setattr(
-        reading, "read_waveform", lambda source, *more: read.append(os.path.basename(source)) or real(source, *more)
-    )
-    output, _ = run(corpus, on_bad_audio="skip")
+def test_skip_reads_no_bad_audio_and_makes_no_empty_units(skipped):
+    root, _, read = skipped
     # 0_1_d20 is good, but no pair is left that it is in.
-    assert not {"2_1_d8.wav", "0_0_d3.wav", "3_1_d3.wav", "1_0_d20.wav", "0_1_d20.wav"} & set(read)
-    rows = datasets.load_dataset(str(output), split="train")
+    assert read and not {"2_1_d8.wav", "0_0_d3.wav", "3_1_d3.wav", "1_0_d20.wav", "0_1_d20.wav"} & set(read)
+    rows = datasets.load_dataset(str(root / "out"), split="train")
     assert all(len(row["user_units"]) > 0 and len(row["agent_units"]) > 0 for row in rows)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shard_dialogs", [2, 64])
-def test_skip_does_not_depend_on_the_size_of_work_shards(run, corpus, shard_dialogs):
-    output, counts = run(corpus, "one", on_bad_audio="skip")
-    other, others = run(corpus, "other", on_bad_audio="skip", shard_dialogs=shard_dialogs)
-    assert datasets.load_dataset(str(output))["train"][:] == datasets.load_dataset(str(other))["train"][:]
-    assert counts["splits"] == others["splits"]
+def test_skip_does_not_depend_on_the_size_of_work_shards(skipped, mini, unit_model, tmp_path):
+    root, counts, _ = skipped
+    given = options(mini, unit_model, tmp_path, data_dir=str(root / "corpus"), on_bad_audio="skip", shard_dialogs=2)
+    assert prepare(**given)["splits"] == counts["splits"]
+    found, expected = (datasets.load_dataset(str(folder / "out"), split="train") for folder in (tmp_path, root))
+    assert found[:] == expected[:]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shard_dialogs", [1, 2])
-def test_repaired_file_redoes_only_its_own_work_shard(run, corpus, mini, tmp_path, shard_dialogs):
-    output, before = run(corpus, on_bad_audio="skip", shard_dialogs=shard_dialogs)
-    level = tmp_path / "cache" / "units"
+def test_repaired_file_redoes_only_its_own_work_shard(skipped, mini, unit_model, tmp_path):
+    root, before, _ = skipped
+    folder = shutil.copytree(root, tmp_path / "run")
+    name, corpus, level = "data/20/1_0_d20.wav", folder / "corpus", folder / "cache" / "units"
     finished = set(level.glob("*.arrow"))
-    shutil.copyfile(mini / "corpus" / "data" / "20" / "1_0_d20.wav", corpus / "data" / "20" / "1_0_d20.wav")
-    output, after = run(corpus, on_bad_audio="skip", shard_dialogs=shard_dialogs, overwrite=True)
+    shutil.copyfile(mini / "corpus" / name, corpus / name)
+    after = prepare(**options(mini, unit_model, folder, data_dir=str(corpus), on_bad_audio="skip", overwrite=True))
     assert len(set(level.glob("*.arrow")) - finished) == 1
     assert before["key"] != after["key"]
-    assert "d20_0" in datasets.load_dataset(str(output), split="train")["id"][:]
+    assert "d20_0" in datasets.load_dataset(str(folder / "out"), split="train")["id"][:]
     assert "d20_0" not in after["splits"]["train"]["pairs_left_out"]
 
 
-def test_skip_of_a_good_corpus_is_the_same_folder(run, mini):
-    output, counts = run(mini / "corpus")
-    assert run(mini / "corpus", on_bad_audio="skip") == (output, counts)  # up to date
+def test_skip_of_a_good_corpus_is_the_same_folder(finished, mini, unit_model, monkeypatch):
+    counts = json.loads((finished / "out" / "counts.json").read_text())
+    monkeypatch.setattr("usdm_sft.prepare.prepare.load_rows", None)
+    assert prepare(**options(mini, unit_model, finished, on_bad_audio="skip")) == counts  # up to date
 
 
 def test_too_long_and_bad_pairs_are_counted_apart(corpus, unit_model, tmp_path, capsys):

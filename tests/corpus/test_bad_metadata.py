@@ -263,7 +263,7 @@ def test_list_that_is_not_a_file_is_refused(path, make):
 NUMBERS = st.integers(0, 10**9 - 1).map(str)
 TEXTS = st.text(max_size=40).filter(lambda text: "|" not in text and text_problem(text) is None)
 FIELDS = st.text(string.ascii_letters + " {}'", max_size=10)
-RELAXED = settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RELAXED = settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @st.composite

@@ -1,6 +1,7 @@
 """prepare() of whole conversations and of pairs with earlier exchanges, from the corpus to the folder."""
 
 import json
+import shutil
 
 import datasets
 import pytest
@@ -24,8 +25,14 @@ CONVERSATIONS = {
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    return tmp_path_factory.mktemp("conversations")
+def work(dataset_folder, finished, tmp_path_factory):
+    """A folder whose `cache` has the units of the mini corpus: no test here may read audio or compute a forward pass."""
+    folder = tmp_path_factory.mktemp("conversations")
+    shutil.copytree(dataset_folder.parent / "cache" / "units", folder / "cache" / "units")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UnitModel, "forward", None)
+        patch.setattr("usdm_sft.units.reading.read_waveform", None)
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +47,8 @@ def run(work, mini, unit_model):
 
 
 @pytest.fixture(scope="module")
-def single(run):
-    return rows_of(run("single")[0])
+def single(dataset_folder):
+    return rows_of(dataset_folder)
 
 
 @pytest.fixture(scope="module")
@@ -49,19 +56,24 @@ def multi(run):
     return run("multi", config_name="multi_turn")
 
 
+@pytest.fixture(scope="module")
+def history(run):
+    return run("history", history=1)
+
+
 def rows_of(folder, split="train", **options):
     loaded = datasets.load_dataset(str(folder), split=split, cache_dir=str(folder.parent / "datasets"), **options)
     return {row["id"]: row for row in loaded}
 
 
-def test_config_file_gives_the_conversations_of_the_reference(work, mini, unit_model, capsys):
+def test_config_file_gives_the_conversations_of_the_reference(multi, work, mini, unit_model, capsys):
     config = str(REPOSITORY / "configs" / "multi_turn.yaml")
-    more = ["--config", config, "--output_path", str(work / "by-command"), "--shard_dialogs", "64"]
+    more = ["--config", config, "--output_path", str(multi[0]), "--shard_dialogs", "64"]
     main([*command(mini, unit_model, work)[3:], *more])
     out = capsys.readouterr().out
     assert "train: 7 rows from 4 dialogs" in out and "cut:" not in out
     expected = {example["exchanges"][0]["user_text"]: example for example in EXAMPLES}
-    found = {split: rows_of(work / "by-command", split) for split in ("train", "test")}
+    found = {split: rows_of(multi[0], split) for split in ("train", "test")}
     assert {split: list(rows) for split, rows in found.items()} == CONVERSATIONS
     for row in (found["train"] | found["test"]).values():
         example = expected.pop(row["user_text"][0])
@@ -105,14 +117,9 @@ def test_counts_of_conversations(multi, single):
     assert (train["pairs_left_out"], train["rows_cut"]) == ({}, {})
 
 
-@pytest.mark.slow
-def test_other_rows_need_no_forward_pass(single, run, monkeypatch):
-    monkeypatch.setattr(UnitModel, "forward", None)
-    monkeypatch.setattr("usdm_sft.units.reading.read_waveform", None)
-    run("no-audio-0", config_name="multi_turn")
-    run("no-audio-1", config_name="multi_turn", max_length=450)
-    run("no-audio-2", history=1)
-    run("no-audio-3", history=2, template=Template(loss=["agent_text"]))
+def test_other_rows_need_no_forward_pass(multi, history):
+    assert UnitModel.forward is None
+    assert [counts["splits"]["train"]["rows"] for _, counts in (multi, history)] == [7, 10]
 
 
 def test_command_reports_rows_that_were_cut(work, mini, unit_model, capsys):
@@ -144,8 +151,8 @@ def test_conversations_that_are_too_long(run, multi, single, encoder, overflow):
         assert rows[name]["user_text"] == [single[name]["user_text"]]
 
 
-def test_earlier_exchanges_are_context(run, single, multi):
-    output, counts = run("history", history=1)
+def test_earlier_exchanges_are_context(history, single, multi):
+    output, counts = history
     rows, conversations = rows_of(output), rows_of(multi[0])
     assert list(rows) == list(single)
     for name, row in rows.items():
@@ -173,11 +180,10 @@ def test_context_is_cut_before_the_pair(run, single):
     }
 
 
-@pytest.mark.parametrize(
-    "options", [{"config_name": "multi_turn", "template": Template(agent_role="Robot")}, {"history": 1}]
-)
-def test_folder_is_enough_to_encode_again(run, tokenizer, options):
-    output, _ = run("again-" + next(iter(options)), **options)
+@pytest.mark.parametrize("kind", ["multi_turn", "history"])
+def test_folder_is_enough_to_encode_again(run, history, tokenizer, kind):
+    robot = {"config_name": "multi_turn", "template": Template(agent_role="Robot")}
+    output, _ = history if kind == "history" else run("robot", **robot)
     settings = json.loads((output / "counts.json").read_text())["settings"]
     encoder = TemplateEncoder(tokenizer, Template(**settings["template"]), last_exchange_only=settings["history"] > 0)
     rows = datasets.load_dataset(str(output), split="train", cache_dir=str(output.parent / "datasets"))
@@ -185,8 +191,9 @@ def test_folder_is_enough_to_encode_again(run, tokenizer, options):
     assert again["input_ids"][:] == rows["input_ids"][:] and again["labels"][:] == rows["labels"][:]
 
 
-def test_output_does_not_depend_on_the_size_of_work_shards(run, multi):
-    output, _ = run("one-dialog-a-shard", config_name="multi_turn", shard_dialogs=1)
+def test_output_does_not_depend_on_the_size_of_work_shards(run, multi, finished, work):
+    cache = shutil.copytree(finished / "cache" / "units", work / "other" / "units").parent
+    output, _ = run("one-dialog-a-shard", config_name="multi_turn", shard_dialogs=1, cache_dir=str(cache))
     assert rows_of(output) == rows_of(multi[0])
 
 

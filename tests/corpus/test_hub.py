@@ -208,41 +208,41 @@ def test_the_first_twenty_bad_rows_are_named(snapshot, tmp_path, monkeypatch):
         fetch_corpus("hub:user/calls", tmp_path / "cache")
 
 
-@pytest.mark.parametrize("zipped", [False, True])
-def test_audio_folder_on_the_hub_is_read(tmp_path, zipped):
+def test_audio_folder_on_the_hub_is_read(tmp_path):
     """`datasets` names the downloaded files, or the members of the downloaded archive."""
     files = {f"{turn}.wav": wav(turn) for turn in range(2)}
     rows = [ROW | {"turn": turn, "speaker": "AB"[turn], "file_name": f"{turn}.wav"} for turn in range(2)]
     files["metadata.jsonl"] = "\n".join(map(json.dumps, rows)).encode()
-    if zipped:
-        with zipfile.ZipFile(tmp_path / "train.zip", "w") as file:
-            for name, content in files.items():
-                file.writestr(name, content)
-        files = {"train.zip": (tmp_path / "train.zip").read_bytes()}
+    zipped = io.BytesIO()
+    with zipfile.ZipFile(zipped, "w") as file:
+        for name, content in files.items():
+            file.writestr(name, content)
     # datasets 5 imports torchcodec before it looks at an audio file, but uses nothing of it here.
     (tmp_path / "torchcodec").mkdir()
     (tmp_path / "torchcodec" / "__init__.py").touch()
     (tmp_path / "torchcodec" / "encoders.py").write_text("class AudioEncoder: pass\n")
     (tmp_path / "torchcodec" / "decoders.py").write_text("class AudioDecoder: pass\nclass VideoDecoder: pass\n")
     server, hub, url = serve()
-    repo = hub.create("datasets", "tester/calls", False)
-    hub.commit(repo, "main", {f"train/{name}": ("reg", content) for name, content in files.items()}, [], "data", None)
+    for repository, served in (("tester/files", files), ("tester/zip", {"train.zip": zipped.getvalue()})):
+        changes = {f"train/{name}": ("reg", content) for name, content in served.items()}
+        hub.commit(hub.create("datasets", repository, False), "main", changes, [], "data", None)
     environment = os.environ | {
         "HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0",
         "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{tmp_path}",
     }  # fmt: skip
-    code = (
-        "from usdm_sft.audio.addresses import open_file\nfrom usdm_sft.corpus.read import read_corpus\n"
-        "from usdm_sft.corpus.hub_corpus import check_data_files, fetch_corpus\n"
-        "import hashlib\n"
-        "[dialog] = read_corpus(fetch_corpus('hub:tester/calls'))['train'].dialogs\n"
-        "print([hashlib.sha256(open_file(u.audio).read()).hexdigest()[:8] for u in dialog.utterances])"
-    )
+    code = """
+import hashlib
+from usdm_sft.audio.addresses import open_file
+from usdm_sft.corpus.hub_corpus import fetch_corpus
+from usdm_sft.corpus.read import read_corpus
+for name in ("files", "zip"):
+    [dialog] = read_corpus(fetch_corpus(f"hub:tester/{name}"))["train"].dialogs
+    print(*(hashlib.sha256(open_file(u.audio).read()).hexdigest() for u in dialog.utterances))
+"""
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
     server.shutdown()
-    assert done.stdout.strip() == str([hashlib.sha256(wav(turn)).hexdigest()[:8] for turn in range(2)]), done.stderr[
-        -2000:
-    ]
+    expected = " ".join(hashlib.sha256(wav(turn)).hexdigest() for turn in range(2))
+    assert done.stdout.splitlines() == [expected, expected], done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(

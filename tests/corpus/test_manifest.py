@@ -19,7 +19,7 @@ import soundfile
 
 from dailytalk_usdm import DailyTalkUSDM, load_dataset
 from tests.code_blocks import find_code
-from tests.helpers import REPOSITORY, options, page_data
+from tests.helpers import REPOSITORY, content, options, page_data
 from tests.mini_hub import serve
 from usdm_sft.audio.reading import read_waveform
 from usdm_sft.corpus.manifest import read_manifest
@@ -337,13 +337,6 @@ def test_table_with_a_bad_row_keeps_order_of_problems(tmp_path):
     assert len(turns.dialogs["d"]) == 196
 
 
-def test_all_problems_are_reported_at_once(tmp_path):
-    rows = [row | {"turn": "x", "channel": "y"} for row in rows_of()]
-    with pytest.raises(CorpusError) as raised:
-        read_corpus({"train": write_jsonl(tmp_path / "m.jsonl", rows)})
-    assert len(raised.value.problems) == 12
-
-
 def test_named_agent_is_never_the_user(tmp_path):
     turns = [("d", i, speaker, f"text {i}") for i, speaker in enumerate("ABCABC")]
     turns += [("e", i, speaker, "text") for i, speaker in enumerate("AB")] + [("f", 0, "C", "x"), ("f", 1, "A", "y")]
@@ -380,11 +373,10 @@ def test_overlapping_turns_that_are_merged_are_heard_once(tmp_path):
     assert [(u.text, len(read_waveform(u.audio))) for u in dialog.utterances] == [("t0 t1", 64_000), ("t2", 16_000)]
 
 
-@pytest.fixture
-def calls(mini, tmp_path):
+@pytest.fixture(scope="module")
+def stereo(mini, tmp_path_factory):
     """The mini corpus as telephone calls: a stereo file a dialog, speaker 0 left and 1 right, a pause between the turns."""
-    folder = tmp_path / "calls"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("calls")
     for split in ("train", "test"):
         rows = []
         for dialog in read_corpus({split: mini / "corpus" / f"{split}.txt"}, data_dir=mini / "corpus")[split].dialogs:
@@ -408,29 +400,41 @@ def calls(mini, tmp_path):
     return folder
 
 
+@pytest.fixture
+def calls(stereo, tmp_path):
+    """A copy of the calls that a test may change."""
+    return shutil.copytree(stereo, tmp_path / "calls")
+
+
 def run(data_dir, output, unit_model, tmp_path, **changes):
     given = {"data_dir": str(data_dir), "output_path": str(output), "shard_dialogs": 64} | changes
     return prepare(**options(Path(data_dir), unit_model, tmp_path, **given))
 
 
-def lines(folder, tmp_path):
+@pytest.fixture(scope="module")
+def prepared(stereo, unit_model, tmp_path_factory):
+    """A folder with `out`, made of the calls, and its `cache`."""
+    root = tmp_path_factory.mktemp("prepared")
+    run(stereo, root / "out", unit_model, root)
+    return root
+
+
+def assert_lines_of_the_reference(folder, mini, tmp_path):
     export_text(folder, tmp_path / "text")
-    return {split: sorted((tmp_path / "text" / f"{split}.txt").read_text().split("\n")) for split in ("train", "test")}
+    for split in ("train", "test"):
+        found, expected = (
+            sorted((path / f"{split}.txt").read_text().split("\n")) for path in (tmp_path / "text", mini / "expected")
+        )
+        assert found == expected
 
 
-def test_telephone_calls_give_the_lines_of_the_reference(calls, mini, unit_model, tmp_path):
+def test_telephone_calls_give_the_lines_of_the_reference(stereo, prepared, mini, unit_model, tmp_path):
     """Cut out of stereo calls, the mini corpus is the mini corpus: ids and labels, to the last."""
-    rates = {soundfile.info(path).samplerate for path in (mini / "corpus" / "data").rglob("*.wav")}
-    mono = {soundfile.info(path).channels for path in (mini / "corpus" / "data").rglob("*.wav")}
-    counts = run(calls, tmp_path / "out", unit_model, tmp_path)
-    expected = {
-        split: sorted((mini / "expected" / f"{split}.txt").read_text().split("\n")) for split in ("train", "test")
-    }
-    assert rates and mono == {1}
-    assert lines(tmp_path / "out", tmp_path) == expected
-    assert verify(tmp_path / "out") == {"train": 10, "test": 3}
-    assert counts["corpus"] == "manifest"
-    card = (tmp_path / "out" / "README.md").read_text()
+    output = prepared / "out"
+    assert_lines_of_the_reference(output, mini, tmp_path)
+    assert verify(output) == {"train": 10, "test": 3}
+    assert json.loads((output / "counts.json").read_text())["corpus"] == "manifest"
+    card = (output / "README.md").read_text()
     assert "license: unknown" in card and "DailyTalk" not in card and "keonlee9420" not in card
     assert (
         "| sha256 of train manifest | `" in card
@@ -438,31 +442,30 @@ def test_telephone_calls_give_the_lines_of_the_reference(calls, mini, unit_model
     )
     for config, rows in (("multi_turn", 7), ("single_turn", 10)):
         history = int(config == "single_turn")
-        counts = run(calls, tmp_path / config, unit_model, tmp_path, config_name=config, history=history)
+        counts = run(stereo, tmp_path / config, unit_model, prepared, config_name=config, history=history)
         assert counts["splits"]["train"]["rows"] == rows
-    assert len(list((tmp_path / "cache" / "units").glob("*.arrow"))) == 2  # the same units for all three
+    assert len(list((prepared / "cache" / "units").glob("*.arrow"))) == 2  # the same units for all three
 
 
 @pytest.mark.parametrize("named", [".", "test.jsonl"])
-def test_page_plays_the_turns_of_a_call(calls, unit_model, tmp_path, named):
-    run(calls, tmp_path / "out", unit_model, tmp_path)
-    write_page(tmp_path / "out", tmp_path / "page.html", split="test", num_examples=1, data_dir=calls / named)
+def test_page_plays_the_turns_of_a_call(stereo, prepared, tmp_path, named):
+    write_page(prepared / "out", tmp_path / "page.html", split="test", num_examples=1, data_dir=stereo / named)
     recordings = page_data(tmp_path / "page.html")["recordings"]
     sounds = [base64.b64decode(recording["audio"]) for recording in recordings]
     durations = [soundfile.info(io.BytesIO(sound)).duration for sound in sounds]
-    row = datasets.load_dataset(str(tmp_path / "out"), split="test", cache_dir=str(tmp_path / "datasets"))[0]
+    row = datasets.load_dataset(str(prepared / "out"), split="test", cache_dir=str(tmp_path / "datasets"))[0]
     assert durations == pytest.approx([row["user_seconds"], row["agent_seconds"]], abs=0.01)
 
 
-def test_bad_turn_of_a_call_is_left_out(calls, unit_model, tmp_path):
+def test_bad_turn_of_a_call_is_left_out(calls, prepared, unit_model, tmp_path):
     rows = [json.loads(line) for line in (calls / "test.jsonl").read_text().splitlines()]
     rows[2]["end"] = 1000
     write_jsonl(calls / "test.jsonl", rows)
     with pytest.raises(
         ValueError, match=r"utterance d105_2: audio file .*d105\.wav#t=.* is to be cut up to 1000 s, but has"
     ):
-        run(calls, tmp_path / "out", unit_model, tmp_path)
-    counts = run(calls, tmp_path / "out", unit_model, tmp_path, on_bad_audio="skip")
+        run(calls, tmp_path / "out", unit_model, prepared)
+    counts = run(calls, tmp_path / "out", unit_model, prepared, on_bad_audio="skip")
     assert list(counts["splits"]["test"]["pairs_left_out"]) == ["d105_1"]
 
 
@@ -491,19 +494,15 @@ def archive(mini, tmp_path):
     return path
 
 
-@pytest.mark.slow
-def test_the_zip_of_dailytalk_is_read_without_unpacking(archive, mini, unit_model, tmp_path):
+def test_the_zip_of_dailytalk_is_read_without_unpacking(archive, mini, dataset_folder, unit_model, tmp_path):
+    cache = shutil.copytree(dataset_folder.parent / "cache", tmp_path / "cache")
     run(archive, tmp_path / "out", unit_model, tmp_path)
-    run(mini / "corpus", tmp_path / "plain", unit_model, tmp_path)
-    assert len(list((tmp_path / "cache" / "units").glob("*.arrow"))) == 2  # the same digests, the same shards
-    for path in (tmp_path / "plain").rglob("*"):
-        assert (
-            path.is_dir() or path.read_bytes() == (tmp_path / "out" / path.relative_to(tmp_path / "plain")).read_bytes()
-        )
+    assert len(list((cache / "units").glob("*.arrow"))) == 2  # the same digests, the same shards
+    assert content(tmp_path / "out") == content(dataset_folder)
     assert not list(tmp_path.rglob("*.wav"))
     pages = [tmp_path / "zip.html", tmp_path / "plain.html"]
     write_page(tmp_path / "out", pages[0], data_dir=archive)
-    write_page(tmp_path / "plain", pages[1], data_dir=mini / "corpus")
+    write_page(dataset_folder, pages[1], data_dir=mini / "corpus")
     assert page_data(pages[0]) == page_data(pages[1])
 
 
@@ -524,14 +523,14 @@ def test_archive_without_recordings_is_refused(tmp_path, unit_model):
 
 
 @pytest.mark.slow
-def test_corpus_on_the_hub_gives_the_lines_of_the_reference(calls, mini, unit_model, tmp_path):
+def test_corpus_on_the_hub_gives_the_lines_of_the_reference(stereo, mini, unit_model, tmp_path):
     """Rows with audio in them, pushed to the stand-in, come back as the lines of the reference."""
     server, hub, url = serve()
     repo = hub.create("datasets", "tester/calls", False)
     for split in ("train", "test"):
-        rows = [json.loads(line) for line in (calls / f"{split}.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (stereo / f"{split}.jsonl").read_text().splitlines()]
         for row in rows:
-            row["audio"] = {"bytes": (calls / row["audio"]).read_bytes(), "path": row["audio"]}
+            row["audio"] = {"bytes": (stereo / row["audio"]).read_bytes(), "path": row["audio"]}
         features = datasets.Features(
             {name: datasets.Audio() if name == "audio" else datasets.Value("string") for name in rows[0]}
             | {"turn": datasets.Value("int32"), "start": datasets.Value("float64"), "end": datasets.Value("float64"), "channel": datasets.Value("int8")}
@@ -553,33 +552,23 @@ def test_corpus_on_the_hub_gives_the_lines_of_the_reference(calls, mini, unit_mo
         "--pretrained_model_name_or_path", "mistral-common", "--data_dir",
     ]  # fmt: skip
 
-    def run_code(*lines):
-        command = [sys.executable, "-c", "\n".join(["from usdm_sft.cli.main import main", *lines])]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-
-    made = run_code(
-        f"main({[*arguments, 'hub:tester/calls']})",
+    code = [
         "import dailytalk_usdm",
+        "from usdm_sft.cli.main import main",
         "from usdm_sft.folder.page import write_page",
+        *[f"main({[*arguments, 'hub:tester/calls']})"] * 2,
         "print(write_page('out', 'page.html', data_dir='hub:tester/calls'))",
         "print(dailytalk_usdm.load_dataset('hub:tester/calls', split='test')['id'][:])",
-    )
-    assert made.returncode == 0, made.stderr[-2000:]
-    assert made.stdout.splitlines()[-2:] == ["10", "['d105_0', 'd105_1', 'd2001_0']"]
-    assert len(page_data(tmp_path / "page.html")["recordings"]) == 14  # each utterance once
-    again = run_code(
-        f"main({[*arguments, 'hub:tester/calls']})",
-        "print('again')",
         f"main({[*arguments, 'hub:tester/nothing']})",
-    )
+    ]
+    command = [sys.executable, "-c", "\n".join(code)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     server.shutdown()
-    assert again.stdout.splitlines()[-1:] == ["again"], again.stderr[-2000:]
-    assert again.returncode == 1
-    assert "dataset tester/nothing cannot be loaded from the Hub" in again.stderr.splitlines()[-1]
-    expected = {
-        split: sorted((mini / "expected" / f"{split}.txt").read_text().split("\n")) for split in ("train", "test")
-    }
-    assert lines(tmp_path / "out", tmp_path) == expected
+    assert done.stdout.splitlines()[-2:] == ["10", "['d105_0', 'd105_1', 'd2001_0']"], done.stderr[-2000:]
+    assert len(page_data(tmp_path / "page.html")["recordings"]) == 14  # each utterance once
+    assert done.returncode == 1
+    assert "dataset tester/nothing cannot be loaded from the Hub" in done.stderr.splitlines()[-1]
+    assert_lines_of_the_reference(tmp_path / "out", mini, tmp_path)
     assert len(list((tmp_path / "cache" / "hub").glob("*/manifest.jsonl"))) == 2
 
 

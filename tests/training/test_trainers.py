@@ -1,9 +1,6 @@
 """Every trainer takes the rows as they are, and its first loss equals the one computed by hand."""
 
-import json
 import re
-import subprocess
-import sys
 
 import pytest
 
@@ -16,9 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from tests.code_blocks import small_environment
 from tests.helpers import REPOSITORY, loss_by_hand, tiny_mistral
-from tests.mini_hub import serve
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import load_tokenizer
 from usdm_sft.training import REFERENCE_STAGES, PaddingCollator, PaddingFreeCollator, StepLogitsProcessor, next_prompt
@@ -65,13 +60,12 @@ def test_trainer(dataset_folder, tokenizer, expected, tmp_path, streaming, paddi
     assert abs(first_loss(trainer) - expected) < 1e-4
 
 
-@BOTH
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"packing": True}, {"padding_free": True, "max_length": None}],
-    ids=["padding", "packing", "padding-free"],
+    ("options", "streaming"),
+    [({}, False), ({}, True), ({"packing": True}, True), ({"padding_free": True, "max_length": None}, False)],
+    ids=["padding-map", "padding-streaming", "packing-streaming", "padding-free-map"],
 )
-def test_sft_trainer(dataset_folder, tokenizer, expected, tmp_path, streaming, options):
+def test_sft_trainer(dataset_folder, tokenizer, expected, tmp_path, options, streaming):
     changes = {"max_length": 8192, "packing_strategy": "bfd", "gradient_checkpointing": False, **options}
     if options.get("packing"):
         changes["per_device_train_batch_size"] = 1  # all three rows in one
@@ -138,16 +132,19 @@ def test_a_trained_model_generates_its_training_example(dataset_folder, tokenize
 
 
 @pytest.mark.slow
-def test_trl_command(workplace):
-    command = [
-        *[sys.executable, "-c", "from trl.cli import main; main()", "sft", "--config", "configs/trl_sft.yaml"],
-        *["--model_name_or_path", "naver-ai/USTM", "--dataset_name", "dailytalk-usdm-data", "--output_dir", "trl-out"],
-        *["--max_steps", "2", "--use_cpu", "true", "--bf16", "false", "--logging_steps", "1", "--dtype", "float32"],
+def test_trl_command(workplace, monkeypatch, capsys):
+    """The script that `trl sft` starts, with its parser, in this process."""
+    from trl.scripts import sft
+
+    monkeypatch.chdir(workplace)
+    arguments = [
+        *["--config", "configs/trl_sft.yaml", "--model_name_or_path", "naver-ai/USTM", "--output_dir", "trl-out"],
+        *["--dataset_name", "dailytalk-usdm-data", "--dataset_train_split", "test", "--max_steps", "2"],
+        *["--use_cpu", "true", "--bf16", "false", "--logging_steps", "1", "--dtype", "float32"],
     ]
-    done = subprocess.run(command, cwd=workplace, env=small_environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(re.findall(r"'loss': ", done.stdout)) == 2
-    saved = load_tokenizer(workplace / "trl-out")
+    sft.main(*sft.make_parser().parse_args_and_config(arguments))
+    assert len(re.findall(r"'loss': ", capsys.readouterr().out)) == 2
+    saved = load_tokenizer("trl-out")
     assert saved("<|correspond|> yes").input_ids == [1, 32_001, 28_705, 5_081]
 
 
@@ -165,25 +162,3 @@ def test_streaming_splits_over_ranks_and_workers(dataset_folder):
     parts = [[row["id"] for row in split_dataset_by_node(stream, rank, 2)] for rank in range(2)]
     assert sorted(parts[0] + parts[1]) == whole and [len(part) for part in parts] == [5, 5]
     assert sorted(row["id"] for row in DataLoader(stream, batch_size=None, num_workers=2)) == whole
-
-
-@pytest.mark.slow
-def test_rows_loaded_from_the_hub_equal_those_of_the_folder(dataset_folder, tmp_path):
-    """The folder is uploaded to a stand-in of the Hub and loaded by name, plain and streaming."""
-    server, _, url = serve()
-    script = f"""
-import datasets, huggingface_hub, json
-api = huggingface_hub.HfApi()
-api.create_repo("tester/dailytalk", repo_type="dataset")
-api.upload_folder(folder_path={str(dataset_folder)!r}, repo_id="tester/dailytalk", repo_type="dataset")
-plain = datasets.load_dataset("tester/dailytalk", split="test")
-streamed = datasets.load_dataset("tester/dailytalk", split="test", streaming=True)
-print(json.dumps([list(plain), list(streamed)]))
-"""
-    hub = {"HF_ENDPOINT": url, "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-    environment = small_environment() | hub | {"HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    server.shutdown()
-    assert done.returncode == 0, done.stderr[-3000:]
-    plain, streamed = json.loads(done.stdout.splitlines()[-1])
-    assert plain == streamed == list(load(dataset_folder))

@@ -6,7 +6,7 @@ from usdm_sft.units.tokenizer import UnitTokenizer
 
 DAMAGE = {
     "cut": lambda text: text[:-5],
-    "other number": lambda text: text.replace("19", "18"),
+    "other number": lambda text: text.replace('"utterances": 3', '"utterances": 2'),
     "number": lambda text: "5",
 }
 
@@ -22,9 +22,9 @@ def paths(mini):
 
 
 def test_damaged_agreement_is_measured_again(tokenizer, paths, tmp_path):
-    audio = audio_digests(paths[:19], tmp_path)
+    audio = audio_digests(paths[:3], tmp_path)
     first = measure_agreement(tokenizer, audio, tmp_path)
-    assert first["utterances"] == 19
+    assert first["utterances"] == 3
     [file] = (tmp_path / "agreement").glob("*.json")
     written = file.read_text()
     for name, damage in DAMAGE.items():

@@ -14,18 +14,11 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from transformers import Wav2Vec2Config, Wav2Vec2Model
 
-from tests.helpers import FIXTURES
+from tests.units.small_models import UNITS, Evil, convert_small
 from usdm_sft.units import convert as module
 from usdm_sft.units import published
-from usdm_sft.units.convert import convert
 from usdm_sft.units.published import find_unit_model
 from usdm_sft.utils import download
-
-UNITS = FIXTURES / "units"
-
-
-def convert_small(folder, checkpoint=UNITS / "model_fairseq.pt", kmeans=UNITS / "kmeans.npy", **options):
-    return convert(checkpoint, kmeans, folder, **{"model_config": UNITS / "config.json", "layer": 5} | options)
 
 
 def changed(path, change):
@@ -128,11 +121,6 @@ def test_link_beside_the_folder_is_not_followed(tmp_path):
     convert_small(tmp_path / "model")
     assert (tmp_path / "precious" / "thesis.txt").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "precious"]
-
-
-class Evil:
-    def __reduce__(self):
-        return (print, ("code ran",))
 
 
 @pytest.mark.parametrize(

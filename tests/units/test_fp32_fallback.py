@@ -6,30 +6,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from tests.helpers import options
+from tests.units.small_models import change_file, edit_weights
 from usdm_sft.audio.frames import num_frames
 from usdm_sft.audio.reading import read_waveform
 from usdm_sft.prepare.prepare import prepare
 from usdm_sft.units.batches import normalize
 from usdm_sft.units.model import UnitModel
 from usdm_sft.units.tokenizer import UnitTokenizer
-from usdm_sft.utils.files import sha256_file
 
 LAYER = "encoder.layers.1.feed_forward."
 LARGEST_FP16 = 65_504
-
-
-def change_weights(folder, change):
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors")
-    path = folder / "unit_model.json"
-    description = json.loads(path.read_text())
-    description["files"]["model.safetensors"] = sha256_file(folder / "model.safetensors")
-    path.write_text(json.dumps(description))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +45,8 @@ def loud(unit_model, mini, tmp_path_factory):
         weights[f"{LAYER}output_dense.weight"] /= scale
 
     folder = shutil.copytree(unit_model, tmp_path_factory.mktemp("loud") / "model")
-    return change_weights(folder, change), first
+    change_file(folder, "model.safetensors", edit_weights(change))
+    return folder, first
 
 
 def test_an_utterance_that_overflows_gets_the_units_of_fp32(loud, mini, caplog):
@@ -80,7 +69,8 @@ def test_an_utterance_that_overflows_gets_the_units_of_fp32(loud, mini, caplog):
 
 def test_overflow_in_fp32_too_names_the_utterance(unit_model, tmp_path):
     folder = shutil.copytree(unit_model, tmp_path / "model")
-    change_weights(folder, lambda weights: weights[f"{LAYER}intermediate_dense.weight"].fill_(3e38))
+    fill = edit_weights(lambda weights: weights[f"{LAYER}intermediate_dense.weight"].fill_(3e38))
+    change_file(folder, "model.safetensors", fill)
     waveforms = [np.random.default_rng(0).standard_normal(1000).astype(np.float32)]
     for precision in ("fp32", "fp16"):
         tokenizer = UnitTokenizer.from_pretrained(folder, device="cpu", precision=precision)
@@ -91,14 +81,15 @@ def test_overflow_in_fp32_too_names_the_utterance(unit_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_utterances_that_overflow_are_in_counts_and_card(loud, mini, tmp_path, monkeypatch):
+def test_utterances_that_overflow_are_in_counts_and_card(loud, mini, finished, tmp_path, monkeypatch):
     folder, _ = loud
 
     def run(output, **changes):
         return prepare(**options(mini, folder, tmp_path, output_path=str(tmp_path / output), **changes))
 
-    assert [split["fp32_fallback"] for split in run("fp32")["splits"].values()] == [[], []]
-    assert "not finite" not in (tmp_path / "fp32" / "README.md").read_text()
+    in_fp32 = json.loads((finished / "out" / "counts.json").read_text())
+    assert [split["fp32_fallback"] for split in in_fp32["splits"].values()] == [[], []]
+    assert "not finite" not in (finished / "out" / "README.md").read_text()
     first = run("first", precision="fp16")
     assert {split: counts["fp32_fallback"] for split, counts in first["splits"].items()} == {
         "train": ["0_1_d20"],

@@ -12,21 +12,17 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from tests.helpers import FIXTURES
+from tests.units.small_models import change_file, convert_small, edit_weights, set_keys
 from usdm_sft.units import tokenizer as units
-from usdm_sft.units.convert import convert
 from usdm_sft.units.model import UnitModel
 from usdm_sft.units.tokenizer import UnitTokenizer
-from usdm_sft.utils.files import sha256_file
 
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
-    source, folder = FIXTURES / "units", tmp_path_factory.mktemp("unit_models") / "model"
-    checkpoint = [source / "model_fairseq.pt", source / "kmeans.npy", folder]
-    return convert(*checkpoint, model_config=source / "config.json", layer=5)
+    return convert_small(tmp_path_factory.mktemp("unit_models") / "model")
 
 
 @pytest.fixture
@@ -34,20 +30,8 @@ def folder(converted, tmp_path):
     return shutil.copytree(converted, tmp_path / "model")
 
 
-def change_file(folder, name, change):
-    """Change a file of a unit model folder and record its new digest, as an attacker can."""
-    change(folder / name)
-    description = json.loads((folder / "unit_model.json").read_text())
-    description["files"][name] = sha256_file(folder / name)
-    (folder / "unit_model.json").write_text(json.dumps(description))
-
-
-def set_keys(**keys):
-    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | keys))
-
-
 def set_weights(change):
-    return lambda path: save_file({name: change(tensor) for name, tensor in load_file(path).items()}, path)
+    return edit_weights(lambda weights: weights.update({name: change(tensor) for name, tensor in weights.items()}))
 
 
 def set_header(make):
@@ -99,15 +83,14 @@ HEADERS = [
 @pytest.mark.parametrize("header", HEADERS, ids=lambda header: header[:80])
 def test_npy_header_is_refused_with_little_memory(folder, tmp_path, header):
     change_file(folder, "kmeans.npy", lambda path: path.write_bytes(npy(header)))
-    source, kmeans, options = FIXTURES / "units", tmp_path / "k.npy", {"layer": 5}
+    kmeans = tmp_path / "k.npy"
     kmeans.write_bytes(npy(header))
-    options["model_config"] = source / "config.json"
     tracemalloc.start()
     try:
         with pytest.raises(ValueError, match=r"model is not what convert wrote .* convert the unit model again$"):
             UnitModel.from_pretrained(folder)
         with pytest.raises(ValueError, match=r"k\.npy (is|has) .*: (save|name) ") as raised:
-            convert(source / "model_fairseq.pt", kmeans, tmp_path / "made", **options)
+            convert_small(tmp_path / "made", kmeans=kmeans)
         assert "\n" not in str(raised.value) and tracemalloc.get_traced_memory()[1] < 20e6
     finally:
         tracemalloc.stop()
@@ -357,9 +340,7 @@ waveform = np.random.default_rng(0).standard_normal(int(sys.argv[2])).astype(np.
 tokenizer.tokenize_waveforms([waveform])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
-    source, folder = FIXTURES / "units", tmp_path / "one_layer"
-    checkpoint = [source / "model_fairseq.pt", source / "kmeans.npy", folder]
-    convert(*checkpoint, model_config=source / "config.json", layer=1)
+    folder = convert_small(tmp_path / "one_layer", layer=1)
     assert (2_560_079 % 320, 2_560_080 % 320) == (79, 80)
     masked, plain = (
         int(subprocess.run([sys.executable, "-c", code, folder, n], capture_output=True, check=True).stdout)

@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import (
     HubertConfig,
     HubertModel,
@@ -18,7 +18,8 @@ from transformers import (
     Wav2Vec2Model,
 )
 
-from tests.helpers import FIXTURES, options
+from tests.helpers import options
+from tests.units.small_models import UNITS, Evil, convert_small, edit_weights, set_keys
 from usdm_sft.audio.frames import num_frames
 from usdm_sft.cli.main import main
 from usdm_sft.prepare.prepare import prepare
@@ -215,16 +216,13 @@ def test_final_norm_gives_the_units_of_last_hidden_state(tmp_path):
 
 
 def test_final_norm_of_a_pt_file(tmp_path):
-    files = FIXTURES / "units"
-    options = {"model_config": files / "config.json", "layer": 6}
-    sources = files / "model_fairseq.pt", files / "kmeans.npy"
     waveform = torch.from_numpy(make_waveforms()[-1])[None]
     frames = torch.tensor([num_frames(waveform.shape[1])])
     normed, plain = (
-        UnitModel.from_pretrained(convert(*sources, tmp_path / str(final_norm), **options, final_norm=final_norm))
+        UnitModel.from_pretrained(convert_small(tmp_path / str(final_norm), layer=6, final_norm=final_norm))
         for final_norm in (True, False)
     )
-    weights = torch.load(sources[0], weights_only=True)["model"]
+    weights = torch.load(UNITS / "model_fairseq.pt", weights_only=True)["model"]
     norm = [weights[f"encoder.layer_norm.{part}"].float() for part in ("weight", "bias")]
     with torch.inference_mode():
         expected = torch.nn.functional.layer_norm(plain.features(waveform, frames), norm[0].shape, *norm)
@@ -322,7 +320,8 @@ def test_converting_again_leaves_the_folder(tmp_path, copy, source):
 
 
 def test_folder_opens_in_transformers_and_names_no_code(tmp_path, copy, source, capfd):
-    edit(copy / "config.json", _name_or_path="/me/model", auto_map={"AutoModel": "evil.Model"}, torch_dtype="float16")
+    keys = {"_name_or_path": "/me/model", "auto_map": {"AutoModel": "evil.Model"}, "torch_dtype": "float16"}
+    set_keys(**keys)(copy / "config.json")
     (copy / "evil.py").write_text("print('code ran')\nclass Model: pass\n")
     made = convert(copy, source[1], tmp_path / "m", layer=2)
     assert capfd.readouterr() == ("", "")
@@ -334,18 +333,8 @@ def test_folder_opens_in_transformers_and_names_no_code(tmp_path, copy, source, 
     assert not report["missing_keys"] and not report["unexpected_keys"]
 
 
-class Evil:
-    def __reduce__(self):
-        return (print, ("code ran",))
-
-
-def edit(path, **values):
-    """Change keys of a JSON file."""
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
 def config_with(**values):
-    return lambda folder: edit(folder / "config.json", **values)
+    return lambda folder: set_keys(**values)(folder / "config.json")
 
 
 def without(name):
@@ -353,12 +342,7 @@ def without(name):
 
 
 def weights_with(change):
-    def change_file(folder):
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-    return change_file
+    return lambda folder: edit_weights(change)(folder / "model.safetensors")
 
 
 def evil_bin(folder):
@@ -367,7 +351,7 @@ def evil_bin(folder):
 
 
 def preprocessor_with(**values):
-    return lambda folder: edit(folder / "preprocessor_config.json", **values)
+    return lambda folder: set_keys(**values)(folder / "preprocessor_config.json")
 
 
 NORM = "encoder.layer_norm"

@@ -23,12 +23,14 @@ from usdm_sft.units.batches import prepare_waveform
 from usdm_sft.units.reading import AudioReader
 from usdm_sft.units.tokenizer import UnitTokenizer, audio_seconds, group_by_seconds, stream_units
 
+NAMES = ("0_0_d3", "1_1_d3", "2_0_d3", "3_1_d3")
+
 
 @pytest.fixture
 def corpus_files(mini):
     """Paths of four utterances, and the reference's units of each."""
     expected = json.loads((mini / "expected" / "units.json").read_text())
-    paths = [mini / "corpus" / "data" / "3" / f"{name}.wav" for name in ("0_0_d3", "1_1_d3", "2_0_d3", "3_1_d3")]
+    paths = [mini / "corpus" / "data" / "3" / f"{name}.wav" for name in NAMES]
     return [str(path) for path in paths], [expected[path.stem] for path in paths]
 
 
@@ -42,21 +44,17 @@ def two_seconds(tmp_path):
     return paths
 
 
-def run_python(code, *args):
-    """Run a script with several torch threads; a script that hangs is an error."""
-    environment = os.environ | {"OMP_NUM_THREADS": "2"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=120, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+@pytest.fixture(scope="module")
+def forked(unit_model, mini):
+    """Units of `corpus_files` from processes that were forked after a call, and the number of torch's threads in such a process.
 
-
-@pytest.mark.slow
-def test_data_loader_that_forks_after_a_call(unit_model, corpus_files):
+    The forked process inherits torch without torch's threads. A script that hangs is an error.
+    """
     code = """
-import json, sys
+import json, multiprocessing, sys
+import torch
 from torch.utils.data import DataLoader
+from usdm_sft.audio.reading import read_waveform
 from usdm_sft.units.tokenizer import UnitTokenizer
 
 folder, *paths = sys.argv[1:]
@@ -71,41 +69,38 @@ class Units:
     def __getitem__(self, index):
         return tokenizer.tokenize_files([paths[index]])[0][0].tolist()
 
-loader = DataLoader(Units(), batch_size=None, num_workers=2, multiprocessing_context="fork")
-print(json.dumps(list(loader)))
-"""
-    paths, units = corpus_files
-    assert run_python(code, str(unit_model), *paths) == units
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("call", ["tokenize_files(paths)[0]", "tokenize_waveforms([read_waveform(p) for p in paths])"])
-def test_forked_process_without_a_data_loader(unit_model, corpus_files, call):
-    """The forked process inherits torch without torch's threads."""
-    code = f"""
-import json, multiprocessing, sys
-import torch
-from usdm_sft.audio.reading import read_waveform
-from usdm_sft.units.tokenizer import UnitTokenizer
-
-folder, *paths = sys.argv[1:]
-tokenizer = UnitTokenizer.from_pretrained(folder, device="cpu")
-tokenizer.tokenize_files(paths[:1])
+found = {"loader": list(DataLoader(Units(), batch_size=None, num_workers=2, multiprocessing_context="fork"))}
 torch.ones(1000, 1000) @ torch.ones(1000, 1000)
 context = multiprocessing.get_context("fork")
 queue = context.Queue()
 
 def work():
-    units = [units.tolist() for units in tokenizer.{call}]
-    queue.put((units, torch.get_num_threads()))
+    of_files, _ = tokenizer.tokenize_files(paths)
+    of_waveforms = tokenizer.tokenize_waveforms([read_waveform(path) for path in paths])
+    queue.put([[units.tolist() for units in each] for each in (of_files, of_waveforms)] + [torch.get_num_threads()])
 
 process = context.Process(target=work)
 process.start()
-print(json.dumps(queue.get()))
+found["files"], found["waveforms"], found["threads"] = queue.get()
 process.join()
+print(json.dumps(found))
 """
-    paths, units = corpus_files
-    assert run_python(code, str(unit_model), *paths) == [units, 1]
+    paths = [str(mini / "corpus" / "data" / "3" / f"{name}.wav") for name in NAMES]
+    command = [sys.executable, "-c", code, str(unit_model), *paths]
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_data_loader_that_forks_after_a_call(forked, corpus_files):
+    assert forked["loader"] == corpus_files[1]
+
+
+@pytest.mark.slow
+def test_forked_process_without_a_data_loader(forked, corpus_files):
+    assert forked["files"] == forked["waveforms"] == corpus_files[1] and forked["threads"] == 1
 
 
 def test_cuda_tokenizer_in_a_forked_process(unit_model, monkeypatch):

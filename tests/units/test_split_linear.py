@@ -106,10 +106,10 @@ def test_every_linear_layer_is_split(name, precision):
 
 @pytest.fixture(scope="module", params=["wav2vec2 pre-norm", "hubert pre-norm"])
 def many_frames(request):
-    """10,020 frames of noise, their float64 features and units, and how clear each unit is, as a share of the squares."""
-    waveforms = random(6, 1669 * 320 + 400)
+    """3,340 frames of noise, their float64 features and units, and how clear each unit is, as a share of the squares."""
+    waveforms = random(2, 1669 * 320 + 400)
     waveforms *= torch.linspace(0.2, 1, waveforms.shape[1])
-    frames = torch.full((6,), num_frames(waveforms.shape[1]))
+    frames = torch.full((2,), num_frames(waveforms.shape[1]))
     with torch.inference_mode():
         features = make_unit_model(request.param, "fp32").double().features(waveforms.double(), frames)
     rows = features.reshape(-1, features.shape[-1])
@@ -136,7 +136,7 @@ def test_features_and_units_are_those_of_float64(many_frames, precision, error, 
     assert finite.all()
     assert (features[0] - expected).norm() < error * expected.norm()
     clear = margins > rounding
-    assert clear.sum() >= 0.96 * len(units) and len(units) == 10_020
+    assert clear.sum() >= 0.96 * len(units) and len(units) == 3340
     assert torch.equal(found.reshape(-1)[clear].long(), units[clear])
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import json
-import multiprocessing.reduction
+import multiprocessing
 import operator
 import os
 import pickle
@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-import multiprocess.reduction
+import multiprocess
 import numpy as np
 import pytest
 import soundfile
@@ -21,38 +21,30 @@ from datasets.fingerprint import Hasher
 from soxr import resample
 from torch.nn.utils.rnn import pad_sequence
 
-from tests.helpers import FIXTURES, SHARED
+from tests.helpers import SHARED
+from tests.units.small_models import UNITS, convert_small
 from usdm_sft.audio.frames import num_frames
 from usdm_sft.audio.reading import AudioError
 from usdm_sft.units import reading
 from usdm_sft.units import tokenizer as module
 from usdm_sft.units.batches import normalize, padding_share, plan_batches
 from usdm_sft.units.columns import distinct_audio
-from usdm_sft.units.convert import convert
 from usdm_sft.units.model import UnitModel
 from usdm_sft.units.precision import fp32_precision
 from usdm_sft.units.tokenizer import UnitTokenizer
 
-sys.path.insert(0, str(FIXTURES / "units"))
+sys.path.insert(0, str(UNITS))
 from load import load
-
-
-def folder_of(tmp_path_factory, layout):
-    source = FIXTURES / "units"
-    folder = tmp_path_factory.mktemp("unit_models") / layout
-    return convert(
-        source / f"model_{layout}.pt", source / "kmeans.npy", folder, model_config=source / "config.json", layer=5
-    )
 
 
 @pytest.fixture(scope="module")
 def fairseq(tmp_path_factory):
-    return folder_of(tmp_path_factory, "fairseq")
+    return convert_small(tmp_path_factory.mktemp("unit_models") / "fairseq")
 
 
 @pytest.fixture(scope="module")
 def fairseq2(tmp_path_factory):
-    return folder_of(tmp_path_factory, "fairseq2")
+    return convert_small(tmp_path_factory.mktemp("unit_models") / "fairseq2", UNITS / "model_fairseq2.pt")
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +52,7 @@ def tokenizer(fairseq):
     return UnitTokenizer.from_pretrained(fairseq, device="cpu")
 
 
-@pytest.fixture(
-    scope="module", params=[FIXTURES / "units", pytest.param(SHARED / "oracle" / "units", marks=pytest.mark.oracle)]
-)
+@pytest.fixture(scope="module", params=[UNITS, pytest.param(SHARED / "oracle" / "units", marks=pytest.mark.oracle)])
 def golden(request):
     """Output of the real UnitExtractor: cases, waveforms and padded batches."""
     expected, waveforms = load(request.param)
@@ -127,8 +117,8 @@ def test_units_do_not_depend_on_batch_and_order(fairseq, golden, batch_seconds):
 
 def test_features_equal_the_reference(fairseq):
     model = UnitModel.from_pretrained(fairseq)
-    _, waveforms = load(FIXTURES / "units")
-    expected = np.load(FIXTURES / "units" / "features.npz")
+    _, waveforms = load(UNITS)
+    expected = np.load(UNITS / "features.npz")
     for name in ("len_719", "len_16079", "mix_0_16000"):
         waveform = normalize(torch.from_numpy(waveforms[name]))
         assert np.abs(waveform[:64].numpy() - expected[f"{name}/normalised_head"]).max() < 1e-6
@@ -215,11 +205,6 @@ def test_rows_without_an_audio_column_are_refused(tokenizer, batch, among):
         tokenizer(batch)
 
 
-def test_the_same_file_twice_gives_its_units_twice(tokenizer, rows):
-    (first, second), seconds = tokenizer.tokenize_files([rows["user_audio"][0]] * 2)
-    assert np.array_equal(first, second) and seconds[0] == seconds[1]
-
-
 def test_audio_that_was_read_ahead_is_used_or_forgotten(tokenizer, rows):
     sources, _ = distinct_audio(rows)
     tokenizer.read_ahead(sources)
@@ -263,10 +248,15 @@ def test_fingerprint_depends_on_digest_and_settings_only(tokenizer, fairseq, fai
 
 
 @pytest.mark.parametrize("package", [multiprocessing, multiprocess], ids=lambda package: package.__name__)
-def test_process_finds_the_folder_in_the_pickle_that_starts_it(tokenizer, fairseq, package):
+def test_process_finds_folder_and_gpu_in_the_pickle(fairseq, package, monkeypatch):
+    """In the pickle that starts it; a plain pickle and the fingerprint know no GPU number."""
     assert not [name for name in os.environ if name.startswith("USDM_UNIT_MODEL_")]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    first, second = (UnitTokenizer.from_pretrained(fairseq, device=f"cuda:{index}") for index in (0, 1))
+    assert Hasher.hash(first) == Hasher.hash(second)
+    assert pickle.dumps(first) == pickle.dumps(second)
     with package.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(operator.attrgetter("folder"), (tokenizer,)) == fairseq.resolve()
+        assert pool.apply(operator.attrgetter("folder", "device"), (second,)) == (fairseq.resolve(), "cuda:1")
 
 
 def test_other_pickles_need_a_unit_model_that_is_open(tokenizer, fairseq, monkeypatch):
@@ -343,17 +333,6 @@ def test_waveforms_pass_the_resampler_on_the_device(rows, fairseq, monkeypatch):
     tokenizer = UnitTokenizer.from_pretrained(fairseq, device="cpu", resampler="torchaudio")
     assert [len(units) for units in tokenizer(rows)["user_units"]] == [len(units) for units in plain["user_units"]]
     assert tokenizer.key != UnitTokenizer.from_pretrained(fairseq, device="cpu").key
-
-
-def test_gpu_number_reaches_processes_but_no_fingerprint(fairseq, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    first, second = (UnitTokenizer.from_pretrained(fairseq, device=f"cuda:{index}") for index in (0, 1))
-    assert Hasher.hash(first) == Hasher.hash(second)
-    assert pickle.dumps(first) == pickle.dumps(second)
-    for each in (multiprocessing, multiprocess):
-        assert pickle.loads(each.reduction.ForkingPickler.dumps(second)).device == "cuda:1"
-        with each.get_context("spawn").Pool(1) as pool:
-            assert pool.apply(operator.attrgetter("device"), (second,)) == "cuda:1"
 
 
 def test_rank_chooses_the_gpu(fairseq, rows, monkeypatch):
