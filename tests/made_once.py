@@ -11,12 +11,18 @@ import sys
 
 def _keep_ustm(build_tokenizer):
     ustm = functools.cache(build_tokenizer)
-    return lambda *args, **options: build_tokenizer(*args, **options) if args or options else ustm()
+
+    @functools.wraps(build_tokenizer)
+    def build(*args, **options):
+        return build_tokenizer(*args, **options) if args or options else ustm()
+
+    return build
 
 
 def _keep_opened(load_tokenizer):
     opened = {}
 
+    @functools.wraps(load_tokenizer)
     def load(folder):
         files = pickle.dumps([(path.name, path.read_bytes()) for path in sorted(folder.iterdir())])
         if files not in opened:
@@ -30,6 +36,7 @@ def _keep_opened(load_tokenizer):
 def _keep_pictures(draw_pictures):
     drawn = {}
 
+    @functools.wraps(draw_pictures)
     def draw(statistics, num_units, folder):
         given = pickle.dumps((statistics, num_units))
         if given not in drawn:
