@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -28,6 +29,7 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 from huggingface_hub import constants  # noqa: E402
 
 from tests.helpers import DEMO, SHARED, content, options  # noqa: E402
+from tests.made_once import keep_what_is_made  # noqa: E402
 from tests.mini_hub import serve  # noqa: E402
 
 
@@ -39,6 +41,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "oracle" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _make_once():
+    keep_what_is_made()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -95,16 +102,16 @@ def encoder(tokenizer):
 
 @pytest.fixture(scope="session")
 def dataset_folder(mini, unit_model, tmp_path_factory) -> Path:
-    """The mini corpus as a dataset folder; copy it to change it."""
+    """The mini corpus as a dataset folder; copy it to change it. Folders are given as `Path`."""
     from usdm_sft.prepare.prepare import prepare
 
     root = tmp_path_factory.mktemp("dataset_folder")
     prepare(
-        data_dir=str(mini / "corpus"),
-        output_path=str(root / "dataset"),
-        unit_model=str(unit_model),
+        data_dir=mini / "corpus",
+        output_path=root / "dataset",
+        unit_model=unit_model,
         pretrained_model_name_or_path="mistral-common",
-        cache_dir=str(root / "cache"),
+        cache_dir=root / "cache",
     )
     return root / "dataset"
 
@@ -126,9 +133,36 @@ def undisturbed(finished) -> dict[str, bytes]:
 
 
 @pytest.fixture
+def refused(capsys):
+    """Run a command that must fail with one line on stderr, and return the line."""
+    from usdm_sft.cli.main import main
+
+    def run(*args):
+        with pytest.raises(SystemExit, match="1"):
+            main([*map(str, args)])
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") == 1
+        return captured.err.removesuffix("\n")
+
+    return run
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Fail at every connection and look-up."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"network: {args}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture
 def served_hub(tmp_path, monkeypatch):
-    """A stand-in for the Hub, which huggingface_hub in this process asks -> its state."""
+    """A stand-in for the Hub, which huggingface_hub in this process asks -> its state, `url` and `handler` of requests."""
     server, hub, url = serve()
+    hub.url, hub.handler = url, server.RequestHandlerClass
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -86,6 +86,15 @@ def edit_rows(folder, name, change):
     replace_table(folder, name, edit)
 
 
+def find_problems(folder, **options):
+    """The problems for which `verify` refuses a folder."""
+    from usdm_sft.folder.verify import VerificationError, verify
+
+    with pytest.raises(VerificationError) as raised:
+        verify(folder, **options)
+    return raised.value.problems
+
+
 def page_data(page):
     """The data of a page of examples."""
     return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page.read_text())[1])
@@ -140,6 +149,11 @@ def options(mini, unit_model, folder, **changes):
         "cache_dir": str(folder / "cache"),
         "output_path": str(folder / "out"),
     } | changes
+
+
+def reuse_units(finished, folder):
+    """Give a run in a folder the units of the finished run, so that it makes no forward pass."""
+    shutil.copytree(finished / "cache" / "units", folder / "cache" / "units")
 
 
 def command(mini, unit_model, folder, *more):

@@ -19,7 +19,7 @@ from usdm_sft.folder import layout
 from usdm_sft.prepare.prepare import prepare
 from usdm_sft.units.model import UnitModel
 
-NUM_KILLS = int(os.environ.get("USDM_KILLS", "5"))  # set it to 50 or more by hand; each takes seconds
+NUM_KILLS = int(os.environ.get("USDM_KILLS", "3"))  # set it to 50 or more by hand; each takes seconds
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers import options
+from tests.helpers import options, reuse_units
 from usdm_sft.folder.verify import verify
 from usdm_sft.prepare.prepare import prepare
 from usdm_sft.template.tokenizer import CORRESPOND, NEWLINE, SPACE, UNIT_0
@@ -22,7 +22,7 @@ UNITS = st.lists(st.integers(0, 9_999), max_size=12)
 
 
 @given(user_text=TEXTS, agent_text=TEXTS, user_units=UNITS, agent_units=UNITS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_accepted_text_and_units_come_back(encoder, tokenizer, user_text, agent_text, user_units, agent_units):
     row = {"user_units": user_units, "user_text": user_text, "agent_text": agent_text, "agent_units": agent_units}
     batch = {name: [value] for name, value in row.items()}
@@ -62,8 +62,9 @@ def test_control_characters_are_refused(encoder, character):
 
 
 @pytest.fixture
-def prepare_with(mini, unit_model, tmp_path):
+def prepare_with(mini, unit_model, finished, tmp_path):
     """Prepare the mini corpus with other lines of train.txt -> the counts."""
+    reuse_units(finished, tmp_path)
 
     def run(change):
         corpus = tmp_path / "corpus"

@@ -115,17 +115,14 @@ def test_every_way_gives_the_same_pairs_with_history(way, corpus, tmp_path):
     loaded = way(corpus, cache_dir=str(tmp_path / "cache"), history=1)
     assert {split: loaded[split]["id"][:] for split in loaded} == IDS
     [row] = [row for row in loaded["train"] if row["id"] == "d8_3"]
-    assert (row["turn"], row["agent_text"]) == (
-        3,
-        ["they changed the timetable last week.", "already done. it's waiting downstairs."],
-    )
+    assert row["turn"] == 3
+    assert row["agent_text"] == ["they changed the timetable last week.", "already done. it's waiting downstairs."]
     assert [len(row["user_text"]) for row in loaded["train"]] == [1, 1, 2, 1, 1, 2, 2, 1, 1, 1]
 
 
 def test_each_config_has_its_own_cache(corpus):
-    caches = [
-        cache_of(corpus, **options) for options in ({}, {"config_name": "multi_turn"}, {"history": 1}, {"history": 2})
-    ]
+    configs = {}, {"config_name": "multi_turn"}, {"history": 1}, {"history": 2}
+    caches = [cache_of(corpus, **config) for config in configs]
     assert len(set(caches)) == 4
     assert cache_of(corpus, config_name="single_turn") == caches[0]
 
@@ -198,13 +195,6 @@ def test_lists_are_used_under_the_names_that_the_user_gives(corpus, tmp_path):
         DailyTalkUSDM(data_dir=corpus, data_files=["train.txt", "test.txt"])
 
 
-def test_home_folder_is_expanded(corpus, monkeypatch):
-    monkeypatch.setenv("HOME", str(corpus.parent))
-    assert cache_of("~/corpus", data_files={"test": "~/corpus/test.txt"}) == cache_of(
-        corpus, data_files={"test": "test.txt"}
-    )
-
-
 def test_one_builder_prepares_twice_and_then_streams(corpus, tmp_path):
     builder = DailyTalkUSDM(data_dir=corpus, cache_dir=str(tmp_path / "cache"))
     builder.download_and_prepare()
@@ -215,15 +205,6 @@ def test_one_builder_prepares_twice_and_then_streams(corpus, tmp_path):
     assert "torchcodec" not in sys.modules
 
 
-def test_audio_bytes_are_stored_unchanged(corpus, tmp_path):
-    loaded = by_helper(corpus, cache_dir=str(tmp_path / "cache"))["test"]
-    path = loaded[0]["user_audio"]["path"]
-    with open(path, "rb") as file:
-        content = file.read()
-    embedded = loaded.map(lambda row: {"user_audio": {"bytes": content, "path": path}}, features=loaded.features)
-    assert embedded[0]["user_audio"] == {"bytes": content, "path": path}
-
-
 def cache_of(data_dir, **options):
     return DailyTalkUSDM(data_dir=data_dir, **options).cache_dir
 
@@ -231,7 +212,11 @@ def cache_of(data_dir, **options):
 def test_cache_does_not_depend_on_the_spelling_of_a_path(corpus, tmp_path, monkeypatch):
     first = cache_of(corpus)
     monkeypatch.chdir(tmp_path)
-    assert cache_of("corpus") == cache_of(f"{corpus}/../corpus/") == cache_of(corpus / "data") == first
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for spelling in ("corpus", f"{corpus}/../corpus/", corpus / "data", "~/corpus"):
+        assert cache_of(spelling) == first
+    files = {"test": "~/corpus/test.txt"}
+    assert cache_of(corpus, data_files=files) == cache_of(corpus, data_files={"test": "test.txt"})
     (tmp_path / "link").symlink_to(corpus)
     assert cache_of(tmp_path / "link") == first
     (corpus / "train.txt").touch()

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import shutil
-import socket
 from collections import namedtuple
 from functools import partial
 from types import SimpleNamespace
@@ -78,17 +77,6 @@ def corpus_copy(mini, tmp_path):
         return tmp_path / "corpus"
 
     return copy
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    """Fail at every connection and look-up."""
-
-    def refuse(*args, **kwargs):
-        raise AssertionError(f"network: {args}")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 def test_good_set_up_without_a_gpu(doctor, mini, unit_model, no_network, tmp_path):
@@ -360,23 +348,17 @@ def test_an_error_of_a_check_is_one_line():
     assert list(run_check("disk", check)) == [("ok", "disk", "fine"), ("error", "disk", "first")]
 
 
-def test_contradicting_options_are_refused(capsys):
-    with pytest.raises(SystemExit, match="1"):
-        main(["doctor", "--tasks", "2"])
-    assert capsys.readouterr().err == (
-        "dailytalk-usdm doctor: tasks and slurm are options of an executor: name one with --executor\n"
-    )
+def test_contradicting_options_are_refused(refused):
+    message = "dailytalk-usdm doctor: tasks and slurm are options of an executor: name one with --executor"
+    assert refused("doctor", "--tasks", "2") == message
 
 
-def test_prepare_points_to_the_doctor(mini, tmp_path, capsys):
+def test_prepare_points_to_the_doctor(mini, tmp_path, refused):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     for data_dir, output, pointed in ((tmp_path / "none", "out", True), (mini / "corpus", "full", False)):
-        with pytest.raises(SystemExit, match="1"):
-            main(["prepare", "--data_dir", str(data_dir), "--output_path", str(tmp_path / output), *OFFLINE])
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1
-        assert error.endswith(" ('dailytalk-usdm doctor' with the same options checks the whole set-up)\n") == pointed
+        error = refused("prepare", "--data_dir", data_dir, "--output_path", tmp_path / output, *OFFLINE)
+        assert error.endswith(" ('dailytalk-usdm doctor' with the same options checks the whole set-up)") == pointed
 
 
 def test_locks_of_the_cache(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import datasets
 import pytest
 from huggingface_hub import DatasetCard
 
+from tests.helpers import options
 from usdm_sft.corpus import dailytalk
 from usdm_sft.folder.verify import verify
 from usdm_sft.prepare.prepare import prepare
@@ -31,10 +32,8 @@ def test_metadata_describes_the_splits(card):
     assert (data.get("language"), data["license"], data["size_categories"]) == (None, "unknown", "n<1K")
     assert "text-generation" in data["task_categories"]
     assert [config["config_name"] for config in data["configs"]] == ["single_turn"]
-    assert {split["name"]: split["num_examples"] for split in data["dataset_info"]["splits"]} == {
-        "train": 10,
-        "test": 3,
-    }
+    splits = data["dataset_info"]["splits"]
+    assert {split["name"]: split["num_examples"] for split in splits} == {"train": 10, "test": 3}
 
 
 def test_numbers_equal_those_of_the_rows(card, dataset_folder, tmp_path):
@@ -50,19 +49,10 @@ def test_numbers_equal_those_of_the_rows(card, dataset_folder, tmp_path):
             for row in split_rows
             for after, role in enumerate(("user", "agent"))
         }
+        numbers = (len(set(split_rows["dialog_id"])), len(split_rows), len(split_rows))
         hours = f"{sum(seconds.values()) / 3600:.2f}"
-        dialogs = str(len(set(split_rows["dialog_id"])))
-        expected = (
-            split,
-            dialogs,
-            str(len(split_rows)),
-            str(len(split_rows)),
-            hours,
-            f"{sum(tokens):,}",
-            f"{labelled:,}",
-            str(len(units)),
-        )
-        assert expected in cells
+        last = (f"{sum(tokens):,}", f"{labelled:,}", str(len(units)))
+        assert (split, *map(str, numbers), hours, *last) in cells
         [row] = [row for row in cells if row[:2] == ("tokens", split)]
         assert float(row[2]) == pytest.approx(sum(tokens) / len(tokens), abs=0.005)
         assert row[-1] == f"{max(tokens):,}"
@@ -113,14 +103,17 @@ def test_unknown_sources_are_left_to_the_publisher(card):
     assert 'model="path/to/your/model",  # a model with 42,003 embeddings' in card.text
 
 
-def make(mini, unit_model, folder, **options):
-    """Prepare the mini corpus; returns counts and card."""
-    options = {"data_dir": str(mini / "corpus"), "pretrained_model_name_or_path": "mistral-common"} | options
-    counts = prepare(
-        output_path=str(folder / "out"), unit_model=str(unit_model), cache_dir=str(folder / "cache"), **options
-    )
-    verify(folder / "out")
-    return counts, DatasetCard.load(folder / "out" / "README.md")
+@pytest.fixture
+def make(mini, unit_model, dataset_folder, tmp_path):
+    """Return a function that prepares the mini corpus, with the cache of `dataset_folder`; it returns counts and card."""
+
+    def run(**changes):
+        shutil.copytree(dataset_folder.parent / "cache", tmp_path / "cache")
+        counts = prepare(**options(mini, unit_model, tmp_path, shard_dialogs=64) | changes)
+        verify(tmp_path / "out")
+        return counts, DatasetCard.load(tmp_path / "out" / "README.md")
+
+    return run
 
 
 @pytest.fixture
@@ -138,49 +131,44 @@ def known_unit_model(unit_model, monkeypatch):
     monkeypatch.setitem(published.KNOWN_DIGESTS, "kmeans_10k.npy", sources["kmeans"])
 
 
-def test_published_sources_are_named_with_licence_and_citation(
-    mini, unit_model, tmp_path, known_lists, known_unit_model
-):
-    counts, card = make(mini, unit_model, tmp_path)
+@pytest.mark.usefixtures("known_lists", "known_unit_model")
+def test_published_sources_are_named_with_licence_and_citation(make):
+    counts, card = make()
     assert counts["corpus"] == "DailyTalk" and counts["unit_model"]["name"] == "xlsr2_1b_v2"
     data = card.data.to_dict()
-    assert (data["language"], data["license"]) == (
-        "en",
-        "other",
-    )  # DailyTalk's own tag would allow what DailyDialog forbids
+    # DailyTalk's own tag would allow what DailyDialog forbids.
+    assert (data["language"], data["license"]) == ("en", "other")
     assert data["license_name"] == "cc-by-sa-4.0-with-texts-from-cc-by-nc-sa-4.0"
     assert data["license_link"] == "https://github.com/keonlee9420/DailyTalk"
     for name in ("# DailyTalk for USDM\n", "DailyDialog", "SeamlessM4T", "XLS-R", "d1383", 'model="naver-ai/USTM",\n'):
         assert name in card.text
     for key in ("lee2022dailytalk", "kim2024usdm", "seamless2023m4t", "babu2021xlsr", "li2017dailydialog"):
         assert f"{{{key}," in card.text
-    assert (
-        "come from the split lists and were" in card.text
-        and "to be filled in" not in card.text
-        and "not confirmed" in card.text
-    )
+    assert "come from the split lists and were" in card.text and "not confirmed" in card.text
+    assert "to be filled in" not in card.text
 
 
-def test_edited_split_lists_are_not_named_dailytalk(mini, unit_model, tmp_path, known_lists):
+@pytest.mark.usefixtures("known_lists")
+def test_edited_split_lists_are_not_named_dailytalk(mini, make, tmp_path):
     edited = tmp_path / "train.txt"
     edited.write_bytes(b"".join((mini / "corpus" / "train.txt").read_bytes().splitlines(keepends=True)[1:]))
     lists = {"train_metadata_path": str(edited), "test_metadata_path": str(mini / "corpus" / "test.txt")}
-    counts, card = make(mini, unit_model, tmp_path, **lists)
+    counts, card = make(**lists)
     assert counts["corpus"] == "split list" and card.data.license == "unknown"
     assert "if the lists are an edited copy of DailyTalk's, its licence and citation apply" in card.text
     assert "lee2022dailytalk" not in card.text and "d1383" not in card.text
 
 
-def test_tokenizer_from_a_folder_is_not_named(mini, unit_model, dataset_folder, tmp_path):
-    counts, card = make(mini, unit_model, tmp_path, pretrained_model_name_or_path=str(dataset_folder / "tokenizer"))
+def test_tokenizer_from_a_folder_is_not_named(make, dataset_folder):
+    counts, card = make(pretrained_model_name_or_path=str(dataset_folder / "tokenizer"))
     assert counts["tokenizer"] == {"name": None, "num_units": 10_000}
     assert "the tokenizer, loaded from a folder: 42,003 tokens, including 10,000 units" in card.text
     assert str(dataset_folder) not in card.text and "USTM" not in card.text
 
 
-def test_card_follows_the_options(mini, unit_model, tmp_path):
+def test_card_follows_the_options(make):
     template = Template(user_role="A|<b>", loss=("user_text",))
-    _, card = make(mini, unit_model, tmp_path, history=1, agent="1", shuffle_seed=1234, template=template)
+    _, card = make(history=1, agent="1", shuffle_seed=1234, template=template)
     assert card.data.task_categories == ["automatic-speech-recognition"]
     assert "User/agent pairs with up to 1 earlier exchange as training data" in card.text
     assert "a variant of the USDM template" in card.text
@@ -197,8 +185,8 @@ def test_card_follows_the_options(mini, unit_model, tmp_path):
     assert meanings["user_seconds"] == "length of the audio in seconds; one entry per exchange"
 
 
-def test_card_of_conversations(mini, unit_model, tmp_path):
-    _, card = make(mini, unit_model, tmp_path, config_name="multi_turn", max_length=400, overflow="split")
+def test_card_of_conversations(make):
+    _, card = make(config_name="multi_turn", max_length=400, overflow="split")
     assert "Conversations as training data" in card.text
     assert (
         "3 rows of train did not fit into `max_length` tokens and were split into several rows, between exchanges:"
@@ -215,9 +203,9 @@ def test_settings_without_a_value_are_not_listed(card):
 
 
 @pytest.mark.slow
-def test_long_lists_are_cut(mini, unit_model, tmp_path, monkeypatch):
+def test_long_lists_are_cut(make, monkeypatch):
     monkeypatch.setattr("usdm_sft.folder.card.SHOWN_REASONS", 2)
-    counts, card = make(mini, unit_model, tmp_path, max_length=300)
+    counts, card = make(max_length=300)
     left_out = counts["splits"]["train"]["pairs_left_out"]
     assert len(left_out) > 3
     assert (
@@ -230,7 +218,7 @@ def test_long_lists_are_cut(mini, unit_model, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_untrusted_names_become_plain_text(mini, unit_model, tmp_path):
+def test_untrusted_names_become_plain_text(mini, unit_model, make, tmp_path):
     """A dialog name and a source of an untrusted unit model folder are escaped."""
     folder = shutil.copytree(unit_model, tmp_path / "unit_model")
     description = json.loads((folder / "unit_model.json").read_text())
@@ -240,16 +228,13 @@ def test_untrusted_names_become_plain_text(mini, unit_model, tmp_path):
     row["audio"] = str(mini / "corpus" / "data" / "3" / "0_0_d3.wav")
     rows = [row, *(row | {"dialog": "d", "turn": turn, "speaker": "AB"[turn]} for turn in (0, 1))]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    _, card = make(mini, folder, tmp_path, data_dir=str(tmp_path))
+    _, card = make(unit_model=str(folder), data_dir=str(tmp_path))
     assert "\n- \\[x\\](http://evil) &lt;b&gt;: a single turn makes no pair\n" in card.text
     assert "| sha256 of the unit model's source &lt;img src=x&gt;\\|a | \\`b\\` # c |\n" in card.text
     assert "- The manifests have no emotions.\n" in card.text and "emotions, and units" not in card.text
 
 
-def test_card_shows_the_agreement_of_a_faster_precision(mini, unit_model, tmp_path):
-    counts = prepare(
-        data_dir=str(mini / "corpus"), output_path=str(tmp_path / "out"), unit_model=str(unit_model), precision="bf16",
-        pretrained_model_name_or_path="mistral-common", cache_dir=str(tmp_path / "cache"),
-    )  # fmt: skip
+def test_card_shows_the_agreement_of_a_faster_precision(make):
+    counts, card = make(precision="bf16")
     share = f"{100 * counts['agreement']['share']:.2f} % of the units"
-    assert f"{counts['agreement']['utterances']} utterances, {share}" in (tmp_path / "out" / "README.md").read_text()
+    assert f"{counts['agreement']['utterances']} utterances, {share}" in card.text

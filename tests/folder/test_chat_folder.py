@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 
 from tests.bases import byte_level
 from tests.chat_templates import THINKING
-from tests.helpers import edit_counts, options, replace_file
+from tests.helpers import edit_counts, options, replace_file, reuse_units
 from usdm_sft.cli.main import main
 from usdm_sft.folder.verify import VerificationError, verify
 from usdm_sft.prepare.prepare import prepare
@@ -23,9 +23,10 @@ MAX_LENGTH = 600
 
 
 @pytest.fixture(scope="module")
-def root(mini, unit_model, tmp_path_factory):
+def root(mini, unit_model, finished, tmp_path_factory):
     """The mini corpus as conversations in a chat template whose last answer differs: the dataset folder `out`."""
     root = tmp_path_factory.mktemp("chat")
+    reuse_units(finished, root)
     chat = byte_level()
     special = ["<|im_end|>", "<think>", "</think>"]
     chat.add_tokens([AddedToken(token, normalized=False, special=True) for token in special], special_tokens=True)
@@ -104,12 +105,10 @@ def test_chat_template_comes_with_a_tokenizer_on_the_hub(root, tmp_path, monkeyp
     assert loaded.chat_template == THINKING
 
 
-def test_changed_ids_of_the_chat_template_are_found(root, tmp_path, capsys):
+def test_changed_ids_of_the_chat_template_are_found(root, tmp_path, refused):
     folder = shutil.copytree(root / "out", tmp_path / "out")
     edit_counts(folder, lambda counts: counts["tokenizer"]["chat"].pop("stop_id"))
-    with pytest.raises(SystemExit, match="1"):
-        main(["show", str(folder), "--html", str(tmp_path / "page.html")])
-    assert "counts.json: tokenizer.chat is {" in capsys.readouterr().err
+    assert "counts.json: tokenizer.chat is {" in refused("show", folder, "--html", tmp_path / "page.html")
 
 
 def test_changed_chat_template_is_found(root, tmp_path):

@@ -28,10 +28,11 @@ def refuse(*args):
 
 
 @pytest.fixture(scope="module")
-def root(mini, unit_model, tmp_path_factory):
-    """The mini corpus with its audio, as `keep`, `collapse` and, in conversations that are split, `talk`; only `keep` computes units."""
+def root(mini, unit_model, finished, tmp_path_factory):
+    """The mini corpus as `keep`, and with its audio as `collapse` and, in conversations that are split, `talk`; only `keep` computes units."""
     root = tmp_path_factory.mktemp("repetition")
-    prepare(**options(mini, unit_model, root, output_path=root / "keep"))
+    shutil.copytree(finished / "out", root / "keep")
+    shutil.copytree(finished / "cache", root / "cache")
     before = content(root / "cache" / "tokens")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(UnitModel, "forward", refuse)
@@ -169,7 +170,7 @@ def test_show_expands_the_units(root, capsys):
     assert f"{row['id']}: {row['length'] + repeated} tokens, " in capsys.readouterr().out
 
 
-def test_expand_is_refused_where_it_means_nothing(root, capsys, tmp_path):
+def test_expand_is_refused_where_it_means_nothing(root, refused, tmp_path):
     for arguments, message in (
         (["keep", "--expand"], "the units of this folder are not collapsed: leave out --expand"),
         (
@@ -177,14 +178,10 @@ def test_expand_is_refused_where_it_means_nothing(root, capsys, tmp_path):
             "expand is for the terminal: leave out --html",
         ),
     ):
-        with pytest.raises(SystemExit, match="1"):
-            main(["show", str(root / arguments[0]), *arguments[1:]])
-        assert message in capsys.readouterr().err
+        assert message in refused("show", root / arguments[0], *arguments[1:])
     folder = shutil.copytree(root / "collapse", tmp_path / "collapse")
     edit_rows(folder, "single_turn/train-00000-of-00010.parquet", lambda rows: rows[0]["user_durations"].pop(0))
-    with pytest.raises(SystemExit, match="1"):
-        main(["show", str(folder), "--expand"])
-    assert "durations: verify its folder" in capsys.readouterr().err
+    assert "durations: verify its folder" in refused("show", folder, "--expand")
 
 
 def test_page_has_the_units_of_every_frame(root, tmp_path):

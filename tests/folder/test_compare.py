@@ -105,19 +105,42 @@ def test_first_difference_of_random_lines(dataset_folder, schema_and_row, tmp_pa
     assert all(kinds[kind] for kind in (None, *KINDS))
 
 
+def compare_folder(folder, lines, text_dir, split="test"):
+    """Compare a split of a dataset folder with lines of text; return what is found."""
+    (text_dir / f"{split}.txt").write_text("\n".join(lines), newline="")
+    files = data_files(folder, read_counts(folder))
+    return list(compare_with_text({split: files[split]}, text_dir, folder / "tokenizer"))
+
+
+def replace_id(line, half, at, new):
+    halves = [each.split() for each in line.split("|")]
+    halves[half][at] = new
+    return "|".join(map(" ".join, halves))
+
+
 @pytest.mark.parametrize(
-    ("text", "problem"),
+    ("edit", "message"),
     [
-        ("5 6|5 6\r", r"it differs from row a0 in white space only \(it ends with CR and LF: convert the file to LF\)"),
-        ("5  6|5 6", r"it differs from row a0 in white space only \(separate by one space\)"),
-        ("5 6|5 6 ", r"it differs from row a0 in white space only \(separate by one space\)"),
+        (lambda first, *rest: [replace_id(first, 0, -3, "13"), *rest], r"1 is not .*; token \d+ is 13 \('<0x0A>'\), not 28705 \('▁'\)$"),
+        (lambda first, *rest: [replace_id(first, 1, -1, "2"), *rest], r"1 is not .* of the labels, token \d+ is 2 \('</s>'\), not -100$"),
+        (lambda *lines: [*lines, "", ""], r"4 is not a row of test: it is not input_ids, '\|' and labels"),
+        (lambda *lines: [*lines, "1 2|x"], "4 is not a row of test: it is not input_ids"),
+        (lambda *lines: [*lines, f"{10**20}|1"], "4 is not a row of test: it is not input_ids"),
+        (lambda first, *rest: [f"{first}\r", *rest],
+         r"1 is not a row of test: it differs from row d\w+ in white space only \(it ends with CR and LF: convert the file to LF\)$"),
+        (lambda first, *rest: [first.replace(" ", "  ", 1), *rest], r"1 .* in white space only \(separate by one space\)$"),
+        (lambda first, *rest: [f"{first} ", *rest], r"1 .* in white space only \(separate by one space\)$"),
     ],
-)
-def test_line_that_differs_in_white_space(dataset_folder, schema_and_row, tmp_path, text, problem):
-    write_rows(tmp_path / "a.parquet", [([5, 6], [5, 6])], *schema_and_row)
-    (tmp_path / "train.txt").write_text(f"{text}\n", newline="")
-    [found] = compare_with_text({"train": [tmp_path / "a.parquet"]}, tmp_path, dataset_folder / "tokenizer")
-    assert re.fullmatch(rf"{re.escape(str(tmp_path / 'train.txt'))}:1 is not a row of train: {problem}", found)
+)  # fmt: skip
+def test_line_that_is_not_a_row_is_described(dataset_folder, mini, tmp_path, edit, message):
+    lines = (mini / "expected" / "test.txt").read_text().split("\n")
+    [problem] = compare_folder(dataset_folder, edit(*lines), tmp_path)
+    assert re.match(f"{re.escape(str(tmp_path / 'test.txt'))}:{message}", problem)
+
+
+def test_missing_text_file_is_refused(dataset_folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"test\.txt is not a file: name the folder with the reference's"):
+        list(compare_with_text({"test": []}, tmp_path, dataset_folder / "tokenizer"))
 
 
 def test_split_without_rows_or_lines(dataset_folder, schema_and_row, tmp_path):
@@ -135,6 +158,6 @@ def test_split_without_rows_or_lines(dataset_folder, schema_and_row, tmp_path):
 def test_comparison_in_two_processes(dataset_folder, mini, monkeypatch):
     monkeypatch.setattr(folder_rows, "ROWS_PER_PROCESS", 1)
     files = data_files(dataset_folder, read_counts(dataset_folder))
-    assert list(compare_with_text(files, mini / "expected", dataset_folder / "tokenizer", num_proc=2)) == []
-    [problem] = compare_with_text({"train": files["test"]}, mini / "expected", dataset_folder / "tokenizer", num_proc=2)
+    files["train"] = files["test"]
+    [problem] = compare_with_text(files, mini / "expected", dataset_folder / "tokenizer", num_proc=2)
     assert problem.startswith(f"{mini / 'expected' / 'train.txt'}:1 is not a row of train: the nearest row is d")

@@ -10,14 +10,21 @@ import subprocess
 import pytest
 from filelock import Timeout
 
-from tests.helpers import command, content, options, record_states
+from tests.helpers import command, content, options, record_states, reuse_units
 from usdm_sft.folder import layout, writer
 from usdm_sft.folder.layout import LOCK, UNFINISHED, check_output, lock_output
 from usdm_sft.folder.verify import verify
 from usdm_sft.prepare import prepare as preparing
 from usdm_sft.prepare.prepare import prepare
 
-ROUNDS = int(os.environ.get("USDM_ROUNDS", "2"))  # set it to 20 by hand; each takes seconds
+ROUNDS = int(os.environ.get("USDM_ROUNDS", "1"))  # set it to 20 by hand; each takes seconds
+
+
+@pytest.fixture
+def arguments(mini, unit_model, finished, tmp_path):
+    """Options of `prepare`, with the units of the mini corpus in the cache."""
+    reuse_units(finished, tmp_path)
+    return options(mini, unit_model, tmp_path)
 
 
 @pytest.mark.slow
@@ -52,8 +59,7 @@ def finish_another_run_meanwhile(monkeypatch, arguments):
 
 
 @pytest.mark.slow
-def test_folder_that_another_run_finished_meanwhile_is_kept(mini, unit_model, tmp_path, monkeypatch):
-    arguments = options(mini, unit_model, tmp_path)
+def test_folder_that_another_run_finished_meanwhile_is_kept(arguments, tmp_path, monkeypatch):
     finish_another_run_meanwhile(monkeypatch, arguments)
     with pytest.raises(FileExistsError, match=r"or the result of other settings\): name another output_path, or pass"):
         prepare(**arguments)
@@ -62,10 +68,9 @@ def test_folder_that_another_run_finished_meanwhile_is_kept(mini, unit_model, tm
 
 
 @pytest.mark.slow
-def test_overwrite_replaces_a_folder_that_was_finished_meanwhile(mini, unit_model, tmp_path, monkeypatch, undisturbed):
-    arguments = options(mini, unit_model, tmp_path, overwrite=True)
+def test_overwrite_replaces_a_folder_that_was_finished_meanwhile(arguments, tmp_path, monkeypatch, undisturbed):
     finish_another_run_meanwhile(monkeypatch, arguments)
-    prepare(**arguments)
+    prepare(**arguments, overwrite=True)
     assert content(tmp_path / "out") == undisturbed
 
 
@@ -91,19 +96,19 @@ def test_output_without_working_locks_is_refused(tmp_path, monkeypatch):
         lock_output(tmp_path / "out")
 
 
-def test_lock_that_is_a_link_is_refused(mini, unit_model, tmp_path):
+def test_lock_that_is_a_link_is_refused(arguments, tmp_path):
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / LOCK).symlink_to(tmp_path / "precious")
     with pytest.raises(OSError, match=rf"out/{LOCK} is a link, .*: remove the link"):
-        prepare(**options(mini, unit_model, tmp_path))
+        prepare(**arguments)
     assert (tmp_path / "precious").read_text() == "mine"
 
 
 @pytest.mark.slow
-def test_kill_while_files_are_moved_never_leaves_a_mixture(mini, unit_model, tmp_path, undisturbed, monkeypatch):
+def test_kill_while_files_are_moved_never_leaves_a_mixture(arguments, tmp_path, undisturbed, monkeypatch):
     """The new folder has no recordings; those of the earlier one must not stay behind."""
-    arguments, states = options(mini, unit_model, tmp_path), tmp_path / "states"
+    states = tmp_path / "states"
     prepare(**arguments, keep_audio=True, shuffle_seed=1)
     before = content(tmp_path / "out")
     move = writer._move_into_place
@@ -144,12 +149,12 @@ def link(path, precious):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("keep_audio", [False, True])
-def test_links_in_an_output_folder_are_replaced(mini, unit_model, tmp_path, precious, undisturbed, keep_audio):
+def test_links_in_an_output_folder_are_replaced(arguments, tmp_path, precious, undisturbed, keep_audio):
     output = tmp_path / "out"
     output.mkdir()
     for name in NAMES:
         link(output / name, precious)
-    arguments = options(mini, unit_model, tmp_path, keep_audio=keep_audio)
+    arguments["keep_audio"] = keep_audio
     with pytest.raises(FileExistsError, match="holds something else"):
         prepare(**arguments)
     prepare(**arguments, overwrite=True)
@@ -193,8 +198,7 @@ def change_version(monkeypatch, package, new):
 
 
 @pytest.mark.slow
-def test_versions_that_change_no_row_leave_a_folder_finished(mini, unit_model, tmp_path, monkeypatch):
-    arguments = options(mini, unit_model, tmp_path)
+def test_versions_that_change_no_row_leave_a_folder_finished(arguments, monkeypatch):
     counts = prepare(**arguments)
     for package in ("datasets", "matplotlib", "pyarrow"):
         change_version(monkeypatch, package, "99.1")
@@ -202,8 +206,7 @@ def test_versions_that_change_no_row_leave_a_folder_finished(mini, unit_model, t
 
 
 @pytest.mark.slow
-def test_version_that_may_change_rows_is_named(mini, unit_model, tmp_path, monkeypatch):
-    arguments = options(mini, unit_model, tmp_path)
+def test_version_that_may_change_rows_is_named(arguments, monkeypatch):
     old = prepare(**arguments)["versions"]["torch"]
     change_version(monkeypatch, "torch", "99.1")
     for settings, changes in (("the same", {}), ("other", {"max_length": 300})):

@@ -8,12 +8,10 @@ import re
 import shutil
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from tests.helpers import page_data
+from tests.helpers import edit_rows, page_data
 from usdm_sft.audio.reading import read_waveform
 from usdm_sft.folder.page import find_peaks, write_page
 from usdm_sft.folder.rows import read_rows
@@ -31,12 +29,8 @@ def page_path(dataset_folder, mini, tmp_path_factory):
 
 
 def change_column(folder, name, value):
-    """Replace a column of the first row."""
-    path = folder / "single_turn" / "train-00000-of-00010.parquet"
-    table = pq.read_table(path)
-    position = table.schema.get_field_index(name)
-    field = table.schema.field(position)
-    pq.write_table(table.set_column(position, field, pa.array([value], field.type)), path)
+    """Replace a value of the first row."""
+    edit_rows(folder, "single_turn/train-00000-of-00010.parquet", lambda rows: rows[0].update({name: value}))
 
 
 def test_data_is_that_of_the_rows(page_path, dataset_folder):
@@ -48,10 +42,7 @@ def test_data_is_that_of_the_rows(page_path, dataset_folder):
             for name in ("speaker", "text", "emotion", "units", "seconds"):
                 assert turn[name] == row[f"{turn['role']}_{name}"]
         assert sum(length for _, _, length in example["parts"]) == len(row["input_ids"])
-    assert data["left_out"] == [
-        ["d11", "one speaker speaks twice in a row"],
-        ["d42", "a single turn makes no pair"],
-    ]
+    assert data["left_out"] == [["d11", "one speaker speaks twice in a row"], ["d42", "a single turn makes no pair"]]
     assert data["pieces"]["13"] == "⏎" and data["pieces"]["32001"] == "<|correspond|>"
 
 
@@ -178,13 +169,7 @@ def test_cursor_and_highlighted_unit_follow_the_sound(browser, page_path, datase
         tab.wait_for_timeout(100)
         assert slider.evaluate(FIND_CURSOR) == stopped
 
-        for key, expected in (
-            ("Home", 0),
-            ("ArrowRight", 1),
-            ("PageUp", 51),
-            ("ArrowLeft", 50),
-            ("End", len(units) - 1),
-        ):
+        for key, expected in {"Home": 0, "ArrowRight": 1, "PageUp": 51, "ArrowLeft": 50, "End": len(units) - 1}.items():
             slider.press(key)
             assert slider.get_attribute("aria-valuenow") == str(expected), key
         slider.press("Space")  # the last 20 ms; then it returns to the start

@@ -72,8 +72,10 @@ def test_statistics_equal_those_of_the_rows(dataset_folder, rows):
 
 
 def test_stats_prints_numbers_and_draws_the_pictures_of_the_card(folder_copy, rows, tmp_path, capsys):
+    """Settings of the user for matplotlib do not count."""
     card = (folder_copy / "README.md").read_text()
-    main(["stats", str(folder_copy), "--out", str(tmp_path / "new" / "plots")])
+    with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 30}):
+        main(["stats", str(folder_copy), "--out", str(tmp_path / "new" / "plots")])
     out = capsys.readouterr().out.splitlines()
     assert out[-1] == f"pictures: {tmp_path / 'new' / 'plots'}"
     assert ["rows", "10", "3"] in [line.split() for line in out]
@@ -85,14 +87,7 @@ def test_stats_prints_numbers_and_draws_the_pictures_of_the_card(folder_copy, ro
     for name in CAPTIONS:
         assert f"](pictures/{name})" in card
         assert (tmp_path / "new" / "plots" / name).read_bytes() == (folder_copy / "pictures" / name).read_bytes()
-
-
-def test_pictures_are_not_blank_and_ignore_the_users_settings(folder_copy, tmp_path):
-    with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 30}):
-        main(["stats", str(folder_copy), "--out", str(tmp_path / "plots")])
-    for name in CAPTIONS:
-        assert (tmp_path / "plots" / name).read_bytes() == (folder_copy / "pictures" / name).read_bytes()
-        assert np.asarray(Image.open(tmp_path / "plots" / name)).std() > 10
+        assert np.asarray(Image.open(tmp_path / "new" / "plots" / name)).std() > 10  # it is not blank
 
 
 @pytest.fixture

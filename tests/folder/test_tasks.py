@@ -6,7 +6,7 @@ import shutil
 import pytest
 from datasets import load_dataset
 
-from tests.helpers import REPOSITORY, edit_rows, options, page_data
+from tests.helpers import REPOSITORY, edit_rows, options, page_data, reuse_units
 from tests.template.test_parts_left_out import preset
 from usdm_sft.cli.main import main
 from usdm_sft.folder.layout import read_counts, read_template
@@ -18,9 +18,10 @@ from usdm_sft.template.view import format_example
 
 
 @pytest.fixture(scope="module")
-def root(mini, unit_model, tmp_path_factory):
+def root(mini, unit_model, finished, tmp_path_factory):
     """The mini corpus as `asr`, and as `t2t` in conversations that are split at 60 tokens."""
     root = tmp_path_factory.mktemp("tasks")
+    reuse_units(finished, root)
     prepare(**options(mini, unit_model, root, template=preset("asr"), output_path=root / "asr"))
     more = {"config_name": "multi_turn", "max_length": 60, "overflow": "split"}
     prepare(**options(mini, unit_model, root, template=preset("t2t"), output_path=root / "t2t", **more))

@@ -1,132 +1,187 @@
-"""Forged folders with digests that fit: what rows have in common, the totals of counts.json, the card and the tokenizer's settings."""
+"""Forged counts.json, cards and tokenizers whose digests fit."""
 
 import json
 import re
+import shutil
 
 import pytest
 
-from tests.folder.test_verify import FILE
-from tests.helpers import edit_counts, edit_rows, options, replace_file
+from tests.helpers import edit_counts, find_problems, replace_file
+from usdm_sft.folder.layout import read_counts, read_template
 from usdm_sft.folder.verify import VerificationError, verify
-from usdm_sft.prepare.prepare import prepare
 
-AGAIN = r"run prepare again and pass --overwrite \(Python: overwrite=True\)$"
+AGAIN = r"run prepare again and pass --overwrite \(Python: overwrite=True\)"
+NO_COUNTS = rf"is not the counts of a dataset folder: {AGAIN}$"
 
 
-def forge_unit(encoder):
-    """Return a change of a row: another unit in the user's speech, in ids and labels as well."""
-
-    def change(row):
-        row["user_units"][0] = (row["user_units"][0] + 1) % 50
-        encoded = encoder({name: [row[name]] for name in encoder.template.parts})
-        row.update({name: values[0].tolist() for name, values in encoded.items()})
-
-    return change
+def change_split(split, **changes):
+    return lambda counts: counts["splits"][split].update(changes)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "forgeries",
     [
-        ({"id": "d9_9"}, r"row 0 \(d9_9\): the id of dialog_id and turn is d8_0"),
-        ({"turn": 5}, "the id of dialog_id and turn is d8_5"),
-        ({"dialog_id": "d9"}, "the id of dialog_id and turn is d9_0"),
-        ({"turn": -2, "id": "d8_-2"}, "its first turn is -2"),
-        ({"user_seconds": 1.0}, r"user_units are of \d+ frames, which is not the length of a recording of 1 s"),
-        ({"agent_seconds": float("nan")}, "agent_units are of .* a recording of nan s"),
+        [
+            (lambda counts: counts["files"].update({"README.md": 5}), r"'README\.md' has 5 instead of a sha256"),
+            (lambda counts: counts["splits"].update(dev={}), "names no file of split dev"),
+        ],
+        [(lambda counts: counts["settings"].update(max_length=300), r"\d+ tokens, more than max_length 300")],
+        [(lambda counts: counts["digests"].clear(), r"tokenizer is not the tokenizer that counts\.json names")],
+        [
+            (change_split("train", labelled_tokens=5), "train has 1301 labelled_tokens, not 5"),
+            (change_split("train", dialogs=9), "train has 4 dialogs, not 9"),
+            (change_split("train", pairs=9), "train has 10 pairs, those in .* included, not 9"),
+            (change_split("test", utterances=9), "the rows of test have 5 utterances, not 9"),
+            (change_split("test", hours=9.0), r"the rows of test have 0\.00\d+ hours, not 9\.0"),
+            (change_split("test", pairs_with_bad_audio=1), "names 0 pairs with bad audio, not 1"),
+            (lambda counts: counts["statistics"]["test"].update(distinct_units=5), "statistics of test differ from those of its rows"),
+            (lambda counts: counts.update(num_units=1), r"train has unit \d+, but num_units is 1"),
+            (lambda counts: counts["tokenizer"].update(num_units=9), f"tokenizer is not that of the folder: {AGAIN}$"),
+        ],
+        [
+            (lambda counts: counts["splits"]["test"].pop("pairs"), f"counts of test are not those of a dataset .*: {AGAIN}$"),
+            (lambda counts: counts.pop("tokenizer"), f"tokenizer is not that of the folder: {AGAIN}$"),
+        ],
+        [(lambda counts: counts.pop("unit_model"), f"does not have all that the card says .*: {AGAIN}$")],
+        [(lambda counts: counts["settings"].update(shuffle_seed=7), f"README.md is not the card .* in its text: .*{AGAIN}$")],
+    ],
+    ids=["files", "length", "digests", "totals", "missing", "unit model", "settings"],
+)  # fmt: skip
+def test_counts_that_do_not_follow_from_the_folder(folder_copy, forgeries):
+    for change, _ in forgeries:
+        edit_counts(folder_copy, change)
+    problems = find_problems(folder_copy)
+    for _, message in forgeries:
+        assert any(re.search(message, problem) for problem in problems), (message, problems)
+
+
+NAMES = ["../secret", "/etc/passwd", "a/../b", "..", "", "a//b", "a\\b", "a\0b", "a\nb", "a\ud800", "\x1b[2J"]
+PLACES = {
+    "config": lambda counts, name: counts.update(config=name),
+    "splits": lambda counts, name: counts["splits"].update({name: counts["splits"]["train"]}),
+    "files": lambda counts, name: counts["files"].update({name: "0" * 64}),
+}
+
+
+@pytest.fixture
+def only_counts(dataset_folder, tmp_path):
+    """A folder with the counts.json of a dataset folder."""
+    shutil.copy(dataset_folder / "counts.json", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("place", "name"), [*((place, name) for place in PLACES for name in NAMES), ("config", "a/b"), ("splits", "a/b")]
+)
+def test_names_outside_the_folder_are_refused(only_counts, place, name):
+    edit_counts(only_counts, lambda counts: PLACES[place](counts, name))
+    message = f"counts.json: {name!r} is not a name in a dataset folder: run prepare again"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_counts(only_counts)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({name: value} for name in ("key", "config") for value in (None, 5)),
+        *({name: value} for name in ("settings", "digests", "splits", "statistics", "files") for value in (None, [], "x", 5)),
+        *({"num_units": value} for value in (None, "x", 0, -1, 65_537, 10**400)),
+        {"splits": {}}, {"splits": {"train": None}}, {"splits": {"train": []}}, {"settings": {}},
+        {"settings": {"template": None, "history": 0, "max_length": 5}},
+        {"settings": {"template": {}, "history": "x", "max_length": 5}},
+        {"settings": {"template": {}, "history": 0, "max_length": None}},
+        {"utterances": []}, {"utterances": {"train": {}}}, {"utterances": {"train": 1, "test": {}}},
     ],
     ids=str,
-)
-def test_row_that_contradicts_itself(folder_copy, change, message):
-    edit_rows(folder_copy, FILE, lambda rows: rows[0].update(change))
-    with pytest.raises(VerificationError, match=message):
-        verify(folder_copy)
+)  # fmt: skip
+def test_counts_of_other_types_are_refused(only_counts, change):
+    edit_counts(only_counts, lambda counts: counts.update(change))
+    with pytest.raises(ValueError, match=f"^{re.escape(str(only_counts / 'counts.json'))} {NO_COUNTS}"):
+        read_counts(only_counts)
 
 
-@pytest.mark.parametrize("name", ["speaker", "text", "emotion", "units"])
-def test_turn_that_differs_between_rows(folder_copy, encoder, name):
-    """Of a text, the letters differ in case only, and have the same ids."""
-    following = FILE.replace("3-of", "4-of")
-    changes = {
-        "speaker": lambda row: row.update(user_speaker="9"),
-        "emotion": lambda row: row.update(user_emotion="fear"),
-        "text": lambda row: row.update(user_text=row["user_text"].upper()),
-        "units": forge_unit(encoder),
-    }
-    edit_rows(folder_copy, following, lambda rows: changes[name](rows[0]))
-    place, first = f"{folder_copy / following}: row 0 (d8_1)", f"{folder_copy / FILE}: row 0 (d8_0)"
-    with pytest.raises(VerificationError) as raised:
-        verify(folder_copy)
-    assert raised.value.problems == [f"{place}: turn 1 has another {name} than in {first}"]
+@pytest.mark.parametrize(
+    ("config", "message"), [(5, f" {NO_COUNTS}"), ("../secret", ": '../secret' is not a name in a dataset folder: run prep")]
+)  # fmt: skip
+def test_every_command_refuses_bad_counts_in_one_line(only_counts, refused, config, message):
+    edit_counts(only_counts, lambda counts: counts.update(config=config))
+    text = only_counts / "text"
+    for args in (["verify"], ["stats"], ["show"], ["export", str(text)], ["push", "user/name"]):
+        error = refused(args[0], only_counts, *args[1:])
+        assert re.match(rf"dailytalk-usdm {args[0]}: {re.escape(str(only_counts / 'counts.json'))}{message}", error)
+    assert not text.exists()
 
 
-def test_dialog_in_two_splits(folder_copy):
-    name = "single_turn/test-00000-of-00003.parquet"
-    edit_rows(folder_copy, name, lambda rows: rows[0].update(id="d8_90", dialog_id="d8", turn=90))
-    with pytest.raises(VerificationError) as raised:
-        verify(folder_copy)
-    place = f"{folder_copy / name}: row 0 (d8_90)"
-    assert raised.value.problems == [f"{place}: dialog d8 is in train as well: a dialog belongs to one split"]
-
-
-def test_turns_of_shuffled_rows_with_history(mini, unit_model, tmp_path):
-    """The turns of earlier exchanges are compared as well."""
-    changes = {"history": 1, "shuffle_seed": 3, "num_output_shards": 1, "shard_dialogs": 64}
-    prepare(**options(mini, unit_model, tmp_path, **changes))
-    folder, name = tmp_path / "out", "single_turn/train-00000-of-00001.parquet"
-    assert verify(folder) == {"train": 10, "test": 3}
-
-    def forge(rows, speaker, turn):
-        [row] = [row for row in rows if row["id"] == "d8_2"]
-        row["agent_speaker"][0] = speaker  # of turn 1
-        row.update(turn=turn, id=f"d8_{turn}")
-
-    edit_rows(folder, name, lambda rows: forge(rows, "9", 2))
-    with pytest.raises(VerificationError, match=r"turn 1 has another speaker than in .*parquet: row \d \(d8_\d\)"):
-        verify(folder)
-    edit_rows(folder, name, lambda rows: forge(rows, "9", 1))
-    with pytest.raises(VerificationError, match=r"row \d \(d8_1\): its first turn is -1"):
-        verify(folder)
+def test_deeply_nested_counts_are_refused(tmp_path):
+    (tmp_path / "counts.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match=r"counts\.json is not JSON .*: run prepare again and pass --overwrite"):
+        verify(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda counts: counts["splits"]["train"].update(dialogs=9), "train has 4 dialogs, not 9"),
-        (lambda counts: counts["splits"]["train"].update(pairs=9), "train has 10 pairs, those in .* included, not 9"),
-        (lambda counts: counts["splits"]["test"].update(utterances=9), "the rows of test have 5 utterances, not 9"),
-        (lambda counts: counts["splits"]["test"].update(hours=9.0), r"the rows of test have 0\.00\d+ hours, not 9\.0"),
-        (lambda counts: counts["splits"]["test"].update(pairs_with_bad_audio=1), "names 0 pairs with bad audio, not 1"),
-        (lambda counts: counts["splits"]["test"].pop("pairs"), f"counts of test are not those of a dataset .*: {AGAIN}"),
-        (lambda counts: counts.update(num_units=1), r"train has unit \d+, but num_units is 1"),
-        (lambda counts: counts["tokenizer"].update(num_units=9), f"tokenizer is not that of the folder: {AGAIN}"),
-        (lambda counts: counts.pop("tokenizer"), f"tokenizer is not that of the folder: {AGAIN}"),
-        (lambda counts: counts.pop("unit_model"), f"does not have all that the card says .*: {AGAIN}"),
-        (lambda counts: counts["settings"].update(shuffle_seed=7), f"README.md is not the card .* in its text: .*{AGAIN}"),
+        ({"evil": 1}, r"settings\.template is not a template \(.*evil.*\): run prepare again"),
+        ({"instruction": 5}, r"template\.instruction is 5: give a text"),
+        ({"user_role": None}, r"template\.user_role is None: give a text"),
+        ({"loss": 5}, r"template\.loss is 5: give a list of one or more of"),
     ],
-)  # fmt: skip
-def test_totals_that_do_not_follow(folder_copy, change, message):
-    edit_counts(folder_copy, change)
-    with pytest.raises(VerificationError, match=message):
-        verify(folder_copy)
+)
+def test_malformed_template_is_refused(only_counts, change, message):
+    edit_counts(only_counts, lambda counts: counts["settings"]["template"].update(change))
+    with pytest.raises(ValueError, match=message):
+        read_template(only_counts / "counts.json", read_counts(only_counts))
 
 
 @pytest.mark.parametrize(
-    ("change", "where"),
+    "text",
     [
-        (lambda card: card + "Free for any use.\n", "its text"),
-        (lambda card: card.replace("license: unknown", "license: mit"), r"its YAML \(license\)"),
-        (lambda card: re.sub(r"num_bytes: \d+", "num_bytes: 5", card, count=1), r"its YAML \(dataset_info\)"),
+        b"",
+        b"# no YAML",
+        b"---\na: [\n---\n",
+        b"---\na: b: c\n---\n",
+        b"---\n- a\n---\n",
+        b"---\nconfigs: 5\n---\n",
+        b"\xff\xfe\0",
+        b'---\nconfigs: !!python/object/apply:os.system ["touch pwned"]\n---\n',
+        b"---\nconfigs:\n- config_name: single_turn\n  data_files: '../../**'\n---\n",
+        b"---\nconfigs:\n- config_name: single_turn\n  data_files: http://127.0.0.1:9/x.parquet\n---\n",
     ],
 )
-def test_card_that_is_not_the_rendered_one(folder_copy, change, where):
+def test_malformed_card_is_refused(folder_copy, tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    replace_file(folder_copy, "README.md", text)
+    with pytest.raises(ValueError, match=r"README\.md does not have the YAML of this folder \(") as raised:
+        verify(folder_copy)
+    assert "\n" not in str(raised.value) and not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        # `load_dataset` would read files that were not verified
+        (lambda card: card.replace("path: single_turn/test-*", "path: other/test-*"),
+         r"does not have .*its configs are not the data files of counts\.json"),
+        (lambda card: card.partition("dataset_info:")[0] + "---\n",
+         "does not have .*its dataset_info names no features or splits"),
+        # `load_dataset` would give rows of its cache that another folder has
+        (lambda card: DIGEST.sub("", card), "is not .* does not hold the digest of its data files"),
+        (lambda card: DIGEST.sub(rf"\g<1>{'0' * 64}\n", card), "is not .* does not hold the digest of its data files"),
+        (lambda card: card + "Free for any use.\n", f"is not the card .* differs in its text: restore it, or {AGAIN}$"),
+        (lambda card: re.sub(r"num_bytes: \d+", "num_bytes: 5", card, count=1).replace("license: unknown", "license: mit"),
+         rf"is not the card .* differs in its YAML \(dataset_info, license\): restore it, or {AGAIN}$"),
+    ],
+    ids=["other files", "no features", "no digest", "other digest", "text", "YAML"],
+)  # fmt: skip
+def test_card_of_other_data_is_refused(folder_copy, change, message):
     card = (folder_copy / "README.md").read_text()
+    assert change(card) != card
     replace_file(folder_copy, "README.md", change(card).encode())
-    with pytest.raises(
-        VerificationError, match=f"README.md is not the card .* differs in {where}: restore it, or {AGAIN}"
-    ):
+    with pytest.raises(ValueError, match=f"README.md {message}"):
         verify(folder_copy)
 
 
+DIGEST = re.compile(r"^(  description: data files with sha256 )[0-9a-f]{64}\n", re.MULTILINE)
 CONFIG = "tokenizer/tokenizer_config.json"
 
 
@@ -135,20 +190,17 @@ def edit_config(folder, **changes):
     replace_file(folder, CONFIG, json.dumps(config).encode())
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"tokenizer_class": "LlamaTokenizerFast"}, "tokenizer_class is 'LlamaTokenizerFast', not 'PreTrainedTokenizerFast'"),
-        ({"eos_token": "<s>"}, "eos_token is '<s>', not '</s>'"),
-        ({"bos_token": "</s>"}, "bos_token is '</s>', not '<s>'"),
-        ({"auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}}, r"auto_map is \{.*\}, not None"),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_tokenizer_config_that_gives_other_ids(folder_copy, changes, message):
-    edit_config(folder_copy, **changes)
-    with pytest.raises(VerificationError, match=f"tokenizer_config.json: {message}: {AGAIN}"):
-        verify(folder_copy)
+def test_tokenizer_config_that_gives_other_ids(folder_copy):
+    auto_map = {"AutoTokenizer": ["code.Tokenizer", None]}
+    edit_config(folder_copy, tokenizer_class="LlamaTokenizerFast", eos_token="<s>", bos_token="</s>", auto_map=auto_map)
+    expected = [
+        "tokenizer_class is 'LlamaTokenizerFast', not 'PreTrainedTokenizerFast'",
+        f"auto_map is {auto_map}, not None",
+        "bos_token is '</s>', not '<s>'",
+        "eos_token is '<s>', not '</s>'",
+    ]
+    again = "run prepare again and pass --overwrite (Python: overwrite=True)"
+    assert find_problems(folder_copy) == [f"{folder_copy / CONFIG}: {text}: {again}" for text in expected]
 
 
 def test_tokenizer_config_of_transformers_4_passes(folder_copy):
@@ -156,3 +208,11 @@ def test_tokenizer_config_of_transformers_4_passes(folder_copy):
     changes = {"eos_token": token | {"__type": "AddedToken"}, "added_tokens_decoder": {"2": token | {"special": True}}}
     edit_config(folder_copy, **changes, extra_special_tokens={})
     assert verify(folder_copy) == {"train": 10, "test": 3}
+
+
+def test_other_tokenizer_ends_verify_before_rows_are_read(folder_copy, monkeypatch):
+    """Its rows could decode to any amount of text."""
+    edit_counts(folder_copy, lambda counts: counts["digests"].update(tokenizer="0" * 64))
+    monkeypatch.setattr("usdm_sft.folder.verify.check_rows", None)
+    with pytest.raises(VerificationError, match=r"tokenizer is not the tokenizer that counts\.json names"):
+        verify(folder_copy)

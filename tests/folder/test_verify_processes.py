@@ -8,12 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.folder.test_verify import FILE, relabel
-from tests.helpers import edit_rows, replace_file
+from tests.helpers import edit_rows, find_problems, replace_file
 from usdm_sft.cli.main import main
 from usdm_sft.folder import rows, verify_rows
 from usdm_sft.folder.rows import divide_rows
 from usdm_sft.folder.statistics import Weighted, _distribution
-from usdm_sft.folder.verify import VerificationError, verify
 from usdm_sft.utils.processes import in_order
 
 
@@ -56,21 +55,20 @@ def test_results_in_order():
 
 def find_in_processes(folder):
     """The problems of a folder, which one process and two find alike."""
-    found = []
-    for num_proc in (1, 2):
-        with pytest.raises(VerificationError) as raised:
-            verify(folder, num_proc=num_proc)
-        found.append(raised.value.problems)
-    assert found[0] == found[1]
-    return found[0]
+    found, in_two = (find_problems(folder, num_proc=num_proc) for num_proc in (1, 2))
+    assert found == in_two
+    return found
 
 
 def test_problems_do_not_depend_on_the_number_of_processes(folder_copy, in_processes):
-    names = [f"single_turn/train-0000{number}-of-00010.parquet" for number in (3, 5)]
+    names = [f"single_turn/train-0000{number}-of-00010.parquet" for number in (3, 5, 7, 8)]
     edit_rows(folder_copy, names[0], lambda rows: (relabel(rows[0], 0, 1), rows[0].update(id="d3_0", length=7)))
     edit_rows(folder_copy, names[1], lambda rows: rows[0].update(id="d3_0", agent_text="other"))
     edit_rows(folder_copy, "single_turn/test-00001-of-00003.parquet", lambda rows: rows[0].update(length=9))
-    third, fifth = (f"{folder_copy / name}: row 0 (d3_0)" for name in names)
+    content = (folder_copy / names[2]).read_bytes()
+    replace_file(folder_copy, names[2], content[:200] + bytes(300) + content[500:])
+    replace_file(folder_copy, names[3], b"PAR1")
+    third, fifth = (f"{folder_copy / name}: row 0 (d3_0)" for name in names[:2])
     expected = [
         f"{third}: length is 7, but",
         f"{third}: the id of dialog_id and turn is d8_0",
@@ -79,6 +77,8 @@ def test_problems_do_not_depend_on_the_number_of_processes(folder_copy, in_proce
         f"{fifth}: the id of dialog_id and turn is d8_2",
         f"{fifth}: input_ids differ from the encoded columns: token",
         f"{fifth}: the same id is at {third}",
+        f"{folder_copy / names[2]} is damaged (",
+        f"{folder_copy / names[3]} is not a Parquet file (",
         f"{folder_copy / 'single_turn'}/test-00001-of-00003.parquet: row 0 (d105_1): length is 9",
     ]
     found = find_in_processes(folder_copy)
@@ -94,29 +94,14 @@ def test_turns_do_not_depend_on_the_number_of_processes(folder_copy, in_processe
     )
 
 
-def test_damage_is_a_problem_in_its_place(folder_copy, in_processes):
-    content = (folder_copy / FILE).read_bytes()
-    replace_file(folder_copy, FILE, content[:200] + bytes(300) + content[500:])
-    replace_file(folder_copy, FILE.replace("3-of", "5-of"), b"PAR1")
-    edit_rows(folder_copy, FILE.replace("3-of", "4-of"), lambda rows: rows[0].update(length=7))
-    found = [problem.partition(" (")[0] for problem in find_in_processes(folder_copy)]
-    names = [folder_copy / FILE.replace("3-of", f"{number}-of") for number in (3, 4, 5)]
-    assert found == [f"{names[0]} is damaged", f"{names[1]}: row 0", f"{names[2]} is not a Parquet file"]
-
-
 def test_check_stops_after_the_problems_that_are_shown(folder_copy, monkeypatch):
     monkeypatch.setattr(verify_rows, "LIMIT", 2)
     read, check_range = [], verify_rows._check_range
     monkeypatch.setattr(verify_rows, "_check_range", lambda *args: read.append(1) or check_range(*args))
     for number in (0, 1, 2):
         edit_rows(folder_copy, FILE.replace("3-of", f"{number}-of"), lambda rows: rows[0].update(length=7))
-    with pytest.raises(VerificationError) as raised:
-        verify(folder_copy, num_proc=1)
-    assert ["length is 7" in problem for problem in raised.value.problems] == [True, True] and len(read) == 2
-
-
-def test_correct_folder_in_processes(dataset_folder, in_processes):
-    assert verify(dataset_folder, num_proc=2) == {"train": 10, "test": 3}
+    problems = find_problems(folder_copy, num_proc=1)
+    assert ["length is 7" in problem for problem in problems] == [True, True] and len(read) == 2
 
 
 def test_statistics_do_not_depend_on_the_number_of_processes(folder_copy, in_processes, capsys):
@@ -128,12 +113,11 @@ def test_statistics_do_not_depend_on_the_number_of_processes(folder_copy, in_pro
 
 
 @pytest.mark.parametrize("command", ["verify", "stats", "export"])
-def test_number_of_processes_is_checked(dataset_folder, tmp_path, capsys, command):
-    output = [str(tmp_path / "out")] if command == "export" else []
-    with pytest.raises(SystemExit, match="1"):
-        main([command, str(dataset_folder), *output, "--num_proc", "0"])
+def test_number_of_processes_is_checked(dataset_folder, tmp_path, refused, command):
+    output = [tmp_path / "out"] if command == "export" else []
+    error = refused(command, dataset_folder, *output, "--num_proc", 0)
+    assert error == f"dailytalk-usdm {command}: num_proc is 0: give a positive number"
     assert not (tmp_path / "out").exists()
-    assert capsys.readouterr().err == f"dailytalk-usdm {command}: num_proc is 0: give a positive number\n"
 
 
 def test_mean_and_quantiles_of_counted_values():

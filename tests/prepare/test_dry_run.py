@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.helpers import options
+from tests.helpers import options, reuse_units
 from usdm_sft.cli.main import main
 from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.prepare.dry_run import DryRun, check_dry_run, describe_dry_run, dry_run
@@ -19,18 +19,18 @@ def state_of(folder):
 
 
 @pytest.fixture(scope="module")
-def finished(mini, unit_model, tmp_path_factory):
-    """A run whose work is in the cache; copy it to change it."""
-    root = tmp_path_factory.mktemp("finished")
+def shorter(mini, unit_model, finished, tmp_path_factory):
+    """A run whose work is in the cache, and its counts; copy it to change it."""
+    root = tmp_path_factory.mktemp("shorter")
+    reuse_units(finished, root)
     return root, prepare(**options(mini, unit_model, root, max_length=300))
 
 
-def test_dry_run_counts_what_the_run_counts(finished, mini, unit_model, tmp_path):
-    _, counts = finished
+def test_dry_run_counts_what_the_run_counts(shorter, mini, unit_model, tmp_path):
+    _, counts = shorter
     config = PrepareConfig(**options(mini, unit_model, tmp_path, max_length=300))
     found = dry_run(config)
-    expected = {split: values | {"units": values["units"]} for split, values in counts["splits"].items()}
-    assert found.splits == expected
+    assert found.splits == counts["splits"]
     assert 0 < len(found.splits["train"]["pairs_left_out"]) < 10
     assert (found.num_shards, found.num_cached_units, found.num_cached_tokens) == (6, 0, 0)  # one dialog in each
     assert (
@@ -46,18 +46,18 @@ def test_dry_run_counts_what_the_run_counts(finished, mini, unit_model, tmp_path
 @pytest.mark.parametrize(
     "changes", [{"config_name": "multi_turn", "overflow": "split", "max_length": 400}, {"history": 1}]
 )
-def test_dry_run_of_other_rows(finished, mini, unit_model, tmp_path, changes):
-    root, _ = finished
+def test_dry_run_of_other_rows(shorter, mini, unit_model, tmp_path, changes):
+    root, _ = shorter
     before = state_of(root)
     config = options(mini, unit_model, root, **changes, output_path=str(tmp_path / "out"))
     found = dry_run(PrepareConfig(**config))
     assert (found.num_cached_units, found.num_cached_tokens, found.missing_seconds) == (6, 0, 0)
     assert state_of(root) == before and not list(tmp_path.iterdir())
-    assert found.splits == prepare(**config | {"cache_dir": str(tmp_path / "cache")})["splits"]
+    assert found.splits == prepare(**config)["splits"]
 
 
-def test_dry_run_needs_no_unit_model_and_makes_no_forward_pass(finished, mini, tmp_path, monkeypatch):
-    _, counts = finished
+def test_dry_run_needs_no_unit_model_and_makes_no_forward_pass(shorter, mini, tmp_path, monkeypatch):
+    _, counts = shorter
     monkeypatch.setattr("usdm_sft.units.model.UnitModel.from_pretrained", None)
     given = options(mini, "xlsr2_1b_v2", tmp_path, max_length=300, model_cache_dir=str(tmp_path / "models"))
     found = dry_run(PrepareConfig(**given))
@@ -79,8 +79,8 @@ def test_dry_run_refuses_what_the_run_refuses(mini, unit_model, tmp_path):
     assert set(found.splits["train"]["pairs_left_out"]) == {"d8_1", "d8_2"}
 
 
-def test_command_prints_the_rows_that_would_be_left_out(finished, mini, unit_model, tmp_path, capsys):
-    root, counts = finished
+def test_command_prints_the_rows_that_would_be_left_out(shorter, mini, unit_model, tmp_path, capsys):
+    root, counts = shorter
     given = options(mini, unit_model, root, max_length=300, output_path=str(tmp_path / "out"))
     main(["prepare", "--dry-run", *(f"--{name}={value}" for name, value in given.items())])
     out = capsys.readouterr().out.splitlines()
@@ -92,19 +92,9 @@ def test_command_prints_the_rows_that_would_be_left_out(finished, mini, unit_mod
 
 
 def test_long_lists_are_cut_and_a_full_disk_is_an_error(monkeypatch, capsys):
-    split = {
-        "rows": 1,
-        "dialogs": 1,
-        "hours": 0,
-        "tokens": 9,
-        "labelled_tokens": 2,
-        "rows_cut": {},
-        "dialogs_left_out": {},
-    }
-    split |= {
-        "pairs_with_bad_audio": 0,
-        "pairs_left_out": {f"d{i}_0": "9 tokens, more than max_length 8" for i in range(1234)},
-    }
+    split = {"rows": 1, "dialogs": 1, "hours": 0, "tokens": 9, "labelled_tokens": 2, "pairs_with_bad_audio": 0}
+    split |= {"rows_cut": {}, "dialogs_left_out": {}}
+    split |= {"pairs_left_out": {f"d{i}_0": "9 tokens, more than max_length 8" for i in range(1234)}}
     found = DryRun({"train": split}, 1, 0, 0, 3600.0, 3600.0, 0, True, "cpu")
     monkeypatch.setattr("usdm_sft.prepare.dry_run.dry_run", lambda config: found)
     usage = namedtuple("usage", "total used free")

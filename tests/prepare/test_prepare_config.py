@@ -11,14 +11,13 @@ from usdm_sft.prepare.prepare import prepare
 from usdm_sft.template.config import Template
 
 REQUIRED = {"data_dir": "d", "output_path": "o"}
-
-
-[COMMANDS] = [action.choices for action in make_parser()._actions if isinstance(action.choices, dict)]
+PARSER = make_parser()  # takes longer to make than to use
+[COMMANDS] = [action.choices for action in PARSER._actions if isinstance(action.choices, dict)]
 WITH_CONFIG = [name for name, parser in COMMANDS.items() if "--config" in parser._option_string_actions]
 
 
-def parse(*arguments, command="prepare"):
-    return make_parser().parse_args([command, *arguments])[command]
+def parse(*arguments, command="prepare", parser=PARSER):
+    return parser.parse_args([command, *arguments])[command]
 
 
 def test_config_is_frozen():
@@ -205,11 +204,10 @@ def test_options_override_environment_and_config_does(command, tmp_path, monkeyp
     (tmp_path / "run.yaml").write_text(RUN)
     monkeypatch.setenv("JSONARGPARSE_DEFAULT_ENV", "true")
     monkeypatch.setenv(f"DAILYTALK_USDM_{command.upper()}__MAX_LENGTH", "55")
-    required = ("--data_dir", "d", "--output_path", "o")
+    required, parser = ("--data_dir", "d", "--output_path", "o"), make_parser()  # which looks at the environment
     config = ("--config", str(tmp_path / "run.yaml"))
-    assert parse(*required, command=command).max_length == 55
-    assert parse(*required, *config, command=command).max_length == 77
-    assert parse(*required, "--max_length", "300", *config, command=command).max_length == 300
+    for words, expected in ((), 55), (config, 77), (("--max_length", "300", *config), 300):
+        assert parse(*required, *words, command=command, parser=parser).max_length == expected
 
 
 @pytest.mark.parametrize("command", WITH_CONFIG)

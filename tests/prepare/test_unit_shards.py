@@ -5,7 +5,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,10 +17,10 @@ from tests.helpers import (
     inodes,
     make_in_two_runs_at_once,
     options,
-    stop_run,
     wait_for,
 )
 from usdm_sft.audio.reading import AudioError
+from usdm_sft.folder.layout import read_counts
 from usdm_sft.prepare import open_run, unit_shards
 from usdm_sft.prepare.plan import Shard
 from usdm_sft.prepare.prepare import prepare
@@ -184,10 +183,8 @@ def test_process_that_dies_is_named_and_finished_work_is_kept(
     assert content(tmp_path / "out") == undisturbed
 
 
-KILL_POINTS = (  # when the first, fourth and last unit shard, the second token shard, and the fifth output file are finished
-    ("cache/units/*.arrow", 1),
+KILL_POINTS = (  # when the fourth unit shard, the second token shard, and the fifth output file are finished
     ("cache/units/*.arrow", 4),
-    ("cache/units/*.arrow", 6),
     ("cache/tokens/*.arrow", 2),
     ("out/.unfinished/*/single_turn/*.parquet", 5),
 )
@@ -234,8 +231,8 @@ def test_agreement_is_measured_once_and_is_in_counts_and_log(mini, unit_model, t
     assert again["agreement"] == agreement
 
 
-def test_agreement_is_none_for_the_settings_of_the_reference(mini, unit_model, tmp_path):
-    assert prepare(**options(mini, unit_model, tmp_path))["agreement"] is None
+def test_agreement_is_none_for_the_settings_of_the_reference(finished):
+    assert read_counts(finished / "out")["agreement"] is None
 
 
 def test_more_gpus_than_this_machine_has(mini, unit_model, tmp_path):
@@ -347,64 +344,3 @@ def test_run_finishes_its_shards_before_it_waits(tmp_path):
     assert [key[0] for key, _ in made] == ["b", "c"]
     assert path.read_bytes() == b"of the other run"
     assert "start b" not in done and "forget b" in done
-
-
-SCRIPT = """
-import os
-from usdm_sft.prepare import open_run
-from usdm_sft.prepare import unit_shards
-from usdm_sft.utils import processes
-
-open_run.find_devices = lambda num_gpus: ["cpu", "cpu:0"]
-unit_shards.count_readers = lambda shards, devices: 1
-print("the script runs")
-"""
-
-
-def script(folder, *lines):
-    """Write a script that computes in two processes and has no main guard; return its command line."""
-    (folder / "script.py").write_text("\n".join([SCRIPT, *lines]) + "\n")
-    return [sys.executable, str(folder / "script.py")]
-
-
-@pytest.mark.slow
-def test_script_without_a_main_guard(mini, unit_model, tmp_path, undisturbed):
-    given = options(mini, unit_model, tmp_path)
-    run = script(tmp_path, "from usdm_sft.prepare.prepare import prepare", f"prepare(**{given!r})")
-    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "the script runs\n", "")
-    assert content(tmp_path / "out") == undisturbed
-
-
-# Moments of the Ctrl-C: while the second process starts, or when the first unit shard is finished.
-AT_THE_START = """
-import time
-start = processes.SpawnProcess.start
-def start_and_mark(process):
-    start(process)
-    if process.name == "units on cpu:0":
-        time.sleep(0.5)  # the process is importing now
-        open({started!r}, "w").close()
-processes.SpawnProcess.start = start_and_mark
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("lines", "pattern", "signal_number"),
-    [
-        (AT_THE_START, "started", signal.SIGINT),
-        ("", "cache/units/*.arrow", signal.SIGINT),
-        ("", "cache/units/*.arrow", signal.SIGKILL),
-    ],
-    ids=["Ctrl-C at the start", "Ctrl-C at work", "killed"],
-)
-def test_stopped_run_with_several_processes_is_resumed(
-    mini, unit_model, tmp_path, undisturbed, lines, pattern, signal_number
-):
-    arguments = command(mini, unit_model, tmp_path)[3:]
-    lines = lines.format(started=str(tmp_path / "started"))
-    run = script(tmp_path, lines, "from usdm_sft.cli.main import main", f"main({arguments!r})")
-    stop_run(run, tmp_path, pattern, signal_number)
-    prepare(**options(mini, unit_model, tmp_path))
-    assert content(tmp_path / "out") == undisturbed

@@ -109,8 +109,8 @@ def as_string(template, exchanges):
     return text + "</s>"
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_ids_equal_those_of_the_whole_string(small_tokenizer, template):
+@pytest.mark.parametrize("template", [REFERENCE, *TEMPLATES])
+def test_ids_and_prompts_are_those_of_the_whole_string(small_tokenizer, template):
     encoder = TemplateEncoder(small_tokenizer, template)
     header = len(encoder.prompt([])) - 1
     for user_text in TEXTS:
@@ -121,6 +121,11 @@ def test_ids_equal_those_of_the_whole_string(small_tokenizer, template):
             assert ids == small_tokenizer(as_string(template, row)).input_ids
             assert labels == labels_of(ids, header, LABELS)
             assert encoder.decode(ids) == as_string(template, row)
+            prompts = [encoder.prompt(*row[-1][:number], history=row[:-1]).tolist() for number in (1, 2, 3)]
+            assert [ids[: len(prompt)] for prompt in prompts] == prompts
+    generated = ids[len(prompts[0]) : ids.index(NEWLINE, len(prompts[0])) + 1]
+    after = next_prompt(encoder.steps[0], torch.tensor(prompts[0])[None], torch.tensor(generated))
+    assert after[0].tolist() == prompts[1]
 
 
 @pytest.mark.parametrize("lowercase", [True, False])
@@ -133,20 +138,6 @@ def test_case_of_texts(small_tokenizer, lowercase):
     assert ids == small_tokenizer(as_string(template, [read])).input_ids
     assert ids[: len(encoder.prompt(*row[:3]))] == encoder.prompt(*row[:3]).tolist()
     assert template.settings().get("lowercase", True) == lowercase and ("lowercase" in template.settings()) != lowercase
-
-
-@pytest.mark.parametrize("template", [REFERENCE, *TEMPLATES])
-def test_prompts_follow_the_template(small_tokenizer, template):
-    encoder = TemplateEncoder(small_tokenizer, template)
-    row = ([11, 12], "where were you?", "at home.", [21, 22])
-    ids = encoder({name: [value] for name, value in zip(COLUMNS, row, strict=True)})["input_ids"][0].tolist()
-    for given in (row[:1], row[:2], row[:3]):
-        prompt = encoder.prompt(*given).tolist()
-        assert ids[: len(prompt)] == prompt
-    prompt = encoder.prompt(row[0])
-    generated = ids[len(prompt) : ids.index(NEWLINE, len(prompt)) + 1]
-    after = next_prompt(encoder.steps[0], torch.tensor(prompt)[None], torch.tensor(generated))
-    assert after[0].tolist() == encoder.prompt(*row[:2]).tolist()
 
 
 def test_stages_of_the_reference_template(encoder):

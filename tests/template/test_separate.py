@@ -1,7 +1,6 @@
 """The template with the tokenizer of another base model: `tokenization="separate"`."""
 
 import importlib.util
-import pickle
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,8 @@ from hypothesis import strategies as st
 from tests.bases import BASES, byte_level
 from tests.helpers import ids_and_labels
 from tests.template.rendering import render
-from usdm_sft.template.config import LABELS, Template
+from usdm_sft.template.config import Template
 from usdm_sft.template.encoder import COLUMNS, TemplateEncoder
-from usdm_sft.template.parts import ROW_PARTS, find_parts
 from usdm_sft.template.tokenizer import add_units
 from usdm_sft.template.view import format_example
 from usdm_sft.training import StepLogitsProcessor, next_prompt
@@ -70,25 +68,6 @@ def test_ids_and_labels_are_those_of_lines_encoded_alone(base, encoder):
     assert ids_and_labels(encoder, columns(ROW)) == by_hand(base, ROW)
 
 
-def test_newline_does_not_melt_into_a_question_mark(encoder, base):
-    question = base("you?\n", add_special_tokens=False)
-    ids, _ = ids_and_labels(encoder, columns(ROW))
-    assert ids.count(encoder.tokens.newline) == 6
-    if "?Ċ" in base.get_vocab():
-        assert question.tokens()[-1] == "?Ċ" and base.convert_tokens_to_ids("?Ċ") not in ids
-
-
-def test_decoded_text_is_the_template(encoder, base):
-    text = encoder.decode(encoder(columns(ROW))["input_ids"][0])
-    units = "<|unit3|><|unit3|><|unit5|>", "<|unit19|><|unit0|>"
-    user, agent = f"{units[0]}<|correspond|>where were you?", f"at home.<|correspond|>{units[1]}"
-    lines = [SEPARATE.instruction, "### User", user, "### Agent", agent]
-    expected = "\n".join(lines) + "\n" + (base.eos_token or "")
-    if base.unk_token == "[UNK]":  # WordPiece lower-cases and decodes with spaces of its own
-        text, expected = (each.lower().replace(" ", "") for each in (text, expected))
-    assert text == expected
-
-
 def test_prompts_are_prefixes_and_each_step_ends_in_one_known_id(encoder, base):
     ids, labels = ids_and_labels(encoder, columns(ROW))
     given = [ROW["user_units"]], [ROW["user_units"], ROW["user_text"]], [*ROW.values()][:3]
@@ -119,15 +98,6 @@ def test_stages_allow_only_what_training_teaches(encoder, base):
     assert [step.stop_id for step in encoder.steps] == [newline, correspond, newline]
 
 
-def test_parts_are_those_that_the_template_labels(base):
-    row = {name: [value, value] for name, value in ROW.items()}
-    for part in LABELS:
-        encoder = TemplateEncoder(base, Template(tokenization="separate", loss=(part,)))
-        encoded = encoder(columns(row))
-        found = find_parts(encoded["input_ids"][0], encoder.layout)
-        assert (found == list(ROW_PARTS).index(part)).tolist() == (encoded["labels"][0] != -100).tolist()
-
-
 def test_example_for_the_terminal_hides_nothing(encoder, base):
     ids, labels = ids_and_labels(encoder, columns(ROW))
     row = {"id": "d1_0", "input_ids": ids, "labels": labels}
@@ -155,12 +125,6 @@ def test_texts_that_the_tokenizer_cannot_hold_are_refused(encoder, base, change,
         return
     with pytest.raises(ValueError, match=message):
         encoder(columns(ROW | change))
-
-
-def test_encoder_survives_pickling(encoder):
-    copy = pickle.loads(pickle.dumps(encoder))
-    assert ids_and_labels(copy, columns(ROW)) == ids_and_labels(encoder, columns(ROW))
-    assert (copy.key, copy.steps) == (encoder.key, encoder.steps)
 
 
 def test_key_depends_on_eos():

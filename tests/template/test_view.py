@@ -1,7 +1,5 @@
 import re
 
-import pytest
-
 from usdm_sft.cli.main import main
 from usdm_sft.folder.rows import read_rows
 from usdm_sft.template.view import BLUE, PLAIN, format_example, split_parts
@@ -52,7 +50,7 @@ def test_invisible_characters_are_escaped(encoder, tokenizer):
     assert "loss   a\\u202eb\\u200bc 🙂⏎" in shown.splitlines()
 
 
-def test_show_on_the_command_line(dataset_folder, capsys):
+def test_show_on_the_command_line(dataset_folder, capsys, refused):
     main(["show", str(dataset_folder), "--split", "test", "--index", "1", "--num_examples", "5"])
     out = capsys.readouterr().out
     assert re.findall(r"^(d\w+): ", out, re.MULTILINE) == ["d105_1", "d2001_0"]
@@ -62,9 +60,7 @@ def test_show_on_the_command_line(dataset_folder, capsys):
         (["--index", "-1"], "and no row -1"),
         (["--data_dir", "."], "name the page with --html"),
     ):
-        with pytest.raises(SystemExit, match="1"):
-            main(["show", str(dataset_folder), *args])
-        assert message in capsys.readouterr().err
+        assert message in refused("show", dataset_folder, *args)
 
 
 def test_rows_are_read_across_files(dataset_folder):
