@@ -203,8 +203,6 @@ def _write(path: Path, values: Iterable[Any]) -> None:
     with write_then_replace(path, "wb") as file:
         for value in values:
             pickle.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _read(path: Path) -> Iterator[Any]:
