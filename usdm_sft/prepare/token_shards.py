@@ -57,38 +57,23 @@ class ShardCounts(NamedTuple):
 
 
 class TokenShard(NamedTuple):
-    """A finished token shard.
+    """A finished token shard."""
 
-    Attributes:
-        path: Its file, one row per example with units, seconds, `input_ids` and `labels`.
-        cuts: What `max_length` leaves of its rows.
-        counts: The counts of what is left.
-        fp32_fallback: Ids of the utterances that overflowed in the chosen precision and therefore have the units of fp32.
-    """
-
-    path: Path
-    cuts: Overflowed
-    counts: ShardCounts
-    fp32_fallback: list[str]
+    path: Path  # one row per example with units, seconds, `input_ids` and `labels`
+    cuts: Overflowed  # what `max_length` leaves of its rows
+    counts: ShardCounts  # of what is left
+    fp32_fallback: list[str]  # utterances that overflowed in the chosen precision and therefore have the units of fp32
 
 
 @dataclass(frozen=True)
 class TokenMaker:
-    """Makes the token shards that the cache lacks, and applies `max_length`. It is pickled into processes and tasks.
+    """Makes the token shards that the cache lacks, and applies `max_length`. It is pickled into processes and tasks."""
 
-    Attributes:
-        rows: The builder's examples by split.
-        encoder: Makes `input_ids` and `labels`.
-        level: The cache level of token shards.
-        max_length: Largest number of tokens in a row.
-        overflow: One of `OVERFLOWS`, for longer rows (`usdm_sft.prepare.overflow`).
-    """
-
-    rows: Mapping[str, Dataset]
-    encoder: TemplateEncoder
-    level: ShardCache
-    max_length: int
-    overflow: str
+    rows: Mapping[str, Dataset]  # the builder's examples by split
+    encoder: TemplateEncoder  # makes `input_ids` and `labels`
+    level: ShardCache  # the cache level of token shards
+    max_length: int  # largest number of tokens in a row
+    overflow: str  # one of `OVERFLOWS`, for longer rows
 
     def __call__(self, part: tuple[Shard, ShardContents, Path]) -> TokenShard:
         """Make the token shard of a work shard, given its content and the file of its unit shard."""
@@ -111,12 +96,6 @@ class TokenMaker:
 def make_tokens(plan: Plan, maker: TokenMaker, units: Mapping[str, Path], pool: Pool) -> list[TokenShard]:
     """Make the token shards that the cache lacks, and apply `max_length` to all of them.
 
-    Args:
-        plan: The work shards.
-        maker: Makes one of them.
-        units: The file of each unit shard, by its key.
-        pool: Shares out the shards.
-
     Returns:
         The token shard of each work shard, in order.
     """
@@ -135,10 +114,7 @@ def make_tokens(plan: Plan, maker: TokenMaker, units: Mapping[str, Path], pool: 
 def _columns_by_row(content: ShardContents, units: pa.Table, *, collapse: bool) -> dict[str, pa.Array]:
     """Arrange the units and seconds of a work shard's utterances by row: `user_units`, `user_seconds`, `agent_units`, ...
 
-    Args:
-        content: The utterances and rows of the work shard.
-        units: Its unit shard.
-        collapse: Collapse runs of equal units, and add `user_durations` and `agent_durations`.
+    Collapsed runs of equal units have further columns, `user_durations` and `agent_durations`.
 
     Raises:
         ValueError: A run is too long for a duration; the message names the recording.

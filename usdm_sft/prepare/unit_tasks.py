@@ -21,21 +21,13 @@ from usdm_sft.utils.shard_cache import ShardCache
 
 @dataclass(frozen=True)
 class UnitTask:
-    """Makes the unit shards of one task in one process.
+    """Makes the unit shards of one task in one process."""
 
-    Attributes:
-        folder: The unit model.
-        key: `UnitTokenizer.key` when the tasks were planned.
-        settings: Settings of the unit tokenizer.
-        cache: Folder of the cache.
-        sample: Audio on which the first task measures the agreement; empty if there is nothing to measure.
-    """
-
-    folder: str
-    key: tuple[Any, ...]
-    settings: Mapping[str, Any]
+    folder: str  # the unit model
+    key: tuple[Any, ...]  # `UnitTokenizer.key` when the tasks were planned
+    settings: Mapping[str, Any]  # of the unit tokenizer
     cache: Path
-    sample: Mapping[str, AudioDigest]
+    sample: Mapping[str, AudioDigest]  # on which the first task measures the agreement; empty if none is to be measured
 
     def __call__(self, items: Iterator[UnitShard], rank: int) -> Iterator[Any]:
         """Make the shards of task `rank`. If the process sees several GPUs, it takes number `rank` modulo their number.

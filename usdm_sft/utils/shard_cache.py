@@ -118,11 +118,7 @@ class Claim:
     finished: Path | None  # the file, if it is finished
 
     def write(self, write: Callable[[str], Any]) -> Path:
-        """Make the file and return its path.
-
-        Args:
-            write: Called with the path to write the file to.
-        """
+        """Make the file with `write`, as in `ShardCache.make`, and return its path."""
         unfinished = self.folder / f"{self.key}.unfinished"
         remove_path(unfinished)
         unfinished.mkdir()
