@@ -198,11 +198,8 @@ def make_in_two_runs_at_once(mini, unit_model, folder, monkeypatch, *, other=Non
     _, error = run.communicate(timeout=300)
     assert run.returncode == 0, error.decode()[-2000:]
     assert len(met) == 1
-    for level in ("units", "tokens"):  # every finished shard was added to a list, once
-        lists = folder.glob(f"cache/{level}/locks/*.finished")
-        written = [name for names in lists for name in names.read_text().split()]
-        assert sorted(written) == sorted(path.name for path in folder.glob(f"cache/{level}/*.arrow"))
-        assert len({name.partition(".")[0] for name in written}) == 6
+    for level in ("units", "tokens"):
+        assert len(list(folder.glob(f"cache/{level}/*.arrow"))) == 6
     assert not [*folder.rglob("*.unfinished"), *folder.rglob(".unfinished")]
 
 

@@ -1,6 +1,7 @@
 """The rows of output files, part by part, are those of all rows in one list, cut by hand and shuffled by datasets."""
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pytest
 from datasets import Dataset
@@ -67,7 +68,9 @@ def corpus(tmp_path_factory):
         counts = ShardCounts(
             len(left) - first, 0, 0, 0, 0.0, 0, sum(len(row["input_ids"]) for row in left[first:]), 0, 0
         )
-        tokens.append(TokenShard(path, Overflowed(runs, {}, {}), counts, []))
+        kept = [(row, *run) for row, _ in enumerate(exchanges) for run in runs.get(row, [(0, 0)])]
+        cuts = Overflowed(np.array(kept, np.int32) if runs else range(len(exchanges)), {"d0_0": "cut"}, {})
+        tokens.append(TokenShard(path, cuts, counts, []))
     examples = Dataset.from_list(whole, features=FEATURES).select_columns(EXAMPLES)
     return examples, shards, tokens, left
 

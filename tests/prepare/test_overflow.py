@@ -59,7 +59,7 @@ class Fitted(NamedTuple):
 def fit_rows(rows, encoder, max_length, overflow):
     table = rows.data.table
     cuts = find_cuts(table, encoder, max_length, overflow)
-    kept = take_rows(table, cuts.runs, encoder)
+    kept = take_rows(table, cuts.kept, encoder)
     assert kept.schema == table.schema
     return Fitted(kept.to_pylist(), cuts.cut, cuts.left_out)
 

@@ -22,7 +22,6 @@ from tests.helpers import (
 from usdm_sft.audio.reading import AudioError
 from usdm_sft.folder.layout import read_counts
 from usdm_sft.prepare import open_run, unit_shards
-from usdm_sft.prepare.plan import Shard
 from usdm_sft.prepare.prepare import prepare
 from usdm_sft.units import reading
 from usdm_sft.units.model import UnitModel
@@ -241,10 +240,8 @@ def test_more_gpus_than_this_machine_has(mini, unit_model, tmp_path):
 
 
 def test_order_of_work_shards_and_overlap_change_no_byte(mini, unit_model, tmp_path, undisturbed, monkeypatch):
-    pipeline, order = unit_shards._Pipeline, unit_shards.order_shards
-    monkeypatch.setattr(
-        unit_shards, "_Pipeline", lambda *args, ahead, num_readers: pipeline(*args, ahead=1, num_readers=0)
-    )
+    order = unit_shards.order_shards
+    monkeypatch.setitem(unit_shards._DEVICE_AHEAD, "cpu", 1)
     monkeypatch.setattr(unit_shards, "order_shards", lambda shards: order(shards)[::-1])
     prepare(**options(mini, unit_model, tmp_path))
     assert content(tmp_path / "out") == undisturbed
@@ -252,14 +249,14 @@ def test_order_of_work_shards_and_overlap_change_no_byte(mini, unit_model, tmp_p
 
 
 def test_each_run_makes_work_shards_in_its_own_order():
-    shards = [Shard(number, "train", (0, 1), 0, 1, 0, number % 100, "", "") for number in range(100)]
+    shards = [unit_shards.UnitShard(str(number), [], {}, longest=number) for number in range(100)]
     state = random.getstate()
     one, other = unit_shards.order_shards(shards), unit_shards.order_shards(shards)
     assert random.getstate() == state  # which the calling script may have seeded
     assert one != other
     for made in (one, other):
         assert sorted(shard.longest for shard in made[:64]) == list(range(36, 100))  # the longest come first
-        assert sorted(made) == shards
+        assert sorted(made, key=lambda shard: shard.longest) == shards
 
 
 class Device:

@@ -44,21 +44,6 @@ def test_folder_is_listed_once(tmp_path, monkeypatch):
     assert listed == [tmp_path]
 
 
-def test_claim_lists_no_folder(tmp_path, monkeypatch):
-    level = ShardCache(tmp_path)
-    made = level.make("key", writer(b"one"))
-
-    def refuse(folder):
-        raise AssertionError(f"{folder} is listed")
-
-    for name in ("listdir", "scandir"):
-        monkeypatch.setattr(os, name, refuse)
-    with level.claim("key") as claim:
-        assert claim.finished == made
-    with level.claim("key2") as claim:  # shares the lock and the list
-        assert claim.finished is None
-
-
 def test_claim_sees_what_another_process_finished_meanwhile(tmp_path):
     level, other = ShardCache(tmp_path), ShardCache(tmp_path)
     assert level.find_all(["one", "two"]) == {}
@@ -67,22 +52,24 @@ def test_claim_sees_what_another_process_finished_meanwhile(tmp_path):
         assert claim.finished == made
 
 
-def test_list_of_run_killed_around_the_rename_still_works(tmp_path, monkeypatch):
+def test_run_killed_around_the_rename_is_resumed(tmp_path, monkeypatch):
     level, replace = ShardCache(tmp_path), os.replace
 
-    def kill(*paths):
+    def kill_before(*paths):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "replace", kill)
-    with pytest.raises(KeyboardInterrupt):
-        level.make("key", writer(b"one"))
-    with open(tmp_path / "locks" / "key.finished", "a") as listed:
-        listed.write("key.0a")  # half a line
+    def kill_after(*paths):
+        replace(*paths)
+        raise KeyboardInterrupt
+
+    for kill, left in ((kill_before, 0), (kill_after, 1)):
+        monkeypatch.setattr(os, "replace", kill)
+        with pytest.raises(KeyboardInterrupt):
+            level.make("key", writer(b"one"))
+        assert len(list(tmp_path.glob("*.arrow"))) == left
     monkeypatch.setattr(os, "replace", replace)
-    with level.claim("key") as claim:
-        assert claim.finished is None
-        made = claim.write(writer(b"one"))
-    assert level.make("key", writer(b"two")) == made
+    assert level.make("key", writer(b"two")).read_bytes() == b"one"
+    assert len(files(tmp_path)) == 1
 
 
 def test_claim_is_exclusive_until_it_is_released(tmp_path):
@@ -158,7 +145,6 @@ def test_links_among_the_files_are_not_followed(tmp_path):
     (tmp_path / "precious" / "thesis.txt").write_text("mine")
     level = ShardCache(tmp_path / "level")
     (tmp_path / "level" / "locks").mkdir(parents=True)
-    (tmp_path / "level" / "locks" / "key.finished").symlink_to(tmp_path / "precious" / "thesis.txt")
     (tmp_path / "level" / "key.unfinished").symlink_to(tmp_path / "precious")
     made = level.make("key", writer(b"one"))
     assert level.find("key") == made and made.read_bytes() == b"one"

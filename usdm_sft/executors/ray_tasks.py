@@ -34,11 +34,8 @@ def import_ray() -> ModuleType:
 
 def _run_ray_task(step: Callable[..., None], folder: str, tasks: int, rank: int) -> None:
     executor = LocalPipelineExecutor([step], tasks=tasks, logging_dir=folder)
-    with (
-        open(os.devnull, "w") as devnull,
-        contextlib.redirect_stderr(devnull),
-    ):  # the log of the task has the same lines
-        executor._run_for_rank(rank)
+    with open(os.devnull, "w") as devnull, contextlib.redirect_stderr(devnull):
+        executor._run_for_rank(rank)  # the log of the task has the lines of stderr
 
 
 def find_ray_device() -> str:
@@ -53,22 +50,19 @@ def find_ray_device() -> str:
     """
     import torch
 
-    ray = import_ray()
-    connected, address = ray.is_initialized(), os.environ.get("RAY_ADDRESS") or "auto"
-    if not connected:
-        try:
-            if address == "local":  # Ray starts a cluster then
-                raise ConnectionError
-            ray.init("auto", log_to_driver=False, logging_level=logging.ERROR)
-        except ConnectionError:
-            if address not in ("auto", "local"):
-                raise
-            return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    ray, address = import_ray(), os.environ.get("RAY_ADDRESS") or "auto"
+    with contextlib.ExitStack() as held:
+        if not ray.is_initialized():
+            try:
+                if address == "local":  # Ray starts a cluster then
+                    raise ConnectionError
+                ray.init("auto", log_to_driver=False, logging_level=logging.ERROR)
+            except ConnectionError:
+                if address not in ("auto", "local"):
+                    raise
+                return "cuda" if torch.cuda.is_available() else "cpu"
+            held.callback(ray.shutdown)
         _check_gpus(ray)
-    finally:
-        if not connected:
-            ray.shutdown()
     return "cuda"
 
 
@@ -111,10 +105,10 @@ def run_on_ray(step: Callable[..., None], folder: Path, tasks: int, ranks: Seque
     failed = []
     with ray_session() as ray:
         try:
-            num_gpus = int(device == "cuda")
-            if num_gpus:
+            if device == "cuda":
                 _check_gpus(ray)
-            run = ray.remote(num_cpus=1, num_gpus=num_gpus)(_run_ray_task)  # Ray retries it 3 times if its process dies
+            # Ray retries a task 3 times if its process dies.
+            run = ray.remote(num_cpus=1, num_gpus=int(device == "cuda"))(_run_ray_task)
             waiting = {run.remote(step, str(folder), tasks, rank): rank for rank in ranks}
             with progress_bar(len(ranks), "tasks", "tasks") as bar:
                 while waiting:

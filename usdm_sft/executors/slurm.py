@@ -11,8 +11,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     possible = inspect.signature(SlurmPipelineExecutor).parameters.keys() - _OURS
     if unknown := sorted(map(str, options.keys() - possible)):
         raise ValueError(f"slurm has {', '.join(unknown)}, but takes only {', '.join(sorted(possible))}")
-    convert_text(options)
+    _convert_text(options)
     if shutil.which("sbatch") is None:
         raise FileNotFoundError("sbatch is not found: use --executor slurm on a machine that submits Slurm jobs")
 
@@ -88,7 +88,7 @@ def submit(
     Raises:
         RuntimeError: sbatch failed.
     """
-    common = {"job_name": "dailytalk-usdm", "cpus_per_task": 4, "mem_per_cpu_gb": 4, **convert_text(options)}
+    common = {"job_name": "dailytalk-usdm", "cpus_per_task": 4, "mem_per_cpu_gb": 4, **_convert_text(options)}
     if not common.keys() & {"env_command", "condaenv", "venv_path"}:  # by default the environment of this process
         common["env_command"] = f'export PATH="{Path(sys.executable).parent}:$PATH"'
     without_gpu = common | {"gpus_per_task": 0, "sbatch_args": _without_gpus(common.get("sbatch_args"))}
@@ -119,31 +119,23 @@ def _without_gpus(sbatch_args: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _launch(job: _Slurm) -> None:
+    """Submit a job. The variables that Slurm sets in a job are hidden: sbatch and srun would take them for options of the new job."""
+    hidden = {
+        name: os.environ.pop(name) for name in list(os.environ) if name.startswith("SLURM_") and name != "SLURM_CONF"
+    }
     datatrove_logger.disable("datatrove")
     try:
-        with _outside_of_a_job():
-            job.launch_job()
+        job.launch_job()
     except subprocess.CalledProcessError as error:
         raise RuntimeError(
             f"sbatch ended with exit status {error.returncode}: read its message above and correct --slurm"
         ) from error
     finally:
         datatrove_logger.enable("datatrove")
-
-
-@contextmanager
-def _outside_of_a_job() -> Iterator[None]:
-    """Hide the variables that Slurm sets in a job: sbatch and srun would take them for options of the new job."""
-    hidden = {
-        name: os.environ.pop(name) for name in list(os.environ) if name.startswith("SLURM_") and name != "SLURM_CONF"
-    }
-    try:
-        yield
-    finally:
         os.environ.update(hidden)
 
 
-def convert_text(options: Mapping[str, Any]) -> dict[str, Any]:
+def _convert_text(options: Mapping[str, Any]) -> dict[str, Any]:
     """Convert numbers and truth values that are given as text, as in `--slurm.requeue false`.
 
     An option that is text for datatrove, such as `time`, stays text.
@@ -152,19 +144,11 @@ def convert_text(options: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: The text is neither.
     """
     parameters = inspect.signature(SlurmPipelineExecutor).parameters
-    return {
-        name: _read_number(name, value)
-        if isinstance(value, str) and isinstance(parameters[name].default, int)
-        else value
-        for name, value in options.items()
-    }
-
-
-def _read_number(name: str, text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = None
-    if not isinstance(value, int):
-        raise ValueError(f"slurm.{name} is {text!r}: give a whole number, or true or false")
-    return value
+    converted = dict(options)
+    for name, text in options.items():
+        if isinstance(text, str) and isinstance(parameters[name].default, int):
+            with suppress(yaml.YAMLError):
+                converted[name] = yaml.safe_load(text)
+            if not isinstance(converted[name], int):
+                raise ValueError(f"slurm.{name} is {text!r}: give a whole number, or true or false")
+    return converted

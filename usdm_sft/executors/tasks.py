@@ -36,7 +36,7 @@ from usdm_sft.utils.pool import Submitted
 TaskFunction = Callable[[Iterator[Any], int], Iterator[Any]]  # of the items of a task and its number
 
 _NUM_NAMED = 10  # failed tasks that an error lists
-_FORMAT = 2  # of items and results, whose classes are pickled by name; those of other versions are not found
+_FORMAT = 3  # of items and results, whose classes are pickled by name; those of other versions are not found
 
 
 class TaskPool:
@@ -203,8 +203,6 @@ def _write(path: Path, values: Iterable[Any]) -> None:
     with write_then_replace(path, "wb") as file:
         for value in values:
             pickle.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _read(path: Path) -> Iterator[Any]:

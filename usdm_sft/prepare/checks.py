@@ -178,12 +178,9 @@ class SetUp:
             yield "warning", f"{text}, or set HF_HUB_OFFLINE=1 if all files are here"
             return
         self.is_online = True
-        token = get_token()
-        if token is None:
-            yield (
-                "ok",
-                "reachable; nobody is logged in ('hf auth login' is needed for push and for private repositories)",
-            )
+        if (token := get_token()) is None:
+            needed = "'hf auth login' is needed for push and for private repositories"
+            yield "ok", f"reachable; nobody is logged in ({needed})"
             return
         try:
             name = HfApi().whoami(token)["name"]
@@ -198,11 +195,11 @@ class SetUp:
         """Load the tokenizer if it is on this machine, or find out how large its download is."""
         config = self.config
         name = str(config.pretrained_model_name_or_path)
-        folder: str | None = name
+        folder = name
         if name != OFFLINE and not Path(name).is_dir():
             cached = try_to_load_from_cache(name, "tokenizer.json", cache_dir=config.model_cache_dir)
-            folder = str(Path(cached).parent) if isinstance(cached, str) else None
-        if folder is not None:
+            folder = str(Path(cached).parent) if isinstance(cached, str) else ""
+        if folder:
             encoder = TemplateEncoder(load_tokenizer(folder), config.template)
             is_reference = config.template.tokenization == "reference"
             ids = "gives the ids of the reference, for" if is_reference else "has tokens for"
@@ -240,12 +237,12 @@ class SetUp:
         if not self.has_corpus:
             return
         if is_hub_corpus(name):
-            if not self.is_online:
+            if self.is_online:
+                repository, _, revision = name.removeprefix(PREFIX).partition("@")
+                HfApi().dataset_info(repository, revision=revision or None, timeout=TIMEOUT)
+                yield "ok", f"{name} is on the Hub; prepare downloads and checks it"
+            else:
                 yield "warning", f"{name} cannot be looked at without the Hub: check the network"
-                return
-            repository, _, revision = name.removeprefix(PREFIX).partition("@")
-            HfApi().dataset_info(repository, revision=revision or None, timeout=TIMEOUT)
-            yield "ok", f"{name} is on the Hub; prepare downloads and checks it"
             return
         lists = find_lists(name, config.data_files, cache_dir=config.cache_dir, may_download=False)
         if not lists:
@@ -316,11 +313,9 @@ class SetUp:
             text = f"{format_bytes(free)} are free at {folders[0]} for {', '.join(names)}"
             if need:
                 text += f", which take about {format_bytes(need)}"
-            if free < need:
-                options = "--cache_dir, --model_cache_dir or --output_path"
-                yield "error", f"{text}: make room, or name a folder on another disk with {options}"
-            else:
-                yield "ok", text
+            options = "--cache_dir, --model_cache_dir or --output_path"
+            remedy = f"make room, or name a folder on another disk with {options}"
+            yield ("error", f"{text}: {remedy}") if free < need else ("ok", text)
 
     def check_locks(self) -> Lines:
         """Check that locks of files work where the cache is, and whether they hold among machines."""
@@ -369,7 +364,5 @@ def _to_download(name: str, size: int) -> tuple[Level, str]:
 
 def _unreachable(name: str, option: str) -> tuple[Level, str]:
     """The error for a source that is neither on this machine nor to be fetched."""
-    return (
-        "error",
-        f"{name} is not on this machine, and nothing can be fetched: run prepare once with a network, or give {option}",
-    )
+    text = f"{name} is not on this machine, and nothing can be fetched"
+    return "error", f"{text}: run prepare once with a network, or give {option}"

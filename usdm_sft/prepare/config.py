@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -64,21 +63,8 @@ def describe_type(hint: Any, name: str = "") -> str:
     return _EXPECTED[get_origin(hint) or hint]
 
 
-def check_settings(hints: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Check type and range of each setting.
-
-    Args:
-        hints: The type hint of each setting, as `typing.get_type_hints` returns them.
-        settings: The values by name.
-
-    Raises:
-        ValueError: A value is of another type, or out of its range.
-    """
-    for name, value in settings.items():
-        _check_setting(name, value, hints[name])
-
-
 def _check_setting(name: str, value: Any, hint: Any) -> None:
+    """Check the type and the range of a setting, and raise a ValueError if one is wrong."""
     first, *others = _alternatives(hint)
     if value is None and NoneType in others:
         return
@@ -258,7 +244,9 @@ class PrepareConfig(CorpusOptions, TokenizerOptions, UnitModelOptions, ComputeOp
     """
 
     def __post_init__(self) -> None:
-        check_settings(get_type_hints(type(self)), {field.name: getattr(self, field.name) for field in fields(self)})
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            _check_setting(field.name, getattr(self, field.name), hints[field.name])
         if self.agent is not None:
             object.__setattr__(self, "agent", str(self.agent))  # speakers are texts, also those that are numbers
         check_config(self.config_name, self.history)

@@ -22,7 +22,7 @@ from usdm_sft.audio.frames import SAMPLE_RATE, count_units
 from usdm_sft.prepare.checks import Finding, SetUp
 from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.prepare.open_run import Run, choose_devices, load_rows, open_run
-from usdm_sft.prepare.plan import Plan, Shard
+from usdm_sft.prepare.plan import Shard
 from usdm_sft.prepare.token_shards import fit_splits
 from usdm_sft.units.published import PUBLISHED, locate_unit_model
 from usdm_sft.units.settings import make_settings
@@ -42,29 +42,17 @@ _REMEMBERED = ("digests.sqlite", "split_lists")  # parts of the cache that save 
 
 @dataclass(frozen=True)
 class DryRun:
-    """The result of a dry run.
+    """The result of a dry run."""
 
-    Attributes:
-        splits: As `splits` in counts.json.
-        num_shards: Number of work shards.
-        num_cached_units: Number of unit shards that the cache has.
-        num_cached_tokens: Number of token shards that the cache has.
-        missing_seconds: Seconds of audio in the missing unit shards.
-        seconds: Seconds of audio in all of them.
-        audio_bytes: Size of the files of the corpus.
-        has_model: Whether the unit model is on this machine.
-        device: Kind of device.
-    """
-
-    splits: dict[str, Any]
-    num_shards: int
-    num_cached_units: int
-    num_cached_tokens: int
-    missing_seconds: float
-    seconds: float
-    audio_bytes: int
-    has_model: bool
-    device: str
+    splits: dict[str, Any]  # as in counts.json
+    num_shards: int  # work shards
+    num_cached_units: int  # unit shards that the cache has
+    num_cached_tokens: int  # token shards that the cache has
+    missing_seconds: float  # of audio, in the missing unit shards
+    seconds: float  # of audio, in all of them
+    audio_bytes: int  # size of the files of the corpus
+    has_model: bool  # the unit model is on this machine
+    device: str  # its kind
 
 
 def dry_run(config: PrepareConfig) -> DryRun:
@@ -91,14 +79,17 @@ def dry_run(config: PrepareConfig) -> DryRun:
         rows = load_rows(run.builder)
         with ProcessPool(1) as pool:
             _, splits, _ = fit_splits(run, rows, units, pool)
-        with_units = _find_cached(cache / "units", run.plan, "units_key")
-        missing = [shard for shard in run.plan if shard not in with_units]
+        # Unlike `ShardCache.find`, this removes no damaged file.
+        has_units, has_tokens = (
+            {path.name.partition(".")[0] for path in (cache / level).glob("*.arrow")} for level in ("units", "tokens")
+        )
+        missing = [shard for shard in run.plan if shard.units_key not in has_units]
         files = {file for address in run.builder.audio_digests for file in disk_files(address)}
         return DryRun(
             splits=splits,
             num_shards=len(run.plan),
-            num_cached_units=len(with_units),
-            num_cached_tokens=len(_find_cached(cache / "tokens", run.plan, "tokens_key")),
+            num_cached_units=len(run.plan) - len(missing),
+            num_cached_tokens=sum(shard.tokens_key in has_tokens for shard in run.plan),
             missing_seconds=_count_seconds(missing),
             seconds=_count_seconds(run.plan),
             audio_bytes=sum(os.stat(file).st_size for file in files),
@@ -131,12 +122,6 @@ def _write_units(shard: Shard, run: Run) -> Path:
     return ShardCache(run.cache / "units").make(shard.units_key, partial(write_shard, columns))
 
 
-def _find_cached(folder: Path, plan: Plan, key: str) -> set[Shard]:
-    """Return the work shards that have a file in the cache; unlike `ShardCache.find`, this removes no damaged file."""
-    cached = {path.name.partition(".")[0] for path in folder.glob("*.arrow")}
-    return {shard for shard in plan if getattr(shard, key) in cached}
-
-
 def _count_seconds(shards: Iterable[Shard]) -> float:
     return sum(shard.num_samples for shard in shards) / SAMPLE_RATE
 
@@ -152,13 +137,12 @@ def describe_dry_run(found: DryRun, config: PrepareConfig) -> list[str]:
             "tokens: the numbers are those of keep, an upper limit; how many units repeat shows when they are computed"
         )
     hours = found.missing_seconds / 3600
-    rate = RATES.get((found.device, config.precision))
+    rate = RATES.get((found.device, config.precision)) if str(config.unit_model) == PUBLISHED else None
     if not hours:
         lines.append("time: no audio is left to compute")
-    elif rate is None or str(config.unit_model) != PUBLISHED:
-        lines.append(
-            f"time: {hours:.2f} h of audio are to be computed; no rate was measured for this unit model, {found.device} and {config.precision}"
-        )
+    elif rate is None:
+        missing = f"no rate was measured for this unit model, {found.device} and {config.precision}"
+        lines.append(f"time: {hours:.2f} h of audio are to be computed; {missing}")
     else:
         lines.append(
             f"time: {hours:.2f} h of audio take about {hours / rate:.1f} h at {rate} s of audio per second, measured on two CPU "

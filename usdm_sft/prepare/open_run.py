@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,8 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from usdm_sft import __version__
 from usdm_sft.corpus.builder import DailyTalkUSDM
-from usdm_sft.corpus.examples import Example, config_has_lists, make_examples
-from usdm_sft.corpus.features import ROLES, TEXTS
+from usdm_sft.corpus.features import ROLES
 from usdm_sft.corpus.find import describe_corpus, recipe_of
 from usdm_sft.folder.layout import ROW_PACKAGES, check_output
 from usdm_sft.prepare.config import PrepareConfig
@@ -38,6 +36,11 @@ from usdm_sft.utils.progress import Stages, quiet
 logger = logging.getLogger(__name__)
 
 _BATCH = 1_000  # rows that are compared with the corpus at a time
+
+# counts.json names the versions of the packages that write the folder. The key of the folder holds those of `ROW_PACKAGES`.
+_VERSIONED = (
+    "datasets", "matplotlib", "numpy", "pyarrow", "soundfile", "soxr", "tokenizers", "torch", "transformers",
+)  # fmt: skip
 
 
 def choose_devices(config: PrepareConfig) -> list[str]:
@@ -60,21 +63,11 @@ def choose_devices(config: PrepareConfig) -> list[str]:
 
 
 def find_devices(num_gpus: int | None) -> list[str]:
-    """Return the GPUs of this machine, or its CPU.
-
-    Raises:
-        ValueError: This machine has fewer than `num_gpus` GPUs.
-    """
+    """Return the GPUs of this machine, or its CPU; a ValueError if it has fewer than `num_gpus` GPUs."""
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if num_gpus is not None and num_gpus > available:
         raise ValueError(f"num_gpus is {num_gpus}: this machine has {available}; give {available} or fewer")
     return [f"cuda:{index}" for index in range(available if num_gpus is None else num_gpus)] or ["cpu"]
-
-
-# counts.json names the versions of the packages that write the folder. The key of the folder holds those of `ROW_PACKAGES`.
-_VERSIONED = (
-    "datasets", "matplotlib", "numpy", "pyarrow", "soundfile", "soxr", "tokenizers", "torch", "transformers",
-)  # fmt: skip
 
 
 # A process takes two seconds to start, in which this one encodes and writes the rows of about 10,000 utterances. It starts as soon
@@ -174,13 +167,11 @@ def describe_run(run: Run) -> dict[str, Any]:
     """The part of counts.json that is known before any work, with the key of the run."""
     config, builder = run.config, run.builder
     is_reference = (config.precision, config.resampler) == ("fp32", "soxr")
-    lists = {
-        f"{split} {recipe_of(builder.split_lists[split]).kind}": sha for split, sha in builder.list_digests.items()
-    }
+    lists = builder.split_lists
     counts: dict[str, Any] = {
         "format_version": 2,
         "config": config.config_name,
-        "corpus": describe_corpus(builder.split_lists, builder.list_digests),
+        "corpus": describe_corpus(lists, builder.list_digests),
         "unit_model": describe_unit_model(run.unit_tokenizer.folder, run.unit_tokenizer.description),
         "tokenizer": describe_tokenizer(
             str(config.pretrained_model_name_or_path), run.encoder.tokens, run.encoder.layout.chat
@@ -202,7 +193,7 @@ def describe_run(run: Run) -> dict[str, Any]:
             **({} if is_reference else {"agreement_utterances": config.agreement_utterances}),
         },
         "digests": {
-            **lists,
+            **{f"{split} {recipe_of(lists[split]).kind}": sha for split, sha in builder.list_digests.items()},
             "lists and audio": builder.content_digest,
             "unit model": run.unit_tokenizer.digest,
             "tokenizer": run.encoder.tokenizer_digest,
@@ -247,26 +238,15 @@ def _check_rows(rows: Dataset, builder: DailyTalkUSDM, split: str) -> None:
     Raises:
         OSError: A column or the number of rows differs.
     """
-    name, history = builder.config.name, builder.config.history
     rows = rows.remove_columns([f"{role}_audio" for role in ROLES])
-    examples = (example for dialog in builder.corpus[split].dialogs for example in make_examples(dialog, name, history))
+    dialogs = list(range(len(builder.corpus[split].dialogs)))
+    examples = (example for _, example in builder._generate_examples(split, dialogs))
     start = 0
     while batch := list(islice(examples, _BATCH)):
         found = rows[start : start + len(batch)]
-        for column, values in _make_columns(batch, lists=config_has_lists(name, history)).items():
-            if found[column] != values:
+        for column in rows.column_names:
+            if found[column] != [example[column] for example in batch]:
                 raise OSError(f"column {column} of {split} differs from the corpus")
         start += len(batch)
     if start != len(rows):
         raise OSError(f"{split} has {len(rows):,} rows, but the corpus makes {start:,}")
-
-
-def _make_columns(examples: Sequence[Example], *, lists: bool) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {
-        column: [getattr(example, column) for example in examples] for column in ("id", "dialog_id", "turn")
-    }
-    for side, role in enumerate(ROLES):
-        for field in TEXTS:
-            values = [[getattr(exchange[side], field) for exchange in example.exchanges] for example in examples]
-            columns[f"{role}_{field}"] = values if lists else [value for [value] in values]
-    return columns

@@ -10,7 +10,6 @@ therefore depends on its neighbours, and one encoding of each exchange gives the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -30,11 +29,18 @@ OVERFLOWS = ("drop", "truncate", "split")
 
 
 class Overflowed(NamedTuple):
-    """The rows of a table that `max_length` cuts or drops."""
+    """What `max_length` leaves of a table.
 
-    runs: dict[int, list[tuple[int, int]]]  # position of a row that is too long -> the runs of exchanges to keep
-    cut: dict[str, str]  # rows that lose exchanges: id -> what is kept, and why
-    left_out: dict[str, str]  # pairs that are labelled in no row any more: id -> why
+    Attributes:
+        kept: The range of all rows if none is too long. Otherwise (num_kept, 3) int32: the position of each row that is left,
+            and the first and the end of the exchanges that it keeps; 0 and 0 if it is whole.
+        cut: The rows that lose exchanges: id -> what is kept, and why.
+        left_out: The pairs that are labelled in no row any more: id -> why.
+    """
+
+    kept: range | NDArray[np.int32]
+    cut: dict[str, str]
+    left_out: dict[str, str]
 
 
 def choose_overflow(overflow: str | None, config_name: str, history: int) -> str:
@@ -74,98 +80,87 @@ def find_cuts(rows: pa.Table, encoder: TemplateEncoder, max_length: int, overflo
         max_length: Largest number of tokens in a row, BOS and EOS included.
         overflow: One of `OVERFLOWS`.
     """
-    cuts = Overflowed({}, {}, {})
-    lengths = list_lengths(rows, "input_ids")
+    lengths = pc.list_value_length(rows["input_ids"]).to_numpy()
     too_long = np.flatnonzero(lengths > max_length)
-    for index, row in zip(too_long.tolist(), rows.take(too_long).to_pylist(), strict=True):
-        reason = f"{lengths[index]} tokens, {TOO_LONG} {max_length}"
-        alone = _lengths_alone(row, encoder)
-        runs = [] if overflow == "drop" else _find_runs(alone, lengths[index], encoder, max_length, overflow)
-        cuts.runs[index] = [(run.start, run.stop) for run in runs]
+    if not len(too_long):
+        return Overflowed(range(len(rows)), {}, {})
+    runs_of: dict[int, list[range]] = {}
+    cut: dict[str, str] = {}
+    left_out: dict[str, str] = {}
+    for position, row in zip(too_long.tolist(), rows.take(too_long).to_pylist(), strict=True):
+        reason = f"{lengths[position]} tokens, {TOO_LONG} {max_length}"
+        if not isinstance(row["user_text"], list):  # one pair
+            runs_of[position], left_out[row["id"]] = [], reason
+            continue
+        exchanges = {"id": [row["id"]] * len(row["user_text"])} | {name: row[name] for name in COLUMNS}
+        alone = np.array([len(ids) for ids in encoder(exchanges)["input_ids"]])
+        ends, room = _add_up(alone, lengths[position], max_length)
+        if overflow == "drop":
+            runs = []
+        elif encoder.last_exchange_only:
+            runs = _latest_run(ends, room)
+        else:
+            runs = _leading_runs(ends, room, every=overflow == "split")
+        runs_of[position] = runs
         if runs:
-            cuts.cut[row["id"]] = f"{_describe_kept(row, runs, encoder, overflow)} ({reason})"
-        cuts.left_out.update(_pairs_outside(row, runs, alone, encoder, max_length, reason))
-    return cuts
+            cut[row["id"]] = f"{_describe_kept(row, runs, encoder, overflow)} ({reason})"
+        labelled = range(len(alone))[-1:] if encoder.last_exchange_only else range(len(alone))
+        for number in labelled:
+            if not any(number in run for run in runs):
+                left_out[_name(row, number, encoder)["id"]] = (
+                    f"{alone[number]} tokens, {TOO_LONG} {max_length}"
+                    if alone[number] > max_length
+                    else f"row {row['id']} has {reason}"
+                )
+    kept = [
+        (position, run.start, run.stop) for position in range(len(rows)) for run in runs_of.get(position, [range(0)])
+    ]
+    return Overflowed(np.array(kept, np.int32).reshape(-1, 3), cut, left_out)
 
 
-def take_rows(
-    rows: pa.Table,
-    runs: Mapping[int, Sequence[tuple[int, int]]],
-    encoder: TemplateEncoder | None,
-    chosen: range | NDArray[np.int64] | None = None,
-) -> pa.Table:
-    """Take rows as `find_cuts` decided. Only cut rows are encoded again.
+def take_rows(rows: pa.Table, kept: range | NDArray[np.int32], encoder: TemplateEncoder | None) -> pa.Table:
+    """Take rows as `find_cuts` decided. Only rows that lose exchanges are encoded again.
 
     Args:
         rows: The rows, as given to `find_cuts`.
-        runs: As in `Overflowed`.
-        encoder: The encoder that made `input_ids` and `labels`; None if no row was cut.
-        chosen: Positions among the kept and cut rows, in the order to take them; by default all of them.
+        kept: Some of `Overflowed.kept`, in the order to take them.
+        encoder: The encoder that made `input_ids` and `labels`; None if no row loses exchanges.
     """
-    if not runs and isinstance(chosen, range | None):
-        return rows if chosen is None else rows.slice(chosen.start, len(chosen))
-    num_pieces = np.ones(len(rows), np.int64)
-    num_pieces[list(runs)] = [len(row_runs) for row_runs in runs.values()]
-    sources = np.repeat(np.arange(len(rows)), num_pieces)
-    numbers = np.arange(len(sources)) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
-    taken = np.arange(len(sources)) if chosen is None else np.asarray(chosen, np.int64)
-    places = sources[taken]
+    if isinstance(kept, range):
+        return rows.slice(kept.start, len(kept))
+    positions = kept[:, 0].copy()
     pieces: list[dict[str, Any]] = []
-    for position in np.flatnonzero(np.isin(places, list(runs))).tolist():
-        assert encoder is not None  # a row was cut
-        source = int(places[position])
-        [row] = rows.slice(source, 1).to_pylist()
-        places[position] = len(rows) + len(pieces)
-        pieces.append(_make_row(row, range(*runs[source][numbers[taken[position]]]), encoder))
+    for index in np.flatnonzero(kept[:, 2]).tolist():
+        assert encoder is not None  # a row loses exchanges
+        position, start, stop = kept[index].tolist()
+        [row] = rows.slice(position, 1).to_pylist()
+        positions[index] = len(rows) + len(pieces)
+        pieces.append(_make_row(row, range(start, stop), encoder))
     if pieces:
         rows = pa.concat_tables([rows, pa.Table.from_pylist(pieces, rows.schema)])
-    return rows.take(places)
+    return rows.take(positions)
 
 
-def list_lengths(rows: pa.Table, column: str) -> NDArray[np.int64]:
-    """Return the (num_rows,) lengths of the lists in a column."""
-    lengths: NDArray[np.int64] = pc.list_value_length(rows[column]).to_numpy().astype(np.int64)
-    return lengths
-
-
-def _lengths_alone(row: dict[str, Any], encoder: TemplateEncoder) -> NDArray[np.int64]:
-    """Return the (num_exchanges,) numbers of tokens of rows with one exchange each; empty where the row is one pair."""
-    if not isinstance(row["user_text"], list):
-        return np.zeros(0, np.int64)
-    exchanges = {"id": [row["id"]] * len(row["user_text"])} | {name: row[name] for name in COLUMNS}
-    return np.array([len(ids) for ids in encoder(exchanges)["input_ids"]])
-
-
-def _find_runs(
-    alone: NDArray[np.int64], whole: int, encoder: TemplateEncoder, max_length: int, overflow: str
-) -> list[range]:
-    """Find the runs of exchanges of a long row to keep."""
-    ends, shared = _add_up(alone, whole)
-    if encoder.last_exchange_only:
-        return _latest_run(ends, max_length - shared)
-    return _leading_runs(ends, max_length - shared, every=overflow == "split")
-
-
-def _add_up(alone: NDArray[np.int64], whole: int) -> tuple[NDArray[np.int64], int]:
-    """Add up the lengths, so that exchanges `start` to `stop` have `ends[stop] - ends[start] + shared` tokens.
+def _add_up(alone: NDArray[np.int64], whole: int, max_length: int) -> tuple[NDArray[np.int64], int]:
+    """Add up the lengths, so that exchanges `start` to `stop` fit into a row if `ends[stop] - ends[start]` is at most `room`.
 
     As a row of its own, each exchange has the opening and closing ids of the template around it. In a common row, two exchanges
-    have the heading of the second between them. The difference, `shared`, is the same for every two exchanges and follows
-    from `whole`.
+    have the heading of the second between them. The difference is the same for every two exchanges and follows from `whole`.
 
     Args:
         alone: (num_exchanges,) lengths of the exchanges as rows of their own.
         whole: Length of the row with all exchanges.
+        max_length: Largest length of a row.
 
     Returns:
-        (num_exchanges + 1,) `ends`, increasing from 0, and `shared`.
+        (num_exchanges + 1,) `ends`, increasing from 0, and `room`.
     """
     shared = int(alone.sum() - whole) // (len(alone) - 1) if len(alone) > 1 else 0
-    return np.concatenate([[0], np.cumsum(alone - shared)]), shared
+    return np.concatenate([[0], np.cumsum(alone - shared)]), max_length - shared
 
 
 def _leading_runs(ends: NDArray[np.int64], room: int, *, every: bool) -> list[range]:
-    """Find the longest leading run of exchanges in `room` tokens; with `every`, also the runs that follow it."""
+    """Find the longest leading run of exchanges that fits; with `every`, also the runs that follow it."""
     runs, start = [], 0
     while start < len(ends) - 1:
         stop = int(np.searchsorted(ends, ends[start] + room, side="right")) - 1
@@ -178,57 +173,29 @@ def _leading_runs(ends: NDArray[np.int64], room: int, *, every: bool) -> list[ra
 
 
 def _latest_run(ends: NDArray[np.int64], room: int) -> list[range]:
-    """Find the longest run in `room` tokens that ends with the last exchange and is not the whole row."""
+    """Find the longest run that fits, ends with the last exchange and is not the whole row."""
     last = len(ends) - 1
     start = max(1, int(np.searchsorted(ends, ends[last] - room)))
     return [range(start, last)] if start < last else []
 
 
-def _encode(row: dict[str, Any], run: range, encoder: TemplateEncoder) -> dict[str, NDArray[Any]]:
-    batch = {name: [row[name][run.start : run.stop]] for name in COLUMNS}
-    return {name: values[0] for name, values in encoder({"id": [row["id"]], **batch}).items()}
-
-
 def _make_row(row: dict[str, Any], run: range, encoder: TemplateEncoder) -> dict[str, Any]:
     """Make a row of some of the exchanges of a row."""
     lists = {name: values[run.start : run.stop] for name, values in row.items() if name.startswith(("user_", "agent_"))}
-    return row | lists | _name(row, run, encoder) | _encode(row, run, encoder)
+    encoded = encoder({"id": [row["id"]], **{name: [lists[name]] for name in COLUMNS}})
+    return row | lists | _name(row, run.start, encoder) | {name: values[0] for name, values in encoded.items()}
 
 
-def _name(row: dict[str, Any], run: range, encoder: TemplateEncoder) -> dict[str, Any]:
-    """Return `id` and `turn` of a row of some of the exchanges of a row."""
-    turn = row["turn"] if encoder.last_exchange_only else row["turn"] + 2 * run.start
+def _name(row: dict[str, Any], start: int, encoder: TemplateEncoder) -> dict[str, Any]:
+    """Return `id` and `turn` of a row that begins with exchange `start` of a row."""
+    turn = row["turn"] if encoder.last_exchange_only else row["turn"] + 2 * start
     return {"id": example_id(row["dialog_id"], turn), "turn": turn}
 
 
-def _describe_kept(row: dict[str, Any], runs: Sequence[range], encoder: TemplateEncoder, overflow: str) -> str:
+def _describe_kept(row: dict[str, Any], runs: list[range], encoder: TemplateEncoder, overflow: str) -> str:
     if overflow == "split":
-        return f"kept as {', '.join(_name(row, run, encoder)['id'] for run in runs)}"
+        return f"kept as {', '.join(_name(row, run.start, encoder)['id'] for run in runs)}"
     before, after = len(row["user_text"]), len(runs[0])
     if encoder.last_exchange_only:
         return f"kept {after - 1} of {before - 1} earlier exchanges"
     return f"kept {after} of {before} exchanges"
-
-
-def _pairs_outside(
-    row: dict[str, Any],
-    runs: Sequence[range],
-    alone: NDArray[np.int64],
-    encoder: TemplateEncoder,
-    max_length: int,
-    reason: str,
-) -> dict[str, str]:
-    """List the labelled pairs of a long row that are in no run: id -> reason."""
-    if not isinstance(row["user_text"], list):
-        return {row["id"]: reason}
-    positions = range(len(row["user_text"]))
-    left_out = {}
-    for position in positions[-1:] if encoder.last_exchange_only else positions:
-        if any(position in run for run in runs):
-            continue
-        left_out[_name(row, range(position, position + 1), encoder)["id"]] = (
-            f"{alone[position]} tokens, {TOO_LONG} {max_length}"
-            if alone[position] > max_length
-            else f"row {row['id']} has {reason}"
-        )
-    return left_out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,7 +11,7 @@ from usdm_sft.utils.cache_keys import cache_key
 
 if TYPE_CHECKING:
     from usdm_sft.corpus.builder import DailyTalkUSDM
-    from usdm_sft.corpus.dialogs import Dialog, Split
+    from usdm_sft.corpus.dialogs import Dialog
     from usdm_sft.template.encoder import TemplateEncoder
     from usdm_sft.units.tokenizer import UnitTokenizer
 
@@ -71,45 +71,29 @@ def plan_shards(
     """Divide each split into work shards of `shard_dialogs` whole dialogs, in order."""
     plan = Plan()
     for split in builder.corpus.values():
+        # Dialogs left out for bad audio are counted, so that later shards keep their keys.
+        number_of = {dialog_id: position // shard_dialogs for position, dialog_id in enumerate(split.dialog_ids)}
         start = 0
-        for first, dialogs in _group_dialogs(split, shard_dialogs):
+        for number, group in groupby(split.dialogs, key=lambda dialog: number_of[dialog.id]):
+            dialogs = list(group)
             content = _describe_dialogs(dialogs, builder)
             units_key = cache_key("utterances", *unit_tokenizer.key, content.ids, content.digests)
             texts = [utterance.text for dialog in dialogs for utterance in dialog.utterances]
-            tokens_key = cache_key("rows", *encoder.key, units_key, texts, content.rows, content.lists)
             stop = start + len(content.rows)
             shard = Shard(
                 number=len(plan),
                 split=split.name,
-                dialogs=(first, first + shard_dialogs),
+                dialogs=(number * shard_dialogs, (number + 1) * shard_dialogs),
                 start=start,
                 stop=stop,
                 num_samples=sum(content.lengths),
                 longest=max(content.lengths),
                 units_key=units_key,
-                tokens_key=tokens_key,
+                tokens_key=cache_key("rows", *encoder.key, units_key, texts, content.rows, content.lists),
             )
             plan.add(shard, content)
             start = stop
     return plan
-
-
-def _group_dialogs(split: Split, shard_dialogs: int) -> Iterator[tuple[int, list[Dialog]]]:
-    """Group the dialogs of a split, each group with its first position in `dialog_ids`.
-
-    Dialogs left out for bad audio are counted, so that later shards keep their keys.
-    """
-    ids = enumerate(split.dialog_ids)
-    position, dialog_id = -1, None
-
-    def number(dialog: Dialog) -> int:
-        nonlocal position, dialog_id
-        while dialog_id != dialog.id:
-            position, dialog_id = next(ids)
-        return position // shard_dialogs
-
-    for group_number, group in groupby(split.dialogs, key=number):
-        yield group_number * shard_dialogs, list(group)
 
 
 def _describe_dialogs(dialogs: Sequence[Dialog], builder: DailyTalkUSDM) -> ShardContents:

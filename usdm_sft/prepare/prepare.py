@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +19,7 @@ from usdm_sft.folder.layout import find_finished, lock_output
 from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.prepare.open_run import Run, describe_run, load_rows, open_run
 from usdm_sft.prepare.token_shards import fit_splits
-from usdm_sft.prepare.unit_shards import make_units, name_versions
+from usdm_sft.prepare.unit_shards import describe_shards, make_units, name_versions
 from usdm_sft.prepare.utterance_files import UtteranceFiles
 from usdm_sft.units.agreement import measure_agreement, pick_sample
 from usdm_sft.units.batches import padding_share
@@ -70,8 +68,8 @@ def prepare(config: PrepareConfig | None = None, /, **fields: Any) -> dict[str, 
     elif fields:
         raise TypeError(f"prepare() takes a config or fields, not both: put {', '.join(fields)} into the config")
     try:
-        with Stages(STAGES) as stages, ExitStack() as held:
-            counts, is_new = _make(config, stages, held)
+        with Stages(STAGES) as stages, _open_pool(config) as pool:
+            counts, is_new = _make(config, stages, pool)
     except Submitted as submitted:
         submission: Submission = submitted.args[0]
         return submission
@@ -80,20 +78,16 @@ def prepare(config: PrepareConfig | None = None, /, **fields: Any) -> dict[str, 
     return counts
 
 
-@contextmanager
-def _open_pool(config: PrepareConfig) -> Iterator[ProcessPool | TaskPool]:
-    """Yield the processes or the tasks that share out the work."""
+def _open_pool(config: PrepareConfig) -> ProcessPool | TaskPool:
+    """Return the processes or the tasks that share out the work. Its context ends them."""
     if config.executor is None:
-        with ProcessPool(config.num_proc or num_cores(), _MODULES) as processes:
-            yield processes
-        return
+        return ProcessPool(config.num_proc or num_cores(), _MODULES)
     from usdm_sft.executors.tasks import TaskPool  # datatrove is an optional dependency
 
     go_on = partial(_go_on, config=config, directory=os.getcwd())
     cache = cache_root(config.cache_dir)
     warn_of_local_locks(cache)
-    with TaskPool(config.executor, config.tasks, cache, slurm=config.slurm, go_on=go_on) as tasks:
-        yield tasks
+    return TaskPool(config.executor, config.tasks, cache, slurm=config.slurm, go_on=go_on)
 
 
 def _go_on(data: Any, rank: int, world_size: int, *, config: PrepareConfig, directory: str) -> None:
@@ -105,13 +99,12 @@ def _go_on(data: Any, rank: int, world_size: int, *, config: PrepareConfig, dire
     prepare(config)
 
 
-def _make(config: PrepareConfig, stages: Stages, held: ExitStack) -> tuple[dict[str, Any], bool]:
-    """Run the stages. `held` ends the processes.
+def _make(config: PrepareConfig, stages: Stages, pool: ProcessPool | TaskPool) -> tuple[dict[str, Any], bool]:
+    """Run the stages.
 
     Returns:
         The counts, and whether this run made the folder; otherwise it was finished already.
     """
-    pool = held.enter_context(_open_pool(config))
     run = open_run(config, stages, pool=pool)
     counts = describe_run(run)
     with lock_output(run.output):
@@ -167,16 +160,16 @@ def _tokenize_audio(run: Run, pool: ProcessPool | TaskPool) -> tuple[dict[str, A
     Returns:
         The agreement with fp32 and soxr, or None where these are in use, and the file of each unit shard by its key.
     """
-    config = run.config
+    config, shards = run.config, describe_shards(run.plan)
     if not isinstance(pool, ProcessPool):
         from usdm_sft.prepare.unit_tasks import run_tasks
 
         sample = pick_sample(run.builder.audio_digests, config.agreement_utterances)
-        run_tasks(pool, run.plan, run.unit_tokenizer, sample=sample)
+        run_tasks(pool, shards, run.unit_tokenizer, sample=sample)
     agreement = measure_agreement(run.unit_tokenizer, run.builder.audio_digests, run.cache, config.agreement_utterances)
     if agreement is not None:
         logger.warning(
             "%s, %s: %.2f %% of the units equal those of fp32 and soxr (%d utterances)",
             config.precision, config.resampler, 100 * agreement["share"], agreement["utterances"],
         )  # fmt: skip
-    return agreement, make_units(run.plan, run.unit_tokenizer, run.devices, run.cache)
+    return agreement, make_units(shards, run.unit_tokenizer, run.devices, run.cache)

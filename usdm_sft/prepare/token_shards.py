@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,7 +23,7 @@ from datasets.table import InMemoryTable
 
 from usdm_sft.corpus.features import ROLES, SPEECH, TRAINER_COLUMNS, are_collapsed, folder_features
 from usdm_sft.prepare.open_run import Run
-from usdm_sft.prepare.overflow import Overflowed, find_cuts, list_lengths, take_rows
+from usdm_sft.prepare.overflow import Overflowed, find_cuts, take_rows
 from usdm_sft.prepare.plan import Plan, Shard, ShardContents
 from usdm_sft.template.encoder import IGNORE_INDEX
 from usdm_sft.template.repetition import collapse_units
@@ -56,64 +57,44 @@ class ShardCounts(NamedTuple):
 
 
 class TokenShard(NamedTuple):
-    """A finished token shard.
+    """A finished token shard."""
 
-    Attributes:
-        path: Its file, one row per example with units, seconds, `input_ids` and `labels`.
-        cuts: Its rows that `max_length` cuts or drops.
-        counts: The counts of what is left.
-        fp32_fallback: Ids of the utterances that overflowed in the chosen precision and therefore have the units of fp32.
-    """
-
-    path: Path
-    cuts: Overflowed
-    counts: ShardCounts
-    fp32_fallback: list[str]
+    path: Path  # one row per example with units, seconds, `input_ids` and `labels`
+    cuts: Overflowed  # what `max_length` leaves of its rows
+    counts: ShardCounts  # of what is left
+    fp32_fallback: list[str]  # utterances that overflowed in the chosen precision and therefore have the units of fp32
 
 
 @dataclass(frozen=True)
 class TokenMaker:
-    """Makes the token shards that the cache lacks, and applies `max_length`. It is pickled into processes and tasks.
+    """Makes the token shards that the cache lacks, and applies `max_length`. It is pickled into processes and tasks."""
 
-    Attributes:
-        rows: The builder's examples by split.
-        encoder: Makes `input_ids` and `labels`.
-        level: The cache level of token shards.
-        max_length: Largest number of tokens in a row.
-        overflow: One of `OVERFLOWS`, for longer rows (`usdm_sft.prepare.overflow`).
-    """
-
-    rows: Mapping[str, Dataset]
-    encoder: TemplateEncoder
-    level: ShardCache
-    max_length: int
-    overflow: str
+    rows: Mapping[str, Dataset]  # the builder's examples by split
+    encoder: TemplateEncoder  # makes `input_ids` and `labels`
+    level: ShardCache  # the cache level of token shards
+    max_length: int  # largest number of tokens in a row
+    overflow: str  # one of `OVERFLOWS`, for longer rows
 
     def __call__(self, part: tuple[Shard, ShardContents, Path]) -> TokenShard:
         """Make the token shard of a work shard, given its content and the file of its unit shard."""
-        shard, content, units = part
-        rows = self.rows[shard.split]
-        path = self.level.make(shard.tokens_key, lambda path: self._write(path, *part))
-        table = join_columns(rows, shard, path)
+        shard, content, units_file = part
+        units = read_shard(units_file)
+        path = self.level.make(shard.tokens_key, lambda path: self._write(path, shard, content, units))
+        table = join_columns(self.rows[shard.split], shard, path)
         cuts = find_cuts(table, self.encoder, self.max_length, self.overflow)
-        counts = count_shard(table, take_rows(table, cuts.runs, self.encoder), content)
-        return TokenShard(path, cuts, counts, _find_fp32_fallback(content, units))
+        counts = _count_shard(table, take_rows(table, cuts.kept, self.encoder), content)
+        marks = units[FP32_FALLBACK].to_pylist() if FP32_FALLBACK in units.column_names else [False] * len(content.ids)
+        return TokenShard(path, cuts, counts, [name for name, mark in zip(content.ids, marks, strict=True) if mark])
 
-    def _write(self, path: str, shard: Shard, content: ShardContents, units: Path) -> None:
-        texts = slice_examples(self.rows[shard.split], shard).select(_TEXT_COLUMNS)
-        columns = columns_by_row(content, units, collapse=self.encoder.unit_repetition == "collapse")
+    def _write(self, path: str, shard: Shard, content: ShardContents, units: pa.Table) -> None:
+        texts = _slice_examples(self.rows[shard.split], shard).select(_TEXT_COLUMNS)
+        columns = _columns_by_row(content, units, collapse=self.encoder.unit_repetition == "collapse")
         batch = Dataset(InMemoryTable(pa.table(dict(zip(_TEXT_COLUMNS, texts.columns, strict=True)) | columns)))
         write_shard({**columns, **self.encoder(batch.with_format("numpy")[:])}, path)
 
 
 def make_tokens(plan: Plan, maker: TokenMaker, units: Mapping[str, Path], pool: Pool) -> list[TokenShard]:
     """Make the token shards that the cache lacks, and apply `max_length` to all of them.
-
-    Args:
-        plan: The work shards.
-        maker: Makes one of them.
-        units: The file of each unit shard, by its key.
-        pool: Shares out the shards.
 
     Returns:
         The token shard of each work shard, in order.
@@ -122,29 +103,23 @@ def make_tokens(plan: Plan, maker: TokenMaker, units: Mapping[str, Path], pool: 
     keys = [cache_key(shard.tokens_key, maker.max_length, maker.overflow) for shard in plan]
     made: dict[int, TokenShard] = {}
     with progress_bar(len(plan), "tokens", "work shards") as bar:
-        for index, shard in pool.map(maker, parts, name="token shards", keys=keys, is_valid=_is_there):
+        for index, shard in pool.map(
+            maker, parts, name="token shards", keys=keys, is_valid=lambda shard: shard.path.is_file()
+        ):
             made[index] = shard
             bar.update()
     return [made[index] for index in range(len(plan))]
 
 
-def _is_there(shard: TokenShard) -> bool:
-    return shard.path.is_file()
-
-
-def columns_by_row(content: ShardContents, file: Path, *, collapse: bool = False) -> dict[str, pa.Array]:
+def _columns_by_row(content: ShardContents, units: pa.Table, *, collapse: bool) -> dict[str, pa.Array]:
     """Arrange the units and seconds of a work shard's utterances by row: `user_units`, `user_seconds`, `agent_units`, ...
 
-    Args:
-        content: The utterances and rows of the work shard.
-        file: The file of its unit shard.
-        collapse: Collapse runs of equal units, and add `user_durations` and `agent_durations`.
+    Collapsed runs of equal units have further columns, `user_durations` and `agent_durations`.
 
     Raises:
         ValueError: A run is too long for a duration; the message names the recording.
     """
-    table = read_shard(file)
-    utterances = {name: table[name].combine_chunks() for name in SPEECH}
+    utterances = {name: units[name].combine_chunks() for name in SPEECH}
     if collapse:
         utterances |= _collapse(utterances["units"], content)
     offsets = pa.array(list(accumulate(map(len, content.rows), initial=0)), pa.int32())
@@ -165,149 +140,81 @@ def _collapse(units: pa.ListArray, content: ShardContents) -> dict[str, pa.ListA
             collapsed.append(collapse_units(values.values.to_numpy()))
         except ValueError as error:
             raise ValueError(f"{recording}: {error}") from error
-    return {
-        name: pa.array(list(values), units.type)
-        for name, values in zip(("units", "durations"), zip(*collapsed, strict=True), strict=True)
-    }
+    columns = zip(*collapsed, strict=True)
+    return {name: pa.array(list(next(columns)), units.type) for name in ("units", "durations")}
 
 
-def _find_fp32_fallback(content: ShardContents, units: Path) -> list[str]:
-    """Return the ids of the utterances that overflowed in the chosen precision."""
-    table = read_shard(units)
-    if FP32_FALLBACK not in table.column_names:
-        return []
-    marks = table[FP32_FALLBACK].to_pylist()
-    return [utterance_id for utterance_id, mark in zip(content.ids, marks, strict=True) if mark]
-
-
-def count_shard(rows: pa.Table, kept: pa.Table, content: ShardContents) -> ShardCounts:
-    """Count the rows of a work shard.
-
-    Args:
-        rows: All rows, before `max_length` was applied.
-        kept: The rows that fit.
-        content: The utterances of the shard.
-    """
+def _count_shard(rows: pa.Table, kept: pa.Table, content: ShardContents) -> ShardCounts:
+    """Count the rows of a work shard before and after `max_length` was applied."""
     dialog_ids = set(kept["dialog_id"].unique().to_pylist())  # a dialog may have lost all its rows to max_length
-    num_utterances, position, seconds = 0, 0, []
-    for dialog_id, num in content.dialogs:
-        if dialog_id in dialog_ids:
-            num_utterances += num
-            seconds += content.seconds[position : position + num]
-        position += num
+    dialogs = [dialog_id for dialog_id, num_utterances in content.dialogs for _ in range(num_utterances)]
+    seconds = [each for dialog_id, each in zip(dialogs, content.seconds, strict=True) if dialog_id in dialog_ids]
     return ShardCounts(
         rows=len(kept),
         dialogs=len(dialog_ids),
-        utterances=num_utterances,
+        utterances=len(seconds),
         pairs=content.num_pairs,
         seconds=math.fsum(seconds),
-        units=count_values(kept, "user_units") + count_values(kept, "agent_units"),
-        tokens=count_values(kept, "input_ids"),
+        units=sum(len(pc.list_flatten(kept[f"{role}_units"], recursive=True)) for role in ROLES),
+        tokens=len(pc.list_flatten(kept["input_ids"])),
         labelled_tokens=pc.sum(pc.not_equal(pc.list_flatten(kept["labels"]), IGNORE_INDEX)).as_py() or 0,
-        shortest=int(list_lengths(rows, "input_ids").min()),
+        shortest=pc.min(pc.list_value_length(rows["input_ids"])).as_py(),
     )
 
 
-def count_values(rows: pa.Table, column: str) -> int:
-    """Count the values in a column of lists, or of lists of lists."""
-    values = rows[column]
-    while pa.types.is_list(values.type):
-        values = pc.list_flatten(values)
-    return len(values)
-
-
-def count_split(
-    shards: Sequence[ShardCounts], cuts: Sequence[Overflowed], corpus: Split, max_length: int
-) -> dict[str, Any]:
+def _count_split(shards: Sequence[TokenShard], corpus: Split, max_length: int) -> dict[str, Any]:
     """Add up the counts of a split, and list the dialogs, pairs and rows that were left out or cut.
-
-    Args:
-        shards: The counts of its work shards, in order.
-        cuts: The rows of each shard that `max_length` cut or dropped.
-        corpus: The split.
-        max_length: Largest number of tokens in a row.
 
     Raises:
         ValueError: No row is left.
     """
-    num_rows = sum(shard.rows for shard in shards)
+    counts = [shard.counts for shard in shards]
+    num_rows = sum(each.rows for each in counts)
     if not num_rows:
         raise ValueError(
             f"max_length {max_length} leaves no row of {corpus.name}, whose shortest row has "
-            f"{min(shard.shortest for shard in shards)} tokens: raise it"
+            f"{min(each.shortest for each in counts)} tokens: raise it"
         )
-    left_out = dict(corpus.pairs_left_out)
-    cut: dict[str, str] = {}
-    for found in cuts:
-        left_out |= found.left_out
-        cut |= found.cut
+    left_out, cut = dict(corpus.pairs_left_out), {}
+    for shard in shards:
+        left_out |= shard.cuts.left_out
+        cut |= shard.cuts.cut
     return {
-        "dialogs": sum(shard.dialogs for shard in shards),
-        "utterances": sum(shard.utterances for shard in shards),
-        "hours": round(math.fsum(shard.seconds for shard in shards) / 3600, 6),
-        "pairs": sum(shard.pairs for shard in shards) + len(corpus.pairs_left_out),
+        "dialogs": sum(each.dialogs for each in counts),
+        "utterances": sum(each.utterances for each in counts),
+        "hours": round(math.fsum(each.seconds for each in counts) / 3600, 6),
+        "pairs": sum(each.pairs for each in counts) + len(corpus.pairs_left_out),
         "pairs_with_bad_audio": len(corpus.pairs_left_out),
         "rows": num_rows,
-        "units": sum(shard.units for shard in shards),
-        "tokens": sum(shard.tokens for shard in shards),
-        "labelled_tokens": sum(shard.labelled_tokens for shard in shards),
+        "units": sum(each.units for each in counts),
+        "tokens": sum(each.tokens for each in counts),
+        "labelled_tokens": sum(each.labelled_tokens for each in counts),
         "dialogs_left_out": dict(corpus.left_out),
         "pairs_left_out": left_out,
         "rows_cut": cut,
+        "fp32_fallback": [name for shard in shards for name in shard.fp32_fallback],
     }
 
 
 class Piece(NamedTuple):
-    """Rows of one work shard.
-
-    Attributes:
-        shard: The work shard.
-        path: The file of its token shard.
-        runs: As in `Overflowed`.
-        chosen: Positions among the rows that are left of the shard, in order.
-    """
+    """Rows of one work shard."""
 
     shard: Shard
-    path: Path
-    runs: dict[int, list[tuple[int, int]]]
-    chosen: range | NDArray[np.int64]
+    path: Path  # of its token shard
+    kept: range | NDArray[np.int32]  # some of `Overflowed.kept`, in order
 
 
 class FileRows(NamedTuple):
-    """The rows of one output file: some of several work shards.
+    """The rows of one output file: some of several work shards."""
 
-    Attributes:
-        pieces: The rows, in the order of the corpus.
-        order: Position of each row of the file among those of the pieces; None where it is the same.
-    """
-
-    pieces: list[Piece]
-    order: NDArray[np.int64] | None
-
-
-class RowLoader:
-    """Loads parts of a split. It is pickled into the processes that write output files.
-
-    Args:
-        rows: The builder's examples of the split.
-        encoder: Encodes rows that were cut; None if there are none, because a process takes half a second to unpickle it.
-    """
-
-    def __init__(self, rows: Dataset, encoder: TemplateEncoder | None):
-        self._rows, self._encoder = rows, encoder
-
-    def __call__(self, part: FileRows) -> pa.Table:
-        """Load the rows of a part, with all columns of a dataset folder but `TRAINER_COLUMNS`."""
-        tables = [
-            take_rows(join_columns(self._rows, piece.shard, piece.path), piece.runs, self._encoder, piece.chosen)
-            for piece in part.pieces
-        ]
-        rows = pa.concat_tables(tables)
-        return rows if part.order is None else rows.take(part.order)
+    pieces: list[Piece]  # in the order of the corpus
+    order: (
+        NDArray[np.int64] | None
+    )  # position of each row of the file among those of the pieces; None if it is the same
 
 
 class KeptRows:
-    """The rows of a split.
+    """The rows of a split, as `usdm_sft.folder.parquet.SplitRows`.
 
     Args:
         rows: The builder's examples of the split.
@@ -325,8 +232,8 @@ class KeptRows:
         encoder: TemplateEncoder,
         shuffle_seed: int | None,
     ):
-        are_cut = any(runs for shard in tokens for runs in shard.cuts.runs.values())
-        self.loader = RowLoader(rows, encoder if are_cut else None)
+        # A process takes half a second to unpickle the encoder, which encodes only the rows that lost exchanges.
+        self.loader = partial(_load_rows, rows, encoder if any(shard.cuts.cut for shard in tokens) else None)
         self._shards, self._tokens = shards, tokens
         self._ends = np.array(list(accumulate((shard.counts.rows for shard in tokens), initial=0)))
         self.num_rows = int(self._ends[-1])
@@ -350,19 +257,24 @@ class KeptRows:
         pieces = []
         for number, chosen in zip(found.tolist(), np.split(rows, firsts[1:]), strict=True):
             token_shard, chosen = self._tokens[number], chosen - self._ends[number]
-            is_range = chosen[-1] - chosen[0] + 1 == len(chosen)
-            pieces.append(
-                Piece(
-                    self._shards[number],
-                    token_shard.path,
-                    token_shard.cuts.runs,
-                    range(int(chosen[0]), int(chosen[-1]) + 1) if is_range else chosen,
-                )
-            )
+            kept, first, stop = token_shard.cuts.kept, int(chosen[0]), int(chosen[-1]) + 1
+            if stop - first == len(chosen):
+                kept = kept[first:stop]
+            else:
+                kept = (np.array([(row, 0, 0) for row in kept], np.int32) if isinstance(kept, range) else kept)[chosen]
+            pieces.append(Piece(self._shards[number], token_shard.path, kept))
         return pieces
 
 
-def slice_examples(rows: Dataset, shard: Shard) -> pa.Table:
+def _load_rows(rows: Dataset, encoder: TemplateEncoder | None, part: FileRows) -> pa.Table:
+    """Load the rows of an output file, with all columns of a dataset folder but `TRAINER_COLUMNS`."""
+    loaded = pa.concat_tables(
+        [take_rows(join_columns(rows, piece.shard, piece.path), piece.kept, encoder) for piece in part.pieces]
+    )
+    return loaded if part.order is None else loaded.take(part.order)
+
+
+def _slice_examples(rows: Dataset, shard: Shard) -> pa.Table:
     """Return the examples of a work shard.
 
     `Dataset.select` and `select_columns` copy a description of each batch of the file, so that their time grows with the corpus.
@@ -371,14 +283,12 @@ def slice_examples(rows: Dataset, shard: Shard) -> pa.Table:
 
 
 def join_columns(rows: Dataset, shard: Shard, tokens: Path) -> pa.Table:
-    """Join the examples of a work shard with its token shard: all columns of a dataset folder but `TRAINER_COLUMNS`.
+    """Join the examples of a work shard with its token shard, a file that is memory-mapped.
 
-    Args:
-        rows: The builder's examples of the split.
-        shard: The work shard.
-        tokens: The file of its token shard; it is memory-mapped.
+    Returns:
+        All columns of a dataset folder but `TRAINER_COLUMNS`.
     """
-    examples = slice_examples(rows, shard)
+    examples = _slice_examples(rows, shard)
     encoded = read_shard(tokens)
     features = folder_features(lists=False, collapsed=are_collapsed(encoded.column_names))
     names = [name for name in features if name not in TRAINER_COLUMNS]
@@ -402,12 +312,6 @@ def fit_splits(
     for split, split_rows in rows.items():
         shards = run.plan.of_split(split)
         split_tokens = [tokens[shard.number] for shard in shards]
-        counts[split] = count_split(
-            [shard.counts for shard in split_tokens],
-            [shard.cuts for shard in split_tokens],
-            run.builder.corpus[split],
-            config.max_length,
-        )
-        counts[split]["fp32_fallback"] = [each for shard in split_tokens for each in shard.fp32_fallback]
+        counts[split] = _count_split(split_tokens, run.builder.corpus[split], config.max_length)
         splits[split] = KeptRows(split_rows, shards, split_tokens, run.encoder, config.shuffle_seed)
     return splits, counts, tokens

@@ -16,9 +16,10 @@ import multiprocessing
 import pickle
 import random
 from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
+from itertools import pairwise
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,7 +28,7 @@ import pyarrow as pa
 import torch
 
 from usdm_sft.audio.frames import SAMPLE_RATE
-from usdm_sft.prepare.plan import Plan, Shard, ShardContents
+from usdm_sft.prepare.plan import Plan
 from usdm_sft.units.columns import FP32_FALLBACK, columns_by_audio, distinct_audio
 from usdm_sft.utils.processes import PipedProcess, num_cores, serve, share_out
 from usdm_sft.utils.progress import AUDIO, progress_bar
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
 MAX_READERS = 8
 FILES_PER_READER = 256  # the start of a process takes as long as reading 150 files
 _AHEAD = 4  # shards that each process has and that wait for it: one is computed, one written and one read
+_DEVICE_AHEAD = {
+    "cpu": 0,
+    "cuda": 1,
+}  # shards that a device, and likewise the thread that writes, has when the next one starts
 _WINDOW = 64  # shards that each run takes in an order of its own
 
 _MAKE_UNITS = ("numpy", "soundfile", "soxr", "torch", "transformers")  # packages that read, resample and compute
@@ -55,27 +60,43 @@ class UnitShard(NamedTuple):
     key: str
     audio: list[str]  # address of the recording of each utterance, in order
     digests: dict[str, str]  # sha256 of each recording, by its address
+    num_samples: int = 0  # at 16 kHz, of all its utterances
+    longest: int = 0  # samples of its longest utterance
 
 
-def make_units(plan: Plan, unit_tokenizer: UnitTokenizer, devices: Sequence[str], cache: Path) -> dict[str, Path]:
+def describe_shards(plan: Plan) -> list[UnitShard]:
+    """Return the unit shard of each work shard, in order."""
+    return [
+        UnitShard(
+            shard.units_key,
+            plan.content(shard).audio,
+            dict(zip(plan.content(shard).audio, plan.content(shard).digests, strict=True)),
+            shard.num_samples,
+            shard.longest,
+        )
+        for shard in plan
+    ]
+
+
+def make_units(
+    shards: Sequence[UnitShard], unit_tokenizer: UnitTokenizer, devices: Sequence[str], cache: Path
+) -> dict[str, Path]:
     """Make the unit shards that the cache lacks.
 
     Args:
-        plan: The work shards.
+        shards: The unit shards.
         unit_tokenizer: Tokenizes the audio.
         devices: Such as ["cuda:0", "cuda:1"]; with more than one, each gets a process of its own.
         cache: Folder of the cache.
 
     Returns:
-        The file of each unit shard, by `units_key`: one row per utterance, with the columns `units` and `seconds`.
+        The file of each unit shard, by its key: one row per utterance, with the columns `units` and `seconds`.
     """
     level = ShardCache(cache / "units")
-    files = level.find_all(shard.units_key for shard in plan)
-    missing = order_shards([shard for shard in plan if shard.units_key not in files])
-    made = make_unit_shards(
-        [_describe(shard, plan.content(shard)) for shard in missing], unit_tokenizer, devices, level
-    )
-    seconds = {shard.units_key: shard.num_samples / SAMPLE_RATE for shard in missing}
+    files = level.find_all(shard.key for shard in shards)
+    missing = order_shards([shard for shard in shards if shard.key not in files])
+    made = make_unit_shards(missing, unit_tokenizer, devices, level)
+    seconds = {shard.key: shard.num_samples / SAMPLE_RATE for shard in missing}
     bar = progress_bar(sum(seconds.values()), "units", AUDIO, disable=not missing)
     with bar, closing(made):  # `closing` ends the processes at once if this loop is interrupted
         for key, path in made:
@@ -84,19 +105,18 @@ def make_units(plan: Plan, unit_tokenizer: UnitTokenizer, devices: Sequence[str]
     return files
 
 
-def order_shards(shards: Iterable[Shard]) -> list[Shard]:
+def order_shards(shards: Sequence[UnitShard]) -> list[UnitShard]:
     """Return shards in the order in which this run makes them: those with the longest utterances first, which need the most memory.
 
     Among 64 neighbours, each run has another order. Runs that share a cache and had the same order would wait for each other at each shard.
     """
     longest_first = sorted(shards, key=lambda shard: -shard.longest)
-    windows = [longest_first[start : start + _WINDOW] for start in range(0, len(longest_first), _WINDOW)]
     own = random.Random()  # a script may have seeded the other one, and uses its numbers
-    return [shard for window in windows for shard in own.sample(window, len(window))]
-
-
-def _describe(shard: Shard, content: ShardContents) -> UnitShard:
-    return UnitShard(shard.units_key, content.audio, dict(zip(content.audio, content.digests, strict=True)))
+    order: list[UnitShard] = []
+    for start in range(0, len(longest_first), _WINDOW):
+        window = longest_first[start : start + _WINDOW]
+        order += own.sample(window, len(window))
+    return order
 
 
 def make_unit_shards(
@@ -116,19 +136,16 @@ def make_unit_shards(
     """
     if len(devices) == 1:
         unit_tokenizer.device = devices[0]
-        for shard, path in _make_in_turn(iter(shards), unit_tokenizer, level, count_readers(shards, devices)):
-            yield shard.key, path
+        yield from _make_in_turn(iter(shards), unit_tokenizer, level, count_readers(shards, devices))
         return
     unit_tokenizer.release()  # free the memory that this process uses on the first GPU
-    num_readers, processes = count_readers(shards, devices), []
-    try:
+    num_readers = count_readers(shards, devices)
+    with ExitStack() as held:
+        processes = []
         for device in devices[: len(shards)]:
             args = (_serve_device, unit_tokenizer, device, level, num_readers)
-            processes.append(PipedProcess(serve, args, name=f"units on {device}"))
+            processes.append(held.enter_context(closing(PipedProcess(serve, args, name=f"units on {device}"))))
         yield from share_out(shards, processes, ahead=_AHEAD)
-    finally:
-        for process in processes:
-            process.close()
 
 
 def count_readers(shards: Sequence[UnitShard], devices: Sequence[str]) -> int:
@@ -145,106 +162,76 @@ def count_readers(shards: Sequence[UnitShard], devices: Sequence[str]) -> int:
 
 def _make_in_turn(
     shards: Iterator[UnitShard], unit_tokenizer: UnitTokenizer, level: ShardCache, num_readers: int
-) -> Iterator[tuple[UnitShard, Path]]:
-    """Make one shard after the other, and yield each with its file, in order.
+) -> Iterator[tuple[str, Path]]:
+    """Make one shard after the other, and yield the key and the file of each, in order.
 
     Threads or processes read the audio of the next shard ahead, and another thread writes the files. On CUDA, the device gets the work of
     the next shard before it has finished this one. On the CPU, each shard is written before the next one is computed: a
     forward pass ends before this process goes on, and a finished shard shall not wait for it.
+
+    Raises:
+        AudioError: Audio cannot become units, or has another digest than in the first pass.
+        OSError: A file cannot be written.
     """
-    ahead = int(unit_tokenizer.settings["device"] == "cuda")
-    with _Pipeline(unit_tokenizer, level, ahead=ahead, num_readers=num_readers) as pipeline:
-        shard = next(shards, None)
-        if shard is not None:
-            pipeline.read_ahead(shard)
-        while shard is not None:
-            following = next(shards, None)
-            if following is not None:
-                pipeline.read_ahead(following)
-            yield from pipeline.make(shard)
-            shard = following
-        yield from pipeline.finish()
+    computing: deque[tuple[UnitShard, Callable[[], Any]]] = deque()
+    claims: deque[Claim] = deque()  # of the shards that are computed
+    writing: deque[tuple[UnitShard, Future[Path]]] = deque()
+    thread = ThreadPoolExecutor(1, thread_name_prefix="write-units")
+    ahead = _DEVICE_AHEAD[unit_tokenizer.settings["device"]]
 
+    def read_ahead() -> Iterator[UnitShard | None]:
+        for shard in shards:
+            unit_tokenizer.read_ahead(shard.audio, shard.digests)
+            yield shard
+        yield None
 
-class _Pipeline:
-    """The shards in progress: first the device computes them, then a thread writes them.
+    def finish(num_left: int) -> Iterator[tuple[str, Path]]:
+        while len(computing) > num_left:
+            shard, compute = computing.popleft()
+            units, seconds = compute()  # sets `fp32_fallback`
+            columns = _make_columns(shard, units, seconds, unit_tokenizer.fp32_fallback)
+            writing.append((shard, thread.submit(_write_shard, claims[0], columns)))
+            claims.popleft()  # from here on the thread releases it
+        while len(writing) > num_left:
+            shard, written = writing.popleft()
+            yield shard.key, written.result()
 
-    Args:
-        unit_tokenizer: Tokenizes the audio.
-        level: The cache level of unit shards.
-        ahead: Number of shards that the device, and likewise the thread, may hold when `make` returns.
-        num_readers: Number of processes that read audio; 0 if threads read it.
-    """
-
-    def __init__(self, unit_tokenizer: UnitTokenizer, level: ShardCache, *, ahead: int, num_readers: int):
-        self._unit_tokenizer, self._level, self._ahead = unit_tokenizer, level, ahead
-        self._computing: deque[tuple[UnitShard, Claim, Callable[[], Any]]] = deque()
-        self._writing: deque[tuple[UnitShard, Future[Path]]] = deque()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="write-units")
-        unit_tokenizer.start_reader(num_readers)
-
-    def __enter__(self) -> _Pipeline:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Finish the files that are being written, and give up the shards that are read or computed."""
-        self._unit_tokenizer.end_reader()
-        self._thread.shutdown()
-        for _, claim, _ in self._computing:
+    unit_tokenizer.start_reader(num_readers)
+    try:
+        for shard, _ in pairwise(read_ahead()):
+            assert shard is not None  # it has a successor
+            claim = level.claim(shard.key, wait=False)
+            if claim is None:  # another run makes it, and may wait for a shard that is in progress here
+                yield from finish(0)
+                claim = level.claim(shard.key)
+                assert claim is not None  # it waited
+            claims.append(claim)
+            if claim.finished is None:
+                computing.append((shard, unit_tokenizer.start_files(list(shard.digests), shard.digests)))
+                yield from finish(ahead)
+            else:
+                claims.pop().release()
+                unit_tokenizer.forget(shard.audio)
+                yield from finish(0)
+                yield shard.key, claim.finished
+        yield from finish(0)
+    finally:
+        unit_tokenizer.end_reader()
+        thread.shutdown()
+        for claim in claims:
             claim.release()
 
-    def read_ahead(self, shard: UnitShard) -> None:
-        self._unit_tokenizer.read_ahead(shard.audio, shard.digests)
 
-    def make(self, shard: UnitShard) -> Iterator[tuple[UnitShard, Path]]:
-        """Start a shard, and yield shards that are finished.
-
-        Raises:
-            AudioError: Audio cannot become units, or has another digest than in the first pass.
-            OSError: A file cannot be written.
-        """
-        claim = self._level.claim(shard.key, wait=False)
-        if claim is None:  # another run makes it, and may wait for a shard that is in progress here
-            yield from self.finish()
-            claim = self._level.claim(shard.key)
-            assert claim is not None  # it waited
-        if claim.finished is not None:
-            claim.release()
-            self._unit_tokenizer.forget(shard.audio)
-            yield from self.finish()
-            yield shard, claim.finished
-            return
-        try:
-            units = self._unit_tokenizer.start_files(list(shard.digests), shard.digests)
-        except BaseException:  # Ctrl-C as well, or another run would wait for this claim; raised again
-            claim.release()
-            raise
-        self._computing.append((shard, claim, units))
-        yield from self._advance(self._ahead)
-
-    def finish(self) -> Iterator[tuple[UnitShard, Path]]:
-        """Finish all shards."""
-        yield from self._advance(0)
-
-    def _advance(self, ahead: int) -> Iterator[tuple[UnitShard, Path]]:
-        while len(self._computing) > ahead:
-            shard, claim, units = self._computing[0]
-            columns = self._columns(shard, *units())
-            self._writing.append((shard, self._thread.submit(_write_shard, shard, claim, columns)))
-            self._computing.popleft()  # from here on the thread releases the claim
-        while len(self._writing) > ahead:
-            shard, written = self._writing.popleft()
-            yield shard, written.result()
-
-    def _columns(self, shard: UnitShard, units: Sequence[Any], seconds: Any) -> dict[str, list[Any]]:
-        rows = distinct_audio({"audio": shard.audio})[1]
-        columns = columns_by_audio(rows, units, seconds)
-        if fallback := self._unit_tokenizer.fp32_fallback:  # a shard without overflow has no such column
-            columns[FP32_FALLBACK] = [audio in fallback for audio in shard.audio]
-        return columns
+def _make_columns(
+    shard: UnitShard, units: Sequence[Any], seconds: Any, fp32_fallback: Collection[Any]
+) -> dict[str, list[Any]]:
+    columns = columns_by_audio(distinct_audio({"audio": shard.audio})[1], units, seconds)
+    if fp32_fallback:  # a shard without overflow has no such column
+        columns[FP32_FALLBACK] = [audio in fp32_fallback for audio in shard.audio]
+    return columns
 
 
-def _write_shard(shard: UnitShard, claim: Claim, columns: dict[str, list[Any]]) -> Path:
+def _write_shard(claim: Claim, columns: dict[str, list[Any]]) -> Path:
     with claim:
         return claim.write(lambda path: write_shard(columns, path, metadata=describe_versions()))
 
@@ -256,9 +243,7 @@ def _serve_device(
     unit_tokenizer.device = device
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    shards = iter(lambda: pickle.loads(items.get()), None)
-    for shard, path in _make_in_turn(shards, unit_tokenizer, level, num_readers):
-        yield shard.key, path
+    yield from _make_in_turn(iter(lambda: pickle.loads(items.get()), None), unit_tokenizer, level, num_readers)
 
 
 def describe_versions() -> dict[bytes, bytes]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,7 @@ from usdm_sft.audio.digests import AudioDigest
 from usdm_sft.executors import slurm
 from usdm_sft.executors.ray_tasks import find_ray_device
 from usdm_sft.executors.tasks import TaskPool
-from usdm_sft.prepare.plan import Plan, Shard, ShardContents
-from usdm_sft.prepare.unit_shards import make_units
+from usdm_sft.prepare.unit_shards import UnitShard, make_units
 from usdm_sft.units.agreement import agreement_file, measure_agreement
 from usdm_sft.units.tokenizer import UnitTokenizer
 from usdm_sft.utils.shard_cache import ShardCache
@@ -22,23 +21,15 @@ from usdm_sft.utils.shard_cache import ShardCache
 
 @dataclass(frozen=True)
 class UnitTask:
-    """Makes the unit shards of one task in one process.
+    """Makes the unit shards of one task in one process."""
 
-    Attributes:
-        folder: The unit model.
-        key: `UnitTokenizer.key` when the tasks were planned.
-        settings: Settings of the unit tokenizer.
-        cache: Folder of the cache.
-        sample: Audio on which the first task measures the agreement; empty if there is nothing to measure.
-    """
-
-    folder: str
-    key: tuple[Any, ...]
-    settings: Mapping[str, Any]
+    folder: str  # the unit model
+    key: tuple[Any, ...]  # `UnitTokenizer.key` when the tasks were planned
+    settings: Mapping[str, Any]  # of the unit tokenizer
     cache: Path
-    sample: Mapping[str, AudioDigest]
+    sample: Mapping[str, AudioDigest]  # on which the first task measures the agreement; empty if none is to be measured
 
-    def __call__(self, items: Iterator[tuple[Shard, ShardContents]], rank: int) -> Iterator[Any]:
+    def __call__(self, items: Iterator[UnitShard], rank: int) -> Iterator[Any]:
         """Make the shards of task `rank`. If the process sees several GPUs, it takes number `rank` modulo their number.
 
         Raises:
@@ -62,10 +53,7 @@ class UnitTask:
             )
         if rank == 0 and self.sample:
             measure_agreement(unit_tokenizer, self.sample, self.cache, len(self.sample))
-        plan = Plan()
-        for number, (shard, content) in enumerate(items):
-            plan.add(shard._replace(number=number), content)
-        make_units(plan, unit_tokenizer, [unit_tokenizer.device], self.cache)
+        make_units(list(items), unit_tokenizer, [unit_tokenizer.device], self.cache)
         return iter(())  # the shards are in the cache
 
 
@@ -98,14 +86,16 @@ def find_device(executor: str, num_gpus: int | None) -> str:
     return find_ray_device() if executor == "ray" else "cuda"
 
 
-def run_tasks(pool: TaskPool, plan: Plan, unit_tokenizer: UnitTokenizer, *, sample: Mapping[str, AudioDigest]) -> None:
+def run_tasks(
+    pool: TaskPool, shards: Sequence[UnitShard], unit_tokenizer: UnitTokenizer, *, sample: Mapping[str, AudioDigest]
+) -> None:
     """Make the unit shards that the cache lacks, and measure the agreement, in tasks.
 
     Whether a task is finished follows from the cache, because another run may have filled it or a user may have emptied it.
 
     Args:
         pool: Runs the tasks.
-        plan: All work shards.
+        shards: All unit shards.
         unit_tokenizer: Its folder and settings; each task opens the folder itself.
         sample: Audio on which the first task measures the agreement.
 
@@ -113,7 +103,7 @@ def run_tasks(pool: TaskPool, plan: Plan, unit_tokenizer: UnitTokenizer, *, samp
         Submitted: Slurm runs the tasks.
         RuntimeError: Tasks or sbatch failed. Finished shards are kept.
     """
-    keys = [shard.units_key for shard in plan]
+    keys = [shard.key for shard in shards]
     agreement = agreement_file(unit_tokenizer, sample, pool.cache)
     finished = ShardCache(pool.cache / "units").find_all(keys)
 
@@ -128,5 +118,4 @@ def run_tasks(pool: TaskPool, plan: Plan, unit_tokenizer: UnitTokenizer, *, samp
         pool.cache,
         {} if agreement is None else dict(sample),
     )
-    items = [(shard, plan.content(shard)._replace(ids=[], seconds=[], dialogs=[], rows=[])) for shard in plan]
-    pool.run(task, items, name="units", keys=keys, is_finished=is_finished, device=unit_tokenizer.settings["device"])
+    pool.run(task, shards, name="units", keys=keys, is_finished=is_finished, device=unit_tokenizer.settings["device"])

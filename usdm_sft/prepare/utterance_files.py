@@ -23,17 +23,11 @@ FILE_SECONDS = 5_400  # of recordings in an output file: 480 MB of 16 bits at 44
 
 
 class ShardPart(NamedTuple):
-    """Whole dialogs of one work shard.
+    """Whole dialogs of one work shard."""
 
-    Attributes:
-        dialogs: The dialogs with all their turns, also those with bad audio.
-        content: The work shard.
-        units: The file of its unit shard.
-    """
-
-    dialogs: list[Dialog]
-    content: ShardContents
-    units: Path
+    dialogs: list[Dialog]  # with all their turns, also those with bad audio
+    content: ShardContents  # of the work shard
+    units: Path  # the file of its unit shard
 
 
 class UtteranceFiles:
@@ -59,31 +53,29 @@ class UtteranceFiles:
 
     def part(self, index: int) -> list[ShardPart]:
         """Describe a file, for `loader`."""
-        return [self._describe(shard, number, count) for shard, number, count in self._files[index]]
+        parts = []
+        for shard, number, count in self._files[index]:
+            content = self._plan.content(shard)
+            ids = {dialog_id for dialog_id, _ in content.dialogs}
+            whole = [dialog for dialog in self._dialogs[slice(*shard.dialogs)] if dialog.id in ids]
+            chosen = whole[number * len(whole) // count : (number + 1) * len(whole) // count]
+            parts.append(ShardPart(chosen, content._replace(rows=[]), self._units[shard.units_key]))
+        return parts
 
     def _divide(self, shards: list[Shard]) -> list[list[tuple[Shard, int, int]]]:
         """Divide work shards into files: several short ones in one, or one of several parts of a long one (shard, number, count)."""
         files: list[list[tuple[Shard, int, int]]] = []
         room = 0
         for shard in shards:
-            count = -(-shard.num_samples // (FILE_SECONDS * SAMPLE_RATE))
-            if count > 1:
-                count = min(count, len({dialog_id for dialog_id, _ in self._plan.content(shard).dialogs}))
             if shard.num_samples <= room:
                 files[-1].append((shard, 0, 1))
                 room -= shard.num_samples
                 continue
+            num_dialogs = len({dialog_id for dialog_id, _ in self._plan.content(shard).dialogs})
+            count = min(num_dialogs, -(-shard.num_samples // (FILE_SECONDS * SAMPLE_RATE)))
             files += [[(shard, number, count)] for number in range(count)]
             room = FILE_SECONDS * SAMPLE_RATE - shard.num_samples
         return files
-
-    def _describe(self, shard: Shard, number: int, count: int) -> ShardPart:
-        """Describe one of `count` parts of a work shard."""
-        content = self._plan.content(shard)
-        ids = {dialog_id for dialog_id, _ in content.dialogs}
-        whole = [dialog for dialog in self._dialogs[shard.dialogs[0] : shard.dialogs[1]] if dialog.id in ids]
-        chosen = whole[number * len(whole) // count : (number + 1) * len(whole) // count]
-        return ShardPart(chosen, content._replace(rows=[]), self._units[shard.units_key])
 
 
 def iter_utterances(parts: list[ShardPart]) -> Iterator[dict[str, Any]]:

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -166,12 +167,13 @@ def _fetch(part: PartialFile) -> None:
             part.discard()
             raise _Broken("the server sent something other than the rest of the file")
         total = None if response.length is None else begin + response.length
+        read = _network()(partial(response.read, _CHUNK))
         with (
             open(part.file, "r+b" if begin else "wb") as file,
             progress_bar(total, part.path.name, "B", initial=begin) as bar,
         ):
             file.seek(begin)
-            while chunk := _read(response):
+            for chunk in iter(read, b""):
                 file.write(chunk)
                 bar.update(len(chunk))
             if total is not None and file.tell() != total:
@@ -187,19 +189,12 @@ def _is_rest(response: http.client.HTTPResponse, begin: int, etag: str | None) -
     return first == begin and last == size - 1
 
 
-def _read(response: http.client.HTTPResponse) -> bytes:
-    with _network():
-        return response.read(_CHUNK)
-
-
 @contextmanager
 def _network() -> Iterator[None]:
     """Raise `_Broken` for network errors that another try may overcome; errors of the disk stay outside this block."""
     try:
         yield
-    except urllib.error.HTTPError as error:
-        if error.code not in _BUSY:
-            raise
-        raise _Broken(str(error)) from error
     except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError) and error.code not in _BUSY:
+            raise
         raise _Broken(str(error) or type(error).__name__) from error

@@ -19,16 +19,15 @@ SUFFIX = ".unfinished"  # fixed, so that the next run overwrites what a killed r
 
 
 @contextmanager
-def write_then_replace(path: str | Path, mode: str = "w", *, sync: bool = True, **options: Any) -> Iterator[IO[Any]]:
+def write_then_replace(path: str | Path, mode: str = "w", *, sync: bool = True) -> Iterator[IO[Any]]:
     """Open a file for writing that is renamed to `path` when the block ends without an error.
 
     The caller makes sure that no other process writes the same path.
 
     Args:
         path: The final name. Its folder is created if it does not exist. A link is replaced, not the file that it points to.
-        mode: "w" or "wb".
+        mode: "w" or "wb". Text is written in UTF-8, with its line ends unchanged.
         sync: Write the bytes to the disk before the file gets its name. False suits many small files with a known digest.
-        options: Further arguments of `open`; text is UTF-8 by default.
 
     Yields:
         The open file. An error removes it and leaves an existing `path` as it was.
@@ -36,21 +35,19 @@ def write_then_replace(path: str | Path, mode: str = "w", *, sync: bool = True, 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + SUFFIX)
-    if "b" not in mode:
-        options = {"encoding": "utf-8"} | options
+    options: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     unfinished.unlink(missing_ok=True)  # of a killed run, or a link
     try:
         with open(unfinished, mode.replace("w", "x"), **options) as file:
             yield file
         (replace_path if sync else os.replace)(unfinished, path)
-    except BaseException:  # Ctrl-C as well; raised again below
-        unfinished.unlink(missing_ok=True)
-        raise
+    finally:
+        unfinished.unlink(missing_ok=True)  # after an error or Ctrl-C
 
 
 def replace_text(path: str | Path, text: str) -> None:
-    """Write `text` in UTF-8 with its line ends unchanged. A reader of `path` sees the old or the new text, never a part."""
-    with write_then_replace(path, newline="") as file:
+    """Write `text` to a file. A reader of `path` sees the old or the new text, never a part."""
+    with write_then_replace(path) as file:
         file.write(text)
 
 

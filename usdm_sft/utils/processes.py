@@ -10,15 +10,16 @@ import signal
 import sys
 import threading
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from queue import SimpleQueue
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from tqdm import tqdm
 
@@ -32,6 +33,10 @@ _lock = threading.Lock()  # only one thread at a time may replace __main__
 def start_process(target: Callable[..., object], args: tuple[Any, ...], *, name: str | None = None) -> SpawnProcess:
     """Start a spawned process that ends with this one.
 
+    A spawned process imports the file of `__main__`, so that a script without `if __name__ == "__main__":` would run again there.
+    An empty module takes its place here: it has no file to import. Ctrl-C goes to the whole process group. If the new process
+    set a handler itself, a Ctrl-C during its imports would still end it with a traceback; it inherits a block of the signal.
+
     Args:
         target: A function of an importable module.
         args: Its arguments, which are pickled. They must not contain objects that the calling script defines.
@@ -41,26 +46,32 @@ def start_process(target: Callable[..., object], args: tuple[Any, ...], *, name:
         The started process. It is a daemon with SIGINT blocked, so this process must end it.
     """
     process = multiprocessing.get_context("spawn").Process(target=_call, args=(target, args), name=name, daemon=True)
-    with _lock, _main_hidden(), _interrupts_blocked():
+    with _lock, ExitStack() as undo:
+        undo.callback(sys.modules.__setitem__, "__main__", sys.modules["__main__"])
+        sys.modules["__main__"] = ModuleType("__main__")
+        if hasattr(signal, "pthread_sigmask"):  # not on Windows
+            resource_tracker.ensure_running()  # started later, it would unblock SIGINT in this thread
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            undo.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
         process.start()
     return process
 
 
 def _call(target: Callable[..., object], args: tuple[Any, ...]) -> None:
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a spawned process
+
+    def exit_with_parent() -> None:
+        """End this process when its parent is killed, even while it waits for the other half of a message."""
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     # A daemon may not start processes, because they would outlive it when it is terminated. Those of this module do not.
     multiprocessing.current_process().daemon = False
     # tqdm's default lock contains a multiprocessing semaphore. A terminated process leaks it, and Python warns on stderr.
     tqdm.set_lock(threading.RLock())
     target(*args)
-
-
-def _exit_with_parent() -> None:
-    """End this process when its parent is killed, even while it waits for the other half of a message."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # this is a spawned process
-    parent.join()
-    os._exit(1)
 
 
 class PipedProcess:
@@ -69,7 +80,7 @@ class PipedProcess:
     Processes share neither a queue nor a lock: when one is killed, its own pipe ends, and no other process is held up.
 
     Args:
-        target: Called in the process with the other end of the pipe and `args`, as in `start_process`.
+        target: As in `start_process`; it is called with the other end of the pipe and with `args`.
         args: Further arguments.
         name: Name of the process in errors; it may be changed.
     """
@@ -84,7 +95,7 @@ class PipedProcess:
         """Return what `function` makes of this end of the pipe.
 
         Args:
-            function: Called with the connection. An OSError of it is one of the pipe.
+            function: Called with the connection; its OSError is one of the pipe.
 
         Raises:
             RuntimeError: The process died.
@@ -129,7 +140,7 @@ def serve(connection: Connection, stream: Callable[..., Iterator[Any]], *args: A
 
     Args:
         connection: This end of the pipe.
-        stream: Called with a queue of pickled items and with `args`; yields one result for each item, in any order.
+        stream: Called with a queue of pickled items and with `args`; yields a result for each item, in any order.
         args: Further arguments.
     """
     items: SimpleQueue[bytes] = SimpleQueue()
@@ -148,7 +159,7 @@ def serve(connection: Connection, stream: Callable[..., Iterator[Any]], *args: A
 
 
 def share_out(
-    items: Sequence[Any],
+    items: Iterable[Any],
     processes: Sequence[PipedProcess],
     *,
     ahead: int,
@@ -167,26 +178,23 @@ def share_out(
         Exception: The error of a process.
     """
     unanswered = dict.fromkeys(processes, 0)
-    following, are_told = 0, False
-    while following < len(items) or any(unanswered.values()):
-        while following < len(items) and min(unanswered.values(), default=ahead) < ahead:
+    left, are_told = deque(items), False
+    while left or any(unanswered.values()):
+        while left and min(unanswered.values(), default=ahead) < ahead:
             process = min(unanswered, key=unanswered.__getitem__)
-            process.send(items[following])
+            process.send(left.popleft())
             unanswered[process] += 1
-            following += 1
         timeout = None
-        if following < len(items) and here is not None:
-            yield here(items[following])
-            following, timeout = following + 1, 0
-        if following == len(items) and not are_told:
+        if left and here is not None:
+            yield here(left.popleft())
+            timeout = 0
+        if not left and not are_told:
             for process in processes:
                 process.send(None)
             are_told = True
-        connections: dict[Any, PipedProcess] = {
-            process.connection: process for process, number in unanswered.items() if number
-        }
+        connections = {process.connection: process for process, number in unanswered.items() if number}
         for connection in wait(list(connections), timeout):
-            process = connections[connection]
+            process = connections[cast(Connection, connection)]
             result, error = pickle.loads(process.call(Connection.recv_bytes))
             if error is not None:
                 raise error
@@ -245,7 +253,7 @@ class ProcessPool:
         for number, process in enumerate(processes, start=1):
             process.name = f"{name}, process {number}"
             process.send(function)
-        yield from share_out(list(enumerate(items)), processes, ahead=_AHEAD, here=partial(_call_with, function))
+        yield from share_out(enumerate(items), processes, ahead=_AHEAD, here=partial(_call_with, function))
 
 
 def _call_with(function: Callable[[Any], Any], indexed: tuple[int, Any]) -> tuple[int, Any]:
@@ -299,36 +307,3 @@ def num_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1  # macOS, Windows
-
-
-@contextmanager
-def _main_hidden() -> Iterator[None]:
-    """Replace `__main__` with an empty module.
-
-    A spawned process imports the file of `__main__`. A script without `if __name__ == "__main__":` would run again there.
-    An empty module has no file to import.
-    """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-
-
-@contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Block SIGINT in this thread; a process that starts meanwhile inherits the block.
-
-    Ctrl-C goes to the whole process group. If the new process set a handler itself, a Ctrl-C during its imports would still
-    end it with a traceback.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    resource_tracker.ensure_running()  # started later, it would unblock SIGINT in this thread
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

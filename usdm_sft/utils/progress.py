@@ -10,10 +10,10 @@ import io
 import logging
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar, Token
-from types import TracebackType
+from contextvars import ContextVar
 from typing import Any
 
 from tqdm import tqdm
@@ -43,11 +43,10 @@ class Stages:
     def __init__(self, names: Sequence[str]):
         self._names = tuple(names)
         self._seconds: dict[str, float] = {}
-        self._audio: dict[str, float] = {}
+        self._audio: dict[str, float] = defaultdict(float)
         self._name: str | None = None
         self._since = 0.0
-        self._idle: tqdm | None = None
-        self._token: Token[Stages | None] | None = None
+        self._idle: tqdm | None = None  # the line of a stage without a bar
         self.shown = False
 
     def __enter__(self) -> Stages:
@@ -55,34 +54,31 @@ class Stages:
         self._token = _current.set(self)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._end()
-        if self._token is not None:
-            _current.reset(self._token)
+        _current.reset(self._token)
 
     def start(self, name: str) -> None:
         """End the current stage and begin the next one."""
         self._end()
         self._name, self._since = name, time.monotonic()
         if self.shown and sys.stderr.isatty():
-            self._idle = tqdm(bar_format="{desc} ...", desc=self.title(name), leave=False)
+            self._idle = tqdm(bar_format="{desc} ...", desc=self.make_title(name), leave=False)
 
     def _end(self) -> None:
-        self.clear()
+        self._close_idle()
         if self._name is not None:
             self._seconds[self._name] = time.monotonic() - self._since
         self._name = None
 
-    def clear(self) -> None:
-        """Remove the line of a stage without a bar, because a bar takes its place."""
+    def _close_idle(self) -> None:
         if self._idle is not None:
             self._idle.close()
         self._idle = None
 
-    def title(self, description: str) -> str:
-        """Return the number and the name of the stage, and what a bar within it counts."""
+    def make_title(self, description: str) -> str:
+        """Return the number and the name of the stage, and what a bar counts that takes the place of the stage's line."""
+        self._close_idle()
         if self._name is None:
             return description
         title = f"[{self._names.index(self._name) + 1}/{len(self._names)}] {self._name}"
@@ -91,13 +87,13 @@ class Stages:
     def add_audio(self, seconds: float) -> None:
         """Count audio that the current stage has dealt with."""
         if self._name is not None:
-            self._audio[self._name] = self._audio.get(self._name, 0) + seconds
+            self._audio[self._name] += seconds
 
     def summary(self) -> str:
         """Return the time of each stage, the rate where it counted audio, and the sum."""
         parts = []
         for name, seconds in self._seconds.items():
-            rate = f" ({_format_rate(self._audio[name] / seconds, AUDIO)})" if self._audio.get(name) and seconds else ""
+            rate = f" ({_format_rate(self._audio[name] / seconds, AUDIO)})" if self._audio[name] and seconds else ""
             parts.append(f"{name} {format_seconds(seconds)}{rate}")
         return f"{', '.join(parts)}: {format_seconds(sum(self._seconds.values()))} in all"
 
@@ -105,22 +101,24 @@ class Stages:
 class _Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
     """A tqdm bar with its numbers in words. Its rate is that of the whole time, because finished work comes in large parts."""
 
-    def __init__(self, total: float | None, description: str, unit: str, **options: Any):
-        numbers = "{percentage:3.0f}%|{bar}| {words}" if total else "{words}"
-        self._counts_audio = unit == AUDIO  # tqdm forgets the unit of a hidden bar
-        options = {"smoothing": 0, "leave": False, "bar_format": "{desc}: " + numbers} | options
-        super().__init__(total=total, desc=description, unit=unit, **options)
+    def __init__(self, **options: Any):
+        self._counts_audio = options["unit"] == AUDIO  # tqdm forgets the unit of a hidden bar
+        self._is_line = not sys.stderr.isatty()
+        if self._is_line:
+            options |= {"file": io.StringIO(), "mininterval": LINE_SECONDS, "miniters": 1}
+        numbers = "{percentage:3.0f}%|{bar}| {words}" if options["total"] else "{words}"
+        super().__init__(smoothing=0, leave=False, bar_format="{desc}: " + numbers, **options)
 
     @property
     def format_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = super().format_dict
+        total, unit = values["total"], values["unit"]
         done, elapsed = values["n"] - values["initial"], values["elapsed"]
-        words = [_format_amount(values["n"], values["total"], values["unit"])]
+        words = [_format_amount(values["n"], total, unit)]
         if done > 0 and elapsed > 0:
-            words.append(_format_rate(done / elapsed, values["unit"]))
-            if values["total"]:
-                left = max(values["total"] - values["n"], 0) * elapsed / done
-                words.append(f"{format_seconds(left)} left")
+            words.append(_format_rate(done / elapsed, unit))
+            if total:
+                words.append(f"{format_seconds(max(total - values['n'], 0) * elapsed / done)} left")
         return values | {"words": ", ".join(words)}
 
     def update(self, n: float = 1) -> bool | None:
@@ -129,22 +127,19 @@ class _Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
         shown: bool | None = super().update(n)
         return shown
 
-
-class _Lines(_Bar):
-    """A bar that becomes lines of the log."""
-
-    def __init__(self, total: float | None, description: str, unit: str, **options: Any):
-        options |= {"file": io.StringIO(), "mininterval": LINE_SECONDS, "miniters": 1}
-        super().__init__(total, description, unit, **options)
-
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if not self._is_line:
+            super().display(msg, pos)
+            return
         values = self.format_dict
         if msg is None and values["n"] > values["initial"]:  # not when the bar opens, and not when it closes
             share = f"{100 * values['n'] / values['total']:.0f} %, " if values["total"] else ""
             logger.info("%s: %s%s", values["prefix"], share, values["words"])
 
 
-def progress_bar(total: float | None, description: str, unit: str, *, disable: bool = False, **options: Any) -> tqdm:
+def progress_bar(
+    total: float | None, description: str, unit: str, *, initial: float = 0, disable: bool = False
+) -> tqdm:
     """Make a bar in a terminal, and lines of the log at intervals of 30 seconds elsewhere.
 
     Nothing is shown after `datasets.disable_progress_bars()` or with HF_DATASETS_DISABLE_PROGRESS_BARS=1. Within `Stages` the
@@ -154,16 +149,14 @@ def progress_bar(total: float | None, description: str, unit: str, *, disable: b
         total: Number of steps, if known.
         description: What is counted, or done.
         unit: Name of the steps, in the plural; "B" for bytes, or `AUDIO`.
+        initial: Number of steps that an earlier run has made.
         disable: Show nothing.
-        options: Further options of tqdm.
     """
     stages = _current.get()
     shown = not disable and (_are_bars_on() if stages is None else stages.shown)
     if stages is not None and shown:
-        stages.clear()
-        description = stages.title(description)
-    kind = _Bar if sys.stderr.isatty() else _Lines
-    return kind(total, description, unit, disable=not shown, **options)
+        description = stages.make_title(description)
+    return _Bar(total=total, desc=description, unit=unit, initial=initial, disable=not shown)
 
 
 def _are_bars_on() -> bool:
@@ -174,18 +167,13 @@ def _are_bars_on() -> bool:
 
 def _format_amount(done: float, total: float | None, unit: str) -> str:
     """Format what was done, such as "9.0 of 20.0 h of audio", "1.2 of 3.9 GB" or "512 of 23,676 files"."""
-    scale, digits, unit = _scale(total or done, unit)
+    scale, digits, largest = 1.0, 0, total or done
+    if unit == AUDIO and largest >= 3600:
+        scale, digits, unit = 3600, 1, "h of audio"
+    elif unit == "B":
+        scale, digits, unit = (1e9, 1, "GB") if largest >= 1e9 else (1e6, 1, "MB")
     numbers = [f"{number / scale:,.{digits}f}" for number in (done, total) if number is not None]
     return f"{' of '.join(numbers)} {unit}"
-
-
-def _scale(number: float, unit: str) -> tuple[float, int, str]:
-    """Return the divisor, the decimals and the name of the unit that fits a number."""
-    if unit == AUDIO:
-        return (3600, 1, "h of audio") if number >= 3600 else (1, 0, unit)
-    if unit == "B":
-        return (1e9, 1, "GB") if number >= 1e9 else (1e6, 1, "MB")
-    return 1, 0, unit
 
 
 def _format_rate(rate: float, unit: str) -> str:

@@ -3,8 +3,7 @@
 A file is named `<key>.<digest>.arrow`. The key identifies the inputs; the digest is the sha256 of the file and shows damage. A
 damaged file is made again. An unfinished shard is in the folder `<key>.unfinished`, which the next run removes.
 
-The folder `locks` of a level has one lock file for all keys with the same first characters, and beside it the list of their
-finished files. A claim therefore reads a short list and never lists the folder, whatever the number of shards.
+The folder `locks` of a level has one lock file for all keys with the same first characters.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,35 +45,25 @@ class ShardCache:
 
     def find_all(self, keys: Iterable[str]) -> dict[str, Path]:
         """Return the finished file of each key that has one. The folder is listed once."""
-        written: dict[str, list[str]] = {key: [] for key in keys}
+        wanted, found = set(keys), {}
         for name in sorted(os.listdir(self.folder)) if self.folder.is_dir() else []:
             key, _, rest = name.partition(".")
-            if rest.endswith(".arrow") and key in written:
-                written[key].append(name)
-        found = {key: self._first_whole(key, names) for key, names in written.items()}
-        return {key: path for key, path in found.items() if path is not None}
-
-    def _find_listed(self, key: str) -> Path | None:
-        """Return the finished file of a claimed key. That of an earlier version is on no list; `find_all` finds it."""
-        try:
-            names = _list_file(self.folder, key).read_text(encoding="utf-8").split()
-        except FileNotFoundError:
-            return None
-        return self._first_whole(key, sorted({name for name in names if name.startswith(f"{key}.")}))
-
-    def _first_whole(self, key: str, names: Iterable[str]) -> Path | None:
-        for path in (self.folder / name for name in names):
-            try:
-                is_whole = sha256_file(path) == path.name.split(".")[1]
-            except FileNotFoundError:  # removed meanwhile, or a run was killed right before it got its name
-                continue
-            if is_whole:
+            if key in wanted and key not in found and rest.endswith(".arrow") and self._is_whole(self.folder / name):
+                found[key] = self.folder / name
                 # A run that was killed right after the rename leaves this folder.
                 remove_path(self.folder / f"{key}.unfinished")
-                return path
+        return found
+
+    def _is_whole(self, path: Path) -> bool:
+        """Check the digest of a file, and remove the file if it is another one."""
+        try:
+            is_whole = sha256_file(path) == path.name.split(".")[1]
+        except FileNotFoundError:  # removed meanwhile
+            return False
+        if not is_whole:
             logger.warning("%s was damaged after it was written: making it again", path)
             path.unlink(missing_ok=True)
-        return None
+        return is_whole
 
     def make(self, key: str, write: Callable[[str], Any]) -> Path:
         """Return the finished file of `key`, and make it first where there is none.
@@ -110,58 +101,43 @@ class ShardCache:
             lock.acquire(timeout=-1 if wait else 0)
         except Timeout:
             return None
-        try:
-            return Claim(self.folder, key, lock, self._find_listed(key))
-        except BaseException:  # Ctrl-C as well, or no other run could ever make the file; raised again
-            lock.release()
-            raise
+        with ExitStack() as held:
+            held.callback(lock.release)
+            finished = self.find(key)
+            held.pop_all()  # without an error or a Ctrl-C the lock stays
+        return Claim(self.folder, key, lock, finished)
 
 
+@dataclass(frozen=True)
 class Claim:
-    """The exclusive right to make the file of one key, until the `with` block ends or `release` is called.
+    """The exclusive right to make the file of one key, until the `with` block ends or `release` is called."""
 
-    Attributes:
-        finished: The file, if it is finished.
-    """
-
-    def __init__(self, folder: Path, key: str, lock: BaseFileLock, finished: Path | None):
-        self.finished = finished
-        self._folder, self._key, self._lock = folder, key, lock
+    folder: Path
+    key: str
+    lock: BaseFileLock
+    finished: Path | None  # the file, if it is finished
 
     def write(self, write: Callable[[str], Any]) -> Path:
-        """Make the file and return its path.
-
-        Args:
-            write: Called with the path to write the file to.
-        """
-        unfinished = self._folder / f"{self._key}.unfinished"
+        """Make the file with `write`, as in `ShardCache.make`, and return its path."""
+        unfinished = self.folder / f"{self.key}.unfinished"
         remove_path(unfinished)
         unfinished.mkdir()
         path = unfinished / "shard.arrow"
         write(str(path))
-        finished = self._folder / f"{self._key}.{sha256_file(path)}.arrow"
-        list_file = _list_file(self._folder, self._key)
-        if list_file.is_symlink():
-            list_file.unlink()
-        with open(list_file, "a", encoding="utf-8") as listed:  # the claim's lock covers the list
-            listed.write(f"\n{finished.name}\n")  # a killed run may have left half a line before
+        finished = self.folder / f"{self.key}.{sha256_file(path)}.arrow"
         replace_path(path, finished)
         remove_path(unfinished)
         return finished
 
     def release(self) -> None:
         """Let other runs make the file."""
-        self._lock.release()
+        self.lock.release()
 
     def __enter__(self) -> Claim:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.release()
-
-
-def _list_file(folder: Path, key: str) -> Path:
-    return folder / "locks" / f"{key[:_PREFIX]}.finished"
 
 
 def write_shard(columns: Mapping[str, Any], path: str, *, metadata: Mapping[bytes, bytes] | None = None) -> None:
