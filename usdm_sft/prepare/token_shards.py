@@ -175,7 +175,8 @@ def _count_split(shards: Sequence[TokenShard], corpus: Split, max_length: int) -
             f"max_length {max_length} leaves no row of {corpus.name}, whose shortest row has "
             f"{min(each.shortest for each in counts)} tokens: raise it"
         )
-    left_out, cut = dict(corpus.pairs_left_out), {}
+    left_out = dict(corpus.pairs_left_out)
+    cut: dict[str, str] = {}
     for shard in shards:
         left_out |= shard.cuts.left_out
         cut |= shard.cuts.cut
