@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.helpers import DEMO, content, options
-from usdm_sft.folder.export import export_text
+from usdm_sft.folder.export import export
 from usdm_sft.prepare.prepare import prepare
 from usdm_sft.template.config import Template
 from usdm_sft.template.encoder import TemplateEncoder
@@ -48,7 +48,7 @@ def forward_passes(monkeypatch):
 
 
 def test_exported_lines_equal_the_reference(finished, mini, tmp_path):
-    assert export_text(finished / "out", tmp_path / "text") == {"train": 10, "test": 3}
+    assert export(finished / "out", tmp_path / "text") == {"train": 10, "test": 3}
     for split in ("train", "test"):
         exported = (tmp_path / "text" / f"{split}.txt").read_text()
         expected = (mini / "expected" / f"{split}.txt").read_text()
@@ -269,7 +269,7 @@ def test_each_audio_is_read_once_in_a_run(run, monkeypatch):
 def test_output_does_not_depend_on_the_size_of_work_shards(run, tmp_path, mini):
     for shard_dialogs in (2, 64):
         output, _ = run(f"out{shard_dialogs}", shard_dialogs=shard_dialogs)
-        export_text(output, tmp_path / f"text{shard_dialogs}")
+        export(output, tmp_path / f"text{shard_dialogs}")
         exported = (tmp_path / f"text{shard_dialogs}" / "train.txt").read_text()
         assert sorted(exported.split("\n")) == sorted((mini / "expected" / "train.txt").read_text().split("\n"))
 
@@ -365,7 +365,7 @@ def test_damaged_output_is_written_again_with_overwrite(rerun):
 def test_export_reports_a_missing_file(folder_copy, tmp_path):
     (folder_copy / "single_turn" / "train-00003-of-00010.parquet").unlink()
     with pytest.raises(FileNotFoundError, match=r"train-00003-of-00010\.parquet is missing: run prepare again"):
-        export_text(folder_copy, tmp_path / "text")
+        export(folder_copy, tmp_path / "text")
 
 
 def test_dialog_whose_rows_are_all_too_long_is_not_counted(run):
@@ -396,7 +396,7 @@ def test_damaged_counts_are_refused(rerun, content, tmp_path):
     output, counts = rerun()
     (output / "counts.json").write_text(content)
     with pytest.raises(ValueError, match=r"counts\.json is not .*: run prepare again and pass --overwrite"):
-        export_text(output, tmp_path / "text")
+        export(output, tmp_path / "text")
     assert rerun(overwrite=True)[1] == counts
 
 

@@ -27,7 +27,7 @@ from usdm_sft.audio.reading import read_waveform
 from usdm_sft.corpus.manifest import have_no_problems, read_manifest, row_problems
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.corpus.read import NO_ANSWER, SAME_SPEAKER, Rules, read_corpus
-from usdm_sft.folder.export import export_text
+from usdm_sft.folder.export import export
 from usdm_sft.folder.page import write_page
 from usdm_sft.folder.verify import verify
 from usdm_sft.prepare.prepare import prepare
@@ -462,7 +462,7 @@ def run(data_dir, output, unit_model, tmp_path, **changes):
 
 
 def lines(folder, tmp_path):
-    export_text(folder, tmp_path / "text")
+    export(folder, tmp_path / "text")
     return {split: sorted((tmp_path / "text" / f"{split}.txt").read_text().split("\n")) for split in ("train", "test")}
 
 
