@@ -90,7 +90,7 @@ def make_card(
     features = folder_features(lists=lists, collapsed=collapsed)
     infos = [_make_info(config_name, features, num_bytes, counts, files), *other_info]
     num_rows = sum(counts["splits"][split]["rows"] for split in num_bytes)
-    metadata = {
+    metadata: dict[str, Any] = {
         **(DAILYTALK_METADATA if counts["corpus"] == DAILYTALK else OTHER_METADATA),
         "task_categories": [task for part, task in TASKS.items() if part in template["loss"]],
         "tags": TAGS,

@@ -127,7 +127,7 @@ def read_layout(path: Path, counts: Mapping[str, Any]) -> RowLayout:
     if not _have_ids(ids, TemplateTokens._fields):
         raise ValueError(f"{path}: tokenizer.ids is {ids!r}, not the ids of a template: {PREPARE_AGAIN}")
     if template.tokenization == "chat":
-        values = tokenizer.get("chat")
+        values: Any = tokenizer.get("chat")
         if not _have_ids(values, (*Frames._fields, "stop_id")):
             raise ValueError(f"{path}: tokenizer.chat is {values!r}, not the ids of a chat template: {PREPARE_AGAIN}")
         chat = ChatIds(Frames(*(values[name] for name in Frames._fields)), values["stop_id"])

@@ -287,7 +287,8 @@ def write_utterances(
         split: [utterances.part(index) for index in range(len(utterances))] for split, utterances in splits.items()
     }
     write = partial(_write_utterances, {split: utterances.loader for split, utterances in splits.items()})
-    counts, infos, digests = {}, datasets.SplitDict(), {}
+    counts, infos = {}, datasets.SplitDict()
+    digests: dict[Path, str] = {}
     for split, files in write_files(folder, parts, write, pool, name="recordings of the folder", key=key).items():
         total = UtteranceCounts()
         for file in files:
