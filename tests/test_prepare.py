@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.helpers import DEMO, content, options
-from usdm_sft.folder.export import export_text
+from usdm_sft.folder.export import export
 from usdm_sft.folder.layout import read_counts
 from usdm_sft.prepare.prepare import prepare
 from usdm_sft.template.config import Template
@@ -256,7 +256,7 @@ def test_each_audio_is_read_once_in_a_run(run, monkeypatch):
 @pytest.mark.slow
 def test_output_does_not_depend_on_the_size_of_work_shards(run, tmp_path, mini):
     """Work shards of one dialog and of all dialogs have tests of their own."""
-    export_text(run(shard_dialogs=2)[0], tmp_path / "text")
+    export(run(shard_dialogs=2)[0], tmp_path / "text")
     exported = (tmp_path / "text" / "train.txt").read_text()
     assert sorted(exported.split("\n")) == sorted((mini / "expected" / "train.txt").read_text().split("\n"))
 
@@ -350,7 +350,7 @@ def test_damaged_output_is_written_again_with_overwrite(rerun, tmp_path, undistu
 def test_export_reports_a_missing_file(folder_copy, tmp_path):
     (folder_copy / "single_turn" / "train-00003-of-00010.parquet").unlink()
     with pytest.raises(FileNotFoundError, match=r"train-00003-of-00010\.parquet is missing: run prepare again"):
-        export_text(folder_copy, tmp_path / "text")
+        export(folder_copy, tmp_path / "text")
 
 
 def test_dialog_whose_rows_are_all_too_long_is_not_counted(rerun):

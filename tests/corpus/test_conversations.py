@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers import FIXTURES, REPOSITORY, command, options
 from usdm_sft.cli.main import main
-from usdm_sft.folder.export import export_text
+from usdm_sft.folder.export import export
 from usdm_sft.prepare import open_run as devices
 from usdm_sft.prepare.prepare import prepare
 from usdm_sft.template.config import Template
@@ -198,7 +198,7 @@ def test_output_does_not_depend_on_the_size_of_work_shards(run, multi, finished,
 
 
 def test_export(multi, tmp_path):
-    assert export_text(multi[0], tmp_path) == {"train": 7, "test": 3}
+    assert export(multi[0], tmp_path) == {"train": 7, "test": 3}
     lines = [line for split in ("train", "test") for line in (tmp_path / f"{split}.txt").read_text().split("\n")]
     expected = [" ".join(map(str, e["input_ids"])) + "|" + " ".join(map(str, e["labels"])) for e in EXAMPLES]
     assert sorted(lines) == sorted(expected)

@@ -25,7 +25,7 @@ from usdm_sft.audio.reading import read_waveform
 from usdm_sft.corpus.manifest import read_manifest
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.corpus.read import NO_ANSWER, SAME_SPEAKER, Rules, read_corpus
-from usdm_sft.folder.export import export_text
+from usdm_sft.folder.export import export
 from usdm_sft.folder.page import write_page
 from usdm_sft.folder.verify import verify
 from usdm_sft.prepare.prepare import prepare
@@ -420,7 +420,7 @@ def prepared(stereo, unit_model, tmp_path_factory):
 
 
 def assert_lines_of_the_reference(folder, mini, tmp_path):
-    export_text(folder, tmp_path / "text")
+    export(folder, tmp_path / "text")
     for split in ("train", "test"):
         found, expected = (
             sorted((path / f"{split}.txt").read_text().split("\n")) for path in (tmp_path / "text", mini / "expected")

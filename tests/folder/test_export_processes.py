@@ -67,7 +67,7 @@ def check_packs(folder, split, rows):
 @pytest.mark.parametrize(("format", "check"), [("usdm", check_text), ("megatron", check_packs)])
 def test_rows_in_order_whichever_range_is_finished_first(many_rows, tmp_path, monkeypatch, format, check):
     assert export(many_rows, tmp_path / "one", format=format) == {"train": 312, "test": 3}
-    monkeypatch.setattr(exporting, "ProcessPool", LastFirst)
+    monkeypatch.setattr(folder_rows, "ProcessPool", LastFirst)
     assert export(many_rows, tmp_path / "two", format=format) == {"train": 312, "test": 3}
     assert content(tmp_path / "one") == content(tmp_path / "two")
     assert len(content(tmp_path / "one")) == 2
@@ -77,7 +77,7 @@ def test_rows_in_order_whichever_range_is_finished_first(many_rows, tmp_path, mo
 
 def test_arrow_rows_in_order_whichever_range_is_finished_first(many_rows, tmp_path, monkeypatch):
     export(many_rows, tmp_path / "one", format="arrow")
-    monkeypatch.setattr(exporting, "ProcessPool", LastFirst)
+    monkeypatch.setattr(folder_rows, "ProcessPool", LastFirst)
     assert export(many_rows, tmp_path / "two", format="arrow") == {"train": 312, "test": 3}
     name = "train/data-00000-of-00001.arrow"
     assert content(tmp_path / "one")[name] == content(tmp_path / "two")[name]

@@ -5,6 +5,7 @@ import shutil
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import soundfile
 
@@ -110,14 +111,14 @@ def test_hours_are_those_of_the_recordings(mini, unit_model, tmp_path, agent, ro
 
 
 def test_durations_of_recordings_of_719_and_399_samples():
-    row = {
-        f"{role}_{name}": value for role in ("user", "agent") for name, value in (("units", [5]), ("durations", [2]))
-    }
-    row |= {"user_seconds": 719 / 16_000, "agent_seconds": 719 / 16_000}
-    assert list(find_length_problems(row, "fairseq")) == []
-    assert len(list(find_length_problems(row, "transformers"))) == 2
-    row |= {"user_durations": [1], "user_seconds": 399 / 16_000}
-    assert list(find_length_problems(row, "fairseq")) == [
+    def find(normalization, **changes):
+        turn = {"text": "yes", "units": [5], "durations": [2], "seconds": 719 / 16_000}
+        row = {f"{role}_{name}": value for role in ("user", "agent") for name, value in turn.items()} | changes
+        return list(find_length_problems(pa.RecordBatch.from_pylist([row]), normalization))
+
+    assert find("fairseq") == []
+    assert len(find("transformers")) == 2
+    assert find("fairseq", user_durations=[1], user_seconds=399 / 16_000) == [
         "user_durations add up to 1 frames, which is not the length of a recording of 0.0249375 s"
     ]
 

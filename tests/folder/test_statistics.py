@@ -15,7 +15,7 @@ from usdm_sft.cli.main import main
 from usdm_sft.folder import pictures
 from usdm_sft.folder.layout import data_files, read_counts
 from usdm_sft.folder.pictures import CAPTIONS
-from usdm_sft.folder.rows import iter_rows
+from usdm_sft.folder.rows import divide_files
 from usdm_sft.folder.statistics import SplitStatistics
 from usdm_sft.folder.verify import verify
 
@@ -119,8 +119,8 @@ def test_stats_changes_no_file_of_the_folder(snapshot, tmp_path, monkeypatch):
 def test_statistics_of_shuffled_rows_in_several_files(dataset_folder):
     """The rows of a dialog lie apart, so that each file counts some of its pairs."""
     counts = read_counts(dataset_folder)
-    paths = data_files(dataset_folder, counts)["train"]
-    rows = pa.Table.from_batches([batch for path in paths for batch in iter_rows(path)])
+    ranges = divide_files({"train": data_files(dataset_folder, counts)["train"]})
+    rows = pa.Table.from_batches([batch for each in ranges for batch in each.read()])
     order = np.random.default_rng(0).permutation(len(rows))
     merged = SplitStatistics()
     for part in np.array_split(order, 3):

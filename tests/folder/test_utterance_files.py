@@ -7,7 +7,7 @@ import pytest
 
 from tests.helpers import LastFirst, run_tasks_here
 from usdm_sft.executors.tasks import TaskPool
-from usdm_sft.folder.utterance_parquet import write_utterances
+from usdm_sft.folder.parquet import write_utterances
 
 loaded = []  # the files whose rows were made
 

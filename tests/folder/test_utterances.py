@@ -31,8 +31,8 @@ from tests.helpers import (
 from tests.mini_hub import serve
 from usdm_sft.cli.main import main
 from usdm_sft.corpus import hub_corpus as hub
-from usdm_sft.folder import utterance_parquet as utterances
-from usdm_sft.folder import verify_utterances, writer
+from usdm_sft.folder import parquet, verify_utterances, writer
+from usdm_sft.folder import rows as folder_rows
 from usdm_sft.folder.verify import VerificationError, verify
 from usdm_sft.prepare import utterance_files as shard_utterances
 from usdm_sft.prepare.prepare import prepare
@@ -203,7 +203,7 @@ def test_files_hold_whole_dialogs_of_limited_length(kept, mini, unit_model, tmp_
         seconds[row["dialog"]] += row["seconds"]
     limit = math.ceil(1.5 * max(seconds.values()))
     monkeypatch.setattr(shard_utterances, "FILE_SECONDS", limit)
-    monkeypatch.setattr(utterances, "_GROUP_BYTES", max(len(row["audio"]["bytes"]) for row in whole))
+    monkeypatch.setattr(parquet, "_AUDIO_GROUP_BYTES", max(len(row["audio"]["bytes"]) for row in whole))
     changes = {"output_path": str(tmp_path / "out"), "shard_dialogs": 64, "keep_audio": True}
     prepare(**options(mini, unit_model, kept, **changes))
     files = sorted((tmp_path / "out" / "utterances").glob("train-*"))
@@ -305,7 +305,7 @@ def test_problems_do_not_depend_on_ranges_and_processes(copy, monkeypatch):
     replace_table(copy, FILE, lambda table: table, row_group_size=2)
     monkeypatch.setattr(verify_utterances, "_UTTERANCES_PER_RANGE", 4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify_utterances, "ProcessPool", LastFirst)
+        patch.setattr(folder_rows, "ProcessPool", LastFirst)
         check_spoiled(copy, 1)
     monkeypatch.setattr(verify_utterances, "_UTTERANCES_PER_PROCESS", 1)
     check_spoiled(copy, 2)

@@ -7,7 +7,7 @@ import pytest
 
 from tests.helpers import edit_rows, find_problems, options, replace_file, replace_table
 from usdm_sft.cli.main import main
-from usdm_sft.folder.export import export_text
+from usdm_sft.folder.export import export
 from usdm_sft.folder.verify import verify
 from usdm_sft.prepare.prepare import prepare
 
@@ -156,7 +156,7 @@ def test_bad_rows_give_one_line_in_every_command(folder_copy, refused, change):
 def test_export_refuses_rows_of_other_types(folder_copy, tmp_path):
     replace_table(folder_copy, FILE, set_column("labels", [None], INT32S))
     with pytest.raises(ValueError, match=f"{FILE}: a value of column labels is missing: run"):
-        export_text(folder_copy, tmp_path / "text")
+        export(folder_copy, tmp_path / "text")
     assert not (tmp_path / "text" / "train.txt").exists()
 
 

@@ -1,4 +1,4 @@
-"""The commands on a dataset folder: `show`, `stats`, `export` and `push`."""
+"""The commands on a dataset folder: `show`, `stats`, `export`, `verify` and `push`."""
 
 from __future__ import annotations
 
@@ -45,9 +45,8 @@ def show(
 
     if html is not None:
         if expand:
-            raise ValueError(
-                "expand is for the terminal: leave out --html; the turns of a page always have one unit per frame"
-            )
+            remedy = "leave out --html; the turns of a page always have one unit per frame"
+            raise ValueError(f"expand is for the terminal: {remedy}")
         shown = write_page(
             dataset_dir, html, split=split, index=index, num_examples=num_examples or 20, data_dir=data_dir
         )
@@ -121,12 +120,40 @@ def export(
     """
     from usdm_sft.folder import export as exporting
 
+    suffix, noun = (".txt", "line") if format == "usdm" else ("", "row")
     for split, num_rows in exporting.export(dataset_dir, output_dir, format=format, num_proc=num_proc).items():
-        print(
-            f"{split}.txt: {count_noun(num_rows, 'line')}"
-            if format == "usdm"
-            else f"{split}: {count_noun(num_rows, 'row')}"
-        )
+        print(f"{split}{suffix}: {count_noun(num_rows, noun)}")
+
+
+def verify(dataset_dir: str, against: str | None = None, num_proc: int | None = None, json: bool = False) -> None:
+    """Check a dataset folder: files, schema, counts, labels, and every row against the template.
+
+    The exit status is 1 if a check fails.
+
+    Examples:
+        dailytalk-usdm verify dailytalk-usdm-data
+        dailytalk-usdm verify dailytalk-usdm-data --against preprocessed
+
+    Args:
+        dataset_dir: A folder that prepare made, or a copy of it.
+        against: A folder with the reference's train.txt and test.txt, whose lines must be the rows in any order.
+        num_proc: Largest number of processes. By default one per core that this process may use; a small folder needs none.
+        json: Print one JSON object: whether the folder is correct, and the number of rows of each split or the problems.
+    """
+    from usdm_sft.folder.verify import VerificationError, verify
+
+    try:
+        rows = verify(dataset_dir, against, num_proc=num_proc)
+    except VerificationError as error:
+        if json:
+            print_json({"correct": False, "problems": error.problems})
+        raise
+    if json:
+        print_json({"correct": True, "rows": rows})
+        return
+    for split, num_rows in rows.items():
+        compared = f" and identical to {os.path.join(against, f'{split}.txt')} (any order)" if against else ""
+        print(f"{split}: {count_noun(num_rows, 'row')} {'is' if num_rows == 1 else 'are'} correct{compared}")
 
 
 def push(
@@ -156,12 +183,7 @@ def push(
     from usdm_sft.folder.push import push
 
     url = push(
-        dataset_dir,
-        repo_id,
-        private=private,
-        revision=revision,
-        commit_message=commit_message,
-        create_pr=create_pr,
+        dataset_dir, repo_id, private=private, revision=revision, commit_message=commit_message, create_pr=create_pr
     )
     print(url)
     if not create_pr:

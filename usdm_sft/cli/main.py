@@ -14,7 +14,7 @@ from typing import Any
 
 from usdm_sft import __version__
 from usdm_sft.cli.demo import demo
-from usdm_sft.cli.folder import export, push, show, stats
+from usdm_sft.cli.folder import export, push, show, stats, verify
 from usdm_sft.cli.models import convert, tokenizer, units
 from usdm_sft.cli.parser import (
     ConfigAction,
@@ -25,7 +25,6 @@ from usdm_sft.cli.parser import (
     split_docstring,
 )
 from usdm_sft.cli.prepare import doctor, prepare
-from usdm_sft.cli.verify import verify
 from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.utils.errors import describe_error, find_full_disk
 from usdm_sft.utils.memory import use_system_allocator
@@ -112,10 +111,7 @@ def main(args: list[str] | None = None) -> None:
     parser = make_parser()
     try:
         namespace = parser.parse_args(args)
-    except (
-        ValueError,
-        OverflowError,
-    ) as error:  # a YAML file that is not UTF-8, a NUL in its name, 1e400 as an integer
+    except (ValueError, OverflowError) as error:  # a YAML file not in UTF-8, a NUL in its name, 1e400 as an integer
         parser.error(str(error))
     command = namespace.pop("command")
     options = namespace.pop(command).clone(with_meta=False).as_dict()

@@ -118,7 +118,7 @@ class Parser(ArgumentParser):
 
     def _say(self, message: str) -> str:
         """Put a value of the wrong type into words, and name the nearest option where one is unknown."""
-        actions = [action for parser in [self, *self._command_parsers()] for action in parser._actions]
+        actions = [action for parser in [self, *self._commands().values()] for action in parser._actions]
         if wrong := re.match(r'Parser key "([\w.]+)":.*\b(?:Got|Given) value: (.*)', message, re.DOTALL):
             name, value = wrong.groups()
             hints = [action._typehint for action in actions if action.dest == name and hasattr(action, "_typehint")]
@@ -129,13 +129,11 @@ class Parser(ArgumentParser):
                 f"./template.yaml, or one of {', '.join(list_presets())}"
             )
         if command := re.match(r"argument command: invalid choice: '(.*)' \(choose from ", message, re.DOTALL):
-            return f"there is no command {command[1]!r}{_did_you_mean(command[1], self._commands())}: choose one of {', '.join(self._commands())}"
+            return f"there is no command {command[1]!r}{_did_you_mean(command[1], [*self._commands()])}: choose one of {', '.join(self._commands())}"
         if 'expected "command" to be one of' in message:
             return f"the command is missing: name one of {', '.join(self._commands())}"
-        if (
-            message.startswith("argument --print_completion: invalid choice: 'shtab-")
-            and "shtab-bash" not in message[60:]
-        ):
+        no_shtab = message.startswith("argument --print_completion: invalid choice: 'shtab-")
+        if no_shtab and "shtab-bash" not in message[60:]:
             return "completion needs shtab: pip install 'dailytalk-usdm[completion]'"
         unknown = re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.-]+)", message)
         options = [option.removeprefix("--") for action in actions for option in action.option_strings]
@@ -143,13 +141,9 @@ class Parser(ArgumentParser):
             return message.rstrip() + _did_you_mean(unknown[1].replace("-", "_"), options)
         return message
 
-    def _commands(self) -> list[str]:
-        return [name for action in self._actions if isinstance(action.choices, dict) for name in action.choices]
-
-    def _command_parsers(self) -> list[ArgumentParser]:
-        return [
-            parser for action in self._actions if isinstance(action.choices, dict) for parser in action.choices.values()
-        ]
+    def _commands(self) -> dict[str, ArgumentParser]:
+        commands = [action.choices for action in self._actions if isinstance(action.choices, dict)]
+        return commands[0] if commands else {}
 
 
 def _use_underscores(words: Sequence[str]) -> list[str]:

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from datasets import DatasetInfo, Features, SplitDict, SplitInfo
 from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData
@@ -26,8 +25,8 @@ from usdm_sft.corpus.features import (
     folder_features,
 )
 from usdm_sft.corpus.manifest import UTTERANCES
-from usdm_sft.folder.example_picture import EXAMPLE
-from usdm_sft.folder.pictures import CAPTIONS
+from usdm_sft.folder.example_picture import EXAMPLE, read_example
+from usdm_sft.folder.layout import CAPTIONS
 from usdm_sft.folder.statistics import count_too_long
 from usdm_sft.template.config import OFFLINE, PARTS, REFERENCE
 from usdm_sft.template.parts import ROW_PARTS
@@ -85,33 +84,40 @@ def make_card(
         tokenizer: Spells the ids of the example.
         other_info: Entries of `dataset_info` for other configs of the folder.
     """
-    lists = config_has_lists(config_name, counts["settings"]["history"])
-    collapsed = counts["settings"].get("unit_repetition") == "collapse"
+    settings, template = counts["settings"], counts["settings"]["template"]
+    lists = config_has_lists(config_name, settings["history"])
+    collapsed = settings.get("unit_repetition") == "collapse"
     features = folder_features(lists=lists, collapsed=collapsed)
-    data = _make_metadata(config_name, features, num_bytes, counts, files)
-    if other_info:
-        data["dataset_info"] = [data["dataset_info"], *other_info]
-    [first, *_] = files.values()
-    parts = counts["settings"]["template"].get("parts", PARTS)
-    template = importlib.resources.files("usdm_sft.dataset_card") / "template.md"
+    infos = [_make_info(config_name, features, num_bytes, counts, files), *other_info]
+    num_rows = sum(counts["splits"][split]["rows"] for split in num_bytes)
+    metadata: dict[str, Any] = {
+        **(DAILYTALK_METADATA if counts["corpus"] == DAILYTALK else OTHER_METADATA),
+        "task_categories": [task for part, task in TASKS.items() if part in template["loss"]],
+        "tags": TAGS,
+        "size_categories": next((name for limit, name in SIZES.items() if num_rows < limit), LARGEST),
+        "configs": data_configs(counts),
+        "dataset_info": infos if other_info else infos[0],
+    }
+    parts, tokenizer_counts = template.get("parts", PARTS), counts["tokenizer"]
     card = DatasetCard.from_template(
-        data,
-        template_str=template.read_text(encoding="utf-8"),
+        DatasetCardData(**metadata),
+        template_str=(importlib.resources.files("usdm_sft.dataset_card") / "template.md").read_text(encoding="utf-8"),
         config_name=config_name,
-        columns=_columns(
-            features, config_name, lists=lists, lowercase=counts["settings"]["template"].get("lowercase", True)
-        ),
+        columns=_columns(features, config_name, lists=lists, lowercase=template.get("lowercase", True)),
         counts=counts,
-        settings=counts["settings"],
+        settings=settings,
         utterances=counts.get(UTTERANCES),
         is_dailytalk=counts["corpus"] == DAILYTALK,
         lists={"manifest": "manifests", "manifest and split list": "lists"}.get(counts["corpus"], "split lists"),
         template_parts=parts,
         collapsed=collapsed,
         row_parts="both" if len(parts) == len(PARTS) else _list_parts(parts),
-        has_reference_words=_words(counts["settings"]["template"]) == _words(REFERENCE.settings()),
-        fits_ustm=_fits_ustm(counts),
-        is_offline_tokenizer=counts["tokenizer"]["name"] == OFFLINE,
+        has_reference_words=template | {"loss": None} == REFERENCE.settings() | {"loss": None},
+        # The units and the ids of naver-ai/USTM.
+        fits_ustm=counts["unit_model"]["name"] is not None
+        and tokenizer_counts["num_units"] == NUM_UNITS
+        and "ids" not in tokenizer_counts,
+        is_offline_tokenizer=tokenizer_counts["name"] == OFFLINE,
         vocabulary=tokenizer.get_vocab_size(),
         has_emotions=any(emotion for summary in counts["statistics"].values() for emotion in summary["emotions"]),
         shown_reasons=SHOWN_REASONS,
@@ -119,7 +125,7 @@ def make_card(
         plural=count_noun,
         count_too_long=count_too_long,
         plain=_plain,
-        example=format_example(pq.ParquetFile(first[0]).read_row_group(0)[:1].to_pylist()[0], tokenizer, color=False),
+        example=format_example(read_example(files), tokenizer, color=False),
         pictures=CAPTIONS,
         parts=ROW_PARTS,
         example_picture=EXAMPLE,
@@ -127,34 +133,22 @@ def make_card(
     return f"{card}\n"
 
 
-def _make_metadata(
+def _make_info(
     config_name: str,
     features: Features,
     num_bytes: Mapping[str, int],
     counts: Mapping[str, Any],
     files: Mapping[str, Sequence[Path]],
-) -> DatasetCardData:
-    """The YAML of the card."""
-    split_infos = SplitDict()
-    num_rows = {split: counts["splits"][split]["rows"] for split in num_bytes}
+) -> dict[str, Any]:
+    """The entry of the rows in `dataset_info` of the YAML."""
+    splits = SplitDict()
     for split, size in num_bytes.items():
-        split_infos.add(SplitInfo(split, size, num_rows[split]))
+        splits.add(SplitInfo(split, size, counts["splits"][split]["rows"]))
+    download_size = sum(path.stat().st_size for paths in files.values() for path in paths)
     info = DatasetInfo(
-        features=features,
-        splits=split_infos,
-        download_size=sum(path.stat().st_size for paths in files.values() for path in paths),
-        dataset_size=sum(num_bytes.values()),
+        features=features, splits=splits, download_size=download_size, dataset_size=sum(num_bytes.values())
     )
-    loss = counts["settings"]["template"]["loss"]
-    metadata: dict[str, Any] = {
-        **(DAILYTALK_METADATA if counts["corpus"] == DAILYTALK else OTHER_METADATA),
-        "task_categories": [task for part, task in TASKS.items() if part in loss],
-        "tags": TAGS,
-        "size_categories": next((name for limit, name in SIZES.items() if sum(num_rows.values()) < limit), LARGEST),
-        "configs": data_configs(counts),
-        "dataset_info": dataset_info(config_name, info),
-    }
-    return DatasetCardData(**metadata)
+    return dataset_info(config_name, info)
 
 
 def data_configs(counts: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -163,21 +157,20 @@ def data_configs(counts: Mapping[str, Any]) -> list[dict[str, Any]]:
     `load_dataset` finds the rows of a local folder in its cache by the last name of the folder and by this YAML alone. The description
     makes it read the folder again when a data file has other bytes.
     """
+    names = [counts["config"], *([UTTERANCES] if UTTERANCES in counts else [])]
+    digests = {
+        name: cache_key({file: sha256 for file, sha256 in counts["files"].items() if file.startswith(f"{name}/")})
+        for name in names
+    }
     configs = [
         {
             "config_name": name,
             "data_files": [{"split": split, "path": f"{name}/{split}-*.parquet"} for split in counts["splits"]],
-            "description": f"data files with sha256 {_digest_files(name, counts['files'])}",
+            "description": f"data files with sha256 {digests[name]}",
         }
-        for name in (counts["config"], UTTERANCES)
-        if name == counts["config"] or name in counts
+        for name in names
     ]
     return [configs[0] | {"default": True}, *configs[1:]]
-
-
-def _digest_files(config_name: str, files: Mapping[str, str]) -> str:
-    """The sha256 over the names and digests of the data files of a config."""
-    return cache_key({name: sha256 for name, sha256 in files.items() if name.startswith(f"{config_name}/")})
 
 
 def read_info(folder: Path, config: str) -> DatasetInfo:
@@ -219,17 +212,6 @@ def _list_parts(parts: Sequence[str]) -> str:
     """The parts of a template as words, such as "two parts of them (user's speech, transcript)"."""
     numbers = {2: "two", 3: "three"}
     return f"{numbers[len(parts)]} parts of them ({', '.join(ROW_PARTS[part] for part in parts)})"
-
-
-def _fits_ustm(counts: Mapping[str, Any]) -> bool:
-    """True for the units and the ids of naver-ai/USTM."""
-    tokenizer = counts["tokenizer"]
-    return counts["unit_model"]["name"] is not None and tokenizer["num_units"] == NUM_UNITS and "ids" not in tokenizer
-
-
-def _words(template: Mapping[str, Any]) -> dict[str, Any]:
-    """The words of a template without the labelled parts."""
-    return {name: value for name, value in template.items() if name != "loss"}
 
 
 def _number(value: float) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, compress, count
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,8 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from usdm_sft.folder.export import format_lines, parse_line
-from usdm_sft.folder.rows import RowRange, count_processes, divide_rows
+from usdm_sft.folder.rows import RowRange, divide_files, map_ranges, name_row
 from usdm_sft.template.special_tokens import naming_errors
-from usdm_sft.utils.processes import ProcessPool, in_order
 from usdm_sft.utils.texts import count_noun
 
 
@@ -47,11 +46,11 @@ def describe_difference(
 def compare_with_text(
     files: Mapping[str, Sequence[Path]], text_dir: Path, tokenizer_dir: Path, *, num_proc: int | None = 1
 ) -> Iterator[str]:
-    """Compare each split with `<split>.txt` and yield the first difference of each split.
+    """Compare the Parquet files of each split with `<split>.txt` in a folder, and yield the first difference of each split.
 
     Args:
         files: The Parquet files of each split.
-        text_dir: Folder of the text files, in the format of `text_lines`.
+        text_dir: Folder of the text files, whose lines are those of `format_lines`.
         tokenizer_dir: Folder of the tokenizer that names the tokens that differ.
         num_proc: Largest number of processes that read rows; None means one per core that this process may use.
 
@@ -60,34 +59,35 @@ def compare_with_text(
     """
     with naming_errors(str(tokenizer_dir)):
         tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
-    ranges = {split: [each for path in paths for each in divide_rows(path, split)] for split, paths in files.items()}
-    with ProcessPool(count_processes([each for split in ranges.values() for each in split], num_proc)) as pool:
-        for split, rows in ranges.items():
-            path = text_dir / f"{split}.txt"
-            if not path.is_file():
-                raise FileNotFoundError(
-                    f"{path} is not a file: name the folder with the reference's train.txt and test.txt"
-                )
-            yield from _first_difference_of_split(split, path, rows, tokenizer, pool)
+    for split, paths in files.items():
+        path = text_dir / f"{split}.txt"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is not a file: name the folder with the reference's train.txt and test.txt"
+            )
+        ranges = divide_files({split: paths})
+        digests = map_ranges(_digest_rows, ranges, name="lines of rows", num_proc=num_proc)
+        yield from _first_difference_of_split(
+            split, path, ranges, chain.from_iterable(each for _, each in digests), tokenizer
+        )
 
 
 def _first_difference_of_split(
-    split: str, path: Path, ranges: Sequence[RowRange], tokenizer: Tokenizer, pool: ProcessPool
+    split: str, path: Path, ranges: Sequence[RowRange], digests: Iterable[bytes], tokenizer: Tokenizer
 ) -> Iterator[str]:
     rows: dict[bytes, list[int]] = {}  # digest of a line -> numbers of the rows that it belongs to
-    num_rows = 0
-    for _, digests in in_order(pool.map(_digest_rows, ranges, name="lines of rows")):
-        for digest in digests:
-            rows.setdefault(digest, []).append(num_rows)
-            num_rows += 1
+    for number, digest in enumerate(digests):
+        rows.setdefault(digest, []).append(number)
     matched: Counter[bytes] = Counter()  # of equal rows, the first ones are taken for the lines
     extra: tuple[int, str] | None = None  # number and text of the first line that is not a row
-    for number, line in enumerate(_read_lines(path), start=1):
-        digest = _digest(line.encode())
-        if matched[digest] < len(rows.get(digest, ())):
-            matched[digest] += 1
-        elif extra is None:
-            extra = number, line
+    with open(path, encoding="utf-8", newline="\n") as text:
+        for number, line in enumerate(text, start=1):
+            line = line.removesuffix("\n")
+            digest = _digest(line.encode())
+            if matched[digest] < len(rows.get(digest, ())):
+                matched[digest] += 1
+            elif extra is None:
+                extra = number, line
     missing = [number for digest, numbers in rows.items() for number in numbers[matched[digest] :]]
     if extra is not None:
         number, line = extra
@@ -96,7 +96,7 @@ def _first_difference_of_split(
         else:
             yield f"{path}:{number} is not a row of {split}{_describe_line(line, ranges, {*missing}, tokenizer)}"
     elif missing:
-        yield f"{_describe_row(ranges, missing[0])} is not a line of {path}"
+        yield f"{name_row(ranges, missing[0])} is not a line of {path}"
 
 
 def _digest(line: bytes) -> bytes:
@@ -108,22 +108,6 @@ def _digest_rows(rows: RowRange) -> list[bytes]:
     return [_digest(line) for batch in batches for line in format_lines(batch)]
 
 
-def _read_lines(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8", newline="\n") as text:
-        for line in text:
-            yield line.removesuffix("\n")
-
-
-def _describe_row(ranges: Sequence[RowRange], number: int) -> str:
-    """Name a row of a split, whose id is read again."""
-    for rows in ranges:
-        if number < rows.num_rows:
-            break
-        number -= rows.num_rows
-    ids = (row_id for batch in rows.read(columns=["id"]) for row_id in batch["id"].to_pylist())
-    return f"{rows.path}: row {rows.start + number} ({next(islice(ids, number, None))})"
-
-
 def _describe_line(line: str, ranges: Sequence[RowRange], missing: Container[int], tokenizer: Tokenizer) -> str:
     """Say how a line differs from the missing row that shares the longest beginning with it."""
     try:
@@ -131,24 +115,18 @@ def _describe_line(line: str, ranges: Sequence[RowRange], missing: Container[int
     except (ValueError, OverflowError):
         return ": it is not input_ids, '|' and labels"
     best: tuple[int, str] = (-1, "")
-    number = 0
-    for batch in (batch for each in ranges for batch in each.read(columns=["id", "input_ids", "labels"])):
-        for position in range(len(batch)):
-            if number + position not in missing:
-                continue
-            row_id, *expected = (batch[name][position].as_py() for name in ("id", "input_ids", "labels"))
-            for prefix, found, ids in zip(("", "of the labels, "), halves, expected, strict=True):
-                at = first_difference(found, ids)
-                if at is None:
-                    continue
+    batches = (batch for rows in ranges for batch in rows.read(columns=["id", "input_ids", "labels"]))
+    rows = (batch.slice(position, 1) for batch in batches for position in range(len(batch)))
+    for row in compress(rows, map(missing.__contains__, count())):
+        [row_id], *expected = (column.to_pylist() for column in row.columns)
+        for prefix, found, [ids] in zip(("", "of the labels, "), halves, expected, strict=True):
+            if (at := first_difference(found, ids)) is not None:
                 if at > best[0]:
                     difference = describe_difference(found, ids, at, tokenizer)
                     best = at, f": the nearest row is {row_id}; {prefix}{difference}"
                 break
-            else:  # the numbers are equal
-                remedy = (
-                    "it ends with CR and LF: convert the file to LF" if line.endswith("\r") else "separate by one space"
-                )
-                return f": it differs from row {row_id} in white space only ({remedy})"
-        number += len(batch)
+        else:  # the numbers are equal
+            is_crlf = line.endswith("\r")
+            remedy = "it ends with CR and LF: convert the file to LF" if is_crlf else "separate by one space"
+            return f": it differs from row {row_id} in white space only ({remedy})"
     return best[1]

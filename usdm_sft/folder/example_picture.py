@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
@@ -51,7 +51,7 @@ def split_sections(
     sections: list[Section] = []
     start = 0
     for part, run in groupby(find_parts(input_ids, layout).tolist()):
-        stop = start + sum(1 for _ in run)
+        stop = start + len(list(run))
         name = names[part]
         if part == FRAME:
             name = "instruction" if start == 0 else "end" if stop == len(input_ids) else "heading"
@@ -120,16 +120,14 @@ def _draw(line: str, y: int, labelled: bool) -> str:
     return mark + text if labelled else text
 
 
-def draw_example(files: Mapping[str, Sequence[Path]], tokenizer: Tokenizer, folder: Path, layout: RowLayout) -> None:
-    """Draw the first row of the first split.
-
-    Args:
-        files: The Parquet files of each split.
-        tokenizer: Spells the ids.
-        folder: Gets the file `EXAMPLE`.
-        layout: Tells the parts of the row.
-    """
+def read_example(files: Mapping[str, Sequence[Path]]) -> dict[str, Any]:
+    """Read `id`, `input_ids` and `labels` of the first row of the first split, given the Parquet files of each split."""
     [first, *_] = files.values()
-    [row] = pq.ParquetFile(first[0]).read_row_group(0, columns=["input_ids", "labels"])[:1].to_pylist()
+    [row] = pq.ParquetFile(first[0]).read_row_group(0, columns=["id", "input_ids", "labels"])[:1].to_pylist()
+    return dict(row)
+
+
+def draw_example(row: Mapping[str, Any], tokenizer: Tokenizer, folder: Path, layout: RowLayout) -> None:
+    """Write the picture of a row as the file `EXAMPLE` of a folder. Same other arguments as `render_svg`."""
     svg = render_svg(row["input_ids"], row["labels"], tokenizer, layout)
     (folder / EXAMPLE).write_text(svg, encoding="utf-8", newline="\n")

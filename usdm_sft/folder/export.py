@@ -9,9 +9,10 @@ A line of naver-ai/usdm's train_sft.py has `input_ids`, "|" and `labels`, each w
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,10 +24,9 @@ import pyarrow.parquet as pq
 
 from usdm_sft.corpus.features import arrow_schema, folder_features
 from usdm_sft.folder.layout import UNFINISHED, data_files, read_counts
-from usdm_sft.folder.rows import RowRange, check_num_proc, count_processes, divide_rows
+from usdm_sft.folder.rows import RowRange, check_num_proc, divide_files, map_ranges
 from usdm_sft.template.encoder import IGNORE_INDEX
 from usdm_sft.utils.files import remove_path, replace_path, sha256_file, write_then_replace
-from usdm_sft.utils.processes import ProcessPool, in_order
 
 
 def format_lines(rows: pa.RecordBatch) -> list[bytes]:
@@ -91,68 +91,63 @@ def export(
         ValueError: The format is unknown, `num_proc` is not positive, or a file is damaged.
         RuntimeError: A process died.
     """
-    writers = {"usdm": export_text, "arrow": _export_arrow, "megatron": _export_megatron}
+    writers = {"usdm": _export_text, "arrow": _export_arrow, "megatron": _export_megatron}
     if format not in writers:
         raise ValueError(f"format {format!r} is unknown: choose one of {', '.join(writers)}")
     check_num_proc(num_proc)
-    return writers[format](Path(dataset_dir), Path(output_dir), num_proc=num_proc)
+    counts = read_counts(dataset_dir)
+    ranges = divide_files(data_files(dataset_dir, counts))
+    make_pieces = partial(map_ranges, ranges=ranges, name="rows", num_proc=num_proc, rows_per_process=_ROWS_PER_PROCESS)
+    writers[format](Path(output_dir), counts, make_pieces)
+    return {split: sum(rows.num_rows for rows in ranges if rows.split == split) for split in counts["splits"]}
 
 
-def export_text(dataset_dir: Path, text_dir: Path, *, num_proc: int | None = None) -> dict[str, int]:
+# Calls a function with each range of rows; yields the range and its piece, in the order of the rows.
+_MakePieces = Callable[[Callable[[RowRange], Any]], Generator[tuple[RowRange, Any], None, None]]
+
+
+def _export_text(folder: Path, counts: Mapping[str, Any], make_pieces: _MakePieces) -> None:
     """Write `<split>.txt` for each split, as the reference without a newline at the end."""
-    files = data_files(dataset_dir, read_counts(dataset_dir))
-    num_lines = dict.fromkeys(files, 0)
-    text_dir.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        texts = {split: stack.enter_context(write_then_replace(text_dir / f"{split}.txt", "wb")) for split in files}
-        pieces = stack.enter_context(closing(_make_pieces(files, _make_lines, num_proc)))
-        for rows, piece in pieces:
-            if num_lines[rows.split] and rows.num_rows:
-                texts[rows.split].write(b"\n")
-            texts[rows.split].write(piece)
-            num_lines[rows.split] += rows.num_rows
-    return num_lines
+        texts = {
+            split: stack.enter_context(write_then_replace(folder / f"{split}.txt", "wb")) for split in counts["splits"]
+        }
+        for rows, lines in stack.enter_context(closing(make_pieces(_make_lines))):
+            text = texts[rows.split]
+            if rows.num_rows and text.tell():
+                text.write(b"\n")
+            text.write(lines)
 
 
 def _make_lines(rows: RowRange) -> bytes:
     return b"\n".join(line for batch in rows.read(columns=["input_ids", "labels"]) for line in format_lines(batch))
 
 
-def _export_arrow(dataset_dir: Path, arrow_dir: Path, *, num_proc: int | None) -> dict[str, int]:
+def _export_arrow(folder: Path, counts: Mapping[str, Any], make_pieces: _MakePieces) -> None:
     """Save the splits as `DatasetDict.save_to_disk` does; a folder with dataset_dict.json and without `UNFINISHED` is complete."""
-    files = data_files(dataset_dir, read_counts(dataset_dir))
-    unfinished = arrow_dir / UNFINISHED
-    targets = [arrow_dir / name for name in (_ARROW_LAST, *files)]
+    unfinished, splits, schema = folder / UNFINISHED, list(counts["splits"]), _arrow_schema()
+    targets = [folder / name for name in (_ARROW_LAST, *splits)]
     was_killed = unfinished.is_dir() and not unfinished.is_symlink()
-    if arrow_dir.exists() and {*arrow_dir.iterdir()} - {unfinished, *(targets if was_killed else ())}:
-        raise FileExistsError(f"{arrow_dir} is not empty: name another folder")
+    if folder.exists() and {*folder.iterdir()} - {unfinished, *(targets if was_killed else ())}:
+        raise FileExistsError(f"{folder} is not empty: name another folder")
     _remove_all([*targets, unfinished])  # what a killed export moved into place, and what it left
-    unfinished.mkdir(parents=True)
-    try:
-        saved, num_rows, schema = unfinished / "saved", dict.fromkeys(files, 0), _arrow_schema()
-        for split in files:
-            (saved / split).mkdir(parents=True)
+    with ExitStack() as clean_up:
+        clean_up.callback(_remove_all, [*targets, unfinished])  # after an error, and after Ctrl-C
         with ExitStack() as stack:
-            streams = {
-                split: stack.enter_context(pa.ipc.new_stream(saved / split / _ARROW_FILE, schema)) for split in files
-            }
-            pieces = stack.enter_context(closing(_make_pieces(files, _select_columns, num_proc)))
-            for rows, piece in pieces:
-                for batch in pa.ipc.open_stream(piece):
+            streams = {}
+            for split in splits:
+                (unfinished / split).mkdir(parents=True)
+                streams[split] = stack.enter_context(pa.ipc.new_stream(unfinished / split / _ARROW_FILE, schema))
+            for rows, table in stack.enter_context(closing(make_pieces(_select_columns))):
+                for batch in pa.ipc.open_stream(table):
                     streams[rows.split].write_batch(batch)
-                num_rows[rows.split] += rows.num_rows
-        for split in files:
-            _describe_split(saved / split, split, schema)
-        (saved / _ARROW_LAST).write_text(json.dumps({"splits": list(files)}))
-        try:
-            for target in reversed(targets):
-                replace_path(saved / target.name, target)
-        except BaseException:  # Ctrl-C as well, or a part would look like a finished export; raised again
-            _remove_all(targets)
-            raise
-    finally:
-        shutil.rmtree(unfinished)
-    return num_rows
+        for split in splits:
+            _describe_split(unfinished / split, split, schema)
+        (unfinished / _ARROW_LAST).write_text(json.dumps({"splits": splits}))
+        for target in reversed(targets):
+            replace_path(unfinished / target.name, target)
+        clean_up.pop_all()
+    remove_path(unfinished)
 
 
 def _describe_split(folder: Path, split: str, schema: pa.Schema) -> None:
@@ -189,33 +184,6 @@ def _select_columns(rows: RowRange) -> pa.Buffer:
     return _to_stream(schema, (pa.Table.from_batches([batch]).cast(schema) for batch in batches))
 
 
-def _export_megatron(dataset_dir: Path, parquet_dir: Path, *, num_proc: int | None) -> dict[str, int]:
-    """Write packs. The processes check and mask the rows; this one packs them and encodes the Parquet files."""
-    counts = read_counts(dataset_dir)
-    files = data_files(dataset_dir, counts)
-    num_rows = dict.fromkeys(files, 0)
-    parquet_dir.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        packs = {}
-        for split in files:
-            file = stack.enter_context(write_then_replace(parquet_dir / f"{split}.idx.parquet", "wb"))
-            writer = stack.enter_context(pq.ParquetWriter(file, PACK))
-            packs[split] = PackWriter(writer, counts["settings"]["max_length"])
-        pieces = stack.enter_context(closing(_make_pieces(files, _make_masks, num_proc)))
-        for rows, piece in pieces:
-            for batch in pa.ipc.open_stream(piece):
-                packs[rows.split].add(batch)
-            num_rows[rows.split] += rows.num_rows
-        for each in packs.values():
-            each.finish()
-    return num_rows
-
-
-def _make_masks(rows: RowRange) -> pa.Buffer:
-    batches = rows.read(columns=["id", "input_ids", "labels"])
-    return _to_stream(MASKED, (pa.Table.from_batches([mask_rows(batch, rows.path)]) for batch in batches))
-
-
 def _to_stream(schema: pa.Schema, tables: Iterable[pa.Table]) -> pa.Buffer:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema) as stream:
@@ -224,36 +192,40 @@ def _to_stream(schema: pa.Schema, tables: Iterable[pa.Table]) -> pa.Buffer:
     return sink.getvalue()
 
 
-def _make_pieces(
-    files: Mapping[str, Sequence[Path]], make: Callable[[RowRange], Any], num_proc: int | None
-) -> Generator[tuple[RowRange, Any], None, None]:
-    """Let processes make the piece of each range of rows; yields both, in the order of the rows."""
-    ranges = [each for split, paths in files.items() for path in paths for each in divide_rows(path, split)]
-    with ProcessPool(count_processes(ranges, num_proc, _ROWS_PER_PROCESS)) as pool:
-        for index, piece in in_order(pool.map(make, ranges, name="rows")):
-            yield ranges[index], piece
+def _export_megatron(folder: Path, counts: Mapping[str, Any], make_pieces: _MakePieces) -> None:
+    """Write packs. The processes check and mask the rows; this one packs them and encodes the Parquet files."""
+    with ExitStack() as stack:
+        writers = {}
+        for split in counts["splits"]:
+            file = stack.enter_context(write_then_replace(folder / f"{split}.idx.parquet", "wb"))
+            writers[split] = stack.enter_context(pq.ParquetWriter(file, PACK))
+        pieces = stack.enter_context(closing(make_pieces(_make_masks)))
+        for split, of_split in groupby(pieces, key=lambda piece: piece[0].split):
+            batches = (batch for _, table in of_split for batch in pa.ipc.open_stream(table))
+            for packs in _pack(batches, counts["settings"]["max_length"]):
+                writers[split].write_table(packs)
 
 
-def mask_rows(rows: pa.RecordBatch, path: Path) -> pa.RecordBatch:
-    """Replace the labels of rows by a mask.
+def _make_masks(rows: RowRange) -> pa.Buffer:
+    batches = rows.read(columns=["id", "input_ids", "labels"])
+    return _to_stream(MASKED, (pa.Table.from_batches([_mask_rows(batch, rows.path)]) for batch in batches))
+
+
+def _mask_rows(rows: pa.RecordBatch, path: Path) -> pa.RecordBatch:
+    """Replace the labels of rows by a mask, as the columns `MASKED`.
 
     `loss_mask` is shifted: it is 1 where the next token of the same row is labelled. The reader makes the labels from `input_ids`,
     and leaves out the last token of each row.
 
-    Args:
-        rows: A batch with `id`, `input_ids` and `labels`.
-        path: Its file, for the error.
-
-    Returns:
-        A batch with the columns `MASKED`.
-
     Raises:
         ValueError: A label is neither the id of its token nor -100.
     """
-    if (position := _find_wrong_labels(rows)) is not None:
-        raise ValueError(
-            f"{path}: the labels of {rows['id'][position]} are not its input_ids or -100: run 'dailytalk-usdm verify'"
-        )
+    columns = (rows[name].to_numpy(zero_copy_only=False) for name in ("id", "input_ids", "labels"))
+    for row_id, ids, labels in zip(*columns, strict=True):
+        if len(ids) != len(labels) or ((labels != ids) & (labels != IGNORE_INDEX)).any():
+            raise ValueError(
+                f"{path}: the labels of {row_id} are not its input_ids or -100: run 'dailytalk-usdm verify'"
+            )
     lengths = np.asarray(pc.list_value_length(rows["labels"]))
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     mask = np.append(np.asarray(pc.list_flatten(rows["labels"]))[1:] != IGNORE_INDEX, False)[: offsets[-1]]
@@ -262,65 +234,39 @@ def mask_rows(rows: pa.RecordBatch, path: Path) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays([pa.ListArray.from_arrays(offsets, each) for each in flat], schema=MASKED)
 
 
-def _find_wrong_labels(rows: pa.RecordBatch) -> int | None:
-    """Return the first row whose labels are not its ids or -100, or None."""
-    ids, labels = rows["input_ids"], rows["labels"]
-    uneven = np.flatnonzero(np.asarray(pc.list_value_length(ids)) != np.asarray(pc.list_value_length(labels)))
-    num_even = int(uneven[0]) if uneven.size else len(rows)
-    flat_ids, flat_labels = (np.asarray(pc.list_flatten(each[:num_even])) for each in (ids, labels))
-    wrong = np.flatnonzero((flat_labels != flat_ids) & (flat_labels != IGNORE_INDEX))
-    if wrong.size:
-        return int(pc.list_parent_indices(labels[:num_even])[int(wrong[0])].as_py())
-    return num_even if uneven.size else None
+def _pack(batches: Iterable[pa.RecordBatch], max_length: int) -> Iterator[pa.Table]:
+    """Yield row groups of 500 packs, with one of them and one batch of rows in memory.
 
-
-class PackWriter:
-    """Writes packs in row groups of 500.
-
-    A pack takes rows until the next one would not fit into `max_length` tokens. One row group and one batch of rows are in memory.
-
-    Args:
-        writer: Writes a file with the columns `PACK`.
-        max_length: Largest number of tokens in a pack; a longer row is alone.
+    A pack takes rows until the next one would not fit into `max_length` tokens. A longer row is alone.
     """
-
-    def __init__(self, writer: pq.ParquetWriter, max_length: int):
-        self._writer, self._max_length = writer, max_length
-        self._rows: list[pa.RecordBatch] = []  # not written yet
-        # The number of rows of each pack that is not written; the next row may join the last.
-        self._packs: list[int] = []
-        self._num_tokens = 0  # in the last pack
-
-    def add(self, rows: pa.RecordBatch) -> None:
-        """Add rows with the columns `MASKED`."""
-        self._rows.append(rows)
-        for length in pc.list_value_length(rows["input_ids"]).to_pylist():
-            if self._packs and self._num_tokens + length <= self._max_length:
-                self._packs[-1] += 1
-                self._num_tokens += length
+    rows: list[pa.RecordBatch] = []  # not yielded yet
+    packs: list[int] = []  # their number of rows in each pack; the next row may join the last pack
+    num_tokens = 0  # in the last pack
+    for batch in batches:
+        rows.append(batch)
+        for length in pc.list_value_length(batch["input_ids"]).to_pylist():
+            if packs and num_tokens + length <= max_length:
+                packs[-1] += 1
+                num_tokens += length
             else:
-                self._packs.append(1)
-                self._num_tokens = length
-        while len(self._packs) > _ROW_GROUP:
-            self._write(_ROW_GROUP)
+                packs.append(1)
+                num_tokens = length
+        while len(packs) > _ROW_GROUP:
+            table, num_rows = pa.Table.from_batches(rows), sum(packs[:_ROW_GROUP])
+            yield _join_rows(table.slice(0, num_rows), packs[:_ROW_GROUP])
+            rows, packs = table.slice(num_rows).to_batches(), packs[_ROW_GROUP:]
+    if packs:
+        yield _join_rows(pa.Table.from_batches(rows), packs)
 
-    def finish(self) -> None:
-        """Write the last packs."""
-        if self._packs:
-            self._write(len(self._packs))
 
-    def _write(self, num_packs: int) -> None:
-        packs, self._packs = self._packs[:num_packs], self._packs[num_packs:]
-        table, num_rows = pa.Table.from_batches(self._rows), sum(packs)
-        self._rows = table.slice(num_rows).to_batches()
-        rows = table.slice(0, num_rows).combine_chunks()
-        lengths = np.asarray(pc.list_value_length(rows["input_ids"]))
-        bounds = np.concatenate([[0], np.cumsum(packs)])  # of the packs, in rows
-        starts = np.concatenate([[0], np.cumsum(lengths)])  # of the rows, in tokens
-        offsets = pa.array(starts[bounds], pa.int32())
-        columns = [
-            pa.ListArray.from_arrays(offsets, pc.list_flatten(rows[name]).combine_chunks()) for name in MASKED.names
-        ]
-        positions = starts[:-1] - np.repeat(starts[bounds[:-1]], packs)
-        columns.append(pa.ListArray.from_arrays(pa.array(bounds, pa.int32()), pa.array(positions, pa.int32())))
-        self._writer.write_table(pa.Table.from_arrays(columns, schema=PACK))
+def _join_rows(table: pa.Table, packs: Sequence[int]) -> pa.Table:
+    """Return the packs of rows with these numbers of rows, with the columns `PACK`."""
+    rows = table.combine_chunks()
+    lengths = np.asarray(pc.list_value_length(rows["input_ids"]))
+    bounds = np.concatenate([[0], np.cumsum(packs)])  # of the packs, in rows
+    starts = np.concatenate([[0], np.cumsum(lengths)])  # of the rows, in tokens
+    offsets = pa.array(starts[bounds], pa.int32())
+    columns = [pa.ListArray.from_arrays(offsets, pc.list_flatten(rows[name]).combine_chunks()) for name in MASKED.names]
+    positions = starts[:-1] - np.repeat(starts[bounds[:-1]], packs)
+    columns.append(pa.ListArray.from_arrays(pa.array(bounds, pa.int32()), pa.array(positions, pa.int32())))
+    return pa.Table.from_arrays(columns, schema=PACK)

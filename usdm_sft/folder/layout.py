@@ -40,6 +40,11 @@ COUNTS = "counts.json"
 UNFINISHED = ".unfinished"
 LOCK = ".lock"
 PICTURES = "pictures"
+CAPTIONS = {
+    "lengths.png": "Length of the rows in tokens and of the recordings in seconds.",
+    "labels.png": "Where the loss falls, the share of labelled tokens per row, and the number of pairs per dialog.",
+    "units.png": "How often units occur, how long they repeat, and the most frequent emotions of the turns.",
+}
 OVERWRITE = "pass --overwrite (Python: overwrite=True)"
 PREPARE_AGAIN = f"run prepare again and {OVERWRITE}"
 
@@ -73,38 +78,26 @@ def read_counts(folder: str | Path) -> dict[str, Any]:
     # These names become paths, and the folder may come from an untrusted source.
     plain = (counts["config"], *counts["splits"])
     for name in (*plain, *counts["files"]):
-        if not _is_inside(name) or (name in plain and "/" in name):
+        is_inside = name.isprintable() and "\\" not in name and {"", ".", ".."}.isdisjoint(name.split("/"))
+        if not is_inside or (name in plain and "/" in name):
             raise ValueError(f"{path}: {name!r} is not a name in a dataset folder: {PREPARE_AGAIN}")
     return counts
 
 
 def _is_counts(counts: Any) -> bool:
     """True if every value that other modules read from counts.json exists and has its type."""
+    if not isinstance(counts, dict) or not all(isinstance(counts.get(name), kind) for name, kind in _TYPES.items()):
+        return False
+    splits, settings, utterances = counts["splits"], counts["settings"], counts.get(UTTERANCES, counts["splits"])
     return (
-        isinstance(counts, dict)
-        and all(isinstance(counts.get(name), kind) for name, kind in _TYPES.items())
-        and 0 < counts["num_units"] <= MAX_UNITS
-        and bool(counts["splits"])
-        and all(isinstance(split, dict) for split in counts["splits"].values())
-        and _has_splits(counts.get(UTTERANCES, counts["splits"]), counts["splits"])
-        and isinstance(counts["settings"].get("template"), dict)
-        and all(isinstance(counts["settings"].get(name), int) for name in ("history", "max_length"))
-    )
-
-
-def _has_splits(utterances: Any, splits: Mapping[str, Any]) -> bool:
-    """True if the counts of the utterances are those of the same splits."""
-    return (
-        isinstance(utterances, dict)
+        0 < counts["num_units"] <= MAX_UNITS
+        and bool(splits)
+        and isinstance(utterances, dict)
         and utterances.keys() == splits.keys()
-        and all(isinstance(split, dict) for split in utterances.values())
+        and all(isinstance(split, dict) for split in (*splits.values(), *utterances.values()))
+        and isinstance(settings.get("template"), dict)
+        and all(isinstance(settings.get(name), int) for name in ("history", "max_length"))
     )
-
-
-def _is_inside(name: str) -> bool:
-    """True if `name`, with "/" between its parts, is a path inside a folder."""
-    parts = name.split("/")
-    return name.isprintable() and "\\" not in name and not {"", ".", ".."} & {*parts}
 
 
 def read_normalization(counts: Mapping[str, Any]) -> str:
@@ -114,11 +107,7 @@ def read_normalization(counts: Mapping[str, Any]) -> str:
 
 
 def read_template(path: Path, counts: Mapping[str, Any]) -> Template:
-    """The template of a dataset folder.
-
-    Args:
-        path: Of counts.json, for error messages.
-        counts: Its content.
+    """Return the template of a dataset folder, from the content of counts.json; error messages name its path.
 
     Raises:
         ValueError: The settings are not those of a template.
@@ -130,43 +119,32 @@ def read_template(path: Path, counts: Mapping[str, Any]) -> Template:
 
 
 def read_layout(path: Path, counts: Mapping[str, Any]) -> RowLayout:
-    """Return what tells the parts of the rows of a dataset folder apart; arguments and errors as of `read_template`."""
+    """Return what tells the parts of the rows of a dataset folder apart. Same arguments and errors as `read_template`."""
     template, tokenizer = read_template(path, counts), counts.get("tokenizer")
     if not isinstance(tokenizer, dict) or "ids" not in tokenizer:
         return RowLayout(ustm_tokens(MAX_UNITS), template)
-    ids = tokenizer["ids"]
-    if not _are_ids(ids):
+    ids, chat = tokenizer["ids"], None
+    if not _have_ids(ids, TemplateTokens._fields):
         raise ValueError(f"{path}: tokenizer.ids is {ids!r}, not the ids of a template: {PREPARE_AGAIN}")
-    chat = None
     if template.tokenization == "chat":
-        values = tokenizer.get("chat")
-        if (
-            not isinstance(values, dict)
-            or values.keys() != {*Frames._fields, "stop_id"}
-            or not _has_ids([*values.values()])
-        ):
+        values: Any = tokenizer.get("chat")
+        if not _have_ids(values, (*Frames._fields, "stop_id")):
             raise ValueError(f"{path}: tokenizer.chat is {values!r}, not the ids of a chat template: {PREPARE_AGAIN}")
         chat = ChatIds(Frames(*(values[name] for name in Frames._fields)), values["stop_id"])
     return RowLayout(TemplateTokens(**ids), template, chat)
 
 
-def _are_ids(ids: object) -> bool:
-    """True for a value of each field of `TemplateTokens`."""
-    return isinstance(ids, dict) and ids.keys() == {*TemplateTokens._fields} and _has_ids([*ids.values()])
+def _have_ids(values: Any, names: Collection[str]) -> bool:
+    """True for a dict with an id, or lists of ids at any depth, for each name and no other."""
 
+    def are_ids(value: Any) -> bool:
+        return all(map(are_ids, value)) if isinstance(value, list | tuple) else isinstance(value, int)
 
-def _has_ids(values: list[Any] | tuple[Any, ...]) -> bool:
-    """True for ids, and for lists of them at any depth."""
-    return all(_has_ids(value) if isinstance(value, list | tuple) else isinstance(value, int) for value in values)
+    return isinstance(values, dict) and values.keys() == {*names} and are_ids([*values.values()])
 
 
 def data_files(folder: str | Path, counts: Mapping[str, Any], config: str | None = None) -> dict[str, list[Path]]:
-    """The Parquet files of each split, in the order of the rows.
-
-    Args:
-        folder: A dataset folder.
-        counts: Its counts.json.
-        config: `UTTERANCES`, or by default the config of the rows.
+    """Return the Parquet files of each split, in the order of the rows: of the config `UTTERANCES`, or by default of the rows.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -199,29 +177,29 @@ def find_finished(folder: Path, counts: Mapping[str, Any], *, overwrite: bool) -
         overwrite: Allow other content.
 
     Returns:
-        The counts of the finished folder. None if the run may write into the folder.
+        The counts of the finished folder, with every file unchanged. None if the run may write into the folder.
 
     Raises:
         FileExistsError: The error of `check_output`; a finished folder counts as other content.
         OSError: The folder cannot be written.
     """
-    if _is_up_to_date(folder, counts["key"]):
+    found = _read_known_counts(folder)
+    if found.get("key") == counts["key"] and all(
+        (folder / name).is_file() and sha256_file(folder / name) == digest for name, digest in found["files"].items()
+    ):
         remove_path(folder / UNFINISHED)
         logger.info("%s is finished already, with the same settings and data: nothing was done", folder)
-        return read_counts(folder)
+        return found
     check_output(folder, overwrite=overwrite, finished_too=True, counts=counts)
     return None
 
 
-def _is_up_to_date(folder: Path, key: str) -> bool:
-    """True if `folder` is the finished result of the run with this key, and every file is unchanged."""
+def _read_known_counts(folder: Path) -> dict[str, Any]:
+    """Read counts.json of a folder of any content, {} if it is not a finished dataset folder."""
     try:
-        counts = read_counts(folder)
+        return read_counts(folder)
     except (FileNotFoundError, ValueError):
-        return False
-    return counts["key"] == key and all(
-        (folder / name).is_file() and sha256_file(folder / name) == digest for name, digest in counts["files"].items()
-    )
+        return {}
 
 
 def open_unfinished(folder: Path, key: str, keep: Collection[str]) -> Path:
@@ -277,20 +255,12 @@ def check_output(folder: Path, *, overwrite: bool, finished_too: bool, counts: M
 
 def _describe(folder: Path, counts: Mapping[str, Any] | None) -> str:
     """Describe the content of a folder that is not the result of the run with these counts."""
-    unknown = "holds something else (or the result of other settings)"
-    try:
-        found = read_counts(folder)
-    except (FileNotFoundError, ValueError):
-        return unknown
-    versions = found.get("versions")
-    if counts is None or not isinstance(versions, dict):
-        return unknown
-    changed = [
-        f"{name} {versions.get(name)} -> {counts['versions'][name]}"
-        for name in ROW_PACKAGES
-        if versions.get(name) != counts["versions"][name]
-    ]
-    if not changed:
-        return unknown
-    same = all(found.get(name) == counts[name] for name in _IDENTITY)
-    return f"holds the result of {'the same' if same else 'other'} settings with other versions ({', '.join(changed)})"
+    found = _read_known_counts(folder)
+    if counts is not None and isinstance(versions := found.get("versions"), dict):
+        pairs = {name: (versions.get(name), counts["versions"][name]) for name in ROW_PACKAGES}
+        changed = [f"{name} {old} -> {new}" for name, (old, new) in pairs.items() if old != new]
+        if changed:
+            same = all(found.get(name) == counts[name] for name in _IDENTITY)
+            whose = "the same" if same else "other"
+            return f"holds the result of {whose} settings with other versions ({', '.join(changed)})"
+    return "holds something else (or the result of other settings)"

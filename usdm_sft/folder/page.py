@@ -8,7 +8,7 @@ import importlib.resources
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.audio.reading import read_waveform
 from usdm_sft.corpus import manifest
 from usdm_sft.corpus.dailytalk import DAILYTALK
-from usdm_sft.corpus.dialogs import Utterance
 from usdm_sft.corpus.examples import first_turn
 from usdm_sft.corpus.features import ROLES, SPEECH, TEXTS, are_collapsed
 from usdm_sft.corpus.find import find_lists
@@ -32,13 +31,11 @@ from usdm_sft.corpus.read import Rules, read_corpus
 from usdm_sft.folder.card import DAILYTALK_METADATA, OTHER_METADATA
 from usdm_sft.folder.layout import COUNTS, read_counts, read_layout
 from usdm_sft.folder.rows import expand_rows, read_rows
-from usdm_sft.template.parts import REFERENCE_LAYOUT, ROW_PARTS, RowLayout, find_parts
+from usdm_sft.template.parts import ROW_PARTS, RowLayout, find_parts
 from usdm_sft.template.special_tokens import NEWLINE_TOKENS
 from usdm_sft.template.tokenizer import load_tokenizer
 from usdm_sft.utils.files import replace_text
 from usdm_sft.utils.texts import printable
-
-__all__ = ["write_page"]
 
 UNITS_PER_SECOND = 50
 PEAK_SAMPLES = 160  # 100 peaks per second, two per unit
@@ -79,15 +76,17 @@ def write_page(
     rows = read_rows(dataset_dir, split, index, num_examples)
     tokenizer = load_tokenizer(str(Path(dataset_dir) / "tokenizer")).backend_tokenizer
     layout = read_layout(Path(dataset_dir) / COUNTS, counts)
-    examples = [describe_row(row, layout) for row in rows]
-    recordings = [] if data_dir is None else _add_recordings(examples, rows, data_dir, split, counts)
+    examples = [_describe_row(row, layout) for row in rows]
+    recordings = [] if data_dir is None else _add_recordings(examples, rows, data_dir, split, counts["settings"])
     page = Path(html).expanduser()
+    ids = np.array(sorted({token_id for example in examples for token_id in example["ids"]}), np.int64)
+    left_out = [counts["splits"][split].get(name) or {} for name in ("dialogs_left_out", "pairs_left_out")]
     data = {
         "examples": examples,
         "recordings": recordings,
-        "pieces": spell_tokens(examples, tokenizer, layout),
+        "pieces": {token_id: _spell(token_id, tokenizer) for token_id in ids[~layout.is_unit(ids)].tolist()},
         "parts": {name: ROW_PARTS[name] for name in ("frame", *layout.template.parts)},
-        "left_out": list_left_out(counts["splits"][split]),
+        "left_out": [[name, str(reason)] for reasons in left_out for name, reason in reasons.items()],
         "first_unit": layout.tokens.unit_0,
         "units_per_second": UNITS_PER_SECOND,
     }
@@ -95,98 +94,8 @@ def write_page(
     return len(rows)
 
 
-def _add_recordings(
-    examples: Sequence[Mapping[str, Any]],
-    rows: Sequence[Mapping[str, Any]],
-    data_dir: str | Path,
-    split: str,
-    counts: Mapping[str, Any],
-) -> list[dict[str, Any]]:
-    """Give each turn the position of its recording; returns the recordings, each of which is stored once."""
-    corpus = CorpusAudio(data_dir, split, counts["settings"])
-    positions: dict[str, int] = {}
-    recordings: list[dict[str, Any]] = []
-    for example, row in zip(examples, rows, strict=True):
-        for turn, utterance in zip(example["turns"], corpus.of_row(row), strict=False):
-            if utterance.audio not in positions:
-                positions[utterance.audio] = len(recordings)
-                recordings.append(encode_recording(utterance.audio))
-            turn["recording"] = positions[utterance.audio]
-    return recordings
-
-
-def _render(data: Mapping[str, Any], split: str, counts: Mapping[str, Any], links: Sequence[tuple[str, str]]) -> str:
-    """The HTML. Texts of the data are part of a JSON block and of no markup."""
-    assets = importlib.resources.files("usdm_sft.dataset_card")
-    template, style, script = (
-        (assets / f"page.{suffix}").read_text(encoding="utf-8") for suffix in ("html", "css", "js")
-    )
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    metadata = DAILYTALK_METADATA if counts.get("corpus") == DAILYTALK else OTHER_METADATA
-    return environment.from_string(template).render(
-        name=metadata["pretty_name"],
-        config=counts["config"],
-        split=split,
-        num_examples=len(data["examples"]),
-        counts={name: counts["splits"][split].get(name) for name in _COUNTS},
-        settings=_flatten(counts["settings"]),
-        versions=counts.get("versions") or {},
-        links=links,
-        policy="; ".join(
-            [
-                "default-src 'none'",
-                f"script-src '{_digest(script)}'",
-                f"style-src '{_digest(style)}'",
-                "base-uri 'none'",
-                "form-action 'none'",
-            ]
-        ),
-        style=Markup(style),
-        script=Markup(script),
-        data=Markup(_to_json(data)),
-    )
-
-
-def _flatten(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The settings with a value, those of the template with its prefix, as text."""
-    template = {f"template.{name}": value for name, value in settings["template"].items()}
-    flat = {name: value for name, value in settings.items() if name != "template"} | template
-    return {
-        name: ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        for name, value in flat.items()
-        if value is not None
-    }
-
-
-def _links(dataset_dir: Path, page: Path) -> list[tuple[str, str]]:
-    """Name and relative address of the card and the counts; none where the address would name other folders."""
-    try:
-        folder = Path(os.path.relpath(dataset_dir.expanduser(), page.parent)).as_posix()
-    except ValueError:  # another drive of Windows
-        return []
-    if folder.startswith(".."):
-        return []
-    return [(title, f"{folder}/{name}") for title, name in (("dataset card", "README.md"), ("counts", COUNTS))]
-
-
-def _to_json(data: Mapping[str, Any]) -> str:
-    """JSON that is the same text inside a script block: it has no "<", ">" and "&"."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-def _digest(content: str) -> str:
-    return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"
-
-
-def describe_row(row: Mapping[str, Any], layout: RowLayout = REFERENCE_LAYOUT) -> dict[str, Any]:
-    """A row of a dataset folder as the page shows it.
-
-    Args:
-        row: The columns of a dataset folder.
-        layout: Tells the parts of the row.
+def _describe_row(row: Mapping[str, Any], layout: RowLayout) -> dict[str, Any]:
+    """Return a row of a dataset folder as the page shows it.
 
     Returns:
         `id`; `turns`, user and agent in turn, each with `left_out`, those of text and units that the template leaves out; `ids` and
@@ -199,93 +108,70 @@ def describe_row(row: Mapping[str, Any], layout: RowLayout = REFERENCE_LAYOUT) -
     ids, labels = row["input_ids"], row["labels"]
     if len(ids) != len(labels):
         raise ValueError(f"a row has {len(ids)} input_ids, but {len(labels)} labels: verify its folder")
-    names = tuple(ROW_PARTS)
-    parts, start = [], 0
+    names, parts, start = tuple(ROW_PARTS), [], 0
     for part, run in groupby(find_parts(ids, layout).tolist()):
-        parts.append([names[part], start, length := sum(1 for _ in run)])
+        parts.append([names[part], start, length := len(list(run))])
         start += length
-    turns = _describe_turns(row, layout.template.parts)
+    is_list = isinstance(row["user_text"], list)
+    turns = []
+    for exchange in range(len(row["user_text"]) if is_list else 1):
+        for role in ROLES:
+            left_out = [name for name in ("text", "units") if f"{role}_{name}" not in layout.template.parts]
+            values = {name: row[f"{role}_{name}"] for name in (*TEXTS, *SPEECH)}
+            turn = {name: value[exchange] if is_list else value for name, value in values.items()}
+            turns.append({"role": role, "left_out": left_out} | turn)
     return {"id": row["id"], "turns": turns, "ids": ids, "labels": labels, "parts": parts}
 
 
-def _describe_turns(row: Mapping[str, Any], parts: Sequence[str]) -> list[dict[str, Any]]:
-    """The turns of all exchanges. A row holds one value or one list per column. `parts` are those of the template."""
-    columns = {
-        (role, name): row[f"{role}_{name}"] if isinstance(row["user_text"], list) else [row[f"{role}_{name}"]]
-        for role in ROLES
-        for name in (*TEXTS, *SPEECH)
-    }
-    return [
-        {"role": role, "left_out": [name for name in ("text", "units") if f"{role}_{name}" not in parts]}
-        | {name: values[exchange] for (owner, name), values in columns.items() if owner == role}
-        for exchange in range(len(columns["user", "text"]))
-        for role in ROLES
-    ]
-
-
-def spell_tokens(
-    examples: Iterable[Mapping[str, Any]], tokenizer: Tokenizer, layout: RowLayout = REFERENCE_LAYOUT
-) -> dict[int, str]:
-    """The spelling of every id of the examples that is not a unit, with nothing hidden."""
-    first, stop = layout.tokens.unit_0, layout.tokens.unit_0 + layout.tokens.num_units
-    ids = sorted({token_id for example in examples for token_id in example["ids"] if not first <= token_id < stop})
-    return {token_id: _spell(token_id, tokenizer) for token_id in ids}
-
-
 def _spell(token_id: int, tokenizer: Tokenizer) -> str:
+    """Spell an id with nothing hidden."""
     token = tokenizer.id_to_token(token_id) if token_id >= 0 else None
     if token is None:
         return f"no token {token_id}"
     return "⏎" if token in NEWLINE_TOKENS else printable(token)
 
 
-def list_left_out(split: Mapping[str, Any]) -> list[list[str]]:
-    """Name and reason of every dialog and pair of a split in counts.json that was left out."""
-    reasons: Sequence[Mapping[str, Any]] = [split.get(name) or {} for name in ("dialogs_left_out", "pairs_left_out")]
-    return [[name, str(reason)] for group in reasons for name, reason in group.items()]
+def _add_recordings(
+    examples: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
+    data_dir: str | Path,
+    split: str,
+    settings: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """Give each turn the position of its recording; returns the recordings, each of which is stored once.
 
-
-class CorpusAudio:
-    """The recordings of a corpus. Paths come from the corpus only, never from the rows, which may be untrusted.
-
-    Args:
-        data_dir: The corpus of a dataset folder, or its manifest.
-        split: Split of the rows.
-        settings: The settings in counts.json of the folder.
+    Paths come from the corpus only, never from the rows, which may be untrusted.
 
     Raises:
-        FileNotFoundError: The corpus has no list of the split.
+        FileNotFoundError: The corpus has no list of the split, or no such dialog or turn.
     """
-
-    def __init__(self, data_dir: str | Path, split: str, settings: Mapping[str, Any]):
-        rules = Rules(settings.get("agent"), settings.get("merge_speaker_turns", False))
-        self._name, self._history = data_dir, settings["history"]
-        corpus = read_corpus({split: _find_list(data_dir, split)}, rules, data_dir=data_dir)
-        self._dialogs = {dialog.id: dialog.utterances for dialog in corpus[split].dialogs}
-
-    def of_row(self, row: Mapping[str, Any]) -> Iterator[Utterance]:
-        """Yield the utterances of a row in the order of the turns, the user's and the agent's in turn.
-
-        Raises:
-            FileNotFoundError: The corpus has no such dialog or turn.
-        """
-        num_exchanges = len(row["user_text"]) if isinstance(row["user_text"], list) else 1
-        utterances = self._dialogs.get(row["dialog_id"], ())
+    corpus = data_dir if manifest.RECIPE.reads(Path(data_dir)) else find_lists(data_dir).get(split)
+    if corpus is None:
+        raise FileNotFoundError(f"{data_dir} has no list of {split}: {_OTHER_CORPUS}")
+    rules = Rules(settings.get("agent"), settings.get("merge_speaker_turns", False))
+    read = read_corpus({split: Path(corpus)}, rules, data_dir=data_dir)
+    dialogs = {dialog.id: dialog.utterances for dialog in read[split].dialogs}
+    positions: dict[str, int] = {}  # of the addresses of recordings
+    recordings: list[dict[str, Any]] = []
+    for example, row in zip(examples, rows, strict=True):
+        utterances = dialogs.get(row["dialog_id"], ())
         last = next((place for place, utterance in enumerate(utterances) if utterance.turn == row["turn"]), None)
         if last is None:
-            raise FileNotFoundError(f"{self._name} has no turn {row['id']}: {_OTHER_CORPUS}")
-        first = first_turn(last, num_exchanges, self._history)
-        yield from utterances[first : first + 2 * num_exchanges]
+            raise FileNotFoundError(f"{data_dir} has no turn {row['id']}: {_OTHER_CORPUS}")
+        num_turns = len(example["turns"])
+        first = first_turn(last, num_turns // 2, settings["history"])
+        for turn, utterance in zip(example["turns"], utterances[first : first + num_turns], strict=False):
+            turn["recording"] = positions.setdefault(utterance.audio, len(positions))
+            if turn["recording"] == len(recordings):
+                recordings.append(_encode_recording(utterance.audio))
+    return recordings
 
 
-def encode_recording(address: str) -> dict[str, Any]:
+def _encode_recording(address: str) -> dict[str, Any]:
     """Read and compress a recording.
 
     MP3 is what Chromium, Firefox and Safari all play; it takes about 7 kB per second of speech. The units of the page stay
     those of the original.
-
-    Args:
-        address: Address of the recording (`usdm_sft.audio.addresses`).
 
     Returns:
         `audio`, an MP3 file at 16 kHz, mono, in base64; `peaks`, base64 of one uint8 per 10 ms, relative to the loudest;
@@ -316,11 +202,57 @@ def find_peaks(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     return peaks
 
 
-def _find_list(data_dir: str | Path, split: str) -> Path:
-    """The split list or manifest of a split."""
-    if manifest.RECIPE.reads(Path(data_dir)):
-        return Path(data_dir)
-    lists = find_lists(data_dir)
-    if split not in lists:
-        raise FileNotFoundError(f"{data_dir} has no list of {split}: {_OTHER_CORPUS}")
-    return lists[split]
+def _render(data: Mapping[str, Any], split: str, counts: Mapping[str, Any], links: Sequence[tuple[str, str]]) -> str:
+    """The HTML. Texts of the data are part of a JSON block and of no markup."""
+    assets = importlib.resources.files("usdm_sft.dataset_card")
+    template, style, script = (
+        (assets / f"page.{suffix}").read_text(encoding="utf-8") for suffix in ("html", "css", "js")
+    )
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    metadata = DAILYTALK_METADATA if counts.get("corpus") == DAILYTALK else OTHER_METADATA
+    # The same text inside a script block as JSON alone: it has no "<", ">" and "&".
+    block = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    block = block.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    sources = f"script-src '{_digest(script)}'; style-src '{_digest(style)}'"
+    return environment.from_string(template).render(
+        name=metadata["pretty_name"],
+        config=counts["config"],
+        split=split,
+        num_examples=len(data["examples"]),
+        counts={name: counts["splits"][split].get(name) for name in _COUNTS},
+        settings=_flatten(counts["settings"]),
+        versions=counts.get("versions") or {},
+        links=links,
+        policy=f"default-src 'none'; {sources}; base-uri 'none'; form-action 'none'",
+        style=Markup(style),
+        script=Markup(script),
+        data=Markup(block),
+    )
+
+
+def _digest(content: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"
+
+
+def _flatten(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The settings with a value, those of the template with its prefix, as text."""
+    flat = {name: value for name, value in settings.items() if name != "template"}
+    flat |= {f"template.{name}": value for name, value in settings["template"].items()}
+    return {
+        name: ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        for name, value in flat.items()
+        if value is not None
+    }
+
+
+def _links(dataset_dir: Path, page: Path) -> list[tuple[str, str]]:
+    """Name and relative address of the card and the counts; none where the address would name other folders."""
+    try:
+        folder = Path(os.path.relpath(dataset_dir.expanduser(), page.parent)).as_posix()
+    except ValueError:  # another drive of Windows
+        return []
+    if folder.startswith(".."):
+        return []
+    return [(title, f"{folder}/{name}") for title, name in (("dataset card", "README.md"), ("counts", COUNTS))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from usdm_sft.corpus.features import ROLES
+from usdm_sft.folder.layout import CAPTIONS
 from usdm_sft.folder.statistics import SplitStatistics, Weighted
 from usdm_sft.template.parts import ROW_PARTS
 from usdm_sft.utils.files import write_then_replace
 from usdm_sft.utils.texts import printable
 
-CAPTIONS = {
-    "lengths.png": "Length of the rows in tokens and of the recordings in seconds.",
-    "labels.png": "Where the loss falls, the share of labelled tokens per row, and the number of pairs per dialog.",
-    "units.png": "How often units occur, how long they repeat, and the most frequent emotions of the turns.",
-}
 MAX_BINS = 30
 MAX_EMOTIONS = 10
 LONGEST_RUN = 10  # longer runs of a unit share a bar
@@ -75,7 +71,7 @@ def _plot_labels(figure: Figure, statistics: Mapping[str, SplitStatistics], num_
     loss, share, pairs = figure.subplots(1, 3)
     numbers = {split: split_statistics.distributions() for split, split_statistics in statistics.items()}
     parts = {split: values.labelled_parts / max(values.labelled_parts.sum(), 1) for split, values in statistics.items()}
-    _bars_across(loss, list(ROW_PARTS.values()), parts)
+    _bars(loss, np.arange(len(ROW_PARTS)), parts, list(ROW_PARTS.values()))
     loss.set(title="Where the loss falls", xlabel="share of the labelled tokens")
     shares = {split: values["labelled share"] for split, values in numbers.items()}
     _histogram(share, shares, "Labelled tokens", "labelled share of a row's tokens")
@@ -98,7 +94,7 @@ def _plot_labels(figure: Figure, statistics: Mapping[str, SplitStatistics], num_
 def _plot_units(figure: Figure, statistics: Mapping[str, SplitStatistics], num_units: int) -> None:
     ranks, runs, emotions = figure.subplots(1, 3)
     for number, (split, split_statistics) in enumerate(statistics.items()):
-        counts = np.sort(split_statistics.unit_counts[split_statistics.unit_counts > 0])[::-1]
+        counts = np.sort(split_statistics.numbers["units"].counts)[::-1]
         label = f"{split}: {len(counts):,} of {num_units:,} occur"
         ranks.plot(np.arange(1, len(counts) + 1), counts, label=label, color=_color(number))
     ranks.set(
@@ -107,9 +103,9 @@ def _plot_units(figure: Figure, statistics: Mapping[str, SplitStatistics], num_u
     ranks.legend(loc="lower left")
     lengths = {}
     for split, split_statistics in statistics.items():
-        counts = split_statistics.run_counts  # by length, from 0
         together = np.zeros(LONGEST_RUN)
-        np.add.at(together, np.clip(np.arange(len(counts)), 1, LONGEST_RUN) - 1, counts)
+        found = split_statistics.numbers["units in a run"]
+        np.add.at(together, np.clip(found.values, 1, LONGEST_RUN) - 1, found.counts)
         lengths[split] = together / max(together.sum(), 1)
     _bars(runs, np.arange(1, LONGEST_RUN + 1), lengths)
     runs.set_xticks(range(1, LONGEST_RUN + 1), [*map(str, range(1, LONGEST_RUN)), f"{LONGEST_RUN}+"])
@@ -124,7 +120,7 @@ def _plot_emotions(axes: Axes, statistics: Mapping[str, SplitStatistics]) -> Non
         split: np.array([values.emotions[name] / max(values.emotions.total(), 1) for name in names])
         for split, values in statistics.items()
     }
-    _bars_across(axes, [printable(name[:30]) or "(none)" for name in names], shares)
+    _bars(axes, np.arange(len(names)), shares, [printable(name[:30]) or "(none)" for name in names])
     axes.set(title="Emotions", xlabel="share of the turns")
 
 
@@ -132,29 +128,23 @@ def _color(number: int) -> str:
     return _COLORS[number % len(_COLORS)]
 
 
-def _bars(axes: Axes, places: npt.NDArray[Any], shares: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Bars side by side at whole numbers, one per split."""
+def _bars(
+    axes: Axes, places: npt.NDArray[Any], shares: Mapping[str, npt.NDArray[Any]], names: Sequence[str] | None = None
+) -> None:
+    """Bars side by side at whole numbers, one per split; with names, horizontal ones with the first name on top."""
+    draw, across, along = (axes.bar, axes.xaxis, axes.yaxis) if names is None else (axes.barh, axes.yaxis, axes.xaxis)
     width = 0.84 / len(shares)
     for number, (split, values) in enumerate(shares.items()):
         offset = (number - (len(shares) - 1) / 2) * width
-        axes.bar(places + offset, values, width, label=split, color=_color(number))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-    axes.grid(visible=False, axis="x")
-    axes.legend(loc="upper right")
-
-
-def _bars_across(axes: Axes, names: list[str], shares: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Horizontal bars, one per name and split, the first name on top."""
-    height = 0.84 / len(shares)
-    for number, (split, values) in enumerate(shares.items()):
-        offset = (number - (len(shares) - 1) / 2) * height
-        axes.barh(np.arange(len(names)) + offset, values, height, label=split, color=_color(number))
-    axes.set_yticks(np.arange(len(names)), names, parse_math=False)
-    axes.invert_yaxis()
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-    axes.grid(visible=False, axis="y")
-    axes.legend(loc="best")
+        draw(places + offset, values, width, label=split, color=_color(number))
+    if names is None:
+        across.set_major_locator(MaxNLocator(integer=True))
+    else:
+        axes.set_yticks(places, names, parse_math=False)
+        axes.invert_yaxis()
+    along.set_major_formatter(PercentFormatter(1, decimals=None))
+    across.grid(visible=False)
+    axes.legend(loc="upper right" if names is None else "best")
 
 
 def _histogram(axes: Axes, numbers: Mapping[str, Weighted], title: str, label: str) -> None:

@@ -6,7 +6,8 @@ every frame in rows with collapsed units.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,14 +17,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from usdm_sft.corpus.features import ROLES, are_collapsed, folder_features
+from usdm_sft.corpus.features import ROLES, SPEECH, TEXTS, are_collapsed, folder_features, utterance_features
+from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.folder.layout import PREPARE_AGAIN, data_files, read_counts
 from usdm_sft.template.parts import RowLayout
 from usdm_sft.template.repetition import expand_units
-from usdm_sft.utils.processes import num_cores
+from usdm_sft.utils.processes import ProcessPool, in_order, num_cores
 from usdm_sft.utils.texts import first_line
 
 ROWS_PER_RANGE = 20_000  # a range has fewer, or is one row group; what is kept of a range waits for those before it
+_UTTERANCES_PER_BATCH = 100
 ROWS_PER_PROCESS = 20_000  # a process takes a few seconds to start, in which this one checks about as many rows
 
 
@@ -33,10 +36,8 @@ def open_rows(path: Path) -> pq.ParquetFile:
     Raises:
         ValueError: The file is not a Parquet file, or a column is missing or has another type.
     """
-    try:
+    with reading_errors(path, "is not a Parquet file"):
         file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a Parquet file ({first_line(error)}): {PREPARE_AGAIN}") from error
     schema = file.schema_arrow
     lists = "user_text" in schema.names and pa.types.is_list(schema.field("user_text").type)
     for expected in folder_features(lists=lists, collapsed=are_collapsed(schema.names)).arrow_schema:
@@ -48,34 +49,57 @@ def open_rows(path: Path) -> pq.ParquetFile:
     return file
 
 
-def iter_rows(
-    path: Path,
-    *,
-    batch_size: int = 256,
-    columns: Sequence[str] | None = None,
-    row_groups: Sequence[int] | None = None,
-) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of a Parquet file in batches.
-
-    Args:
-        path: The file.
-        batch_size: Largest number of rows in a batch.
-        columns: Columns to read; all by default.
-        row_groups: Row groups to read; all by default.
+def open_utterances(path: Path) -> pq.ParquetFile:
+    """Open a Parquet file of the config `utterances`.
 
     Raises:
-        ValueError: The error of `open_rows`, or the file is damaged, or a value is missing.
+        ValueError: The file is not a Parquet file, or has other columns.
     """
-    file = open_rows(path)
-    groups = None if row_groups is None else list(row_groups)
+    with reading_errors(path):
+        file = pq.ParquetFile(path)
+    if not file.schema_arrow.equals(utterance_features().arrow_schema):
+        raise ValueError(f"{path} does not have the columns of the config {UTTERANCES}: {PREPARE_AGAIN}")
+    return file
+
+
+def iter_utterances(path: Path, row_groups: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of row groups of a Parquet file of the config `utterances`.
+
+    Raises:
+        ValueError: The error of `open_utterances`, or the file is damaged, or a value is missing.
+    """
+    file = open_utterances(path)
+    with reading_errors(path):
+        for batch in file.iter_batches(batch_size=_UTTERANCES_PER_BATCH, row_groups=row_groups):
+            for row in batch.to_pylist():
+                spoken = [row[name] is not None for name in ("audio", *SPEECH)]  # none where bad audio was left out
+                if any(row[name] is None for name in ("dialog", "turn", *TEXTS)) or any(spoken) != all(spoken):
+                    raise ValueError(f"{path}: a value of {row['dialog']}_{row['turn']} is missing: {PREPARE_AGAIN}")
+                if row["audio"] is not None and row["audio"]["bytes"] is None:
+                    raise ValueError(f"{path}: {row['dialog']}_{row['turn']} has no recording: {PREPARE_AGAIN}")
+                yield row
+
+
+@contextmanager
+def reading_errors(path: Path, problem: str = "is damaged") -> Iterator[None]:
+    """Turn the errors of reading a Parquet file into a ValueError that names the file."""
     try:
-        for batch in file.iter_batches(batch_size=batch_size, columns=columns, row_groups=groups):
-            for name in batch.schema.names:
-                if _has_nulls(batch[name]):
-                    raise ValueError(f"{path}: a value of column {name} is missing: {PREPARE_AGAIN}")
-            yield batch
+        yield
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is damaged ({first_line(error)}): {PREPARE_AGAIN}") from error
+        raise ValueError(f"{path} {problem} ({first_line(error)}): {PREPARE_AGAIN}") from error
+
+
+def flatten_lists(column: pa.Array) -> pa.Array:
+    """Return the innermost values of a column."""
+    while pa.types.is_list(column.type):
+        column = pc.list_flatten(column)
+    return column
+
+
+def count_exchanges(rows: pa.RecordBatch) -> npt.NDArray[np.integer]:
+    """Return the number of exchanges of each row, (num_rows,)."""
+    texts = rows["user_text"]
+    return np.asarray(pc.list_value_length(texts)) if pa.types.is_list(texts.type) else np.ones(len(rows), np.int64)
 
 
 def _unwrap(kind: pa.DataType) -> tuple[pa.DataType, int]:
@@ -105,11 +129,11 @@ def read_rows(dataset_dir: str | Path, split: str, index: int, num_examples: int
         raise ValueError(f"{dataset_dir} has no split {split!r}: name one of {', '.join(counts['splits'])}")
     rows: list[dict[str, Any]] = []
     start = 0
-    for path in data_files(dataset_dir, counts)[split]:
-        stop = start + open_rows(path).metadata.num_rows
+    for each in divide_files({split: data_files(dataset_dir, counts)[split]}):
+        stop = start + each.num_rows
         if start < index + num_examples and index < stop:
             first = max(index - start, 0)
-            table = pa.Table.from_batches(iter_rows(path))
+            table = pa.Table.from_batches(each.read())
             rows += table.slice(first, index + num_examples - start - first).to_pylist()
         start = stop
     if index < 0 or not rows:
@@ -120,25 +144,27 @@ def read_rows(dataset_dir: str | Path, split: str, index: int, num_examples: int
 
 
 class RowRange(NamedTuple):
-    """Rows of one Parquet file, which one process reads.
-
-    Attributes:
-        split: Such as "train".
-        path: The file.
-        row_groups: Numbers of its row groups.
-        start: Number of the first row in the file.
-        num_rows: Number of rows.
-    """
+    """Rows of one Parquet file, which one process reads."""
 
     split: str
     path: Path
     row_groups: range
-    start: int
+    start: int  # number of the first row in the file
     num_rows: int
 
     def read(self, *, batch_size: int = 256, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """Yield the rows in batches. Same arguments and errors as `iter_rows`."""
-        return iter_rows(self.path, batch_size=batch_size, columns=columns, row_groups=self.row_groups)
+        """Yield the rows in batches of at most `batch_size`, with all columns by default.
+
+        Raises:
+            ValueError: The error of `open_rows`, or the file is damaged, or a value is missing.
+        """
+        file = open_rows(self.path)
+        with reading_errors(self.path):
+            for batch in file.iter_batches(batch_size=batch_size, columns=columns, row_groups=self.row_groups):
+                for name in batch.schema.names:
+                    if _has_nulls(batch[name]):
+                        raise ValueError(f"{self.path}: a value of column {name} is missing: {PREPARE_AGAIN}")
+                yield batch
 
     def read_row(self, number: int, columns: Sequence[str] | None = None) -> dict[str, Any]:
         """Read one row of the range again."""
@@ -148,6 +174,11 @@ class RowRange(NamedTuple):
                 return dict(row)
             number -= len(batch)
         raise IndexError(f"{self.path} has fewer rows than before")
+
+
+def divide_files(files: Mapping[str, Sequence[Path]]) -> list[RowRange]:
+    """Divide the rows of the files of each split. Same errors as `divide_rows`."""
+    return [rows for split, paths in files.items() for path in paths for rows in divide_rows(path, split)]
 
 
 def divide_rows(path: Path, split: str) -> list[RowRange]:
@@ -172,6 +203,21 @@ def divide_groups(path: Path, split: str, metadata: pq.FileMetaData, rows_per_ra
     return [*ranges, RowRange(split, path, range(first, metadata.num_row_groups), start, num_rows)]
 
 
+def find_row(ranges: Sequence[RowRange], number: int) -> tuple[RowRange, int]:
+    """Return the range that has a row, counted from the first row of the first range, and the number of the row in it."""
+    for rows in ranges:
+        if number < rows.num_rows:
+            return rows, number
+        number -= rows.num_rows
+    raise IndexError("the ranges have fewer rows")
+
+
+def name_row(ranges: Sequence[RowRange], number: int) -> str:
+    """Name a row, whose id is read again, by its file, its number in the file, and its id."""
+    rows, position = find_row(ranges, number)
+    return f"{rows.path}: row {rows.start + position} ({rows.read_row(position, ['id'])['id']})"
+
+
 def check_num_proc(num_proc: int | None) -> None:
     """Check the largest number of processes.
 
@@ -183,44 +229,50 @@ def check_num_proc(num_proc: int | None) -> None:
 
 
 def count_processes(ranges: Sequence[RowRange], num_proc: int | None, rows_per_process: int | None = None) -> int:
-    """Choose the number of processes for ranges; one for few rows.
+    """Choose the number of processes for all ranges; one for few rows.
 
     Args:
         ranges: All ranges.
         num_proc: Largest number; None means one per core that this process may use.
         rows_per_process: Rows for which a process is worth its start; by default `ROWS_PER_PROCESS`.
-
-    Raises:
-        ValueError: `num_proc` is not positive.
     """
     check_num_proc(num_proc)
     return min(num_proc or num_cores(), sum(each.num_rows for each in ranges) // (rows_per_process or ROWS_PER_PROCESS))
 
 
-def expand_rows(rows: Mapping[str, Any]) -> dict[str, Any]:
-    """A row whose columns `*_units` have one unit per frame, without `*_durations`.
+def map_ranges(
+    function: Callable[[RowRange], Any],
+    ranges: Sequence[RowRange],
+    *,
+    name: str,
+    num_proc: int | None,
+    rows_per_process: int | None = None,
+) -> Generator[tuple[RowRange, Any], None, None]:
+    """Call a function with each range, in the processes that `count_processes` allows.
 
-    Args:
-        rows: A row with collapsed units.
+    Yields:
+        The range and the result, in the order of the ranges.
     """
-    expanded = {name: value for name, value in rows.items() if not name.endswith("_durations")}
+    with ProcessPool(count_processes(ranges, num_proc, rows_per_process)) as pool:
+        for index, result in in_order(pool.map(function, ranges, name=name)):
+            yield ranges[index], result
+
+
+def expand_rows(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row with collapsed units as one whose columns `*_units` have one unit per frame, without `*_durations`."""
+    expanded = {name: value for name, value in row.items() if not name.endswith("_durations")}
     for role in ROLES:
-        units, durations = rows[f"{role}_units"], rows[f"{role}_durations"]
-        lists = bool(durations) and isinstance(durations[0], list)
+        units, durations = row[f"{role}_units"], row[f"{role}_durations"]
         expanded[f"{role}_units"] = (
             [expand_units(*each).tolist() for each in zip(units, durations, strict=True)]
-            if lists
+            if isinstance(row["user_text"], list)
             else expand_units(units, durations).tolist()
         )
     return expanded
 
 
 def expand_ids(row: Mapping[str, Any], layout: RowLayout) -> dict[str, Any]:
-    """A row whose `input_ids` and `labels` repeat each unit as often as it did before it was collapsed.
-
-    Args:
-        row: The columns of a dataset folder with collapsed units.
-        layout: Tells which ids are units, and the parts of the template.
+    """Return a row whose `input_ids` and `labels` repeat each unit as often as it did before it was collapsed.
 
     Raises:
         ValueError: The units have no durations, or not one duration each.
@@ -231,13 +283,11 @@ def expand_ids(row: Mapping[str, Any], layout: RowLayout) -> dict[str, Any]:
     if spoken and isinstance(row["user_text"], list):
         spoken = [durations for exchange in zip(*spoken, strict=True) for durations in exchange]
     ids = np.asarray(row["input_ids"])
-    times: npt.NDArray[np.int64] = np.ones(len(ids), np.int64)
-    is_unit = layout.is_unit(ids)
-    durations = np.concatenate([np.zeros(0, np.int64), *spoken])
+    is_unit, durations = layout.is_unit(ids), np.concatenate([np.zeros(0, np.int64), *spoken])
     if is_unit.sum() != len(durations):
-        raise ValueError(
-            f"row {row['id']} has {is_unit.sum()} units, but {len(durations)} durations: verify its folder"
-        )
+        found = f"{is_unit.sum()} units, but {len(durations)} durations"
+        raise ValueError(f"row {row['id']} has {found}: verify its folder")
+    times: npt.NDArray[np.int64] = np.ones(len(ids), np.int64)
     times[is_unit] = durations
     repeated = {name: np.repeat(np.asarray(row[name]), times).tolist() for name in ("input_ids", "labels")}
     return dict(row) | repeated

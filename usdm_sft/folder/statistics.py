@@ -6,7 +6,7 @@ import glob
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from usdm_sft.corpus.features import ROLES, are_collapsed
-from usdm_sft.folder.rows import RowRange, count_processes, divide_rows
+from usdm_sft.folder.rows import RowRange, count_exchanges, divide_files, flatten_lists, map_ranges
 from usdm_sft.template.encoder import IGNORE_INDEX
 from usdm_sft.template.parts import REFERENCE_LAYOUT, ROW_PARTS, RowLayout, find_parts_of_rows
-from usdm_sft.utils.processes import ProcessPool, in_order
 from usdm_sft.utils.texts import count_noun, printable
 
 TOO_LONG = "more than max_length"  # in the reason of a pair that `prepare.overflow` leaves out
@@ -49,82 +48,88 @@ class Weighted(NamedTuple):
 class SplitStatistics:
     """Counts of one split, added up batch by batch. A recording in several rows counts several times."""
 
-    tokens: list[npt.NDArray[np.int32]] = field(default_factory=list)  # of each row, by batch
-    labelled_tokens: list[npt.NDArray[np.int64]] = field(default_factory=list)  # likewise
-    labelled_units: int = 0
-    labelled_parts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(ROW_PARTS), np.int64))
-    run_counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # by the length of a run
-    seconds: dict[str, list[npt.NDArray[np.float32]]] = field(default_factory=lambda: {role: [] for role in ROLES})
-    unit_counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # up to the largest unit
-    pairs: Counter[str] = field(default_factory=Counter)  # exchanges in the rows of each dialog
-    emotions: Counter[str] = field(default_factory=Counter)  # of the user's and agent's turns
     layout: RowLayout = REFERENCE_LAYOUT
+    labelled_units: int = 0
+    # The labelled tokens of each of `ROW_PARTS`.
+    labelled_parts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(ROW_PARTS), np.int64))
+    pairs: Counter[str] = field(default_factory=Counter)  # exchanges by their dialog
+    emotions: Counter[str] = field(default_factory=Counter)  # of the user's and agent's turns
+    # One number per row (tokens, labelled share), recording (seconds), unit, or run of equal units.
+    numbers: dict[str, Weighted] = field(default_factory=dict)
 
     def add(self, rows: pa.RecordBatch) -> None:
-        """Count a batch of rows with all columns of a dataset folder."""
-        labels, tokens = rows["labels"], np.asarray(pc.list_value_length(rows["input_ids"]))
-        values, ids = np.asarray(pc.list_flatten(labels)), np.asarray(pc.list_flatten(rows["input_ids"]))
-        rows_of = np.asarray(pc.list_parent_indices(labels))
-        labelled = np.bincount(rows_of[values != IGNORE_INDEX], minlength=len(rows))
-        self.tokens.append(tokens)
-        self.labelled_tokens.append(labelled)
-        self.labelled_units += int(self.layout.is_unit(values).sum())
-        parts = find_parts_of_rows(ids, tokens, self.layout)
-        if len(parts) != len(values):  # a damaged row
-            parts, values = _align(parts, tokens, values, np.asarray(pc.list_value_length(labels)))
-        self.labelled_parts += np.bincount(parts[values != IGNORE_INDEX], minlength=len(self.labelled_parts))
-        for role in ROLES:
-            self.seconds[role].append(_values(rows[f"{role}_seconds"]))
-            self.unit_counts = _add_up(self.unit_counts, np.bincount(_values(rows[f"{role}_units"])))
-            self.emotions.update(_values(rows[f"{role}_emotion"]).tolist())
-            collapsed = are_collapsed(rows.schema.names)
-            runs = _values(rows[f"{role}_durations"]) if collapsed else _run_lengths(rows[f"{role}_units"])
-            self.run_counts = _add_up(self.run_counts, np.bincount(runs))
-        texts, dialogs = rows["user_text"], rows["dialog_id"].dictionary_encode()
-        exchanges = np.asarray(pc.list_value_length(texts)) if pa.types.is_list(texts.type) else np.ones(len(rows))
-        pairs = np.bincount(np.asarray(dialogs.indices), exchanges).astype(np.int64)
-        self.pairs.update(dict(zip(dialogs.dictionary.to_pylist(), pairs.tolist(), strict=True)))
+        """Count a batch of rows with all columns of a dataset folder.
 
-    def merge(self, following: SplitStatistics) -> None:
-        """Add the counts of the rows that follow."""
-        self.tokens += following.tokens
-        self.labelled_tokens += following.labelled_tokens
-        self.labelled_units += following.labelled_units
-        self.labelled_parts += following.labelled_parts
-        self.run_counts = _add_up(self.run_counts, following.run_counts)
+        Raises:
+            ValueError: The numbers of ids and labels of a row differ.
+        """
+        lengths, num_labels = (np.asarray(pc.list_value_length(rows[name])) for name in ("input_ids", "labels"))
+        if (uneven := np.flatnonzero(lengths != num_labels)).size:
+            found = f"{lengths[uneven[0]]} input_ids, but {num_labels[uneven[0]]} labels"
+            raise ValueError(f"row {rows['id'][uneven[0]]} has {found}: verify its folder")
+        ids, labels = (np.asarray(pc.list_flatten(rows[name])) for name in ("input_ids", "labels"))
+        is_labelled = labels != IGNORE_INDEX
+        labelled = np.bincount(np.repeat(np.arange(len(rows)), lengths)[is_labelled], minlength=len(rows))
+        self.labelled_units += int(self.layout.is_unit(labels).sum())
+        parts = find_parts_of_rows(ids, lengths, self.layout)[is_labelled]
+        self.labelled_parts += np.bincount(parts, minlength=len(ROW_PARTS))
+        for dialog, exchanges in zip(rows["dialog_id"].to_pylist(), count_exchanges(rows).tolist(), strict=True):
+            self.pairs[dialog] += exchanges
+        self._count("tokens", lengths)
+        self._count("labelled share", labelled / np.maximum(lengths, 1))
         for role in ROLES:
-            self.seconds[role] += following.seconds[role]
-        self.unit_counts = _add_up(self.unit_counts, following.unit_counts)
-        self.pairs.update(following.pairs)
-        self.emotions.update(following.emotions)
+            units = rows[f"{role}_units"]
+            collapsed = are_collapsed(rows.schema.names)
+            self.emotions.update(flatten_lists(rows[f"{role}_emotion"]).to_pylist())
+            self._count(f"{role} seconds", flatten_lists(rows[f"{role}_seconds"]))
+            self._count("units", flatten_lists(units))
+            runs = flatten_lists(rows[f"{role}_durations"]) if collapsed else _run_lengths(units)
+            self._count("units in a run", runs)
+
+    def _count(self, name: str, values: pa.Array | npt.NDArray[Any]) -> None:
+        found = pc.value_counts(values)
+        self._add_up(name, Weighted(*(np.asarray(found.field(each)) for each in ("values", "counts"))))
+
+    def _add_up(self, name: str, more: Weighted) -> None:
+        together = zip(self.numbers[name], more, strict=True) if name in self.numbers else ((each,) for each in more)
+        values, counts = map(np.concatenate, together)
+        values, places = np.unique(values, return_inverse=True)
+        self.numbers[name] = Weighted(values, np.bincount(places, counts, len(values)).astype(np.int64))
+
+    def merge(self, other: SplitStatistics) -> None:
+        """Add the counts of other rows."""
+        self.labelled_units += other.labelled_units
+        self.labelled_parts += other.labelled_parts
+        self.pairs.update(other.pairs)
+        self.emotions.update(other.emotions)
+        for name, numbers in other.numbers.items():
+            self._add_up(name, numbers)
 
     def distributions(self) -> dict[str, Weighted]:
         """The numbers by name.
 
         One per row (tokens, labelled share), recording (seconds), dialog (pairs) or run of equal units (repeats).
         """
-        tokens, labelled = _join(self.tokens, np.int64), _join(self.labelled_tokens, np.int64)
-        lengths = np.flatnonzero(self.run_counts)
-        runs = Weighted(lengths, self.run_counts[lengths])
+        pairs = np.unique(np.array([*self.pairs.values()], np.int64), return_counts=True)
+        runs = self.numbers["units in a run"]
         return {
-            "tokens": _weigh(tokens),
-            "labelled share": _weigh(labelled / np.maximum(tokens, 1)),
-            **{f"{role} seconds": _weigh(_join(self.seconds[role], np.float32)) for role in ROLES},
-            "pairs per dialog": _weigh(np.array([*self.pairs.values()], np.int64)),
+            **{name: self.numbers[name] for name in ("tokens", "labelled share", "user seconds", "agent seconds")},
+            "pairs per dialog": Weighted(*pairs),
             "units in a run": runs if len(runs) else Weighted(np.array([0]), np.array([1])),
         }
 
     def summary(self) -> dict[str, Any]:
         """The statistics as JSON values; `distributions` has mean and quantiles of each."""
+        tokens, units = self.numbers["tokens"], self.numbers["units"]
         return {
-            "rows": sum(map(len, self.tokens)),
+            "rows": len(tokens),
             "dialogs": len(self.pairs),
-            "tokens": sum(int(tokens.sum()) for tokens in self.tokens),
-            "labelled_tokens": sum(int(labelled.sum()) for labelled in self.labelled_tokens),
+            "tokens": int((tokens.values.astype(np.int64) * tokens.counts).sum()),
+            "labelled_tokens": int(self.labelled_parts.sum()),
             "labelled_units": self.labelled_units,
             "labelled_parts": dict(zip(ROW_PARTS, self.labelled_parts.tolist(), strict=True)),
-            "units": int(self.unit_counts.sum()),
-            "distinct_units": int((self.unit_counts > 0).sum()),
+            "units": len(units),
+            "distinct_units": len(units.values),
             "distributions": {name: _distribution(numbers) for name, numbers in self.distributions().items()},
             "emotions": dict(sorted(self.emotions.items(), key=lambda item: (-item[1], item[0]))),
         }
@@ -140,16 +145,15 @@ def compute_statistics(
         layout: The ids and the template of the rows.
         num_proc: Largest number of processes; None means one per core that this process may use. The result does not depend on it.
     """
-    statistics = {split: SplitStatistics(layout=layout) for split in files}
-    ranges = [each for split, paths in files.items() for path in paths for each in divide_rows(path, split)]
-    with ProcessPool(count_processes(ranges, num_proc)) as pool:
-        for index, found in in_order(pool.map(partial(_add_range, layout), ranges, name="statistics")):
-            statistics[ranges[index].split].merge(found)
+    statistics = {split: SplitStatistics(layout) for split in files}
+    count = partial(_count_range, layout)
+    for rows, found in map_ranges(count, divide_files(files), name="statistics", num_proc=num_proc):
+        statistics[rows.split].merge(found)
     return statistics
 
 
-def _add_range(layout: RowLayout, rows: RowRange) -> SplitStatistics:
-    statistics = SplitStatistics(layout=layout)
+def _count_range(layout: RowLayout, rows: RowRange) -> SplitStatistics:
+    statistics = SplitStatistics(layout)
     for batch in rows.read(batch_size=_BATCH):
         statistics.add(batch)
     return statistics
@@ -167,43 +171,36 @@ def format_table(
         num_units: Number of units of the unit model.
         utterances: The counts of each split's utterances, if the folder keeps the audio.
     """
-    rows: list[tuple[str, ...]] = [("", *summaries)]
+    parts = [part for part in ROW_PARTS if any(summary["labelled_parts"][part] for summary in summaries.values())]
+    emotions = sorted({emotion for summary in summaries.values() for emotion in summary["emotions"]})
 
-    def add(name: str, value: Any) -> None:
-        rows.append((name, *(value(summary) for summary in summaries.values())))
+    def cells(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        labelled = summary["labelled_tokens"]
+        for name in ("rows", "dialogs", "tokens"):
+            yield name, f"{summary[name]:,}"
+        yield "labelled tokens", f"{labelled:,} ({labelled / summary['tokens']:.1%})"
+        yield "labelled tokens that are units", f"{summary['labelled_units']:,}"
+        for part in parts:
+            yield f"share of the loss, {ROW_PARTS[part]}", f"{summary['labelled_parts'][part] / max(labelled, 1):.1%}"
+        yield "units", f"{summary['units']:,}"
+        yield f"distinct units of {num_units:,}", f"{summary['distinct_units']:,}"
+        for name, numbers in summary["distributions"].items():
+            for quantile, number in numbers.items():
+                yield f"{name}, {quantile}", f"{number:g}"
+        for emotion in emotions:
+            yield f"emotion {printable(emotion) or '(none)'}", f"{summary['emotions'].get(emotion, 0):,}"
+        if utterances is not None:
+            yield "turns with a recording", f"{summary['recordings']:,}"
+            yield "hours of audio", f"{summary['hours']:,.2f}"
+            yield "bytes of audio", f"{summary['audio_bytes']:,}"
 
-    for name in ("rows", "dialogs", "tokens"):
-        add(name, lambda summary, name=name: f"{summary[name]:,}")
-    add("labelled tokens", lambda s: f"{s['labelled_tokens']:,} ({s['labelled_tokens'] / s['tokens']:.1%})")
-    add("labelled tokens that are units", lambda s: f"{s['labelled_units']:,}")
-    for part, name in ROW_PARTS.items():
-        if any(summary["labelled_parts"][part] for summary in summaries.values()):
-            add(
-                f"share of the loss, {name}",
-                lambda s, part=part: f"{s['labelled_parts'][part] / max(s['labelled_tokens'], 1):.1%}",
-            )
-    add("units", lambda s: f"{s['units']:,}")
-    add(f"distinct units of {num_units:,}", lambda s: f"{s['distinct_units']:,}")
-    first = next(iter(summaries.values()))
-    for name in first["distributions"]:
-        for quantile in first["distributions"][name]:
-            add(f"{name}, {quantile}", lambda s, name=name, key=quantile: f"{s['distributions'][name][key]:g}")
-    for emotion in sorted({emotion for summary in summaries.values() for emotion in summary["emotions"]}):
-        add(
-            f"emotion {printable(emotion) or '(none)'}", lambda s, emotion=emotion: f"{s['emotions'].get(emotion, 0):,}"
-        )
-    for split, numbers in (utterances or {}).items():
-        summaries = {**summaries, split: {**summaries[split], **numbers}}
-    if utterances is not None:
-        add("turns with a recording", lambda s: f"{s['recordings']:,}")
-        add("hours of audio", lambda s: f"{s['hours']:,.2f}")
-        add("bytes of audio", lambda s: f"{s['audio_bytes']:,}")
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    columns = [cells({**summary, **(utterances or {}).get(split, {})}) for split, summary in summaries.items()]
+    rows = [("", *summaries)]
+    rows += [(row[0][0], *(text for _, text in row)) for row in zip(*columns, strict=True)]
+    first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
+        "  ".join([name.ljust(first), *(text.rjust(width) for text, width in zip(texts, widths, strict=True))])
+        for name, *texts in rows
     )
 
 
@@ -211,10 +208,9 @@ def format_histograms(statistics: Mapping[str, SplitStatistics]) -> str:
     """A small histogram of the tokens per row of each split, for the terminal."""
     lines = []
     for split, split_statistics in statistics.items():
-        numbers = split_statistics.distributions()["tokens"]
-        tokens = numbers.values
+        tokens, weights = split_statistics.distributions()["tokens"]
         edges = np.unique(np.linspace(tokens.min(), tokens.max() + 1, _BINS + 1).astype(int))
-        counts = np.histogram(tokens, edges, weights=numbers.counts)[0].astype(int)
+        counts = np.histogram(tokens, edges, weights=weights)[0].astype(int)
         lines += ["", f"tokens per row, {split}"]
         for first, stop, count in zip(edges[:-1], edges[1:], counts, strict=True):
             bar = "#" * math.ceil(_BAR * count / counts.max())
@@ -237,57 +233,15 @@ def _quantile(values: npt.NDArray[np.float64], counts: npt.NDArray[np.int64], qu
     return np.float64(np.quantile(neighbours, place - math.floor(place)))
 
 
-def _add_up(counts: npt.NDArray[np.int64], others: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return the sums of two arrays of counts, the shorter of which ends with zeros that are left out."""
-    shorter, longer = sorted((counts, others), key=len)
-    together = longer.copy()
-    together[: len(shorter)] += shorter
-    return together
-
-
-def _join(parts: Sequence[npt.NDArray[Any]], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    return np.concatenate([np.zeros(0, dtype), *parts])
-
-
-def _weigh(numbers: npt.NDArray[Any]) -> Weighted:
-    return Weighted(*np.unique(numbers, return_counts=True))
-
-
-def _align(
-    parts: npt.NDArray[np.int64],
-    lengths: npt.NDArray[np.integer[Any]],
-    labels: npt.NDArray[np.int32],
-    label_lengths: npt.NDArray[np.integer[Any]],
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-    """Cut the parts and the labels of each row to the shorter of both."""
-
-    def keep(own: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.bool_]:
-        place = np.arange(own.sum()) - np.repeat(np.cumsum(own) - own, own)
-        kept: npt.NDArray[np.bool_] = place < np.repeat(np.minimum(lengths, label_lengths), own)
-        return kept
-
-    return parts[keep(lengths)], labels[keep(label_lengths)]
-
-
-def _values(column: pa.Array) -> npt.NDArray[Any]:
-    """The innermost values of a column, whose rows have one exchange or a list of exchanges."""
-    while pa.types.is_list(column.type):
-        column = pc.list_flatten(column)
-    values: npt.NDArray[Any] = column.to_numpy(zero_copy_only=False)
-    return values
-
-
 def _run_lengths(column: pa.Array) -> npt.NDArray[np.int64]:
     """Lengths of the runs of equal neighbours within the innermost lists of a column."""
     while pa.types.is_list(column.type.value_type):
         column = pc.list_flatten(column)
     values, lengths = np.asarray(pc.list_flatten(column)), np.asarray(pc.list_value_length(column))
-    if not len(values):
-        return np.zeros(0, np.int64)
-    is_start = np.append(True, values[1:] != values[:-1])
-    starts = np.cumsum(lengths) - lengths
-    is_start[starts[starts < len(values)]] = True
-    return np.diff(np.append(np.flatnonzero(is_start), len(values)))
+    is_start = np.ones(len(values) + 1, np.bool_)  # with the end of the last run
+    is_start[1:-1] = values[1:] != values[:-1]
+    is_start[np.cumsum(lengths)] = True
+    return np.diff(np.flatnonzero(is_start))
 
 
 def count_too_long(split: Mapping[str, Any]) -> int:

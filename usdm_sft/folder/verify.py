@@ -95,14 +95,11 @@ def verify(
     _raise_any(chain(_check_counts(folder, counts, checked), _check_totals(folder, counts, checked, encoder)))
     if UTTERANCES in counts:
         _raise_any(check_utterances(folder, counts, checked, num_proc=num_proc))
-    _raise_any(
-        chain(
-            _check_tokenizer_config(folder, encoder), _check_card(folder, counts, checked, tokenizer.backend_tokenizer)
-        )
-    )
+    card_problems = _check_card(folder, counts, checked, tokenizer.backend_tokenizer)
+    _raise_any(chain(_check_tokenizer_config(folder, encoder), card_problems))
     if against is not None:
         _raise_any(compare_with_text(files, Path(against), folder / "tokenizer", num_proc=num_proc))
-    return {split: values.summary()["rows"] for split, values in checked.statistics.items()}
+    return {split: len(values.numbers["tokens"]) for split, values in checked.statistics.items()}
 
 
 def _raise_any(problems: Iterable[str]) -> None:
@@ -145,8 +142,7 @@ def _check_counts(folder: Path, counts: Mapping[str, Any], checked: CheckedRows)
             yield f"{folder / COUNTS}: the statistics of {split} differ from those of its rows"
         if split not in info.splits or info.splits[split].num_examples != summary["rows"]:
             yield f"{folder / 'README.md'}: its YAML does not say that {split} has {summary['rows']} rows"
-        if len(split_statistics.unit_counts) > counts["num_units"]:
-            largest = len(split_statistics.unit_counts) - 1
+        if (largest := split_statistics.numbers["units"].values.max(initial=0)) >= counts["num_units"]:
             yield f"{folder / COUNTS}: {split} has unit {largest}, but num_units is {counts['num_units']}"
 
 

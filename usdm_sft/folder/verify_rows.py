@@ -1,7 +1,7 @@
 """Check every row of a dataset folder, in ranges that processes share out. What is found does not depend on their number.
 
-A batch of rows is encoded again and compared as a whole. Only the rows of a batch that differs are looked at one by one, to say
-what is wrong. What rows have in common, ids and turns, is compared at the end, in tables of Arrow in the calling process:
+A batch of rows is encoded again and compared as a whole. Only the rows of a batch with a problem are checked one by one, to say
+what is wrong with each. What rows have in common, ids and turns, is compared at the end, in tables of Arrow in the calling process:
 about 100 bytes for each turn of a row.
 """
 
@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +25,15 @@ from usdm_sft.corpus.features import ROLES, SPEECH, TEXTS, are_collapsed
 from usdm_sft.corpus.problems import MAX_PROBLEMS_SHOWN
 from usdm_sft.folder.compare import describe_difference, first_difference
 from usdm_sft.folder.parquet import count_bytes
-from usdm_sft.folder.rows import RowRange, count_processes, divide_rows, open_rows
+from usdm_sft.folder.rows import (
+    RowRange,
+    count_exchanges,
+    count_processes,
+    divide_rows,
+    find_row,
+    name_row,
+    open_rows,
+)
 from usdm_sft.folder.statistics import SplitStatistics
 from usdm_sft.template.encoder import IGNORE_INDEX, TemplateEncoder
 from usdm_sft.template.repetition import find_problem
@@ -49,48 +55,22 @@ _TURNS = pa.schema(
 
 
 class Check(NamedTuple):
-    """What decides whether a row is correct.
+    """What decides whether a row is correct."""
 
-    Attributes:
-        encoder: Has the tokenizer and the template of the folder.
-        max_length: Largest number of tokens in a row.
-        history: Number of earlier exchanges in a row.
-        normalization: How the unit model normalizes waveforms.
-    """
-
-    encoder: TemplateEncoder
+    encoder: TemplateEncoder  # has the tokenizer and the template of the folder
     max_length: int
     history: int
-    normalization: str
+    normalization: str  # how the unit model normalizes waveforms
 
 
 class CheckedRows(NamedTuple):
-    """What the rows of a folder hold.
+    """What the rows of a folder hold."""
 
-    Attributes:
-        problems: Up to `LIMIT` problems in the order of the rows, each with its place.
-        statistics: Of each split.
-        num_bytes: Size of each split in memory.
-        turns: The turns of all rows, with the columns of `_TURNS`. Complete only if there are no problems.
-        ranges: The ranges of rows, in order.
-    """
-
-    problems: list[str]
-    statistics: dict[str, SplitStatistics]
-    num_bytes: dict[str, int]
-    turns: pa.Table
+    problems: list[str]  # up to `LIMIT` problems in the order of the rows, each with its place
+    statistics: dict[str, SplitStatistics]  # of each split
+    num_bytes: dict[str, int]  # size of each split in memory
+    turns: pa.Table  # of all rows, with the columns of `_TURNS`; complete only if there are no problems
     ranges: list[RowRange]
-
-    def find(self, number: int) -> tuple[RowRange, int]:
-        """Return the range of a row of the folder, and the number of the row in it."""
-        starts = [0, *accumulate(rows.num_rows for rows in self.ranges)]
-        index = bisect_right(starts, number) - 1
-        return self.ranges[index], number - starts[index]
-
-    def describe(self, number: int) -> str:
-        """Name a row of the folder, whose id is read again."""
-        rows, position = self.find(number)
-        return _place(rows, position, rows.read_row(position, ["id"])["id"])
 
 
 class _Report(NamedTuple):
@@ -129,7 +109,7 @@ def check_rows(
             except ValueError as error:  # it is not a Parquet file of a dataset folder
                 problems.append((first, str(error)))
     ranges = [rows for *_, rows in items]
-    statistics = {split: SplitStatistics(layout=check.encoder.layout) for split in files}
+    statistics = {split: SplitStatistics(check.encoder.layout) for split in files}
     num_bytes, ids, turns = dict.fromkeys(files, 0), [_IDS.empty_table()], [_TURNS.empty_table()]
     with ProcessPool(count_processes(ranges, num_proc)) as pool:
         for index, report in in_order(pool.map(partial(_check_range, check), items, name="rows")):
@@ -140,11 +120,10 @@ def check_rows(
             turns.append(report.turns)
             if len(problems) >= LIMIT:
                 break
-    checked = CheckedRows([], statistics, num_bytes, pa.concat_tables(turns), ranges)
     for row, before in _find_repeated(pa.concat_tables(ids)):
-        problems.append((row, f"{checked.describe(row)}: the same id is at {checked.describe(before)}"))
-    checked.problems.extend(problem for _, problem in sorted(problems, key=lambda found: found[0])[:LIMIT])
-    return checked
+        problems.append((row, f"{name_row(ranges, row)}: the same id is at {name_row(ranges, before)}"))
+    found = [problem for _, problem in sorted(problems, key=lambda problem: problem[0])]
+    return CheckedRows(found[:LIMIT], statistics, num_bytes, pa.concat_tables(turns), ranges)
 
 
 def _find_file_problem(path: Path, schema: pa.Schema, unit_repetition: str) -> str | None:
@@ -165,7 +144,7 @@ def _find_file_problem(path: Path, schema: pa.Schema, unit_repetition: str) -> s
 
 def _check_range(check: Check, item: tuple[int, int, RowRange]) -> _Report:
     first, split, rows = item
-    statistics, num_bytes = SplitStatistics(layout=check.encoder.layout), 0
+    statistics, num_bytes = SplitStatistics(check.encoder.layout), 0
     problems: list[tuple[int, str]] = []
     ids, turns = [_IDS.empty_table()], [_TURNS.empty_table()]
     start = first
@@ -174,13 +153,14 @@ def _check_range(check: Check, item: tuple[int, int, RowRange]) -> _Report:
             numbers = np.arange(start, start + len(batch))
             start += len(batch)
             ids.append(pa.table([batch["id"], pa.array(numbers)], _IDS.names).cast(_IDS))
-            if _is_correct(batch, check):
+            if not any(_find_problems(batch, check)):
                 statistics.add(batch)
                 num_bytes += sum(map(count_bytes, batch.columns))
                 turns.append(_list_turns(batch, numbers, split, check.history))
                 continue
-            for number, row in zip(numbers.tolist(), batch.to_pylist(), strict=True):
-                place = _place(rows, number - first, row["id"])
+            for position, number in enumerate(numbers.tolist()):
+                row = batch.slice(position, 1)
+                place = _place(rows, number - first, row["id"][0].as_py())
                 problems += [(number, f"{place}: {problem}") for problem in _find_problems(row, check)]
             if len(problems) >= LIMIT:
                 break
@@ -193,109 +173,80 @@ def _place(rows: RowRange, position: int, row_id: str) -> str:
     return f"{rows.path}: row {rows.start + position} ({row_id})"
 
 
-def _is_correct(batch: pa.RecordBatch, check: Check) -> bool:
-    """True if `_find_problems` has nothing to say of any row of a batch."""
-    names = ("id", *check.encoder.template.parts)
-    try:
-        encoded = check.encoder({name: batch[name].to_numpy(zero_copy_only=False) for name in names})
-    except ValueError:  # of one row, or of several
-        return False
-    lengths = np.array([len(ids) for ids in encoded["input_ids"]])
-    row_ids = pc.binary_join_element_wise(batch["dialog_id"], batch["turn"].cast(pa.string()), "_")
-    return (
-        all(
-            np.array_equal(pc.list_value_length(batch[name]), lengths)
-            and np.array_equal(pc.list_flatten(batch[name]), np.concatenate(values))
-            for name, values in (*encoded.items(), ("attention_mask", [np.ones(lengths.sum(), np.int8)]))
-        )
-        and np.array_equal(batch["length"], lengths)
-        and bool(lengths.max(initial=0) <= check.max_length)
-        and batch["id"].equals(row_ids)
-        and min(_first_turns(batch, check.history)) >= 0
-        and _have_equal_lists(batch)
-        and _last_as_long(batch, check.normalization)
-    )
+def _find_problems(rows: pa.RecordBatch, check: Check) -> Iterator[str]:
+    """Check ids and labels, and compare them with those of the other columns.
 
-
-def _have_equal_lists(batch: pa.RecordBatch) -> bool:
-    """True if all columns of a turn have the same number of exchanges in each row."""
-    if not pa.types.is_list(batch["user_text"].type):
-        return True
-    lengths = pc.list_value_length(batch["user_text"])
-    columns = [name for name in batch.schema.names if name.startswith(ROLES)]
-    return all(pc.list_value_length(batch[name]).equals(lengths) for name in columns)
-
-
-def _last_as_long(batch: pa.RecordBatch, normalization: str) -> bool:
-    """True if all units of a batch are those of recordings of their lengths."""
-    if are_collapsed(batch.schema.names):
-        columns = [f"{role}_{name}" for role in ROLES for name in ("units", "durations", "seconds")]
-        return not any(any(find_length_problems(row, normalization)) for row in batch.select(columns).to_pylist())
-    for role in ROLES:
-        units, seconds = (batch[f"{role}_{name}"] for name in SPEECH)
-        if pa.types.is_list(seconds.type):
-            units, seconds = pc.list_flatten(units), pc.list_flatten(seconds)
-        lengths = pc.list_value_length(units).to_pylist()
-        if not all(map(partial(_may_last, normalization=normalization), lengths, seconds.to_pylist())):
-            return False
-    return True
-
-
-def _find_problems(row: Mapping[str, Any], check: Check) -> Iterator[str]:
-    """Check ids and labels of one row, and compare them with those of its other columns."""
-    ids, labels = np.array(row["input_ids"]), np.array(row["labels"])
-    if len(ids) != len(labels):
-        yield f"{len(ids)} input_ids, but {len(labels)} labels"
+    Yields:
+        The problems of one row. For several rows, one text or more if one of them has a problem.
+    """
+    lengths, num_labels = (np.asarray(pc.list_value_length(rows[name])) for name in ("input_ids", "labels"))
+    ids, labels, ones = (np.asarray(pc.list_flatten(rows[name])) for name in ("input_ids", "labels", "attention_mask"))
+    if not np.array_equal(lengths, num_labels):
+        yield f"{lengths[0]} input_ids, but {num_labels[0]} labels"
         return
-    if len(ids) > check.max_length:
-        yield f"{len(ids)} tokens, more than max_length {check.max_length}"
-    if row["attention_mask"] != [1] * len(ids):
-        yield f"attention_mask is not {len(ids)} ones, one per token"
-    if row["length"] != len(ids):
-        yield f"length is {row['length']}, but the row has {len(ids)} tokens"
-    if row["id"] != (expected_id := example_id(row["dialog_id"], row["turn"])):
-        yield f"the id of dialog_id and turn is {expected_id}"
-    is_list = isinstance(row["user_text"], list)
-    exchanges = {name: len(row[name]) if is_list else 1 for name in row if name.startswith(ROLES)}
-    if len({*exchanges.values()}) != 1:
-        yield f"the columns have different numbers of exchanges ({', '.join(f'{name} {n}' for name, n in exchanges.items())})"
-        return
-    if (turn := first_turn(row["turn"], exchanges["user_text"], check.history)) < 0:
-        yield f"its first turn is {turn}"
+    if lengths.max() > check.max_length:
+        yield f"{lengths[0]} tokens, more than max_length {check.max_length}"
+    if not np.array_equal(pc.list_value_length(rows["attention_mask"]), lengths) or (ones != 1).any():
+        yield f"attention_mask is not {lengths[0]} ones, one per token"
+    if not np.array_equal(rows["length"], lengths):
+        yield f"length is {rows['length'][0]}, but the row has {lengths[0]} tokens"
+    row_ids = list(map(example_id, rows["dialog_id"].to_pylist(), rows["turn"].to_pylist()))
+    if rows["id"].to_pylist() != row_ids:
+        yield f"the id of dialog_id and turn is {row_ids[0]}"
+    if pa.types.is_list(rows["user_text"].type):
+        numbers = {name: pc.list_value_length(rows[name]) for name in rows.schema.names if name.startswith(ROLES)}
+        if not all(number.equals(numbers["user_text"]) for number in numbers.values()):
+            found = ", ".join(f"{name} {number[0]}" for name, number in numbers.items())
+            yield f"the columns have different numbers of exchanges ({found})"
+            return
+    if min(first_turns := _first_turns(rows, check.history)) < 0:
+        yield f"its first turn is {first_turns[0]}"
     if (wrong := np.flatnonzero((labels != ids) & (labels != IGNORE_INDEX))).size:
         yield f"label {labels[wrong[0]]} of token {wrong[0]} is neither {IGNORE_INDEX} nor the token's id {ids[wrong[0]]}"
         return
-    yield from find_length_problems(row, check.normalization)
+    yield from find_length_problems(rows, check.normalization)
     try:
-        encoded = check.encoder({column: [value] for column, value in row.items()})
+        encoded = check.encoder(
+            {name: rows[name].to_numpy(zero_copy_only=False) for name in ("id", *check.encoder.template.parts)}
+        )
     except ValueError as error:
         yield str(error)
         return
-    for name, found in (("input_ids", ids), ("labels", labels)):
-        [expected] = encoded[name]
-        if (at := first_difference(found, expected)) is not None:
-            yield f"{name} differ from the encoded columns: {describe_difference(found, expected, at)}"
+    for name, flat in (("input_ids", ids), ("labels", labels)):
+        expected = np.concatenate(encoded[name])
+        if (at := first_difference(flat, expected)) is not None:
+            yield f"{name} differ from the encoded columns: {describe_difference(flat, expected, at)}"
             return
+    if [*map(len, encoded["input_ids"])] != lengths.tolist():
+        yield "the ids are those of the encoded columns, but one row ends where another one should"
 
 
-def find_length_problems(row: Mapping[str, Any], normalization: str) -> Iterator[str]:
-    """Yield what is wrong with the number of units of a row: that of a recording is known from its length, up to its rounding.
+def _turns_of(rows: pa.RecordBatch, role: str) -> dict[str, pa.Array]:
+    """Return the columns of the user or the agent with one value for each turn: `FIELDS`, and the durations of collapsed units."""
+    columns = {name: rows[f"{role}_{name}"] for name in (*FIELDS, "durations") if f"{role}_{name}" in rows.schema.names}
+    if pa.types.is_list(rows["user_text"].type):
+        columns = {name: pc.list_flatten(column) for name, column in columns.items()}
+    return columns
+
+
+def find_length_problems(rows: pa.RecordBatch, normalization: str) -> Iterator[str]:
+    """Yield what is wrong with the numbers of units: that of a recording is known from its length, up to its rounding.
 
     Args:
-        row: A row; its columns have equal numbers of exchanges.
+        rows: Rows whose columns have equal numbers of exchanges.
         normalization: How the unit model normalizes waveforms.
     """
     for role in ROLES:
-        names = [name for name in ("seconds", "units", "durations") if f"{role}_{name}" in row]
-        columns = [row[f"{role}_{name}"] for name in names]
-        if not isinstance(columns[0], list):
-            columns = [[value] for value in columns]
-        for seconds, units, *durations in zip(*columns, strict=False):
-            if durations and (problem := find_problem(units, *durations)):
+        turns = _turns_of(rows, role)
+        units, *durations = (
+            turns[name].to_numpy(zero_copy_only=False) for name in ("units", "durations") if name in turns
+        )
+        for seconds, each, *frames in zip(turns["seconds"].to_pylist(), units, *durations, strict=True):
+            if frames and (problem := find_problem(each, *frames)):
                 yield f"{role}_units: {problem}"
-            elif not _may_last(frames := sum(*durations) if durations else len(units), seconds, normalization):
-                found = f"{role}_durations add up to" if durations else f"{role}_units are of"
-                yield f"{found} {frames} frames, which is not the length of a recording of {seconds:g} s"
+            elif not _may_last(number := int(frames[0].sum()) if frames else len(each), seconds, normalization):
+                found = f"{role}_durations add up to" if frames else f"{role}_units are of"
+                yield f"{found} {number} frames, which is not the length of a recording of {seconds:g} s"
 
 
 def _may_last(frames: int, seconds: float, normalization: str) -> bool:
@@ -310,40 +261,33 @@ def _may_last(frames: int, seconds: float, normalization: str) -> bool:
     return count_units(fewest, normalization) <= frames <= count_units(most, normalization)
 
 
-def _first_turns(batch: pa.RecordBatch, history: int) -> list[int]:
+def _first_turns(rows: pa.RecordBatch, history: int) -> list[int]:
     """Return the first turn of each row."""
-    texts = batch["user_text"]
-    exchanges = pc.list_value_length(texts).to_pylist() if pa.types.is_list(texts.type) else [1] * len(batch)
-    return [first_turn(turn, count, history) for turn, count in zip(batch["turn"].to_pylist(), exchanges, strict=True)]
+    turns, exchanges = rows["turn"].to_pylist(), count_exchanges(rows).tolist()
+    return [first_turn(turn, count, history) for turn, count in zip(turns, exchanges, strict=True)]
 
 
-def _list_turns(batch: pa.RecordBatch, numbers: npt.NDArray[np.int64], split: int, history: int) -> pa.Table:
-    """Return the turns of a correct batch with the columns of `_TURNS`."""
-    is_list = pa.types.is_list(batch["user_text"].type)
-    exchanges = np.asarray(pc.list_value_length(batch["user_text"])) if is_list else np.ones(len(batch), np.int64)
-    row = np.repeat(np.arange(len(batch)), exchanges)
-    firsts = np.array(_first_turns(batch, history), np.int64)
-    place = np.arange(len(row)) - np.repeat(np.cumsum(exchanges) - exchanges, exchanges)
+def _list_turns(rows: pa.RecordBatch, numbers: npt.NDArray[np.int64], split: int, history: int) -> pa.Table:
+    """Return the turns of correct rows with the columns of `_TURNS`."""
+    exchanges = count_exchanges(rows)
+    row = np.repeat(np.arange(len(rows)), exchanges)
+    exchange = np.arange(len(row)) - np.repeat(np.cumsum(exchanges) - exchanges, exchanges)
     tables = []
     for side, role in enumerate(ROLES):
-        names = [name for name in (*FIELDS, "durations") if f"{role}_{name}" in batch.schema.names]
-        columns = {name: batch[f"{role}_{name}"] for name in names}
-        if is_list:
-            columns = {name: pc.list_flatten(column) for name, column in columns.items()}
-        values = [column.to_numpy(zero_copy_only=False) for column in columns.values()]
-        tables.append(
-            {
-                "dialog": batch["dialog_id"].take(pa.array(row)),
-                "turn": firsts[row] + 2 * place + side,
-                "content": digest_turns(zip(*values, strict=True)),
-                "seconds": columns["seconds"],
-                "split": np.full(len(row), split, np.int32),
-                "exchange": place,
-                "side": np.full(len(row), side, np.int8),
-                "row": numbers[row],
-            }
-        )
-    return pa.concat_tables([pa.table(each).cast(_TURNS) for each in tables])
+        turns = _turns_of(rows, role)
+        values = [column.to_numpy(zero_copy_only=False) for column in turns.values()]
+        columns = {
+            "dialog": rows["dialog_id"].take(pa.array(row)),
+            "turn": np.array(_first_turns(rows, history), np.int64)[row] + 2 * exchange + side,
+            "content": digest_turns(zip(*values, strict=True)),
+            "seconds": turns["seconds"],
+            "split": np.full(len(row), split, np.int32),
+            "exchange": exchange,
+            "side": np.full(len(row), side, np.int8),
+            "row": numbers[row],
+        }
+        tables.append(pa.table(columns).cast(_TURNS))
+    return pa.concat_tables(tables)
 
 
 def digest_turns(turns: Iterable[Sequence[Any]]) -> npt.NDArray[np.int64]:
@@ -376,42 +320,33 @@ def check_turns(checked: CheckedRows) -> Iterator[str]:
     Yields:
         The problems in the order of the rows, each with its place.
     """
-    yield from _find_dialogs_in_two_splits(checked)
-    groups = checked.turns.group_by(["dialog", "turn"], use_threads=False)
-    found = groups.aggregate([("content", "min"), ("content", "max")])
-    different = found.filter(pc.not_equal(found["content_min"], found["content_max"])).select(["dialog", "turn"])
+    turns, splits = checked.turns, list(checked.statistics)
+    dialogs = turns.group_by("dialog", use_threads=False).aggregate([("split", "min"), ("split", "max")])
+    for found in dialogs.filter(pc.not_equal(dialogs["split_min"], dialogs["split_max"])).to_pylist():
+        dialog, first_split = found["dialog"], found["split_min"]
+        elsewhere = pc.and_(pc.equal(turns["dialog"], dialog), pc.not_equal(turns["split"], first_split))
+        row = name_row(checked.ranges, pc.min(turns["row"].filter(elsewhere)).as_py())
+        yield f"{row}: dialog {dialog} is in {splits[first_split]} as well: a dialog belongs to one split"
+    groups = turns.group_by(["dialog", "turn"], use_threads=False).aggregate([("content", "min"), ("content", "max")])
+    different = groups.filter(pc.not_equal(groups["content_min"], groups["content_max"])).select(["dialog", "turn"])
     if not len(different):
         return
-    places = checked.turns.join(different, ["dialog", "turn"], join_type="inner").sort_by(
-        [("row", "ascending"), ("side", "ascending")]
-    )
+    places = turns.drop_columns(["seconds", "split"]).join(different, ["dialog", "turn"], join_type="inner")
     firsts: dict[tuple[str, int], dict[str, Any]] = {}
-    for place in places.drop_columns(["seconds", "split"]).to_pylist():
+    for place in places.sort_by([("row", "ascending"), ("side", "ascending")]).to_pylist():
         first = firsts.setdefault((place["dialog"], place["turn"]), place)
         if place["content"] != first["content"]:
             one, other = (_read_turn(checked, each) for each in (place, first))
             names = ", ".join(name for name in one if one[name] != other[name])
-            yield (
-                f"{checked.describe(place['row'])}: turn {place['turn']} has another {names} than in "
-                f"{checked.describe(first['row'])}"
-            )
-
-
-def _find_dialogs_in_two_splits(checked: CheckedRows) -> Iterator[str]:
-    splits = list(checked.statistics)
-    dialogs = checked.turns.group_by("dialog", use_threads=False).aggregate([("split", "min"), ("split", "max")])
-    several = dialogs.filter(pc.not_equal(dialogs["split_min"], dialogs["split_max"]))
-    for dialog, first in zip(several["dialog"].to_pylist(), several["split_min"].to_pylist(), strict=True):
-        elsewhere = pc.and_(pc.equal(checked.turns["dialog"], dialog), pc.not_equal(checked.turns["split"], first))
-        row = pc.min(checked.turns["row"].filter(elsewhere)).as_py()
-        yield f"{checked.describe(row)}: dialog {dialog} is in {splits[first]} as well: a dialog belongs to one split"
+            row, before = (name_row(checked.ranges, each["row"]) for each in (place, first))
+            yield f"{row}: turn {place['turn']} has another {names} than in {before}"
 
 
 def _read_turn(checked: CheckedRows, place: Mapping[str, Any]) -> dict[str, Any]:
     """Read a turn of a row again, by the name of its fields."""
-    rows, position = checked.find(place["row"])
-    row, role = rows.read_row(position), ROLES[place["side"]]
-    names = [name for name in (*FIELDS, "durations") if f"{role}_{name}" in row]
+    rows, position = find_row(checked.ranges, place["row"])
+    row, role = rows.read_row(position), f"{ROLES[place['side']]}_"
+    turn = {name.removeprefix(role): value for name, value in row.items() if name.startswith(role)}
     if not isinstance(row["user_text"], list):
-        return {name: row[f"{role}_{name}"] for name in names}
-    return {name: row[f"{role}_{name}"][place["exchange"]] for name in names}
+        return turn
+    return {name: value[place["exchange"]] for name, value in turn.items()}

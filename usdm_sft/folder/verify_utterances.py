@@ -6,6 +6,7 @@ Processes share out ranges of utterances. What is found does not depend on their
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,23 +21,17 @@ from usdm_sft.corpus.features import TEXTS
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.folder.card import read_info
 from usdm_sft.folder.layout import COUNTS, data_files, read_normalization
-from usdm_sft.folder.rows import RowRange, count_processes, divide_groups
-from usdm_sft.folder.utterance_parquet import (
-    Row,
-    UtteranceCounts,
-    iter_utterances,
-    open_utterances,
-    recording_size,
-)
+from usdm_sft.folder.parquet import Utterance, UtteranceCounts
+from usdm_sft.folder.rows import RowRange, divide_groups, iter_utterances, map_ranges, name_row, open_utterances
 from usdm_sft.folder.verify_rows import LIMIT, CheckedRows, digest_turns
 from usdm_sft.template.repetition import collapse_units
-from usdm_sft.utils.processes import ProcessPool, in_order
 
 _UTTERANCES_PER_RANGE = 500  # about 100 MB of recordings
 # A process takes a few seconds to start, in which this one checks about as many recordings.
 _UTTERANCES_PER_PROCESS = 5_000
 _KEYS = ["dialog", "turn"]
-_CONTENTS = pa.schema({"dialog": pa.large_string(), "turn": pa.int64(), "kept": pa.int64(), "range": pa.int64()})
+# `kept` is a digest of the utterance, `path` the file that has it.
+_CONTENTS = pa.schema({"dialog": pa.large_string(), "turn": pa.int64(), "kept": pa.int64(), "path": pa.string()})
 
 
 class _Report(NamedTuple):
@@ -44,11 +39,11 @@ class _Report(NamedTuple):
 
     problems: list[str]
     counts: UtteranceCounts
-    contents: pa.Table  # with the columns of `_CONTENTS`; `kept` is the digest of an utterance
+    contents: pa.Table  # with the columns of `_CONTENTS`
 
 
 def check_utterances(
-    folder: Path, counts: Mapping[str, Any], checked: CheckedRows, *, num_proc: int | None = 1
+    folder: Path, counts: Mapping[str, Any], checked: CheckedRows, *, num_proc: int | None
 ) -> Iterator[str]:
     """Check the recordings against their units, the rows of the folder against the utterances, and the counts.
 
@@ -72,8 +67,11 @@ def check_utterances(
             except ValueError as error:  # it is not a Parquet file of the config
                 yield str(error)
         total, contents, num_problems = UtteranceCounts(), [_CONTENTS.empty_table()], 0
-        with ProcessPool(count_processes(ranges, num_proc, _UTTERANCES_PER_PROCESS)) as pool:
-            for _, report in in_order(pool.map(check, list(enumerate(ranges)), name=UTTERANCES)):
+        reports = map_ranges(
+            check, ranges, name=UTTERANCES, num_proc=num_proc, rows_per_process=_UTTERANCES_PER_PROCESS
+        )
+        with closing(reports):
+            for _, report in reports:
                 yield from report.problems
                 num_problems += len(report.problems)
                 if num_problems >= LIMIT:
@@ -81,44 +79,37 @@ def check_utterances(
                 total.merge(report.counts)
                 contents.append(report.contents)
         turns = checked.turns.filter(pc.equal(checked.turns["split"], number))
-        yield from _compare(turns, pa.concat_tables(contents), checked, ranges)
+        yield from _compare(turns, pa.concat_tables(contents), checked)
         if counts[UTTERANCES][split] != total.summary():
             yield f"{folder / COUNTS}: {UTTERANCES} of {split} are {total.summary()}, not {counts[UTTERANCES][split]}"
         if not info.splits or split not in info.splits or info.splits[split].num_examples != total.utterances:
             yield f"{folder / 'README.md'}: its YAML does not say that {split} has {total.utterances} {UTTERANCES}"
 
 
-def _check_range(normalization: str, collapse: bool, item: tuple[int, RowRange]) -> _Report:
+def _check_range(normalization: str, collapse: bool, rows: RowRange) -> _Report:
     """Check the recordings of a range of utterances."""
-    index, rows = item
-    report = _Report([], UtteranceCounts(), _CONTENTS.empty_table())
-    turns: list[tuple[str, int]] = []
+    problems: list[str] = []
+    counts = UtteranceCounts()
+    contents: dict[str, list[Any]] = {"dialog": [], "turn": []}
     values: list[Sequence[Any]] = []
     try:
         for row in iter_utterances(rows.path, rows.row_groups):
-            report.counts.add(recording_size(row), row["seconds"])
+            counts.add(row)
             if row["audio"] is not None and (problem := _recording_problem(row, normalization)):
-                report.problems.append(f"{_name(rows.path, row['dialog'], row['turn'])}: {problem}")
+                problems.append(f"{rows.path}: {row['dialog']}_{row['turn']}: {problem}")
             units, *durations = collapse_units(row["units"] or []) if collapse else (row["units"] or [],)
-            turns.append((row["dialog"], row["turn"]))
+            for name, column in contents.items():
+                column.append(row[name])
             values.append((*(row[name] for name in TEXTS), units, row["seconds"], *durations))
-            if len(report.problems) == LIMIT:
+            if len(problems) == LIMIT:
                 break
     except ValueError as error:  # the file is damaged; the problems before the damage count as well
-        report.problems.append(str(error))
-    dialogs, numbers = ([turn[column] for turn in turns] for column in (0, 1))
-    columns = [dialogs, numbers, digest_turns(values), np.full(len(turns), index)]
-    contents = pa.Table.from_arrays(
-        [pa.array(each, field.type) for each, field in zip(columns, _CONTENTS, strict=True)], schema=_CONTENTS
-    )
-    return report._replace(contents=contents)
+        problems.append(str(error))
+    columns = contents | {"kept": digest_turns(values), "path": [str(rows.path)] * len(values)}
+    return _Report(problems, counts, pa.table(columns, _CONTENTS))
 
 
-def _name(path: Path, dialog: str, turn: int) -> str:
-    return f"{path}: {dialog}_{turn}"
-
-
-def _recording_problem(row: Row, normalization: str) -> str | None:
+def _recording_problem(row: Utterance, normalization: str) -> str | None:
     """Return what is wrong with the recording of a row, or None."""
     try:
         samples = count_samples(row["audio"]["bytes"])
@@ -131,17 +122,15 @@ def _recording_problem(row: Row, normalization: str) -> str | None:
     return None
 
 
-def _compare(turns: pa.Table, contents: pa.Table, checked: CheckedRows, ranges: Sequence[RowRange]) -> Iterator[str]:
+def _compare(turns: pa.Table, contents: pa.Table, checked: CheckedRows) -> Iterator[str]:
     """Find utterances that are there twice, and turns of rows that differ from their utterance or have none."""
-    found = contents.group_by(_KEYS, use_threads=False).aggregate(
-        [("kept", "last"), ("kept", "count"), ("range", "last")]
-    )
+    groups = contents.group_by(_KEYS, use_threads=False)
+    found = groups.aggregate([("kept", "last"), ("kept", "count"), ("path", "last")])
     for twice in found.filter(pc.greater(found["kept_count"], 1)).to_pylist():
-        yield f"{_name(ranges[twice['range_last']].path, twice['dialog'], twice['turn'])} is there twice"
+        yield f"{twice['path_last']}: {twice['dialog']}_{twice['turn']} is there twice"
     both = turns.join(found, _KEYS).sort_by([("row", "ascending"), ("exchange", "ascending"), ("side", "ascending")])
     same = pc.fill_null(pc.equal(both["content"], both["kept_last"]), False)
     for place in both.filter(pc.invert(same)).to_pylist():
-        utterance = f"{place['dialog']}_{place['turn']}"
-        missing = place["kept_last"] is None
+        utterance, missing = f"{place['dialog']}_{place['turn']}", place["kept_last"] is None
         problem = f"is not among the {UTTERANCES}" if missing else f"differs from the utterance {utterance}"
-        yield f"{checked.describe(place['row'])}: turn {place['turn']} {problem}"
+        yield f"{name_row(checked.ranges, place['row'])}: turn {place['turn']} {problem}"

@@ -9,25 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.folder.card import make_card
-from usdm_sft.folder.example_picture import draw_example
-from usdm_sft.folder.layout import (
-    COUNTS,
-    PICTURES,
-    UNFINISHED,
-    open_unfinished,
-    read_layout,
-)
-from usdm_sft.folder.parquet import write_parquet
+from usdm_sft.folder.example_picture import draw_example, read_example
+from usdm_sft.folder.layout import COUNTS, PICTURES, UNFINISHED, open_unfinished, read_layout
+from usdm_sft.folder.parquet import write_parquet, write_utterances
 from usdm_sft.folder.pictures import draw_pictures
-from usdm_sft.folder.utterance_parquet import write_utterances
 from usdm_sft.template.tokenizer import save_tokenizer
 from usdm_sft.utils.files import remove_path, replace_path, replace_text, sha256_file, sync_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from usdm_sft.folder.parquet import SplitRows
-    from usdm_sft.folder.utterance_parquet import SplitUtterances
+    from usdm_sft.folder.parquet import SplitRows, SplitUtterances
     from usdm_sft.utils.pool import Pool
 
 
@@ -61,27 +53,26 @@ def write_folder(
         The counts as written.
     """
     unfinished = open_unfinished(folder, key, (config_name, UTTERANCES) if utterances else (config_name,))
-    written = write_parquet(
-        unfinished / config_name, splits, num_output_shards, read_layout(folder / COUNTS, counts), pool, key=key
-    )
+    layout, backend = read_layout(folder / COUNTS, counts), tokenizer.backend_tokenizer
+    written = write_parquet(unfinished / config_name, splits, num_output_shards, layout, pool, key=key)
     files = {split: list(each.digests) for split, each in written.items()}
-    num_bytes = {split: each.num_bytes for split, each in written.items()}
-    statistics = {split: each.statistics for split, each in written.items()}
     digests = {path: sha256 for each in written.values() for path, sha256 in each.digests.items()}
+    statistics = {split: each.statistics for split, each in written.items()}
+    counts = counts | {"statistics": {split: values.summary() for split, values in statistics.items()}}
     save_tokenizer(tokenizer, unfinished / "tokenizer")
     draw_pictures(statistics, counts["num_units"], unfinished / PICTURES)
-    counts = counts | {"statistics": {split: values.summary() for split, values in statistics.items()}}
-    draw_example(files, tokenizer.backend_tokenizer, unfinished / PICTURES, read_layout(folder / COUNTS, counts))
+    draw_example(read_example(files), backend, unfinished / PICTURES, layout)
     other_info = []
     if utterances is not None:
         counts[UTTERANCES], info, found = write_utterances(unfinished / UTTERANCES, utterances, pool, key=key)
         other_info, digests = [info], digests | found
     counts["files"] = {path.relative_to(unfinished).as_posix(): sha256 for path, sha256 in digests.items()}
-    card = make_card(config_name, num_bytes, counts, files, tokenizer.backend_tokenizer, other_info)
+    num_bytes = {split: each.num_bytes for split, each in written.items()}
+    card = make_card(config_name, num_bytes, counts, files, backend, other_info)
     (unfinished / "README.md").write_text(card, encoding="utf-8")
-    names = sorted(path.relative_to(unfinished).as_posix() for path in unfinished.rglob("*") if path.is_file())
-    counts["files"] = {name: digests.get(unfinished / name) or sha256_file(unfinished / name) for name in names}
-    replace_text(unfinished / COUNTS, _to_json(counts))
+    names = {path.relative_to(unfinished).as_posix(): path for path in unfinished.rglob("*") if path.is_file()}
+    counts["files"] = {name: digests.get(path) or sha256_file(path) for name, path in sorted(names.items())}
+    replace_text(unfinished / COUNTS, json.dumps(counts, indent=2, ensure_ascii=False) + "\n")
     _move_into_place(unfinished, folder)
     return counts
 
@@ -95,7 +86,3 @@ def _move_into_place(unfinished: Path, folder: Path) -> None:
         remove_path(folder / entry.name)
         replace_path(entry, folder / entry.name)
     remove_path(folder / UNFINISHED)
-
-
-def _to_json(counts: Mapping[str, Any]) -> str:
-    return json.dumps(counts, indent=2, ensure_ascii=False) + "\n"
