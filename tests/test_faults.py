@@ -94,7 +94,7 @@ def test_full_disk_stops_the_run_and_a_rerun_completes_it(mini, unit_model, tmp_
 
 
 def test_read_only_output_is_refused_before_any_work(mini, unit_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(UnitModel, "forward", None)
+    monkeypatch.setattr(UnitModel, "forward_pack", None)
     with small_disk(tmp_path / "disk", "1m") as disk:
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         with pytest.raises(OSError, match=r"cannot be written .*: name another output_path"):
@@ -112,7 +112,7 @@ def test_output_without_write_permission_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_out_of_memory_keeps_finished_work(mini, unit_model, tmp_path, undisturbed, monkeypatch):
-    forward, calls = UnitModel.forward, []
+    forward, calls = UnitModel.forward_pack, []
 
     def run_out(self, *args):
         calls.append(1)
@@ -121,7 +121,7 @@ def test_out_of_memory_keeps_finished_work(mini, unit_model, tmp_path, undisturb
         return forward(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(UnitModel, "forward", run_out)
+        patch.setattr(UnitModel, "forward_pack", run_out)
         patch.setattr("random.sample", lambda window, number: window)  # the first shard takes three forward passes
         with pytest.raises(MemoryError, match=r"out of memory on cpu with a batch of .*(batch_seconds|leave out)"):
             prepare(**options(mini, unit_model, tmp_path))

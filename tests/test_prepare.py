@@ -43,8 +43,8 @@ def rerun(run, finished, tmp_path):
 @pytest.fixture
 def forward_passes(monkeypatch):
     passes = []
-    forward = UnitModel.forward
-    monkeypatch.setattr(UnitModel, "forward", lambda self, *args: passes.append(1) or forward(self, *args))
+    forward = UnitModel.forward_pack
+    monkeypatch.setattr(UnitModel, "forward_pack", lambda self, *args: passes.append(1) or forward(self, *args))
     return passes
 
 

@@ -438,7 +438,7 @@ def test_too_long_and_bad_pairs_are_counted_apart(corpus, unit_model, tmp_path, 
 
 def test_command_prints_one_line_per_bad_file(corpus, unit_model, tmp_path, capsys, monkeypatch):
     """Before any forward pass, and without a traceback."""
-    monkeypatch.setattr(UnitModel, "forward", None)
+    monkeypatch.setattr(UnitModel, "forward_pack", None)
     arguments = command(corpus.parent, unit_model, tmp_path)[3:]
     with pytest.raises(SystemExit, match="1"):
         main(arguments)

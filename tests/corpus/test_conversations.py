@@ -30,7 +30,7 @@ def work(dataset_folder, finished, tmp_path_factory):
     folder = tmp_path_factory.mktemp("conversations")
     shutil.copytree(dataset_folder.parent / "cache" / "units", folder / "cache" / "units")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(UnitModel, "forward", None)
+        patch.setattr(UnitModel, "forward_pack", None)
         patch.setattr("usdm_sft.units.reading.read_waveform", None)
         yield folder
 
@@ -118,7 +118,7 @@ def test_counts_of_conversations(multi, single):
 
 
 def test_other_rows_need_no_forward_pass(multi, history):
-    assert UnitModel.forward is None
+    assert UnitModel.forward_pack is None
     assert [counts["splits"]["train"]["rows"] for _, counts in (multi, history)] == [7, 10]
 
 

@@ -59,7 +59,7 @@ def armed(tmp_path_factory):
 @pytest.fixture
 def elsewhere(monkeypatch):
     """Let this process read few recordings, and make no units, token shards and Parquet files."""
-    monkeypatch.setattr(UnitModel, "forward", None)
+    monkeypatch.setattr(UnitModel, "forward_pack", None)
     monkeypatch.setattr(token_shards, "write_shard", None)
     monkeypatch.setattr(parquet, "_with_trainer_columns", None)
     monkeypatch.setattr(digests, "FEW", 1)
@@ -200,7 +200,7 @@ class TestUsersRayCluster:
     def test_agreement_is_measured_in_a_task(self, mini, unit_model, tmp_path, ray_cluster, monkeypatch):
         alone = tmp_path / "alone"
         prepare(**options(mini, unit_model, alone, precision="bf16"))
-        monkeypatch.setattr(UnitModel, "forward", None)
+        monkeypatch.setattr(UnitModel, "forward_pack", None)
         arguments = options(mini, unit_model, tmp_path, precision="bf16", executor="ray", tasks=1, num_gpus=0)
         prepare(**arguments)
         assert content(tmp_path / "out") == content(alone / "out")

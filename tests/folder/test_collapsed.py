@@ -35,7 +35,7 @@ def root(mini, unit_model, finished, tmp_path_factory):
     shutil.copytree(finished / "cache", root / "cache")
     before = content(root / "cache" / "tokens")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(UnitModel, "forward", refuse)
+        patch.setattr(UnitModel, "forward_pack", refuse)
         more = {"unit_repetition": "collapse", "keep_audio": True}
         prepare(**options(mini, unit_model, root, output_path=root / "collapse", **more))
         talk = {"config_name": "multi_turn", "max_length": 400, "overflow": "split"}

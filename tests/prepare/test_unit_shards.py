@@ -94,7 +94,7 @@ def test_number_of_readers(monkeypatch):
 def test_two_processes_give_the_bytes_of_one(
     mini, unit_model, tmp_path, two_processes, two_readers, undisturbed, monkeypatch
 ):
-    monkeypatch.setattr(UnitModel, "forward", None)  # this process computes no units
+    monkeypatch.setattr(UnitModel, "forward_pack", None)  # this process computes no units
     prepare(**options(mini, unit_model, tmp_path))
     assert content(tmp_path / "out") == undisturbed
 
@@ -225,7 +225,7 @@ def test_agreement_is_measured_once_and_is_in_counts_and_log(mini, unit_model, t
         f"bf16, soxr: {100 * agreement['share']:.2f} % of the units equal those of fp32 and soxr (19 utterances)"
         in caplog.text
     )
-    monkeypatch.setattr(UnitModel, "forward", None)
+    monkeypatch.setattr(UnitModel, "forward_pack", None)
     again = prepare(**options(mini, unit_model, tmp_path, precision="bf16", output_path=str(tmp_path / "again")))
     assert again["agreement"] == agreement
 

@@ -100,6 +100,6 @@ def test_utterances_that_overflow_are_in_counts_and_card(loud, mini, finished, t
         "\nThe features of 1 utterance of train are not finite in precision fp16. The units of this utterance were computed in "
         "fp32 (`counts.json` has the whole list): 0_1_d20.\n"
     ) in card
-    monkeypatch.setattr(UnitModel, "forward", None)
+    monkeypatch.setattr(UnitModel, "forward_pack", None)
     assert run("second", precision="fp16") == first
     assert (tmp_path / "second" / "README.md").read_text() == card
