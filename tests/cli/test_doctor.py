@@ -107,7 +107,7 @@ def test_good_set_up_without_a_gpu(doctor, mini, unit_model, no_network, tmp_pat
 def test_machine_without_a_gpu(doctor, monkeypatch):
     monkeypatch.setattr(devices, "find_devices", lambda num_gpus: ["cpu"])
     monkeypatch.setattr(checks, "shutil", SimpleNamespace(which=lambda name: None, disk_usage=shutil.disk_usage))
-    text = f"torch {torch.__version__} finds no GPU, and two CPU cores take about 12 hours for DailyTalk: "
+    text = f"torch {torch.__version__} finds no GPU, and two CPU cores take about 8 hours for DailyTalk: "
     [ok, warning] = doctor().about("device")
     assert ok[0] == "ok" and ok[1].startswith("CPU, ") and ok[1].endswith("; precisions fp32, fp16, bf16, bf16x3")
     assert warning == ("warning", text + "use a machine with a GPU for a large corpus (docs/performance.md)")

@@ -109,8 +109,8 @@ def test_long_lists_are_cut_and_a_full_disk_is_an_error(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("device", "precision", "unit_model", "expected"),
     [
-        ("cpu", "fp32", "xlsr2_1b_v2", "time: 20.00 h of audio take about 11.8 h at 1.7 s of audio per second, measured on two CPU"),
-        ("cpu", "bf16", "xlsr2_1b_v2", "time: 20.00 h of audio take about 4.4 h at 4.5 s of audio per second, measured on two CPU"),
+        ("cpu", "fp32", "xlsr2_1b_v2", "time: 20.00 h of audio take about 7.7 h at 2.6 s of audio per second, measured on two CPU"),
+        ("cpu", "bf16", "xlsr2_1b_v2", "time: 20.00 h of audio take about 2.7 h at 7.4 s of audio per second, measured on two CPU"),
         ("cuda", "fp32", "xlsr2_1b_v2", "time: 20.00 h of audio are to be computed; no rate was measured for this unit model, cuda and"),
         ("cpu", "fp32", "mine", "time: 20.00 h of audio are to be computed; no rate was measured for this unit model, cpu and fp32"),
     ],

@@ -161,7 +161,7 @@ class SetUp:
             remedy = "use a machine with a GPU for a large corpus (docs/performance.md)"
             if shutil.which("nvidia-smi") is not None:
                 remedy = "install torch for CUDA (pytorch.org), because this machine has NVIDIA's driver"
-            text = f"torch {torch.__version__} finds no GPU, and two CPU cores take about 12 hours for DailyTalk"
+            text = f"torch {torch.__version__} finds no GPU, and two CPU cores take about 8 hours for DailyTalk"
             yield "warning", f"{text}: {remedy}"
 
     def check_hub(self) -> Lines:

@@ -35,7 +35,7 @@ from usdm_sft.utils.texts import count_noun
 
 # Seconds of audio per second with the published unit model, as measured on two cores (docs/performance.md). No rate of a GPU is
 # known.
-RATES = {("cpu", "fp32"): 1.7, ("cpu", "bf16"): 4.5}
+RATES = {("cpu", "fp32"): 2.6, ("cpu", "bf16"): 7.4}
 _STAGES = ("tokenizer", "corpus", "unit model", "rows")
 _REMEMBERED = ("digests.sqlite", "split_lists")  # parts of the cache that save the first pass and a download
 
