@@ -194,7 +194,7 @@ class UnitModel(nn.Module):
 
         Args:
             extracted: (num_frames, channels) output of the front end for each utterance.
-            frames: As in `forward_packs`.
+            frames: As in `forward_pack`.
             stopped: If this is set, an error is raised after the layer that is being computed.
         """
         lengths = [len(each) for each in extracted]
@@ -370,7 +370,9 @@ def start_units(
     def forward(rows: Sequence[int], stopped: threading.Event | None = None) -> tuple[Any, torch.Tensor]:
         batch = [waveforms[row] for row in rows]
         with _out_of_memory_explained(batch, [names[row] for row in rows], device, batch_seconds):
-            return _forward(model, batch) if stopped is None else _forward_pack(model, batch, stopped)
+            if stopped is None:
+                return _forward(model, batch)
+            return model.forward_pack([waveform.samples for waveform in batch], _frames(batch), stopped)
 
     if device == "cpu":
         # `SplitLinear` changes a setting of the process during each product, which no other thread may see.
@@ -402,12 +404,6 @@ def start_units(
 def _frames(batch: Sequence[Waveform]) -> list[int]:
     """Return the frames of each waveform without the one that an appended sample completes: masked, although it has a unit."""
     return [num_frames(waveform.num_samples) for waveform in batch]
-
-
-def _forward_pack(
-    model: UnitModel, batch: Sequence[Waveform], stopped: threading.Event
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    return model.forward_pack([waveform.samples for waveform in batch], _frames(batch), stopped)
 
 
 def _forward(model: UnitModel, batch: Sequence[Waveform]) -> tuple[torch.Tensor, torch.Tensor]:
