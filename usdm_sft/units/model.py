@@ -200,7 +200,7 @@ class UnitModel(nn.Module):
         lengths = [len(each) for each in extracted]
         hidden = _first(self.feature_projection(torch.cat(list(extracted))[None]))
         placed = [
-            self._add_positions(each, torch.tensor([num_keys]))[0]
+            self._add_positions(each, torch.tensor([num_keys], device="cpu"))[0]
             for each, num_keys in zip(torch.split(hidden, lengths, dim=1), frames, strict=True)
         ]
         pack = list(zip(lengths, frames, strict=True))
