@@ -16,6 +16,7 @@ import torch
 
 from tests.helpers import command, content, inodes, options
 from usdm_sft.folder import layout
+from usdm_sft.prepare import unit_shards
 from usdm_sft.prepare.prepare import prepare
 from usdm_sft.units.model import UnitModel
 
@@ -122,7 +123,8 @@ def test_out_of_memory_keeps_finished_work(mini, unit_model, tmp_path, undisturb
 
     with monkeypatch.context() as patch:
         patch.setattr(UnitModel, "forward_pack", run_out)
-        patch.setattr("random.sample", lambda window, number: window)  # the first shard takes three forward passes
+        # The first shard takes three forward passes.
+        patch.setattr(unit_shards, "order_shards", lambda shards: sorted(shards, key=lambda shard: -shard.longest))
         with pytest.raises(MemoryError, match=r"out of memory on cpu with a batch of .*(batch_seconds|leave out)"):
             prepare(**options(mini, unit_model, tmp_path))
     before = finished_shards(tmp_path)

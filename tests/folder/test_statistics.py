@@ -1,5 +1,6 @@
 import json
 import pickle
+import shutil
 from collections import Counter
 from itertools import groupby
 
@@ -10,13 +11,13 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from tests.helpers import content
+from tests.helpers import content, find_problems, replace_table
 from usdm_sft.cli.main import main
 from usdm_sft.folder import pictures
 from usdm_sft.folder.layout import data_files, read_counts
 from usdm_sft.folder.pictures import CAPTIONS
 from usdm_sft.folder.rows import divide_files
-from usdm_sft.folder.statistics import SplitStatistics
+from usdm_sft.folder.statistics import SplitStatistics, Weighted
 from usdm_sft.folder.verify import verify
 
 
@@ -27,6 +28,21 @@ def rows(dataset_folder, tmp_path_factory):
         split: list(split_rows)
         for split, split_rows in datasets.load_dataset(str(dataset_folder), cache_dir=cache).items()
     }
+
+
+def test_pickled_statistics_have_the_size_of_their_values():
+    numbers = Weighted(np.array([3, 7]), np.array([10**9, 2 * 10**9]))
+    assert numbers.total == 3 * 10**9 and len(pickle.dumps(numbers)) < 1000
+
+
+def test_split_without_rows_is_refused(dataset_folder, tmp_path, capsys):
+    folder = shutil.copytree(dataset_folder, tmp_path / "folder")
+    for path in data_files(folder, read_counts(folder))["test"]:
+        replace_table(folder, path.relative_to(folder).as_posix(), lambda table: table.slice(0, 0))
+    with pytest.raises(SystemExit):
+        main(["stats", str(folder)])
+    assert "split test has no rows: verify its folder" in capsys.readouterr().err
+    assert find_problems(folder) == ["the files of split test have no rows"]
 
 
 def test_statistics_equal_those_of_the_rows(dataset_folder, rows):

@@ -49,10 +49,17 @@ def test_processes_that_read_audio_give_the_bytes_of_threads(
     assert multiprocessing.active_children() == []
 
 
+KILLED = "0_1_d8.wav"  # the process that reads it
+
+
 def read_or_be_killed(source, contents):
-    if source.endswith("0_1_d8.wav"):
+    if source.endswith(KILLED):
         os.kill(os.getpid(), signal.SIGKILL)
     return reading.read_at_16_khz(source, contents)
+
+
+def is_killed(shard):
+    return any(source.endswith(KILLED) for source in shard.audio)
 
 
 @pytest.mark.slow
@@ -61,7 +68,7 @@ def test_killed_reader_ends_the_run_and_finished_work_is_kept(
 ):
     with monkeypatch.context() as patch:
         patch.setitem(reading.READS, "soxr", read_or_be_killed)
-        patch.setattr(unit_shards.random, "sample", lambda window, number: window)  # some shards come before it
+        patch.setattr(unit_shards, "order_shards", lambda shards: sorted(shards, key=is_killed))  # it comes last
         with pytest.raises(
             RuntimeError, match=r"a process died \(reads audio, process \d, exit code -9\): start the run"
         ):

@@ -1,22 +1,26 @@
 """The unit model on the CPU: packs side by side give the features of utterances alone, with either library's matrix product."""
 
 import threading
+import time
 from concurrent.futures import CancelledError
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import ThreadpoolController
 from transformers import HubertConfig
 
 from tests.units.test_other_models import LENGTHS, MODELS, TINY, make_model, make_waveforms, save
-from usdm_sft.audio.frames import num_frames
+from usdm_sft.audio.frames import SAMPLE_RATE, count_units, num_frames
 from usdm_sft.units import cpu
-from usdm_sft.units.batches import normalize
+from usdm_sft.units.batches import Waveform, normalize
 from usdm_sft.units.convert import convert
 from usdm_sft.units.cpu import FrontEnd, NumpyLinear, side_by_side
-from usdm_sft.units.model import UnitModel
+from usdm_sft.units.model import UnitModel, start_units
+from usdm_sft.units.precision import PRECISIONS
 from usdm_sft.units.tokenizer import UnitTokenizer
 
 
@@ -37,7 +41,7 @@ def numpy_products(monkeypatch):
         products.append(left.shape)
         return np.matmul(left, right, out=out)
 
-    monkeypatch.setattr(cpu, "np", SimpleNamespace(matmul=matmul))
+    monkeypatch.setattr(cpu, "np", SimpleNamespace(matmul=matmul, errstate=np.errstate))
     monkeypatch.setattr(cpu, "numpy_is_faster", lambda: True)
     monkeypatch.setattr("usdm_sft.units.model.numpy_is_faster", lambda: True)
     return products
@@ -79,6 +83,20 @@ def test_features_of_a_pack_are_those_of_float64(request, name, product):
     if product == "numpy":
         layers = [module for module in model.modules() if isinstance(module, NumpyLinear)]
         assert len(products) == (1 + len(LENGTHS)) * len(layers) and len(layers) >= 1 + 6 * TINY["num_hidden_layers"]
+
+
+def test_pack_needs_no_layer_that_passes_arguments_on(monkeypatch):
+    """As those of transformers 5.0, whose attention gets the mask alone."""
+    rows = [normalize(torch.from_numpy(waveform)) for waveform in make_waveforms()]
+    model = make_unit_model("wav2vec2 pre-norm")
+    for layer in model.layers:
+        monkeypatch.setattr(
+            layer,
+            "forward",
+            partial(lambda whole, hidden, attention_mask: whole(hidden, attention_mask), layer.forward),
+        )
+    for found, expected in zip(*features_of_a_pack(model, rows), strict=True):
+        assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("norm", ["layer", "group"])
@@ -131,6 +149,52 @@ def test_vendor_decides_which_library_multiplies(monkeypatch, cpuinfo, libraries
     controller = SimpleNamespace(select=lambda internal_api: [None] * libraries * (internal_api == "openblas"))
     monkeypatch.setattr(cpu, "ThreadpoolController", lambda: controller)
     assert cpu.numpy_is_faster.__wrapped__() is expected
+
+
+def test_products_that_are_not_finite_warn_of_nothing(numpy_products, two_threads, recwarn):
+    torch.set_num_threads(1)
+    found = cpu.multiply(torch.tensor([[torch.inf, -torch.inf], [3e38, 3e38]]), torch.tensor([[1.0, 1.0]]))
+    assert found[0].isnan().all() and found[1].isinf().all() and numpy_products == [(2, 2)]
+    assert not recwarn.list
+
+
+def num_openblas_threads():
+    return {each["num_threads"] for each in ThreadpoolController().select(internal_api="openblas").info()}
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_numpy_has_its_threads_back_after_callers_that_overlap(numpy_products, two_threads, num_threads):
+    before, seen = num_openblas_threads(), []
+    assert before, "NumPy's wheels have OpenBLAS"
+
+    def compute():
+        torch.set_num_threads(num_threads)
+        side_by_side(
+            lambda item, stopped: seen.append(num_openblas_threads()) or time.sleep(0.01), range(4), num_threads
+        )
+
+    callers = [threading.Thread(target=compute) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert seen == [{1}] * 12 and num_openblas_threads() == before
+
+
+def test_utterances_longer_than_a_pack_are_computed_one_at_a_time(two_threads):
+    seconds, at_once = [40, 3, 17, 2, 16], []
+
+    class Model(SimpleNamespace):
+        def forward_pack(self, rows, frames, stopped):
+            at_once.append(([len(row) // SAMPLE_RATE for row in rows], torch.get_num_threads()))
+            return [torch.zeros(count, dtype=torch.uint16) for count in frames], torch.ones(len(rows), dtype=torch.bool)
+
+    model = Model(centroids=torch.zeros(1, 4), precision=PRECISIONS["fp32"])
+    waveforms = [Waveform(torch.zeros(length * SAMPLE_RATE), length * SAMPLE_RATE) for length in seconds]
+    found, _ = start_units(model, waveforms, [""] * len(seconds), 60, in_fp32=None)()
+    assert [len(units) for units in found] == [count_units(length * SAMPLE_RATE, "fairseq") for length in seconds]
+    assert at_once[:2] == [([40], 2), ([17], 2)]
+    assert sorted(at_once[2:]) == [([3, 2], 1), ([16], 1)]
 
 
 def test_calls_side_by_side_have_one_thread_each(two_threads):

@@ -40,7 +40,9 @@ class Weighted(NamedTuple):
     values: npt.NDArray[Any]
     counts: npt.NDArray[np.int64]
 
-    def __len__(self) -> int:
+    @property
+    def total(self) -> int:
+        """How many numbers there are."""
         return int(self.counts.sum())
 
 
@@ -115,20 +117,20 @@ class SplitStatistics:
         return {
             **{name: self.numbers[name] for name in ("tokens", "labelled share", "user seconds", "agent seconds")},
             "pairs per dialog": Weighted(*pairs),
-            "units in a run": runs if len(runs) else Weighted(np.array([0]), np.array([1])),
+            "units in a run": runs if runs.total else Weighted(np.array([0]), np.array([1])),
         }
 
     def summary(self) -> dict[str, Any]:
         """The statistics as JSON values; `distributions` has mean and quantiles of each."""
         tokens, units = self.numbers["tokens"], self.numbers["units"]
         return {
-            "rows": len(tokens),
+            "rows": tokens.total,
             "dialogs": len(self.pairs),
             "tokens": int((tokens.values.astype(np.int64) * tokens.counts).sum()),
             "labelled_tokens": int(self.labelled_parts.sum()),
             "labelled_units": self.labelled_units,
             "labelled_parts": dict(zip(ROW_PARTS, self.labelled_parts.tolist(), strict=True)),
-            "units": len(units),
+            "units": units.total,
             "distinct_units": len(units.values),
             "distributions": {name: _distribution(numbers) for name, numbers in self.distributions().items()},
             "emotions": dict(sorted(self.emotions.items(), key=lambda item: (-item[1], item[0]))),
@@ -144,11 +146,16 @@ def compute_statistics(
         files: The files of each split.
         layout: The ids and the template of the rows.
         num_proc: Largest number of processes; None means one per core that this process may use. The result does not depend on it.
+
+    Raises:
+        ValueError: A split has no rows, or rows are not what `SplitStatistics.add` counts.
     """
     statistics = {split: SplitStatistics(layout) for split in files}
     count = partial(_count_range, layout)
     for rows, found in map_ranges(count, divide_files(files), name="statistics", num_proc=num_proc):
         statistics[rows.split].merge(found)
+    if empty := [split for split, found in statistics.items() if not found.numbers]:
+        raise ValueError(f"split {empty[0]} has no rows: verify its folder")
     return statistics
 
 
@@ -220,7 +227,7 @@ def format_histograms(statistics: Mapping[str, SplitStatistics]) -> str:
 
 def _distribution(numbers: Weighted) -> dict[str, float]:
     values, counts = numbers.values.astype(np.float64), numbers.counts
-    found = {"mean": (values * counts).sum() / len(numbers)}
+    found = {"mean": (values * counts).sum() / numbers.total}
     found |= {name: _quantile(values, counts, quantile) for name, quantile in QUANTILES.items()}
     return {name: round(float(value), 4) for name, value in found.items()}
 

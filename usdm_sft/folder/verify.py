@@ -91,6 +91,9 @@ def verify(
     check = Check(encoder, settings["max_length"], settings["history"], read_normalization(counts))
     checked = check_rows(files, schema, check, num_proc=num_proc)
     _raise_any(checked.problems)
+    _raise_any(
+        f"the files of split {split} have no rows" for split, found in checked.statistics.items() if not found.numbers
+    )
     _raise_any(check_turns(checked))
     _raise_any(chain(_check_counts(folder, counts, checked), _check_totals(folder, counts, checked, encoder)))
     if UTTERANCES in counts:
@@ -99,7 +102,7 @@ def verify(
     _raise_any(chain(_check_tokenizer_config(folder, encoder), card_problems))
     if against is not None:
         _raise_any(compare_with_text(files, Path(against), folder / "tokenizer", num_proc=num_proc))
-    return {split: len(values.numbers["tokens"]) for split, values in checked.statistics.items()}
+    return {split: values.numbers["tokens"].total for split, values in checked.statistics.items()}
 
 
 def _raise_any(problems: Iterable[str]) -> None:

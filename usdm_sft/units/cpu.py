@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,24 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 ATTENTION = "sdpa_in_packs"  # the name that `attend` has in transformers
 
 
+# The pack that this thread computes. The layers of some releases of transformers pass no further arguments to their attention.
+_PACK: ContextVar[Sequence[tuple[int, int]] | None] = ContextVar("pack", default=None)
+
+
+@contextmanager
+def within(pack: Sequence[tuple[int, int]]) -> Iterator[None]:
+    """Let `attend` see one utterance at a time.
+
+    Args:
+        pack: Frames of each utterance, and how many of them are keys.
+    """
+    before = _PACK.set(pack)
+    try:
+        yield
+    finally:
+        _PACK.reset(before)
+
+
 def attend(
     module: nn.Module,
     query: torch.Tensor,
@@ -34,10 +53,9 @@ def attend(
     attention_mask: torch.Tensor | None,
     *,
     scaling: float,
-    pack: Sequence[tuple[int, int]] | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend within each utterance of a pack; without a pack, as transformers' "sdpa" does.
+    """Attend within each utterance of the pack that `within` names; without one, as transformers' "sdpa" does.
 
     Args:
         module: The layer's attention.
@@ -46,12 +64,12 @@ def attend(
         value: As `query`.
         attention_mask: Without a pack, the mask of padding.
         scaling: Factor of the products of queries and keys.
-        pack: Frames of each utterance, and how many of them are keys.
         **options: Further arguments of transformers.
 
     Returns:
         (1, num_frames, heads, head_dim) outputs, and no weights.
     """
+    pack = _PACK.get()
     if pack is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     outputs, end = [], 0
@@ -111,6 +129,9 @@ def _convolve(values: torch.Tensor, products: Sequence[tuple[int, torch.Tensor]]
     return outputs
 
 
+_TURN = threading.Lock()
+
+
 @cache
 def numpy_is_faster() -> bool:
     """Return whether NumPy's matrix product is faster than torch's: on processors of AMD, if NumPy has OpenBLAS.
@@ -130,7 +151,8 @@ def multiply(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if not _multiplies_with_numpy(rows):
         return rows @ weight.T
     outputs = rows.new_empty((len(rows), len(weight)))
-    np.matmul(rows.numpy(), weight.numpy().T, out=outputs.numpy())
+    with np.errstate(all="ignore"):  # features that are not finite are found, and computed again, by who calls
+        np.matmul(rows.numpy(), weight.numpy().T, out=outputs.numpy())
     return outputs
 
 
@@ -181,9 +203,11 @@ def side_by_side(function: Callable[[Any, threading.Event], Any], items: Sequenc
     stopped = threading.Event()
     num_threads = min(at_once, len(items))
     if num_threads <= 1:
-        return [function(item, stopped) for item in items]
+        with _one_thread_per_numpy_product() if torch.get_num_threads() == 1 else nullcontext():
+            return [function(item, stopped) for item in items]
+    before = torch.get_num_threads()
     with (
-        _one_thread_per_product(),
+        _one_thread_per_numpy_product(),
         ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
         futures = [pool.submit(function, item, stopped) for item in items]
@@ -192,14 +216,14 @@ def side_by_side(function: Callable[[Any, threading.Event], Any], items: Sequenc
         finally:
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
+            torch.set_num_threads(before)  # threads that start later would have one, as those of the pool
 
 
 @contextmanager
-def _one_thread_per_product() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadpoolController().limit(limits=1, user_api="blas") if numpy_is_faster() else nullcontext():
-            yield
-    finally:
-        torch.set_num_threads(before)
+def _one_thread_per_numpy_product() -> Iterator[None]:
+    """Give each product of NumPy one thread; callers in several threads take turns, because the number is a setting of the process."""
+    if not numpy_is_faster():
+        yield
+        return
+    with _TURN, ThreadpoolController().limit(limits=1, user_api="blas"):
+        yield

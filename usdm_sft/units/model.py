@@ -27,8 +27,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel
 
 from usdm_sft.audio.frames import SAMPLE_RATE, count_units, num_frames
-from usdm_sft.units.batches import Waveform, plan_batches
-from usdm_sft.units.cpu import ATTENTION, FrontEnd, NumpyLinear, multiply, numpy_is_faster, side_by_side
+from usdm_sft.units.batches import PACK_SECONDS, Waveform, plan_batches
+from usdm_sft.units.cpu import ATTENTION, FrontEnd, NumpyLinear, multiply, numpy_is_faster, side_by_side, within
 from usdm_sft.units.folder import ChangedError, copy_known, read_array, read_description, read_known_description
 from usdm_sft.units.precision import PRECISIONS, SplitLinear, own_settings, replace_linear_layers
 
@@ -203,8 +203,9 @@ class UnitModel(nn.Module):
             self._add_positions(each, torch.tensor([num_keys], device="cpu"))[0]
             for each, num_keys in zip(torch.split(hidden, lengths, dim=1), frames, strict=True)
         ]
-        pack = list(zip(lengths, frames, strict=True))
-        return list(torch.split(self._encode(torch.cat(placed, dim=1), stopped, pack=pack)[0], lengths))
+        with within(list(zip(lengths, frames, strict=True))):
+            encoded = self._encode(torch.cat(placed, dim=1), stopped=stopped)[0]
+        return list(torch.split(encoded, lengths))
 
     def _add_positions(self, hidden: torch.Tensor, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Add the positional convolution to (batch, num_frames, hidden_size); also return the mask of padding, if there is any."""
@@ -214,14 +215,19 @@ class UnitModel(nn.Module):
             hidden = hidden.masked_fill(padding[:, :, None], 0.0)
         return hidden + self._positions(hidden, padding), padding
 
-    def _encode(self, hidden: torch.Tensor, stopped: threading.Event | None = None, **options: Any) -> torch.Tensor:
-        """Run the layers and their norms; `options` go to the attention of each layer."""
+    def _encode(
+        self,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        stopped: threading.Event | None = None,
+    ) -> torch.Tensor:
+        """Run the layers and their norms."""
         if self.norm_before_layers is not None:
             hidden = self.norm_before_layers(hidden)
         for layer in self.layers:
             if stopped is not None and stopped.is_set():
                 raise CancelledError  # another pack failed, or Ctrl-C was pressed
-            hidden = _first(layer(hidden, **options))
+            hidden = _first(layer(hidden, attention_mask=attention_mask))
         return hidden if self.norm_after_layers is None else self.norm_after_layers(hidden)
 
     def _positions(self, hidden: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
@@ -377,8 +383,10 @@ def start_units(
     if device == "cpu":
         # `SplitLinear` changes a setting of the process during each product, which no other thread may see.
         at_once = torch.get_num_threads() if model.precision.split is None else 1
+        # Utterances longer than a pack come first. They are computed one at a time, because each thread holds the activations of its pack.
+        num_long = sum(waveforms[rows[0]].num_samples > PACK_SECONDS * SAMPLE_RATE for rows in batches)
         with own_settings(device, model.precision.front):
-            results = side_by_side(forward, batches, at_once)
+            results = side_by_side(forward, batches[:num_long], 1) + side_by_side(forward, batches[num_long:], at_once)
     else:  # submit all batches before reading any result, so that the device never waits
         results = [forward(rows) for rows in batches]
 
