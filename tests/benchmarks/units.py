@@ -61,9 +61,12 @@ def multiplying(*, with_numpy: bool) -> Iterator[None]:
 
 
 def numpy_rate(size: int = 2048) -> float:
-    """Measure the FLOP/s of NumPy's large float32 matrix product, the median of five."""
+    """Measure the FLOP/s of NumPy's large float32 matrix products, one thread each as in packs, the median of five."""
     a, b = (np.random.default_rng(0).standard_normal((size, size)).astype(np.float32) for _ in range(2))
-    return 2 * size**3 / alternate({"": lambda: timed(lambda: a @ b)}, 5)[""]
+    at_once = torch.get_num_threads()
+    with multiplying(with_numpy=True):
+        cost = alternate({"": lambda: timed(lambda: cpu.side_by_side(lambda *_: a @ b, range(at_once), at_once))}, 5)
+    return at_once * 2 * size**3 / cost[""]
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 A pack holds the frames of many utterances one after the other, without padding. Linear layers, norms and GELU run over all of them at
 once; convolutions and attention see one utterance at a time. One thread per pack needs no team of threads, whose members wait for each
-other after each operation, and makes results independent of the number of cores.
+other after each operation.
 """
 
 from __future__ import annotations
