@@ -1,23 +1,27 @@
 import json
+import math
 import pickle
 import shutil
 from collections import Counter
 from itertools import groupby
+from operator import itemgetter
 
 import datasets
 import matplotlib
 import numpy as np
 import pyarrow as pa
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 from tests.helpers import content, find_problems, replace_table
 from usdm_sft.cli.main import main
 from usdm_sft.folder import pictures
-from usdm_sft.folder.layout import data_files, read_counts
+from usdm_sft.folder.layout import data_files, read_counts, read_layout
 from usdm_sft.folder.pictures import CAPTIONS
 from usdm_sft.folder.rows import divide_files
-from usdm_sft.folder.statistics import SplitStatistics, Weighted
+from usdm_sft.folder.statistics import SplitStatistics, Weighted, compute_statistics
 from usdm_sft.folder.verify import verify
 
 
@@ -33,6 +37,21 @@ def rows(dataset_folder, tmp_path_factory):
 def test_pickled_statistics_have_the_size_of_their_values():
     numbers = Weighted(np.array([3, 7]), np.array([10**9, 2 * 10**9]))
     assert numbers.total == 3 * 10**9 and len(pickle.dumps(numbers)) < 1000
+
+
+def test_bars_of_a_picture_are_shares(dataset_folder):
+    counts = read_counts(dataset_folder)
+    layout = read_layout(dataset_folder / "counts.json", counts)
+    statistics = compute_statistics(data_files(dataset_folder, counts), layout)
+    figure = Figure()
+    pictures._plot_labels(figure, statistics, counts["num_units"])
+    loss, share, pairs = figure.axes
+    assert sum(bar.get_width() for bar in loss.patches) == pytest.approx(2)  # of two splits
+    assert sum(bar.get_height() for bar in pairs.patches) == pytest.approx(2)
+    filled = [bar.get_height() for bar in share.patches if isinstance(bar, Rectangle)]  # the first split's
+    assert sum(filled) == pytest.approx(1) and len(filled) == 1 + math.isqrt(
+        sum(map(itemgetter("rows"), counts["statistics"].values()))
+    )
 
 
 def test_split_without_rows_is_refused(dataset_folder, tmp_path, capsys):

@@ -81,7 +81,7 @@ def _plot_labels(figure: Figure, statistics: Mapping[str, SplitStatistics], num_
     top = int(max(each.values.max() for each in dialogs.values()))
     if top <= MAX_BINS:
         counts = {
-            split: np.bincount(each.values, each.counts, minlength=top + 1)[1:] / len(each)
+            split: np.bincount(each.values, each.counts, minlength=top + 1)[1:] / each.total
             for split, each in dialogs.items()
         }
         _bars(pairs, np.arange(1, top + 1), counts)
@@ -150,9 +150,11 @@ def _bars(
 def _histogram(axes: Axes, numbers: Mapping[str, Weighted], title: str, label: str) -> None:
     """Plot shares, so that splits of different sizes can be compared. All splits have the same bins, and none hides another."""
     together = np.concatenate([each.values for each in numbers.values()])
-    edges = np.histogram_bin_edges(together, min(MAX_BINS, math.isqrt(sum(map(len, numbers.values()))) + 1))
+    edges = np.histogram_bin_edges(
+        together, min(MAX_BINS, math.isqrt(sum(each.total for each in numbers.values())) + 1)
+    )
     for number, (name, each) in enumerate(numbers.items()):
-        array, weights = each.values, each.counts / len(each)
+        array, weights = each.values, each.counts / each.total
         if number == 0:
             axes.hist(array, edges.tolist(), weights=weights, color=_color(0), alpha=0.3)
         axes.hist(

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,8 @@ _BATCH = 512
 _BINS, _BAR = 10, 40  # bars of a histogram in the terminal, and characters of the longest
 
 
-class Weighted(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Weighted:
     """Numbers of which many are equal.
 
     Attributes:
@@ -93,8 +94,8 @@ class SplitStatistics:
         self._add_up(name, Weighted(*(np.asarray(found.field(each)) for each in ("values", "counts"))))
 
     def _add_up(self, name: str, more: Weighted) -> None:
-        together = zip(self.numbers[name], more, strict=True) if name in self.numbers else ((each,) for each in more)
-        values, counts = map(np.concatenate, together)
+        added = [self.numbers[name], more] if name in self.numbers else [more]
+        values, counts = (np.concatenate([getattr(each, part) for each in added]) for part in ("values", "counts"))
         values, places = np.unique(values, return_inverse=True)
         self.numbers[name] = Weighted(values, np.bincount(places, counts, len(values)).astype(np.int64))
 
@@ -215,7 +216,8 @@ def format_histograms(statistics: Mapping[str, SplitStatistics]) -> str:
     """A small histogram of the tokens per row of each split, for the terminal."""
     lines = []
     for split, split_statistics in statistics.items():
-        tokens, weights = split_statistics.distributions()["tokens"]
+        numbers = split_statistics.distributions()["tokens"]
+        tokens, weights = numbers.values, numbers.counts
         edges = np.unique(np.linspace(tokens.min(), tokens.max() + 1, _BINS + 1).astype(int))
         counts = np.histogram(tokens, edges, weights=weights)[0].astype(int)
         lines += ["", f"tokens per row, {split}"]
