@@ -44,7 +44,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-VERSION = "3"  # part of the cache key; change it whenever the code below makes other units
+# Parts of the cache key; change one whenever the code below makes other units. Half precision on the CPU rounds otherwise since
+# utterances are packed there, and a few of its units are others.
+VERSION = "3"
+HALF_ON_CPU_VERSION = "4"
 
 _IMPORTED_IN = os.getpid()
 _folders: dict[str, Path] = {}  # digest of each unit model that this process has opened -> its folder
@@ -181,10 +184,15 @@ class UnitTokenizer:
     @property
     def key(self) -> tuple[Any, ...]:
         """Everything that units depend on besides the bytes of the audio file; JSON values."""
-        return VERSION, self.digest, self.settings
+        return self._version, self.digest, self.settings
+
+    @property
+    def _version(self) -> str:
+        is_half = self.settings["device"] == "cpu" and self.settings["precision"] in ("fp16", "bf16")
+        return HALF_ON_CPU_VERSION if is_half else VERSION
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"digest": self.digest, "settings": self.settings, "version": VERSION}
+        return {"digest": self.digest, "settings": self.settings, "version": self._version}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         digest = state["digest"]
