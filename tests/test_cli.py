@@ -30,7 +30,20 @@ from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.template.config import Template
 
 HEAVY = ("torch", "transformers", "datasets", "soundfile", "matplotlib", "pyarrow")
-COMMANDS = ("demo", "doctor", "prepare", "convert", "units", "tokenizer", "export", "show", "stats", "verify", "push")
+COMMANDS = (
+    "demo",
+    "doctor",
+    "prepare",
+    "convert",
+    "fit",
+    "units",
+    "tokenizer",
+    "export",
+    "show",
+    "stats",
+    "verify",
+    "push",
+)
 SHTAB = importlib.util.find_spec("shtab") is not None  # extra completion
 
 # conftest.py switches progress bars off; these processes show them.
