@@ -32,6 +32,7 @@ from tests.units.test_other_models import (
 from usdm_sft.audio.digests import AudioDigest, audio_digests
 from usdm_sft.audio.reading import AudioError, read_waveform
 from usdm_sft.cli.main import main
+from usdm_sft.prepare import fit_unit_model as module
 from usdm_sft.prepare.fit_unit_model import choose_sample
 from usdm_sft.prepare.prepare import prepare
 from usdm_sft.units import features as features_module
@@ -146,6 +147,7 @@ def test_folder_is_one_that_convert_makes(encoder, fitted, tmp_path):
     folder, report = fitted
     converted = convert(encoder, folder / "kmeans.npy", tmp_path / "m", layer=LAYER)
     files = content(folder)
+    assert not re.search(rb"/tmp|\.wav|\.npy\b(?!\": \")", files["unit_model.json"])  # no path
     description = json.loads(files["unit_model.json"])
     assert description.pop("fit") == report
     assert description == json.loads((converted / "unit_model.json").read_text())
@@ -235,7 +237,7 @@ def test_other_number_of_units_needs_no_forward_pass(encoder, fitted, mini, tmp_
 def test_finished_folder_is_left_unchanged(encoder, fitted, mini, monkeypatch):
     folder, report = fitted
     before = inodes(folder, "*")
-    monkeypatch.setattr("usdm_sft.prepare.fit_unit_model._fit", None)
+    monkeypatch.setattr(module, "_fit", None)
     assert fit(encoder, mini, folder.parent, num_frames=900) == (folder, report)
     assert inodes(folder, "*") == before
     assert not [*folder.parent.rglob("*.unfinished"), *folder.parent.glob("cache/kmeans/*.npy")]
@@ -400,6 +402,22 @@ def test_finished_folder_that_was_changed_is_refused(encoder, fitted, mini, tmp_
         file.write(b"x")
     with pytest.raises(ValueError, match=r"kmeans\.npy is not the file that was converted: remove the folder"):
         fit(encoder, mini, tmp_path, num_frames=900)
+
+
+def test_encoder_that_changes_during_the_run_is_refused(encoder, fitted, mini, tmp_path, monkeypatch):
+    """The centroids would be those of other features."""
+    shutil.copytree(encoder, tmp_path / "encoder")
+    shutil.copytree(fitted[0].parent / "cache", tmp_path / "cache")
+    real = module._fit
+
+    def fit_and_change(*args):
+        save(make_model(HubertConfig(**TINY, **POST), seed=1), tmp_path / "encoder")
+        return real(*args)
+
+    monkeypatch.setattr(module, "_fit", fit_and_change)
+    with pytest.raises(ValueError, match="encoder was changed during the run: let nothing write to it, and run again"):
+        fit(tmp_path / "encoder", mini, tmp_path, num_frames=900)
+    assert not (tmp_path / "unit_model").exists()
 
 
 def test_damaged_feature_shard_is_made_again(encoder, fitted, mini, tmp_path, caplog):

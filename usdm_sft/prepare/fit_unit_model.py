@@ -29,7 +29,7 @@ from usdm_sft.units.features import FeatureExtractor, Recording, compute_feature
 from usdm_sft.units.folder import DESCRIPTION, read_description, unit_model_digest
 from usdm_sft.units.settings import XLSR_LAYER, PrecisionName
 from usdm_sft.utils.cache_keys import cache_key, cache_root
-from usdm_sft.utils.files import write_then_replace
+from usdm_sft.utils.files import remove_path, write_then_replace
 from usdm_sft.utils.locks import file_lock
 from usdm_sft.utils.texts import count_noun
 
@@ -111,13 +111,22 @@ def fit_unit_model(
     key = cache_key("kmeans", _VERSION, extractor.key, identity, settings)
     centroids = cache / "kmeans" / f"{key}.npy"
     with file_lock(centroids.parent / "locks" / key[:2]):
-        if (finished := _find_finished(folder, key)) is not None:
-            return finished
-        record = {"key": key, **_describe(builder, samples[0], settings, extractor)}
-        record |= _fit(samples, extractor, settings, model["hidden_size"], cache, centroids)
-        write_unit_model(checkpoint, centroids, folder, **source, record={"fit": record})
-        centroids.unlink()
+        record = _find_finished(folder, key)
+        if record is None:
+            record = {"key": key, **_describe(builder, samples[0], settings, extractor)}
+            record |= _fit(samples, extractor, settings, model["hidden_size"], cache, centroids)
+            write_unit_model(checkpoint, centroids, folder, **source, record={"fit": record})
+            _check_encoder(checkpoint, folder, extractor)
+        centroids.unlink(missing_ok=True)  # also those of a killed run
     return record
+
+
+def _check_encoder(checkpoint: str | Path, folder: Path, extractor: FeatureExtractor) -> None:
+    """Check that the unit model has the encoder whose features the centroids were fit to, and remove it otherwise."""
+    made, used = read_description(folder)["files"], extractor.description["files"]
+    if any(made[name] != used[name] for name in ("config.json", "model.safetensors")):
+        remove_path(folder)
+        raise ValueError(f"{checkpoint} was changed during the run: let nothing write to it, and run again")
 
 
 def _check_numbers(num_units: int, num_frames: int, seed: int, num_passes: int) -> None:

@@ -77,13 +77,13 @@ def open_encoder(
     config, settings, sources = read_settings(Path(checkpoint).expanduser(), model_config, layer, final_norm=final_norm)
     digests = file_digests([str(path.resolve()) for path in sources.values()], cache)
     folder = cache / "encoders" / cache_key(_VERSION, config, settings, dict(zip(sources, digests, strict=True)))
+    unused = folder.with_name(f"{folder.name}.npy")
     with file_lock(folder.parent / "locks" / folder.name[:2]):
         if not folder.is_dir():
-            unused = folder.with_name(f"{folder.name}.npy")
             with write_then_replace(unused, "wb") as file:
                 np.save(file, np.zeros((1, config["hidden_size"]), np.float32))
             convert(checkpoint, unused, folder, model_config=model_config, layer=layer, final_norm=final_norm)
-            unused.unlink()
+        unused.unlink(missing_ok=True)  # also that of a killed run
     return FeatureExtractor.from_pretrained(folder, device, precision, cache_dir=cache)
 
 
