@@ -484,7 +484,7 @@ def test_stats_and_verify_print_json(folder_copy, capsys):
 def test_quiet_is_an_option_of_each_command_with_progress():
     [commands] = [action.choices for action in make_parser()._actions if isinstance(action.choices, dict)]
     quiet = {name for name, parser in commands.items() if "--quiet" in parser._option_string_actions}
-    assert quiet == {"demo", "doctor", "prepare", "units", "show", "push"}
+    assert quiet == {"demo", "doctor", "prepare", "fit", "units", "show", "push"}
 
 
 COMPLETE = """
