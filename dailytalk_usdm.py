@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from usdm_sft.folder.push import push as push
     from usdm_sft.folder.verify import verify as verify
     from usdm_sft.prepare.config import PrepareConfig as PrepareConfig
+    from usdm_sft.prepare.fit_unit_model import fit_unit_model as fit_unit_model
     from usdm_sft.prepare.prepare import Submission as Submission
     from usdm_sft.prepare.prepare import prepare as prepare
     from usdm_sft.template.config import Template as Template
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "PrepareConfig": "usdm_sft.prepare.config",
     "convert": "usdm_sft.units.convert",
+    "fit_unit_model": "usdm_sft.prepare.fit_unit_model",
     "export": "usdm_sft.folder.export",
     "push": "usdm_sft.folder.push",
     "verify": "usdm_sft.folder.verify",

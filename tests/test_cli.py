@@ -30,7 +30,20 @@ from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.template.config import Template
 
 HEAVY = ("torch", "transformers", "datasets", "soundfile", "matplotlib", "pyarrow")
-COMMANDS = ("demo", "doctor", "prepare", "convert", "units", "tokenizer", "export", "show", "stats", "verify", "push")
+COMMANDS = (
+    "demo",
+    "doctor",
+    "prepare",
+    "convert",
+    "fit",
+    "units",
+    "tokenizer",
+    "export",
+    "show",
+    "stats",
+    "verify",
+    "push",
+)
 SHTAB = importlib.util.find_spec("shtab") is not None  # extra completion
 
 # conftest.py switches progress bars off; these processes show them.
@@ -471,7 +484,7 @@ def test_stats_and_verify_print_json(folder_copy, capsys):
 def test_quiet_is_an_option_of_each_command_with_progress():
     [commands] = [action.choices for action in make_parser()._actions if isinstance(action.choices, dict)]
     quiet = {name for name, parser in commands.items() if "--quiet" in parser._option_string_actions}
-    assert quiet == {"demo", "doctor", "prepare", "units", "show", "push"}
+    assert quiet == {"demo", "doctor", "prepare", "fit", "units", "show", "push"}
 
 
 COMPLETE = """

@@ -22,7 +22,7 @@ from usdm_sft.prepare import open_run, token_shards
 from usdm_sft.template.tokenizer import load_tokenizer
 
 STAGES = (
-    (open_run, "_open_corpus", "split lists, digests and headers of the audio"),
+    (open_run, "open_corpus", "split lists, digests and headers of the audio"),
     (open_run, "plan_shards", "plan"),
     (pipeline, "load_rows", "builder (Arrow)"),
     (pipeline, "_tokenize_audio", "units"),

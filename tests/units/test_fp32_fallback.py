@@ -13,6 +13,7 @@ from usdm_sft.audio.frames import num_frames
 from usdm_sft.audio.reading import read_waveform
 from usdm_sft.prepare.prepare import prepare
 from usdm_sft.units.batches import normalize
+from usdm_sft.units.features import FeatureExtractor
 from usdm_sft.units.model import UnitModel
 from usdm_sft.units.tokenizer import UnitTokenizer
 
@@ -81,6 +82,19 @@ def test_overflow_in_fp32_too_names_the_utterance(unit_model, tmp_path):
 
 
 @pytest.mark.slow
+def test_features_that_overflow_are_those_of_fp32(loud, mini):
+    """`fit` computes them."""
+    folder, path = loud
+    other = next(str(each) for each in sorted(mini.glob("corpus/data/3/*.wav")) if str(each) != path)
+    half, full = (
+        FeatureExtractor.from_pretrained(folder, device="cpu", precision=precision).tokenize_files([other, path])[0]
+        for precision in ("fp16", "fp32")
+    )
+    assert [each.dtype for each in half] == [np.float32, np.float32]
+    np.testing.assert_allclose(half[1], full[1], rtol=0, atol=1e-5 * np.abs(full[1]).max())
+    assert 0 < np.abs(half[0] - full[0]).max() < 0.1 * np.abs(full[0]).max()
+
+
 def test_utterances_that_overflow_are_in_counts_and_card(loud, mini, finished, tmp_path, monkeypatch):
     folder, _ = loud
 

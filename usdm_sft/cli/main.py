@@ -15,7 +15,7 @@ from typing import Any
 from usdm_sft import __version__
 from usdm_sft.cli.demo import demo
 from usdm_sft.cli.folder import export, push, show, stats, verify
-from usdm_sft.cli.models import convert, tokenizer, units
+from usdm_sft.cli.models import convert, fit, tokenizer, units
 from usdm_sft.cli.parser import (
     ConfigAction,
     Parser,
@@ -37,6 +37,7 @@ _COMMANDS: dict[Callable[..., None], str] = {
     doctor: "check the set-up before a run",
     prepare: "corpus folder -> dataset folder",
     convert: "checkpoint -> unit model folder",
+    fit: "checkpoint and corpus -> unit model folder with centroids of its own",
     units: "audio files -> units",
     tokenizer: "base model -> tokenizer with tokens for units",
     export: "dataset folder -> files for other trainers",
@@ -53,7 +54,7 @@ _DRY_RUN = (
 )
 
 # Commands that show progress bars, of their own or of a download.
-_WITH_PROGRESS = (demo, doctor, prepare, units, show, push)
+_WITH_PROGRESS = (demo, doctor, prepare, fit, units, show, push)
 
 _EXAMPLES = [
     "dailytalk-usdm demo                                  a first look, offline, without data",

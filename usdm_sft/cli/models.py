@@ -1,10 +1,13 @@
-"""The commands on models: `convert` and `units` for unit models, `tokenizer` for base models."""
+"""The commands on models: `convert`, `fit` and `units` for unit models, `tokenizer` for base models."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from usdm_sft.units.settings import PrecisionName
+from usdm_sft.utils.texts import count_noun
 
 
 def convert(
@@ -34,6 +37,106 @@ def convert(
 
     folder = convert(checkpoint, kmeans, unit_model_dir, model_config=model_config, layer=layer, final_norm=final_norm)
     print(f"{folder} is a unit model folder")
+
+
+def fit(
+    checkpoint: str,
+    data_dir: str,
+    unit_model_dir: str,
+    num_units: int = 10_000,
+    layer: int = 35,
+    num_frames: int = 1_000_000,
+    seed: int = 0,
+    num_passes: int = 10,
+    final_norm: bool = False,
+    model_config: str | None = None,
+    train_metadata_path: str | None = None,
+    test_metadata_path: str | None = None,
+    agent: str | None = None,
+    merge_speaker_turns: bool = False,
+    on_bad_audio: Literal["error", "skip"] = "error",
+    device: str | None = None,
+    precision: PrecisionName = "fp32",
+    cache_dir: str | None = None,
+    json: bool = False,
+) -> None:
+    """Make a unit model folder with k-means centroids of its own, fit to the train split of a corpus.
+
+    The sample consists of whole recordings that the seed chooses. Their features stay in the cache: an interrupted run goes on when the
+    same command is given again, and another number of units needs no forward pass. It needs the extra fit, which brings scikit-learn.
+
+    Examples:
+        dailytalk-usdm fit hubert-base DailyTalk unit_model --layer 9 --num_units 500
+        dailytalk-usdm fit hubert-base hub:USER/NAME unit_model --layer 9 --num_units 500 --num_frames 250000 --json
+
+    Args:
+        checkpoint: The speech encoder: a folder that transformers saved, or a .pt file of fairseq or fairseq2.
+        data_dir: The corpus, as prepare takes it. If it has a test split, a sample of it is held out and described as well.
+        unit_model_dir: The folder to make.
+        num_units: Number of centroids, at most 65,536.
+        layer: The layer, counted from 1, whose output becomes units: hidden_states[layer] of transformers.
+        num_frames: Number of frames (20 ms) of the sample; less if the corpus has less. Their features take 4 bytes * frames * width of
+            the model in memory, and as much in the cache (5.1 GB for a million frames of XLS-R 1B).
+        seed: Seed of the sample and of k-means.
+        num_passes: How often k-means sees as many frames as the sample has.
+        final_norm: Apply the norm that follows the last layer of a model with pre-norm layers.
+        model_config: The transformers config (JSON) of a .pt file. By default that of XLS-R 1B.
+        train_metadata_path: Split list or manifest of the train split, as in prepare.
+        test_metadata_path: Split list or manifest of the test split, as in prepare.
+        agent: The speaker who is the agent. Required for dialogs with more than two speakers; otherwise all turns are used.
+        merge_speaker_turns: Join neighbouring turns of one speaker. By default a dialog with such turns is left out, as in prepare.
+        on_bad_audio: What to do with audio that cannot become units: error names every file; skip leaves out the pairs that use it.
+        device: Where to compute features. By default CUDA where there is a GPU, else the CPU.
+        precision: fp32 (as the reference), tf32, fp16, bf16, fp16x3 or bf16x3.
+        cache_dir: Where features are kept. By default the folder dailytalk_usdm in HF_HOME.
+        json: Print one JSON object, as under "fit" in unit_model.json.
+    """
+    from usdm_sft.prepare.fit_unit_model import fit_unit_model
+    from usdm_sft.utils.files import print_json
+
+    report = fit_unit_model(
+        checkpoint,
+        data_dir,
+        unit_model_dir,
+        num_units=num_units,
+        layer=layer,
+        num_frames=num_frames,
+        seed=seed,
+        num_passes=num_passes,
+        final_norm=final_norm,
+        model_config=model_config,
+        device=device,
+        precision=precision,
+        cache_dir=cache_dir,
+        train_metadata_path=train_metadata_path,
+        test_metadata_path=test_metadata_path,
+        agent=agent,
+        merge_speaker_turns=merge_speaker_turns,
+        on_bad_audio=on_bad_audio,
+    )
+    if json:
+        print_json(report)
+    else:
+        print(_format_report(unit_model_dir, report))
+
+
+def _format_report(unit_model_dir: str, report: Mapping[str, Any]) -> str:
+    lines = [f"{unit_model_dir} is a unit model folder with {report['num_units']:,} units"]
+    for name, title in (("sample", "sample"), ("held_out", "held out")):
+        if report[name] is not None:
+            lines.append(f"{title}: {_format_units(report[name])}")
+    return "\n".join(lines)
+
+
+def _format_units(numbers: Mapping[str, Any]) -> str:
+    most, least = (
+        ", ".join(f"{unit} ({count:,})" for unit, count in numbers[f"{end}_frequent"][:3]) for end in ("most", "least")
+    )
+    return (
+        f"{count_noun(numbers['num_frames'], 'frame')}, inertia {numbers['inertia']:.6g} ({numbers['inertia_per_frame']:.6g} for each "
+        f"frame), {count_noun(numbers['empty_clusters'], 'empty cluster')}, entropy {numbers['entropy']:.2f} bits (perplexity "
+        f"{numbers['perplexity']:,.0f}), most frequent {most}, least frequent {least}"
+    )
 
 
 def units(unit_model_dir: str, file: list[str], device: str | None = None, precision: PrecisionName = "fp32") -> None:

@@ -121,7 +121,7 @@ def open_run(
         unit_repetition=config.unit_repetition,
     )
     stages.start("corpus")
-    builder = _open_corpus(config, cache)
+    builder = open_corpus(config, cache)
     builder.screen_audio(pool)
     if pool is not None:
         pool.start(len(builder.audio_digests) // UTTERANCES_PER_PROCESS)
@@ -148,7 +148,7 @@ def _open_unit_model(config: PrepareConfig, device: str, cache: Path) -> UnitTok
     )
 
 
-def _open_corpus(config: PrepareConfig, cache: Path) -> DailyTalkUSDM:
+def open_corpus(config: PrepareConfig, cache: Path) -> DailyTalkUSDM:
     """Read the split lists or manifests."""
     return DailyTalkUSDM(
         config_name=config.config_name,

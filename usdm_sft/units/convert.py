@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,15 @@ _FAIRSEQ2 = (
 )
 # Parameters that only pre-training needs.
 _UNUSED = re.compile(r"mask_emb|masker\.|quantizer\.|project_q\.|final_proj\.|final_target_proj\.")
+# How files of other kinds of k-means begin: a pickle of protocol 2 and later; what joblib compresses with (zlib, gzip, bz2, xz, lzma,
+# lz4); and a faiss index, whose four letters are followed by its dimension, an int32 of which the upper bytes are 0.
+_PICKLE = re.compile(rb"\x80[\x02-\x05]")
+_COMPRESSED = re.compile(rb"\x78[\x01\x5e\x9c\xda]|\x1f\x8b|BZh|\xfd7zXZ|\x5d\x00\x00|\x04\x22\x4d\x18")
+_FAISS = re.compile(rb"I[A-Za-z][A-Za-z0-9]{2}..\x00\x00", re.DOTALL)
+_ONE_OFF = (
+    "write its centroids into a .npy file, once and in an environment of your own, with the lines under 'Published k-means files' on the "
+    'page "Unit models" of the documentation'
+)
 
 
 def to_transformers(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +116,7 @@ def convert(
         checkpoint: A folder with a wav2vec 2.0 or HuBERT model as transformers saves it, or a .pt file of a wav2vec 2.0 model
             `{"model": {...}}` with the keys of fairseq or fairseq2. Only tensors and plain values are unpickled, and no code
             in the folder runs. A folder's preprocessor_config.json says how waveforms are normalized.
-        kmeans: A .npy file of float32 centroids, one per row, at most 65,536.
+        kmeans: A .npy file of float32 centroids, one per row, at most 65,536. float64 is rounded to float32, as the reference does.
         unit_model_dir: The folder to make. A folder that was made from the same files and settings is left unchanged.
         model_config: For a .pt file, a transformers Wav2Vec2Config in JSON that describes the whole checkpoint; by default
             that of XLS-R 1B. A folder has its own.
@@ -123,12 +133,29 @@ def convert(
         FileExistsError: The folder exists and has other content.
         ValueError: A source is invalid; the message names the place and the remedy.
     """
+    return write_unit_model(
+        checkpoint, kmeans, unit_model_dir, model_config=model_config, layer=layer, final_norm=final_norm
+    )
+
+
+def write_unit_model(
+    checkpoint: str | Path,
+    kmeans: str | Path,
+    unit_model_dir: str | Path,
+    *,
+    model_config: str | Path | None,
+    layer: int,
+    final_norm: bool,
+    record: Mapping[str, Any] | None = None,
+) -> Path:
+    """Do what `convert` does, and add `record`, which is not part of the digest of the unit model, to unit_model.json."""
     checkpoint, kmeans = Path(checkpoint).expanduser(), Path(kmeans).expanduser()
     folder = Path(unit_model_dir).expanduser().resolve()
     if not kmeans.is_file():
         raise FileNotFoundError(f"{kmeans} is not a file: name the downloaded file")
-    config, settings, sources = _read_settings(checkpoint, model_config, layer, final_norm=final_norm)
+    config, settings, sources = read_settings(checkpoint, model_config, layer, final_norm=final_norm)
     description: dict[str, Any] = {"format_version": 1, "layer": layer, "sample_rate": SAMPLE_RATE, **settings}
+    description |= record or {}
     sources |= {"kmeans": kmeans}
     description["sources"] = {name: sha256_file(path) for name, path in sources.items()}
     if _is_finished(folder, description, config):
@@ -143,7 +170,7 @@ def convert(
     return folder
 
 
-def _read_settings(
+def read_settings(
     checkpoint: Path, model_config: str | Path | None, layer: int, *, final_norm: bool
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Path]]:
     """Return the config of the unit model, the settings that unit_model.json records, and the files of the weights."""
@@ -231,27 +258,46 @@ def _read_config(path: str | Path | None, layer: int, *, final_norm: bool = Fals
     return cut_config(config, path, layer, final_norm=final_norm) | {"architectures": ["Wav2Vec2Model"]}
 
 
+def _name_format(path: Path) -> str | None:
+    """Say what kind of k-means file this is that is not read; None for any other content."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+    if _PICKLE.match(start):
+        return "is a pickle, as joblib writes it, and reading it would run code that it holds"
+    if _COMPRESSED.match(start):
+        return "is compressed, as joblib writes pickles, and reading it would run code that it holds"
+    if _FAISS.match(start):
+        return "is a faiss index, not a .npy array"
+    return None
+
+
 def _read_kmeans(path: Path, config: dict[str, Any]) -> np.ndarray:
     width = config["hidden_size"]
+    if found := _name_format(path):
+        raise ValueError(f"{path} {found}: {_ONE_OFF}")
     try:
         with open(path, "rb") as file:
             centroids = read_array(file)
     except ValueError as error:
         raise ValueError(
             f"{path} is not a plain .npy array ({first_line(error)}): save the centroids as one; for a k-means of scikit-learn, "
-            'np.save("kmeans.npy", kmeans.cluster_centers_.astype("float32"))'
+            'np.save("kmeans.npy", kmeans.cluster_centers_)'
         ) from error
     if centroids.ndim != 2 or centroids.shape[1] != width or not len(centroids):
         raise ValueError(
             f"{path} has shape {centroids.shape}, not (number of units, {width}): "
             "name the centroids that belong to this model, one per row"
         )
-    if centroids.dtype != np.float32:
-        raise ValueError(f"{path} is {centroids.dtype}, not float32: save it as float32")
+    if centroids.dtype not in (np.float32, np.float64):
+        raise ValueError(f"{path} is {centroids.dtype}, not float32 or float64: save it as float32")
     if len(centroids) > MAX_UNITS:
         raise ValueError(f"{path} has {len(centroids):,} centroids; more than {MAX_UNITS:,} are not supported")
+    # KmeansModel of seamless_communication (models/unit_extractor/kmeans.py) rounds the file to the dtype of the model, and computes the
+    # norms from the rounded centroids. `UnitModel` has the norms of this array.
+    with np.errstate(over="ignore"):  # an infinite value is an error below
+        centroids = centroids.astype(np.float32, copy=False)
     if not np.isfinite(centroids).all():
-        raise ValueError(f"{path} holds NaN or infinite values: name the right file")
+        raise ValueError(f"{path} holds NaN or infinite values, or values too large for float32: name the right file")
     return centroids
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import multiprocess.reduction
 import numpy as np
@@ -97,7 +97,7 @@ class UnitTokenizer:
         model_cache_dir: str | Path | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
-    ) -> UnitTokenizer:
+    ) -> Self:
         """Open a unit model.
 
         Args:
@@ -177,9 +177,9 @@ class UnitTokenizer:
             )
         return str(commit.pr_url or commit.commit_url)
 
-    def with_settings(self, **settings: Any) -> UnitTokenizer:
+    def with_settings(self, **settings: Any) -> Self:
         """Return a tokenizer for the same unit model and device with some settings changed."""
-        return UnitTokenizer(self.folder, self.digest, self.settings | settings, self.device)
+        return type(self)(self.folder, self.digest, self.settings | settings, self.device)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -242,11 +242,13 @@ class UnitTokenizer:
         """The unit model on its device."""
         self._notice_fork()
         if self._model is None:
-            from usdm_sft.units.model import UnitModel  # imports transformers, a second that opening can do without
-
-            loaded = UnitModel.from_pretrained(self.folder, self.settings["precision"], digest=self.digest)
-            self._model = loaded.to(self.device)
+            self._model = self._load_model().to(self.device)
         return self._model
+
+    def _load_model(self) -> UnitModel:
+        from usdm_sft.units.model import UnitModel  # imports transformers, a second that opening can do without
+
+        return UnitModel.from_pretrained(self.folder, self.settings["precision"], digest=self.digest)
 
     def release(self) -> None:
         """Free the model's memory; the next call loads it again."""
