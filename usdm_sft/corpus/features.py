@@ -85,7 +85,7 @@ def dataset_info(config_name: str, info: datasets.DatasetInfo) -> dict[str, Any]
     return {"config_name": config_name, **json.loads(entry)}
 
 
-def example_features(*, lists: bool) -> datasets.Features:
+def example_features(*, lists: bool, units: bool = False) -> datasets.Features:
     """Return the columns of the builder, one example per row.
 
     `id`, `dialog_id` and `turn` are described at `folder_features`, as are `user_` and `agent_` `speaker`, `text` and `emotion`.
@@ -93,8 +93,9 @@ def example_features(*, lists: bool) -> datasets.Features:
 
     Args:
         lists: True if the user and agent columns are lists, one entry per exchange.
+        units: True if the corpus has units already: `*_units` and `*_seconds` follow, and `*_audio` is null without a recording.
     """
-    return _features({**_types(TEXTS), "audio": StoredAudio()}, lists=lists)
+    return _features({**_types(TEXTS), "audio": StoredAudio(), **(_types(SPEECH) if units else {})}, lists=lists)
 
 
 def folder_features(*, lists: bool, collapsed: bool = False) -> datasets.Features:
