@@ -240,6 +240,7 @@ class UnitReader:
         self._rate, self._num_units, self._name = float(unit_rate), num_units, streams
         self._streams: UnitStreams | None = None
         self._first_place = ""
+        self._is_refused = False
 
     @property
     def streams(self) -> UnitStreams:
@@ -274,16 +275,18 @@ class UnitReader:
         if {*map(type, flat)} != {int}:
             position = next(position for position, unit in enumerate(flat) if type(unit) is not int)
             return f"units holds {quote(str(flat[position]))} at position {position}: give whole numbers"
-        is_first = self._streams is None
-        if is_first:
+        if self._streams is None:
             self._first_place = place
             self._streams, problem = self._find_streams(width)
             if problem is not None:
+                self._is_refused = True
                 return problem
         assert self._streams is not None
         if width != len(self._streams.num_units):
             found, before = (count_noun(each, "unit") for each in (width, len(self._streams.num_units)))
             return f"units has {found} in a frame, but {before} at {self._first_place}: give every row the same streams"
+        if self._is_refused:  # as was told of the first row
+            return np.zeros(0, np.uint16)
         if problem := _find_outside(flat, self._streams.num_units):
             return problem
         if len(self._streams.kept) == 1:
