@@ -153,7 +153,7 @@ def test_row_with_wrong_units_is_named(tmp_path, units, message):
     ("frames", "message"),
     [
         ([[5, 9, 2], [6, 9]], "frame 1 of units has 2 units, the first one 3: give one unit of each stream in each frame"),
-        ([[5, 9, 2], 6], "frame 1 of units is 6, the first one 3: give one unit of each stream in each frame"),
+        ([[5, 9, 2], 6], "frame 1 of units is '6', the first one 3: give one unit of each stream in each frame"),
         ([[]], "frame 0 of units has 0 units, the first one 0: give one unit of each stream in each frame"),
         ([[5, 9, 2], [5, 9, 3]], "units has '3' at frame 1, stream 2, not a number from 0 to 2: correct it, or --num_units"),
         ([[5, 9, False]], "units holds 'False' at position 2: give whole numbers"),
@@ -260,7 +260,7 @@ def test_missing_audio_beside_units_names_the_option(tmp_path, name, more):
     rows = [row | more for row in rows_of([1])]
     path = {"m.jsonl": write_jsonl, "m.parquet": write_parquet}[name](tmp_path / name, rows)
     with pytest.raises(
-        CorpusError, match="audio.*, or give --unit_rate, and its column units is read in place of audio"
+        CorpusError, match=r"audio.*, or give --unit_rate, and its column units is read in place of audio"
     ):
         read_corpus({"train": path})
 

@@ -269,7 +269,11 @@ class UnitReader:
             width = len(value[0])
             for number, frame in enumerate(value):
                 if not isinstance(frame, list) or len(frame) != width or not frame:
-                    found = f"has {count_noun(len(frame), 'unit')}" if isinstance(frame, list) else f"is {frame!r}"
+                    found = (
+                        f"has {count_noun(len(frame), 'unit')}"
+                        if isinstance(frame, list)
+                        else f"is {quote(str(frame))}"
+                    )
                     return f"frame {number} of units {found}, the first one {width}: give one unit of each stream in each frame"
             flat = list(chain.from_iterable(value))
         if {*map(type, flat)} != {int}:

@@ -159,13 +159,9 @@ def _take_units(config: PrepareConfig, builder: DailyTalkUSDM, encoder: Template
         return None
     units = GivenUnits(streams)
     if units.num_units > encoder.num_units:
-        what = (
-            f"the {len(streams.kept)} flattened streams have"
-            if len(streams.kept) > 1
-            else "the units of the corpus are"
-        )
+        where = f" in {len(streams.kept)} streams" if len(streams.kept) > 1 else ""
         raise ValueError(
-            f"{what} {units.num_units:,} different units, the tokenizer has only {encoder.num_units:,}: make one with "
+            f"the corpus has {units.num_units:,} different units{where}, the tokenizer only {encoder.num_units:,}: make one with "
             f"'dailytalk-usdm tokenizer BASE FOLDER --num_units {units.num_units}'"
         )
     check_recordings(builder, keep_audio=config.keep_audio)
