@@ -2,8 +2,13 @@
 
 import base64
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import ClassVar
 
 import datasets
 import numpy as np
@@ -12,8 +17,11 @@ import pytest
 import soundfile
 
 from tests.helpers import content, edit_rows, find_problems, page_data
+from tests.mini_hub import serve
 from usdm_sft.cli.main import main
-from usdm_sft.corpus.streams import UnitStreams
+from usdm_sft.corpus.hub_corpus import fetch_corpus
+from usdm_sft.corpus.read import read_corpus
+from usdm_sft.corpus.streams import UnitReader, UnitStreams
 from usdm_sft.folder.layout import read_counts
 from usdm_sft.folder.page import find_peaks, write_page
 from usdm_sft.folder.pictures import UnitAxes
@@ -173,29 +181,77 @@ def test_utterances_hold_units_and_recordings(root, tmp_path):
     assert f"{folder / name}: c0_1: 24 units (12.5 frames of 4 units per second) last 0.48 s, not 0.5 s" in problems
 
 
-@pytest.fixture
-def hub(served_hub, monkeypatch):
-    served_hub.token = "hf_token"
-    monkeypatch.setenv("HF_TOKEN", "hf_token")
-    return served_hub
+PUSH_AND_PREPARE = """
+import sys
+from usdm_sft.cli.main import main
+folder, output, cache = sys.argv[1:]
+main(["push", folder, "tester/codes"])
+main(["prepare", "--data_dir", "hub:tester/codes", "--unit_rate", "50", "--num_units", "100", "--output_path", output,
+      "--cache_dir", cache, "--pretrained_model_name_or_path", folder + "/tokenizer", "--num_output_shards", "1", "--keep_audio"])
+import datasets
+print(sum(map(sum, datasets.load_dataset("tester/codes", split="train")["input_ids"])))
+"""
 
 
-def test_pushed_folder_is_a_corpus_with_units(hub, root, tmp_path):
+@pytest.mark.slow
+def test_pushed_folder_is_a_corpus_with_units(root, tmp_path):
     """Its flattened streams are one stream, with as many units per second."""
     folder = root / "flatten-folder"
-    push(folder, "tester/codes")
-    files = hub.repos["datasets", "tester/codes"]
-    pushed = files["commits"][files["refs"]["main"]]["files"]
-    assert {name for name in pushed if name != ".gitattributes"} == {
-        name for name in content(folder) if name != ".lock"
-    }
-    prepare(
-        data_dir="hub:tester/codes", output_path=tmp_path / "again", cache_dir=tmp_path / "cache", num_output_shards=1,
-        pretrained_model_name_or_path=root / "tokenizer", keep_audio=True, unit_rate=50, num_units=100,
-    )  # fmt: skip
+    server, hub, url = serve()
+    environment = os.environ | {
+        "HF_ENDPOINT": url, "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0",
+    }  # fmt: skip
+    command = [sys.executable, "-c", PUSH_AND_PREPARE, *map(str, (folder, tmp_path / "again", tmp_path / "cache"))]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    server.shutdown()
+    assert done.returncode == 0, done.stderr[-3000:]
+    repo = hub.repos["datasets", "tester/codes"]
+    pushed = repo["commits"][repo["refs"]["main"]]["files"]
+    assert {*pushed} - {".gitattributes"} == {*content(folder)} - {".lock"}
+    rows = rows_of(root, "flatten")
+    assert int(done.stdout.splitlines()[-1]) == sum(sum(row["input_ids"]) for row in rows)
     assert read_counts(tmp_path / "again")["settings"]["num_units"] == [100]
-    again = pq.read_table(tmp_path / "again" / "single_turn" / "train-00000-of-00001.parquet").to_pylist()
-    assert again == rows_of(root, "flatten")
+    assert pq.read_table(tmp_path / "again" / "single_turn" / "train-00000-of-00001.parquet").to_pylist() == rows
     assert verify(tmp_path / "again") == {"train": 4}
-    loaded = datasets.load_dataset("tester/codes", split="train", cache_dir=str(tmp_path / "datasets"))
-    assert loaded["input_ids"][:] == [row["input_ids"] for row in rows_of(root, "flatten")]
+
+
+def test_push_sends_every_file(served_hub, root, monkeypatch):
+    served_hub.token = "hf_token"
+    monkeypatch.setenv("HF_TOKEN", "hf_token")
+    push(root / "one-folder", "tester/codes")
+    repo = served_hub.repos["datasets", "tester/codes"]
+    pushed = repo["commits"][repo["refs"]["main"]]["files"]
+    found = {name: served_hub.blob(entry) for name, entry in pushed.items() if name != ".gitattributes"}
+    assert found == {name: data for name, data in content(root / "one-folder").items() if name != ".lock"}
+
+
+def test_corpus_of_the_hub_without_recordings(root, tmp_path, monkeypatch):
+    """A manifest with units alone; a folder of the cache holds it as read with units."""
+    rows = datasets.Dataset.from_list(
+        [{"dialog": "c", "turn": turn, "speaker": "AB"[turn], "text": "yes", "units": [turn, 2]} for turn in range(2)]
+    )
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *args, **kwargs: Loaded(rows))
+    [(split, path)] = fetch_corpus("hub:user/codes", tmp_path, with_units=True).items()
+    [dialog] = read_corpus({split: path}, units=UnitReader(12.5, 3, None))[split].dialogs
+    assert [each.units.tolist() for each in dialog.utterances] == [[0, 2], [1, 2]]
+    with pytest.raises(ValueError, match="user/codes, split train has no column audio: rename its columns"):
+        fetch_corpus("hub:user/codes", tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *args, **kwargs: Loaded(rows.remove_columns("units")))
+    with pytest.raises(ValueError, match="user/codes, split train has no column units: rename its columns"):
+        fetch_corpus("hub:user/codes", tmp_path, with_units=True)
+
+
+class Loaded:
+    """Takes the place of a builder of a dataset on the Hub."""
+
+    builder_configs: ClassVar = {}
+    config = SimpleNamespace(data_files=None)
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def download_and_prepare(self):
+        pass
+
+    def as_dataset(self):
+        return {"train": self.rows}

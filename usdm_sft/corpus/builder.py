@@ -4,7 +4,7 @@ import dataclasses
 import glob
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,7 @@ class DailyTalkUSDMConfig(datasets.BuilderConfig):  # type: ignore[misc]  # data
     merge_speaker_turns: bool = False
     on_bad_audio: str = "error"
     unit_rate: float | None = None
-    num_units: int | list[int] | None = None
+    num_units: int | Sequence[int] | None = None
     streams: str | None = None
     corpus_digest: str | None = None
 

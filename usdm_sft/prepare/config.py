@@ -137,7 +137,7 @@ class GivenUnitOptions:
     """Take the units from the column units of the manifests, and open no unit model; the units per second, or frames of several units per
     second, such as 12.5. By default a column units is ignored, and units are made from the recordings."""
 
-    num_units: int | list[int] | None = None
+    num_units: int | tuple[int, ...] | None = None
     """Number of different units, such as 2048; for several streams of different sizes a list, such as [4096, 1024]."""
 
     streams: StreamsName | None = None
@@ -272,6 +272,8 @@ class PrepareConfig(
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
+        if isinstance(self.num_units, list):
+            object.__setattr__(self, "num_units", tuple(self.num_units))
         for field in fields(self):
             _check_setting(field.name, getattr(self, field.name), hints[field.name])
         if self.agent is not None:
