@@ -246,6 +246,19 @@ def test_row_group_with_too_many_units_is_refused_unread(tmp_path, monkeypatch):
     assert len(read(path, 10, None)[0]) == 2
 
 
+@pytest.mark.parametrize("frames", [1, 2])
+def test_row_with_too_many_units_is_refused_undecoded(tmp_path, monkeypatch, frames):
+    monkeypatch.setattr(manifest, "_MANY_UNITS", 3)
+    monkeypatch.setattr(manifest, "MAX_ROW_UNITS", 4)
+    rows = rows_of([1])
+    units = [[1, 2, 3, 4], [1, 2, 3, 4, 5]] if frames == 1 else [[[1, 2], [1, 2]], [[1, 2]] * 3]
+    for row, each in zip(rows, units, strict=True):
+        row["units"] = each
+    path = write_parquet(tmp_path / "m.parquet", rows)
+    message = f"units has {len(units[1]) * frames} units: give 4 or fewer"
+    assert problems_of(path, 10, "first") == [f"{path}: row 1: {message}"]
+
+
 def test_units_are_ignored_without_a_rate(tmp_path):
     """As in the config `utterances`: whatever the column holds."""
     rows = rows_of([1], audio="a.wav", seconds=0.5)

@@ -54,9 +54,12 @@ _BATCH_ROWS = 16_384
 _DECODED_ROWS = 64  # each may have a text of `MAX_LINE`
 _CHUNK_BYTES = 16 << 20
 _MEAN_BYTES = 4096
-# Of the units of a Parquet manifest: those of a row group, and of the rows that are read at once, each of up to 8 bytes.
+# Of the units of a Parquet manifest, each of up to 8 bytes: those of a row group, rows that are read at once, and the units of a row,
+# above which rows are decoded one by one.
 _GROUP_UNITS = 50_000_000
 _UNIT_ROWS = 1024
+_MANY_UNITS = 16_384
+MAX_ROW_UNITS = 1_000_000
 
 _RATE_REMEDY = ", or give --unit_rate, and its column units is read in place of audio"
 
@@ -298,7 +301,8 @@ def _read_parquet(path: Path, with_units: bool) -> _Rows:
         # As dictionaries, texts that repeat stay as small as they are in the file.
         file = pq.ParquetFile(path, read_dictionary=texts, metadata=file.metadata)
         for batch in file.iter_batches(_UNIT_ROWS if with_units else _BATCH_ROWS, columns=names):
-            for row in _decode_rows(batch, 1 if _has_long_texts(batch) else _DECODED_ROWS):
+            has_long = _has_long_texts(batch) or _most_units(batch) > _MANY_UNITS
+            for row in _decode_rows(batch, 1 if has_long else _DECODED_ROWS):
                 if is_ignored and isinstance(row, dict):
                     row[UNITS] = is_ignored
                 yield number, f"{path}: row {number}: {row}" if isinstance(row, str) else row
@@ -353,6 +357,22 @@ def _find_unreadable_units(field: Any, metadata: Any) -> str | None:
     return None
 
 
+def _most_units(batch: Any) -> int:
+    """Return the number of units of the row that has most of them, 0 if units are not read."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if UNITS not in batch.schema.names:
+        return 0
+    column = batch[UNITS]
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+    if not pa.types.is_integer(column.type.value_type):
+        in_frames = pc.fill_null(pc.list_value_length(pc.list_flatten(column)), 0)
+        lengths = np.bincount(pc.list_parent_indices(column), in_frames, len(batch))
+    return int(lengths.max(initial=0))
+
+
 def _has_long_texts(batch: Any) -> bool:
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -385,10 +405,12 @@ def _decode_rows(batch: Any, step: int) -> Iterator[dict[str, Any] | str]:
 
 
 def _long_text(row: Any) -> str | None:
-    """Return which text of a batch of one row is too long, or None."""
+    """Return which text of a batch of one row is too long, or that it has too many units, or None."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    if (num_units := _most_units(row)) > MAX_ROW_UNITS:
+        return f"{UNITS} has {num_units:,} units: give {MAX_ROW_UNITS:,} or fewer"
     for name, column in zip(row.schema.names, row.columns, strict=True):
         if _is_text(column.type):
             length = (pc.utf8_length if pa.types.is_string(column.type) else pc.binary_length)(column)[0].as_py() or 0
