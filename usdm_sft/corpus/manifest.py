@@ -189,6 +189,8 @@ def _make_utterance(row: dict[str, Any], absolute: Callable[[str], str], with_un
 
 def _is_missing(value: Any, name: str) -> bool:
     """Return True for no value, an empty one, and NaN, which is how pandas writes a missing value."""
+    if name == UNITS and not isinstance(value, str | float):
+        return value is None
     if value is None or value == "" or value != value:
         return True
     return isinstance(value, str) and name in _NUMBERS and value.lower() == "nan"
@@ -394,14 +396,36 @@ def _decode_rows(batch: Any, step: int) -> Iterator[dict[str, Any] | str]:
         if step == 1 and (problem := _long_text(part)):
             yield problem
             continue
+        rows: Iterable[dict[str, Any] | str]
         try:
-            rows = part.to_pylist()
+            rows = _to_rows(part)
         except UnicodeDecodeError as error:
             if step == 1:
                 rows = [f"not UTF-8 (byte 0x{error.object[error.start]:02X}): save the texts as UTF-8"]
             else:
                 rows = _decode_rows(part, 1)
         yield from rows
+
+
+def _to_rows(batch: Any) -> list[dict[str, Any]]:
+    """Return the rows of a batch; their units as arrays of integers, which takes a fraction of the time of lists, where they have a shape."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if UNITS not in batch.schema.names:
+        return list(batch.to_pylist())
+    column = batch[UNITS]
+    values, lengths = pc.list_flatten(column), pc.list_value_length(column)
+    shape: tuple[int, ...] = (-1,)
+    if not pa.types.is_integer(values.type):
+        widths = np.unique(pc.fill_null(pc.list_value_length(values), 0))
+        values, shape = pc.list_flatten(values), (-1, int(widths[0]) if len(widths) == 1 else 0)
+    if column.null_count or values.null_count or 0 in shape or not len(values):
+        return list(batch.to_pylist())  # one of them is wrong
+    units = np.split(values.to_numpy().reshape(shape), np.cumsum(lengths.to_numpy())[:-1])
+    rows = batch.drop_columns(UNITS).to_pylist()
+    return [row | {UNITS: each} for row, each in zip(rows, units, strict=True)]
 
 
 def _long_text(row: Any) -> str | None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 StreamsName = Literal["first", "flatten"]
 EXPECTED_NUM_UNITS = "a whole number, or a list with one for each stream, such as [1024, 1024]"
+_EMPTY = "units is empty: give one unit or more, or leave out the turn"
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,8 @@ class UnitReader:
         """Read the units of a row.
 
         Args:
-            value: A list of units, or a list of frames, which are lists of one unit of each stream.
+            value: A list of units, or a list of frames, which are lists of one unit of each stream; or an array of integers, (num_units,)
+                or (num_frames, num_streams).
             place: The place of the row in errors.
 
         Returns:
@@ -260,25 +262,13 @@ class UnitReader:
         """
         import numpy as np
 
-        if not isinstance(value, list):
-            return f"units {quote(str(value))} is not a list: give a list of whole numbers, or of frames of them"
-        if not value:
-            return "units is empty: give one unit or more, or leave out the turn"
-        flat, width = value, 1
-        if isinstance(value[0], list):
-            width = len(value[0])
-            for number, frame in enumerate(value):
-                if not isinstance(frame, list) or len(frame) != width or not frame:
-                    found = (
-                        f"has {count_noun(len(frame), 'unit')}"
-                        if isinstance(frame, list)
-                        else f"is {quote(str(frame))}"
-                    )
-                    return f"frame {number} of units {found}, the first one {width}: give one unit of each stream in each frame"
-            flat = list(chain.from_iterable(value))
-        if {*map(type, flat)} != {int}:
-            position = next(position for position, unit in enumerate(flat) if type(unit) is not int)
-            return f"units holds {quote(str(flat[position]))} at position {position}: give whole numbers"
+        if isinstance(value, np.ndarray):
+            flat, width = value.reshape(-1), 1 if value.ndim == 1 else value.shape[1]
+            problem = None if len(flat) else _EMPTY
+        else:
+            flat, width, problem = _read_list(value)
+        if problem is not None:
+            return problem
         if self._streams is None:
             self._first_place = place
             self._streams, problem = self._find_streams(width)
@@ -295,7 +285,7 @@ class UnitReader:
             return problem
         if len(self._streams.kept) == 1:
             return np.array(flat[::width], np.uint16)
-        return flatten_units(np.array(flat, np.int64).reshape(-1, width), self._streams.num_units)
+        return flatten_units(np.asarray(flat, np.int64).reshape(-1, width), self._streams.num_units)
 
     def _find_streams(self, width: int) -> tuple[UnitStreams, str | None]:
         """Return the streams of a corpus whose frames have so many units, and what is wrong with them."""
@@ -323,9 +313,36 @@ def make_reader(
     return None if unit_rate is None or num_units is None else UnitReader(unit_rate, num_units, streams)
 
 
-def _find_outside(flat: Sequence[int], sizes: Sequence[int]) -> str | None:
+def _read_list(value: Any) -> tuple[Any, int, str | None]:
+    """Return the units of a value of JSON in one list, how many of them are in a frame, and what is wrong with its form."""
+    if not isinstance(value, list):
+        return [], 1, f"units {quote(str(value))} is not a list: give a list of whole numbers, or of frames of them"
+    if not value:
+        return [], 1, _EMPTY
+    flat, width = value, 1
+    if isinstance(value[0], list):
+        width = len(value[0])
+        for number, frame in enumerate(value):
+            if not isinstance(frame, list) or len(frame) != width or not frame:
+                has = f"has {count_noun(len(frame), 'unit')}" if isinstance(frame, list) else f"is {quote(str(frame))}"
+                remedy = "give one unit of each stream in each frame"
+                return [], width, f"frame {number} of units {has}, the first one {width}: {remedy}"
+        flat = list(chain.from_iterable(value))
+    if {*map(type, flat)} != {int}:
+        position = next(position for position, unit in enumerate(flat) if type(unit) is not int)
+        return [], width, f"units holds {quote(str(flat[position]))} at position {position}: give whole numbers"
+    return flat, width, None
+
+
+def _find_outside(flat: Sequence[int] | np.ndarray, sizes: Sequence[int]) -> str | None:
     """Return which unit is not one of its stream, or None."""
-    if min(flat) >= 0 and max(flat) < min(sizes):
+    import numpy as np
+
+    if isinstance(flat, np.ndarray):
+        if flat.min() >= 0 and (flat.reshape(-1, len(sizes)).max(axis=0) < np.array(sizes)).all():
+            return None
+        flat = flat.tolist()
+    elif min(flat) >= 0 and max(flat) < min(sizes):
         return None
     for position, unit in enumerate(flat):
         stream = position % len(sizes)
