@@ -16,6 +16,8 @@ from usdm_sft.corpus.builder import code_digest
 from usdm_sft.corpus.builder import load_dataset as load_dataset
 
 if TYPE_CHECKING:
+    from usdm_sft.corpus.streams import flatten_units as flatten_units
+    from usdm_sft.corpus.streams import unflatten_units as unflatten_units
     from usdm_sft.folder.export import export as export
     from usdm_sft.folder.push import push as push
     from usdm_sft.folder.verify import verify as verify
@@ -53,6 +55,8 @@ _LAZY = {
     "TemplateEncoder": "usdm_sft.template.encoder",
     "collapse_units": "usdm_sft.template.repetition",
     "expand_units": "usdm_sft.template.repetition",
+    "flatten_units": "usdm_sft.corpus.streams",
+    "unflatten_units": "usdm_sft.corpus.streams",
     "build_tokenizer": "usdm_sft.template.tokenizer",
     "load_tokenizer": "usdm_sft.template.tokenizer",
     "PaddingCollator": "usdm_sft.training",

@@ -121,7 +121,7 @@ class Timeline {
     }
   }
 
-  // A unit covers 20 ms from its place; the last one also covers the rest of the recording.
+  // A unit covers its share of a second from its place; the last one also covers the rest of the recording.
   moveTo(seconds) {
     this.seconds = seconds;
     this.unit = Math.max(0, Math.min(Math.floor(seconds * data.units_per_second), this.turn.units.length - 1));
@@ -156,7 +156,8 @@ class Timeline {
 
   pressed(event) {
     if (event.altKey || event.ctrlKey || event.metaKey) return;
-    const steps = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1, PageUp: data.units_per_second, PageDown: -data.units_per_second };
+    const second = Math.round(data.units_per_second);
+    const steps = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1, PageUp: second, PageDown: -second };
     if (event.key in steps) this.moveToUnit(this.unit + steps[event.key]);
     else if (event.key === "Home") this.moveToUnit(0);
     else if (event.key === "End") this.moveToUnit(this.turn.units.length - 1);

@@ -10,6 +10,7 @@ import numpy.typing as npt
 SAMPLE_RATE = 16_000  # Hz
 MIN_SAMPLES = 400  # 25 ms, the window of one frame
 FRAME_SAMPLES = 320  # 20 ms, the distance between frames
+UNITS_PER_SECOND = SAMPLE_RATE // FRAME_SAMPLES  # of a unit model; units that a corpus has may have another rate
 MAX_SAMPLE = float(np.sqrt(np.finfo(np.float32).max))  # 1.8e19; the square of a louder one is not finite in float32
 TOO_LOUD = f"holds samples beyond {MAX_SAMPLE:.2g}, whose variance is not finite in fp32"
 

@@ -35,8 +35,10 @@ def show(
         html: Write one self-contained HTML page to this file instead.
         data_dir: The corpus that the folder was made from: the page then plays both sides.
         ids: Print the ids as well. The page always shows them.
-        expand: Print collapsed units as often as they were repeated. The turns of the page always have one unit per frame.
+        expand: Print collapsed units as often as they were repeated. The turns of the page always have one unit per frame. Flattened
+            streams are printed as they are.
     """
+    from usdm_sft.corpus.streams import read_streams
     from usdm_sft.folder.layout import COUNTS, read_counts, read_layout
     from usdm_sft.folder.page import write_page
     from usdm_sft.folder.rows import expand_ids, read_rows
@@ -55,9 +57,13 @@ def show(
     if data_dir is not None:
         raise ValueError("data_dir is for the sound on a page: name the page with --html")
     rows = read_rows(dataset_dir, split, index, num_examples or 1)
-    if expand:
-        layout = read_layout(Path(dataset_dir, COUNTS), read_counts(dataset_dir))
+    counts = read_counts(dataset_dir)
+    streams = read_streams(counts["settings"])
+    if expand and (streams is None or streams.streams != "flatten"):  # flattened streams have every unit already
+        layout = read_layout(Path(dataset_dir, COUNTS), counts)
         rows = [expand_ids(row, layout) for row in rows]
+    if streams is not None:
+        print(f"units: {streams.describe()}, {counts['num_units']:,} different ones\n")
     tokenizer = load_tokenizer(os.path.join(dataset_dir, "tokenizer")).backend_tokenizer
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print("\n\n".join(format_example(row, tokenizer, color=color, ids=ids) for row in rows))
@@ -78,6 +84,7 @@ def stats(dataset_dir: str, out: str | None = None, num_proc: int | None = None,
         json: Print one JSON object with the numbers, as counts.json has them.
     """
     from usdm_sft.corpus.manifest import UTTERANCES
+    from usdm_sft.corpus.streams import read_streams
     from usdm_sft.folder.layout import COUNTS, data_files, read_counts, read_layout
     from usdm_sft.folder.statistics import compute_statistics, format_histograms, format_table
 
@@ -87,7 +94,7 @@ def stats(dataset_dir: str, out: str | None = None, num_proc: int | None = None,
     if out is not None:
         from usdm_sft.folder.pictures import draw_pictures
 
-        draw_pictures(statistics, counts["num_units"], Path(out).expanduser())
+        draw_pictures(statistics, counts["num_units"], Path(out).expanduser(), read_streams(counts["settings"]))
     summaries = {split: values.summary() for split, values in statistics.items()}
     utterances = counts.get(UTTERANCES)
     if json:

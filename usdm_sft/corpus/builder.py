@@ -4,7 +4,7 @@ import dataclasses
 import glob
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from usdm_sft.corpus import hub_corpus as hub
 from usdm_sft.corpus import left_out as bad_audio
 from usdm_sft.corpus.dialogs import FilePath, Split
 from usdm_sft.corpus.problems import CorpusError
+from usdm_sft.corpus.streams import make_reader
 from usdm_sft.utils import texts
 from usdm_sft.utils.files import sha256_file
 
@@ -54,6 +55,9 @@ class DailyTalkUSDMConfig(datasets.BuilderConfig):  # type: ignore[misc]  # data
         agent: The speaker who is the agent in every pair. By default each side is the agent in turn, as in the reference.
         merge_speaker_turns: Join neighbouring turns of one speaker. By default such dialogs are left out, as in the reference.
         on_bad_audio: "error" stops at bad audio, "skip" leaves out the pairs that use it.
+        unit_rate: Units, or frames of several, per second, if the manifests have units (the column `units`), which are read then.
+        num_units: Number of these units: of every stream, or a list with one for each stream.
+        streams: What is made of frames of several units, "first" or "flatten".
         corpus_digest: sha256 over the split lists and over path, size and times of change of the recordings, as datasets tells
             data files apart. The builder fills it in, and the cache follows it.
     """
@@ -62,6 +66,9 @@ class DailyTalkUSDMConfig(datasets.BuilderConfig):  # type: ignore[misc]  # data
     agent: str | None = None
     merge_speaker_turns: bool = False
     on_bad_audio: str = "error"
+    unit_rate: float | None = None
+    num_units: int | Sequence[int] | None = None
+    streams: str | None = None
     corpus_digest: str | None = None
 
 
@@ -90,6 +97,7 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
         whole_corpus: The `usdm_sft.corpus.dialogs.Split` of each split, before bad audio is left out.
         split_lists: The path of each split's list.
         list_digests: The sha256 of each split's list.
+        unit_streams: The `usdm_sft.corpus.streams.UnitStreams` of the units that the corpus has; None if it has recordings.
 
     Raises:
         ValueError: The config does not exist, an option is wrong, or DailyTalk's own split lists are swapped.
@@ -118,18 +126,26 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
         self.split_lists: dict[str, Path] = {}
         if data_dir is not None or data_files is not None:
             resolved = isinstance(data_files, datasets.data_files.DataFilesDict)
-            self.split_lists = find.find_lists(data_dir, data_files, cache_dir=digest_cache_dir, resolved=resolved)
+            self.split_lists = find.find_lists(
+                data_dir,
+                data_files,
+                cache_dir=digest_cache_dir,
+                resolved=resolved,
+                with_units=kwargs.get("unit_rate") is not None,
+            )
         recipes = set(map(find.recipe_of, self.split_lists.values()))
         if data_dir is None and (not recipes or any(recipe.needs_data_dir for recipe in recipes)):
             raise ValueError("data_dir is missing: name the folder that DailyTalk was unpacked to, or its zip archive")
         if kwargs.get("agent") is not None:
             kwargs["agent"] = str(kwargs["agent"])  # speakers are texts, also those that are numbers
         rules = read.Rules(kwargs.get("agent"), kwargs.get("merge_speaker_turns") or False)
-        self.whole_corpus = read.read_corpus(self.split_lists, rules, data_dir=data_dir)
+        reader = make_reader(kwargs.get("unit_rate"), kwargs.get("num_units"), kwargs.get("streams"))
+        self.whole_corpus = read.read_corpus(self.split_lists, rules, data_dir=data_dir, units=reader)
         for split in self.whole_corpus.values():
             if not split.dialogs:
                 reasons = "; ".join(f"{dialog}: {reason}" for dialog, reason in split.left_out.items()) or "it is empty"
                 raise CorpusError([f"{self.split_lists[split.name]}: not one pair: {reasons}: name another split list"])
+        self.unit_streams = None if reader is None else reader.streams
         self.list_digests = {split: sha256_file(path) for split, path in self.split_lists.items()}
         dailytalk.check_not_swapped(self.split_lists, self.list_digests)
         bad_audio.check_option(on_bad_audio)
@@ -182,7 +198,10 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
         corpus = "DailyTalk, 20 hours of English dialogs read by two speakers," if published else "Spoken dialogs"
         return datasets.DatasetInfo(
             description=_DESCRIPTION.format(corpus=corpus),
-            features=features.example_features(lists=examples.config_has_lists(self.config.name, self.config.history)),
+            features=features.example_features(
+                lists=examples.config_has_lists(self.config.name, self.config.history),
+                units=self.unit_streams is not None,
+            ),
             **(dailytalk.INFO if published else {}),
         )
 
@@ -215,7 +234,15 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
                     columns: dict[str, list[Any]] = {
                         column: [getattr(utterance, column) for utterance in utterances] for column in features.TEXTS
                     }
-                    columns["audio"] = [{"bytes": None, "path": utterance.audio} for utterance in utterances]
+                    columns["audio"] = [
+                        {"bytes": None, "path": utterance.audio} if utterance.audio else None
+                        for utterance in utterances
+                    ]
+                    if self.unit_streams is not None:
+                        columns["units"] = [utterance.units for utterance in utterances]
+                        columns["seconds"] = [
+                            self.unit_streams.count_seconds(len(utterance.units)) for utterance in utterances
+                        ]
                     row |= {f"{role}_{column}": values if lists else values[0] for column, values in columns.items()}
                 yield example.id, row
 
@@ -246,7 +273,8 @@ def load_dataset(
     """
     on_hub = hub.is_hub_corpus(data_dir)
     if on_hub or data_files is None:
-        lists = find.find_lists(data_dir, cache_dir=kwargs.get("digest_cache_dir"))
+        with_units = kwargs.get("unit_rate") is not None
+        lists = find.find_lists(data_dir, cache_dir=kwargs.get("digest_cache_dir"), with_units=with_units)
         data_files = {split: glob.escape(str(path.resolve())) for split, path in lists.items()}
     folder = None if on_hub else data_dir
     counting = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS

@@ -250,7 +250,9 @@ def _parse_line(line: str, address: Callable[[str], str]) -> tuple[Utterance | N
     return Utterance(utterance_id, f"d{match[3]}", int(match[1]), speaker, text, emotion, audio), wrong
 
 
-def _find(data_dir: FilePath, cache_dir: str | Path | None, may_download: bool) -> dict[str, Path] | None:
+def _find(
+    data_dir: FilePath, cache_dir: str | Path | None, may_download: bool, with_units: bool
+) -> dict[str, Path] | None:
     return find_split_lists(data_dir) or fetch_split_lists(cache_dir, may_download=may_download)
 
 

@@ -5,14 +5,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from usdm_sft.corpus.streams import UnitReader
 
 FilePath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, slots=True)
 class Utterance:
-    """One line of a split list or manifest; `audio` is the address of the recording (`usdm_sft.audio.addresses`)."""
+    """One line of a split list or manifest.
+
+    Attributes:
+        audio: The address of the recording (`usdm_sft.audio.addresses`); "" where the corpus has units and no recording.
+        units: (num_units,) uint16, the units that the corpus has already, as a row has them (`usdm_sft.corpus.streams`); None if a
+            unit model makes them.
+    """
 
     id: str
     dialog_id: str
@@ -21,6 +32,7 @@ class Utterance:
     text: str
     emotion: str
     audio: str = field(default="", compare=False)
+    units: "np.ndarray | None" = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +84,9 @@ class Recipe(NamedTuple):
         kind: The kind of its split files, as counts.json names it.
         reads: Returns True if a file of this name is such a split file.
         find: Returns the split files of a corpus by split, or None if it is of another kind. Its arguments are `data_dir`, the folder
-            of the cache or None, and True if files may be downloaded.
+            of the cache or None, True if files may be downloaded, and True if the units of the corpus are wanted.
         read: Reads the turns of a split file. Its arguments are the file, a list to which problems are added, and `data_dir` or None.
+        read_units: The same with the units of the turns, which its last argument checks; None if such files have none.
         root: Returns one path for all spellings of `data_dir`.
         needs_data_dir: True if the split files alone do not say where recordings are.
         first_turn: Number of the first turn of every dialog; None for any number.
@@ -82,8 +95,9 @@ class Recipe(NamedTuple):
 
     kind: str
     reads: Callable[[Path], bool]
-    find: Callable[[FilePath, str | Path | None, bool], dict[str, Path] | None]
+    find: Callable[[FilePath, str | Path | None, bool, bool], dict[str, Path] | None]
     read: Callable[[Path, list[str], FilePath | None], Turns]
+    read_units: "Callable[[Path, list[str], FilePath | None, UnitReader], Turns] | None" = None
     root: Callable[[Path], Path] = lambda data_dir: data_dir
     needs_data_dir: bool = False
     first_turn: int | None = None

@@ -85,7 +85,7 @@ def dataset_info(config_name: str, info: datasets.DatasetInfo) -> dict[str, Any]
     return {"config_name": config_name, **json.loads(entry)}
 
 
-def example_features(*, lists: bool) -> datasets.Features:
+def example_features(*, lists: bool, units: bool = False) -> datasets.Features:
     """Return the columns of the builder, one example per row.
 
     `id`, `dialog_id` and `turn` are described at `folder_features`, as are `user_` and `agent_` `speaker`, `text` and `emotion`.
@@ -93,8 +93,9 @@ def example_features(*, lists: bool) -> datasets.Features:
 
     Args:
         lists: True if the user and agent columns are lists, one entry per exchange.
+        units: True if the corpus has units already: `*_units` and `*_seconds` follow, and `*_audio` is null without a recording.
     """
-    return _features({**_types(TEXTS), "audio": StoredAudio()}, lists=lists)
+    return _features({**_types(TEXTS), "audio": StoredAudio(), **(_types(SPEECH) if units else {})}, lists=lists)
 
 
 def folder_features(*, lists: bool, collapsed: bool = False) -> datasets.Features:
@@ -108,9 +109,9 @@ def folder_features(*, lists: bool, collapsed: bool = False) -> datasets.Feature
     | `*_speaker` | string | the speaker |
     | `*_text` | string | the text as in the split list; only the template lower-cases it |
     | `*_emotion` | string | the emotion as in the split list, "" if there is none |
-    | `*_units` | list of uint16 | one unit per 20 ms frame; `collapsed`: per run of equal units |
+    | `*_units` | list of uint16 | one unit per 20 ms frame, or the units of the corpus; `collapsed`: per run of equal units |
     | `*_durations` | list of uint16 | number of frames of each unit; only if `collapsed` |
-    | `*_seconds` | float32 | duration of the recording |
+    | `*_seconds` | float32 | duration of the recording, or of the units of the corpus |
     | `input_ids` | list of int32 | token ids of the row |
     | `labels` | list of int32 | the token id where it is labelled, otherwise -100 |
     | `attention_mask` | list of int8 | 1 for every token |
@@ -142,7 +143,7 @@ def utterance_features() -> datasets.Features:
     | `turn` | int32 | the turn in its dialog |
     | `speaker`, `text`, `emotion` | string | as in the corpus |
     | `audio` | Audio | the recording, in a form that browsers play (`usdm_sft.audio.playable`) |
-    | `units` | list of uint16 | one unit per 20 ms frame |
+    | `units` | list of uint16 | one unit per 20 ms frame, or the units of the corpus |
     | `seconds` | float32 | duration of the recording |
 
     `audio`, `units` and `seconds` are null where bad audio was left out.

@@ -28,6 +28,7 @@ def find_lists(
     cache_dir: str | Path | None = None,
     resolved: bool = False,
     may_download: bool = True,
+    with_units: bool = False,
 ) -> dict[str, Path]:
     """Find the split list or manifest of each split.
 
@@ -38,6 +39,7 @@ def find_lists(
         cache_dir: Where downloaded lists are kept; this package's cache by default.
         resolved: True if datasets has resolved `data_files`. It may have guessed them, and a guess is ignored.
         may_download: If False, DailyTalk's own lists are taken from the cache only.
+        with_units: Read the column `units` of a corpus of the Hub as well.
 
     Returns:
         The path of the list of each split; nothing if the lists would have to be downloaded.
@@ -56,7 +58,8 @@ def find_lists(
                 if len(files) != 1:
                     raise ValueError(f"data_files names {len(files)} split lists for {split}: name one")
             return {split: files[0] for split, files in lists.items()}
-    return next(filter(None, (recipe.find(data_dir or "", cache_dir, may_download) for recipe in RECIPES)), {})
+    found = (recipe.find(data_dir or "", cache_dir, may_download, with_units) for recipe in RECIPES)
+    return next(filter(None, found), {})
 
 
 def _name_lists(folder: Path, data_files: DataFiles) -> dict[str, list[Path]]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from usdm_sft.audio.addresses import absolute_file, disk_files
 from usdm_sft.corpus import manifest
 from usdm_sft.corpus.dialogs import FilePath
-from usdm_sft.corpus.manifest import OPTIONAL, REQUIRED, UTTERANCES
+from usdm_sft.corpus.manifest import OPTIONAL, REQUIRED, UTTERANCES, list_required
 from usdm_sft.corpus.problems import CorpusError, add_problem
 from usdm_sft.utils.cache_keys import cache_root
 from usdm_sft.utils.files import replace_text, sha256_file, write_then_replace
@@ -43,12 +43,13 @@ def is_hub_corpus(data_dir: Any) -> bool:
     return str(data_dir).startswith(PREFIX)
 
 
-def fetch_corpus(name: str, cache_dir: str | Path | None = None) -> dict[str, Path]:
+def fetch_corpus(name: str, cache_dir: str | Path | None = None, *, with_units: bool = False) -> dict[str, Path]:
     """Load a dataset from the Hub and write its recordings to files in the cache, once.
 
     Args:
         name: Such as "hub:user/calls", or "hub:user/calls@v1" for a revision.
         cache_dir: Where manifests and recordings are kept; this package's cache by default.
+        with_units: Write the column `units` into the manifests. Recordings are then optional.
 
     Returns:
         The manifest of each split.
@@ -85,7 +86,8 @@ def fetch_corpus(name: str, cache_dir: str | Path | None = None) -> dict[str, Pa
     cache = cache_root(cache_dir)
     files = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="dataset")).resolve()
     return {
-        split: _write_manifest(rows, f"{repository}, split {split}", files, cache) for split, rows in splits.items()
+        split: _write_manifest(rows, f"{repository}, split {split}", files, cache, with_units)
+        for split, rows in splits.items()
     }
 
 
@@ -100,16 +102,18 @@ def check_data_files(repository: str, data_files: Mapping[Any, Iterable[Any]] | 
             raise CorpusError([f"dataset {repository} names the local file {file} as its data: use another dataset"])
 
 
-def _write_manifest(rows: Dataset, name: str, files: Path, cache: Path) -> Path:
+def _write_manifest(rows: Dataset, name: str, files: Path, cache: Path, with_units: bool) -> Path:
     """Write the manifest and recordings of one split, unless the cache has them. Damage in the cache is found and made good.
 
     Error messages begin with `name`; `files` is the folder of the downloaded repository.
     """
     import datasets
 
-    if missing := [column for column in REQUIRED if column not in rows.column_names]:
+    required = list_required(with_units)
+    if missing := [column for column in required if column not in rows.column_names]:
         raise ValueError(f"{name} has no column {', '.join(missing)}: rename its columns to those of a manifest")
-    folder = cache / "hub" / hashlib.sha256(f"{_VERSION} {rows._fingerprint}".encode()).hexdigest()[:32]
+    identity = f"{_VERSION} {rows._fingerprint}{' with units' if with_units else ''}"
+    folder = cache / "hub" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     manifest, record = folder / "manifest.jsonl", folder / "manifest.sha256"  # the record is written last
     with path_lock(folder, cache):
         num_recordings = _remove_damaged(folder, cache)
@@ -117,13 +121,16 @@ def _write_manifest(rows: Dataset, name: str, files: Path, cache: Path) -> Path:
             if record.read_bytes() == f"{sha256_file(manifest)} {num_recordings}".encode():
                 return manifest
             logger.warning("%s was damaged after it was written: making it again", folder)
-        rows = rows.select_columns([column for column in (*REQUIRED, *OPTIONAL) if column in rows.column_names])
-        if isinstance(rows.features["audio"], datasets.Audio):
+        wanted = dict.fromkeys((*REQUIRED, *OPTIONAL, *required))
+        rows = rows.select_columns([column for column in wanted if column in rows.column_names])
+        if isinstance(rows.features.get("audio"), datasets.Audio):
             rows = rows.cast_column("audio", datasets.Audio(decode=False))
         problems: list[str] = []
         with write_then_replace(manifest) as file:
             for number, row in enumerate(rows):
-                row["audio"], problem = _write_audio(row["audio"], number, folder, files)
+                problem = None
+                if row.get("audio") is not None or not with_units:
+                    row["audio"], problem = _write_audio(row["audio"], number, folder, files)
                 if problem is not None:
                     add_problem(problems, f"{name}, row {number}: {problem}")
                 file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
@@ -184,8 +191,11 @@ def _is_inside(path: str, folder: Path, files: Path) -> bool:
         return False
 
 
-def _find(data_dir: FilePath, cache_dir: str | Path | None, may_download: bool) -> dict[str, Path] | None:
-    return fetch_corpus(str(data_dir), cache_dir) if may_download and is_hub_corpus(data_dir) else None
+def _find(
+    data_dir: FilePath, cache_dir: str | Path | None, may_download: bool, with_units: bool
+) -> dict[str, Path] | None:
+    is_wanted = may_download and is_hub_corpus(data_dir)
+    return fetch_corpus(str(data_dir), cache_dir, with_units=with_units) if is_wanted else None
 
 
 RECIPE = manifest.RECIPE._replace(find=_find)

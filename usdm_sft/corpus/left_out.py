@@ -78,8 +78,8 @@ def screen_audio(
 
 
 def list_addresses(splits: Mapping[str, Split]) -> list[str]:
-    """Return the address of each utterance."""
-    return [utterance.audio for split in splits.values() for utterance in split.utterances()]
+    """Return the address of each utterance that has a recording."""
+    return [utterance.audio for split in splits.values() for utterance in split.utterances() if utterance.audio]
 
 
 def leave_out(split: Split, bad: Mapping[str, str]) -> Split:

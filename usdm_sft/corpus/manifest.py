@@ -5,6 +5,11 @@
 `dialog`, `turn`, `speaker`, `text` and `audio` are required. `start` and `end` (seconds) and `channel` (from 0) cut the turn out of
 a longer recording, such as a stereo telephone call. `emotion` is optional; other columns are ignored. Dialogs keep the order
 of the manifest, and turns are numbered without a gap.
+
+    {"dialog": "fe_03_00001", "turn": 0, "speaker": "A", "text": "hello", "units": [[17, 902], [17, 3], [460, 11]]}
+
+Where units are wanted, the column `units` is required, and `audio` is optional (`usdm_sft.corpus.streams`). Otherwise it is one of
+the columns that are ignored, such as that of the config `utterances`.
 """
 
 import csv
@@ -12,9 +17,10 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from usdm_sft.audio.addresses import absolute_file, format_address
 from usdm_sft.corpus.dialogs import FilePath, Recipe, Turns, Utterance
@@ -30,10 +36,14 @@ from usdm_sft.utils.texts import (
     text_problem,
 )
 
+if TYPE_CHECKING:
+    from usdm_sft.corpus.streams import UnitReader
+
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 SPLITS = ("train", "test", "validation")  # a manifest is named after its split
 REQUIRED = ("dialog", "turn", "speaker", "text", "audio")
 OPTIONAL = ("start", "end", "channel", "emotion")
+UNITS = "units"  # required in place of audio where units are wanted
 _COLUMNS = (*REQUIRED, *OPTIONAL)
 _NUMBERS = ("turn", "start", "end", "channel")
 UTTERANCES = "utterances"  # the config of a dataset folder with these columns, and audio in them (--keep_audio)
@@ -44,6 +54,14 @@ _BATCH_ROWS = 16_384
 _DECODED_ROWS = 64  # each may have a text of `MAX_LINE`
 _CHUNK_BYTES = 16 << 20
 _MEAN_BYTES = 4096
+# Of the units of a Parquet manifest, each of up to 8 bytes: those of a row group, rows that are read at once, and the units of a row,
+# above which rows are decoded one by one.
+_GROUP_UNITS = 50_000_000
+_UNIT_ROWS = 1024
+_MANY_UNITS = 16_384
+MAX_ROW_UNITS = 1_000_000
+
+_RATE_REMEDY = ", or give --unit_rate, and its column units is read in place of audio"
 
 _Rows = Iterator[
     tuple[int, dict[str, Any] | str]
@@ -66,7 +84,9 @@ def find_manifests(folder: FilePath) -> dict[str, Path] | None:
     return found or None
 
 
-def read_manifest(path: Path, problems: list[str], data_dir: FilePath | None) -> Turns:
+def read_manifest(
+    path: Path, problems: list[str], data_dir: FilePath | None, units: "UnitReader | None" = None
+) -> Turns:
     """Read the turns of a manifest, whose dialogs keep its order.
 
     Args:
@@ -74,6 +94,7 @@ def read_manifest(path: Path, problems: list[str], data_dir: FilePath | None) ->
         problems: Problems are appended to this list.
         data_dir: The folder where relative paths of recordings and archives (`zip://member::archive`) start; None, or the manifest
             itself, for the manifest's own folder.
+        units: Reads the column `units`; None if it is ignored.
 
     Returns:
         The turns, each with its line, or its row in a Parquet file.
@@ -86,11 +107,13 @@ def read_manifest(path: Path, problems: list[str], data_dir: FilePath | None) ->
     folder = Path(path if data_dir is None else data_dir).expanduser()
     folder = folder.parent if folder.is_file() else folder
     absolute = lru_cache(1)(lambda file: absolute_file(file, folder))  # the turns of a telephone call follow each other
-    for number, row in read(path):
+    for number, row in read(path, units is not None):
         if isinstance(row, str):
             add_problem(problems, row)
             continue
-        made = _make_utterance(row, absolute)
+        made = _make_utterance(row, absolute, units is not None)
+        if isinstance(made, Utterance) and units is not None:
+            made = _add_units(made, units.read(row[UNITS], turns.place(number)))
         if isinstance(made, Utterance):
             first = turns.add(made, number)
             if first is None:
@@ -102,11 +125,23 @@ def read_manifest(path: Path, problems: list[str], data_dir: FilePath | None) ->
     return turns
 
 
-def _make_utterance(row: dict[str, Any], absolute: Callable[[str], str]) -> Utterance | list[str]:
-    """Make the utterance of a row, or return each problem of the row with its remedy."""
-    values: dict[str, Any] = {name: None if _is_missing(row.get(name), name) else row[name] for name in _COLUMNS}
-    if missing := [name for name in REQUIRED if values[name] is None]:
-        return [f"{', '.join(missing)} missing: complete the row (a row has {', '.join(REQUIRED)})"]
+def list_required(with_units: bool) -> tuple[str, ...]:
+    """Return the columns that a row must have."""
+    return (*(name for name in REQUIRED if name != "audio"), UNITS) if with_units else REQUIRED
+
+
+def _add_units(utterance: Utterance, units: Any) -> Utterance | list[str]:
+    return [units] if isinstance(units, str) else replace(utterance, units=units)
+
+
+def _make_utterance(row: dict[str, Any], absolute: Callable[[str], str], with_units: bool) -> Utterance | list[str]:
+    """Make the utterance of a row without its units, or return each problem of the row with its remedy."""
+    required = list_required(with_units)
+    names = dict.fromkeys((*required, *_COLUMNS))
+    values: dict[str, Any] = {name: None if _is_missing(row.get(name), name) else row[name] for name in names}
+    if missing := [name for name in required if values[name] is None]:
+        found = f"{', '.join(missing)} missing: complete the row (a row has {', '.join(required)})"
+        return [found + _RATE_REMEDY if missing == ["audio"] and row.get(UNITS) is not None else found]
     problems = []
     for name in ("dialog", "speaker"):
         value = values[name]
@@ -126,9 +161,11 @@ def _make_utterance(row: dict[str, Any], absolute: Callable[[str], str]) -> Utte
         problems.append(f"text {quote(text)} {problem}: correct the text")
     if emotion is not None and CONTROL.search(str(emotion)):
         problems.append(f"emotion {quote(str(emotion))} holds a control character: correct it")
-    if not isinstance(audio, str) or CONTROL.search(audio):
-        problems.append(f"audio {quote(str(audio))} is not a path: give the path of the recording")
     start, end, channel = (values[name] for name in ("start", "end", "channel"))
+    if audio is None and not start is end is channel is None:
+        problems.append("start, end and channel are of a recording, but the row has no audio: leave them out")
+    elif audio is not None and (not isinstance(audio, str) or CONTROL.search(audio)):
+        problems.append(f"audio {quote(str(audio))} is not a path: give the path of the recording")
     if (start is None) != (end is None):
         problems.append("start and end go together: give both or neither")
     elif start is not None:
@@ -146,12 +183,14 @@ def _make_utterance(row: dict[str, Any], absolute: Callable[[str], str]) -> Utte
     if problems or turn is None:
         return problems
     dialog, emotion = str(values["dialog"]), "" if emotion is None else str(emotion)
-    address = format_address(absolute(audio), start, end, channel)
+    address = "" if audio is None else format_address(absolute(audio), start, end, channel)
     return Utterance(f"{dialog}_{turn}", dialog, turn, str(values["speaker"]), text, emotion, address)
 
 
 def _is_missing(value: Any, name: str) -> bool:
     """Return True for no value, an empty one, and NaN, which is how pandas writes a missing value."""
+    if name == UNITS and not isinstance(value, str | float):
+        return value is None
     if value is None or value == "" or value != value:
         return True
     return isinstance(value, str) and name in _NUMBERS and value.lower() == "nan"
@@ -171,24 +210,25 @@ def _whole_number(value: Any) -> int | None:
     return int(number) if number is not None and number == int(number) else None
 
 
-def _doubled(names: Iterable[str]) -> list[str]:
+def _doubled(names: Iterable[str], with_units: bool) -> list[str]:
     """Return the columns of a manifest that occur twice; only one of them would be read."""
-    return [name for name, count in Counter(names).items() if count > 1 and name in _COLUMNS]
+    read = (*_COLUMNS, UNITS) if with_units else _COLUMNS
+    return [name for name, count in Counter(names).items() if count > 1 and name in read]
 
 
 class _DoubledKeyError(ValueError):
     """A column is given twice in one JSON object."""
 
 
-def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _make_object(pairs: list[tuple[str, Any]], with_units: bool) -> dict[str, Any]:
     row = dict(pairs)
-    if len(row) < len(pairs) and (doubled := _doubled(key for key, _ in pairs)):
+    if len(row) < len(pairs) and (doubled := _doubled((key for key, _ in pairs), with_units)):
         raise _DoubledKeyError(f"{', '.join(doubled)} given twice in one object: delete one of the two")
     return row
 
 
-def _read_json_lines(path: Path) -> _Rows:
-    decode = json.JSONDecoder(object_pairs_hook=_make_object).decode
+def _read_json_lines(path: Path, with_units: bool) -> _Rows:
+    decode = json.JSONDecoder(object_pairs_hook=partial(_make_object, with_units=with_units)).decode
     try:
         for number, line in read_limited_lines(path, newline="\n"):
             try:
@@ -212,11 +252,14 @@ def _read_json_lines(path: Path) -> _Rows:
         yield 0, str(error)
 
 
-def _read_csv(path: Path) -> _Rows:
+def _read_csv(path: Path, with_units: bool) -> _Rows:
+    if with_units:
+        yield 0, f"{path}: lists of units are not read from CSV: write the manifest as JSON lines or Parquet"
+        return
     table = csv.reader((line for _, line in read_limited_lines(path, newline="\n")), strict=True)
     try:
         names = next(table, [])
-        if problem := _column_problem(names):
+        if problem := _column_problem(names, with_units):
             yield 1, f"{path}:1: {problem}"
             return
         for fields in filter(None, table):  # csv gives an empty list for a blank line
@@ -234,7 +277,7 @@ def _read_csv(path: Path) -> _Rows:
         yield 0, str(error)
 
 
-def _read_parquet(path: Path) -> _Rows:
+def _read_parquet(path: Path, with_units: bool) -> _Rows:
     # Imported here because the command line and the configuration read this module, and pyarrow is slow to import.
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -246,16 +289,24 @@ def _read_parquet(path: Path) -> _Rows:
         yield 0, f"{path}: not a Parquet file ({first_line(error)}): name another manifest"
         return
     fields = [field for field in schema if field.name in _COLUMNS]
-    if problem := _column_problem(schema.names) or _find_unreadable(fields, file.metadata):
+    problem = _column_problem(schema.names, with_units) or _find_unreadable(fields, file.metadata)
+    if problem is None and with_units:
+        problem = _find_unreadable_units(schema.field(UNITS), file.metadata)
+    if problem is not None:
         yield 0, f"{path}: {problem}"
         return
     texts = [field.name for field in fields if _is_text(field.type)]
+    names = [*(field.name for field in fields), *([UNITS] if with_units else [])]
+    is_ignored = UNITS in schema.names and not with_units
     number = 0
     try:
         # As dictionaries, texts that repeat stay as small as they are in the file.
         file = pq.ParquetFile(path, read_dictionary=texts, metadata=file.metadata)
-        for batch in file.iter_batches(_BATCH_ROWS, columns=[field.name for field in fields]):
-            for row in _decode_rows(batch, 1 if _has_long_texts(batch) else _DECODED_ROWS):
+        for batch in file.iter_batches(_UNIT_ROWS if with_units else _BATCH_ROWS, columns=names):
+            has_long = _has_long_texts(batch) or _most_units(batch) > _MANY_UNITS
+            for row in _decode_rows(batch, 1 if has_long else _DECODED_ROWS):
+                if is_ignored and isinstance(row, dict):
+                    row[UNITS] = is_ignored
                 yield number, f"{path}: row {number}: {row}" if isinstance(row, str) else row
                 number += 1
     except (pa.ArrowException, OSError) as error:
@@ -288,6 +339,42 @@ def _find_unreadable(fields: Sequence[Any], metadata: Any) -> str | None:
     return None
 
 
+def _find_unreadable_units(field: Any, metadata: Any) -> str | None:
+    """Return why the column `units` cannot be read in a bounded amount of memory, or None."""
+    import pyarrow as pa
+
+    kind, depth = field.type, 0
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        kind, depth = kind.value_type, depth + 1
+    if depth not in (1, 2) or not pa.types.is_integer(kind):
+        return f"column {UNITS} is of type {quote(str(field.type))}: give a list of whole numbers, or of lists of them, in each row"
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        for column in map(group.column, range(group.num_columns)):
+            if column.path_in_schema.split(".")[0] == UNITS and column.num_values > _GROUP_UNITS:
+                return (
+                    f"column {UNITS} of row group {index} has {column.num_values:,} units in {count_noun(group.num_rows, 'row')}: write row "
+                    f"groups of up to {_GROUP_UNITS:,} units (row_group_size of pyarrow)"
+                )
+    return None
+
+
+def _most_units(batch: Any) -> int:
+    """Return the number of units of the row that has most of them, 0 if units are not read."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if UNITS not in batch.schema.names:
+        return 0
+    column = batch[UNITS]
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+    if not pa.types.is_integer(column.type.value_type):
+        in_frames = pc.fill_null(pc.list_value_length(pc.list_flatten(column)), 0)
+        lengths = np.bincount(pc.list_parent_indices(column), in_frames, len(batch))
+    return int(lengths.max(initial=0))
+
+
 def _has_long_texts(batch: Any) -> bool:
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -309,8 +396,9 @@ def _decode_rows(batch: Any, step: int) -> Iterator[dict[str, Any] | str]:
         if step == 1 and (problem := _long_text(part)):
             yield problem
             continue
+        rows: Iterable[dict[str, Any] | str]
         try:
-            rows = part.to_pylist()
+            rows = _to_rows(part)
         except UnicodeDecodeError as error:
             if step == 1:
                 rows = [f"not UTF-8 (byte 0x{error.object[error.start]:02X}): save the texts as UTF-8"]
@@ -319,11 +407,34 @@ def _decode_rows(batch: Any, step: int) -> Iterator[dict[str, Any] | str]:
         yield from rows
 
 
-def _long_text(row: Any) -> str | None:
-    """Return which text of a batch of one row is too long, or None."""
+def _to_rows(batch: Any) -> list[dict[str, Any]]:
+    """Return the rows of a batch; their units as arrays of integers, which takes a fraction of the time of lists, where they have a shape."""
+    import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    if UNITS not in batch.schema.names:
+        return list(batch.to_pylist())
+    column = batch[UNITS]
+    values, lengths = pc.list_flatten(column), pc.list_value_length(column)
+    shape: tuple[int, ...] = (-1,)
+    if not pa.types.is_integer(values.type):
+        widths = np.unique(pc.fill_null(pc.list_value_length(values), 0))
+        values, shape = pc.list_flatten(values), (-1, int(widths[0]) if len(widths) == 1 else 0)
+    if column.null_count or values.null_count or 0 in shape or not len(values):
+        return list(batch.to_pylist())  # one of them is wrong
+    units = np.split(values.to_numpy().reshape(shape), np.cumsum(lengths.to_numpy())[:-1])
+    rows = batch.drop_columns(UNITS).to_pylist()
+    return [row | {UNITS: each} for row, each in zip(rows, units, strict=True)]
+
+
+def _long_text(row: Any) -> str | None:
+    """Return which text of a batch of one row is too long, or that it has too many units, or None."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if (num_units := _most_units(row)) > MAX_ROW_UNITS:
+        return f"{UNITS} has {num_units:,} units: give {MAX_ROW_UNITS:,} or fewer"
     for name, column in zip(row.schema.names, row.columns, strict=True):
         if _is_text(column.type):
             length = (pc.utf8_length if pa.types.is_string(column.type) else pc.binary_length)(column)[0].as_py() or 0
@@ -332,11 +443,13 @@ def _long_text(row: Any) -> str | None:
     return None
 
 
-def _column_problem(names: list[str]) -> str | None:
+def _column_problem(names: list[str], with_units: bool) -> str | None:
     """Return what is wrong with the column names of a table, or None."""
-    if missing := [name for name in REQUIRED if name not in names]:
-        return f"no column {', '.join(missing)}: name the columns {', '.join(REQUIRED)}"
-    if doubled := _doubled(names):
+    required = list_required(with_units)
+    if missing := [name for name in required if name not in names]:
+        found = f"no column {', '.join(missing)}: name the columns {', '.join(required)}"
+        return found + _RATE_REMEDY if missing == ["audio"] and UNITS in names else found
+    if doubled := _doubled(names, with_units):
         return f"column {', '.join(doubled)} named twice: rename or delete one of the two"
     return None
 
@@ -344,7 +457,8 @@ def _column_problem(names: list[str]) -> str | None:
 RECIPE = Recipe(
     "manifest",
     reads=lambda path: path.suffix.lower() in SUFFIXES,
-    find=lambda data_dir, cache_dir, may_download: find_manifests(data_dir),
+    find=lambda data_dir, cache_dir, may_download, with_units: find_manifests(data_dir),
     read=read_manifest,
+    read_units=read_manifest,
     max_speakers=2,
 )

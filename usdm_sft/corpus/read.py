@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from usdm_sft.audio.addresses import join_addresses
 from usdm_sft.corpus.dialogs import Dialog, FilePath, Recipe, Split, Turns, Utterance
@@ -15,6 +16,9 @@ from usdm_sft.corpus.find import recipe_of
 from usdm_sft.corpus.hub_corpus import is_hub_corpus
 from usdm_sft.corpus.problems import CorpusError, add_problem
 from usdm_sft.utils.texts import quote
+
+if TYPE_CHECKING:
+    from usdm_sft.corpus.streams import UnitReader
 
 # Why a dialog is left out; counts.json and the card show these texts.
 SAME_SPEAKER = "one speaker speaks twice in a row"
@@ -39,7 +43,11 @@ DAILYTALK = Rules()
 
 
 def read_corpus(
-    lists: Mapping[str, str | Path], rules: Rules = DAILYTALK, *, data_dir: FilePath | None = None
+    lists: Mapping[str, str | Path],
+    rules: Rules = DAILYTALK,
+    *,
+    data_dir: FilePath | None = None,
+    units: "UnitReader | None" = None,
 ) -> dict[str, Split]:
     """Read and validate split lists and manifests.
 
@@ -48,6 +56,7 @@ def read_corpus(
         rules: The user's choices.
         data_dir: DailyTalk's folder or zip archive. For a manifest: the folder where relative paths of its recordings start, by
             default the manifest's own.
+        units: Reads the units of manifests. If None, turns have recordings, and their units are made.
 
     Returns:
         The splits by name. A dialog in which one speaker speaks twice in a row is left out, as in the reference
@@ -57,6 +66,7 @@ def read_corpus(
     Raises:
         FileNotFoundError: A list or `data_dir` does not exist.
         CorpusError: A list is wrong; the message names each problem.
+        ValueError: Units are to be read, and a list is not a manifest.
     """
     if is_hub_corpus(data_dir):
         data_dir = None  # its manifests lie beside its recordings
@@ -68,7 +78,12 @@ def read_corpus(
         if not path.is_file():
             raise FileNotFoundError(f"the {name} split list {path} is not a file: name an existing split list")
         recipe = recipe_of(path)
-        turns = recipe.read(path, problems, data_dir)
+        if units is None:
+            turns = recipe.read(path, problems, data_dir)
+        elif recipe.read_units is None:
+            raise ValueError(f"{path} is a {recipe.kind}, which has no units: leave out unit_rate, or name a manifest")
+        else:
+            turns = recipe.read_units(path, problems, data_dir, units)
         places = {dialog_id: turns.place(lines[0][1]) for dialog_id, lines in turns.dialogs.items()}
         for dialog_id, place in places.items():
             if dialog_id in first:
@@ -132,8 +147,17 @@ def _merge(utterances: list[Utterance]) -> list[Utterance]:
     merged: list[Utterance] = []
     for utterance in utterances:
         if merged and merged[-1].speaker == utterance.speaker:
-            before = merged.pop()
-            audio = join_addresses(before.audio, utterance.audio)
-            utterance = replace(before, text=f"{before.text} {utterance.text}", audio=audio)
+            utterance = _join(merged.pop(), utterance)
         merged.append(utterance)
     return [replace(utterance, turn=turn) for turn, utterance in enumerate(merged, start=utterances[0].turn)]
+
+
+def _join(before: Utterance, after: Utterance) -> Utterance:
+    # A turn that has units may have no recording; then the joined turn has none either.
+    audio = join_addresses(before.audio, after.audio) if before.audio and after.audio else ""
+    units = None
+    if before.units is not None and after.units is not None:
+        import numpy as np  # the command line reads this module
+
+        units = np.concatenate([before.units, after.units])
+    return replace(before, text=f"{before.text} {after.text}", audio=audio, units=units)

@@ -25,6 +25,7 @@ from usdm_sft.corpus.features import (
     folder_features,
 )
 from usdm_sft.corpus.manifest import UTTERANCES
+from usdm_sft.corpus.streams import UnitStreams, read_streams
 from usdm_sft.folder.example_picture import EXAMPLE, read_example
 from usdm_sft.folder.layout import CAPTIONS
 from usdm_sft.folder.statistics import count_too_long
@@ -54,6 +55,8 @@ DAILYTALK_METADATA = {
     "pretty_name": "DailyTalk for USDM",
 }
 OTHER_METADATA = {"license": "unknown", "pretty_name": "Spoken dialogs for USDM"}
+
+LENGTHS_OF_TURNS = "Length of the rows in tokens and of the turns in seconds."
 
 MEANINGS = {
     "id": "dialog and turn, such as d23_0",
@@ -98,12 +101,13 @@ def make_card(
         "configs": data_configs(counts),
         "dataset_info": infos if other_info else infos[0],
     }
-    parts, tokenizer_counts = template.get("parts", PARTS), counts["tokenizer"]
+    parts, tokenizer_counts, streams = template.get("parts", PARTS), counts["tokenizer"], read_streams(settings)
     card = DatasetCard.from_template(
         DatasetCardData(**metadata),
         template_str=(importlib.resources.files("usdm_sft.dataset_card") / "template.md").read_text(encoding="utf-8"),
         config_name=config_name,
-        columns=_columns(features, config_name, lists=lists, lowercase=template.get("lowercase", True)),
+        columns=_columns(features, config_name, streams, lists=lists, lowercase=template.get("lowercase", True)),
+        streams=streams,
         counts=counts,
         settings=settings,
         utterances=counts.get(UTTERANCES),
@@ -114,7 +118,8 @@ def make_card(
         row_parts="both" if len(parts) == len(PARTS) else _list_parts(parts),
         has_reference_words=template | {"loss": None} == REFERENCE.settings() | {"loss": None},
         # The units and the ids of naver-ai/USTM.
-        fits_ustm=counts["unit_model"]["name"] is not None
+        fits_ustm=streams is None
+        and counts["unit_model"]["name"] is not None
         and tokenizer_counts["num_units"] == NUM_UNITS
         and "ids" not in tokenizer_counts,
         is_offline_tokenizer=tokenizer_counts["name"] == OFFLINE,
@@ -126,7 +131,7 @@ def make_card(
         count_too_long=count_too_long,
         plain=_plain,
         example=format_example(read_example(files), tokenizer, color=False),
-        pictures=CAPTIONS,
+        pictures=CAPTIONS if streams is None else CAPTIONS | {"lengths.png": LENGTHS_OF_TURNS},
         parts=ROW_PARTS,
         example_picture=EXAMPLE,
     )
@@ -185,11 +190,20 @@ def read_info(folder: Path, config: str) -> DatasetInfo:
     return info
 
 
-def _columns(features: Features, config_name: str, *, lists: bool, lowercase: bool) -> list[tuple[str, str, str]]:
+def _columns(
+    features: Features, config_name: str, streams: UnitStreams | None, *, lists: bool, lowercase: bool
+) -> list[tuple[str, str, str]]:
     """Name, type and meaning of every column."""
     which = "first user turn of the row" if config_name == MULTI_TURN else "last user turn of the row"
     columns = TEXTS | (COLLAPSED_SPEECH if are_collapsed(features) else SPEECH)
     meanings = MEANINGS | {name: column.meaning for name, column in columns.items()}
+    if streams is not None:
+        meanings["seconds"] = "length of the speech in seconds, which follows from its units"
+        meanings["durations"] = (
+            f"number of frames of each unit; repeating each unit as often restores {streams.describe()}"
+        )
+        if not are_collapsed(features):
+            meanings["units"] = f"the speech as discrete units, {streams.describe()}"
     if not lowercase:
         meanings["text"] = "transcript as in the corpus; the template keeps it as it is"
     if lists:

@@ -26,11 +26,12 @@ from typing import Any
 from filelock import FileLock
 
 from usdm_sft.corpus.manifest import UTTERANCES
+from usdm_sft.corpus.streams import read_streams
 from usdm_sft.template.chat import ChatIds, Frames
-from usdm_sft.template.config import Template
+from usdm_sft.template.config import MAX_UNITS, Template
 from usdm_sft.template.parts import RowLayout
 from usdm_sft.template.special_tokens import TemplateTokens
-from usdm_sft.template.tokenizer import MAX_UNITS, ustm_tokens
+from usdm_sft.template.tokenizer import ustm_tokens
 from usdm_sft.utils.files import remove_path, sha256_file
 from usdm_sft.utils.locks import file_lock, require_locks
 
@@ -89,8 +90,13 @@ def _is_counts(counts: Any) -> bool:
     if not isinstance(counts, dict) or not all(isinstance(counts.get(name), kind) for name, kind in _TYPES.items()):
         return False
     splits, settings, utterances = counts["splits"], counts["settings"], counts.get(UTTERANCES, counts["splits"])
+    try:
+        streams = read_streams(settings)
+    except ValueError:
+        return False
     return (
         0 < counts["num_units"] <= MAX_UNITS
+        and (streams is None or sum(streams.kept) == counts["num_units"])
         and bool(splits)
         and isinstance(utterances, dict)
         and utterances.keys() == splits.keys()

@@ -7,6 +7,7 @@ import hashlib
 import importlib.resources
 import io
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -20,7 +21,7 @@ import soundfile
 from markupsafe import Markup
 from tokenizers import Tokenizer
 
-from usdm_sft.audio.frames import SAMPLE_RATE
+from usdm_sft.audio.frames import SAMPLE_RATE, UNITS_PER_SECOND
 from usdm_sft.audio.reading import read_waveform
 from usdm_sft.corpus import manifest
 from usdm_sft.corpus.dailytalk import DAILYTALK
@@ -28,6 +29,7 @@ from usdm_sft.corpus.examples import first_turn
 from usdm_sft.corpus.features import ROLES, SPEECH, TEXTS, are_collapsed
 from usdm_sft.corpus.find import find_lists
 from usdm_sft.corpus.read import Rules, read_corpus
+from usdm_sft.corpus.streams import UnitReader, read_streams
 from usdm_sft.folder.card import DAILYTALK_METADATA, OTHER_METADATA
 from usdm_sft.folder.layout import COUNTS, read_counts, read_layout
 from usdm_sft.folder.rows import expand_rows, read_rows
@@ -37,8 +39,7 @@ from usdm_sft.template.tokenizer import load_tokenizer
 from usdm_sft.utils.files import replace_text
 from usdm_sft.utils.texts import printable
 
-UNITS_PER_SECOND = 50
-PEAK_SAMPLES = 160  # 100 peaks per second, two per unit
+PEAKS_PER_UNIT = 2
 
 # Shown in the header where counts.json has them.
 _COUNTS = ("dialogs", "rows", "hours", "tokens", "labelled_tokens")
@@ -78,6 +79,7 @@ def write_page(
     layout = read_layout(Path(dataset_dir) / COUNTS, counts)
     examples = [_describe_row(row, layout) for row in rows]
     recordings = [] if data_dir is None else _add_recordings(examples, rows, data_dir, split, counts["settings"])
+    streams = read_streams(counts["settings"])
     page = Path(html).expanduser()
     ids = np.array(sorted({token_id for example in examples for token_id in example["ids"]}), np.int64)
     left_out = [counts["splits"][split].get(name) or {} for name in ("dialogs_left_out", "pairs_left_out")]
@@ -88,7 +90,7 @@ def write_page(
         "parts": {name: ROW_PARTS[name] for name in ("frame", *layout.template.parts)},
         "left_out": [[name, str(reason)] for reasons in left_out for name, reason in reasons.items()],
         "first_unit": layout.tokens.unit_0,
-        "units_per_second": UNITS_PER_SECOND,
+        "units_per_second": UNITS_PER_SECOND if streams is None else streams.units_per_second,
     }
     replace_text(page, _render(data, split, counts, _links(Path(dataset_dir), page)))
     return len(rows)
@@ -104,7 +106,7 @@ def _describe_row(row: Mapping[str, Any], layout: RowLayout) -> dict[str, Any]:
     Raises:
         ValueError: The numbers of ids and labels differ.
     """
-    row = expand_rows(row) if are_collapsed(row) else row  # a unit of a turn is 20 ms of its sound
+    row = expand_rows(row) if are_collapsed(row) else row  # each unit of a turn lasts as long as the others
     ids, labels = row["input_ids"], row["labels"]
     if len(ids) != len(labels):
         raise ValueError(f"a row has {len(ids)} input_ids, but {len(labels)} labels: verify its folder")
@@ -143,13 +145,16 @@ def _add_recordings(
     Paths come from the corpus only, never from the rows, which may be untrusted.
 
     Raises:
-        FileNotFoundError: The corpus has no list of the split, or no such dialog or turn.
+        FileNotFoundError: The corpus has no list of the split, no such dialog or turn, or no recordings.
     """
     corpus = data_dir if manifest.RECIPE.reads(Path(data_dir)) else find_lists(data_dir).get(split)
     if corpus is None:
         raise FileNotFoundError(f"{data_dir} has no list of {split}: {_OTHER_CORPUS}")
     rules = Rules(settings.get("agent"), settings.get("merge_speaker_turns", False))
-    read = read_corpus({split: Path(corpus)}, rules, data_dir=data_dir)
+    streams = read_streams(settings)
+    reader = None if streams is None else UnitReader(streams.rate, streams.num_units, streams.streams)
+    read = read_corpus({split: Path(corpus)}, rules, data_dir=data_dir, units=reader)
+    units_per_second = UNITS_PER_SECOND if streams is None else streams.units_per_second
     dialogs = {dialog.id: dialog.utterances for dialog in read[split].dialogs}
     positions: dict[str, int] = {}  # of the addresses of recordings
     recordings: list[dict[str, Any]] = []
@@ -161,20 +166,24 @@ def _add_recordings(
         num_turns = len(example["turns"])
         first = first_turn(last, num_turns // 2, settings["history"])
         for turn, utterance in zip(example["turns"], utterances[first : first + num_turns], strict=False):
+            if not utterance.audio:  # it has units alone
+                continue
             turn["recording"] = positions.setdefault(utterance.audio, len(positions))
             if turn["recording"] == len(recordings):
-                recordings.append(_encode_recording(utterance.audio))
+                recordings.append(_encode_recording(utterance.audio, units_per_second))
+    if not recordings:
+        raise FileNotFoundError(f"{data_dir} has no recordings of these rows: leave out data_dir")
     return recordings
 
 
-def _encode_recording(address: str) -> dict[str, Any]:
+def _encode_recording(address: str, units_per_second: float) -> dict[str, Any]:
     """Read and compress a recording.
 
     MP3 is what Chromium, Firefox and Safari all play; it takes about 7 kB per second of speech. The units of the page stay
     those of the original.
 
     Returns:
-        `audio`, an MP3 file at 16 kHz, mono, in base64; `peaks`, base64 of one uint8 per 10 ms, relative to the loudest;
+        `audio`, an MP3 file at 16 kHz, mono, in base64; `peaks`, base64 of two uint8 per unit, relative to the loudest;
         `seconds`, the length before compression.
 
     Raises:
@@ -186,18 +195,21 @@ def _encode_recording(address: str) -> dict[str, Any]:
     soundfile.write(file, samples, SAMPLE_RATE, format="MP3", subtype="MPEG_LAYER_III")
     return {
         "audio": base64.b64encode(file.getvalue()).decode(),
-        "peaks": base64.b64encode(find_peaks(samples).tobytes()).decode(),
+        "peaks": base64.b64encode(find_peaks(samples, units_per_second).tobytes()).decode(),
         "seconds": round(len(samples) / SAMPLE_RATE, 4),
     }
 
 
-def find_peaks(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """The largest magnitude of every 10 ms, as a share of the largest of all: 255 is the loudest, 0 is silence.
+def find_peaks(samples: npt.NDArray[np.float32], units_per_second: float = UNITS_PER_SECOND) -> npt.NDArray[np.uint8]:
+    """The largest magnitude of every half of a unit, as a share of the largest of all: 255 is the loudest, 0 is silence.
 
     Args:
-        samples: (num_samples,) at 16 kHz.
+        samples: (num_samples,) at 16 kHz, at least one.
+        units_per_second: Number of units in a second.
     """
-    loud = np.abs(np.pad(samples, (0, -len(samples) % PEAK_SAMPLES))).reshape(-1, PEAK_SAMPLES).max(axis=1)
+    per_peak = SAMPLE_RATE / (PEAKS_PER_UNIT * units_per_second)
+    starts = (np.arange(math.ceil(len(samples) / per_peak)) * per_peak).astype(np.int64)
+    loud = np.maximum.reduceat(np.abs(samples), np.minimum(starts, len(samples) - 1))
     peaks: npt.NDArray[np.uint8] = np.round(loud / max(loud.max(initial=0), 1e-9) * 255).astype(np.uint8)
     return peaks
 

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from usdm_sft.corpus.features import ROLES
+from usdm_sft.corpus.streams import UnitStreams
 from usdm_sft.folder.layout import CAPTIONS
 from usdm_sft.folder.statistics import SplitStatistics, Weighted
 from usdm_sft.template.parts import ROW_PARTS
@@ -38,23 +39,48 @@ _STYLE: dict[Any, Any] = {
 }  # fmt: skip
 
 
-def draw_pictures(statistics: Mapping[str, SplitStatistics], num_units: int, folder: Path) -> None:
+def draw_pictures(
+    statistics: Mapping[str, SplitStatistics], num_units: int, folder: Path, streams: UnitStreams | None = None
+) -> None:
     """Write the PNG files of `CAPTIONS`.
 
     Args:
         statistics: The statistics of each split.
-        num_units: Number of units of the unit model, such as 10,000.
+        num_units: Number of different units, such as 10,000.
         folder: Output folder; created if it does not exist.
+        streams: Of units that the corpus had; None if a unit model made them.
     """
+    about = UnitAxes(num_units, streams)
     with matplotlib.rc_context(matplotlib.rcParamsDefault), matplotlib.rc_context(_STYLE):
         for name in CAPTIONS:
             figure = Figure(figsize=(12, 4), layout="constrained", dpi=_DPI)
-            _PLOTS[name](figure, statistics, num_units)
+            _PLOTS[name](figure, statistics, about)
             with write_then_replace(folder / name, "wb") as file:
                 figure.savefig(file, format="png", metadata={"Software": None})
 
 
-def _plot_lengths(figure: Figure, statistics: Mapping[str, SplitStatistics], num_units: int) -> None:
+class UnitAxes(NamedTuple):
+    """What the axes say of the units."""
+
+    num_units: int
+    streams: UnitStreams | None
+
+    @property
+    def speech(self) -> str:
+        """What the seconds of a turn are of."""
+        return "recording" if self.streams is None else "turn"
+
+    @property
+    def run(self) -> str:
+        """The name of a run of equal units, with the length of a unit."""
+        if self.streams is None:
+            return "equal units in a row (20 ms each)"
+        if len(self.streams.kept) > 1:
+            return f"equal units in a row ({len(self.streams.kept)} streams, flattened)"
+        return f"equal units in a row ({1000 / self.streams.rate:g} ms each)"
+
+
+def _plot_lengths(figure: Figure, statistics: Mapping[str, SplitStatistics], about: UnitAxes) -> None:
     tokens, *recordings = figure.subplots(1, 3)
     numbers = {split: split_statistics.distributions() for split, split_statistics in statistics.items()}
     _histogram(
@@ -63,11 +89,11 @@ def _plot_lengths(figure: Figure, statistics: Mapping[str, SplitStatistics], num
     tokens.set_ylabel("share of rows")
     for axes, role in zip(recordings, ROLES, strict=True):
         seconds = {split: values[f"{role} seconds"] for split, values in numbers.items()}
-        _histogram(axes, seconds, f"The {role}'s recordings", "seconds per recording")
-        axes.set_ylabel("share of recordings")
+        _histogram(axes, seconds, f"The {role}'s {about.speech}s", f"seconds per {about.speech}")
+        axes.set_ylabel(f"share of {about.speech}s")
 
 
-def _plot_labels(figure: Figure, statistics: Mapping[str, SplitStatistics], num_units: int) -> None:
+def _plot_labels(figure: Figure, statistics: Mapping[str, SplitStatistics], about: UnitAxes) -> None:
     loss, share, pairs = figure.subplots(1, 3)
     numbers = {split: split_statistics.distributions() for split, split_statistics in statistics.items()}
     parts = {split: values.labelled_parts / max(values.labelled_parts.sum(), 1) for split, values in statistics.items()}
@@ -91,11 +117,11 @@ def _plot_labels(figure: Figure, statistics: Mapping[str, SplitStatistics], num_
     pairs.set_ylabel("share of dialogs")
 
 
-def _plot_units(figure: Figure, statistics: Mapping[str, SplitStatistics], num_units: int) -> None:
+def _plot_units(figure: Figure, statistics: Mapping[str, SplitStatistics], about: UnitAxes) -> None:
     ranks, runs, emotions = figure.subplots(1, 3)
     for number, (split, split_statistics) in enumerate(statistics.items()):
         counts = np.sort(split_statistics.numbers["units"].counts)[::-1]
-        label = f"{split}: {len(counts):,} of {num_units:,} occur"
+        label = f"{split}: {len(counts):,} of {about.num_units:,} occur"
         ranks.plot(np.arange(1, len(counts) + 1), counts, label=label, color=_color(number))
     ranks.set(
         xscale="log", yscale="log", title="How often units occur", xlabel="rank of the unit", ylabel="occurrences"
@@ -109,7 +135,7 @@ def _plot_units(figure: Figure, statistics: Mapping[str, SplitStatistics], num_u
         lengths[split] = together / max(together.sum(), 1)
     _bars(runs, np.arange(1, LONGEST_RUN + 1), lengths)
     runs.set_xticks(range(1, LONGEST_RUN + 1), [*map(str, range(1, LONGEST_RUN)), f"{LONGEST_RUN}+"])
-    runs.set(title="How long a unit repeats", xlabel="equal units in a row (20 ms each)", ylabel="share of runs")
+    runs.set(title="How long a unit repeats", xlabel=about.run, ylabel="share of runs")
     _plot_emotions(emotions, statistics)
 
 

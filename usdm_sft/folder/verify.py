@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.corpus.problems import MAX_PROBLEMS_SHOWN
+from usdm_sft.corpus.streams import read_streams
 from usdm_sft.folder.card import data_configs, make_card, read_info
 from usdm_sft.folder.compare import compare_with_text
 from usdm_sft.folder.layout import (
@@ -88,7 +89,8 @@ def verify(
         raise VerificationError([f"{folder / 'tokenizer'} is not the tokenizer that {COUNTS} names"], more=False)
     schema = _read_card(folder, counts).features.arrow_schema.remove_metadata()
     files, settings = data_files(folder, counts), counts["settings"]
-    check = Check(encoder, settings["max_length"], settings["history"], read_normalization(counts))
+    normalization, streams = read_normalization(counts), read_streams(settings)
+    check = Check(encoder, settings["max_length"], settings["history"], normalization, streams)
     checked = check_rows(files, schema, check, num_proc=num_proc)
     _raise_any(checked.problems)
     _raise_any(
@@ -185,7 +187,8 @@ def _check_totals(
         hours = float(seconds.sum()) / 3600
         rounding = 1e-6 + 1e-7 * hours  # of the total, and of lengths that are float32
         # The total is of the recordings. At 16 kHz each is longer by up to one sample, to which its length is rounded up.
-        least, most = hours - len(seconds) / SAMPLE_RATE / 3600 - rounding, hours + rounding
+        longer = 0 if "unit_rate" in settings else len(seconds) / SAMPLE_RATE / 3600
+        least, most = hours - longer - rounding, hours + rounding
         if numbers["hours"] < least or (is_complete and numbers["hours"] > most):
             yield f"{path}: the rows of {split} have {hours:.6f} hours, not {numbers['hours']}"
         if numbers["utterances"] != len(seconds) if is_complete else numbers["utterances"] < len(seconds):

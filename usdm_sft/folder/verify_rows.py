@@ -23,6 +23,7 @@ from usdm_sft.audio.frames import SAMPLE_RATE, count_units
 from usdm_sft.corpus.examples import example_id, first_turn
 from usdm_sft.corpus.features import ROLES, SPEECH, TEXTS, are_collapsed
 from usdm_sft.corpus.problems import MAX_PROBLEMS_SHOWN
+from usdm_sft.corpus.streams import UnitStreams
 from usdm_sft.folder.compare import describe_difference, first_difference
 from usdm_sft.folder.parquet import count_bytes
 from usdm_sft.folder.rows import (
@@ -61,6 +62,7 @@ class Check(NamedTuple):
     max_length: int
     history: int
     normalization: str  # how the unit model normalizes waveforms
+    streams: UnitStreams | None = None  # of units that the corpus had; None if a unit model made them
 
 
 class CheckedRows(NamedTuple):
@@ -204,7 +206,7 @@ def _find_problems(rows: pa.RecordBatch, check: Check) -> Iterator[str]:
     if (wrong := np.flatnonzero((labels != ids) & (labels != IGNORE_INDEX))).size:
         yield f"label {labels[wrong[0]]} of token {wrong[0]} is neither {IGNORE_INDEX} nor the token's id {ids[wrong[0]]}"
         return
-    yield from find_length_problems(rows, check.normalization)
+    yield from find_length_problems(rows, check.normalization, check.streams)
     try:
         encoded = check.encoder(
             {name: rows[name].to_numpy(zero_copy_only=False) for name in ("id", *check.encoder.template.parts)}
@@ -229,12 +231,13 @@ def _turns_of(rows: pa.RecordBatch, role: str) -> dict[str, pa.Array]:
     return columns
 
 
-def find_length_problems(rows: pa.RecordBatch, normalization: str) -> Iterator[str]:
+def find_length_problems(rows: pa.RecordBatch, normalization: str, streams: UnitStreams | None = None) -> Iterator[str]:
     """Yield what is wrong with the numbers of units: that of a recording is known from its length, up to its rounding.
 
     Args:
         rows: Rows whose columns have equal numbers of exchanges.
         normalization: How the unit model normalizes waveforms.
+        streams: Of units that the corpus had: their number gives the length exactly.
     """
     for role in ROLES:
         turns = _turns_of(rows, role)
@@ -244,9 +247,31 @@ def find_length_problems(rows: pa.RecordBatch, normalization: str) -> Iterator[s
         for seconds, each, *frames in zip(turns["seconds"].to_pylist(), units, *durations, strict=True):
             if frames and (problem := find_problem(each, *frames)):
                 yield f"{role}_units: {problem}"
-            elif not _may_last(number := int(frames[0].sum()) if frames else len(each), seconds, normalization):
+                continue
+            number = int(frames[0].sum()) if frames else len(each)
+            if streams is not None:
+                if problem := find_given_problem(streams, each, number, seconds):
+                    yield f"{role}_units: {problem}"
+            elif not _may_last(number, seconds, normalization):
                 found = f"{role}_durations add up to" if frames else f"{role}_units are of"
                 yield f"{found} {number} frames, which is not the length of a recording of {seconds:g} s"
+
+
+def find_given_problem(streams: UnitStreams, units: npt.ArrayLike, number: int, seconds: float) -> str | None:
+    """Return what is wrong with units that the corpus had, or None.
+
+    Args:
+        streams: The streams of the folder.
+        units: The units of a turn.
+        number: Their number, before they were collapsed.
+        seconds: The length in the row.
+    """
+    if problem := streams.find_problem(units):
+        return problem
+    expected = np.float32(streams.count_seconds(number))
+    if number and expected == np.float32(seconds):
+        return None
+    return f"{number} units ({streams.describe()}) last {expected:g} s, not {seconds:g} s"
 
 
 def _may_last(frames: int, seconds: float, normalization: str) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usdm_sft.corpus.manifest import UTTERANCES
+from usdm_sft.corpus.streams import read_streams
 from usdm_sft.folder.card import make_card
 from usdm_sft.folder.example_picture import draw_example, read_example
 from usdm_sft.folder.layout import COUNTS, PICTURES, UNFINISHED, open_unfinished, read_layout
@@ -60,7 +61,7 @@ def write_folder(
     statistics = {split: each.statistics for split, each in written.items()}
     counts = counts | {"statistics": {split: values.summary() for split, values in statistics.items()}}
     save_tokenizer(tokenizer, unfinished / "tokenizer")
-    draw_pictures(statistics, counts["num_units"], unfinished / PICTURES)
+    draw_pictures(statistics, counts["num_units"], unfinished / PICTURES, read_streams(counts["settings"]))
     draw_example(read_example(files), backend, unfinished / PICTURES, layout)
     other_info = []
     if utterances is not None:

@@ -20,12 +20,14 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 from packaging.requirements import Requirement
 
 from usdm_sft.audio.digests import check_audio
+from usdm_sft.audio.frames import UNITS_PER_SECOND
 from usdm_sft.corpus.dailytalk import SPLIT_LISTS, SPLIT_LISTS_URL, check_not_swapped
 from usdm_sft.corpus.dialogs import Split
 from usdm_sft.corpus.find import describe_corpus, find_lists
 from usdm_sft.corpus.hub_corpus import PREFIX, is_hub_corpus
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.corpus.read import Rules, read_corpus
+from usdm_sft.corpus.streams import UnitStreams, make_reader
 from usdm_sft.folder.layout import check_output
 from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.prepare.open_run import choose_devices
@@ -55,7 +57,8 @@ TIMEOUT = 5.0  # seconds
 MAX_PROBLEMS = 5  # problems that are shown
 NUM_SAMPLES = 32  # recordings that are opened
 
-# Measured for DailyTalk (docs/scale-out.md): 102 + 1,115 B/s in the cache and 472 B/s in the dataset folder, and a margin.
+# Measured for DailyTalk (docs/scale-out.md): 102 + 1,115 B/s in the cache and 472 B/s in the dataset folder, and a margin. Both are
+# of 50 units per second.
 CACHE_BYTES = 1_400  # per second of recording
 FOLDER_BYTES = 600  # per second of recording
 TOKENIZER_BYTES = 10_000_000  # the tokenizer and the pictures of a dataset folder
@@ -97,6 +100,7 @@ class SetUp:
         audio_seconds: Seconds of all recordings of the corpus; 0 if it was not read.
         new_seconds: Seconds of the recordings that the cache has no work for.
         audio_bytes: Size of the recordings; by `check_recordings` as mono of 16 bits.
+        units_per_second: Number of units in a second of a row.
     """
 
     def __init__(self, config: PrepareConfig, *, has_corpus: bool = True, has_output: bool = True):
@@ -104,6 +108,8 @@ class SetUp:
         self.is_online = False
         self.model_bytes = 0
         self.audio_seconds = self.new_seconds = self.audio_bytes = 0.0
+        self.units_per_second: float = UNITS_PER_SECOND
+        self._streams: UnitStreams | None = None
         self._splits: dict[str, Split] = {}
 
     def examine(self, *subjects: str) -> Iterator[Finding]:
@@ -145,6 +151,9 @@ class SetUp:
         """Find the devices that compute the units, and the precisions that each has."""
         config = self.config
         devices = choose_devices(config)
+        if config.unit_rate is not None:
+            yield "ok", "none is needed: the corpus has its units (--unit_rate)"
+            return
         kind = torch.device(devices[0]).type
         make_settings(kind, config.precision, config.resampler, config.batch_seconds)
         if config.executor is not None:
@@ -211,6 +220,9 @@ class SetUp:
 
     def check_unit_model(self) -> Lines:
         """Check the files of the unit model, or find out how large its download is."""
+        if self.config.unit_rate is not None:
+            yield "ok", "none is needed: the corpus has its units (--unit_rate)"
+            return
         name = str(self.config.unit_model)
         folder = locate_unit_model(name, self.config.model_cache_dir)
         if folder is not None:
@@ -250,8 +262,9 @@ class SetUp:
             yield "ok", f"{name} has no split lists: prepare downloads DailyTalk's own ({format_bytes(size)})"
             return
         rules = Rules(None if config.agent is None else str(config.agent), config.merge_speaker_turns)
+        reader = make_reader(config.unit_rate, config.num_units, config.streams)
         try:
-            self._splits = read_corpus(lists, rules, data_dir=name)
+            self._splits = read_corpus(lists, rules, data_dir=name, units=reader)
         except CorpusError as error:
             yield from (("error", problem) for problem in error.problems[:MAX_PROBLEMS])
             if more := error.problems[MAX_PROBLEMS:]:
@@ -270,11 +283,24 @@ class SetUp:
                 yield "ok", text
             else:
                 yield "error", f"{text}: name another list for {split.name}"
+        if reader is not None and any(split.dialogs for split in self._splits.values()):
+            self._streams = reader.streams
+            self.units_per_second = self._streams.units_per_second
+            yield "ok", f"its units: {self._streams.describe()}, {sum(self._streams.kept):,} different ones in the rows"
 
     def check_recordings(self) -> Lines:
         """Open recordings that are spread over the corpus; their mean length gives the size of the run."""
-        addresses = [each.audio for split in self._splits.values() for each in split.utterances()]
-        if not self._splits:
+        utterances = [each for split in self._splits.values() for each in split.utterances()]
+        addresses = [each.audio for each in utterances if each.audio]
+        if (streams := self._streams) is not None:
+            lengths = [streams.count_seconds(len(each.units)) for each in utterances if each.units is not None]
+            self.audio_seconds = self.new_seconds = sum(lengths)
+        if not addresses:
+            if utterances:
+                yield (
+                    "ok",
+                    f"none: the corpus has the units of {count_noun(len(utterances), 'turn')}, {self.audio_seconds / 3600:.2g} hours",
+                )
             return
         sample = addresses[:: max(1, len(addresses) // NUM_SAMPLES)][:NUM_SAMPLES]
         checks = [check_audio(address) for address in sample]
@@ -286,7 +312,8 @@ class SetUp:
         text = f"{len(good)} of {len(sample)} that were opened are good; the corpus has {len(addresses):,}"
         if good:
             seconds = sum(check.frames / check.rate for check in good)
-            self.audio_seconds = self.new_seconds = seconds / len(good) * len(addresses)
+            if streams is None:
+                self.audio_seconds = self.new_seconds = seconds / len(good) * len(addresses)
             self.audio_bytes = sum(2 * check.frames for check in good) / len(good) * len(addresses)
             text += f", about {self.audio_seconds / 3600:.2g} hours"
         yield "ok", text
@@ -295,13 +322,14 @@ class SetUp:
         """Compare the free space of each disk with what the run writes there."""
         config = self.config
         output = Path(config.output_path).expanduser()
+        density = self.units_per_second / UNITS_PER_SECOND
         places = [
-            ("the cache", cache_root(config.cache_dir), CACHE_BYTES * self.new_seconds),
+            ("the cache", cache_root(config.cache_dir), CACHE_BYTES * density * self.new_seconds),
             ("the models", model_cache(config.model_cache_dir), self.model_bytes),
         ]
         if self.has_output:
             check_output(output, overwrite=config.overwrite, finished_too=False)
-            size = FOLDER_BYTES * self.audio_seconds + TOKENIZER_BYTES if self.audio_seconds else 0
+            size = FOLDER_BYTES * density * self.audio_seconds + TOKENIZER_BYTES if self.audio_seconds else 0
             places.append(("the dataset folder", output, size + self.audio_bytes * config.keep_audio))
         disks: dict[int, list[tuple[str, Path, float]]] = {}
         for name, folder, size in places:

@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from usdm_sft.corpus.examples import SINGLE_TURN, check_config
 from usdm_sft.corpus.hub_corpus import is_hub_corpus
+from usdm_sft.corpus.streams import EXPECTED_NUM_UNITS, StreamsName, check_unit_options
 from usdm_sft.template.config import (
     EXPECTED_LOSS,
     EXPECTED_PARTS,
@@ -53,10 +54,12 @@ def describe_type(hint: Any, name: str = "") -> str:
 
     Args:
         hint: The type hint of a setting.
-        name: The setting, of which two lists have the same type.
+        name: The setting, of which several lists have the same type.
     """
     if name == "template.parts":
         return EXPECTED_PARTS
+    if name == "num_units":
+        return EXPECTED_NUM_UNITS
     hint = _alternatives(hint)[0]
     if get_origin(hint) is Literal:
         return f"one of {', '.join(get_args(hint))}"
@@ -73,7 +76,7 @@ def _check_setting(name: str, value: Any, hint: Any) -> None:
             raise ValueError(f"{name} {value!r} is unknown: choose {describe_type(hint)}")
     elif not any(_is_instance(value, kind) for kind in (first, *others)):
         kind = "" if value is None else f", a value of type {type(value).__name__}"
-        raise ValueError(f"{name} is {value!r}{kind}: give {describe_type(hint)}")
+        raise ValueError(f"{name} is {value!r}{kind}: give {describe_type(hint, name)}")
     if first is float and not 0 < value < math.inf:
         raise ValueError(f"{name} is {value}: give a positive number")
     if name in MINIMUM and value < MINIMUM[name]:
@@ -124,6 +127,22 @@ class CorpusOptions:
     on_bad_audio: Literal["error", "skip"] = "error"
     """What to do with audio that cannot become units: error stops before any work and names every file; skip leaves out
     the pairs that use it and lists them in counts.json and in the card."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenUnitOptions:
+    """Units that exist already"""
+
+    unit_rate: float | None = None
+    """Take the units from the column units of the manifests, and open no unit model; the units per second, or frames of several units per
+    second, such as 12.5. By default a column units is ignored, and units are made from the recordings."""
+
+    num_units: int | tuple[int, ...] | None = None
+    """Number of different units, such as 2048; for several streams of different sizes a list, such as [4096, 1024]."""
+
+    streams: StreamsName | None = None
+    """What becomes of frames of several units: first (stream 0 alone) or flatten (all streams, frame by frame, each with unit
+    numbers of its own). Required for such frames."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +255,15 @@ class ExecutorOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareConfig(CorpusOptions, TokenizerOptions, UnitModelOptions, ComputeOptions, OutputOptions, ExecutorOptions):
+class PrepareConfig(
+    CorpusOptions,
+    GivenUnitOptions,
+    TokenizerOptions,
+    UnitModelOptions,
+    ComputeOptions,
+    OutputOptions,
+    ExecutorOptions,
+):
     """Options of `prepare`, validated when the config is made.
 
     Raises:
@@ -245,16 +272,36 @@ class PrepareConfig(CorpusOptions, TokenizerOptions, UnitModelOptions, ComputeOp
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
+        if isinstance(self.num_units, list):
+            object.__setattr__(self, "num_units", tuple(self.num_units))
         for field in fields(self):
             _check_setting(field.name, getattr(self, field.name), hints[field.name])
         if self.agent is not None:
             object.__setattr__(self, "agent", str(self.agent))  # speakers are texts, also those that are numbers
         check_config(self.config_name, self.history)
+        self._check_given_units()
         if self.executor is None and (self.tasks != 1 or self.slurm is not None):
             raise ValueError("tasks and slurm are options of an executor: name one with --executor")
         if self.data_files and is_hub_corpus(self.data_dir):
             raise ValueError(
                 f"data_dir is {self.data_dir}, a dataset of the Hub with splits of its own: leave out the metadata paths"
+            )
+
+    def _check_given_units(self) -> None:
+        """Check the options for units that exist already, and that no option of the unit model stands beside them."""
+        check_unit_options(self.unit_rate, self.num_units, self.streams)
+        if self.unit_rate is None:
+            return
+        defaults = {field.name: field.default for field in fields(UnitModelOptions)}
+        if unread := [name for name, default in defaults.items() if getattr(self, name) != default]:
+            raise ValueError(
+                f"{', '.join(unread)} {'is' if len(unread) == 1 else 'are'} of the unit model, but with unit_rate the units are read from the "
+                "manifest: leave out one of the two"
+            )
+        if self.streams == "flatten" and self.unit_repetition == "collapse":
+            raise ValueError(
+                "unit_repetition is collapse, but neighbours in flattened streams are units of different streams, and no run of equal units is "
+                "a longer sound: use keep, or streams first"
             )
 
     @property

@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from usdm_sft.audio.addresses import disk_files
-from usdm_sft.audio.frames import SAMPLE_RATE, count_units
+from usdm_sft.audio.frames import SAMPLE_RATE, UNITS_PER_SECOND, count_units
 from usdm_sft.prepare.checks import Finding, SetUp
 from usdm_sft.prepare.config import PrepareConfig
+from usdm_sft.prepare.given_units import GivenUnits, write_given_units
 from usdm_sft.prepare.open_run import Run, choose_devices, load_rows, open_run
-from usdm_sft.prepare.plan import Shard
+from usdm_sft.prepare.plan import Shard, list_ids
 from usdm_sft.prepare.token_shards import fit_splits
 from usdm_sft.units.published import PUBLISHED, locate_unit_model
 from usdm_sft.units.settings import make_settings
@@ -51,8 +52,9 @@ class DryRun:
     missing_seconds: float  # of audio, in the missing unit shards
     seconds: float  # of audio, in all of them
     audio_bytes: int  # size of the files of the corpus
-    has_model: bool  # the unit model is on this machine
+    has_model: bool  # the unit model is on this machine, or none is needed
     device: str  # its kind
+    units_per_second: float = UNITS_PER_SECOND
 
 
 def dry_run(config: PrepareConfig) -> DryRun:
@@ -64,18 +66,18 @@ def dry_run(config: PrepareConfig) -> DryRun:
         Exception: What `prepare` would raise before its first forward pass, or because no row is left.
     """
     cache = cache_root(config.cache_dir)
-    folder = locate_unit_model(config.unit_model, config.model_cache_dir)
+    is_given = config.unit_rate is not None
+    folder = None if is_given else locate_unit_model(config.unit_model, config.model_cache_dir)
+    has_model = is_given or folder is not None
     with TemporaryDirectory(prefix="dailytalk-usdm-") as scratch, Stages(_STAGES) as stages:
         for name in _REMEMBERED:
             if (cache / name).is_file():
                 shutil.copyfile(cache / name, Path(scratch, name))
             elif (cache / name).is_dir():
                 shutil.copytree(cache / name, Path(scratch, name))
-        run = open_run(
-            replace(config, cache_dir=scratch), stages, _stand_in(config, scratch) if folder is None else None
-        )
+        run = open_run(replace(config, cache_dir=scratch), stages, None if has_model else _stand_in(config, scratch))
         stages.start("rows")
-        units = {shard.units_key: _write_units(shard, run) for shard in run.plan}
+        units = _write_units(run)
         rows = load_rows(run.builder)
         with ProcessPool(1) as pool:
             _, splits, _ = fit_splits(run, rows, units, pool)
@@ -93,8 +95,9 @@ def dry_run(config: PrepareConfig) -> DryRun:
             missing_seconds=_count_seconds(missing),
             seconds=_count_seconds(run.plan),
             audio_bytes=sum(os.stat(file).st_size for file in files),
-            has_model=folder is not None,
-            device=str(run.unit_tokenizer.settings["device"]),
+            has_model=has_model,
+            device="cpu" if is_given else str(run.unit_tokenizer.settings["device"]),
+            units_per_second=_find_rate(run),
         )
 
 
@@ -108,18 +111,30 @@ def _stand_in(config: PrepareConfig, scratch: str) -> UnitTokenizer:
     return tokenizer
 
 
-def _write_units(shard: Shard, run: Run) -> Path:
+def _write_units(run: Run) -> dict[str, Path]:
+    """Write unit shards with units that the corpus has, or with units of the right number."""
+    if isinstance(run.unit_tokenizer, GivenUnits):
+        return write_given_units(run.builder, list_ids(run.plan), run.cache)
+    normalization = run.unit_tokenizer.normalization
+    return {shard.units_key: _make_up_units(shard, run, normalization) for shard in run.plan}
+
+
+def _make_up_units(shard: Shard, run: Run, normalization: str) -> Path:
     """Write a unit shard whose utterances have the right number of units: all of them unit 0, or where units are collapsed no two equal neighbours."""
     content = run.plan.content(shard)
     num_distinct = 1 if run.config.unit_repetition == "keep" else min(2, run.encoder.num_units)
     columns: dict[str, list[Any]] = {
         "units": [
-            np.arange(count_units(length, run.unit_tokenizer.normalization), dtype=np.uint16) % num_distinct
-            for length in content.lengths
+            np.arange(count_units(length, normalization), dtype=np.uint16) % num_distinct for length in content.lengths
         ],
         "seconds": [np.float32(length / SAMPLE_RATE) for length in content.lengths],
     }
     return ShardCache(run.cache / "units").make(shard.units_key, partial(write_shard, columns))
+
+
+def _find_rate(run: Run) -> float:
+    streams = run.builder.unit_streams
+    return UNITS_PER_SECOND if streams is None else streams.units_per_second
 
 
 def _count_seconds(shards: Iterable[Shard]) -> float:
@@ -132,6 +147,8 @@ def describe_dry_run(found: DryRun, config: PrepareConfig) -> list[str]:
     lines = [
         f"cache: it has the units of {units} of {count_noun(found.num_shards, 'work shard')}, and the tokens of {tokens:,}"
     ]
+    if config.unit_rate is not None:
+        return [*lines, "time: the corpus has its units, and none are to be computed"]
     if config.unit_repetition == "collapse":
         lines.append(
             "tokens: the numbers are those of keep, an upper limit; how many units repeat shows when they are computed"
@@ -155,5 +172,6 @@ def check_dry_run(found: DryRun, config: PrepareConfig) -> Iterator[Finding]:
     """Yield what the doctor finds of the unit model that is missing and of the disks, with the sizes of the dry run."""
     set_up = SetUp(config)
     set_up.audio_seconds, set_up.new_seconds = found.seconds, found.missing_seconds
+    set_up.units_per_second = found.units_per_second
     set_up.audio_bytes = found.audio_bytes
     return set_up.examine(*([] if found.has_model else ["Hub", "unit model"]), "disk")

@@ -22,7 +22,7 @@ from usdm_sft.corpus.builder import DailyTalkUSDM
 from usdm_sft.corpus.find import describe_corpus
 from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.prepare.open_run import open_corpus
-from usdm_sft.template.tokenizer import MAX_UNITS
+from usdm_sft.template.config import MAX_UNITS
 from usdm_sft.units import kmeans
 from usdm_sft.units.convert import read_settings, write_unit_model
 from usdm_sft.units.features import FeatureExtractor, Recording, compute_features, load_features, open_encoder

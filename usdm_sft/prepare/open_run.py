@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,10 +18,11 @@ from transformers import PreTrainedTokenizerFast
 
 from usdm_sft import __version__
 from usdm_sft.corpus.builder import DailyTalkUSDM
-from usdm_sft.corpus.features import ROLES
+from usdm_sft.corpus.features import ROLES, SPEECH
 from usdm_sft.corpus.find import describe_corpus, recipe_of
 from usdm_sft.folder.layout import ROW_PACKAGES, check_output
 from usdm_sft.prepare.config import PrepareConfig
+from usdm_sft.prepare.given_units import GivenUnits, check_recordings
 from usdm_sft.prepare.overflow import choose_overflow
 from usdm_sft.prepare.plan import Plan, plan_shards
 from usdm_sft.template.encoder import TemplateEncoder
@@ -55,7 +57,10 @@ def choose_devices(config: PrepareConfig) -> list[str]:
         from usdm_sft.prepare import unit_tasks  # datatrove is an optional dependency
 
         unit_tasks.check_options(config.executor, config.num_gpus, config.slurm)
-        return [unit_tasks.find_device(config.executor, config.num_gpus)]
+        if config.unit_rate is None:
+            return [unit_tasks.find_device(config.executor, config.num_gpus)]
+    if config.unit_rate is not None:  # nothing is computed
+        return ["cpu"]
     devices = find_devices(config.num_gpus)
     if devices == ["cpu"]:
         check_cpu(config.precision)
@@ -87,7 +92,7 @@ class Run:
     builder: DailyTalkUSDM
     tokenizer: PreTrainedTokenizerFast
     encoder: TemplateEncoder
-    unit_tokenizer: UnitTokenizer
+    unit_tokenizer: UnitTokenizer | GivenUnits
     plan: Plan
 
 
@@ -124,17 +129,43 @@ def open_run(
     builder = open_corpus(config, cache)
     builder.screen_audio(pool)
     if pool is not None:
-        pool.start(len(builder.audio_digests) // UTTERANCES_PER_PROCESS)
+        pool.start(_count_utterances(builder) // UTTERANCES_PER_PROCESS)
     stages.start("unit model")
-    if unit_tokenizer is None:
-        unit_tokenizer = _open_unit_model(config, devices[0], cache)
-        if unit_tokenizer.num_units > encoder.num_units:
+    units = _take_units(config, builder, encoder) or unit_tokenizer
+    if units is None:
+        units = _open_unit_model(config, devices[0], cache)
+        if units.num_units > encoder.num_units:
             raise ValueError(
-                f"the unit model has {unit_tokenizer.num_units} units, the tokenizer only {encoder.num_units}: "
+                f"the unit model has {units.num_units} units, the tokenizer only {encoder.num_units}: "
                 "use the unit model and the tokenizer that belong together"
             )
-    plan = plan_shards(builder, unit_tokenizer, encoder, config.shard_dialogs)
-    return Run(config, overflow, output, cache, devices, builder, tokenizer, encoder, unit_tokenizer, plan)
+    plan = plan_shards(builder, units, encoder, config.shard_dialogs)
+    return Run(config, overflow, output, cache, devices, builder, tokenizer, encoder, units, plan)
+
+
+def _count_utterances(builder: DailyTalkUSDM) -> int:
+    if builder.unit_streams is None:
+        return len(builder.audio_digests)
+    return sum(len(dialog.utterances) for split in builder.corpus.values() for dialog in split.dialogs)
+
+
+def _take_units(config: PrepareConfig, builder: DailyTalkUSDM, encoder: TemplateEncoder) -> GivenUnits | None:
+    """Return the units that the corpus has, or None if a unit model makes them.
+
+    Raises:
+        ValueError: The tokenizer has fewer units, or the recordings to keep are not there.
+    """
+    if (streams := builder.unit_streams) is None:
+        return None
+    units = GivenUnits(streams)
+    if units.num_units > encoder.num_units:
+        where = f" in {len(streams.kept)} streams" if len(streams.kept) > 1 else ""
+        raise ValueError(
+            f"the corpus has {units.num_units:,} different units{where}, the tokenizer only {encoder.num_units:,}: make one with "
+            f"'dailytalk-usdm tokenizer BASE FOLDER --num_units {units.num_units}'"
+        )
+    check_recordings(builder, keep_audio=config.keep_audio)
+    return units
 
 
 def _open_unit_model(config: PrepareConfig, device: str, cache: Path) -> UnitTokenizer:
@@ -150,7 +181,9 @@ def _open_unit_model(config: PrepareConfig, device: str, cache: Path) -> UnitTok
 
 def open_corpus(config: PrepareConfig, cache: Path) -> DailyTalkUSDM:
     """Read the split lists or manifests."""
+    given: dict[str, Any] = {"unit_rate": config.unit_rate, "num_units": config.num_units, "streams": config.streams}
     return DailyTalkUSDM(
+        **{name: value for name, value in given.items() if value is not None},
         config_name=config.config_name,
         history=config.history,
         agent=config.agent,
@@ -165,18 +198,18 @@ def open_corpus(config: PrepareConfig, cache: Path) -> DailyTalkUSDM:
 
 def describe_run(run: Run) -> dict[str, Any]:
     """The part of counts.json that is known before any work, with the key of the run."""
-    config, builder = run.config, run.builder
+    config, builder, units = run.config, run.builder, run.unit_tokenizer
     is_reference = (config.precision, config.resampler) == ("fp32", "soxr")
     lists = builder.split_lists
     counts: dict[str, Any] = {
         "format_version": 2,
         "config": config.config_name,
         "corpus": describe_corpus(lists, builder.list_digests),
-        "unit_model": describe_unit_model(run.unit_tokenizer.folder, run.unit_tokenizer.description),
+        "unit_model": None if isinstance(units, GivenUnits) else describe_unit_model(units.folder, units.description),
         "tokenizer": describe_tokenizer(
             str(config.pretrained_model_name_or_path), run.encoder.tokens, run.encoder.layout.chat
         ),
-        "num_units": run.unit_tokenizer.num_units,
+        "num_units": units.num_units,
         "settings": {
             "history": config.history,
             "agent": config.agent,
@@ -189,19 +222,25 @@ def describe_run(run: Run) -> dict[str, Any]:
             "shard_dialogs": config.shard_dialogs,
             **({} if config.unit_repetition == "keep" else {"unit_repetition": config.unit_repetition}),
             **({"keep_audio": True} if config.keep_audio else {}),
-            **run.unit_tokenizer.settings,
+            **units.settings,
             **({} if is_reference else {"agreement_utterances": config.agreement_utterances}),
         },
         "digests": {
             **{f"{split} {recipe_of(lists[split]).kind}": sha for split, sha in builder.list_digests.items()},
-            "lists and audio": builder.content_digest,
-            "unit model": run.unit_tokenizer.digest,
+            "lists and audio" if builder.audio_digests else "lists": builder.content_digest,
+            **({} if isinstance(units, GivenUnits) else {"unit model": units.digest}),
             "tokenizer": run.encoder.tokenizer_digest,
         },
         "versions": {"dailytalk-usdm": __version__} | {name: importlib.metadata.version(name) for name in _VERSIONED},
     }
     decisive = counts | {"versions": {name: counts["versions"][name] for name in ROW_PACKAGES}}
     return counts | {"key": cache_key(decisive, [shard.tokens_key for shard in run.plan])}
+
+
+def text_columns(names: Iterable[str]) -> list[str]:
+    """Return the columns of the builder that rows keep. Units and seconds come from unit shards, also where the corpus has them."""
+    others = {f"{role}_{name}" for role in ROLES for name in ("audio", *SPEECH)}
+    return [name for name in names if name not in others]
 
 
 def load_rows(builder: DailyTalkUSDM) -> dict[str, Dataset]:
@@ -231,14 +270,14 @@ def _load(builder: DailyTalkUSDM, download_mode: str) -> dict[str, Dataset]:
 
 
 def _check_rows(rows: Dataset, builder: DailyTalkUSDM, split: str) -> None:
-    """Compare every column but the audio with the corpus; this takes one second for DailyTalk.
+    """Compare every column with the corpus, but for audio and given units; this takes one second for DailyTalk.
 
     A flipped byte in a text leaves a valid Arrow file, which `validate` cannot find.
 
     Raises:
         OSError: A column or the number of rows differs.
     """
-    rows = rows.remove_columns([f"{role}_audio" for role in ROLES])
+    rows = rows.select_columns(text_columns(rows.column_names))
     dialogs = list(range(len(builder.corpus[split].dialogs)))
     examples = (example for _, example in builder._generate_examples(split, dialogs))
     start = 0

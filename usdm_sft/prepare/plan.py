@@ -7,11 +7,13 @@ from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from usdm_sft.corpus.examples import config_has_lists, make_examples
+from usdm_sft.prepare.given_units import measure_units
 from usdm_sft.utils.cache_keys import cache_key
 
 if TYPE_CHECKING:
     from usdm_sft.corpus.builder import DailyTalkUSDM
     from usdm_sft.corpus.dialogs import Dialog
+    from usdm_sft.prepare.given_units import GivenUnits
     from usdm_sft.template.encoder import TemplateEncoder
     from usdm_sft.units.tokenizer import UnitTokenizer
 
@@ -35,8 +37,8 @@ class ShardContents(NamedTuple):
 
     ids: list[str]  # of each utterance, in order
     audio: list[str]  # path of its recording
-    digests: list[str]  # sha256 of its recording
-    lengths: list[int]  # its samples at 16 kHz
+    digests: list[str]  # sha256 of its recording; "" without one
+    lengths: list[int]  # its samples at 16 kHz, or as many as its given units would take
     seconds: list[float]
     dialogs: list[tuple[str, int]]  # id and number of utterances of each dialog; bad audio cuts some into several parts
     num_pairs: int
@@ -66,7 +68,10 @@ class Plan(list[Shard]):
 
 
 def plan_shards(
-    builder: DailyTalkUSDM, unit_tokenizer: UnitTokenizer, encoder: TemplateEncoder, shard_dialogs: int
+    builder: DailyTalkUSDM,
+    unit_tokenizer: UnitTokenizer | GivenUnits,
+    encoder: TemplateEncoder,
+    shard_dialogs: int,
 ) -> Plan:
     """Divide each split into work shards of `shard_dialogs` whole dialogs, in order."""
     plan = Plan()
@@ -76,8 +81,8 @@ def plan_shards(
         start = 0
         for number, group in groupby(split.dialogs, key=lambda dialog: number_of[dialog.id]):
             dialogs = list(group)
-            content = _describe_dialogs(dialogs, builder)
-            units_key = cache_key("utterances", *unit_tokenizer.key, content.ids, content.digests)
+            content, digests = _describe_dialogs(dialogs, builder)
+            units_key = cache_key("utterances", *unit_tokenizer.key, content.ids, digests)
             texts = [utterance.text for dialog in dialogs for utterance in dialog.utterances]
             stop = start + len(content.rows)
             shard = Shard(
@@ -96,17 +101,27 @@ def plan_shards(
     return plan
 
 
-def _describe_dialogs(dialogs: Sequence[Dialog], builder: DailyTalkUSDM) -> ShardContents:
+def list_ids(plan: Plan) -> dict[str, list[str]]:
+    """Return the ids of the utterances of each unit shard, in order, by its key."""
+    return {shard.units_key: plan.content(shard).ids for shard in plan}
+
+
+def _describe_dialogs(dialogs: Sequence[Dialog], builder: DailyTalkUSDM) -> tuple[ShardContents, list[str]]:
+    """Return the content of a work shard, and the sha256 of what the units of each utterance follow from: its recording or given units."""
     name, history = builder.config.name, builder.config.history
     utterances = [utterance for dialog in dialogs for utterance in dialog.utterances]
     ids = [utterance.id for utterance in utterances]
     audio = [utterance.audio for utterance in utterances]
-    found = [builder.audio_digests[address] for address in audio]
+    recordings = [builder.audio_digests[address].sha256 if address else "" for address in audio]
+    if (streams := builder.unit_streams) is None:
+        found = [builder.audio_digests[address] for address in audio]
+    else:
+        found = [measure_units(utterance, streams) for utterance in utterances]
     positions = {utterance_id: position for position, utterance_id in enumerate(ids)}
-    return ShardContents(
+    content = ShardContents(
         ids=ids,
         audio=audio,
-        digests=[digest.sha256 for digest in found],
+        digests=recordings,
         lengths=[digest.num_samples for digest in found],
         seconds=[digest.seconds for digest in found],
         dialogs=[(dialog.id, len(dialog.utterances)) for dialog in dialogs],
@@ -118,3 +133,4 @@ def _describe_dialogs(dialogs: Sequence[Dialog], builder: DailyTalkUSDM) -> Shar
         ],
         lists=config_has_lists(name, history),
     )
+    return content, [digest.sha256 for digest in found]

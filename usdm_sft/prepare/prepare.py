@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usdm_sft.folder.layout import find_finished, lock_output
 from usdm_sft.prepare.config import PrepareConfig
+from usdm_sft.prepare.given_units import GivenUnits, write_given_units
 from usdm_sft.prepare.open_run import Run, describe_run, load_rows, open_run
+from usdm_sft.prepare.plan import list_ids
 from usdm_sft.prepare.token_shards import fit_splits
 from usdm_sft.prepare.unit_shards import describe_shards, make_units, name_versions
 from usdm_sft.prepare.utterance_files import UtteranceFiles
@@ -111,7 +114,7 @@ def _make(config: PrepareConfig, stages: Stages, pool: ProcessPool | TaskPool) -
         if (finished := find_finished(run.output, counts, overwrite=config.overwrite)) is not None:
             return finished, False
     stages.start("rows")
-    rows, settings = load_rows(run.builder), run.unit_tokenizer.settings
+    rows = load_rows(run.builder)
     stages.start("units")
     agreement, units = _tokenize_audio(run, pool)
     give_back_memory()
@@ -120,18 +123,9 @@ def _make(config: PrepareConfig, stages: Stages, pool: ProcessPool | TaskPool) -
     give_back_memory()
     stages.start("folder")
     counts |= {
-        "padding_share": round(
-            padding_share(
-                (run.plan.content(shard).lengths for shard in run.plan),
-                settings["batch_seconds"],
-                settings["device"],
-                run.unit_tokenizer.normalization,
-            ),
-            4,
-        ),
+        **_describe_units(run, counts["versions"], units.values()),
         "agreement": agreement,
         "splits": split_counts,
-        "versions": name_versions(counts["versions"], units.values()),
     }
     from usdm_sft.folder.writer import write_folder  # imports matplotlib, which a finished folder does not need
 
@@ -154,13 +148,27 @@ def _make(config: PrepareConfig, stages: Stages, pool: ProcessPool | TaskPool) -
     return counts, True
 
 
+def _describe_units(run: Run, versions: Mapping[str, str], files: Iterable[Path]) -> dict[str, Any]:
+    """Return the part of counts.json that tells how the units were computed; nothing where the corpus has them."""
+    units = run.unit_tokenizer
+    if isinstance(units, GivenUnits):
+        return {}
+    lengths = (run.plan.content(shard).lengths for shard in run.plan)
+    settings = units.settings
+    share = padding_share(lengths, settings["batch_seconds"], settings["device"], units.normalization)
+    return {"padding_share": round(share, 4), "versions": name_versions(versions, files)}
+
+
 def _tokenize_audio(run: Run, pool: ProcessPool | TaskPool) -> tuple[dict[str, Any] | None, dict[str, Path]]:
-    """Make the unit shards that the cache lacks.
+    """Make the unit shards that the cache lacks, or write those of units that the corpus has.
 
     Returns:
         The agreement with fp32 and soxr, or None where these are in use, and the file of each unit shard by its key.
     """
-    config, shards = run.config, describe_shards(run.plan)
+    config = run.config
+    if isinstance(run.unit_tokenizer, GivenUnits):
+        return None, write_given_units(run.builder, list_ids(run.plan), run.cache)
+    shards = describe_shards(run.plan)
     if not isinstance(pool, ProcessPool):
         from usdm_sft.prepare.unit_tasks import run_tasks
 

@@ -22,7 +22,7 @@ from datasets import Dataset
 from datasets.table import InMemoryTable
 
 from usdm_sft.corpus.features import ROLES, SPEECH, TRAINER_COLUMNS, are_collapsed, folder_features
-from usdm_sft.prepare.open_run import Run
+from usdm_sft.prepare.open_run import Run, text_columns
 from usdm_sft.prepare.overflow import Overflowed, find_cuts, take_rows
 from usdm_sft.prepare.plan import Plan, Shard, ShardContents
 from usdm_sft.template.encoder import IGNORE_INDEX
@@ -135,11 +135,11 @@ def _columns_by_row(content: ShardContents, units: pa.Table, *, collapse: bool) 
 def _collapse(units: pa.ListArray, content: ShardContents) -> dict[str, pa.ListArray]:
     """The columns `units` and `durations` of collapsed utterances."""
     collapsed = []
-    for recording, values in zip(content.audio, units, strict=True):
+    for recording, utterance_id, values in zip(content.audio, content.ids, units, strict=True):
         try:
             collapsed.append(collapse_units(values.values.to_numpy()))
         except ValueError as error:
-            raise ValueError(f"{recording}: {error}") from error
+            raise ValueError(f"{recording or utterance_id}: {error}") from error
     columns = zip(*collapsed, strict=True)
     return {name: pa.array(list(next(columns)), units.type) for name in ("units", "durations")}
 
@@ -306,7 +306,7 @@ def fit_splits(
         The rows and the counts by split, and all token shards.
     """
     config = run.config
-    rows = {split: each.remove_columns([f"{role}_audio" for role in ROLES]) for split, each in rows.items()}
+    rows = {split: each.select_columns(text_columns(each.column_names)) for split, each in rows.items()}
     maker = TokenMaker(rows, run.encoder, ShardCache(run.cache / "tokens"), config.max_length, run.overflow)
     tokens = make_tokens(run.plan, maker, units, pool)
     splits, counts = {}, {}

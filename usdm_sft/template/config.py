@@ -11,6 +11,7 @@ from usdm_sft.utils.texts import text_problem
 USTM = "naver-ai/USTM"
 OFFLINE = "mistral-common"  # the name of the tokenizer that `build_tokenizer` makes offline
 MAX_LENGTH = 8192
+MAX_UNITS = 65_536  # units are stored as uint16
 
 # naver-ai/usdm, preprocess/fine-tuning/dailytalk_single_turn.py
 INSTRUCTION = (

@@ -11,11 +11,11 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from usdm_sft.template.chat import ChatIds, lay_out_messages
-from usdm_sft.template.config import REFERENCE, Template
+from usdm_sft.template.config import MAX_UNITS, REFERENCE, Template
 from usdm_sft.template.row_form import NO_IDS, Piece, as_ids, place_of
 from usdm_sft.template.special_tokens import BYTE_NEWLINE, TemplateTokens
 from usdm_sft.template.text_encoder import lay_out_turns
-from usdm_sft.template.tokenizer import MAX_UNITS, ustm_tokens
+from usdm_sft.template.tokenizer import ustm_tokens
 
 # In the order of a row. Each part but the frame includes the token that ends it.
 ROW_PARTS = {

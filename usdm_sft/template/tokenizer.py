@@ -21,7 +21,7 @@ from huggingface_hub.errors import HFValidationError
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from usdm_sft.template.chat import ChatIds
-from usdm_sft.template.config import MAX_LENGTH, OFFLINE, USTM
+from usdm_sft.template.config import MAX_LENGTH, MAX_UNITS, OFFLINE, USTM
 from usdm_sft.template.special_tokens import (
     CONTINUE_TOKEN,
     CORRESPOND_TOKEN,
@@ -44,7 +44,6 @@ NEWLINE = 13  # <0x0A>, the token of every newline
 SPACE = 28705  # a single "▁"
 CONTINUE, CORRESPOND, UNIT_0 = 32000, 32001, 32002
 NUM_UNITS = 10_000
-MAX_UNITS = 65_536  # units are stored as uint16
 
 MODEL_SHA256 = "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055"
 

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from usdm_sft.audio.frames import SAMPLE_RATE
-from usdm_sft.template.tokenizer import MAX_UNITS
+from usdm_sft.template.config import MAX_UNITS
 from usdm_sft.units.folder import DESCRIPTION, FILES, read_array, read_description
 from usdm_sft.units.model import empty_model
 from usdm_sft.units.settings import XLSR_LAYER

@@ -1,0 +1,352 @@
+"""Units that a corpus has already: their checks, their rate, and one sequence of units from several streams.
+
+A codec with several codebooks gives one frame of several units at a time, one unit of each stream. A row needs one sequence:
+
+    frames    [[5, 9, 2], [6, 9, 0]]      three streams of 10 units each
+    first     [5, 6]                      stream 0 alone
+    flatten   [5, 19, 22, 6, 19, 20]      frame by frame; the units of a stream follow those of the streams before it
+
+No heavy imports, because the command line reads this module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Literal
+
+from usdm_sft.template.config import MAX_UNITS
+from usdm_sft.utils.texts import count_noun, quote
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+StreamsName = Literal["first", "flatten"]
+EXPECTED_NUM_UNITS = "a whole number, or a list with one for each stream, such as [1024, 1024]"
+_EMPTY = "units is empty: give one unit or more, or leave out the turn"
+
+
+@dataclass(frozen=True)
+class UnitStreams:
+    """The units of a dataset: their rate, and the streams that its rows keep.
+
+    Attributes:
+        rate: Frames per second.
+        num_units: Number of units of each stream.
+        streams: "first" or "flatten"; None for one stream.
+    """
+
+    rate: float
+    num_units: tuple[int, ...]
+    streams: StreamsName | None = None
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Number of units of each stream that the rows keep."""
+        return self.num_units if self.streams == "flatten" else self.num_units[:1]
+
+    @property
+    def units_per_second(self) -> float:
+        """Number of units in a second of a row."""
+        return self.rate * len(self.kept)
+
+    def count_seconds(self, num_units: int) -> float:
+        """Return the seconds of a sequence of so many units, as a row has it."""
+        return num_units / len(self.kept) / self.rate
+
+    def find_problem(self, units: npt.ArrayLike) -> str | None:
+        """Return why a sequence of units is not one of these streams, or None where it is."""
+        if len(self.kept) == 1:
+            return None
+        try:
+            unflatten_units(units, self.kept)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def settings(self) -> dict[str, Any]:
+        """The options as JSON values. `streams` is left out for one stream."""
+        streams = {} if self.streams is None else {"streams": self.streams}
+        return {"unit_rate": self.rate, "num_units": list(self.num_units), **streams}
+
+    def describe(self) -> str:
+        """Return the rate and the streams in words, such as "12.5 frames of 8 units per second"."""
+        if len(self.num_units) == 1:
+            return f"{self.rate:g} per second"
+        if self.streams == "first":
+            return f"{self.rate:g} per second, the first of {len(self.num_units)} streams"
+        return f"{self.rate:g} frames of {len(self.num_units)} units per second"
+
+
+def read_streams(settings: Mapping[str, Any]) -> UnitStreams | None:
+    """Return the units that the settings of a dataset folder name, or None if a unit model made them.
+
+    Raises:
+        ValueError: The settings are not what `UnitStreams.settings` returns.
+    """
+    if "unit_rate" not in settings:
+        return None
+    rate, num_units, streams = (settings.get(name) for name in ("unit_rate", "num_units", "streams"))
+    is_rate = isinstance(rate, int | float) and not isinstance(rate, bool) and 0 < rate < math.inf
+    if not is_rate or not isinstance(num_units, list) or _options_problem(num_units, streams):
+        raise ValueError(
+            f"unit_rate {rate!r}, num_units {num_units!r} and streams {streams!r} are not units of a dataset"
+        )
+    assert isinstance(rate, int | float)
+    if (streams is None) != (len(num_units) == 1) or _sum_problem(
+        found := UnitStreams(float(rate), tuple(num_units), streams)
+    ):
+        raise ValueError(f"num_units {num_units!r} and streams {streams!r} are not units of a dataset")
+    return found
+
+
+def flatten_units(frames: npt.ArrayLike, num_units: Sequence[int]) -> npt.NDArray[np.uint16]:
+    """Make one sequence of the units of several streams, frame by frame.
+
+    Args:
+        frames: (num_frames, num_streams) units of each frame.
+        num_units: Number of units of each stream.
+
+    Returns:
+        (num_frames * num_streams,) units. Those of a stream follow the units of the streams before it: with `num_units` of [10, 10], the
+        frame [5, 9] is 5, 19.
+
+    Raises:
+        ValueError: The shape is another one, a unit is not of its stream, or there are more than 65,536 units in all.
+    """
+    import numpy as np
+
+    units = np.asarray(frames)
+    _check_sum(num_units)
+    if units.ndim != 2 or units.shape[1] != len(num_units):
+        raise ValueError(f"frames have shape {units.shape}: give {count_noun(len(num_units), 'unit')} for each frame")
+    if (wrong := np.argwhere((units < 0) | (units >= np.asarray(num_units)))).size:
+        frame, stream = wrong[0].tolist()
+        raise ValueError(
+            f"unit {units[frame, stream]} of frame {frame} is not of stream {stream}, which has {num_units[stream]:,}: "
+            "give the number of units of each stream"
+        )
+    return (units.astype(np.int64) + _find_starts(num_units)).astype(np.uint16).reshape(-1)
+
+
+def unflatten_units(units: npt.ArrayLike, num_units: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Restore the frames that `flatten_units` made one sequence of, for the decoder of a codec.
+
+    Args:
+        units: (num_frames * num_streams,) units, such as `row["agent_units"]` or what a model generated.
+        num_units: Number of units of each stream.
+
+    Returns:
+        (num_frames, num_streams) int64 units, those of each stream from 0.
+
+    Raises:
+        ValueError: The last frame is not complete, or a unit is not of the stream of its position.
+    """
+    import numpy as np
+
+    flat = np.asarray(units)
+    _check_sum(num_units)
+    if flat.ndim != 1 or len(flat) % len(num_units):
+        shape = f"shape {flat.shape}" if flat.ndim != 1 else count_noun(len(flat), "unit")
+        raise ValueError(
+            f"{shape} instead of whole frames of {len(num_units)}: leave out the units after the last whole frame"
+        )
+    frames = flat.astype(np.int64).reshape(-1, len(num_units)) - _find_starts(num_units)
+    if (wrong := np.argwhere((frames < 0) | (frames >= np.asarray(num_units)))).size:
+        frame, stream = wrong[0].tolist()
+        position, first = frame * len(num_units) + stream, int(_find_starts(num_units)[stream])
+        raise ValueError(
+            f"unit {flat[position]} at position {position} is not of stream {stream}, whose units are {first} to "
+            f"{first + num_units[stream] - 1}: the units of every frame follow each other stream by stream"
+        )
+    return frames
+
+
+def _find_starts(num_units: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Return the number of the first unit of each stream in a flattened sequence, (num_streams,)."""
+    import numpy as np
+
+    return np.cumsum([0, *num_units[:-1]], dtype=np.int64)
+
+
+def _check_sum(num_units: Sequence[int]) -> None:
+    if not num_units or sum(num_units) > MAX_UNITS:
+        raise ValueError(f"num_units is {[*num_units]}: give one for each stream, {MAX_UNITS:,} or fewer in all")
+
+
+def _sum_problem(streams: UnitStreams) -> str | None:
+    if (total := sum(streams.kept)) <= MAX_UNITS:
+        return None
+    remedy = (
+        "use streams first"
+        if streams.streams == "flatten" and streams.num_units[0] <= MAX_UNITS
+        else "use another codec"
+    )
+    return f"{count_noun(len(streams.kept), 'stream')} with {total:,} units in all, more than the {MAX_UNITS:,} that are stored: {remedy}"
+
+
+def _options_problem(num_units: Any, streams: Any) -> str | None:
+    """Return what is wrong with the options `num_units` and `streams` in themselves."""
+    each = num_units if isinstance(num_units, list | tuple) else [num_units]
+    if not each or not all(isinstance(number, int) and not isinstance(number, bool) and number > 0 for number in each):
+        return f"num_units is {num_units!r}: give {EXPECTED_NUM_UNITS}"
+    if streams not in (None, "first", "flatten"):
+        return f"streams {streams!r} is unknown: choose one of first, flatten"
+    return None
+
+
+def check_unit_options(unit_rate: float | None, num_units: int | Sequence[int] | None, streams: str | None) -> None:
+    """Check the options for units that the corpus has already.
+
+    Raises:
+        ValueError: One is missing or wrong.
+    """
+    if unit_rate is None:
+        given = [name for name, value in (("num_units", num_units), ("streams", streams)) if value is not None]
+        if given:
+            raise ValueError(
+                f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} given without unit_rate: give the units (or frames) per "
+                "second of the column units as well, such as --unit_rate 12.5"
+            )
+        return
+    if not isinstance(unit_rate, int | float) or isinstance(unit_rate, bool) or not 0 < unit_rate < math.inf:
+        raise ValueError(f"unit_rate is {unit_rate!r}: give a positive number of units (or frames) per second")
+    if num_units is None:
+        raise ValueError(
+            f"unit_rate is {unit_rate:g}, but num_units is missing: give the number of units of the codec or unit model, such as --num_units 2048"
+        )
+    if problem := _options_problem(num_units, streams):
+        raise ValueError(problem)
+
+
+class UnitReader:
+    """Checks the units of the rows of a corpus, and makes one sequence of each.
+
+    All rows have the same number of streams. It is known from the first one.
+
+    Args:
+        unit_rate: Units, or frames of several, per second.
+        num_units: Number of units: of every stream, or one number for each stream.
+        streams: What is made of several streams, "first" or "flatten".
+
+    Raises:
+        ValueError: An option is wrong.
+    """
+
+    def __init__(self, unit_rate: float, num_units: int | Sequence[int], streams: str | None):
+        check_unit_options(unit_rate, num_units, streams)
+        self._rate, self._num_units, self._name = float(unit_rate), num_units, streams
+        self._streams: UnitStreams | None = None
+        self._first_place = ""
+        self._is_refused = False
+
+    @property
+    def streams(self) -> UnitStreams:
+        """The units of the corpus, after its rows were read without a problem."""
+        assert self._streams is not None  # a corpus has a row
+        return self._streams
+
+    def read(self, value: Any, place: str) -> npt.NDArray[np.uint16] | str:
+        """Read the units of a row.
+
+        Args:
+            value: A list of units, or a list of frames, which are lists of one unit of each stream; or an array of integers, (num_units,)
+                or (num_frames, num_streams).
+            place: The place of the row in errors.
+
+        Returns:
+            (num_units,) units, or what is wrong with them. A problem of all rows is told of the first one.
+        """
+        import numpy as np
+
+        if isinstance(value, np.ndarray):
+            flat, width = value.reshape(-1), 1 if value.ndim == 1 else value.shape[1]
+            problem = None if len(flat) else _EMPTY
+        else:
+            flat, width, problem = _read_list(value)
+        if problem is not None:
+            return problem
+        if self._streams is None:
+            self._first_place = place
+            self._streams, problem = self._find_streams(width)
+            if problem is not None:
+                self._is_refused = True
+                return problem
+        assert self._streams is not None
+        if width != len(self._streams.num_units):
+            found, before = (count_noun(each, "unit") for each in (width, len(self._streams.num_units)))
+            return f"units has {found} in a frame, but {before} at {self._first_place}: give every row the same streams"
+        if self._is_refused:  # as was told of the first row
+            return np.zeros(0, np.uint16)
+        if problem := _find_outside(flat, self._streams.num_units):
+            return problem
+        if len(self._streams.kept) == 1:
+            return np.array(flat[::width], np.uint16)
+        return flatten_units(np.asarray(flat, np.int64).reshape(-1, width), self._streams.num_units)
+
+    def _find_streams(self, width: int) -> tuple[UnitStreams, str | None]:
+        """Return the streams of a corpus whose frames have so many units, and what is wrong with them."""
+        num_units = self._num_units
+        sizes = (num_units,) * width if isinstance(num_units, int) else tuple(num_units)
+        name: Any = None if width == 1 else self._name or "first"
+        found = UnitStreams(self._rate, (sizes + sizes[:1] * width)[:width], name)
+        if len(sizes) != width:
+            return found, (
+                f"units has {count_noun(width, 'unit')} in a frame, but num_units names {count_noun(len(sizes), 'stream')}: give one number "
+                "for all streams, or one for each"
+            )
+        if width > 1 and self._name is None:
+            return found, (
+                f"units has frames of {width} units: choose with --streams first (stream 0 alone) or flatten (all streams, frame by frame)"
+            )
+        return found, _sum_problem(found)
+
+
+def make_reader(
+    unit_rate: float | None, num_units: int | Sequence[int] | None, streams: str | None
+) -> UnitReader | None:
+    """Return what reads the units of a corpus, or None if none are wanted. Same errors as `check_unit_options`."""
+    check_unit_options(unit_rate, num_units, streams)
+    return None if unit_rate is None or num_units is None else UnitReader(unit_rate, num_units, streams)
+
+
+def _read_list(value: Any) -> tuple[Any, int, str | None]:
+    """Return the units of a value of JSON in one list, how many of them are in a frame, and what is wrong with its form."""
+    if not isinstance(value, list):
+        return [], 1, f"units {quote(str(value))} is not a list: give a list of whole numbers, or of frames of them"
+    if not value:
+        return [], 1, _EMPTY
+    flat, width = value, 1
+    if isinstance(value[0], list):
+        width = len(value[0])
+        for number, frame in enumerate(value):
+            if not isinstance(frame, list) or len(frame) != width or not frame:
+                has = f"has {count_noun(len(frame), 'unit')}" if isinstance(frame, list) else f"is {quote(str(frame))}"
+                remedy = "give one unit of each stream in each frame"
+                return [], width, f"frame {number} of units {has}, the first one {width}: {remedy}"
+        flat = list(chain.from_iterable(value))
+    if {*map(type, flat)} != {int}:
+        position = next(position for position, unit in enumerate(flat) if type(unit) is not int)
+        return [], width, f"units holds {quote(str(flat[position]))} at position {position}: give whole numbers"
+    return flat, width, None
+
+
+def _find_outside(flat: Sequence[int] | np.ndarray, sizes: Sequence[int]) -> str | None:
+    """Return which unit is not one of its stream, or None."""
+    import numpy as np
+
+    if isinstance(flat, np.ndarray):
+        if flat.min() >= 0 and (flat.reshape(-1, len(sizes)).max(axis=0) < np.array(sizes)).all():
+            return None
+        flat = flat.tolist()
+    elif min(flat) >= 0 and max(flat) < min(sizes):
+        return None
+    for position, unit in enumerate(flat):
+        stream = position % len(sizes)
+        if not 0 <= unit < sizes[stream]:
+            where = f"position {position}" if len(sizes) == 1 else f"frame {position // len(sizes)}, stream {stream}"
+            return f"units has {quote(str(unit))} at {where}, not a number from 0 to {sizes[stream] - 1:,}: correct it, or --num_units"
+    return None
