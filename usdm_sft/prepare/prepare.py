@@ -123,7 +123,9 @@ def _make(config: PrepareConfig, stages: Stages, pool: ProcessPool | TaskPool) -
         "padding_share": round(
             padding_share(
                 (run.plan.content(shard).lengths for shard in run.plan),
-                settings["batch_seconds"],
+                settings["batch_seconds"]
+                if run.unit_tokenizer.in_batches
+                else 0,  # each utterance is a batch of its own
                 settings["device"],
                 run.unit_tokenizer.normalization,
             ),

@@ -22,8 +22,9 @@ from safetensors.torch import save_file
 
 from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.template.tokenizer import MAX_UNITS
+from usdm_sft.units.base import empty_model
+from usdm_sft.units.families import family_of
 from usdm_sft.units.folder import DESCRIPTION, FILES, read_array, read_description
-from usdm_sft.units.model import empty_model
 from usdm_sft.units.settings import XLSR_LAYER
 from usdm_sft.units.transformers_folder import (
     XLSR_1B,
@@ -154,7 +155,9 @@ def _read_settings(
                 f"model_config {model_config} is for a .pt file: leave it out, {checkpoint} has a config.json"
             )
         config = read_folder_config(checkpoint, layer, final_norm=final_norm)
-        settings["normalization"] = read_normalization(checkpoint)
+        if not family_of(config).in_batches:
+            settings["model_type"] = config["model_type"]
+        settings["normalization"] = read_normalization(checkpoint, config)
         sources = {path.name: path for path in weight_files(checkpoint)}
     elif checkpoint.is_file():
         config = _read_config(model_config, layer, final_norm=final_norm)
