@@ -182,7 +182,7 @@ def test_features_and_units_are_those_of_transformers_in_float64(made, name, lay
         assert len(units) == count_units(length, tokenizer.normalization)
         assert np.array_equal(tokenizer.tokenize_waveforms([waveform])[0][~ties], units[~ties])
         seen |= set(units.tolist())
-    assert len(seen) > 20
+    assert len(seen) > 10
 
 
 @pytest.mark.parametrize("name", [*ONE_OF_EACH, "w2v-bert relative", "w2v-bert rotary"])

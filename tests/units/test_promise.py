@@ -166,8 +166,8 @@ def test_table():
         "in batches                      11,998 of 12,000    99.9833 %      2",
         "beside a longer utterance       11,999 of 12,000    99.9917 %      0",
         "tf32                      not measured: no",
-        "The model BREAKS its promise: batches change 1 units that are no ties. Give --batch_seconds 0.01, with which each utterance is "
-        "computed alone, and report the model.",
+        "The model BREAKS its promise: batches change 1 units that are no ties. Give prepare --batch_seconds 0.01, with which each "
+        "utterance is computed alone, and report the model.",
     ]
     kept = Agreement("cpu", 1, comparisons[:1])
     assert kept.table()[0].startswith("1 file on cpu") and kept.table()[-1].startswith("The model keeps its promise")

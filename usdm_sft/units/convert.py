@@ -1,8 +1,8 @@
 """A speech encoder's checkpoint and k-means centroids -> a unit model folder.
 
-The folder consists of `config.json` (a Wav2Vec2Config or HubertConfig with the layers that are needed), `model.safetensors`,
-`kmeans.npy` (float32, one centroid per row) and `unit_model.json` (layer, sample rate, normalization of waveforms, sha256 of
-every file and every source). XLS-R 1B needs 35 of its 48 layers: 2.8 GB instead of 3.9 GB. Every value stays the same.
+The folder consists of `config.json` (a config of transformers with the layers that are needed), `model.safetensors`,
+`kmeans.npy` (float32, one centroid per row) and `unit_model.json` (layer, sample rate, normalization of waveforms, family unless it is
+wav2vec 2.0 or HuBERT, sha256 of every file and every source). XLS-R 1B needs 35 of its 48 layers: 2.8 GB instead of 3.9 GB. Every value stays the same.
 
 The parameters of wav2vec 2.0 checkpoints have the names of fairseq or fairseq2, and get those of transformers' `Wav2Vec2Model`.
 """
@@ -104,7 +104,7 @@ def convert(
     """Make a unit model folder.
 
     Args:
-        checkpoint: A folder with a wav2vec 2.0 or HuBERT model as transformers saves it, or a .pt file of a wav2vec 2.0 model
+        checkpoint: A folder with a model of `families.FAMILIES` as transformers saves it, or a .pt file of a wav2vec 2.0 model
             `{"model": {...}}` with the keys of fairseq or fairseq2. Only tensors and plain values are unpickled, and no code
             in the folder runs. A folder's preprocessor_config.json says how waveforms are normalized.
         kmeans: A .npy file of float32 centroids, one per row, at most 65,536.

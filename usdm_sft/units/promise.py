@@ -102,8 +102,8 @@ class Agreement(NamedTuple):
         else:
             changed = max(each.num_changed for each in self.comparisons if each.name in (IN_BATCHES, BESIDE))
             lines.append(
-                f"The model BREAKS its promise: batches change {changed:,} units that are no ties. Give --batch_seconds 0.01, with which "
-                "each utterance is computed alone, and report the model."
+                f"The model BREAKS its promise: batches change {changed:,} units that are no ties. Give prepare "
+                "--batch_seconds 0.01, with which each utterance is computed alone, and report the model."
             )
         return lines
 
