@@ -133,7 +133,7 @@ def test_bad_number_of_layers_is_refused_before_any_is_built(folder, many_tensor
     change_file(folder, "config.json", set_keys(**config))
     if 100_000 in (layer, *config.values()):
         change_file(folder, "model.safetensors", use_file(many_tensors))
-    monkeypatch.setattr("usdm_sft.units.model.AutoModel", None)
+    monkeypatch.setattr("usdm_sft.units.base.AutoModel", None)
     with pytest.raises(ValueError, match=message):
         UnitModel.from_pretrained(folder)
 

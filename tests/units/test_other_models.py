@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import (
+    AutoModel,
     HubertConfig,
     HubertModel,
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2ForCTC,
-    Wav2Vec2Model,
 )
 
 from tests.helpers import options
@@ -24,7 +24,7 @@ from usdm_sft.audio.frames import num_frames
 from usdm_sft.cli.main import main
 from usdm_sft.prepare.prepare import prepare
 from usdm_sft.template.tokenizer import CORRESPOND, UNIT_0, build_tokenizer
-from usdm_sft.units import model as unit_model_module
+from usdm_sft.units import base
 from usdm_sft.units.convert import convert
 from usdm_sft.units.folder import unit_model_digest
 from usdm_sft.units.model import UnitModel
@@ -57,13 +57,12 @@ MODELS = {
     "wav2vec2 with an adapter behind the layers": (Wav2Vec2Config, PRE | {"add_adapter": True}, True),
 }
 LENGTHS = (400, 401, 719, 720, 721, 1039, 1040, 16_079, 16_080, 9_999, 12_345)
-CLASSES = {Wav2Vec2Config: Wav2Vec2Model, HubertConfig: HubertModel}
 
 
 def make_model(config, seed=0):
     """Make a model with random weights, spread so that layers, norms and neighbouring frames change the output."""
     torch.manual_seed(seed)
-    model = CLASSES[type(config)](config).eval()
+    model = AutoModel.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -358,7 +357,7 @@ NORM = "encoder.layer_norm"
 QUERY = "encoder.layers.1.attention.q_proj.bias"
 ERRORS = {
     "no config": (without("config.json"), r"holds no config\.json: name a folder"),
-    "kind": (config_with(model_type="wavlm"), r"model_type is 'wavlm': name a model of wav2vec2 or"),
+    "kind": (config_with(model_type="whisper"), r"model_type is 'whisper': name a model of wav2vec2, hubert, wavlm, "),
     "quantized": (config_with(quantization_config={}), "the weights are quantized"),
     "frames": (
         config_with(conv_stride=[5, 2, 2, 2, 2, 2, 1]),
@@ -470,10 +469,10 @@ def test_number_of_distances_in_memory_is_bounded(monkeypatch, made):
     held = []
     argmin = torch.Tensor.argmin
     monkeypatch.setattr(torch.Tensor, "argmin", lambda self, dim: held.append(tuple(self.shape)) or argmin(self, dim))
-    monkeypatch.setattr(unit_model_module, "KMEANS_DISTANCES", 300 * NUM_UNITS + 5)
+    monkeypatch.setattr(base, "KMEANS_DISTANCES", 300 * NUM_UNITS + 5)
     assert torch.equal(model.nearest(features), expected)
     assert held == [(300, NUM_UNITS)] * 3 + [(100, NUM_UNITS)]
-    monkeypatch.setattr(unit_model_module, "KMEANS_DISTANCES", 1)
+    monkeypatch.setattr(base, "KMEANS_DISTANCES", 1)
     assert torch.equal(model.nearest(features[:2]), expected[:2])
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from json import dumps
 from typing import Any, Literal
 
 from usdm_sft.units.settings import PrecisionName
+from usdm_sft.utils.files import print_json
 from usdm_sft.utils.texts import count_noun
 
 
@@ -18,11 +19,12 @@ def convert(
     layer: int = 35,
     final_norm: bool = False,
 ) -> None:
-    """Make a unit model folder from a wav2vec 2.0 or HuBERT checkpoint and k-means centroids.
+    """Make a unit model folder from a speech encoder and k-means centroids: wav2vec 2.0, HuBERT, WavLM, data2vec-audio, w2v-BERT 2.0.
 
     Examples:
         dailytalk-usdm convert xlsr2_1b_v2.pt kmeans_10k.npy unit_model
         dailytalk-usdm convert hubert-large kmeans.npy unit_model --layer 18
+        dailytalk-usdm convert w2v-bert-2.0 kmeans.npy unit_model --layer 16
 
     Args:
         checkpoint: A folder that transformers saved, or a .pt file of fairseq or fairseq2.
@@ -92,7 +94,6 @@ def fit(
         json: Print one JSON object, as under "fit" in unit_model.json.
     """
     from usdm_sft.prepare.fit_unit_model import fit_unit_model
-    from usdm_sft.utils.files import print_json
 
     report = fit_unit_model(
         checkpoint,
@@ -139,24 +140,46 @@ def _format_units(numbers: Mapping[str, Any]) -> str:
     )
 
 
-def units(unit_model_dir: str, file: list[str], device: str | None = None, precision: PrecisionName = "fp32") -> None:
-    """Print the units of audio files, one JSON line per file.
+def units(
+    unit_model_dir: str,
+    file: list[str],
+    device: str | None = None,
+    precision: PrecisionName = "fp32",
+    agreement: bool = False,
+    json: bool = False,
+) -> None:
+    """Print the units of audio files, one JSON line per file; or how many of them another setting leaves equal.
 
     Examples:
         dailytalk-usdm units unit_model hello.wav goodbye.wav
         dailytalk-usdm units unit_model --precision bf16 *.wav
+        dailytalk-usdm units unit_model --agreement *.wav
 
     Args:
         unit_model_dir: A unit model folder.
         file: Audio files.
         device: Where to compute. By default CUDA where there is a GPU, else the CPU.
         precision: fp32 (as the reference), tf32, fp16, bf16, fp16x3 or bf16x3.
+        agreement: Print a table instead: the share of units that equal those of each file alone in fp32 and with soxr, in batches,
+            beside a longer utterance, in each other precision that the device offers, and with torchaudio.
+        json: Print the table as one JSON object.
     """
     from usdm_sft.units.tokenizer import UnitTokenizer, stream_units
 
+    if agreement and precision != "fp32":
+        raise ValueError(f"--agreement measures every precision: leave out --precision {precision}")
     tokenizer = UnitTokenizer.from_pretrained(unit_model_dir, device=device, precision=precision)
+    if agreement:
+        from usdm_sft.units.promise import measure
+
+        found = measure(tokenizer, file)
+        if json:
+            print_json(found.describe())
+        else:
+            print("\n".join(found.table()))
+        return
     for name, file_units in zip(file, stream_units(tokenizer, file), strict=True):
-        print(json.dumps({"file": name, "units": file_units.tolist()}), flush=True)
+        print(dumps({"file": name, "units": file_units.tolist()}), flush=True)
 
 
 def tokenizer(base: str, tokenizer_dir: str, num_units: int = 10_000) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,9 +17,13 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerFast
 
 from usdm_sft import __version__
+from usdm_sft.audio.digests import AudioDigest
+from usdm_sft.audio.frames import min_samples
+from usdm_sft.audio.reading import AudioError
 from usdm_sft.corpus.builder import DailyTalkUSDM
 from usdm_sft.corpus.features import ROLES, SPEECH
 from usdm_sft.corpus.find import describe_corpus, recipe_of
+from usdm_sft.corpus.problems import join_problems
 from usdm_sft.folder.layout import ROW_PACKAGES, check_output
 from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.prepare.given_units import GivenUnits, check_recordings
@@ -139,6 +143,7 @@ def open_run(
                 f"the unit model has {units.num_units} units, the tokenizer only {encoder.num_units}: "
                 "use the unit model and the tokenizer that belong together"
             )
+        _check_lengths(builder.audio_digests, units)
     plan = plan_shards(builder, units, encoder, config.shard_dialogs)
     return Run(config, overflow, output, cache, devices, builder, tokenizer, encoder, units, plan)
 
@@ -166,6 +171,19 @@ def _take_units(config: PrepareConfig, builder: DailyTalkUSDM, encoder: Template
         )
     check_recordings(builder, keep_audio=config.keep_audio)
     return units
+
+
+def _check_lengths(audio: Mapping[str, AudioDigest], unit_tokenizer: UnitTokenizer) -> None:
+    """Check that each recording makes a unit. Any unit model needs `MIN_SAMPLES`, which the first pass has checked; some need more."""
+    fewest = min_samples(unit_tokenizer.normalization)
+    problems = [
+        f"audio file {path} has {digest.num_samples} samples at 16 kHz, fewer than the {fewest} ({fewest / 16:g} ms) that make a unit "
+        "of this unit model: leave out its pairs"
+        for path, digest in audio.items()
+        if digest.num_samples < fewest
+    ]
+    if problems:
+        raise AudioError(join_problems(problems))
 
 
 def _open_unit_model(config: PrepareConfig, device: str, cache: Path) -> UnitTokenizer:

@@ -155,7 +155,8 @@ def _describe_units(run: Run, versions: Mapping[str, str], files: Iterable[Path]
         return {}
     lengths = (run.plan.content(shard).lengths for shard in run.plan)
     settings = units.settings
-    share = padding_share(lengths, settings["batch_seconds"], settings["device"], units.normalization)
+    batch_seconds = settings["batch_seconds"] if units.in_batches else 0  # each utterance is a batch of its own
+    share = padding_share(lengths, batch_seconds, settings["device"], units.normalization)
     return {"padding_share": round(share, 4), "versions": name_versions(versions, files)}
 
 

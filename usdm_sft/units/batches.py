@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from usdm_sft.audio.frames import MIN_SAMPLES, SAMPLE_RATE, count_units, resampled_length
+from usdm_sft.audio.frames import SAMPLE_RATE, count_units, min_samples, resampled_length
 
 # On CUDA, a batch holds no row shorter than 85 % of its longest. In a work shard with DailyTalk's lengths, 7 % of the frames are then
 # padding, and a batch has 80 s of audio on average; with 70 % these are 14 % and 150 s (computed).
@@ -25,7 +26,9 @@ FEATURE_EXTRACTOR_EPS = 1e-7
 class Waveform(NamedTuple):
     """A waveform that is prepared for the unit model."""
 
-    samples: torch.Tensor  # (number of samples,) float32, normalized, with the sample that fairseq's way appends
+    samples: (
+        torch.Tensor
+    )  # (number of samples,) float32, normalized, with the sample that fairseq's way appends; or (frames, 160) log-mel
     num_samples: int  # at 16 kHz, without an appended sample
 
 
@@ -103,11 +106,28 @@ def normalize_as_transformers(samples: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy((values - values.mean()) / np.sqrt(values.var() + FEATURE_EXTRACTOR_EPS))
 
 
-# Ways to normalize a waveform, by their names in unit_model.json.
+@cache
+def _mel_extractor() -> Any:
+    from transformers import SeamlessM4TFeatureExtractor  # a second that other unit models do without
+
+    return SeamlessM4TFeatureExtractor()  # type: ignore[no-untyped-call]  # transformers
+
+
+def log_mel(samples: torch.Tensor) -> torch.Tensor:
+    """Return (num_frames, 160) log-mel features of (num_samples,) float32, two neighbouring frames in a row, each mel bin with mean 0 and variance 1.
+
+    transformers computes them with NumPy. An odd last frame counts in mean and variance and is left out, as by the mask of its padding.
+    """
+    values = _mel_extractor()(samples.cpu().numpy(), sampling_rate=SAMPLE_RATE, padding=False, return_tensors="np")
+    return torch.from_numpy(np.ascontiguousarray(values["input_features"][0], dtype=np.float32))
+
+
+# Ways to make the input of a unit model from a waveform, by their names in unit_model.json.
 NORMALIZATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "fairseq": normalize,
     "transformers": normalize_as_transformers,
     "none": lambda samples: samples,
+    "seamless_m4t": log_mel,
 }
 
 
@@ -120,13 +140,13 @@ def prepare_waveform(samples: torch.Tensor, name: str, normalization: str = "fai
         normalization: A key of `NORMALIZATIONS`.
 
     Raises:
-        AudioError: The waveform is shorter than 25 ms.
+        AudioError: The waveform is too short for a unit: shorter than 25 ms, or 35 ms for w2v-BERT 2.0.
     """
-    if len(samples) < MIN_SAMPLES:
+    if len(samples) < (fewest := min_samples(normalization)):
         from usdm_sft.audio.reading import AudioError  # imports soundfile, which tests.benchmarks.gpu does without
 
         raise AudioError(
-            f"{name} has {len(samples)} samples at 16 kHz, fewer than the {MIN_SAMPLES} (25 ms) that make a unit: "
+            f"{name} has {len(samples)} samples at 16 kHz, fewer than the {fewest} ({fewest / 16:g} ms) that make a unit: "
             "leave out the utterance"
         )
     return Waveform(NORMALIZATIONS[normalization](samples), len(samples))

@@ -1,8 +1,8 @@
 """A speech encoder's checkpoint and k-means centroids -> a unit model folder.
 
-The folder consists of `config.json` (a Wav2Vec2Config or HubertConfig with the layers that are needed), `model.safetensors`,
-`kmeans.npy` (float32, one centroid per row) and `unit_model.json` (layer, sample rate, normalization of waveforms, sha256 of
-every file and every source). XLS-R 1B needs 35 of its 48 layers: 2.8 GB instead of 3.9 GB. Every value stays the same.
+The folder consists of `config.json` (a config of transformers with the layers that are needed), `model.safetensors`,
+`kmeans.npy` (float32, one centroid per row) and `unit_model.json` (layer, sample rate, normalization of waveforms, family unless it is
+wav2vec 2.0 or HuBERT, sha256 of every file and every source). XLS-R 1B needs 35 of its 48 layers: 2.8 GB instead of 3.9 GB. Every value stays the same.
 
 The parameters of wav2vec 2.0 checkpoints have the names of fairseq or fairseq2, and get those of transformers' `Wav2Vec2Model`.
 """
@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 
 from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.template.config import MAX_UNITS
+from usdm_sft.units.base import empty_model
+from usdm_sft.units.families import family_of
 from usdm_sft.units.folder import DESCRIPTION, FILES, read_array, read_description
-from usdm_sft.units.model import empty_model
 from usdm_sft.units.settings import XLSR_LAYER
 from usdm_sft.units.transformers_folder import (
     XLSR_1B,
@@ -113,7 +114,7 @@ def convert(
     """Make a unit model folder.
 
     Args:
-        checkpoint: A folder with a wav2vec 2.0 or HuBERT model as transformers saves it, or a .pt file of a wav2vec 2.0 model
+        checkpoint: A folder with a model of `families.FAMILIES` as transformers saves it, or a .pt file of a wav2vec 2.0 model
             `{"model": {...}}` with the keys of fairseq or fairseq2. Only tensors and plain values are unpickled, and no code
             in the folder runs. A folder's preprocessor_config.json says how waveforms are normalized.
         kmeans: A .npy file of float32 centroids, one per row, at most 65,536. float64 is rounded to float32, as the reference does.
@@ -181,7 +182,9 @@ def read_settings(
                 f"model_config {model_config} is for a .pt file: leave it out, {checkpoint} has a config.json"
             )
         config = read_folder_config(checkpoint, layer, final_norm=final_norm)
-        settings["normalization"] = read_normalization(checkpoint)
+        if not family_of(config).in_batches:
+            settings["model_type"] = config["model_type"]
+        settings["normalization"] = read_normalization(checkpoint, config)
         sources = {path.name: path for path in weight_files(checkpoint)}
     elif checkpoint.is_file():
         config = _read_config(model_config, layer, final_norm=final_norm)

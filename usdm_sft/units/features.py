@@ -20,6 +20,7 @@ from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.units.convert import convert, read_settings
 from usdm_sft.units.model import UnitModel
 from usdm_sft.units.tokenizer import UnitTokenizer
+from usdm_sft.units.transformers_model import TransformersModel
 from usdm_sft.utils.cache_keys import cache_key
 from usdm_sft.utils.files import write_then_replace
 from usdm_sft.utils.locks import file_lock
@@ -30,19 +31,26 @@ SHARD_SECONDS = 1_200  # of audio; 307 MB of features if they are 1,280 wide
 _VERSION = "1"  # of the content of a feature shard; part of its key
 
 
-class FeatureModel(UnitModel):
-    """A unit model that returns the float32 features themselves in place of units."""
-
+class _Features:
     def nearest(self, features: torch.Tensor) -> torch.Tensor:
-        """Return the features."""
+        """Return the float32 features themselves in place of units."""
         return features
+
+
+class FeatureModel(_Features, UnitModel):
+    """A `UnitModel` that returns features."""
+
+
+class TransformersFeatureModel(_Features, TransformersModel):
+    """A `TransformersModel` that returns features."""
 
 
 class FeatureExtractor(UnitTokenizer):
     """Turns audio into features as a `UnitTokenizer` turns it into units: one (num_frames, hidden_size) float32 array for each recording."""
 
-    def _load_model(self) -> UnitModel:
-        return FeatureModel.from_pretrained(self.folder, self.settings["precision"], digest=self.digest)
+    def _load_model(self) -> UnitModel | TransformersModel:
+        kind: type[UnitModel | TransformersModel] = FeatureModel if self.in_batches else TransformersFeatureModel
+        return kind.from_pretrained(self.folder, self.settings["precision"], digest=self.digest)
 
 
 class Recording(NamedTuple):

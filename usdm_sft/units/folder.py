@@ -16,6 +16,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, but its stubs do not export it
 
 from usdm_sft.units.batches import NORMALIZATIONS
+from usdm_sft.units.families import is_known, takes_log_mel
 from usdm_sft.utils.files import SUFFIX, read_json, remove_path, replace_path
 from usdm_sft.utils.texts import first_line
 
@@ -51,6 +52,8 @@ def read_description(folder: Path) -> dict[str, Any]:
         or not all(isinstance(description.get(name), dict) for name in ("files", "sources"))
         or set(description["files"]) != set(FILES)  # a file without a digest would be opened unchecked
         or description.get("normalization", "fairseq") not in NORMALIZATIONS
+        or not is_known(description)
+        or takes_log_mel(description) != (description.get("normalization") == "seamless_m4t")
     ):
         raise ValueError(f"{path} is not what convert wrote: remove the folder and convert the unit model again")
     return description
@@ -80,7 +83,7 @@ def unit_model_digest(folder: str | Path, cache_dir: str | Path | None = None) -
 def description_digest(description: dict[str, Any]) -> str:
     """Return the sha256 over the settings and the digests of the files, which identifies a unit model."""
     identity = [description["layer"], description["files"]]
-    # A folder made from a .pt file has neither setting, and its digest is that of format version 1.
+    # A folder made from a .pt file has neither setting, and its digest is that of format version 1. `model_type` is in config.json, a file.
     settings = {name: description[name] for name in ("normalization", "final_norm") if name in description}
     identity += [settings] if settings else []
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -7,67 +7,30 @@ and if a norm of the feature extractor covers the whole waveform, rows pass the 
 
 from __future__ import annotations
 
-import io
-import json
-import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModel
 
 from usdm_sft.audio.frames import SAMPLE_RATE, count_units, num_frames
+from usdm_sft.units.base import KMeansModel
 from usdm_sft.units.batches import PACK_SECONDS, Waveform, plan_batches
-from usdm_sft.units.cpu import ATTENTION, FrontEnd, NumpyLinear, multiply, numpy_is_faster, side_by_side, within
-from usdm_sft.units.folder import ChangedError, copy_known, read_array, read_description, read_known_description
-from usdm_sft.units.precision import PRECISIONS, SplitLinear, own_settings, replace_linear_layers
-
-KMEANS_DISTANCES = 4096 * 10_000  # in memory at once, 160 MB: 4,096 frames times 10,000 centroids, or 625 times 65,536
-MAX_LAYERS = 128  # of a kind; the largest published models have 48
-_MAX_JSON_BYTES = 1 << 20
-_MAX_HEADER_BYTES = 1 << 24  # of .npy and safetensors
+from usdm_sft.units.cpu import FrontEnd, NumpyLinear, numpy_is_faster, side_by_side, within
+from usdm_sft.units.precision import SplitLinear, own_settings, replace_linear_layers
+from usdm_sft.units.transformers_model import TransformersModel
 
 
-class UnitModel(nn.Module):
-    """Padded waveforms -> units.
+class UnitModel(KMeansModel):
+    """Padded waveforms -> units, for wav2vec 2.0 and HuBERT. Same arguments as `KMeansModel`."""
 
-    Args:
-        config: Config of the model, cut to the layers that are needed.
-        weights: float32 tensors under transformers' names.
-        centroids: (num_units, hidden_size) float32.
-        precision: "fp32" computes as the reference does. "fp16" and "bf16" run the layers' matrix products and attention
-            in that type; convolutions, projection, positional convolution, norms, the residual stream and k-means
-            stay float32. "tf32" lets CUDA round the inputs of all float32 matrix products and convolutions to TF32.
-            "fp16x3" and "bf16x3" compute linear layers and k-means as `SplitLinear` does, and the rest in float32.
-        final_norm: Apply the norm that follows the last layer; only pre-norm models have one.
-    """
-
-    centroids: torch.Tensor
-    centroid_norms: torch.Tensor
-
-    def __init__(
-        self,
-        config: dict[str, Any],
-        weights: dict[str, torch.Tensor],
-        centroids: np.ndarray,
-        precision: str = "fp32",
-        *,
-        final_norm: bool = False,
-    ):
-        super().__init__()
-        self.precision = PRECISIONS[precision]
-        model = empty_model(config)
-        model.load_state_dict(weights, assign=True)
+    def _take(self, model: Any, *, final_norm: bool) -> None:
         self.feature_extractor: nn.Module = model.feature_extractor
         self.feature_projection: nn.Module = model.feature_projection
         self.pos_conv_embed: nn.Module = model.encoder.pos_conv_embed
@@ -87,46 +50,11 @@ class UnitModel(nn.Module):
             for layer in model.encoder.layers:
                 for part in (layer.attention, layer.feed_forward):
                     _compute_in(part, self.precision.layers)
-        self.products: nn.Module | None = None  # of features with centroids
         if self.precision.split is not None:
             replace_linear_layers([self.feature_projection, self.layers], SplitLinear, self.precision.split)
-            self.products = SplitLinear(torch.from_numpy(centroids), None, self.precision.split)
+            self.products = SplitLinear(self.centroids, None, self.precision.split)
         elif self.precision.layers == torch.float32 and numpy_is_faster():
             replace_linear_layers([self.feature_projection, self.layers], NumpyLinear)
-        self.register_buffer("centroids", torch.from_numpy(centroids))
-        self.register_buffer("centroid_norms", torch.from_numpy(np.square(centroids).sum(axis=1)))
-        self.requires_grad_(False).eval()
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, precision: str = "fp32", *, digest: str | None = None) -> UnitModel:
-        """Load a unit model folder into memory. What is loaded has the digests of unit_model.json.
-
-        Args:
-            folder: The unit model folder.
-            precision: As in the class.
-            digest: The digest that the unit model was opened with; by default that of the folder.
-
-        Raises:
-            ChangedError: The folder, or a file of it, was changed since then.
-            ValueError: `convert` did not write the content, although the digests fit.
-        """
-        folder = Path(folder)
-        description = read_description(folder) if digest is None else read_known_description(folder, digest)
-        try:
-            config = json.loads(_read(folder, "config.json", description, _MAX_JSON_BYTES).getvalue())
-            _check_config(config, description["layer"])
-            kmeans_bytes = 4 * description["num_units"] * config["hidden_size"]
-            centroids = read_array(_read(folder, "kmeans.npy", description, kmeans_bytes + _MAX_HEADER_BYTES))
-            _check_centroids(centroids, config, description)
-            weights = _read_weights(folder, config, description)
-            return cls(config, weights, centroids, precision, final_norm=description.get("final_norm", False))
-        except ChangedError:
-            raise
-        except (ValueError, RuntimeError, RecursionError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(
-                f"{folder} is not what convert wrote ({reason}): remove the folder and convert the unit model again"
-            ) from error
 
     @cached_property
     def front_end(self) -> FrontEnd:
@@ -244,18 +172,6 @@ class UnitModel(nn.Module):
         positions = torch.arange(hidden.shape[1], device=hidden.device)
         return positions >= frames.to(hidden.device, non_blocking=True)[:, None]
 
-    def nearest(self, features: torch.Tensor) -> torch.Tensor:
-        """Return (...) uint16 indices of the centroids nearest to (..., hidden_size) features, the first one on ties."""
-        rows = features.reshape(-1, features.shape[-1])
-        units = torch.empty(len(rows), dtype=torch.int32, device=rows.device)
-        at_once = max(1, KMEANS_DISTANCES // len(self.centroids))
-        for start in range(0, len(rows), at_once):
-            some = rows[start : start + at_once]
-            products = multiply(some, self.centroids) if self.products is None else self.products(some)
-            distances = products.mul_(-2).add_(some.pow(2).sum(1, keepdim=True)).add_(self.centroid_norms)
-            units[start : start + at_once] = distances.argmin(dim=1)
-        return units.to(torch.uint16).reshape(features.shape[:-1])
-
 
 def _compute_in(part: nn.Module, dtype: torch.dtype) -> None:
     part.to(dtype)
@@ -268,85 +184,12 @@ def _first(output: Any) -> torch.Tensor:
     return hidden
 
 
-def empty_model(config: dict[str, Any]) -> Any:
-    """Make the model of a config on the device "meta", without memory and values.
-
-    Returns:
-        A transformers.Wav2Vec2Model or HubertModel.
-
-    Raises:
-        ValueError: transformers cannot make a model from the config, or it would have too many layers.
-    """
-    numbers = [value for name, value in config.items() if name.endswith("_layers") and isinstance(value, int)]
-    numbers += [len(value) for value in config.values() if isinstance(value, list)]
-    if max(numbers, default=0) > MAX_LAYERS:
-        raise ValueError(f"the config has {max(numbers):,} layers of one kind, more than {MAX_LAYERS}: correct it")
-    try:
-        with torch.device("meta"):
-            whole = AutoConfig.for_model(**({"model_type": "wav2vec2"} | config))
-            return AutoModel.from_config(whole, attn_implementation=ATTENTION)  # type: ignore[no-untyped-call]  # transformers
-    except Exception as error:  # transformers checks little and raises many kinds of errors
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"the config is not that of a Wav2Vec2 or HuBERT model ({reason}): correct it") from error
-
-
-def _read(folder: Path, name: str, description: Mapping[str, Any], max_bytes: int) -> io.BytesIO:
-    memory = io.BytesIO()
-    copy_known(folder / name, description["files"][name], memory, max_bytes)
-    memory.seek(0)
-    return memory
-
-
-def _open_memory() -> IO[bytes]:
-    """Open a new file in memory: one with a descriptor, or a `BytesIO` where the system has none (Windows, macOS)."""
-    try:
-        return open(os.memfd_create("weights"), "wb")
-    except (AttributeError, OSError):  # the second where a sandbox forbids the call
-        return io.BytesIO()
-
-
-def _read_weights(folder: Path, config: dict[str, Any], description: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Read the tensors of model.safetensors, after their number and size were compared with those of the model."""
-    expected = empty_model(config).state_dict()
-    max_bytes = sum(tensor.nbytes for tensor in expected.values()) + _MAX_HEADER_BYTES
-    with _open_memory() as memory:
-        copy_known(folder / "model.safetensors", description["files"]["model.safetensors"], memory, max_bytes)
-        if isinstance(memory, io.BytesIO):
-            weights = load(memory.getvalue())
-        else:
-            # The tensors are this memory itself, which stays after the descriptor is closed.
-            with safe_open(f"/proc/self/fd/{memory.fileno()}", framework="pt") as file:
-                if len(names := file.keys()) > len(expected):
-                    raise ValueError(f"model.safetensors has {len(names):,} tensors, the model {len(expected):,}")
-                weights = {name: file.get_tensor(name) for name in names}
-    if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in weights.values()):
-        raise ValueError("model.safetensors is not float32")
-    return weights
-
-
-def _check_config(config: Any, layer: int) -> None:
-    """Check the config of an untrusted folder for content that would make the model huge."""
-    if not isinstance(config, dict) or config.get("num_hidden_layers") != layer or not 0 < layer <= MAX_LAYERS:
-        raise ValueError(f"config.json is not of a model of {layer} layers")
-    if not isinstance(config.get("hidden_size"), int):
-        raise ValueError(f"config.json has hidden_size {config.get('hidden_size')!r}")
-
-
-def _check_centroids(centroids: np.ndarray, config: Mapping[str, Any], description: Mapping[str, Any]) -> None:
-    if centroids.dtype != np.float32 or centroids.shape != (description["num_units"], config["hidden_size"]):
-        raise ValueError(
-            f"kmeans.npy is {centroids.dtype} of shape {centroids.shape}, not {description['num_units']} float32 centroids"
-        )
-    if not len(centroids) or not np.isfinite(centroids).all():
-        raise ValueError("kmeans.npy is empty, or holds NaN or infinite values")
-
-
 # In messages of a RuntimeError: the CPU's allocator, and cuBLAS.
 _OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def start_units(
-    model: UnitModel,
+    model: UnitModel | TransformersModel,
     waveforms: Sequence[Waveform],
     names: Sequence[str],
     batch_seconds: float,
@@ -371,11 +214,14 @@ def start_units(
         MemoryError: The device has too little memory; the message names the setting to change.
     """
     device = model.centroids.device.type
-    batches = plan_batches([waveform.num_samples for waveform in waveforms], batch_seconds, device)
+    room = 0 if isinstance(model, TransformersModel) else batch_seconds  # it computes each utterance alone
+    batches = plan_batches([waveform.num_samples for waveform in waveforms], room, device)
 
     def forward(rows: Sequence[int], stopped: threading.Event | None = None) -> tuple[Any, torch.Tensor]:
         batch = [waveforms[row] for row in rows]
         with _out_of_memory_explained(batch, [names[row] for row in rows], device, batch_seconds):
+            if isinstance(model, TransformersModel):
+                return model.forward(batch[0].samples, stopped)
             if stopped is None:
                 return _forward(model, batch)
             return model.forward_pack([waveform.samples for waveform in batch], _frames(batch), stopped)
@@ -432,7 +278,7 @@ def _out_of_memory_explained(
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in _OUT_OF_MEMORY):
             raise
-        lengths = [len(waveform.samples) / SAMPLE_RATE for waveform in batch]
+        lengths = [waveform.num_samples / SAMPLE_RATE for waveform in batch]
         seconds = sum(lengths) if device == "cpu" else max(lengths) * len(lengths)
         if len(batch) > 1:
             remedy = f"set --batch_seconds (now {batch_seconds:g}) to {seconds / 2:.0f} or less"

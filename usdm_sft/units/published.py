@@ -92,10 +92,11 @@ def describe_unit_model(folder: Path, description: dict[str, Any] | None = None)
 
     Returns:
         JSON values: `name`, "xlsr2_1b_v2" if the folder was made from the published files and None otherwise; `layer`,
-        counted from 1; `normalization` and `final_norm`, if set; and the sha256 of the `sources`.
+        counted from 1; `model_type`, `normalization` and `final_norm`, if set; and the sha256 of the `sources`.
     """
     description = description or read_description(folder)
-    settings: dict[str, Any] = {key: description[key] for key in ("normalization", "final_norm") if key in description}
+    names = ("model_type", "normalization", "final_norm")
+    settings: dict[str, Any] = {key: description[key] for key in names if key in description}
     is_published = (
         not settings
         and description["layer"] == XLSR_LAYER

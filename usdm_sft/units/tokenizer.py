@@ -26,9 +26,11 @@ from usdm_sft.audio.reading import describe
 from usdm_sft.audio.sound import AUDIO_ERRORS, open_sound
 from usdm_sft.units.batches import Waveform, prepare_waveform, resample_on
 from usdm_sft.units.columns import columns_by_audio, distinct_audio
+from usdm_sft.units.families import check_precision, family_of
 from usdm_sft.units.folder import (
     find_folder,
     list_additions,
+    read_description,
     read_known_description,
     save_folder,
     unit_model_digest,
@@ -40,6 +42,7 @@ from usdm_sft.utils.hub import create_repository, hub_errors_in_one_line
 
 if TYPE_CHECKING:
     from usdm_sft.units.model import UnitModel
+    from usdm_sft.units.transformers_model import TransformersModel
 
 
 logger = logging.getLogger(__name__)
@@ -78,7 +81,7 @@ class UnitTokenizer:
         self.settings = settings
         self.device = device or str(settings["device"])
         self.fp32_fallback: set[Source] = set()
-        self._model: UnitModel | None = None
+        self._model: UnitModel | TransformersModel | None = None
         self._in_fp32: UnitTokenizer | None = None
         self._reader: AudioReader | None = None
         self._process = os.getpid()
@@ -127,6 +130,7 @@ class UnitTokenizer:
         if device.type == "cpu":
             check_cpu(precision)
         folder = find_folder(name_or_path, revision=revision, token=token, model_cache_dir=model_cache_dir)
+        check_precision(read_description(folder), precision)
         return cls(folder, unit_model_digest(folder, cache_dir), settings, str(device))
 
     def save_pretrained(self, save_directory: str | Path) -> None:
@@ -234,21 +238,28 @@ class UnitTokenizer:
 
     @cached_property
     def normalization(self) -> str:
-        """How waveforms are normalized, a key of `batches.NORMALIZATIONS`."""
+        """How waveforms become the input of the model, a key of `batches.NORMALIZATIONS`."""
         return str(self.description.get("normalization", "fairseq"))
 
     @property
-    def model(self) -> UnitModel:
+    def in_batches(self) -> bool:
+        """Whether utterances are computed together; some families are computed one utterance at a time."""
+        return family_of(self.description).in_batches
+
+    @property
+    def model(self) -> UnitModel | TransformersModel:
         """The unit model on its device."""
         self._notice_fork()
         if self._model is None:
             self._model = self._load_model().to(self.device)
         return self._model
 
-    def _load_model(self) -> UnitModel:
+    def _load_model(self) -> UnitModel | TransformersModel:
         from usdm_sft.units.model import UnitModel  # imports transformers, a second that opening can do without
+        from usdm_sft.units.transformers_model import TransformersModel
 
-        return UnitModel.from_pretrained(self.folder, self.settings["precision"], digest=self.digest)
+        kind: type[UnitModel | TransformersModel] = UnitModel if self.in_batches else TransformersModel
+        return kind.from_pretrained(self.folder, self.settings["precision"], digest=self.digest)
 
     def release(self) -> None:
         """Free the model's memory; the next call loads it again."""
@@ -395,6 +406,7 @@ def open_for(
     """
     settings = make_settings(torch.device(device).type, precision, resampler, batch_seconds)
     folder = find_folder(folder)
+    check_precision(read_description(folder), precision)
     return UnitTokenizer(folder, unit_model_digest(folder, cache_dir), settings, device)
 
 

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, Wav2Vec2FeatureExtractor
+from transformers import AutoConfig, AutoModel, FeatureExtractionMixin
 from transformers.utils import logging
 
 from usdm_sft.audio.frames import FRAME_SAMPLES, MIN_SAMPLES, SAMPLE_RATE
+from usdm_sft.units.families import FAMILIES, family_of, takes_log_mel
 from usdm_sft.utils.files import read_json
 from usdm_sft.utils.texts import first_line
-
-MODEL_TYPES = {"wav2vec2": "Wav2Vec2Model", "hubert": "HubertModel"}
 
 # transformers' config of XLS-R 1B (facebook/wav2vec2-xls-r-1b).
 XLSR_1B = {
@@ -73,7 +72,14 @@ def cut_config(config: dict[str, Any], path: str | Path | None, layer: int, *, f
 
 
 def _check_frames(config: dict[str, Any], path: str | Path | None) -> None:
-    # Defaults of Wav2Vec2Config and HubertConfig in transformers.
+    if takes_log_mel(config):
+        width = _LOG_MEL["num_mel_bins"] * _LOG_MEL["stride"]
+        if (found := config.get("feature_projection_input_dim", width)) != width:
+            raise ValueError(
+                f"{path}: feature_projection_input_dim is {found}; only {width} is supported: name another model"
+            )
+        return
+    # Defaults of the configs in transformers.
     kernels = config.get("conv_kernel", (10, 3, 3, 3, 3, 2, 2))
     strides = config.get("conv_stride", (5, 2, 2, 2, 2, 2, 2))
     seen, step = 1, 1  # samples that a frame covers, and from frame to frame
@@ -85,6 +91,9 @@ def _check_frames(config: dict[str, Any], path: str | Path | None) -> None:
             f"{MIN_SAMPLES} every {FRAME_SAMPLES} (25 ms every 20 ms) are supported"
         )
 
+
+# Values of SeamlessM4TFeatureExtractor, and its defaults: mel bins, and how many frames of 10 ms are one frame of the model.
+_LOG_MEL = {"num_mel_bins": 80, "stride": 2}
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # Keys of config.json that do not describe the model; `auto_map` names code.
@@ -102,13 +111,15 @@ def read_folder_config(folder: Path, layer: int, *, final_norm: bool) -> dict[st
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no config.json: name a folder that transformers saved, or a .pt file")
     config = read_json(path)
-    if (model_type := config.get("model_type")) not in MODEL_TYPES:
-        raise ValueError(f"{path}: model_type is {model_type!r}: name a model of {' or '.join(MODEL_TYPES)}")
+    if (model_type := config.get("model_type")) not in tuple(FAMILIES):
+        raise ValueError(f"{path}: model_type is {model_type!r}: name a model of {', '.join(FAMILIES)}")
     if "quantization_config" in config:
         raise ValueError(f"{path}: the weights are quantized: name the checkpoint they were made from")
     config = {key: value for key, value in config.items() if key not in _OF_THE_CHECKPOINT}
     # The adapter that `add_adapter` adds follows the last layer, so units do not depend on it.
-    config |= {"architectures": [MODEL_TYPES[model_type]], "dtype": "float32", "add_adapter": False}
+    config |= {"architectures": [family_of(config).model], "dtype": "float32", "add_adapter": False}
+    if "use_intermediate_ffn_before_adapter" in config:  # of w2v-BERT 2.0; refused without an adapter
+        config["use_intermediate_ffn_before_adapter"] = False
     return cut_config(config, path, layer, final_norm=final_norm)
 
 
@@ -130,28 +141,37 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_normalization(folder: Path) -> str:
-    """Return how the folder's feature extractor normalizes waveforms: "transformers" (mean 0, variance 1) or "none".
+def read_normalization(folder: Path, config: dict[str, Any]) -> str:
+    """Return how the folder's feature extractor makes the input of the model of a config.
+
+    Returns:
+        A key of `batches.NORMALIZATIONS`: "transformers" for waveforms with mean 0 and variance 1, "none" for waveforms as they are,
+        "seamless_m4t" for log-mel features.
 
     Raises:
         FileNotFoundError: There is neither a preprocessor_config.json nor a processor_config.json, which newer processors save.
         ValueError: The feature extractor is of another kind, or not for 16 kHz.
     """
+    expected = family_of(config).extractor
     try:
-        values, _ = Wav2Vec2FeatureExtractor.get_feature_extractor_dict(folder, local_files_only=True)
+        values, _ = FeatureExtractionMixin.get_feature_extractor_dict(folder, local_files_only=True)
     except OSError as error:
         raise FileNotFoundError(
             f"{folder} holds no preprocessor_config.json that can be read, which says how waveforms are normalized: copy it "
-            "from the model that the k-means was fit on, or save one with Wav2Vec2FeatureExtractor(do_normalize=...)"
+            f"from the model that the k-means was fit on, or save one with {expected}("
+            + (")" if takes_log_mel(config) else "do_normalize=...)")
         ) from error
     kind = values.get("feature_extractor_type", "Wav2Vec2FeatureExtractor")
-    if kind != "Wav2Vec2FeatureExtractor":
-        raise ValueError(
-            f"{folder}: the feature extractor is a {kind}, not a Wav2Vec2FeatureExtractor: name another model"
-        )
+    if kind != expected:
+        raise ValueError(f"{folder}: the feature extractor is a {kind}, not a {expected}: name another model")
     if (rate := values.get("sampling_rate", SAMPLE_RATE)) != SAMPLE_RATE:
         raise ValueError(f"{folder}: sampling_rate is {rate}, not {SAMPLE_RATE}: name a model for 16 kHz")
-    return "transformers" if values.get("do_normalize", True) else "none"
+    if not takes_log_mel(config):
+        return "transformers" if values.get("do_normalize", True) else "none"
+    for name, only in _LOG_MEL.items():
+        if (value := values.get(name, only)) != only:
+            raise ValueError(f"{folder}: {name} is {value}, only {only} is supported: name another model")
+    return "seamless_m4t"
 
 
 def read_folder_weights(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
