@@ -38,6 +38,7 @@ def plan(*splits, shard_dialogs=2, name="single_turn", history=0):
         corpus={each.name: each for each in splits},
         config=SimpleNamespace(name=name, history=history),
         audio_digests=Digests(),
+        unit_streams=None,
     )
     return plan_shards(builder, SimpleNamespace(key=("model",)), SimpleNamespace(key=("template",)), shard_dialogs)
 
