@@ -19,6 +19,7 @@ from transformers import HubertConfig
 
 from dailytalk_usdm import fit_unit_model
 from tests.helpers import content, inodes, options, stop_run
+from tests.units import test_encoders as encoders
 from tests.units.test_other_models import (
     FLOAT_ROUNDING,
     POST,
@@ -107,6 +108,22 @@ def test_centroids_are_those_of_scikit_learn(fitted, lists, features):
     centroids = np.load(folder / "kmeans.npy")
     assert centroids.dtype == np.float32 and centroids.shape == (NUM_UNITS, WIDTH)
     np.testing.assert_allclose(centroids, expected.cluster_centers_, atol=1e-4 * np.abs(sample).max())
+
+
+@pytest.mark.parametrize("name", encoders.ONE_OF_EACH)
+def test_encoder_that_transformers_computes(mini, lists, tmp_path, name):
+    encoder = encoders.save(encoders.MODELS[name], tmp_path / "encoder")
+    folder, report = fit(encoder, mini, tmp_path)
+    paths = used(lists["train"])
+    features = {path: encoders.run_transformers(encoder, read_waveform(path), LAYER)[0] for path in paths}
+    assert report["num_frames"] == sum(map(len, features.values()))
+    centroids = np.load(folder / "kmeans.npy").astype(np.float64)
+    counts = np.zeros(NUM_UNITS, np.int64)
+    for path, units in zip(paths, UnitTokenizer.from_pretrained(folder, "cpu").tokenize_files(paths)[0], strict=True):
+        expected, is_tie = encoders.nearest(features[path], centroids)
+        assert ((units == expected) | is_tie).all()
+        counts += np.bincount(units, minlength=NUM_UNITS)
+    assert report["sample"]["most_frequent"][0][1] == counts.max() > counts.mean()
 
 
 def test_report_describes_the_units(fitted, lists, features):
