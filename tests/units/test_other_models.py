@@ -62,7 +62,7 @@ LENGTHS = (400, 401, 719, 720, 721, 1039, 1040, 16_079, 16_080, 9_999, 12_345)
 def make_model(config, seed=0):
     """Make a model with random weights, spread so that layers, norms and neighbouring frames change the output."""
     torch.manual_seed(seed)
-    model = AutoModel.from_config(config).eval()
+    model = AutoModel.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
