@@ -6,12 +6,14 @@ from collections import namedtuple
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HTTPError
 
 from tests.bases import byte_level
+from tests.units import test_encoders as encoders
 from usdm_sft.cli.main import main
 from usdm_sft.corpus import dailytalk
 from usdm_sft.prepare import checks
@@ -19,6 +21,7 @@ from usdm_sft.prepare import open_run as devices
 from usdm_sft.prepare.checks import SetUp, run_check
 from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.template.tokenizer import build_tokenizer, load_tokenizer, save_tokenizer
+from usdm_sft.units.convert import convert
 from usdm_sft.utils import download
 from usdm_sft.utils.files import sha256_file
 
@@ -130,6 +133,16 @@ def test_machine_with_a_gpu(doctor, monkeypatch, capability, precisions):
     assert doctor().about("device") == [("ok", text)]
     refused = ("error", f"{text}: choose one of these with --precision")
     assert doctor("--precision", "bf16").about("device") == [("ok", text) if "bf16" in precisions else refused]
+
+
+def test_precision_that_the_family_lacks(doctor, tmp_path, capsys):
+    np.save(tmp_path / "kmeans.npy", np.zeros((2, encoders.WIDTH), np.float32))
+    source = encoders.save(encoders.MODELS["wavlm post-norm"], tmp_path / "source")
+    made = convert(source, tmp_path / "kmeans.npy", tmp_path / "unit_model", layer=2)
+    capsys.readouterr()  # transformers has shown its progress
+    assert doctor("--unit_model", made).about("unit model") == [("ok", f"{made} is complete: layer 2, 2 units")]
+    [(level, message)] = doctor("--unit_model", made, "--precision", "bf16").about("unit model")
+    assert level == "error" and "precision bf16 does not exist for wavlm models" in message
 
 
 def test_precision_or_gpus_that_the_machine_lacks(doctor):

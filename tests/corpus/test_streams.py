@@ -75,6 +75,7 @@ def test_flattened_units_and_their_frames():
         ([5, 19, 33], "unit 33 at position 2 is not of stream 2, whose units are 30 to 32"),
         ([*FLAT, 5, 9, 30], "unit 9 at position 7 is not of stream 1, whose units are 10 to 29"),
         ([-1, 19, 30], "unit -1 at position 0 is not of stream 0, whose units are 0 to 9"),
+        ([5.9, 19.0, 32.0], "units are float64: give whole numbers"),
     ],
 )
 def test_units_that_are_no_frames_are_refused(units, message):
@@ -88,6 +89,7 @@ def test_units_that_are_no_frames_are_refused(units, message):
         ([[5, 9]], SIZES, r"frames have shape \(1, 2\): give 3 units for each frame"),
         ([[5, 9, 2], [5, 20, 2]], SIZES, "unit 20 of frame 1 is not of stream 1, which has 20: give"),
         ([[-1, 9, 2]], SIZES, "unit -1 of frame 0 is not of stream 0"),
+        ([[5.7, 9.0, float("nan")]], SIZES, "units are float64: give whole numbers"),
         ([[1, 1]], [65_536, 1], r"num_units is \[65536, 1\]: give one for each stream, 65,536 or fewer in all"),
     ],
 )

@@ -22,6 +22,7 @@ from usdm_sft.cli.main import main
 from usdm_sft.corpus.hub_corpus import fetch_corpus
 from usdm_sft.corpus.read import read_corpus
 from usdm_sft.corpus.streams import UnitReader, UnitStreams
+from usdm_sft.folder import page as page_module
 from usdm_sft.folder.layout import read_counts
 from usdm_sft.folder.page import find_peaks, write_page
 from usdm_sft.folder.pictures import UnitAxes
@@ -239,6 +240,15 @@ def test_corpus_of_the_hub_without_recordings(root, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *args, **kwargs: Loaded(rows.remove_columns("units")))
     with pytest.raises(ValueError, match="user/codes, split train has no column units: rename its columns"):
         fetch_corpus("hub:user/codes", tmp_path, with_units=True)
+
+
+def test_page_asks_the_hub_for_a_corpus_with_units(root, monkeypatch):
+    asked = []
+    monkeypatch.setattr(page_module, "find_lists", lambda data_dir, **options: asked.append((data_dir, options)) or {})
+    for settings, with_units in ((read_counts(root / "flatten-folder")["settings"], True), ({"history": 0}, False)):
+        with pytest.raises(FileNotFoundError, match="hub:user/codes has no list of train"):
+            page_module._add_recordings([], [], "hub:user/codes", "train", settings)
+        assert asked.pop() == ("hub:user/codes", {"with_units": with_units})
 
 
 class Loaded:

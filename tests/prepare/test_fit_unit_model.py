@@ -316,6 +316,13 @@ def test_sample_does_not_depend_on_names_or_order():
     assert choose_sample(audio, 100, 1, "transformers") != small
 
 
+def test_recording_without_a_frame_is_not_in_the_sample():
+    """w2v-BERT 2.0 makes its first unit of 35 ms."""
+    audio = {f"{length}.wav": AudioDigest(f"{length:064}", length, length / 16_000) for length in (450, 559, 560)}
+    assert [each.num_samples for each in choose_sample(audio, 1000, 0, "seamless_m4t").recordings] == [560]
+    assert len(choose_sample(audio, 1000, 0, "transformers").recordings) == 3
+
+
 def test_recording_of_the_train_split_is_not_held_out(encoder, mini, tmp_path):
     """A corpus in another layout, of which the test split holds a recording of the train split and one of its own."""
     speech = sorted(str(path) for path in mini.glob("corpus/data/3/*.wav"))

@@ -190,6 +190,12 @@ def test_command_prints_table_or_json(wavlm, files, without_torchaudio, capsys):
     }
 
 
+def test_json_without_agreement_is_refused(wavlm, files, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        main(["units", str(wavlm), *files, "--json"])
+    assert "--json is for the table: give --agreement as well" in capsys.readouterr().err
+
+
 def test_agreement_of_one_precision_is_refused(wavlm, files, capsys):
     with pytest.raises(SystemExit, match="1"):
         main(["units", str(wavlm), *files, "--agreement", "--precision", "tf32"])

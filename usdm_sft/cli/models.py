@@ -168,6 +168,8 @@ def units(
 
     if agreement and precision != "fp32":
         raise ValueError(f"--agreement measures every precision: leave out --precision {precision}")
+    if json and not agreement:
+        raise ValueError("--json is for the table: give --agreement as well (units are always printed as JSON lines)")
     tokenizer = UnitTokenizer.from_pretrained(unit_model_dir, device=device, precision=precision)
     if agreement:
         from usdm_sft.units.promise import measure

@@ -144,7 +144,7 @@ def utterance_features() -> datasets.Features:
     | `speaker`, `text`, `emotion` | string | as in the corpus |
     | `audio` | Audio | the recording, in a form that browsers play (`usdm_sft.audio.playable`) |
     | `units` | list of uint16 | one unit per 20 ms frame, or the units of the corpus |
-    | `seconds` | float32 | duration of the recording |
+    | `seconds` | float32 | duration of the recording, or of the units of the corpus |
 
     `audio`, `units` and `seconds` are null where bad audio was left out.
     """

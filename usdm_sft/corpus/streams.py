@@ -119,7 +119,7 @@ def flatten_units(frames: npt.ArrayLike, num_units: Sequence[int]) -> npt.NDArra
     """
     import numpy as np
 
-    units = np.asarray(frames)
+    units = _as_integers(frames)
     _check_sum(num_units)
     if units.ndim != 2 or units.shape[1] != len(num_units):
         raise ValueError(f"frames have shape {units.shape}: give {count_noun(len(num_units), 'unit')} for each frame")
@@ -147,7 +147,7 @@ def unflatten_units(units: npt.ArrayLike, num_units: Sequence[int]) -> npt.NDArr
     """
     import numpy as np
 
-    flat = np.asarray(units)
+    flat = _as_integers(units)
     _check_sum(num_units)
     if flat.ndim != 1 or len(flat) % len(num_units):
         shape = f"shape {flat.shape}" if flat.ndim != 1 else count_noun(len(flat), "unit")
@@ -163,6 +163,15 @@ def unflatten_units(units: npt.ArrayLike, num_units: Sequence[int]) -> npt.NDArr
             f"{first + num_units[stream] - 1}: the units of every frame follow each other stream by stream"
         )
     return frames
+
+
+def _as_integers(units: npt.ArrayLike) -> npt.NDArray[Any]:
+    import numpy as np
+
+    found = np.asarray(units)
+    if found.size and found.dtype.kind not in "iu":
+        raise ValueError(f"units are {found.dtype}: give whole numbers")
+    return found.astype(np.int64) if not found.size else found
 
 
 def _find_starts(num_units: Sequence[int]) -> npt.NDArray[np.int64]:

@@ -147,11 +147,12 @@ def _add_recordings(
     Raises:
         FileNotFoundError: The corpus has no list of the split, no such dialog or turn, or no recordings.
     """
-    corpus = data_dir if manifest.RECIPE.reads(Path(data_dir)) else find_lists(data_dir).get(split)
+    streams = read_streams(settings)
+    is_manifest = manifest.RECIPE.reads(Path(data_dir))
+    corpus = data_dir if is_manifest else find_lists(data_dir, with_units=streams is not None).get(split)
     if corpus is None:
         raise FileNotFoundError(f"{data_dir} has no list of {split}: {_OTHER_CORPUS}")
     rules = Rules(settings.get("agent"), settings.get("merge_speaker_turns", False))
-    streams = read_streams(settings)
     reader = None if streams is None else UnitReader(streams.rate, streams.num_units, streams.streams)
     read = read_corpus({split: Path(corpus)}, rules, data_dir=data_dir, units=reader)
     units_per_second = UNITS_PER_SECOND if streams is None else streams.units_per_second

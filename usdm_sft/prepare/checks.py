@@ -34,6 +34,7 @@ from usdm_sft.prepare.open_run import choose_devices
 from usdm_sft.template.config import OFFLINE, USTM
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import load_tokenizer
+from usdm_sft.units.families import check_precision
 from usdm_sft.units.folder import DESCRIPTION, FILES, read_description, unit_model_digest
 from usdm_sft.units.published import (
     CONVERTED_BYTES,
@@ -228,6 +229,7 @@ class SetUp:
         if folder is not None:
             unit_model_digest(folder, self.config.cache_dir)
             description = read_description(folder)
+            check_precision(description, self.config.precision)
             yield "ok", f"{folder} is complete: layer {description['layer']}, {description['num_units']:,} units"
         elif name == PUBLISHED:
             size = sum(remote_size(f"{PUBLISHED_URL}/{file}", timeout=TIMEOUT) for file in PUBLISHED_FILES)

@@ -106,7 +106,7 @@ def _stand_in(config: PrepareConfig, scratch: str) -> UnitTokenizer:
     device = choose_devices(config)[0]
     settings = make_settings(device.split(":")[0], config.precision, config.resampler, config.batch_seconds)
     tokenizer = UnitTokenizer(Path(scratch), "not on this machine", settings, device)
-    # As the published model; a repository of the Hub may differ by a unit per 320 recordings.
+    # As the published model; one of the Hub that normalizes otherwise may differ by a unit in some recordings.
     tokenizer.normalization = "fairseq"
     return tokenizer
 

@@ -24,12 +24,12 @@ from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.prepare.open_run import open_corpus
 from usdm_sft.template.config import MAX_UNITS
 from usdm_sft.units import kmeans
-from usdm_sft.units.convert import read_settings, write_unit_model
+from usdm_sft.units.convert import write_unit_model
 from usdm_sft.units.features import FeatureExtractor, Recording, compute_features, load_features, open_encoder
 from usdm_sft.units.folder import DESCRIPTION, read_description, unit_model_digest
 from usdm_sft.units.settings import XLSR_LAYER, PrecisionName
 from usdm_sft.utils.cache_keys import cache_key, cache_root
-from usdm_sft.utils.files import remove_path, write_then_replace
+from usdm_sft.utils.files import read_json, remove_path, write_then_replace
 from usdm_sft.utils.locks import file_lock
 from usdm_sft.utils.texts import count_noun
 
@@ -102,10 +102,10 @@ def fit_unit_model(
     _find_finished(folder, None)
     config = PrepareConfig(data_dir=data_dir, output_path=folder, precision=precision, cache_dir=cache, **corpus)
     source: dict[str, Any] = {"model_config": model_config, "layer": layer, "final_norm": final_norm}
-    model, more, _ = read_settings(Path(checkpoint).expanduser(), **source)
-    builder = open_corpus(config, cache)
-    samples = _choose_samples(builder, num_units, num_frames, seed, more.get("normalization", "fairseq"))
     extractor = open_encoder(checkpoint, cache, **source, device=device, precision=precision)
+    builder = open_corpus(config, cache)
+    samples = _choose_samples(builder, num_units, num_frames, seed, extractor.normalization)
+    width = read_json(extractor.folder / "config.json")["hidden_size"]
     settings = {"num_units": num_units, "seed": seed, "num_passes": num_passes, **kmeans.SETTINGS}
     identity = [[[each.sha256 for each in part.recordings], part.num_frames] for part in samples]
     key = cache_key("kmeans", _VERSION, extractor.key, identity, settings)
@@ -114,7 +114,7 @@ def fit_unit_model(
         record = _find_finished(folder, key)
         if record is None:
             record = {"key": key, **_describe(builder, samples[0], settings, extractor)}
-            record |= _fit(samples, extractor, settings, model["hidden_size"], cache, centroids)
+            record |= _fit(samples, extractor, settings, width, cache, centroids)
             write_unit_model(checkpoint, centroids, folder, **source, record={"fit": record})
             _check_encoder(checkpoint, folder, extractor)
         centroids.unlink(missing_ok=True)  # also those of a killed run
@@ -195,7 +195,7 @@ def choose_sample(audio: Mapping[str, AudioDigest], num_frames: int, seed: int, 
     """Choose recordings at random until they have `num_frames` frames, or all if there are fewer.
 
     The order is that of a hash of the seed and of the content of each recording. It does not depend on names or on the order of the
-    corpus, and a smaller sample is the beginning of a larger one. A recording that occurs twice counts once.
+    corpus, and a smaller sample is the beginning of a larger one. A recording that occurs twice counts once, one that is too short for a frame not at all.
 
     Args:
         audio: Address -> digest of each recording.
@@ -204,7 +204,9 @@ def choose_sample(audio: Mapping[str, AudioDigest], num_frames: int, seed: int, 
         normalization: Of the waveforms, on which the number of frames depends.
     """
     recordings = {
-        digest.sha256: Recording(address, digest.sha256, digest.num_samples) for address, digest in audio.items()
+        digest.sha256: Recording(address, digest.sha256, digest.num_samples)
+        for address, digest in audio.items()
+        if count_units(digest.num_samples, normalization)
     }
     chosen: list[Recording] = []
     total = 0

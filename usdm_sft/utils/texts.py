@@ -78,7 +78,7 @@ def read_limited_lines(path: str | Path, *, newline: str | None = None) -> Itera
 
 def _line_problem(line: str) -> str | None:
     if len(line) > MAX_LINE:
-        return f"line of more than {MAX_LINE:,} characters, {quote(line)}: name a split list or manifest"
+        return f"line of more than {MAX_LINE:,} characters, {quote(line)}: name a split list or manifest, or write a manifest with so long rows as Parquet"
     if match := _UNDECODED.search(line):
         return f"not UTF-8 (byte 0x{ord(match.group()) - 0xDC00:02X} in {quote(line)}): save the file as UTF-8"
     if "\0" in line:
