@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     from usdm_sft.corpus.builder import DailyTalkUSDM
     from usdm_sft.corpus.dialogs import Split, Utterance
 
-MAX_DIFFERENCE = (
-    0.3  # of the length of all recordings, to that of their units; a wrong rate or a stream too many gives more
-)
+# Of the length of all recordings, to that of their units. A wrong rate or a stream too many gives more.
+MAX_DIFFERENCE = 0.3
 VERSION = "1"  # part of the cache key; change it whenever other units or seconds are written
 
 

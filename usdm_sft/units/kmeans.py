@@ -58,9 +58,8 @@ class KMeans:
         from sklearn.cluster import MiniBatchKMeans
 
         self._kmeans = MiniBatchKMeans(num_units, max_iter=num_passes, random_state=seed, **SETTINGS)
-        with threadpool_limits(
-            limits=1, user_api="blas"
-        ):  # more threads round the products of k-means++ in another way
+        # More threads round the products of k-means++ in another way.
+        with threadpool_limits(limits=1, user_api="blas"):
             self._kmeans.fit(features)
         self.centroids: np.ndarray = self._kmeans.cluster_centers_
         self.units: np.ndarray = self._kmeans.labels_
