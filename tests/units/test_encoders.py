@@ -67,13 +67,7 @@ ONE_OF_EACH = ("wavlm post-norm", "data2vec", "w2v-bert")
 LENGTHS = (400, 401, 560, 719, 720, 879, 880, 1_039, 1_040, 9_999, 16_080)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models are faster so."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def save(config, folder, **extractor):

@@ -20,13 +20,7 @@ from usdm_sft.units.tokenizer import UnitTokenizer
 LENGTHS = (8_000, 3_000, 7_500)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models are faster so."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Self
@@ -27,7 +28,7 @@ _MAX_JSON_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 1 << 24  # of .npy and safetensors
 
 
-class KMeansModel(nn.Module):
+class KMeansModel(nn.Module, ABC):
     """A speech encoder with centroids. A subclass keeps what it needs of transformers' model (`_take`) and computes the features.
 
     Args:
@@ -63,9 +64,9 @@ class KMeansModel(nn.Module):
         self._take(model, final_norm=final_norm)
         self.requires_grad_(False).eval()
 
+    @abstractmethod
     def _take(self, model: Any, *, final_norm: bool) -> None:
         """Keep the parts of transformers' model that compute features."""
-        raise NotImplementedError
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, precision: str = "fp32", *, digest: str | None = None) -> Self:

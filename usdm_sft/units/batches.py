@@ -24,12 +24,15 @@ FEATURE_EXTRACTOR_EPS = 1e-7
 
 
 class Waveform(NamedTuple):
-    """A waveform that is prepared for the unit model."""
+    """A waveform that is prepared for the unit model.
 
-    samples: (
-        torch.Tensor
-    )  # (number of samples,) float32, normalized, with the sample that fairseq's way appends; or (frames, 160) log-mel
-    num_samples: int  # at 16 kHz, without an appended sample
+    Attributes:
+        samples: (num_samples,) float32, normalized, with the sample that fairseq's way appends; or (num_frames, 160) float32 log-mel features.
+        num_samples: Number of samples at 16 kHz, without an appended one.
+    """
+
+    samples: torch.Tensor
+    num_samples: int
 
 
 def plan_batches(lengths: Sequence[int], batch_seconds: float, device: str) -> list[list[int]]:
