@@ -21,14 +21,14 @@ from usdm_sft.units import cpu
 from usdm_sft.units import model as unit_model
 from usdm_sft.units.batches import padding_share, prepare_waveform
 from usdm_sft.units.model import UnitModel
-from usdm_sft.units.precision import Precision
+from usdm_sft.units.precision import PRECISIONS, Precision
 from usdm_sft.units.settings import BATCH_SECONDS, XLSR_LAYER
 from usdm_sft.units.tokenizer import UnitTokenizer
 from usdm_sft.units.transformers_folder import XLSR_1B
 
 SHARD_UTTERANCES = 600  # 64 dialogs
 # Candidates besides the precisions of the package, with TF32 in the front.
-unit_model.PRECISIONS |= {
+PRECISIONS |= {
     "fp16, tf32 front": Precision(torch.float16, "tf32"),
     "bf16, tf32 front": Precision(torch.bfloat16, "tf32"),
 }
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--baseline_utterances", type=int, default=60 if cuda else 10)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch_seconds", type=float, default=BATCH_SECONDS["cuda" if cuda else "cpu"])
-    parser.add_argument("--precisions", nargs="+", default=list(unit_model.PRECISIONS) if cuda else ["fp32", "bf16"])
+    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS) if cuda else ["fp32", "bf16"])
     args = parser.parse_args()
     device = torch.device("cuda" if cuda else "cpu")
     rng = np.random.default_rng(0)
@@ -132,7 +132,7 @@ def main() -> None:
 
     rates = {}
     for name in args.precisions:
-        precision = unit_model.PRECISIONS[name]
+        precision = PRECISIONS[name]
         for part in (
             (precision.split or precision.layers, precision.front == "tf32"),
             (torch.float32, precision.front == "tf32"),
@@ -145,7 +145,7 @@ def main() -> None:
     for name, each in cost.items():
         row = [name, f"{1 / each:,.1f}", f"{baseline / each:.2f}"]
         if name in ours:
-            precision = unit_model.PRECISIONS[name.split(",")[0] if name not in unit_model.PRECISIONS else name]
+            precision = PRECISIONS[name.split(",")[0] if name not in PRECISIONS else name]
             front, layers = np.sum([flops(length, config) for length in samples], axis=0) / seconds
             tf32 = precision.front == "tf32"
             floor = front / rates[(torch.float32, tf32)]
