@@ -1,6 +1,8 @@
 """The size of modules and functions stays readable, and the packages are the documented ones."""
 
 import ast
+import subprocess
+import sys
 from configparser import ConfigParser
 
 import pytest
@@ -37,3 +39,15 @@ def test_modules_and_functions_are_not_too_long(path):
     assert len(source.splitlines()) <= 500
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
     assert [node.name for node in functions if node.end_lineno - node.lineno >= 80] == []
+
+
+def test_benchmarks_can_be_imported():
+    """Nothing else runs them. In a process of their own, because one of them adds precisions."""
+    modules = [
+        f"tests.benchmarks.{path.stem}" for path in sorted((REPOSITORY / "tests" / "benchmarks").glob("[!_]*.py"))
+    ]
+    assert len(modules) >= 10
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {', '.join(modules)}"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
