@@ -16,8 +16,6 @@ from usdm_sft.corpus.builder import code_digest
 from usdm_sft.corpus.builder import load_dataset as load_dataset
 
 if TYPE_CHECKING:
-    from usdm_sft.corpus.streams import flatten_units as flatten_units
-    from usdm_sft.corpus.streams import unflatten_units as unflatten_units
     from usdm_sft.folder.export import export as export
     from usdm_sft.folder.push import push as push
     from usdm_sft.folder.verify import verify as verify
@@ -29,6 +27,8 @@ if TYPE_CHECKING:
     from usdm_sft.template.encoder import TemplateEncoder as TemplateEncoder
     from usdm_sft.template.repetition import collapse_units as collapse_units
     from usdm_sft.template.repetition import expand_units as expand_units
+    from usdm_sft.template.streams import flatten_units as flatten_units
+    from usdm_sft.template.streams import unflatten_units as unflatten_units
     from usdm_sft.template.tokenizer import build_tokenizer as build_tokenizer
     from usdm_sft.template.tokenizer import load_tokenizer as load_tokenizer
     from usdm_sft.training import REFERENCE_STAGES as REFERENCE_STAGES
@@ -55,8 +55,8 @@ _LAZY = {
     "TemplateEncoder": "usdm_sft.template.encoder",
     "collapse_units": "usdm_sft.template.repetition",
     "expand_units": "usdm_sft.template.repetition",
-    "flatten_units": "usdm_sft.corpus.streams",
-    "unflatten_units": "usdm_sft.corpus.streams",
+    "flatten_units": "usdm_sft.template.streams",
+    "unflatten_units": "usdm_sft.template.streams",
     "build_tokenizer": "usdm_sft.template.tokenizer",
     "load_tokenizer": "usdm_sft.template.tokenizer",
     "PaddingCollator": "usdm_sft.training",

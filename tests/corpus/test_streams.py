@@ -14,7 +14,8 @@ from dailytalk_usdm import DailyTalkUSDM, flatten_units, unflatten_units
 from usdm_sft.corpus import manifest
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.corpus.read import Rules, read_corpus
-from usdm_sft.corpus.streams import UnitReader, UnitStreams, read_streams
+from usdm_sft.corpus.unit_reader import UnitReader
+from usdm_sft.template.streams import UnitStreams, read_streams
 
 FRAMES = [[5, 9, 2], [6, 9, 0]]  # of three streams with 10, 20 and 3 units
 SIZES = [10, 20, 3]

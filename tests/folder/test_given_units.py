@@ -21,7 +21,7 @@ from tests.mini_hub import serve
 from usdm_sft.cli.main import main
 from usdm_sft.corpus.hub_corpus import fetch_corpus
 from usdm_sft.corpus.read import read_corpus
-from usdm_sft.corpus.streams import UnitReader, UnitStreams
+from usdm_sft.corpus.unit_reader import UnitReader
 from usdm_sft.folder import page as page_module
 from usdm_sft.folder.layout import read_counts
 from usdm_sft.folder.page import find_peaks, write_page
@@ -29,6 +29,7 @@ from usdm_sft.folder.pictures import UnitAxes
 from usdm_sft.folder.push import push
 from usdm_sft.folder.verify import verify
 from usdm_sft.prepare.prepare import prepare
+from usdm_sft.template.streams import UnitStreams
 from usdm_sft.template.tokenizer import save_tokenizer
 
 SIZES = [40, 30, 20, 10]  # 100 units

@@ -38,10 +38,10 @@ def show(
         expand: Print collapsed units as often as they were repeated. The turns of the page always have one unit per frame. Flattened
             streams are printed as they are.
     """
-    from usdm_sft.corpus.streams import read_streams
     from usdm_sft.folder.layout import COUNTS, read_counts, read_layout
     from usdm_sft.folder.page import write_page
     from usdm_sft.folder.rows import expand_ids, read_rows
+    from usdm_sft.template.streams import read_streams
     from usdm_sft.template.tokenizer import load_tokenizer
     from usdm_sft.template.view import format_example
 
@@ -84,9 +84,9 @@ def stats(dataset_dir: str, out: str | None = None, num_proc: int | None = None,
         json: Print one JSON object with the numbers, as counts.json has them.
     """
     from usdm_sft.corpus.manifest import UTTERANCES
-    from usdm_sft.corpus.streams import read_streams
     from usdm_sft.folder.layout import COUNTS, data_files, read_counts, read_layout
     from usdm_sft.folder.statistics import compute_statistics, format_histograms, format_table
+    from usdm_sft.template.streams import read_streams
 
     counts = read_counts(dataset_dir)
     layout = read_layout(Path(dataset_dir, COUNTS), counts)

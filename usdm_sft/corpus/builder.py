@@ -19,7 +19,7 @@ from usdm_sft.corpus import hub_corpus as hub
 from usdm_sft.corpus import left_out as bad_audio
 from usdm_sft.corpus.dialogs import FilePath, Split
 from usdm_sft.corpus.problems import CorpusError
-from usdm_sft.corpus.streams import make_reader
+from usdm_sft.corpus.unit_reader import make_reader
 from usdm_sft.utils import texts
 from usdm_sft.utils.files import sha256_file
 
@@ -97,7 +97,7 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
         whole_corpus: The `usdm_sft.corpus.dialogs.Split` of each split, before bad audio is left out.
         split_lists: The path of each split's list.
         list_digests: The sha256 of each split's list.
-        unit_streams: The `usdm_sft.corpus.streams.UnitStreams` of the units that the corpus has; None if it has recordings.
+        unit_streams: The `usdm_sft.template.streams.UnitStreams` of the units that the corpus has; None if it has recordings.
 
     Raises:
         ValueError: The config does not exist, an option is wrong, or DailyTalk's own split lists are swapped.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import numpy as np
 
-    from usdm_sft.corpus.streams import UnitReader
+    from usdm_sft.corpus.unit_reader import UnitReader
 
 FilePath = str | os.PathLike[str]
 
@@ -21,7 +21,7 @@ class Utterance:
 
     Attributes:
         audio: The address of the recording (`usdm_sft.audio.addresses`); "" where the corpus has units and no recording.
-        units: (num_units,) uint16, the units that the corpus has already, as a row has them (`usdm_sft.corpus.streams`); None if a
+        units: (num_units,) uint16, the units that the corpus has already, as a row has them (`usdm_sft.corpus.unit_reader`); None if a
             unit model makes them.
     """
 

@@ -8,7 +8,7 @@ of the manifest, and turns are numbered without a gap.
 
     {"dialog": "fe_03_00001", "turn": 0, "speaker": "A", "text": "hello", "units": [[17, 902], [17, 3], [460, 11]]}
 
-Where units are wanted, the column `units` is required, and `audio` is optional (`usdm_sft.corpus.streams`). Otherwise it is one of
+Where units are wanted, the column `units` is required, and `audio` is optional (`usdm_sft.corpus.unit_reader`). Otherwise it is one of
 the columns that are ignored, such as that of the config `utterances`.
 """
 
@@ -37,7 +37,7 @@ from usdm_sft.utils.texts import (
 )
 
 if TYPE_CHECKING:
-    from usdm_sft.corpus.streams import UnitReader
+    from usdm_sft.corpus.unit_reader import UnitReader
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 SPLITS = ("train", "test", "validation")  # a manifest is named after its split

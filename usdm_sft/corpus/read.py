@@ -18,7 +18,7 @@ from usdm_sft.corpus.problems import CorpusError, add_problem
 from usdm_sft.utils.texts import quote
 
 if TYPE_CHECKING:
-    from usdm_sft.corpus.streams import UnitReader
+    from usdm_sft.corpus.unit_reader import UnitReader
 
 # Why a dialog is left out; counts.json and the card show these texts.
 SAME_SPEAKER = "one speaker speaks twice in a row"

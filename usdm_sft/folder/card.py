@@ -25,12 +25,12 @@ from usdm_sft.corpus.features import (
     folder_features,
 )
 from usdm_sft.corpus.manifest import UTTERANCES
-from usdm_sft.corpus.streams import UnitStreams, read_streams
 from usdm_sft.folder.example_picture import EXAMPLE, read_example
 from usdm_sft.folder.layout import CAPTIONS
 from usdm_sft.folder.statistics import count_too_long
 from usdm_sft.template.config import OFFLINE, PARTS, REFERENCE
 from usdm_sft.template.parts import ROW_PARTS
+from usdm_sft.template.streams import UnitStreams, read_streams
 from usdm_sft.template.tokenizer import NUM_UNITS
 from usdm_sft.template.view import format_example
 from usdm_sft.utils.cache_keys import cache_key

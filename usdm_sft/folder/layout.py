@@ -26,11 +26,11 @@ from typing import Any
 from filelock import FileLock
 
 from usdm_sft.corpus.manifest import UTTERANCES
-from usdm_sft.corpus.streams import read_streams
 from usdm_sft.template.chat import ChatIds, Frames
 from usdm_sft.template.config import MAX_UNITS, Template
 from usdm_sft.template.parts import RowLayout
 from usdm_sft.template.special_tokens import TemplateTokens
+from usdm_sft.template.streams import read_streams
 from usdm_sft.template.tokenizer import ustm_tokens
 from usdm_sft.utils.files import remove_path, sha256_file
 from usdm_sft.utils.locks import file_lock, require_locks

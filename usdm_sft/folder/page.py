@@ -29,12 +29,13 @@ from usdm_sft.corpus.examples import first_turn
 from usdm_sft.corpus.features import ROLES, SPEECH, TEXTS, are_collapsed
 from usdm_sft.corpus.find import find_lists
 from usdm_sft.corpus.read import Rules, read_corpus
-from usdm_sft.corpus.streams import UnitReader, read_streams
+from usdm_sft.corpus.unit_reader import UnitReader
 from usdm_sft.folder.card import DAILYTALK_METADATA, OTHER_METADATA
 from usdm_sft.folder.layout import COUNTS, read_counts, read_layout
 from usdm_sft.folder.rows import expand_rows, read_rows
 from usdm_sft.template.parts import ROW_PARTS, RowLayout, find_parts
 from usdm_sft.template.special_tokens import NEWLINE_TOKENS
+from usdm_sft.template.streams import read_streams
 from usdm_sft.template.tokenizer import load_tokenizer
 from usdm_sft.utils.files import replace_text
 from usdm_sft.utils.texts import printable

@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from usdm_sft.corpus.features import ROLES
-from usdm_sft.corpus.streams import UnitStreams
 from usdm_sft.folder.layout import CAPTIONS
 from usdm_sft.folder.statistics import SplitStatistics, Weighted
 from usdm_sft.template.parts import ROW_PARTS
+from usdm_sft.template.streams import UnitStreams
 from usdm_sft.utils.files import write_then_replace
 from usdm_sft.utils.texts import printable
 

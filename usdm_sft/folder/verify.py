@@ -22,7 +22,6 @@ from tokenizers import Tokenizer
 from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.corpus.problems import MAX_PROBLEMS_SHOWN
-from usdm_sft.corpus.streams import read_streams
 from usdm_sft.folder.card import data_configs, make_card, read_info
 from usdm_sft.folder.compare import compare_with_text
 from usdm_sft.folder.layout import (
@@ -38,6 +37,7 @@ from usdm_sft.folder.statistics import TOO_LONG
 from usdm_sft.folder.verify_rows import LIMIT, Check, CheckedRows, check_rows, check_turns
 from usdm_sft.folder.verify_utterances import check_utterances
 from usdm_sft.template.encoder import TemplateEncoder
+from usdm_sft.template.streams import read_streams
 from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer
 from usdm_sft.utils.files import sha256_file
 from usdm_sft.utils.processes import num_cores

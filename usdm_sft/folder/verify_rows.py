@@ -23,7 +23,6 @@ from usdm_sft.audio.frames import SAMPLE_RATE, count_units
 from usdm_sft.corpus.examples import example_id, first_turn
 from usdm_sft.corpus.features import ROLES, SPEECH, TEXTS, are_collapsed
 from usdm_sft.corpus.problems import MAX_PROBLEMS_SHOWN
-from usdm_sft.corpus.streams import UnitStreams
 from usdm_sft.folder.compare import describe_difference, first_difference
 from usdm_sft.folder.parquet import count_bytes
 from usdm_sft.folder.rows import (
@@ -38,6 +37,7 @@ from usdm_sft.folder.rows import (
 from usdm_sft.folder.statistics import SplitStatistics
 from usdm_sft.template.encoder import IGNORE_INDEX, TemplateEncoder
 from usdm_sft.template.repetition import find_problem
+from usdm_sft.template.streams import UnitStreams
 from usdm_sft.utils.processes import ProcessPool, in_order
 
 _BATCH = 512

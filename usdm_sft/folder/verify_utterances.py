@@ -19,13 +19,13 @@ from usdm_sft.audio.frames import SAMPLE_RATE, count_units
 from usdm_sft.audio.playable import count_samples
 from usdm_sft.corpus.features import TEXTS
 from usdm_sft.corpus.manifest import UTTERANCES
-from usdm_sft.corpus.streams import UnitStreams, read_streams
 from usdm_sft.folder.card import read_info
 from usdm_sft.folder.layout import COUNTS, data_files, read_normalization
 from usdm_sft.folder.parquet import Utterance, UtteranceCounts
 from usdm_sft.folder.rows import RowRange, divide_groups, iter_utterances, map_ranges, name_row, open_utterances
 from usdm_sft.folder.verify_rows import LIMIT, CheckedRows, digest_turns, find_given_problem
 from usdm_sft.template.repetition import collapse_units
+from usdm_sft.template.streams import UnitStreams, read_streams
 
 _UTTERANCES_PER_RANGE = 500  # about 100 MB of recordings
 # A process takes a few seconds to start, in which this one checks about as many recordings.

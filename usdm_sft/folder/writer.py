@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usdm_sft.corpus.manifest import UTTERANCES
-from usdm_sft.corpus.streams import read_streams
 from usdm_sft.folder.card import make_card
 from usdm_sft.folder.example_picture import draw_example, read_example
 from usdm_sft.folder.layout import COUNTS, PICTURES, UNFINISHED, open_unfinished, read_layout
 from usdm_sft.folder.parquet import write_parquet, write_utterances
 from usdm_sft.folder.pictures import draw_pictures
+from usdm_sft.template.streams import read_streams
 from usdm_sft.template.tokenizer import save_tokenizer
 from usdm_sft.utils.files import remove_path, replace_path, replace_text, sha256_file, sync_folder
 

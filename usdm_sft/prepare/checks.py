@@ -27,12 +27,13 @@ from usdm_sft.corpus.find import describe_corpus, find_lists
 from usdm_sft.corpus.hub_corpus import PREFIX, is_hub_corpus
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.corpus.read import Rules, read_corpus
-from usdm_sft.corpus.streams import UnitStreams, make_reader
+from usdm_sft.corpus.unit_reader import make_reader
 from usdm_sft.folder.layout import check_output
 from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.prepare.open_run import choose_devices
 from usdm_sft.template.config import OFFLINE, USTM
 from usdm_sft.template.encoder import TemplateEncoder
+from usdm_sft.template.streams import UnitStreams
 from usdm_sft.template.tokenizer import load_tokenizer
 from usdm_sft.units.families import check_precision
 from usdm_sft.units.folder import DESCRIPTION, FILES, read_description, unit_model_digest

@@ -15,7 +15,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from usdm_sft.corpus.examples import SINGLE_TURN, check_config
 from usdm_sft.corpus.hub_corpus import is_hub_corpus
-from usdm_sft.corpus.streams import EXPECTED_NUM_UNITS, StreamsName, check_unit_options
 from usdm_sft.template.config import (
     EXPECTED_LOSS,
     EXPECTED_PARTS,
@@ -25,6 +24,7 @@ from usdm_sft.template.config import (
     Template,
     UnitRepetition,
 )
+from usdm_sft.template.streams import EXPECTED_NUM_UNITS, StreamsName, check_unit_options
 from usdm_sft.units.settings import PrecisionName, ResamplerName
 
 # The least value of settings that are whole numbers.

@@ -13,7 +13,7 @@ import numpy as np
 
 from usdm_sft.audio.digests import AudioDigest
 from usdm_sft.audio.frames import SAMPLE_RATE
-from usdm_sft.corpus.streams import UnitStreams
+from usdm_sft.template.streams import UnitStreams
 from usdm_sft.utils.shard_cache import ShardCache, write_shard
 from usdm_sft.utils.texts import count_noun
 
