@@ -37,10 +37,10 @@ def _keep_pictures(draw_pictures):
     drawn = {}
 
     @functools.wraps(draw_pictures)
-    def draw(statistics, num_units, folder, streams=None):
-        given = pickle.dumps((statistics, num_units, streams))
+    def draw(statistics, counts, folder):
+        given = pickle.dumps((statistics, [counts[name] for name in ("num_units", "settings", "unit_model")]))
         if given not in drawn:
-            draw_pictures(statistics, num_units, folder, streams)
+            draw_pictures(statistics, counts, folder)
             drawn[given] = {path.name: path.read_bytes() for path in folder.iterdir()}
         folder.mkdir(exist_ok=True)
         for name, data in drawn[given].items():

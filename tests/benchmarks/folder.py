@@ -21,7 +21,7 @@ from datasets import Dataset, disable_progress_bars
 from tests.benchmarks.common import WORDS, convert_toy, lengths, machine, table
 from tests.benchmarks.template import VOCABULARY
 from tests.helpers import DEMO
-from usdm_sft.audio.frames import SAMPLE_RATE, count_units
+from usdm_sft.audio.frames import FRAMINGS, SAMPLE_RATE
 from usdm_sft.corpus.features import TRAINER_COLUMNS, folder_features
 from usdm_sft.folder.export import export
 from usdm_sft.folder.layout import COUNTS, data_files, read_layout
@@ -54,7 +54,7 @@ def make_rows(start: int, stop: int, encoder: TemplateEncoder) -> Dataset:
         columns[f"{role}_text"] = texts()
         columns[f"{role}_emotion"] = rng.choice(["none", "happiness", "surprise"], num).tolist()
         samples = [int(each * SAMPLE_RATE) for each in seconds]
-        sizes = [count_units(each, "fairseq") for each in samples]
+        sizes = [FRAMINGS["fairseq"].count(each) for each in samples]
         columns[f"{role}_units"] = [rng.integers(NUM_UNITS, size=size).astype(np.uint16) for size in sizes]
         columns[f"{role}_seconds"] = np.array(samples, np.float32) / SAMPLE_RATE
     features = folder_features(lists=False)

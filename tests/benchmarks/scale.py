@@ -36,7 +36,7 @@ import usdm_sft.prepare.prepare as pipeline
 from tests.benchmarks.common import TURNS, WORDS, convert_toy, lengths, machine, table
 from tests.benchmarks.template import VOCABULARY
 from usdm_sft.audio.addresses import parse_address
-from usdm_sft.audio.frames import SAMPLE_RATE, count_units
+from usdm_sft.audio.frames import FRAMINGS, SAMPLE_RATE
 from usdm_sft.corpus import left_out as bad_audio
 from usdm_sft.corpus import read
 from usdm_sft.folder import writer
@@ -181,7 +181,7 @@ class RandomUnits(UnitTokenizer):
         seconds = [segment.end - segment.start for source in sources for segment in parse_address(source)]
         starts = [int(digests[source][:5], 16) >> 1 for source in sources]
         units = [
-            self._POOL[start : start + count_units(round(length * SAMPLE_RATE), "fairseq")]
+            self._POOL[start : start + FRAMINGS["fairseq"].count(round(length * SAMPLE_RATE))]
             for start, length in zip(starts, seconds, strict=True)
         ]
         return lambda: (units, np.array(seconds, np.float32))

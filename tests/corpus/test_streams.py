@@ -352,10 +352,10 @@ def test_load_dataset_gives_units_and_seconds(tmp_path, options):
 )  # fmt: skip
 def test_settings_of_a_forged_folder_are_refused(settings):
     with pytest.raises(ValueError, match="are not units of a dataset"):
-        read_streams(settings)
+        read_streams({"settings": settings, "num_units": 5})
 
 
 def test_settings_are_read_again():
     for streams in (UnitStreams(12.5, (5,)), UnitStreams(50.0, (5, 6), "first"), UnitStreams(50.0, (5, 6), "flatten")):
-        assert read_streams(json.loads(json.dumps(streams.settings()))) == streams
-    assert read_streams({"history": 0}) is None
+        assert read_streams({"settings": json.loads(json.dumps(streams.settings()))}) == streams
+    assert read_streams({"settings": {"history": 0}, "num_units": 300}) == UnitStreams(50.0, (300,))

@@ -140,10 +140,8 @@ def test_page_without_recordings(root, tmp_path):
 
 
 def test_axes_of_the_pictures():
-    assert UnitAxes(100, None)[:1] == (100,)
-    axes = [
-        UnitAxes(100, streams) for streams in (None, UnitStreams(12.5, (100,)), UnitStreams(12.5, (60, 40), "flatten"))
-    ]
+    streams = [UnitStreams(50.0, (100,)), UnitStreams(12.5, (100,)), UnitStreams(12.5, (60, 40), "flatten")]
+    axes = [UnitAxes(100, each, given) for each, given in zip(streams, (False, True, True), strict=True)]
     assert [each.run for each in axes] == [
         "equal units in a row (20 ms each)", "equal units in a row (80 ms each)", "equal units in a row (2 streams, flattened)"
     ]  # fmt: skip

@@ -10,13 +10,14 @@ import pytest
 import soundfile
 
 from tests.helpers import edit_counts, find_problems, options
-from usdm_sft.audio.frames import count_units
+from usdm_sft.audio.frames import FRAMINGS
 from usdm_sft.folder.layout import read_counts
 from usdm_sft.folder.verify import verify
 from usdm_sft.folder.verify_rows import find_length_problems
 from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.prepare.dry_run import dry_run
 from usdm_sft.prepare.prepare import prepare
+from usdm_sft.template.streams import UnitStreams
 
 BOTH_CHECKS = {"keep_audio": True, "unit_repetition": "collapse"}
 
@@ -72,9 +73,9 @@ def made(corpus, mini, unit_model, as_transformers, tmp_path_factory):
 
 def test_number_of_units_follows_from_samples_and_normalization():
     lengths = [0, 399, 400, 718, 719, 720, 1_038, 1_039, 1_040, 16_000]
-    assert [count_units(n, "fairseq") for n in lengths] == [0, 0, 1, 1, 2, 2, 2, 3, 3, 49]
+    assert [FRAMINGS["fairseq"].count(n) for n in lengths] == [0, 0, 1, 1, 2, 2, 2, 3, 3, 49]
     for normalization in ("transformers", "none"):
-        assert [count_units(n, normalization) for n in lengths] == [0, 0, 1, 1, 1, 2, 2, 2, 3, 49]
+        assert [FRAMINGS[normalization].count(n) for n in lengths] == [0, 0, 1, 1, 1, 2, 2, 2, 3, 49]
 
 
 def test_verify_counts_the_unit_of_the_appended_sample(made):
@@ -114,7 +115,9 @@ def test_durations_of_recordings_of_719_and_399_samples():
     def find(normalization, **changes):
         turn = {"text": "yes", "units": [5], "durations": [2], "seconds": 719 / 16_000}
         row = {f"{role}_{name}": value for role in ("user", "agent") for name, value in turn.items()} | changes
-        return list(find_length_problems(pa.RecordBatch.from_pylist([row]), normalization))
+        return list(
+            find_length_problems(pa.RecordBatch.from_pylist([row]), FRAMINGS[normalization], UnitStreams(50.0, (300,)))
+        )
 
     assert find("fairseq") == []
     assert len(find("transformers")) == 2

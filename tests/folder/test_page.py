@@ -63,8 +63,8 @@ def test_each_recording_is_stored_once_and_compressed(page_path, mini):
 def test_peaks_are_relative_to_the_loudest():
     samples = np.zeros(400, np.float32)
     samples[[5, 399]] = -0.25, 0.5
-    assert find_peaks(samples).tolist() == [128, 0, 255]
-    assert find_peaks(np.zeros(320, np.float32)).tolist() == [0, 0]
+    assert find_peaks(samples, 50).tolist() == [128, 0, 255]
+    assert find_peaks(np.zeros(320, np.float32), 50).tolist() == [0, 0]
 
 
 def test_rows_cannot_name_audio_outside_the_corpus(folder_copy, mini, tmp_path):

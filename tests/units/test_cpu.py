@@ -14,7 +14,7 @@ from threadpoolctl import ThreadpoolController
 from transformers import HubertConfig
 
 from tests.units.test_other_models import LENGTHS, MODELS, TINY, make_model, make_waveforms, save
-from usdm_sft.audio.frames import SAMPLE_RATE, count_units, num_frames
+from usdm_sft.audio.frames import FRAMINGS, SAMPLE_RATE, num_frames
 from usdm_sft.units import cpu
 from usdm_sft.units.batches import Waveform, normalize
 from usdm_sft.units.convert import convert
@@ -192,7 +192,7 @@ def test_utterances_longer_than_a_pack_are_computed_one_at_a_time(two_threads):
     model = Model(centroids=torch.zeros(1, 4), precision=PRECISIONS["fp32"])
     waveforms = [Waveform(torch.zeros(length * SAMPLE_RATE), length * SAMPLE_RATE) for length in seconds]
     found, _ = start_units(model, waveforms, [""] * len(seconds), 60, in_fp32=None)()
-    assert [len(units) for units in found] == [count_units(length * SAMPLE_RATE, "fairseq") for length in seconds]
+    assert [len(units) for units in found] == [FRAMINGS["fairseq"].count(length * SAMPLE_RATE) for length in seconds]
     assert at_once[:2] == [([40], 2), ([17], 2)]
     assert sorted(at_once[2:]) == [([3, 2], 1), ([16], 1)]
 

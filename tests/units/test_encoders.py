@@ -26,7 +26,7 @@ from tests.folder.test_number_of_units import make_corpus
 from tests.helpers import edit_counts, find_problems, options
 from tests.units.small_models import change_file, set_keys
 from tests.units.test_other_models import FLOAT_ROUNDING, NUM_UNITS, POST, PRE, TINY, make_model
-from usdm_sft.audio.frames import count_units
+from usdm_sft.audio.frames import FRAMINGS
 from usdm_sft.audio.reading import AudioError, read_waveform
 from usdm_sft.folder.layout import read_counts
 from usdm_sft.folder.verify import verify
@@ -173,7 +173,7 @@ def test_features_and_units_are_those_of_transformers_in_float64(made, name, lay
         assert found.dtype == torch.float32 and found.shape == expected.shape
         assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
         units, ties = nearest(expected, centroids)
-        assert len(units) == count_units(length, tokenizer.normalization)
+        assert len(units) == FRAMINGS[tokenizer.normalization].count(length)
         assert np.array_equal(tokenizer.tokenize_waveforms([waveform])[0][~ties], units[~ties])
         seen |= set(units.tolist())
     assert len(seen) > 10
@@ -283,11 +283,11 @@ def test_number_of_units_of_log_mel_frames():
         16_000: 49,
         32_080: 99,
     }
-    assert {length: count_units(length, "seamless_m4t") for length in expected} == expected
+    assert {length: FRAMINGS["seamless_m4t"].count(length) for length in expected} == expected
     extractor = SeamlessM4TFeatureExtractor()
     for length in range(560, 1_600, 40):
         mask = extractor(make_waveform(length), sampling_rate=16_000, return_tensors="np")["attention_mask"]
-        assert count_units(length, "seamless_m4t") == mask.sum()
+        assert FRAMINGS["seamless_m4t"].count(length) == mask.sum()
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_audio_without_a_frame_is_refused(made, name, fewest, milliseconds):
 def test_silence_has_units(made, name):
     tokenizer = UnitTokenizer.from_pretrained(made(name)[1], device="cpu")
     [units] = tokenizer.tokenize_waveforms([np.zeros(9_999, np.float32)])
-    assert len(units) == count_units(9_999, tokenizer.normalization) > 28
+    assert len(units) == FRAMINGS[tokenizer.normalization].count(9_999) > 28
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp16x3", "bf16x3"])

@@ -10,7 +10,7 @@ import soundfile
 import torch
 
 from tests.units.test_encoders import MODELS, save
-from usdm_sft.audio.frames import count_units
+from usdm_sft.audio.frames import FRAMINGS
 from usdm_sft.cli.main import main
 from usdm_sft.units import promise
 from usdm_sft.units.convert import convert
@@ -58,7 +58,7 @@ def without_torchaudio(monkeypatch):
 def test_unit_model_keeps_its_promise(tokenizer, files, without_torchaudio):
     found = measure(tokenizer, files)
     assert [each.name for each in found.comparisons] == NAMES
-    num_units = sum(count_units(length, "fairseq") for length in LENGTHS)
+    num_units = sum(FRAMINGS["fairseq"].count(length) for length in LENGTHS)
     rows = by_name(found)
     assert found.keeps_promise
     for name in NAMES[:2]:
@@ -88,7 +88,7 @@ def test_batches_that_change_units_are_found(tokenizer, files, monkeypatch, with
     monkeypatch.setattr(UnitTokenizer, "tokenize_files", tokenize_files)
     monkeypatch.setattr(promise, "_count_ties", lambda *args: 0)
     found = measure(tokenizer, files)
-    counts = [count_units(length, "fairseq") for length in LENGTHS]
+    counts = [FRAMINGS["fairseq"].count(length) for length in LENGTHS]
     assert by_name(found)["in batches"].num_equal == counts[0]
     assert by_name(found)["in batches"].num_changed == counts[1] + counts[2]
     assert not found.keeps_promise and f"batches change {counts[1] + counts[2]} units" in found.table()[-1]
@@ -100,7 +100,7 @@ def test_longer_neighbour_that_changes_units_is_found(tokenizer, files, monkeypa
 
     def tokenize_waveforms(self, waveforms):
         seen.append([len(each) for each in waveforms])
-        return [np.full(count_units(len(each), "fairseq"), 9_999, np.uint16) for each in waveforms]
+        return [np.full(FRAMINGS["fairseq"].count(len(each)), 9_999, np.uint16) for each in waveforms]
 
     monkeypatch.setattr(UnitTokenizer, "tokenize_waveforms", tokenize_waveforms)
     monkeypatch.setattr(promise, "_count_ties", lambda *args: 0)
@@ -175,7 +175,7 @@ def test_command_prints_table_or_json(wavlm, files, without_torchaudio, capsys):
     found = json.loads(capsys.readouterr().out)
     assert (found["device"], found["files"], found["keeps_promise"]) == ("cpu", 3, True)
     assert [each["name"] for each in found["comparisons"]] == NAMES
-    num_units = sum(count_units(length, "transformers") for length in LENGTHS)
+    num_units = sum(FRAMINGS["transformers"].count(length) for length in LENGTHS)
     measured = {"units": num_units, "equal_units": num_units, "ties": 0, "share": 1.0}
     assert found["comparisons"][0] == {"name": "in batches", **measured}
     assert found["comparisons"][-1] == {

@@ -1,25 +1,90 @@
-"""Sample rate, frame length, and the number of samples, frames and units of audio."""
+"""Sample rates, frames, and the number of samples, frames and units of audio."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-SAMPLE_RATE = 16_000  # Hz
+SAMPLE_RATE = 16_000  # Hz; that of speech encoders, at which the pipeline counts audio
 MIN_SAMPLES = 400  # 25 ms, the window of one frame
 FRAME_SAMPLES = 320  # 20 ms, the distance between frames
-UNITS_PER_SECOND = SAMPLE_RATE // FRAME_SAMPLES  # of a unit model; units that a corpus has may have another rate
-MEL_SAMPLES = 160  # 10 ms, the distance between the log-mel frames of w2v-BERT 2.0
-MIN_MEL_SAMPLES = MIN_SAMPLES + MEL_SAMPLES  # 35 ms, the two log-mel frames of one of its frames
+MEL_SAMPLES = 160  # 10 ms, the distance between the log-mel frames of w2v-BERT 2.0, two of which make one of its frames
 MAX_SAMPLE = float(np.sqrt(np.finfo(np.float32).max))  # 1.8e19; the square of a louder one is not finite in float32
 TOO_LOUD = f"holds samples beyond {MAX_SAMPLE:.2g}, whose variance is not finite in fp32"
 
 
-def resampled_length(num_samples: int, rate: int) -> int:
-    """Return the number of samples at 16 kHz of `num_samples` samples at `rate` Hz."""
-    return math.ceil(num_samples * (SAMPLE_RATE / rate))
+@dataclass(frozen=True)
+class Framing:
+    """How a unit model cuts a recording into frames, the only rule for their number. Each frame becomes a unit, or one unit of each stream.
+
+    Attributes:
+        sample_rate: Of the audio that the model takes, in Hz.
+        step: Distance between frames, in samples.
+        window: Samples that the first frame needs. With 1, a last frame that is not whole is padded; with 0, there is always one more.
+        even: One sample is appended to an odd number of samples, as the reference does. For `num_samples % 320 == 79` it completes one
+            more frame, whose unit the reference outputs too. The length in seconds is without it.
+    """
+
+    sample_rate: int = SAMPLE_RATE
+    step: int = FRAME_SAMPLES
+    window: int = MIN_SAMPLES
+    even: bool = False
+
+    @property
+    def min_samples(self) -> int:
+        """Number of samples of the shortest recording that is not refused: 25 ms, or what the first frame needs."""
+        return max(self.window, MIN_SAMPLES * self.sample_rate // SAMPLE_RATE)
+
+    def count(self, num_samples: int) -> int:
+        """Return the number of frames of a recording.
+
+        Args:
+            num_samples: Its samples at `sample_rate`, without an appended one. Fewer than `window` have no frame.
+        """
+        if num_samples < self.window:
+            return 0
+        return (num_samples + (num_samples % 2 if self.even else 0) - self.window) // self.step + 1
+
+    def count_samples(self, num_samples: int, seconds: float) -> int:
+        """Return the number of samples at `sample_rate` of a recording whose samples at 16 kHz, and seconds, are known."""
+        return num_samples if self.sample_rate == SAMPLE_RATE else math.ceil(round(seconds * self.sample_rate, 6))
+
+
+# The frames of speech encoders, by the way in which their waveforms are normalized. w2v-BERT 2.0 makes one frame of two log-mel frames;
+# an odd last one is left out, which transformers pads and masks.
+FRAMINGS = {
+    "fairseq": Framing(even=True),
+    "transformers": Framing(),
+    "none": Framing(),
+    "seamless_m4t": Framing(window=MIN_SAMPLES + MEL_SAMPLES),
+}
+
+
+def framing_of(unit_model: Mapping[str, Any]) -> Framing:
+    """Return the frames of a unit model, from its description or from what counts.json says of it.
+
+    Raises:
+        ValueError: They are not those of a unit model.
+    """
+    normalization, frames = unit_model.get("normalization", "fairseq"), unit_model.get("frames", {})
+    if frames == {} and normalization in tuple(FRAMINGS):
+        return FRAMINGS[normalization]
+    is_codec = isinstance(frames, dict) and frames.keys() == {"sample_rate", "step", "window"}
+    if is_codec and all(type(value) is int and value >= 0 for value in frames.values()) and frames["step"]:
+        return Framing(**frames)
+    raise ValueError(f"frames {frames!r} with normalization {normalization!r} are not those of a unit model")
+
+
+def resampled_length(num_samples: int, rate: int, sample_rate: int = SAMPLE_RATE) -> int:
+    """Return the number of samples at `sample_rate` of `num_samples` samples at `rate` Hz. At 16 kHz it is rounded as librosa does."""
+    if sample_rate == SAMPLE_RATE:
+        return math.ceil(num_samples * (SAMPLE_RATE / rate))
+    return -(-num_samples * sample_rate // rate)
 
 
 def is_too_loud(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
@@ -28,33 +93,5 @@ def is_too_loud(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
 
 
 def num_frames(num_samples: int) -> int:
-    """Return the number of whole frames in `num_samples` samples at 16 kHz. `count_units` counts the units."""
+    """Return the number of whole frames that a speech encoder makes of `num_samples` samples at 16 kHz."""
     return (num_samples - MIN_SAMPLES) // FRAME_SAMPLES + 1
-
-
-def min_samples(normalization: str) -> int:
-    """Return the number of samples at 16 kHz that make one unit; a shorter recording is refused.
-
-    Args:
-        normalization: As in `count_units`.
-    """
-    return MIN_MEL_SAMPLES if normalization == "seamless_m4t" else MIN_SAMPLES
-
-
-def count_units(num_samples: int, normalization: str) -> int:
-    """Return the number of units of a recording, the only rule for it.
-
-    There is one unit for each frame. "fairseq" appends one sample to an odd number of samples, as the reference does. For
-    `num_samples % 320 == 79` it completes one more frame, whose unit the reference outputs too. The length in seconds is without it.
-    "seamless_m4t" makes one frame of two log-mel frames of 25 ms, 10 ms apart; an odd last one is left out, which transformers pads
-    and masks.
-
-    Args:
-        num_samples: Samples at 16 kHz, without the appended one. Fewer than `min_samples` have no unit.
-        normalization: How the unit model's waveforms are normalized, a key of `usdm_sft.units.batches.NORMALIZATIONS`.
-    """
-    if num_samples < min_samples(normalization):
-        return 0
-    if normalization == "seamless_m4t":
-        return ((num_samples - MIN_SAMPLES) // MEL_SAMPLES + 1) // 2
-    return num_frames(num_samples + num_samples % 2 if normalization == "fairseq" else num_samples)

@@ -70,14 +70,14 @@ def make_playable(address: str, contents: Mapping[str, bytes] | None = None) -> 
     return recording
 
 
-def count_samples(content: bytes) -> int:
-    """Return the number of samples at 16 kHz of the content of an audio file.
+def count_samples(content: bytes, sample_rate: int) -> int:
+    """Return the number of samples at `sample_rate` of the content of an audio file.
 
     Raises:
         AudioError: soundfile cannot read it, or a sample is NaN or infinite.
     """
     samples, rate = read_audio(content)
-    return resampled_length(len(samples), rate)
+    return resampled_length(len(samples), rate, sample_rate)
 
 
 def _find_whole(address: str, contents: Mapping[str, bytes]) -> AudioFile | None:

@@ -105,12 +105,15 @@ def _cut(file: io.BufferedIOBase, segment: Segment, shared: SharedBytes | None) 
     return samples[first:stop].copy(), extent.rate  # so that it does not keep the whole recording in memory
 
 
-def read_waveform(source: str | Path | bytes, contents: Mapping[str, bytes] | None = None) -> npt.NDArray[np.float32]:
-    """Read audio at 16 kHz.
+def read_waveform(
+    source: str | Path | bytes, contents: Mapping[str, bytes] | None = None, sample_rate: int = SAMPLE_RATE
+) -> npt.NDArray[np.float32]:
+    """Read audio at 16 kHz, or at the sample rate of another unit model.
 
     Args:
         source: A path or another address (`usdm_sft.audio.addresses`), or the bytes of an audio file.
         contents: As in `read_audio`.
+        sample_rate: In Hz.
 
     Returns:
         (num_samples,) float32 mono.
@@ -120,10 +123,10 @@ def read_waveform(source: str | Path | bytes, contents: Mapping[str, bytes] | No
         AudioError: soundfile cannot read the file, or a sample is NaN or infinite.
     """
     samples, rate = read_audio(source, contents)
-    if rate == SAMPLE_RATE:
+    if rate == sample_rate:
         return samples
-    resampled: npt.NDArray[np.float32] = soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ")
-    missing = resampled_length(len(samples), rate) - len(resampled)
+    resampled: npt.NDArray[np.float32] = soxr.resample(samples, rate, sample_rate, quality="HQ")
+    missing = resampled_length(len(samples), rate, sample_rate) - len(resampled)
     if missing > 0:
         return np.concatenate([resampled, np.zeros(missing, np.float32)])
     return resampled[: len(resampled) + missing]

@@ -58,11 +58,11 @@ def show(
         raise ValueError("data_dir is for the sound on a page: name the page with --html")
     rows = read_rows(dataset_dir, split, index, num_examples or 1)
     counts = read_counts(dataset_dir)
-    streams = read_streams(counts["settings"])
-    if expand and (streams is None or streams.streams != "flatten"):  # flattened streams have every unit already
+    streams = read_streams(counts)
+    if expand and streams.streams != "flatten":  # flattened streams have every unit already
         layout = read_layout(Path(dataset_dir, COUNTS), counts)
         rows = [expand_ids(row, layout) for row in rows]
-    if streams is not None:
+    if "unit_rate" in counts["settings"]:
         print(f"units: {streams.describe()}, {counts['num_units']:,} different ones\n")
     tokenizer = load_tokenizer(os.path.join(dataset_dir, "tokenizer")).backend_tokenizer
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -86,7 +86,6 @@ def stats(dataset_dir: str, out: str | None = None, num_proc: int | None = None,
     from usdm_sft.corpus.manifest import UTTERANCES
     from usdm_sft.folder.layout import COUNTS, data_files, read_counts, read_layout
     from usdm_sft.folder.statistics import compute_statistics, format_histograms, format_table
-    from usdm_sft.template.streams import read_streams
 
     counts = read_counts(dataset_dir)
     layout = read_layout(Path(dataset_dir, COUNTS), counts)
@@ -94,7 +93,7 @@ def stats(dataset_dir: str, out: str | None = None, num_proc: int | None = None,
     if out is not None:
         from usdm_sft.folder.pictures import draw_pictures
 
-        draw_pictures(statistics, counts["num_units"], Path(out).expanduser(), read_streams(counts["settings"]))
+        draw_pictures(statistics, counts, Path(out).expanduser())
     summaries = {split: values.summary() for split, values in statistics.items()}
     utterances = counts.get(UTTERANCES)
     if json:

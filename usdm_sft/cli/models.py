@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from json import dumps
 from typing import Any, Literal
 
+from usdm_sft.template.streams import StreamsName
 from usdm_sft.units.settings import PrecisionName
 from usdm_sft.utils.files import print_json
 from usdm_sft.utils.texts import count_noun
@@ -145,6 +146,8 @@ def units(
     file: list[str],
     device: str | None = None,
     precision: PrecisionName = "fp32",
+    streams: StreamsName | None = None,
+    num_streams: int | None = None,
     agreement: bool = False,
     json: bool = False,
 ) -> None:
@@ -156,10 +159,12 @@ def units(
         dailytalk-usdm units unit_model --agreement *.wav
 
     Args:
-        unit_model_dir: A unit model folder.
+        unit_model_dir: A unit model folder, or that of a codec of transformers.
         file: Audio files.
         device: Where to compute. By default CUDA where there is a GPU, else the CPU.
         precision: fp32 (as the reference), tf32, fp16, bf16, fp16x3 or bf16x3.
+        streams: What is made of the streams of a codec: first (stream 0 alone) or flatten (all streams, frame by frame).
+        num_streams: Number of streams of a codec to use, the first ones; by default all of them.
         agreement: Print a table instead: the share of units that equal those of each file alone in fp32 and with soxr, in batches,
             beside a longer utterance, in each other precision that the device offers, and with torchaudio.
         json: Print the table as one JSON object.
@@ -170,7 +175,9 @@ def units(
         raise ValueError(f"--agreement measures every precision: leave out --precision {precision}")
     if json and not agreement:
         raise ValueError("--json is for the table: give --agreement as well (units are always printed as JSON lines)")
-    tokenizer = UnitTokenizer.from_pretrained(unit_model_dir, device=device, precision=precision)
+    tokenizer = UnitTokenizer.from_pretrained(
+        unit_model_dir, device=device, precision=precision, streams=streams, num_streams=num_streams
+    )
     if agreement:
         from usdm_sft.units.promise import measure
 

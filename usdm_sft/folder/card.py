@@ -101,13 +101,15 @@ def make_card(
         "configs": data_configs(counts),
         "dataset_info": infos if other_info else infos[0],
     }
-    parts, tokenizer_counts, streams = template.get("parts", PARTS), counts["tokenizer"], read_streams(settings)
+    given = counts["unit_model"] is None
+    parts, tokenizer_counts, streams = template.get("parts", PARTS), counts["tokenizer"], read_streams(counts)
     card = DatasetCard.from_template(
         DatasetCardData(**metadata),
         template_str=(importlib.resources.files("usdm_sft.dataset_card") / "template.md").read_text(encoding="utf-8"),
         config_name=config_name,
-        columns=_columns(features, config_name, streams, lists=lists, lowercase=template.get("lowercase", True)),
+        columns=_columns(features, config_name, streams, given, lists=lists, lowercase=template.get("lowercase", True)),
         streams=streams,
+        given=given,
         counts=counts,
         settings=settings,
         utterances=counts.get(UTTERANCES),
@@ -118,7 +120,7 @@ def make_card(
         row_parts="both" if len(parts) == len(PARTS) else _list_parts(parts),
         has_reference_words=template | {"loss": None} == REFERENCE.settings() | {"loss": None},
         # The units and the ids of naver-ai/USTM.
-        fits_ustm=streams is None
+        fits_ustm=not given
         and counts["unit_model"]["name"] is not None
         and tokenizer_counts["num_units"] == NUM_UNITS
         and "ids" not in tokenizer_counts,
@@ -131,7 +133,7 @@ def make_card(
         count_too_long=count_too_long,
         plain=_plain,
         example=format_example(read_example(files), tokenizer, color=False),
-        pictures=CAPTIONS if streams is None else CAPTIONS | {"lengths.png": LENGTHS_OF_TURNS},
+        pictures=CAPTIONS if not given else CAPTIONS | {"lengths.png": LENGTHS_OF_TURNS},
         parts=ROW_PARTS,
         example_picture=EXAMPLE,
     )
@@ -191,19 +193,18 @@ def read_info(folder: Path, config: str) -> DatasetInfo:
 
 
 def _columns(
-    features: Features, config_name: str, streams: UnitStreams | None, *, lists: bool, lowercase: bool
+    features: Features, config_name: str, streams: UnitStreams, given: bool, *, lists: bool, lowercase: bool
 ) -> list[tuple[str, str, str]]:
     """Name, type and meaning of every column."""
     which = "first user turn of the row" if config_name == MULTI_TURN else "last user turn of the row"
     columns = TEXTS | (COLLAPSED_SPEECH if are_collapsed(features) else SPEECH)
     meanings = MEANINGS | {name: column.meaning for name, column in columns.items()}
-    if streams is not None:
+    length, restored = f"{1000 / streams.rate:g} ms", streams.describe()
+    meanings["durations"] = f"number of {length} frames of each unit; repeating each unit as often restores {restored}"
+    if not are_collapsed(features):
+        meanings["units"] = f"the speech as discrete units, {restored}"
+    if given:
         meanings["seconds"] = "length of the speech in seconds, which follows from its units"
-        meanings["durations"] = (
-            f"number of frames of each unit; repeating each unit as often restores {streams.describe()}"
-        )
-        if not are_collapsed(features):
-            meanings["units"] = f"the speech as discrete units, {streams.describe()}"
     if not lowercase:
         meanings["text"] = "transcript as in the corpus; the template keeps it as it is"
     if lists:

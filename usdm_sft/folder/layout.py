@@ -25,6 +25,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from usdm_sft.audio.frames import Framing, framing_of
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.template.chat import ChatIds, Frames
 from usdm_sft.template.config import MAX_UNITS, Template
@@ -91,12 +92,13 @@ def _is_counts(counts: Any) -> bool:
         return False
     splits, settings, utterances = counts["splits"], counts["settings"], counts.get(UTTERANCES, counts["splits"])
     try:
-        streams = read_streams(settings)
+        streams = read_streams(counts)
+        read_framing(counts)
     except ValueError:
         return False
     return (
         0 < counts["num_units"] <= MAX_UNITS
-        and (streams is None or sum(streams.kept) == counts["num_units"])
+        and sum(streams.kept) == counts["num_units"]
         and bool(splits)
         and isinstance(utterances, dict)
         and utterances.keys() == splits.keys()
@@ -106,10 +108,14 @@ def _is_counts(counts: Any) -> bool:
     )
 
 
-def read_normalization(counts: Mapping[str, Any]) -> str:
-    """Return how the unit model of a dataset folder normalizes waveforms. A model that was made from a .pt file does not say it."""
+def read_framing(counts: Mapping[str, Any]) -> Framing | None:
+    """Return how the unit model of a dataset folder cut recordings into frames; None if the corpus had its units.
+
+    Raises:
+        ValueError: counts.json does not say it.
+    """
     unit_model = counts.get("unit_model")
-    return str(unit_model.get("normalization", "fairseq")) if isinstance(unit_model, dict) else "fairseq"
+    return None if unit_model is None else framing_of(unit_model)
 
 
 def read_template(path: Path, counts: Mapping[str, Any]) -> Template:

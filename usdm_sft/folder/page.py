@@ -21,7 +21,7 @@ import soundfile
 from markupsafe import Markup
 from tokenizers import Tokenizer
 
-from usdm_sft.audio.frames import SAMPLE_RATE, UNITS_PER_SECOND
+from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.audio.reading import read_waveform
 from usdm_sft.corpus import manifest
 from usdm_sft.corpus.dailytalk import DAILYTALK
@@ -79,8 +79,7 @@ def write_page(
     tokenizer = load_tokenizer(str(Path(dataset_dir) / "tokenizer")).backend_tokenizer
     layout = read_layout(Path(dataset_dir) / COUNTS, counts)
     examples = [_describe_row(row, layout) for row in rows]
-    recordings = [] if data_dir is None else _add_recordings(examples, rows, data_dir, split, counts["settings"])
-    streams = read_streams(counts["settings"])
+    recordings = [] if data_dir is None else _add_recordings(examples, rows, data_dir, split, counts)
     page = Path(html).expanduser()
     ids = np.array(sorted({token_id for example in examples for token_id in example["ids"]}), np.int64)
     left_out = [counts["splits"][split].get(name) or {} for name in ("dialogs_left_out", "pairs_left_out")]
@@ -91,7 +90,7 @@ def write_page(
         "parts": {name: ROW_PARTS[name] for name in ("frame", *layout.template.parts)},
         "left_out": [[name, str(reason)] for reasons in left_out for name, reason in reasons.items()],
         "first_unit": layout.tokens.unit_0,
-        "units_per_second": UNITS_PER_SECOND if streams is None else streams.units_per_second,
+        "units_per_second": read_streams(counts).units_per_second,
     }
     replace_text(page, _render(data, split, counts, _links(Path(dataset_dir), page)))
     return len(rows)
@@ -139,7 +138,7 @@ def _add_recordings(
     rows: Sequence[Mapping[str, Any]],
     data_dir: str | Path,
     split: str,
-    settings: Mapping[str, Any],
+    counts: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """Give each turn the position of its recording; returns the recordings, each of which is stored once.
 
@@ -148,15 +147,14 @@ def _add_recordings(
     Raises:
         FileNotFoundError: The corpus has no list of the split, no such dialog or turn, or no recordings.
     """
-    streams = read_streams(settings)
+    settings, streams, is_given = counts["settings"], read_streams(counts), counts["unit_model"] is None
     is_manifest = manifest.RECIPE.reads(Path(data_dir))
-    corpus = data_dir if is_manifest else find_lists(data_dir, with_units=streams is not None).get(split)
+    corpus = data_dir if is_manifest else find_lists(data_dir, with_units=is_given).get(split)
     if corpus is None:
         raise FileNotFoundError(f"{data_dir} has no list of {split}: {_OTHER_CORPUS}")
     rules = Rules(settings.get("agent"), settings.get("merge_speaker_turns", False))
-    reader = None if streams is None else UnitReader(streams.rate, streams.num_units, streams.streams)
+    reader = UnitReader(streams.rate, streams.num_units, streams.streams) if is_given else None
     read = read_corpus({split: Path(corpus)}, rules, data_dir=data_dir, units=reader)
-    units_per_second = UNITS_PER_SECOND if streams is None else streams.units_per_second
     dialogs = {dialog.id: dialog.utterances for dialog in read[split].dialogs}
     positions: dict[str, int] = {}  # of the addresses of recordings
     recordings: list[dict[str, Any]] = []
@@ -172,7 +170,7 @@ def _add_recordings(
                 continue
             turn["recording"] = positions.setdefault(utterance.audio, len(positions))
             if turn["recording"] == len(recordings):
-                recordings.append(_encode_recording(utterance.audio, units_per_second))
+                recordings.append(_encode_recording(utterance.audio, streams.units_per_second))
     if not recordings:
         raise FileNotFoundError(f"{data_dir} has no recordings of these rows: leave out data_dir")
     return recordings
@@ -202,7 +200,7 @@ def _encode_recording(address: str, units_per_second: float) -> dict[str, Any]:
     }
 
 
-def find_peaks(samples: npt.NDArray[np.float32], units_per_second: float = UNITS_PER_SECOND) -> npt.NDArray[np.uint8]:
+def find_peaks(samples: npt.NDArray[np.float32], units_per_second: float) -> npt.NDArray[np.uint8]:
     """The largest magnitude of every half of a unit, as a share of the largest of all: 255 is the loudest, 0 is silence.
 
     Args:

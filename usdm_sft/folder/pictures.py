@@ -19,7 +19,7 @@ from usdm_sft.corpus.features import ROLES
 from usdm_sft.folder.layout import CAPTIONS
 from usdm_sft.folder.statistics import SplitStatistics, Weighted
 from usdm_sft.template.parts import ROW_PARTS
-from usdm_sft.template.streams import UnitStreams
+from usdm_sft.template.streams import UnitStreams, read_streams
 from usdm_sft.utils.files import write_then_replace
 from usdm_sft.utils.texts import printable
 
@@ -39,18 +39,15 @@ _STYLE: dict[Any, Any] = {
 }  # fmt: skip
 
 
-def draw_pictures(
-    statistics: Mapping[str, SplitStatistics], num_units: int, folder: Path, streams: UnitStreams | None = None
-) -> None:
+def draw_pictures(statistics: Mapping[str, SplitStatistics], counts: Mapping[str, Any], folder: Path) -> None:
     """Write the PNG files of `CAPTIONS`.
 
     Args:
         statistics: The statistics of each split.
-        num_units: Number of different units, such as 10,000.
+        counts: The content of counts.json, which tells what the units are.
         folder: Output folder; created if it does not exist.
-        streams: Of units that the corpus had; None if a unit model made them.
     """
-    about = UnitAxes(num_units, streams)
+    about = UnitAxes(counts["num_units"], read_streams(counts), counts["unit_model"] is None)
     with matplotlib.rc_context(matplotlib.rcParamsDefault), matplotlib.rc_context(_STYLE):
         for name in CAPTIONS:
             figure = Figure(figsize=(12, 4), layout="constrained", dpi=_DPI)
@@ -63,18 +60,17 @@ class UnitAxes(NamedTuple):
     """What the axes say of the units."""
 
     num_units: int
-    streams: UnitStreams | None
+    streams: UnitStreams
+    given: bool
 
     @property
     def speech(self) -> str:
         """What the seconds of a turn are of."""
-        return "recording" if self.streams is None else "turn"
+        return "turn" if self.given else "recording"
 
     @property
     def run(self) -> str:
         """The name of a run of equal units, with the length of a unit."""
-        if self.streams is None:
-            return "equal units in a row (20 ms each)"
         if len(self.streams.kept) > 1:
             return f"equal units in a row ({len(self.streams.kept)} streams, flattened)"
         return f"equal units in a row ({1000 / self.streams.rate:g} ms each)"

@@ -30,7 +30,7 @@ from usdm_sft.folder.layout import (
     PREPARE_AGAIN,
     data_files,
     read_counts,
-    read_normalization,
+    read_framing,
     read_template,
 )
 from usdm_sft.folder.statistics import TOO_LONG
@@ -89,8 +89,8 @@ def verify(
         raise VerificationError([f"{folder / 'tokenizer'} is not the tokenizer that {COUNTS} names"], more=False)
     schema = _read_card(folder, counts).features.arrow_schema.remove_metadata()
     files, settings = data_files(folder, counts), counts["settings"]
-    normalization, streams = read_normalization(counts), read_streams(settings)
-    check = Check(encoder, settings["max_length"], settings["history"], normalization, streams)
+    framing, streams = read_framing(counts), read_streams(counts)
+    check = Check(encoder, settings["max_length"], settings["history"], framing, streams)
     checked = check_rows(files, schema, check, num_proc=num_proc)
     _raise_any(checked.problems)
     _raise_any(

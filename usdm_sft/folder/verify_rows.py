@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from usdm_sft.audio.frames import SAMPLE_RATE, count_units
+from usdm_sft.audio.frames import Framing
 from usdm_sft.corpus.examples import example_id, first_turn
 from usdm_sft.corpus.features import ROLES, SPEECH, TEXTS, are_collapsed
 from usdm_sft.corpus.problems import MAX_PROBLEMS_SHOWN
@@ -61,8 +61,8 @@ class Check(NamedTuple):
     encoder: TemplateEncoder  # has the tokenizer and the template of the folder
     max_length: int
     history: int
-    normalization: str  # how the unit model normalizes waveforms
-    streams: UnitStreams | None = None  # of units that the corpus had; None if a unit model made them
+    framing: Framing | None  # how the unit model cut recordings; None if the corpus had its units
+    streams: UnitStreams
 
 
 class CheckedRows(NamedTuple):
@@ -206,7 +206,7 @@ def _find_problems(rows: pa.RecordBatch, check: Check) -> Iterator[str]:
     if (wrong := np.flatnonzero((labels != ids) & (labels != IGNORE_INDEX))).size:
         yield f"label {labels[wrong[0]]} of token {wrong[0]} is neither {IGNORE_INDEX} nor the token's id {ids[wrong[0]]}"
         return
-    yield from find_length_problems(rows, check.normalization, check.streams)
+    yield from find_length_problems(rows, check.framing, check.streams)
     try:
         encoded = check.encoder(
             {name: rows[name].to_numpy(zero_copy_only=False) for name in ("id", *check.encoder.template.parts)}
@@ -231,59 +231,53 @@ def _turns_of(rows: pa.RecordBatch, role: str) -> dict[str, pa.Array]:
     return columns
 
 
-def find_length_problems(rows: pa.RecordBatch, normalization: str, streams: UnitStreams | None = None) -> Iterator[str]:
+def find_length_problems(rows: pa.RecordBatch, framing: Framing | None, streams: UnitStreams) -> Iterator[str]:
     """Yield what is wrong with the numbers of units: that of a recording is known from its length, up to its rounding.
 
     Args:
         rows: Rows whose columns have equal numbers of exchanges.
-        normalization: How the unit model normalizes waveforms.
-        streams: Of units that the corpus had: their number gives the length exactly.
+        framing: How the unit model cut recordings; None if the corpus had its units, whose number gives the length exactly.
+        streams: The units of the folder.
     """
     for role in ROLES:
         turns = _turns_of(rows, role)
         units, *durations = (
             turns[name].to_numpy(zero_copy_only=False) for name in ("units", "durations") if name in turns
         )
-        for seconds, each, *frames in zip(turns["seconds"].to_pylist(), units, *durations, strict=True):
-            if frames and (problem := find_problem(each, *frames)):
+        for seconds, each, *collapsed in zip(turns["seconds"].to_pylist(), units, *durations, strict=True):
+            if collapsed and (problem := find_problem(each, *collapsed)):
                 yield f"{role}_units: {problem}"
                 continue
-            number = int(frames[0].sum()) if frames else len(each)
-            if streams is not None:
-                if problem := find_given_problem(streams, each, number, seconds):
+            number = int(collapsed[0].sum()) if collapsed else len(each)
+            if problem := streams.find_problem(each):
+                yield f"{role}_units: {problem}"
+            elif framing is None:
+                if problem := find_given_problem(streams, number, seconds):
                     yield f"{role}_units: {problem}"
-            elif not _may_last(number, seconds, normalization):
-                found = f"{role}_durations add up to" if frames else f"{role}_units are of"
-                yield f"{found} {number} frames, which is not the length of a recording of {seconds:g} s"
+            elif not _may_last(number // len(streams.kept), seconds, framing):
+                found = f"{role}_durations add up to" if collapsed else f"{role}_units are of"
+                yield f"{found} {number // len(streams.kept)} frames, which is not the length of a recording of {seconds:g} s"
 
 
-def find_given_problem(streams: UnitStreams, units: npt.ArrayLike, number: int, seconds: float) -> str | None:
-    """Return what is wrong with units that the corpus had, or None.
-
-    Args:
-        streams: The streams of the folder.
-        units: The units of a turn.
-        number: Their number, before they were collapsed.
-        seconds: The length in the row.
-    """
-    if problem := streams.find_problem(units):
-        return problem
+def find_given_problem(streams: UnitStreams, number: int, seconds: float) -> str | None:
+    """Return what is wrong with the number of units that the corpus had for a turn of `seconds`, or None."""
     expected = np.float32(streams.count_seconds(number))
     if number and expected == np.float32(seconds):
         return None
     return f"{number} units ({streams.describe()}) last {expected:g} s, not {seconds:g} s"
 
 
-def _may_last(frames: int, seconds: float, normalization: str) -> bool:
+def _may_last(number: int, seconds: float, framing: Framing) -> bool:
     """True if a recording of `seconds`, a length that was rounded to float32, can have that many frames.
 
-    The samples are known up to 17 minutes (2^24 samples); beyond, some more or fewer are possible.
+    The samples are known up to 2^24 of them, 17 minutes at 16 kHz; beyond, some more or fewer are possible.
     """
     if not math.isfinite(seconds):
         return False
     rounding = float(np.spacing(np.float32(seconds))) / 2
-    fewest, most = math.ceil(SAMPLE_RATE * (seconds - rounding)), math.floor(SAMPLE_RATE * (seconds + rounding))
-    return count_units(fewest, normalization) <= frames <= count_units(most, normalization)
+    fewest = math.ceil(framing.sample_rate * (seconds - rounding))
+    most = math.floor(framing.sample_rate * (seconds + rounding))
+    return framing.count(fewest) <= number <= framing.count(most)
 
 
 def _first_turns(rows: pa.RecordBatch, history: int) -> list[int]:

@@ -15,12 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from usdm_sft.audio.frames import SAMPLE_RATE, count_units
+from usdm_sft.audio.frames import SAMPLE_RATE, Framing
 from usdm_sft.audio.playable import count_samples
 from usdm_sft.corpus.features import TEXTS
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.folder.card import read_info
-from usdm_sft.folder.layout import COUNTS, data_files, read_normalization
+from usdm_sft.folder.layout import COUNTS, data_files, read_framing
 from usdm_sft.folder.parquet import Utterance, UtteranceCounts
 from usdm_sft.folder.rows import RowRange, divide_groups, iter_utterances, map_ranges, name_row, open_utterances
 from usdm_sft.folder.verify_rows import LIMIT, CheckedRows, digest_turns, find_given_problem
@@ -59,7 +59,7 @@ def check_utterances(
     """
     info = read_info(folder, UTTERANCES)
     collapse = counts["settings"].get("unit_repetition") == "collapse"
-    check = partial(_check_range, read_normalization(counts), read_streams(counts["settings"]), collapse)
+    check = partial(_check_range, read_framing(counts), read_streams(counts), collapse)
     for number, (split, files) in enumerate(data_files(folder, counts, UTTERANCES).items()):
         ranges: list[RowRange] = []
         for path in files:
@@ -87,7 +87,7 @@ def check_utterances(
             yield f"{folder / 'README.md'}: its YAML does not say that {split} has {total.utterances} {UTTERANCES}"
 
 
-def _check_range(normalization: str, streams: UnitStreams | None, collapse: bool, rows: RowRange) -> _Report:
+def _check_range(framing: Framing | None, streams: UnitStreams, collapse: bool, rows: RowRange) -> _Report:
     """Check the recordings of a range of utterances."""
     problems: list[str] = []
     counts = UtteranceCounts()
@@ -96,7 +96,7 @@ def _check_range(normalization: str, streams: UnitStreams | None, collapse: bool
     try:
         for row in iter_utterances(rows.path, rows.row_groups):
             counts.add(row)
-            if row["audio"] is not None and (problem := _recording_problem(row, normalization, streams)):
+            if row["audio"] is not None and (problem := _recording_problem(row, framing, streams)):
                 problems.append(f"{rows.path}: {row['dialog']}_{row['turn']}: {problem}")
             units, *durations = collapse_units(row["units"] or []) if collapse else (row["units"] or [],)
             for name, column in contents.items():
@@ -110,18 +110,21 @@ def _check_range(normalization: str, streams: UnitStreams | None, collapse: bool
     return _Report(problems, counts, pa.table(columns, _CONTENTS))
 
 
-def _recording_problem(row: Utterance, normalization: str, streams: UnitStreams | None) -> str | None:
+def _recording_problem(row: Utterance, framing: Framing | None, streams: UnitStreams) -> str | None:
     """Return what is wrong with the recording of a row, or None."""
+    sample_rate = SAMPLE_RATE if framing is None else framing.sample_rate
     try:
-        samples = count_samples(row["audio"]["bytes"])
+        samples = count_samples(row["audio"]["bytes"], sample_rate)
     except ValueError as error:
         return str(error)
-    if streams is not None:  # its units were not made from it
-        return find_given_problem(streams, row["units"], len(row["units"]), row["seconds"])
-    if (num_units := count_units(samples, normalization)) != len(row["units"]):
+    if problem := streams.find_problem(row["units"]):
+        return problem
+    if framing is None:  # its units were not made from it
+        return find_given_problem(streams, len(row["units"]), row["seconds"])
+    if (num_units := framing.count(samples) * len(streams.kept)) != len(row["units"]):
         return f"the recording makes {num_units} units, not {len(row['units'])}"
-    if np.float32(samples) / np.float32(SAMPLE_RATE) != np.float32(row["seconds"]):
-        return f"the recording has {samples / SAMPLE_RATE} seconds, not {row['seconds']}"
+    if np.float32(samples) / np.float32(sample_rate) != np.float32(row["seconds"]):
+        return f"the recording has {samples / sample_rate} seconds, not {row['seconds']}"
     return None
 
 

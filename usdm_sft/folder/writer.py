@@ -13,7 +13,6 @@ from usdm_sft.folder.example_picture import draw_example, read_example
 from usdm_sft.folder.layout import COUNTS, PICTURES, UNFINISHED, open_unfinished, read_layout
 from usdm_sft.folder.parquet import write_parquet, write_utterances
 from usdm_sft.folder.pictures import draw_pictures
-from usdm_sft.template.streams import read_streams
 from usdm_sft.template.tokenizer import save_tokenizer
 from usdm_sft.utils.files import remove_path, replace_path, replace_text, sha256_file, sync_folder
 
@@ -61,7 +60,7 @@ def write_folder(
     statistics = {split: each.statistics for split, each in written.items()}
     counts = counts | {"statistics": {split: values.summary() for split, values in statistics.items()}}
     save_tokenizer(tokenizer, unfinished / "tokenizer")
-    draw_pictures(statistics, counts["num_units"], unfinished / PICTURES, read_streams(counts["settings"]))
+    draw_pictures(statistics, counts, unfinished / PICTURES)
     draw_example(read_example(files), backend, unfinished / PICTURES, layout)
     other_info = []
     if utterances is not None:

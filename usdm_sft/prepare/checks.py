@@ -20,7 +20,6 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 from packaging.requirements import Requirement
 
 from usdm_sft.audio.digests import check_audio
-from usdm_sft.audio.frames import UNITS_PER_SECOND
 from usdm_sft.corpus.dailytalk import SPLIT_LISTS, SPLIT_LISTS_URL, check_not_swapped
 from usdm_sft.corpus.dialogs import Split
 from usdm_sft.corpus.find import describe_corpus, find_lists
@@ -30,13 +29,12 @@ from usdm_sft.corpus.read import Rules, read_corpus
 from usdm_sft.corpus.unit_reader import make_reader
 from usdm_sft.folder.layout import check_output
 from usdm_sft.prepare.config import PrepareConfig
-from usdm_sft.prepare.open_run import choose_devices
+from usdm_sft.prepare.open_run import check_num_units, choose_devices
 from usdm_sft.template.config import OFFLINE, USTM
 from usdm_sft.template.encoder import TemplateEncoder
-from usdm_sft.template.streams import UnitStreams
+from usdm_sft.template.streams import UNITS_PER_SECOND, UnitStreams
 from usdm_sft.template.tokenizer import load_tokenizer
-from usdm_sft.units.families import check_precision
-from usdm_sft.units.folder import DESCRIPTION, FILES, read_description, unit_model_digest
+from usdm_sft.units.folder import CODEC_FILES, DESCRIPTION, FILES
 from usdm_sft.units.published import (
     CONVERTED_BYTES,
     PUBLISHED,
@@ -46,6 +44,7 @@ from usdm_sft.units.published import (
     model_cache,
 )
 from usdm_sft.units.settings import PrecisionName, make_settings
+from usdm_sft.units.tokenizer import open_for
 from usdm_sft.utils.cache_keys import cache_root
 from usdm_sft.utils.download import remote_size
 from usdm_sft.utils.files import sha256_file
@@ -112,6 +111,7 @@ class SetUp:
         self.audio_seconds = self.new_seconds = self.audio_bytes = 0.0
         self.units_per_second: float = UNITS_PER_SECOND
         self._streams: UnitStreams | None = None
+        self._num_tokens: int | None = None  # of the tokenizer, for units
         self._splits: dict[str, Split] = {}
 
     def examine(self, *subjects: str) -> Iterator[Finding]:
@@ -214,6 +214,7 @@ class SetUp:
             encoder = TemplateEncoder(load_tokenizer(folder), config.template)
             is_reference = config.template.tokenization == "reference"
             ids = "gives the ids of the reference, for" if is_reference else "has tokens for"
+            self._num_tokens = encoder.num_units
             yield "ok", f"{name} {ids} {encoder.num_units:,} units"
         elif not self.is_online:
             yield _unreachable(name, f"--pretrained_model_name_or_path and a folder, or {OFFLINE}")
@@ -228,10 +229,16 @@ class SetUp:
         name = str(self.config.unit_model)
         folder = locate_unit_model(name, self.config.model_cache_dir)
         if folder is not None:
-            unit_model_digest(folder, self.config.cache_dir)
-            description = read_description(folder)
-            check_precision(description, self.config.precision)
-            yield "ok", f"{folder} is complete: layer {description['layer']}, {description['num_units']:,} units"
+            units = open_for(
+                "cuda", folder, precision=self.config.precision, batch_seconds=None, resampler="soxr", streams=self.config.streams,
+                num_streams=self.config.num_streams, cache_dir=self.config.cache_dir,
+            )  # fmt: skip  # another machine may have the device
+            self.units_per_second = units.streams.units_per_second
+            if self._num_tokens is not None:
+                check_num_units(units, self._num_tokens)
+            is_kmeans = "layer" in units.description
+            made = f"layer {units.description['layer']}" if is_kmeans else units.streams.describe()
+            yield "ok", f"{folder} is complete: {made}, {units.num_units:,} units"
         elif name == PUBLISHED:
             size = sum(remote_size(f"{PUBLISHED_URL}/{file}", timeout=TIMEOUT) for file in PUBLISHED_FILES)
             self.model_bytes = size + CONVERTED_BYTES
@@ -239,12 +246,15 @@ class SetUp:
         elif not self.is_online:
             yield _unreachable(name, "--unit_model and a folder")
         else:
-            try:
-                self.model_bytes = sum(_size_on_hub(name, file) for file in (DESCRIPTION, *FILES))
+            for files in ((DESCRIPTION, *FILES), ("config.json", "model.safetensors", CODEC_FILES[0])):
+                try:
+                    self.model_bytes = sum(_size_on_hub(name, file) for file in files)
+                except EntryNotFoundError:
+                    continue
                 yield _to_download(name, self.model_bytes)
-            except EntryNotFoundError:
-                remedy = "upload a folder that 'dailytalk-usdm convert' made"
-                yield "error", f"the repository {name} holds no {DESCRIPTION}: {remedy}"
+                return
+            remedy = "upload a folder that 'dailytalk-usdm convert' made"
+            yield "error", f"the repository {name} holds no {DESCRIPTION} and is not one of a codec: {remedy}"
 
     def check_corpus(self) -> Lines:
         """Find and read the lists of the corpus."""

@@ -141,8 +141,8 @@ class GivenUnitOptions:
     """Number of different units, such as 2048; for several streams of different sizes a list, such as [4096, 1024]."""
 
     streams: StreamsName | None = None
-    """What becomes of frames of several units: first (stream 0 alone) or flatten (all streams, frame by frame, each with unit
-    numbers of its own). Required for such frames."""
+    """What becomes of frames of several units, of the corpus or of a codec: first (stream 0 alone) or flatten (all streams, frame by frame,
+    each with unit numbers of its own). Required for such frames."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +172,11 @@ class UnitModelOptions:
     """Unit model"""
 
     unit_model: str | Path = "xlsr2_1b_v2"
-    """A unit model folder, a model repository of the Hub that holds one, or xlsr2_1b_v2 to download and convert the published
-    one."""
+    """A unit model folder, the folder of a codec of transformers, a model repository of the Hub that holds one of both, or xlsr2_1b_v2 to
+    download and convert the published one."""
+
+    num_streams: int | None = None
+    """Number of streams of a codec to use, the first ones; by default all of them."""
 
     precision: PrecisionName = "fp32"
     """fp32 (as the reference), tf32, fp16, bf16, fp16x3 or bf16x3."""
@@ -289,7 +292,13 @@ class PrepareConfig(
 
     def _check_given_units(self) -> None:
         """Check the options for units that exist already, and that no option of the unit model stands beside them."""
-        check_unit_options(self.unit_rate, self.num_units, self.streams)
+        # Without unit_rate, streams are those of a codec.
+        check_unit_options(self.unit_rate, self.num_units, None if self.unit_rate is None else self.streams)
+        if self.streams == "flatten" and self.unit_repetition == "collapse":
+            raise ValueError(
+                "unit_repetition is collapse, but neighbours in flattened streams are units of different streams, and no run of equal units is "
+                "a longer sound: use keep, or streams first"
+            )
         if self.unit_rate is None:
             return
         defaults = {field.name: field.default for field in fields(UnitModelOptions)}
@@ -297,11 +306,6 @@ class PrepareConfig(
             raise ValueError(
                 f"{', '.join(unread)} {'is' if len(unread) == 1 else 'are'} of the unit model, but with unit_rate the units are read from the "
                 "manifest: leave out one of the two"
-            )
-        if self.streams == "flatten" and self.unit_repetition == "collapse":
-            raise ValueError(
-                "unit_repetition is collapse, but neighbours in flattened streams are units of different streams, and no run of equal units is "
-                "a longer sound: use keep, or streams first"
             )
 
     @property

@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 
 from usdm_sft.audio.addresses import disk_files
-from usdm_sft.audio.frames import SAMPLE_RATE, UNITS_PER_SECOND, count_units
+from usdm_sft.audio.frames import FRAMINGS, SAMPLE_RATE
 from usdm_sft.prepare.checks import Finding, SetUp
 from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.prepare.given_units import GivenUnits, write_given_units
 from usdm_sft.prepare.open_run import Run, choose_devices, load_rows, open_run
 from usdm_sft.prepare.plan import Shard, list_ids
 from usdm_sft.prepare.token_shards import fit_splits
+from usdm_sft.template.streams import UNITS_PER_SECOND, UnitStreams
+from usdm_sft.template.tokenizer import NUM_UNITS
 from usdm_sft.units.published import PUBLISHED, locate_unit_model
 from usdm_sft.units.settings import make_settings
 from usdm_sft.units.tokenizer import UnitTokenizer
@@ -54,7 +56,7 @@ class DryRun:
     audio_bytes: int  # size of the files of the corpus
     has_model: bool  # the unit model is on this machine, or none is needed
     device: str  # its kind
-    units_per_second: float = UNITS_PER_SECOND
+    units_per_second: float
 
 
 def dry_run(config: PrepareConfig) -> DryRun:
@@ -97,17 +99,22 @@ def dry_run(config: PrepareConfig) -> DryRun:
             audio_bytes=sum(os.stat(file).st_size for file in files),
             has_model=has_model,
             device="cpu" if is_given else str(run.unit_tokenizer.settings["device"]),
-            units_per_second=_find_rate(run),
+            units_per_second=run.unit_tokenizer.streams.units_per_second,
         )
 
 
 def _stand_in(config: PrepareConfig, scratch: str) -> UnitTokenizer:
     """A unit tokenizer with the settings of the run, and with a digest that no cached work has."""
+    if config.streams is not None or config.num_streams is not None:
+        raise ValueError(
+            f"{config.unit_model} is not on this machine, and a dry run does not know the rate of a codec without its config: download it "
+            f"first with 'hf download {config.unit_model}'"
+        )
     device = choose_devices(config)[0]
     settings = make_settings(device.split(":")[0], config.precision, config.resampler, config.batch_seconds)
     tokenizer = UnitTokenizer(Path(scratch), "not on this machine", settings, device)
     # As the published model; one of the Hub that normalizes otherwise may differ by a unit in some recordings.
-    tokenizer.normalization = "fairseq"
+    tokenizer.framing, tokenizer.streams = FRAMINGS["fairseq"], UnitStreams(UNITS_PER_SECOND, (NUM_UNITS,))
     return tokenizer
 
 
@@ -115,26 +122,19 @@ def _write_units(run: Run) -> dict[str, Path]:
     """Write unit shards with units that the corpus has, or with units of the right number."""
     if isinstance(run.unit_tokenizer, GivenUnits):
         return write_given_units(run.builder, list_ids(run.plan), run.cache)
-    normalization = run.unit_tokenizer.normalization
-    return {shard.units_key: _make_up_units(shard, run, normalization) for shard in run.plan}
+    return {shard.units_key: _make_up_units(shard, run, run.unit_tokenizer) for shard in run.plan}
 
 
-def _make_up_units(shard: Shard, run: Run, normalization: str) -> Path:
+def _make_up_units(shard: Shard, run: Run, units: UnitTokenizer) -> Path:
     """Write a unit shard whose utterances have the right number of units: all of them unit 0, or where units are collapsed no two equal neighbours."""
-    content = run.plan.content(shard)
+    content, framing = run.plan.content(shard), units.framing
+    lengths = [framing.count_samples(*each) for each in zip(content.lengths, content.seconds, strict=True)]
     num_distinct = 1 if run.config.unit_repetition == "keep" else min(2, run.encoder.num_units)
     columns: dict[str, list[Any]] = {
-        "units": [
-            np.arange(count_units(length, normalization), dtype=np.uint16) % num_distinct for length in content.lengths
-        ],
-        "seconds": [np.float32(length / SAMPLE_RATE) for length in content.lengths],
+        "units": [np.arange(units.count_units(length), dtype=np.uint16) % num_distinct for length in lengths],
+        "seconds": [np.float32(length / framing.sample_rate) for length in lengths],
     }
     return ShardCache(run.cache / "units").make(shard.units_key, partial(write_shard, columns))
-
-
-def _find_rate(run: Run) -> float:
-    streams = run.builder.unit_streams
-    return UNITS_PER_SECOND if streams is None else streams.units_per_second
 
 
 def _count_seconds(shards: Iterable[Shard]) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 
 from usdm_sft import __version__
 from usdm_sft.audio.digests import AudioDigest
-from usdm_sft.audio.frames import SAMPLE_RATE, count_units
+from usdm_sft.audio.frames import SAMPLE_RATE, Framing
 from usdm_sft.corpus.builder import DailyTalkUSDM
 from usdm_sft.corpus.find import describe_corpus
 from usdm_sft.prepare.config import PrepareConfig
@@ -104,7 +104,7 @@ def fit_unit_model(
     source: dict[str, Any] = {"model_config": model_config, "layer": layer, "final_norm": final_norm}
     extractor = open_encoder(checkpoint, cache, **source, device=device, precision=precision)
     builder = open_corpus(config, cache)
-    samples = _choose_samples(builder, num_units, num_frames, seed, extractor.normalization)
+    samples = _choose_samples(builder, num_units, num_frames, seed, extractor.framing)
     width = read_json(extractor.folder / "config.json")["hidden_size"]
     settings = {"num_units": num_units, "seed": seed, "num_passes": num_passes, **kmeans.SETTINGS}
     identity = [[[each.sha256 for each in part.recordings], part.num_frames] for part in samples]
@@ -162,7 +162,7 @@ def _find_finished(folder: Path, key: str | None) -> dict[str, Any] | None:
 
 
 def _choose_samples(
-    builder: DailyTalkUSDM, num_units: int, num_frames: int, seed: int, normalization: str
+    builder: DailyTalkUSDM, num_units: int, num_frames: int, seed: int, framing: Framing
 ) -> tuple[Sample, Sample]:
     """Choose the sample for k-means from the train split, and a smaller one from the test split, if there is one.
 
@@ -181,17 +181,17 @@ def _choose_samples(
     }
     known = {digest.sha256 for digest in audio[_TRAIN].values()}
     unknown = {address: digest for address, digest in audio.get(_TEST, {}).items() if digest.sha256 not in known}
-    sample = choose_sample(audio[_TRAIN], num_frames, seed, normalization)
+    sample = choose_sample(audio[_TRAIN], num_frames, seed, framing)
     if sample.num_frames < num_units:
         seconds = sum(each.num_samples for each in sample.recordings) / SAMPLE_RATE
         raise ValueError(
             f"num_units is {num_units:,}, but the {_TRAIN} split has only {count_noun(sample.num_frames, 'frame')} "
             f"({seconds:,.1f} s of audio): give {sample.num_frames:,} or less, or a larger corpus"
         )
-    return sample, choose_sample(unknown, num_frames // HELD_OUT, seed, normalization)
+    return sample, choose_sample(unknown, num_frames // HELD_OUT, seed, framing)
 
 
-def choose_sample(audio: Mapping[str, AudioDigest], num_frames: int, seed: int, normalization: str) -> Sample:
+def choose_sample(audio: Mapping[str, AudioDigest], num_frames: int, seed: int, framing: Framing) -> Sample:
     """Choose recordings at random until they have `num_frames` frames, or all if there are fewer.
 
     The order is that of a hash of the seed and of the content of each recording. It does not depend on names or on the order of the
@@ -201,12 +201,12 @@ def choose_sample(audio: Mapping[str, AudioDigest], num_frames: int, seed: int, 
         audio: Address -> digest of each recording.
         num_frames: Number of frames.
         seed: Another seed gives another order.
-        normalization: Of the waveforms, on which the number of frames depends.
+        framing: How the encoder cuts recordings into frames.
     """
     recordings = {
         digest.sha256: Recording(address, digest.sha256, digest.num_samples)
         for address, digest in audio.items()
-        if count_units(digest.num_samples, normalization)
+        if framing.count(digest.num_samples)
     }
     chosen: list[Recording] = []
     total = 0
@@ -214,7 +214,7 @@ def choose_sample(audio: Mapping[str, AudioDigest], num_frames: int, seed: int, 
         if total >= num_frames:
             break
         chosen.append(recording)
-        total += count_units(recording.num_samples, normalization)
+        total += framing.count(recording.num_samples)
     return Sample(chosen, min(total, num_frames))
 
 

@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerFast
 
 from usdm_sft import __version__
 from usdm_sft.audio.digests import AudioDigest
-from usdm_sft.audio.frames import min_samples
 from usdm_sft.audio.reading import AudioError
 from usdm_sft.corpus.builder import DailyTalkUSDM
 from usdm_sft.corpus.features import ROLES, SPEECH
@@ -138,11 +137,7 @@ def open_run(
     units = _take_units(config, builder, encoder) or unit_tokenizer
     if units is None:
         units = _open_unit_model(config, devices[0], cache)
-        if units.num_units > encoder.num_units:
-            raise ValueError(
-                f"the unit model has {units.num_units} units, the tokenizer only {encoder.num_units}: "
-                "use the unit model and the tokenizer that belong together"
-            )
+        check_num_units(units, encoder.num_units)
         _check_lengths(builder.audio_digests, units)
     plan = plan_shards(builder, units, encoder, config.shard_dialogs)
     return Run(config, overflow, output, cache, devices, builder, tokenizer, encoder, units, plan)
@@ -163,24 +158,31 @@ def _take_units(config: PrepareConfig, builder: DailyTalkUSDM, encoder: Template
     if (streams := builder.unit_streams) is None:
         return None
     units = GivenUnits(streams)
-    if units.num_units > encoder.num_units:
-        where = f" in {len(streams.kept)} streams" if len(streams.kept) > 1 else ""
-        raise ValueError(
-            f"the corpus has {units.num_units:,} different units{where}, the tokenizer only {encoder.num_units:,}: make one with "
-            f"'dailytalk-usdm tokenizer BASE FOLDER --num_units {units.num_units}'"
-        )
+    check_num_units(units, encoder.num_units)
     check_recordings(builder, keep_audio=config.keep_audio)
     return units
 
 
+def check_num_units(units: UnitTokenizer | GivenUnits, num_tokens: int) -> None:
+    """Check that the tokenizer has a token for each unit; a ValueError if it has fewer."""
+    if units.num_units <= num_tokens:
+        return
+    source = "corpus" if isinstance(units, GivenUnits) else "unit model"
+    streams = f" in {len(units.streams.kept)} streams" if len(units.streams.kept) > 1 else ""
+    raise ValueError(
+        f"the {source} has {units.num_units:,} different units{streams}, the tokenizer only {num_tokens:,}: use the tokenizer that belongs to "
+        f"it, or make one with 'dailytalk-usdm tokenizer BASE FOLDER --num_units {units.num_units}'"
+    )
+
+
 def _check_lengths(audio: Mapping[str, AudioDigest], unit_tokenizer: UnitTokenizer) -> None:
     """Check that each recording makes a unit. Any unit model needs `MIN_SAMPLES`, which the first pass has checked; some need more."""
-    fewest = min_samples(unit_tokenizer.normalization)
+    fewest = unit_tokenizer.framing.min_samples
     problems = [
         f"audio file {path} has {digest.num_samples} samples at 16 kHz, fewer than the {fewest} ({fewest / 16:g} ms) that make a unit "
         "of this unit model: leave out its pairs"
         for path, digest in audio.items()
-        if digest.num_samples < fewest
+        if unit_tokenizer.framing.count_samples(digest.num_samples, digest.seconds) < fewest
     ]
     if problems:
         raise AudioError(join_problems(problems))
@@ -193,13 +195,17 @@ def _open_unit_model(config: PrepareConfig, device: str, cache: Path) -> UnitTok
         precision=config.precision,
         batch_seconds=config.batch_seconds,
         resampler=config.resampler,
+        streams=config.streams,
+        num_streams=config.num_streams,
         cache_dir=cache,
     )
 
 
 def open_corpus(config: PrepareConfig, cache: Path) -> DailyTalkUSDM:
     """Read the split lists or manifests."""
-    given: dict[str, Any] = {"unit_rate": config.unit_rate, "num_units": config.num_units, "streams": config.streams}
+    given: dict[str, Any] = {"unit_rate": config.unit_rate, "num_units": config.num_units}
+    if config.unit_rate is not None:  # otherwise the streams are those of a codec
+        given["streams"] = config.streams
     return DailyTalkUSDM(
         **{name: value for name, value in given.items() if value is not None},
         config_name=config.config_name,

@@ -156,7 +156,7 @@ def _describe_units(run: Run, versions: Mapping[str, str], files: Iterable[Path]
     lengths = (run.plan.content(shard).lengths for shard in run.plan)
     settings = units.settings
     batch_seconds = settings["batch_seconds"] if units.in_batches else 0  # each utterance is a batch of its own
-    share = padding_share(lengths, batch_seconds, settings["device"], units.normalization)
+    share = padding_share(lengths, batch_seconds, settings["device"], units.framing)
     return {"padding_share": round(share, 4), "versions": name_versions(versions, files)}
 
 

@@ -45,6 +45,8 @@ class UnitTask:
             self.settings["precision"],
             batch_seconds=self.settings["batch_seconds"],
             resampler=self.settings["resampler"],
+            streams=self.settings.get("streams"),
+            num_streams=len(self.settings["num_units"]) if "num_units" in self.settings else None,
             cache_dir=self.cache,
         )
         if unit_tokenizer.key != self.key:

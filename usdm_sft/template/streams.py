@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+UNITS_PER_SECOND = 50.0  # of speech encoders with k-means, such as XLS-R
 StreamsName = Literal["first", "flatten"]
 EXPECTED_NUM_UNITS = "a whole number, or a list with one for each stream, such as [1024, 1024]"
 
@@ -79,14 +80,15 @@ class UnitStreams:
         return f"{self.rate:g} frames of {len(self.num_units)} units per second"
 
 
-def read_streams(settings: Mapping[str, Any]) -> UnitStreams | None:
-    """Return the units that the settings of a dataset folder name, or None if a unit model made them.
+def read_streams(counts: Mapping[str, Any]) -> UnitStreams:
+    """Return the units of a dataset folder, from the content of counts.json.
 
     Raises:
-        ValueError: The settings are not what `UnitStreams.settings` returns.
+        ValueError: Its settings are not what `UnitStreams.settings` returns.
     """
-    if "unit_rate" not in settings:
-        return None
+    settings = counts["settings"]
+    if "unit_rate" not in settings:  # a speech encoder made them
+        return UnitStreams(UNITS_PER_SECOND, (counts["num_units"],))
     rate, num_units, streams = (settings.get(name) for name in ("unit_rate", "num_units", "streams"))
     is_rate = isinstance(rate, int | float) and not isinstance(rate, bool) and 0 < rate < math.inf
     if not is_rate or not isinstance(num_units, list) or _options_problem(num_units, streams):

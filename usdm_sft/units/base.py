@@ -64,6 +64,11 @@ class KMeansModel(nn.Module, ABC):
         self._take(model, final_norm=final_norm)
         self.requires_grad_(False).eval()
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.centroids.device
+
     @abstractmethod
     def _take(self, model: Any, *, final_norm: bool) -> None:
         """Keep the parts of transformers' model that compute features."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from usdm_sft.audio.frames import SAMPLE_RATE, count_units, min_samples, resampled_length
+from usdm_sft.audio.frames import FRAMINGS, SAMPLE_RATE, Framing, resampled_length
 
 # On CUDA, a batch holds no row shorter than 85 % of its longest. In a work shard with DailyTalk's lengths, 7 % of the frames are then
 # padding, and a batch has 80 s of audio on average; with 70 % these are 14 % and 150 s (computed).
@@ -70,7 +70,7 @@ def plan_batches(lengths: Sequence[int], batch_seconds: float, device: str) -> l
 
 
 def padding_share(
-    shards: Iterable[Sequence[int]], batch_seconds: float, device: str, normalization: str = "fairseq"
+    shards: Iterable[Sequence[int]], batch_seconds: float, device: str, framing: Framing = FRAMINGS["fairseq"]
 ) -> float:
     """Return the share of padding in the frames that the batches compute; 0 on the CPU.
 
@@ -78,15 +78,15 @@ def padding_share(
         shards: For each work shard, the lengths of its utterances in samples at 16 kHz.
         batch_seconds: As in `plan_batches`.
         device: As in `plan_batches`.
-        normalization: A key of `NORMALIZATIONS`.
+        framing: How the unit model cuts recordings into frames.
     """
     if device != "cuda":
         return 0.0
     used = padded = 0
     for lengths in shards:
-        used += sum(count_units(length, normalization) for length in lengths)
+        used += sum(framing.count(length) for length in lengths)
         batches = plan_batches(lengths, batch_seconds, device)
-        padded += sum(len(rows) * count_units(lengths[rows[0]], normalization) for rows in batches)
+        padded += sum(len(rows) * framing.count(lengths[rows[0]]) for rows in batches)
     return 1 - used / padded if padded else 0.0
 
 
@@ -134,23 +134,27 @@ NORMALIZATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def prepare_waveform(samples: torch.Tensor, name: str, normalization: str = "fairseq") -> Waveform:
+def prepare_waveform(
+    samples: torch.Tensor, name: str, normalization: str = "fairseq", framing: Framing | None = None
+) -> Waveform:
     """Prepare a waveform for a batch.
 
     Args:
-        samples: (num_samples,) float32 at 16 kHz, mono.
+        samples: (num_samples,) float32 mono, at the sample rate of the framing.
         name: Name for error messages.
         normalization: A key of `NORMALIZATIONS`.
+        framing: How the unit model cuts recordings into frames; by default as speech encoders with this normalization.
 
     Raises:
         AudioError: The waveform is too short for a unit: shorter than 25 ms, or 35 ms for w2v-BERT 2.0.
     """
-    if len(samples) < (fewest := min_samples(normalization)):
+    framing = framing or FRAMINGS[normalization]
+    if len(samples) < (fewest := framing.min_samples):
         from usdm_sft.audio.reading import AudioError  # imports soundfile, which tests.benchmarks.gpu does without
 
         raise AudioError(
-            f"{name} has {len(samples)} samples at 16 kHz, fewer than the {fewest} ({fewest / 16:g} ms) that make a unit: "
-            "leave out the utterance"
+            f"{name} has {len(samples)} samples at {framing.sample_rate / 1000:g} kHz, fewer than the {fewest} "
+            f"({1000 * fewest / framing.sample_rate:g} ms) that make a unit: leave out the utterance"
         )
     return Waveform(NORMALIZATIONS[normalization](samples), len(samples))
 
@@ -166,8 +170,8 @@ SOXR_HQ = {
 }
 
 
-def resample_on(device: str, samples: np.ndarray, rate: int) -> torch.Tensor:
-    """Resample (num_samples,) float32 mono from `rate` Hz to 16 kHz on `device`.
+def resample_on(device: str, samples: np.ndarray, rate: int, sample_rate: int = SAMPLE_RATE) -> torch.Tensor:
+    """Resample (num_samples,) float32 mono from `rate` to `sample_rate` Hz on `device`.
 
     The filter's response follows soxr's HQ filter (to 4e-4 on speech) without being equal, so a few units differ. `prepare`
     measures how many.
@@ -186,7 +190,7 @@ def resample_on(device: str, samples: np.ndarray, rate: int) -> torch.Tensor:
             "pip install 'dailytalk-usdm[torchaudio]', or use resampler soxr"
         ) from error
     waveform = torch.from_numpy(np.ascontiguousarray(samples)).to(device, non_blocking=True)
-    length = resampled_length(len(samples), rate)
-    if rate != SAMPLE_RATE:
-        waveform = resample(waveform, rate, SAMPLE_RATE, **SOXR_HQ)
+    length = resampled_length(len(samples), rate, sample_rate)
+    if rate != sample_rate:
+        waveform = resample(waveform, rate, sample_rate, **SOXR_HQ)
     return torch.nn.functional.pad(waveform[:length], (0, max(0, length - len(waveform))))

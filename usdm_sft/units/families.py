@@ -1,4 +1,4 @@
-"""The families of speech encoders that units can be made with, by the `model_type` of their config.json. Standard library only."""
+"""The families of speech encoders and codecs that units can be made with, by the `model_type` of their config.json. Standard library only."""
 
 from __future__ import annotations
 
@@ -23,6 +23,38 @@ FAMILIES = {
     "wav2vec2-bert": Family("Wav2Vec2BertModel", "SeamlessM4TFeatureExtractor", in_batches=False),
 }
 
+
+class Codec(NamedTuple):
+    """One family of codecs, whose codes are the units. The names are those of transformers.
+
+    Attributes:
+        extractor: Class of the feature extractor.
+        sample_rate: Field of the config: the sample rate that the encoder takes, in Hz.
+        step: Field of the config: samples from frame to frame.
+        streams: Field of the config: number of streams, the codebooks of residual quantizers; None for one stream.
+        argument: Argument of `encode` that chooses how many streams are computed; None where there is none.
+        window: As in `usdm_sft.audio.frames.Framing`. Most codecs pad a last frame that is not whole.
+    """
+
+    extractor: str
+    sample_rate: str
+    step: str
+    streams: str | None = None
+    argument: str | None = None
+    window: int = 1
+
+
+# Xcodec2 and NeuCodec append a sample and pad to whole frames. NeuCodec leaves out the last one, which has too few log-mel frames.
+CODECS = {
+    "dac": Codec("DacFeatureExtractor", "sampling_rate", "hop_length", "n_codebooks", "n_quantizers"),
+    "encodec": Codec("EncodecFeatureExtractor", "sampling_rate", "hop_length", "num_quantizers"),
+    "mimi": Codec("EncodecFeatureExtractor", "sampling_rate", "frame_size", "num_quantizers", "num_quantizers"),
+    "neucodec": Codec("NeuCodecFeatureExtractor", "input_sampling_rate", "encoder_hop_length", window=320),
+    "wavtokenizer": Codec("WavTokenizerFeatureExtractor", "sampling_rate", "hop_length"),
+    "xcodec": Codec("DacFeatureExtractor", "sample_rate", "hop_length", "num_quantizers"),
+    "xcodec2": Codec("Xcodec2FeatureExtractor", "sampling_rate", "hop_length", window=0),
+}
+
 # Precisions that need no layer of another type than transformers makes.
 _PRECISIONS_ALONE = ("fp32", "tf32")
 
@@ -37,6 +69,16 @@ def is_known(values: Mapping[str, Any]) -> bool:
     return values.get("model_type", WAV2VEC2) in tuple(FAMILIES)  # whatever type a JSON file has there
 
 
+def is_codec(values: Mapping[str, Any]) -> bool:
+    """Return whether the description of a unit model, or config.json, is of a codec."""
+    return values.get("model_type") in tuple(CODECS)
+
+
+def computes_batches(description: Mapping[str, Any]) -> bool:
+    """Return whether a unit model computes several utterances together; the others are computed one utterance at a time."""
+    return not is_codec(description) and family_of(description).in_batches
+
+
 def takes_log_mel(values: Mapping[str, Any]) -> bool:
     """Return whether the family takes log-mel features, as `SeamlessM4TFeatureExtractor` makes them, and not a waveform."""
     return family_of(values).extractor == "SeamlessM4TFeatureExtractor"
@@ -44,7 +86,7 @@ def takes_log_mel(values: Mapping[str, Any]) -> bool:
 
 def offers_precision(description: Mapping[str, Any], precision: str) -> bool:
     """Return whether the unit model of a unit_model.json can be computed in a precision, on a device that has it."""
-    return family_of(description).in_batches or precision in _PRECISIONS_ALONE
+    return computes_batches(description) or precision in _PRECISIONS_ALONE
 
 
 def check_precision(description: Mapping[str, Any], precision: str) -> None:

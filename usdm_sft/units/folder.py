@@ -16,12 +16,19 @@ from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, but its stubs do not export it
 
 from usdm_sft.units.batches import NORMALIZATIONS
-from usdm_sft.units.families import is_known, takes_log_mel
+from usdm_sft.units.families import CODECS, is_codec, is_known, takes_log_mel
 from usdm_sft.utils.files import SUFFIX, read_json, remove_path, replace_path
 from usdm_sft.utils.texts import first_line
 
 FILES = ("config.json", "model.safetensors", "kmeans.npy")
 DESCRIPTION = "unit_model.json"
+# What a repository of a codec has beside config.json and model.safetensors.
+CODEC_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "model.safetensors.index.json",
+    "model-*.safetensors",
+)
 _CHUNK = 1 << 20  # bytes
 
 
@@ -35,16 +42,23 @@ class ChangedError(ValueError):
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """Read unit_model.json of a unit model folder.
+    """Read unit_model.json of a unit model folder, or describe the folder of a codec.
 
     Raises:
-        FileNotFoundError: The folder has none.
-        ValueError: `convert` did not write it.
+        FileNotFoundError: The folder has none, or a file of a codec is missing.
+        ValueError: `convert` did not write it, or the codec cannot be used.
     """
     path = folder / DESCRIPTION
     if not path.is_file():
+        if holds_codec(folder):
+            from usdm_sft.units.codecs import (
+                describe_codec,  # imports transformers, a second that other unit models do without
+            )
+
+            return describe_codec(folder)
         raise FileNotFoundError(
-            f"{folder} is not a unit model folder (it holds no {DESCRIPTION}): make one with 'dailytalk-usdm convert'"
+            f"{folder} is not a unit model folder (it holds no {DESCRIPTION}): make one with 'dailytalk-usdm convert', or name a codec "
+            f"({', '.join(CODECS)})"
         )
     description = read_json(path)
     if (
@@ -57,6 +71,14 @@ def read_description(folder: Path) -> dict[str, Any]:
     ):
         raise ValueError(f"{path} is not what convert wrote: remove the folder and convert the unit model again")
     return description
+
+
+def holds_codec(folder: Path) -> bool:
+    """Return whether a folder is that of a codec of transformers, and not one that `convert` made."""
+    try:
+        return not (folder / DESCRIPTION).is_file() and is_codec(read_json(folder / "config.json"))
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def unit_model_digest(folder: str | Path, cache_dir: str | Path | None = None) -> str:
@@ -82,7 +104,7 @@ def unit_model_digest(folder: str | Path, cache_dir: str | Path | None = None) -
 
 def description_digest(description: dict[str, Any]) -> str:
     """Return the sha256 over the settings and the digests of the files, which identifies a unit model."""
-    identity = [description["layer"], description["files"]]
+    identity = [description.get("layer"), description["files"]]
     # A folder made from a .pt file has neither setting, and its digest is that of format version 1. `model_type` is in config.json, a file.
     settings = {name: description[name] for name in ("normalization", "final_norm") if name in description}
     identity += [settings] if settings else []
@@ -161,7 +183,8 @@ def save_folder(folder: Path, digest: str, target: Path) -> None:
     for name, sha256 in description["files"].items():
         with open(unfinished / name, "wb") as file:
             copy_known(folder / name, sha256, file)
-    (unfinished / DESCRIPTION).write_bytes((folder / DESCRIPTION).read_bytes())
+    if (folder / DESCRIPTION).is_file():  # a codec has none
+        (unfinished / DESCRIPTION).write_bytes((folder / DESCRIPTION).read_bytes())
     if read_description(unfinished) != description:
         raise ChangedError(folder / DESCRIPTION)
     replace_path(unfinished, target)
@@ -174,11 +197,12 @@ def list_additions(folder: Path, digest: str) -> list[CommitOperationAdd]:
         ChangedError: The folder, or a file of it, was changed since then.
     """
     description = read_known_description(folder, digest)
-    additions = [CommitOperationAdd(name, folder / name) for name in (*FILES, DESCRIPTION)]
-    for addition in additions[: len(FILES)]:
+    additions = [CommitOperationAdd(name, folder / name) for name in description["files"]]
+    for addition in additions:
         if addition.upload_info.sha256.hex() != description["files"][addition.path_in_repo]:
             raise ChangedError(folder / addition.path_in_repo)
-    return additions
+    is_converted = (folder / DESCRIPTION).is_file()
+    return [*additions, CommitOperationAdd(DESCRIPTION, folder / DESCRIPTION)] if is_converted else additions
 
 
 def find_folder(
@@ -214,11 +238,22 @@ def find_cached_folder(name_or_path: str | Path, *, model_cache_dir: str | Path 
     folder = Path(name_or_path).expanduser()
     if folder.is_dir() or not _is_repository_id(str(name_or_path)):
         return folder.resolve()
-    cached = [
-        try_to_load_from_cache(str(name_or_path), file, cache_dir=model_cache_dir) for file in (DESCRIPTION, *FILES)
-    ]
-    found = [Path(file) for file in cached if isinstance(file, str)]
-    return found[0].parent if len(found) == len(cached) else None
+    config = try_to_load_from_cache(str(name_or_path), "config.json", cache_dir=model_cache_dir)
+    if not isinstance(config, str):
+        return None
+    folder = Path(config).parent
+    if all((folder / name).is_file() for name in (DESCRIPTION, *FILES)):
+        return folder
+    return folder if holds_codec(folder) and _holds_weights(folder) else None
+
+
+def _holds_weights(folder: Path) -> bool:
+    """Return whether the cache has all that `describe_codec` asks for."""
+    try:
+        read_description(folder)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _is_repository_id(name: str) -> bool:
@@ -232,11 +267,14 @@ def _is_repository_id(name: str) -> bool:
 def _download(
     repository: str, revision: str | None, token: str | bool | None, model_cache_dir: str | Path | None
 ) -> Path:
-    files = [DESCRIPTION, *FILES]
     try:
         folder = Path(
             snapshot_download(
-                repository, revision=revision, token=token, cache_dir=model_cache_dir, allow_patterns=files
+                repository,
+                revision=revision,
+                token=token,
+                cache_dir=model_cache_dir,
+                allow_patterns=[DESCRIPTION, *FILES, *CODEC_FILES],
             )
         )
     except (OSError, HTTPError) as error:  # without network, repository, revision or permission; or with a broken proxy
@@ -244,8 +282,9 @@ def _download(
             f"{repository} is not a folder and cannot be downloaded from the Hub ({first_line(error)}): "
             "correct the name or the revision, or check the network and the token"
         ) from error
-    if not (folder / DESCRIPTION).is_file():
+    if not (folder / DESCRIPTION).is_file() and not holds_codec(folder):
         raise FileNotFoundError(
-            f"the repository {repository} holds no {DESCRIPTION}: upload a folder that 'dailytalk-usdm convert' made"
+            f"the repository {repository} holds no {DESCRIPTION} and is not one of a codec that transformers has: upload a folder that "
+            "'dailytalk-usdm convert' made"
         )
     return folder

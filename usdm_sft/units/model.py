@@ -12,19 +12,22 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from usdm_sft.audio.frames import SAMPLE_RATE, count_units, num_frames
+from usdm_sft.audio.frames import FRAMINGS, SAMPLE_RATE, num_frames
 from usdm_sft.units.base import KMeansModel
 from usdm_sft.units.batches import PACK_SECONDS, Waveform, plan_batches
 from usdm_sft.units.cpu import FrontEnd, NumpyLinear, numpy_is_faster, side_by_side, within
 from usdm_sft.units.precision import SplitLinear, own_settings, replace_linear_layers
 from usdm_sft.units.transformers_model import TransformersModel
+
+if TYPE_CHECKING:
+    from usdm_sft.units.codecs import CodecModel
 
 
 class UnitModel(KMeansModel):
@@ -189,12 +192,12 @@ _OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def start_units(
-    model: UnitModel | TransformersModel,
+    model: UnitModel | TransformersModel | CodecModel,
     waveforms: Sequence[Waveform],
     names: Sequence[str],
     batch_seconds: float,
     in_fp32: Callable[[list[Waveform], list[str]], list[np.ndarray]],
-    normalization: str = "fairseq",
+    count_units: Callable[[int], int] = FRAMINGS["fairseq"].count,
 ) -> Callable[[], tuple[list[np.ndarray], list[int]]]:
     """Run waveforms through the unit model. On CUDA, this returns before the device has finished.
 
@@ -204,7 +207,7 @@ def start_units(
         names: Name of each waveform for error messages.
         batch_seconds: Seconds of audio, padding included, in one forward pass.
         in_fp32: Returns the units of waveforms, given with their names, whose features are not finite in this model.
-        normalization: How the waveforms were normalized.
+        count_units: Returns the number of units of so many samples.
 
     Returns:
         A function that waits for the device and returns the units, one (num_units,) uint16 array per waveform, and the
@@ -213,14 +216,14 @@ def start_units(
     Raises:
         MemoryError: The device has too little memory; the message names the setting to change.
     """
-    device = model.centroids.device.type
-    room = 0 if isinstance(model, TransformersModel) else batch_seconds  # it computes each utterance alone
+    device = model.device.type
+    room = batch_seconds if isinstance(model, UnitModel) else 0  # the others compute each utterance alone
     batches = plan_batches([waveform.num_samples for waveform in waveforms], room, device)
 
     def forward(rows: Sequence[int], stopped: threading.Event | None = None) -> tuple[Any, torch.Tensor]:
         batch = [waveforms[row] for row in rows]
         with _out_of_memory_explained(batch, [names[row] for row in rows], device, batch_seconds):
-            if isinstance(model, TransformersModel):
+            if not isinstance(model, UnitModel):
                 return model.forward(batch[0].samples, stopped)
             if stopped is None:
                 return _forward(model, batch)
@@ -242,7 +245,7 @@ def start_units(
         for rows, (units, finite) in zip(batches, results, strict=True):
             units = [each.numpy() for each in (units if device == "cpu" else units.cpu())]
             for row, row_units, row_finite in zip(rows, units, finite.cpu().numpy(), strict=True):
-                found[row] = row_units[: count_units(waveforms[row].num_samples, normalization)]
+                found[row] = row_units[: count_units(waveforms[row].num_samples)]
                 if not row_finite:
                     not_finite.append(row)
         if not_finite:
@@ -261,7 +264,7 @@ def _frames(batch: Sequence[Waveform]) -> list[int]:
 
 
 def _forward(model: UnitModel, batch: Sequence[Waveform]) -> tuple[torch.Tensor, torch.Tensor]:
-    device = model.centroids.device
+    device = model.device
     padded = _pad([waveform.samples for waveform in batch], device).to(device, non_blocking=True)
     frames = torch.tensor(_frames(batch), device="cpu")
     if not model.rows_alone:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from usdm_sft.audio.digests import check_audio
-from usdm_sft.audio.frames import FRAME_SAMPLES, SAMPLE_RATE, num_frames
+from usdm_sft.audio.frames import num_frames
 from usdm_sft.audio.reading import read_waveform
+from usdm_sft.units.base import KMeansModel
 from usdm_sft.units.batches import prepare_waveform
 from usdm_sft.units.families import check_precision
 from usdm_sft.units.model import UnitModel
@@ -124,10 +125,12 @@ def measure(tokenizer: UnitTokenizer, sources: Sequence[str]) -> Agreement:
 
     def compare(name: str, found: Sequence[np.ndarray]) -> Comparison:
         num_equal = sum(int((a == b).sum()) for a, b in zip(expected, found, strict=True))
-        num_ties = sum(
-            _count_ties(a, b, lambda index=index: features(index), tokenizer.model.centroids)  # type: ignore[misc]  # a default
-            for index, (a, b) in enumerate(zip(expected, found, strict=True))
-        )
+        model, num_ties = tokenizer.model, 0
+        if isinstance(model, KMeansModel):
+            num_ties = sum(
+                _count_ties(a, b, lambda index=index: features(index), model.centroids)  # type: ignore[misc]  # a default
+                for index, (a, b) in enumerate(zip(expected, found, strict=True))
+            )
         return Comparison(name, sum(map(len, expected)), num_equal, num_ties)
 
     comparisons = [
@@ -164,24 +167,26 @@ def _other_settings(
             yield precision, tokenizer.with_settings(precision=precision), None
     if importlib.util.find_spec("torchaudio") is None:
         yield "torchaudio", None, "torchaudio is not installed (extra torchaudio)"
-    elif all(check_audio(source).rate == SAMPLE_RATE for source in sources):
-        yield "torchaudio", None, f"all files are at {SAMPLE_RATE:,} Hz and need no resampling"
+    elif all(check_audio(source).rate == (rate := tokenizer.framing.sample_rate) for source in sources):
+        yield "torchaudio", None, f"all files are at {rate:,} Hz and need no resampling"
     else:
         yield "torchaudio", tokenizer.with_settings(resampler="torchaudio"), None
 
 
 def _beside_longer(tokenizer: UnitTokenizer, source: str) -> np.ndarray:
     """Return the units of a file beside one that is a tenth longer, which may share a batch with it (`batches.MIN_FILL`)."""
-    waveform = read_waveform(source)
-    longer = np.concatenate([waveform, waveform[: max(FRAME_SAMPLES, len(waveform) // 10)]])
+    framing = tokenizer.framing
+    waveform = read_waveform(source, sample_rate=framing.sample_rate)
+    longer = np.concatenate([waveform, waveform[: max(framing.step, len(waveform) // 10)]])
     return tokenizer.tokenize_waveforms([waveform, longer])[0]
 
 
 def _features(tokenizer: UnitTokenizer, source: str) -> torch.Tensor:
     """Return the (num_frames, hidden_size) features of a file alone, in float64 on the CPU."""
     model = tokenizer.model
+    assert isinstance(model, KMeansModel)
     waveform = prepare_waveform(torch.from_numpy(read_waveform(source)), source, tokenizer.normalization)
-    row = waveform.samples.to(model.centroids.device)
+    row = waveform.samples.to(model.device)
     with torch.inference_mode(), own_settings(row.device.type, model.precision.front):
         if isinstance(model, UnitModel):
             features = model.features(row[None], torch.tensor([num_frames(waveform.num_samples)], device="cpu"))[0]

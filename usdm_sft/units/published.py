@@ -92,10 +92,10 @@ def describe_unit_model(folder: Path, description: dict[str, Any] | None = None)
 
     Returns:
         JSON values: `name`, "xlsr2_1b_v2" if the folder was made from the published files and None otherwise; `layer`,
-        counted from 1; `model_type`, `normalization` and `final_norm`, if set; and the sha256 of the `sources`.
+        counted from 1, None for a codec; `model_type`, `normalization`, `final_norm` and `frames`, if set; and the sha256 of the `sources`.
     """
     description = description or read_description(folder)
-    names = ("model_type", "normalization", "final_norm")
+    names = ("model_type", "normalization", "final_norm", "frames")
     settings: dict[str, Any] = {key: description[key] for key in names if key in description}
     is_published = (
         not settings
@@ -103,7 +103,7 @@ def describe_unit_model(folder: Path, description: dict[str, Any] | None = None)
         and any(description["sources"] == known for known in _published_sources(folder))
     )
     name = PUBLISHED if is_published else None
-    return {"name": name, "layer": description["layer"], **settings, "sources": description["sources"]}
+    return {"name": name, "layer": description.get("layer"), **settings, "sources": description["sources"]}
 
 
 def _published_sources(folder: Path) -> list[dict[str, str]]:

@@ -30,13 +30,14 @@ CHUNK_FILES = 32  # for one message to a process: some 30 ms of work
 _NUM_RECORDINGS = 2  # long recordings in memory; the segments of one follow each other
 
 
-def read_at_16_khz(source: Source, contents: Mapping[str, bytes] | None) -> Audio:
+def read_resampled(source: Source, contents: Mapping[str, bytes] | None, sample_rate: int = SAMPLE_RATE) -> Audio:
     """Read audio and resample it with soxr."""
-    return read_waveform(source, contents), SAMPLE_RATE
+    return read_waveform(source, contents, sample_rate), sample_rate
 
 
-# How to read for each resampler; torchaudio resamples later, on the device.
-READS: dict[str, Read] = {"soxr": read_at_16_khz, "torchaudio": read_audio}
+def choose_read(resampler: str, sample_rate: int) -> Read:
+    """Return how to read for a resampler; torchaudio resamples later, on the device."""
+    return partial(read_resampled, sample_rate=sample_rate) if resampler == "soxr" else read_audio
 
 
 class AudioReader:

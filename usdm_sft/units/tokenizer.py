@@ -21,12 +21,13 @@ import torch
 from huggingface_hub import HfApi
 
 from usdm_sft.audio.addresses import file_problem, open_file, parse_address
-from usdm_sft.audio.frames import SAMPLE_RATE, TOO_LOUD, is_too_loud
+from usdm_sft.audio.frames import TOO_LOUD, Framing, framing_of, is_too_loud
 from usdm_sft.audio.reading import describe
 from usdm_sft.audio.sound import AUDIO_ERRORS, open_sound
+from usdm_sft.template.streams import StreamsName, UnitStreams, read_streams
 from usdm_sft.units.batches import Waveform, prepare_waveform, resample_on
 from usdm_sft.units.columns import columns_by_audio, distinct_audio
-from usdm_sft.units.families import check_precision, family_of
+from usdm_sft.units.families import check_precision, computes_batches, is_codec
 from usdm_sft.units.folder import (
     find_folder,
     list_additions,
@@ -36,11 +37,12 @@ from usdm_sft.units.folder import (
     unit_model_digest,
 )
 from usdm_sft.units.precision import check_cpu
-from usdm_sft.units.reading import READS, AudioReader, Source
+from usdm_sft.units.reading import AudioReader, Source, choose_read
 from usdm_sft.units.settings import make_settings
 from usdm_sft.utils.hub import create_repository, hub_errors_in_one_line
 
 if TYPE_CHECKING:
+    from usdm_sft.units.codecs import CodecModel
     from usdm_sft.units.model import UnitModel
     from usdm_sft.units.transformers_model import TransformersModel
 
@@ -81,7 +83,7 @@ class UnitTokenizer:
         self.settings = settings
         self.device = device or str(settings["device"])
         self.fp32_fallback: set[Source] = set()
-        self._model: UnitModel | TransformersModel | None = None
+        self._model: UnitModel | TransformersModel | CodecModel | None = None
         self._in_fp32: UnitTokenizer | None = None
         self._reader: AudioReader | None = None
         self._process = os.getpid()
@@ -96,6 +98,8 @@ class UnitTokenizer:
         *,
         batch_seconds: float | None = None,
         resampler: str = "soxr",
+        streams: StreamsName | None = None,
+        num_streams: int | None = None,
         cache_dir: str | Path | None = None,
         model_cache_dir: str | Path | None = None,
         revision: str | None = None,
@@ -104,13 +108,16 @@ class UnitTokenizer:
         """Open a unit model.
 
         Args:
-            name_or_path: A folder that `dailytalk-usdm convert` made, or a model repository of the Hub that holds the
-                files of one. Its files are checked against the sha256 in unit_model.json.
+            name_or_path: A folder that `dailytalk-usdm convert` made, the folder of a codec of transformers (DAC, EnCodec, Mimi,
+                NeuCodec, WavTokenizer, X-Codec, Xcodec2), or a model repository of the Hub that holds one. The files of a
+                converted model are checked against the sha256 in unit_model.json.
             device: Where to compute; by default CUDA if available, else the CPU.
             precision: "fp32" (as the reference), "tf32", "fp16", "bf16", "fp16x3" or "bf16x3".
             batch_seconds: Seconds of audio, padding included, in one forward pass; a longer utterance is computed alone.
                 By default 160 on the CPU and 320 on CUDA.
             resampler: "soxr" (as the reference, on the CPU) or "torchaudio" (on the device; needs the extra).
+            streams: What is made of the streams of a codec: "first" or "flatten".
+            num_streams: Number of streams of a codec to use, the first ones; all of them by default.
             cache_dir: This package's cache, where digests of files are remembered; by default as in `prepare`.
             model_cache_dir: Where downloads are kept; by default the Hub's own cache.
             revision: Branch, tag or commit of the repository.
@@ -130,7 +137,7 @@ class UnitTokenizer:
         if device.type == "cpu":
             check_cpu(precision)
         folder = find_folder(name_or_path, revision=revision, token=token, model_cache_dir=model_cache_dir)
-        check_precision(read_description(folder), precision)
+        settings |= _check_description(read_description(folder), precision, streams, num_streams)
         return cls(folder, unit_model_digest(folder, cache_dir), settings, str(device))
 
     def save_pretrained(self, save_directory: str | Path) -> None:
@@ -226,10 +233,15 @@ class UnitTokenizer:
         self._reader = None
         self._process = os.getpid()
 
+    @cached_property
+    def streams(self) -> UnitStreams:
+        """The rate of the units, and how many there are."""
+        return read_streams({"settings": self.settings, "num_units": self.description["num_units"]})
+
     @property
     def num_units(self) -> int:
         """Number of different units."""
-        return int(self.description["num_units"])
+        return sum(self.streams.kept)
 
     @cached_property
     def description(self) -> dict[str, Any]:
@@ -238,23 +250,36 @@ class UnitTokenizer:
 
     @cached_property
     def normalization(self) -> str:
-        """How waveforms become the input of the model, a key of `batches.NORMALIZATIONS`."""
-        return str(self.description.get("normalization", "fairseq"))
+        """How waveforms become the input of the model, a key of `batches.NORMALIZATIONS`; a codec prepares them itself."""
+        return "none" if is_codec(self.description) else str(self.description.get("normalization", "fairseq"))
+
+    @cached_property
+    def framing(self) -> Framing:
+        """How the model cuts recordings into frames."""
+        return framing_of(self.description)
 
     @property
     def in_batches(self) -> bool:
-        """Whether utterances are computed together; some families are computed one utterance at a time."""
-        return family_of(self.description).in_batches
+        """Whether utterances are computed together; some families, and codecs, are computed one utterance at a time."""
+        return computes_batches(self.description)
+
+    def count_units(self, num_samples: int) -> int:
+        """Return the number of units of `num_samples` samples at `framing.sample_rate`."""
+        return self.framing.count(num_samples) * len(self.streams.kept)
 
     @property
-    def model(self) -> UnitModel | TransformersModel:
+    def model(self) -> UnitModel | TransformersModel | CodecModel:
         """The unit model on its device."""
         self._notice_fork()
         if self._model is None:
             self._model = self._load_model().to(self.device)
         return self._model
 
-    def _load_model(self) -> UnitModel | TransformersModel:
+    def _load_model(self) -> UnitModel | TransformersModel | CodecModel:
+        if is_codec(read_known_description(self.folder, self.digest)):  # its files are those that were opened
+            from usdm_sft.units.codecs import CodecModel
+
+            return CodecModel.from_pretrained(self.folder, self.settings["precision"], self.streams)
         from usdm_sft.units.model import UnitModel  # imports transformers, a second that opening can do without
         from usdm_sft.units.transformers_model import TransformersModel
 
@@ -316,14 +341,16 @@ class UnitTokenizer:
         if self.settings["resampler"] == "soxr":
             waveforms = self._prepare((torch.from_numpy(samples) for samples, _ in read), names)
         else:
-            waveforms = self._prepare((resample_on(self.device, *each) for each in read), names)
+            waveforms = self._prepare(
+                (resample_on(self.device, *each, self.framing.sample_rate) for each in read), names
+            )
         lengths = np.array([waveform.num_samples for waveform in waveforms], dtype=np.float32)
         finish_units = self._start(waveforms, names)
 
         def finish() -> tuple[list[np.ndarray], np.ndarray]:
             units, overflowed = finish_units()
             self.fp32_fallback = {sources[row] for row in overflowed}
-            return units, lengths / np.float32(SAMPLE_RATE)
+            return units, lengths / np.float32(self.framing.sample_rate)
 
         return finish
 
@@ -338,7 +365,7 @@ class UnitTokenizer:
     def start_reader(self, num_processes: int = 0) -> AudioReader:
         """Read audio in this number of processes until `end_reader`; in threads if it is 0, as without this call."""
         self.end_reader()
-        self._reader = AudioReader(READS[self.settings["resampler"]], num_processes)
+        self._reader = AudioReader(choose_read(self.settings["resampler"], self.framing.sample_rate), num_processes)
         return self._reader
 
     def end_reader(self) -> None:
@@ -364,7 +391,9 @@ class UnitTokenizer:
     def _prepare(self, waveforms: Iterable[torch.Tensor], names: Sequence[str]) -> list[Waveform]:
         # torchaudio resamples with a convolution, which the caller's autocast would change.
         with torch.autocast(self.settings["device"], enabled=False):
-            return [prepare_waveform(*each, self.normalization) for each in zip(waveforms, names, strict=True)]
+            return [
+                prepare_waveform(*each, self.normalization, self.framing) for each in zip(waveforms, names, strict=True)
+            ]
 
     def _start(
         self, waveforms: Sequence[Waveform], names: Sequence[str]
@@ -372,7 +401,7 @@ class UnitTokenizer:
         from usdm_sft.units.model import start_units  # imports transformers, as above
 
         seconds = self.settings["batch_seconds"]
-        return start_units(self.model, waveforms, names, seconds, self._tokenize_in_fp32, self.normalization)
+        return start_units(self.model, waveforms, names, seconds, self._tokenize_in_fp32, self.count_units)
 
     def _tokenize(self, waveforms: Sequence[Waveform], names: Sequence[str]) -> tuple[list[np.ndarray], list[int]]:
         """Return the units of each waveform, and the indices of those that overflowed and have the units of fp32."""
@@ -398,6 +427,8 @@ def open_for(
     precision: str,
     batch_seconds: float | None,
     resampler: str,
+    streams: StreamsName | None = None,
+    num_streams: int | None = None,
     cache_dir: str | Path | None = None,
 ) -> UnitTokenizer:
     """Open a unit model folder for a device that may exist on other machines only, such as "cuda" or "cuda:1".
@@ -406,8 +437,28 @@ def open_for(
     """
     settings = make_settings(torch.device(device).type, precision, resampler, batch_seconds)
     folder = find_folder(folder)
-    check_precision(read_description(folder), precision)
+    settings |= _check_description(read_description(folder), precision, streams, num_streams)
     return UnitTokenizer(folder, unit_model_digest(folder, cache_dir), settings, device)
+
+
+def _check_description(
+    description: dict[str, Any], precision: str, streams: StreamsName | None, num_streams: int | None
+) -> dict[str, Any]:
+    """Check settings against the unit model; return those that a codec adds.
+
+    Raises:
+        ValueError: The unit model has no such precision or streams.
+    """
+    check_precision(description, precision)
+    if is_codec(description):
+        from usdm_sft.units.codecs import choose_streams
+
+        return choose_streams(description, streams, num_streams).settings()
+    if given := [name for name, value in (("streams", streams), ("num_streams", num_streams)) if value is not None]:
+        raise ValueError(
+            f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} given, but the unit model is not a codec: leave it out"
+        )
+    return {}
 
 
 def _reduce(tokenizer: UnitTokenizer) -> tuple[Any, ...]:

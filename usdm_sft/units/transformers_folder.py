@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, FeatureExtractionMixin
 from transformers.utils import logging
 
 from usdm_sft.audio.frames import FRAME_SAMPLES, MIN_SAMPLES, SAMPLE_RATE
-from usdm_sft.units.families import FAMILIES, family_of, takes_log_mel
+from usdm_sft.units.families import FAMILIES, family_of, is_codec, takes_log_mel
 from usdm_sft.utils.files import read_json
 from usdm_sft.utils.texts import first_line
 
@@ -111,6 +111,10 @@ def read_folder_config(folder: Path, layer: int, *, final_norm: bool) -> dict[st
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no config.json: name a folder that transformers saved, or a .pt file")
     config = read_json(path)
+    if is_codec(config):
+        raise ValueError(
+            f"{folder} is a codec, which needs no k-means and no conversion: give it to prepare as it is (--unit_model)"
+        )
     if (model_type := config.get("model_type")) not in tuple(FAMILIES):
         raise ValueError(f"{path}: model_type is {model_type!r}: name a model of {', '.join(FAMILIES)}")
     if "quantization_config" in config:
@@ -180,6 +184,16 @@ def read_folder_weights(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: A tensor cannot be read, is missing, has another shape than in the config, or is not finite.
     """
+    weights = open_checkpoint(folder, config).state_dict()
+    return {key: tensor.contiguous() for key, tensor in weights.items()}
+
+
+def open_checkpoint(folder: Path, config: dict[str, Any]) -> Any:
+    """Open the model of a folder that `config` describes, in float32.
+
+    Raises:
+        ValueError: As in `read_folder_weights`.
+    """
     try:
         with _quiet():
             model, report = AutoModel.from_pretrained(
@@ -207,11 +221,10 @@ def read_folder_weights(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
             f"{folder} lacks {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "") + ": "
             "name a complete checkpoint of the model that config.json describes"
         )
-    weights = model.state_dict()
-    for key, tensor in weights.items():
+    for key, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{folder}: {key} holds NaN or infinite values: download the checkpoint again")
-    return {key: tensor.contiguous() for key, tensor in weights.items()}
+    return model
 
 
 @contextmanager
