@@ -14,7 +14,7 @@ from usdm_sft.audio.digests import AudioCheck, audio_digests, check_audio, read_
 from usdm_sft.audio.playable import make_playable
 from usdm_sft.audio.reading import AudioError, SharedBytes, read_audio
 from usdm_sft.audio.sound import BLOCK_SAMPLES, Sound
-from usdm_sft.units.tokenizer import audio_seconds
+from usdm_sft.units.stream import audio_seconds
 
 RATE = 24_000
 MP3 = {"format": "MP3", "subtype": "MPEG_LAYER_III"}

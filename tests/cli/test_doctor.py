@@ -302,7 +302,7 @@ def test_models_on_the_hub(doctor, hub, unit_model):
     assert f"which take about {size / 1e6:.1f} MB" in found.about("disk")[0][1]
     nobody = "reachable; nobody is logged in ('hf auth login' is needed for push and for private repositories)"
     assert found.about("Hub") == [("ok", nobody)]
-    text = "the repository tester/empty holds no unit_model.json: upload a folder that 'dailytalk-usdm convert' made"
+    text = "the repository tester/empty holds no unit_model.json and is not one of a codec: upload a folder that 'dailytalk-usdm convert' made"
     assert doctor("--unit_model", "tester/empty").about("unit model") == [("error", text)]
     found = doctor("--pretrained_model_name_or_path", "tester/none", "--unit_model", "tester/none")
     assert [found.about(subject)[0][0] for subject in ("tokenizer", "unit model")] == ["error", "error"]

@@ -244,9 +244,11 @@ def test_corpus_of_the_hub_without_recordings(root, tmp_path, monkeypatch):
 def test_page_asks_the_hub_for_a_corpus_with_units(root, monkeypatch):
     asked = []
     monkeypatch.setattr(page_module, "find_lists", lambda data_dir, **options: asked.append((data_dir, options)) or {})
-    for settings, with_units in ((read_counts(root / "flatten-folder")["settings"], True), ({"history": 0}, False)):
+    given = read_counts(root / "flatten-folder")
+    made = {"settings": {"history": 0}, "num_units": 100, "unit_model": {}}
+    for counts, with_units in ((given, True), (made, False)):
         with pytest.raises(FileNotFoundError, match="hub:user/codes has no list of train"):
-            page_module._add_recordings([], [], "hub:user/codes", "train", settings)
+            page_module._add_recordings([], [], "hub:user/codes", "train", counts)
         assert asked.pop() == ("hub:user/codes", {"with_units": with_units})
 
 

@@ -348,8 +348,8 @@ def test_recordings_of_another_length_are_refused(given, splits, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_units": 30}, r"the corpus has 240 different units in 8 streams, the tokenizer only 100: make one with 'dailytalk-usdm tokenizer"),
-        ({"num_units": 101, "streams": "first"}, "the corpus has 101 different units, the tokenizer only 100: make one with"),
+        ({"num_units": 30}, r"the corpus has 240 different units in 8 streams, the tokenizer only 100: use the tokenizer that belongs to it, or make one with 'dailytalk-usdm tokenizer"),
+        ({"num_units": 101, "streams": "first"}, "the corpus has 101 different units, the tokenizer only 100: use the tokenizer that"),
         ({"keep_audio": True}, r"keep_audio is given, but 20 turns of the corpus \(first train-0_0\) without a recording cannot be kept: add the"),
         ({"streams": None}, r"train\.jsonl:1: units has frames of 8 units: choose with --streams first"),
         ({"unit_repetition": "collapse"}, "unit_repetition is collapse, but neighbours in flattened streams are units of different streams"),

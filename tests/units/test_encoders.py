@@ -340,7 +340,7 @@ def test_each_utterance_is_a_forward_pass_of_its_own(made, monkeypatch):
     waveforms = [
         prepare_waveform(torch.from_numpy(make_waveform(n)), "it", "seamless_m4t") for n in (9_999, 560, 9_999)
     ]
-    found, _ = start_units(model, waveforms, [""] * 3, 100, None, "seamless_m4t")()
+    found, _ = start_units(model, waveforms, [""] * 3, 100, None, FRAMINGS["seamless_m4t"].count)()
     assert sorted(shapes) == [(1, 1, 160), (1, 30, 160), (1, 30, 160)]
     assert found[0].tolist() == found[2].tolist()
     assert batches.padding_share([[9_999, 9_900, 560]], 0, "cuda") == 0

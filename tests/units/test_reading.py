@@ -21,7 +21,8 @@ from usdm_sft.units import reading
 from usdm_sft.units import tokenizer as process
 from usdm_sft.units.batches import prepare_waveform
 from usdm_sft.units.reading import AudioReader
-from usdm_sft.units.tokenizer import UnitTokenizer, audio_seconds, group_by_seconds, stream_units
+from usdm_sft.units.stream import audio_seconds, group_by_seconds, stream_units
+from usdm_sft.units.tokenizer import UnitTokenizer
 
 NAMES = ("0_0_d3", "1_1_d3", "2_0_d3", "3_1_d3")
 

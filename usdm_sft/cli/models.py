@@ -169,7 +169,8 @@ def units(
             beside a longer utterance, in each other precision that the device offers, and with torchaudio.
         json: Print the table as one JSON object.
     """
-    from usdm_sft.units.tokenizer import UnitTokenizer, stream_units
+    from usdm_sft.units.stream import stream_units
+    from usdm_sft.units.tokenizer import UnitTokenizer
 
     if agreement and precision != "fp32":
         raise ValueError(f"--agreement measures every precision: leave out --precision {precision}")

@@ -292,8 +292,8 @@ class PrepareConfig(
 
     def _check_given_units(self) -> None:
         """Check the options for units that exist already, and that no option of the unit model stands beside them."""
-        # Without unit_rate, streams are those of a codec.
-        check_unit_options(self.unit_rate, self.num_units, None if self.unit_rate is None else self.streams)
+        is_given = self.unit_rate is not None or self.num_units is not None  # otherwise streams are those of a codec
+        check_unit_options(self.unit_rate, self.num_units, self.streams if is_given else None)
         if self.streams == "flatten" and self.unit_repetition == "collapse":
             raise ValueError(
                 "unit_repetition is collapse, but neighbours in flattened streams are units of different streams, and no run of equal units is "

@@ -56,7 +56,7 @@ class DryRun:
     audio_bytes: int  # size of the files of the corpus
     has_model: bool  # the unit model is on this machine, or none is needed
     device: str  # its kind
-    units_per_second: float
+    units_per_second: float = UNITS_PER_SECOND
 
 
 def dry_run(config: PrepareConfig) -> DryRun:

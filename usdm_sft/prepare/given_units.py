@@ -43,6 +43,14 @@ class GivenUnits:
         return self.streams.settings()
 
     @property
+    def digest(self) -> None:
+        """No unit model made them."""
+        return None
+
+    def describe(self) -> None:
+        """Return what counts.json says of the unit model: that there is none."""
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """As `UnitTokenizer.key`."""
         return "given units", VERSION, self.settings

@@ -31,7 +31,8 @@ from usdm_sft.prepare.plan import Plan, plan_shards
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer
 from usdm_sft.units.precision import check_cpu
-from usdm_sft.units.published import describe_unit_model, find_unit_model
+from usdm_sft.units.published import find_unit_model
+from usdm_sft.units.source import UnitSource
 from usdm_sft.units.tokenizer import UnitTokenizer, open_for
 from usdm_sft.utils.cache_keys import cache_key, cache_root
 from usdm_sft.utils.locks import require_locks
@@ -163,11 +164,11 @@ def _take_units(config: PrepareConfig, builder: DailyTalkUSDM, encoder: Template
     return units
 
 
-def check_num_units(units: UnitTokenizer | GivenUnits, num_tokens: int) -> None:
+def check_num_units(units: UnitSource, num_tokens: int) -> None:
     """Check that the tokenizer has a token for each unit; a ValueError if it has fewer."""
     if units.num_units <= num_tokens:
         return
-    source = "corpus" if isinstance(units, GivenUnits) else "unit model"
+    source = "corpus" if units.digest is None else "unit model"
     streams = f" in {len(units.streams.kept)} streams" if len(units.streams.kept) > 1 else ""
     raise ValueError(
         f"the {source} has {units.num_units:,} different units{streams}, the tokenizer only {num_tokens:,}: use the tokenizer that belongs to "
@@ -229,7 +230,7 @@ def describe_run(run: Run) -> dict[str, Any]:
         "format_version": 2,
         "config": config.config_name,
         "corpus": describe_corpus(lists, builder.list_digests),
-        "unit_model": None if isinstance(units, GivenUnits) else describe_unit_model(units.folder, units.description),
+        "unit_model": units.describe(),
         "tokenizer": describe_tokenizer(
             str(config.pretrained_model_name_or_path), run.encoder.tokens, run.encoder.layout.chat
         ),
@@ -252,7 +253,7 @@ def describe_run(run: Run) -> dict[str, Any]:
         "digests": {
             **{f"{split} {recipe_of(lists[split]).kind}": sha for split, sha in builder.list_digests.items()},
             "lists and audio" if builder.audio_digests else "lists": builder.content_digest,
-            **({} if isinstance(units, GivenUnits) else {"unit model": units.digest}),
+            **({} if units.digest is None else {"unit model": units.digest}),
             "tokenizer": run.encoder.tokenizer_digest,
         },
         "versions": {"dailytalk-usdm": __version__} | {name: importlib.metadata.version(name) for name in _VERSIONED},

@@ -13,9 +13,8 @@ from usdm_sft.utils.cache_keys import cache_key
 if TYPE_CHECKING:
     from usdm_sft.corpus.builder import DailyTalkUSDM
     from usdm_sft.corpus.dialogs import Dialog
-    from usdm_sft.prepare.given_units import GivenUnits
     from usdm_sft.template.encoder import TemplateEncoder
-    from usdm_sft.units.tokenizer import UnitTokenizer
+    from usdm_sft.units.source import UnitSource
 
 
 class Shard(NamedTuple):
@@ -69,7 +68,7 @@ class Plan(list[Shard]):
 
 def plan_shards(
     builder: DailyTalkUSDM,
-    unit_tokenizer: UnitTokenizer | GivenUnits,
+    unit_source: UnitSource,
     encoder: TemplateEncoder,
     shard_dialogs: int,
 ) -> Plan:
@@ -82,7 +81,7 @@ def plan_shards(
         for number, group in groupby(split.dialogs, key=lambda dialog: number_of[dialog.id]):
             dialogs = list(group)
             content, digests = _describe_dialogs(dialogs, builder)
-            units_key = cache_key("utterances", *unit_tokenizer.key, content.ids, digests)
+            units_key = cache_key("utterances", *unit_source.key, content.ids, digests)
             texts = [utterance.text for dialog in dialogs for utterance in dialog.utterances]
             stop = start + len(content.rows)
             shard = Shard(

@@ -57,8 +57,8 @@ def read_description(folder: Path) -> dict[str, Any]:
 
             return describe_codec(folder)
         raise FileNotFoundError(
-            f"{folder} is not a unit model folder (it holds no {DESCRIPTION}): make one with 'dailytalk-usdm convert', or name a codec "
-            f"({', '.join(CODECS)})"
+            f"{folder} is not a unit model folder (it holds no {DESCRIPTION}) and not that of a codec ({', '.join(CODECS)}): make one with "
+            "'dailytalk-usdm convert'"
         )
     description = read_json(path)
     if (

@@ -7,9 +7,8 @@ unit model folders are that this process has opened, because a pickled tokenizer
 from __future__ import annotations
 
 import logging
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -20,10 +19,8 @@ import numpy as np
 import torch
 from huggingface_hub import HfApi
 
-from usdm_sft.audio.addresses import file_problem, open_file, parse_address
 from usdm_sft.audio.frames import TOO_LOUD, Framing, framing_of, is_too_loud
 from usdm_sft.audio.reading import describe
-from usdm_sft.audio.sound import AUDIO_ERRORS, open_sound
 from usdm_sft.template.streams import StreamsName, UnitStreams, read_streams
 from usdm_sft.units.batches import Waveform, prepare_waveform, resample_on
 from usdm_sft.units.columns import columns_by_audio, distinct_audio
@@ -37,6 +34,7 @@ from usdm_sft.units.folder import (
     unit_model_digest,
 )
 from usdm_sft.units.precision import check_cpu
+from usdm_sft.units.published import describe_unit_model
 from usdm_sft.units.reading import AudioReader, Source, choose_read
 from usdm_sft.units.settings import make_settings
 from usdm_sft.utils.hub import create_repository, hub_errors_in_one_line
@@ -247,6 +245,10 @@ class UnitTokenizer:
     def description(self) -> dict[str, Any]:
         """unit_model.json of the folder; an error if it is of another unit model by now."""
         return read_known_description(self.folder, self.digest)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what counts.json says of the unit model, as `describe_unit_model` does."""
+        return describe_unit_model(self.folder, self.description)
 
     @cached_property
     def normalization(self) -> str:
@@ -476,68 +478,3 @@ def _open(kind: type[UnitTokenizer], state: dict[str, Any]) -> UnitTokenizer:
 # The picklers that start processes: torch's DataLoader and utils/processes.py use the first, `.map` the second.
 ForkingPickler.register(UnitTokenizer, _reduce)
 multiprocess.reduction.ForkingPickler.register(UnitTokenizer, _reduce)
-
-
-def stream_units(unit_tokenizer: UnitTokenizer, sources: Iterable[str]) -> Iterator[np.ndarray]:
-    """Yield the units of each audio address, in order.
-
-    Neighbouring files of up to `batch_seconds` in all are computed together, while the next group is read. Memory holds two
-    such groups, or a longer file in place of one.
-
-    Yields:
-        (num_units,) uint16 units.
-
-    Raises:
-        FileNotFoundError: An audio file does not exist. The units of all files before it were yielded.
-        ValueError: Audio cannot become units. The units of all files before it were yielded.
-    """
-    groups = group_by_seconds(sources, unit_tokenizer.settings["batch_seconds"])
-    group: list[str] = next(groups, [])
-    following: list[str] = []
-    try:
-        unit_tokenizer.read_ahead(group)
-        while group:
-            following = next(groups, [])
-            unit_tokenizer.read_ahead(following)
-            try:
-                units, _ = unit_tokenizer.tokenize_files(group)
-            except (FileNotFoundError, ValueError):
-                for source in group:  # one by one, to yield the units of the files before the bad one
-                    yield unit_tokenizer.tokenize_files([source])[0][0]
-            else:
-                yield from units
-            group = following
-    finally:
-        unit_tokenizer.forget(following)
-
-
-def group_by_seconds(sources: Iterable[str], seconds: float) -> Iterator[list[str]]:
-    """Yield groups of neighbouring sources with up to `seconds` of audio; a longer or unreadable source is alone."""
-    group: list[str] = []
-    total = 0.0
-    for source in sources:
-        length = audio_seconds(source)
-        if group and total + length > seconds:
-            yield group
-            group, total = [], 0.0
-        group.append(source)
-        total += length
-    if group:
-        yield group
-
-
-def audio_seconds(source: str) -> float:
-    """Return the length of audio as its address or header gives it; infinity if the header does not, or cannot be read."""
-    total = 0.0
-    try:
-        for segment in parse_address(source):
-            if file_problem(segment.file):
-                return math.inf
-            if segment.start is not None and segment.end is not None:
-                total += segment.end - segment.start
-                continue
-            with open_file(segment.file) as file, open_sound(file) as sound:
-                total += math.inf if sound.frames is None else sound.frames / sound.rate
-    except AUDIO_ERRORS:
-        return math.inf
-    return total
