@@ -94,7 +94,7 @@ def test_unknown_repository_and_revision(hub):
 
 def test_repository_without_a_unit_model(hub):
     commit(hub, removed=["unit_model.json"])
-    message = rf"the repository {REPOSITORY} holds no unit_model\.json: upload a folder"
+    message = rf"the repository {REPOSITORY} holds no unit_model\.json and is not one of a codec .*: upload a folder"
     with pytest.raises(FileNotFoundError, match=message):
         UnitTokenizer.from_pretrained(REPOSITORY, device="cpu")
     commit(hub, {"unit_model.json": json.dumps({}).encode()})

@@ -15,7 +15,10 @@ import soundfile
 from usdm_sft.audio.addresses import format_address, zip_address
 from usdm_sft.audio.digests import audio_digests
 from usdm_sft.audio.reading import AudioError
-from usdm_sft.units.reading import CHUNK_FILES, READS, AudioReader, cut_into_chunks
+from usdm_sft.units.reading import CHUNK_FILES, AudioReader, choose_read, cut_into_chunks
+
+
+SOXR = choose_read("soxr", 16_000)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,7 @@ def open_reader():
     """A function that opens a reader with two processes."""
     readers = []
 
-    def open_reader(read=READS["soxr"]):
+    def open_reader(read=SOXR):
         readers.append(AudioReader(read, 2))
         return readers[-1]
 
@@ -54,13 +57,14 @@ def open_reader():
     assert multiprocessing.active_children() == []
 
 
-@pytest.mark.parametrize("resampler", READS)
+@pytest.mark.parametrize("resampler", ["soxr", "torchaudio"])
 def test_processes_read_what_threads_read(files, open_reader, resampler):
     sources = [*files["good"], files["good"][0]]  # one of them twice
     digests = {path: digest.sha256 for path, digest in audio_digests(files["good"]).items()}
     for given in (None, digests):
-        expected = AudioReader(READS[resampler]).take(sources, given)
-        found = list(open_reader(READS[resampler]).take(sources, given))
+        read = choose_read(resampler, 16_000)
+        expected = AudioReader(read).take(sources, given)
+        found = list(open_reader(read).take(sources, given))
         for (samples, rate), (expected_samples, expected_rate) in zip(found, expected, strict=True):
             assert samples.dtype == np.float32 and samples.tobytes() == expected_samples.tobytes()
             assert rate == expected_rate
@@ -70,7 +74,7 @@ def test_processes_read_what_threads_read(files, open_reader, resampler):
 def test_error_of_a_file_is_that_of_threads(files, open_reader):
     good, (missing, text) = files["good"], files["bad"]
     digests = {path: digest.sha256 for path, digest in audio_digests(good).items()} | {good[1]: "0" * 64}
-    reader, threads = open_reader(), AudioReader(READS["soxr"])
+    reader, threads = open_reader(), AudioReader(SOXR)
     reader.start([good[0], missing, text, good[2]])
     for sources, given, kind in (
         ([missing], None, FileNotFoundError),

@@ -165,7 +165,7 @@ def test_reader_threads_start_no_team_of_openmp_threads(tmp_path):
 
     def read(source, contents):
         before = len(os.listdir("/proc/self/task"))
-        audio = reading.read_at_16_khz(source, contents)
+        audio = reading.read_resampled(source, contents)
         counted.append(len(os.listdir("/proc/self/task")) - before)
         return audio
 
@@ -213,7 +213,9 @@ def test_streaming_reads_at_most_two_groups_ahead(unit_model, two_seconds, monke
     tokenizer = UnitTokenizer.from_pretrained(unit_model, device="cpu", batch_seconds=4)
     given = []
     read = reading.read_waveform
-    monkeypatch.setattr(reading, "read_waveform", lambda source, contents: given.append(source) or read(source))
+    monkeypatch.setattr(
+        reading, "read_waveform", lambda source, contents, sample_rate: given.append(source) or read(source)
+    )
     stream = stream_units(tokenizer, two_seconds)
     expected, _ = UnitTokenizer.from_pretrained(unit_model, device="cpu").tokenize_files(two_seconds)
     given.clear()
@@ -232,7 +234,9 @@ def test_a_bad_file_ends_the_stream_after_those_before_it(unit_model, two_second
     expected, _ = tokenizer.tokenize_files(two_seconds[:4])
     given = []
     read = reading.read_waveform
-    monkeypatch.setattr(reading, "read_waveform", lambda source, contents: given.append(source) or read(source))
+    monkeypatch.setattr(
+        reading, "read_waveform", lambda source, contents, sample_rate: given.append(source) or read(source)
+    )
     stream = stream_units(tokenizer, two_seconds)
     for units in expected:
         assert np.array_equal(next(stream), units)
