@@ -485,6 +485,7 @@ function showList() {
 let updates = 0;
 
 async function update() {
+  if (!filter.value) return; // the rows are being read
   const words = search.value.toLowerCase().split(/\s+/).filter(Boolean), number = ++updates;
   const matches = (text) => words.every((word) => text.includes(word));
   const choose = filters[filter.value][2];

@@ -49,13 +49,15 @@ def show(
         space: Write the page as files of a static Space into this folder. It reads the rows from --repo_id, which must be public.
         repo_id: The dataset repository that the folder was pushed to, USER/NAME.
     """
+    if sum((html is not None, serve, space is not None)) > 1:
+        raise ValueError("html, serve and space exclude each other: give one of them")
+    if (port is not None and not serve) or (repo_id is None) != (space is None):
+        raise ValueError("port is for --serve, and --repo_id goes with --space: add it, or leave the other out")
+    if space is not None and data_dir is not None:
+        raise ValueError("data_dir is not for a Space, whose sound is that of --keep_audio: leave it out")
     if serve or space is not None:
-        if html is not None or (serve and space is not None):
-            raise ValueError("html, serve and space exclude each other: give one of them")
         _show_folder(dataset_dir, split, data_dir, port, space, repo_id)
         return
-    if port is not None or repo_id is not None:
-        raise ValueError("port is for --serve and repo_id for --space: add it, or leave them out")
     from usdm_sft.corpus.streams import read_streams
     from usdm_sft.folder.layout import COUNTS, read_counts, read_layout
     from usdm_sft.folder.page import write_page
@@ -92,16 +94,10 @@ def _show_folder(
 ) -> None:
     from usdm_sft.folder.serve import PORT, FolderServer, write_space
 
-    if space is not None:
-        if repo_id is None or data_dir is not None or port is not None:
-            raise ValueError(
-                "space needs --repo_id, and takes neither data_dir nor port: its sound is that of --keep_audio"
-            )
+    if space is not None and repo_id is not None:
         write_space(dataset_dir, space, repo_id, split)
         print(f"{space} has the files of a static Space: hf upload USER/SPACE {space} --repo-type space")
         return
-    if repo_id is not None:
-        raise ValueError("repo_id is for --space: leave it out")
     with FolderServer(dataset_dir, split, data_dir=data_dir, port=PORT if port is None else port) as server:
         print(f"{server.url} shows {dataset_dir}; Ctrl-C ends it", flush=True)
         with suppress(KeyboardInterrupt):

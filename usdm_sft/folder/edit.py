@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from usdm_sft.folder.layout import (
     read_layout,
 )
 from usdm_sft.folder.parquet import Utterance
-from usdm_sft.folder.rows import count_exchanges, count_processes, divide_files, iter_utterances
+from usdm_sft.folder.rows import count_processes, divide_files, iter_utterances
 from usdm_sft.folder.statistics import DROPPED, SplitStatistics
 from usdm_sft.folder.verify import COUNTED, verify
 from usdm_sft.folder.verify_rows import list_turns
@@ -41,6 +42,7 @@ from usdm_sft.utils.files import read_json
 from usdm_sft.utils.processes import ProcessPool
 
 _Rows = tuple[Path, npt.NDArray[np.int64]]  # some rows of a Parquet file, by their numbers in it
+_Turns = set[tuple[str, int]]  # dialog and turn
 
 
 class RowsLeft:
@@ -53,16 +55,14 @@ class RowsLeft:
 
     def part(self, start: int, stop: int) -> list[_Rows]:
         """Describe rows `start` to `stop`, for `loader`."""
-        part, first = [], 0
-        for path, rows in self._files:
-            if len(chosen := rows[max(0, start - first) : max(0, stop - first)]):
-                part.append((path, chosen))
-            first += len(rows)
-        return part
+        firsts = accumulate((len(rows) for _, rows in self._files), initial=0)
+        parts = zip(self._files, firsts, strict=False)
+        return [(path, rows[max(0, start - first) : max(0, stop - first)]) for (path, rows), first in parts]
 
 
 def _load_rows(part: Sequence[_Rows]) -> pa.Table:
-    return pa.concat_tables([pq.read_table(path).take(rows) for path, rows in part]).drop_columns([*TRAINER_COLUMNS])
+    tables = [pq.read_table(path).take(rows) for path, rows in part if len(rows)]
+    return pa.concat_tables(tables).drop_columns([*TRAINER_COLUMNS])
 
 
 class UtterancesLeft:
@@ -72,12 +72,11 @@ class UtterancesLeft:
     loses its recording and units.
     """
 
-    def __init__(self, files: Sequence[Path], turns: _Turns):
-        dialogs = {dialog for dialog, _ in turns.left}
-        self._files = [
-            path for path in files if not dialogs.isdisjoint(pq.read_table(path, ["dialog"])["dialog"].to_pylist())
-        ]
-        self.loader = partial(_iter_left, dialogs, turns.gone)
+    def __init__(self, files: Sequence[Path], left: _Turns, gone: _Turns):
+        dialogs = {dialog for dialog, _ in left}
+        names = [pq.read_table(path, columns=["dialog"])["dialog"].to_pylist() for path in files]
+        self._files = [path for path, found in zip(files, names, strict=True) if not dialogs.isdisjoint(found)]
+        self.loader = partial(_iter_left, dialogs, gone)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -87,17 +86,10 @@ class UtterancesLeft:
         return self._files[index]
 
 
-def _iter_left(dialogs: set[str], gone: set[tuple[str, int]], path: Path) -> Iterator[Utterance]:
+def _iter_left(dialogs: set[str], gone: _Turns, path: Path) -> Iterator[Utterance]:
     for row in iter_utterances(path, range(pq.read_metadata(path).num_row_groups)):
         if row["dialog"] in dialogs:
             yield row | (dict.fromkeys(("audio", *SPEECH)) if (row["dialog"], row["turn"]) in gone else {})
-
-
-class _Turns(NamedTuple):
-    """Dialog and turn of the turns that are in rows that stay, with their seconds, and of those that are in dropped rows only."""
-
-    left: dict[tuple[str, int], float]
-    gone: set[tuple[str, int]]
 
 
 def edit(
@@ -127,38 +119,30 @@ def edit(
     dropped = _read_ids(drop, counts["key"])
     verify(folder)
     layout, tokenizer = read_layout(folder / COUNTS, counts), load_tokenizer(folder / "tokenizer")
-    files = data_files(folder, counts)
-    audio = data_files(folder, counts, UTTERANCES) if UTTERANCES in counts else {}
+    files, settings = data_files(folder, counts), counts["settings"]
     key = cache_key(counts["key"], sorted(dropped))
     others = {name: importlib.metadata.version(name) for name in counts["versions"] if name not in ROW_PACKAGES}
     edited = counts | {"key": key, "splits": {}, "versions": counts["versions"] | others}
-    rows, utterances, missing = {}, {}, set(dropped)
+    rows, turns, missing = {}, {}, set(dropped)
     for split, paths in files.items():
-        kept, statistics, turns, pairs = _divide(paths, dropped, counts["settings"]["history"], layout, missing)
-        if not statistics.numbers:
+        found = _divide(paths, dropped, settings["history"], layout)
+        if not found.statistics.numbers:
             raise ValueError(f"{drop} names all rows of {split}: keep one")
-        edited["splits"][split] = _count(counts["splits"][split], statistics, turns, pairs, dropped, counts["settings"])
-        rows[split] = RowsLeft(kept, edited["splits"][split]["tokens"])
-        if split in audio:
-            utterances[split] = UtterancesLeft(audio[split], turns)
+        edited["splits"][split] = _count(counts["splits"][split], found, settings)
+        rows[split] = RowsLeft(found.files, edited["splits"][split]["tokens"])
+        turns[split] = ({*found.left}, found.gone)
+        missing -= found.dropped
     if missing:
-        raise ValueError(
-            f"{drop} names {len(missing)} of {len(dropped)} rows that {folder} does not have, such as {min(missing)}"
-        )
+        number = f"{len(missing)} of {len(dropped)} rows"
+        raise ValueError(f"{drop} names {number} that {folder} does not have, such as {min(missing)}: remove them")
+    audio = data_files(folder, counts, UTTERANCES) if UTTERANCES in counts else {}
+    utterances = {split: UtterancesLeft(paths, *turns[split]) for split, paths in audio.items()}
     with lock_output(output), ProcessPool(count_processes(divide_files(files), None)) as pool:
         if (finished := find_finished(output, edited, overwrite=overwrite)) is not None:
             return finished
-        return write_folder(
-            output,
-            counts["config"],
-            rows,
-            tokenizer,
-            edited,
-            pool,
-            key=key,
-            num_output_shards=counts["settings"].get("num_output_shards"),
-            utterances=utterances or None,
-        )
+        shards, config = settings.get("num_output_shards"), counts["config"]
+        more: dict[str, Any] = {"key": key, "num_output_shards": shards, "utterances": utterances or None}
+        return write_folder(output, config, rows, tokenizer, edited, pool, **more)
 
 
 def _read_ids(drop: str | Path, key: str) -> set[str]:
@@ -177,58 +161,53 @@ def _read_ids(drop: str | Path, key: str) -> set[str]:
     return set(ids)
 
 
-def _divide(
-    paths: Sequence[Path], dropped: set[str], history: int, layout: RowLayout, missing: set[str]
-) -> tuple[list[_Rows], SplitStatistics, _Turns, list[str]]:
-    """Read the rows of a split; the ids that are found are removed from `missing`.
+class _Split(NamedTuple):
+    """The rows of a split that stay, and what is dropped."""
 
-    Returns:
-        The rows that stay, their statistics, the turns, and the ids of the dropped pairs.
-    """
-    kept: list[_Rows] = []
-    statistics, left, others, pairs = SplitStatistics(layout), {}, set(), []
+    files: list[_Rows]
+    statistics: SplitStatistics
+    left: dict[tuple[str, int], float]  # dialog and turn of the turns of these rows, with their seconds
+    gone: _Turns  # turns that are in dropped rows only
+    dropped: set[str]
+    pairs: list[str]  # of the dropped rows
+
+
+def _divide(paths: Sequence[Path], dropped: set[str], history: int, layout: RowLayout) -> _Split:
+    """Read the rows of a split."""
+    split = _Split([], SplitStatistics(layout), {}, set(), set(), [])
     for path in paths:
         stays: list[bool] = []
         for batch in (batch for rows in divide_files({"": [path]}) for batch in rows.read()):
             ids = batch["id"].to_pylist()
             stay = [row_id not in dropped for row_id in ids]
-            missing.difference_update(ids)
             stays += stay
+            split.dropped.update(dropped.intersection(ids))
             if any(stay):
-                statistics.add(batch.filter(pa.array(stay)))
+                split.statistics.add(batch.filter(pa.array(stay)))
             for turn in list_turns(batch, np.arange(len(batch)), 0, history).to_pylist():
+                place = turn["dialog"], turn["turn"]
                 if stay[turn["row"]]:
-                    left[turn["dialog"], turn["turn"]] = turn["seconds"]
-                else:
-                    others.add((turn["dialog"], turn["turn"]))
-            exchanges = [1] * len(batch) if history else count_exchanges(batch).tolist()
-            for is_left, dialog, turn, number in zip(
-                stay, batch["dialog_id"].to_pylist(), batch["turn"].to_pylist(), exchanges, strict=True
-            ):
-                pairs += [] if is_left else [example_id(dialog, turn + 2 * exchange) for exchange in range(number)]
-        kept.append((path, np.flatnonzero(stays)))
-    return kept, statistics, _Turns(left, others - left.keys()), pairs
+                    split.left[place] = turn["seconds"]
+                    continue
+                split.gone.add(place)
+                if turn["side"] == 0 and (not history or example_id(*place) == ids[turn["row"]]):  # the labelled pair
+                    split.pairs.append(example_id(*place))
+        split.files.append((path, np.flatnonzero(stays)))
+    split.gone.difference_update(split.left)
+    return split
 
 
-def _count(
-    split: Mapping[str, Any],
-    statistics: SplitStatistics,
-    turns: _Turns,
-    pairs: Sequence[str],
-    dropped: set[str],
-    settings: Mapping[str, Any],
-) -> dict[str, Any]:
+def _count(counts: Mapping[str, Any], split: _Split, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the counts of a split without its dropped pairs. Its utterances and hours are then those of the rows."""
-    if not pairs:
-        return dict(split)
-    summary = statistics.summary()
-    names = {example_id(*turn) for turn in turns.left}
+    if not split.pairs:
+        return dict(counts)
+    summary, names = split.statistics.summary(), {example_id(*turn) for turn in split.left}
     is_split = settings["overflow"] == "split"  # the other parts of a row stay
-    return split | {
+    return dict(counts) | {
         **{name: summary[name] for name in COUNTED},
-        "utterances": len(turns.left),
-        "hours": round(sum(turns.left.values()) / 3600, 6),
-        "pairs_left_out": split["pairs_left_out"] | dict.fromkeys(pairs, DROPPED),
-        "rows_cut": {name: cut for name, cut in split["rows_cut"].items() if is_split or name not in dropped},
-        "fp32_fallback": [name for name in split["fp32_fallback"] if name in names],
+        "utterances": len(split.left),
+        "hours": round(sum(split.left.values()) / 3600, 6),
+        "pairs_left_out": counts["pairs_left_out"] | dict.fromkeys(split.pairs, DROPPED),
+        "rows_cut": {name: cut for name, cut in counts["rows_cut"].items() if is_split or name not in split.dropped},
+        "fp32_fallback": [name for name in counts["fp32_fallback"] if name in names],
     }

@@ -150,7 +150,7 @@ def _plot_emotions(axes: Axes, statistics: Mapping[str, SplitStatistics]) -> Non
     axes.set(title="Emotions", xlabel="share of the turns")
 
 
-def _percent(share: float, position: int) -> str:
+def _percent(share: float, position: float) -> str:
     """The label of a tick, with as many digits as it has: 0.475 is 47.5 %."""
     return f"{100 * share:.6g}%"
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+import numpy as np
 import pyarrow.parquet as pq
 from huggingface_hub import constants
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, but its stubs do not export it
 
 from usdm_sft import __version__
 from usdm_sft.audio.reading import AudioError
@@ -31,10 +32,10 @@ from usdm_sft.template.chat import lay_out_messages
 from usdm_sft.template.parts import ROW_PARTS, RowLayout, list_parts
 from usdm_sft.template.tokenizer import load_tokenizer
 from usdm_sft.utils.files import replace_text
+from usdm_sft.utils.hub import hub_errors_in_one_line
 
 LOOPBACK = "127.0.0.1"
 PORT = 8765
-MAX_ROWS = 200_000  # the page keeps the texts of all rows in memory to search them
 _READER = "hyparquet/src"
 _INDEX, _README = "index.html", "README.md"
 _TYPES = {
@@ -47,69 +48,54 @@ _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 _BLOCK = 1 << 20  # bytes that are read from a file at once
 
 
-def make_pages(folder: Path, split: str | None = None, *, base: str = "", corpus: bool = False) -> dict[str, str]:
+def make_pages(folder: Path, split: str, *, base: str = "", corpus: bool = False) -> dict[str, str]:
     """Return the HTML of the page of each split, by its name.
 
     Args:
         folder: A dataset folder.
-        split: The split of index.html; by default the first.
+        split: The split of index.html.
         base: Address of the files of the folder, with a slash at its end; "" if they are beside the page.
-        corpus: Whether `serve` gives the recordings of the corpus.
+        corpus: Whether `FolderServer` gives the recordings of the corpus.
 
     Raises:
         FileNotFoundError: The folder, or one of its files, is missing.
         ValueError: The folder has no such split, or a file is damaged.
     """
     counts = read_counts(folder)
-    if split is not None and split not in counts["splits"]:
+    if split not in counts["splits"]:
         raise ValueError(f"{folder} has no split {split!r}: name one of {', '.join(counts['splits'])}")
-    layout = read_layout(folder / COUNTS, counts)
-    tokenizer = load_tokenizer(str(folder / "tokenizer")).backend_tokenizer
-    ids = (token_id for token_id in range(tokenizer.get_vocab_size()) if not _is_unit(token_id, layout))
-    pieces = spell_ids(ids, tokenizer)
-    first = split or next(iter(counts["splits"]))
-    names = {each: _INDEX if each == first else f"split-{each}.html" for each in counts["splits"]}
-    files, recordings = data_files(folder, counts), {}
-    if UTTERANCES in counts and not corpus:
-        recordings = data_files(folder, counts, UTTERANCES)
-    others = [(title, base + name) for title, name in (("dataset card", _README), ("counts", COUNTS))]
+    layout, tokenizer = read_layout(folder / COUNTS, counts), load_tokenizer(folder / "tokenizer").backend_tokenizer
+    ids = np.arange(tokenizer.get_vocab_size())
+    pieces = spell_ids(ids[~layout.is_unit(ids)].tolist(), tokenizer)
+    files = data_files(folder, counts)
+    recordings = data_files(folder, counts, UTTERANCES) if UTTERANCES in counts and not corpus else {}
+    names = {each: _INDEX if each == split else f"split-{each}.html" for each in counts["splits"]}
+    # The Hub redirects to the machines that store files.
+    hosts = [base.partition("/datasets/")[0], "https://*.huggingface.co", "https://*.hf.co"] if base else ["'self'"]
     pages = {}
     for each, name in names.items():
         where = {
             "base": base,
-            "files": _list_files(folder, files[each], MAX_ROWS),
+            "files": _list_files(folder, files[each]),
             "recordings": _list_files(folder, recordings.get(each, [])),
             "corpus": each if corpus else None,
             "history": counts["settings"]["history"],
             "layout": _describe_layout(layout),
         }
-        data = {
-            **describe_split(counts, each, layout),
-            "examples": [],
-            "recordings": [],
-            "pieces": pieces,
-            "folder": where,
-        }
+        data = describe_split(counts, each, layout)
+        data |= {"examples": [], "recordings": [], "pieces": pieces, "folder": where}
         links = [(f"split {other}", quote(names[other])) for other in names if other != each]
-        # The Hub redirects to the machines that store files.
-        hosts = [base.partition("/datasets/")[0], "https://*.huggingface.co", "https://*.hf.co"] if base else ["'self'"]
-        pages[name] = render(data, each, counts, [*links, *others], hosts)
+        links += [("dataset card", base + _README), ("counts", base + COUNTS)]
+        pages[name] = render(data, each, counts, links, hosts)
     return pages
 
 
-def _is_unit(token_id: int, layout: RowLayout) -> bool:
-    return layout.tokens.unit_0 <= token_id < layout.tokens.unit_0 + layout.tokens.num_units
-
-
-def _list_files(folder: Path, paths: list[Path], max_rows: int | None = None) -> list[tuple[str, int, int]]:
-    """Return the name in the folder, the size and the number of rows of each file, up to the one that has row `max_rows`."""
-    files: list[tuple[str, int, int]] = []
+def _list_files(folder: Path, paths: list[Path]) -> list[tuple[str, int, int]]:
+    """Return the name in the folder, the size and the number of rows of each file."""
+    files = []
     for path in paths:
-        if max_rows is not None and sum(num_rows for *_, num_rows in files) >= max_rows:
-            break
         with reading_errors(path, "is not a Parquet file"):
-            num_rows = pq.read_metadata(path).num_rows
-        files.append((path.relative_to(folder).as_posix(), path.stat().st_size, num_rows))
+            files.append((path.relative_to(folder).as_posix(), path.stat().st_size, pq.read_metadata(path).num_rows))
     return files
 
 
@@ -149,7 +135,7 @@ class FolderServer(ThreadingHTTPServer):
 
     Args:
         folder: A dataset folder.
-        split: The split of the first page; by default the first.
+        split: The split of the first page.
         data_dir: The corpus that the folder was made from; the pages then play its recordings.
         port: Port of 127.0.0.1; 0 takes a free one.
 
@@ -161,26 +147,22 @@ class FolderServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(
-        self, folder: str | Path, split: str | None = None, *, data_dir: str | Path | None = None, port: int = PORT
-    ):
+    def __init__(self, folder: str | Path, split: str, *, data_dir: str | Path | None = None, port: int = PORT):
         folder = Path(folder).expanduser()
         counts = read_counts(folder)
-        self.contents: dict[str, bytes | Path] = {
-            name: page.encode() for name, page in make_pages(folder, split, corpus=data_dir is not None).items()
-        }
-        self.contents |= {name: file.read_bytes() for name, file in _scripts().items()}
-        for config in (counts["config"], *([UTTERANCES] if UTTERANCES in counts else [])):
-            for path in (path for paths in data_files(folder, counts, config).values() for path in paths):
-                self.contents[path.relative_to(folder).as_posix()] = path
-        self.contents |= {name: folder / name for name in (_README, COUNTS)}
-        for path in self.contents.values():
+        pages = make_pages(folder, split, corpus=data_dir is not None)
+        contents = {name: page.encode() for name, page in pages.items()}
+        contents |= {name: file.read_bytes() for name, file in _scripts().items()}
+        configs = (counts["config"], *([UTTERANCES] if UTTERANCES in counts else []))
+        listed = [path for config in configs for paths in data_files(folder, counts, config).values() for path in paths]
+        paths = [*listed, folder / _README, folder / COUNTS]
+        for path in paths:
             _refuse_link(path, folder.resolve())
-        self.recordings = {
-            each: CorpusRecordings(data_dir, each, counts["settings"])
-            for each in (counts["splits"] if data_dir is not None else ())
-            if data_dir is not None
-        }
+        files = {path.relative_to(folder).as_posix(): path for path in paths}
+        self.contents: dict[str, bytes | Path] = {**files, **contents}
+        self.recordings = {}
+        if data_dir is not None:
+            self.recordings = {each: CorpusRecordings(data_dir, each, counts["settings"]) for each in counts["splits"]}
         try:
             super().__init__((LOOPBACK, port), _Handler)
         except (OSError, OverflowError) as error:
@@ -191,14 +173,14 @@ class FolderServer(ThreadingHTTPServer):
         self.url = f"http://{LOOPBACK}:{self.server_port}/"
 
 
-def _refuse_link(path: bytes | Path, folder: Path) -> None:
+def _refuse_link(path: Path, folder: Path) -> None:
     """Refuse a file whose content is outside the folder. In the Hub's cache, the files of a folder are links to `blobs`.
 
     Raises:
         ValueError: The file is a link out of the folder.
     """
     blobs = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else folder
-    if isinstance(path, Path) and not any(path.resolve().is_relative_to(root) for root in (folder, blobs)):
+    if not any(path.resolve().is_relative_to(root) for root in (folder, blobs)):
         raise ValueError(f"{path} is a link out of the folder, and only files of the folder are served: remove it")
 
 
@@ -281,21 +263,22 @@ class _Handler(BaseHTTPRequestHandler):
         """Log nothing: a page asks for hundreds of ranges."""
 
 
-def write_space(folder: str | Path, output: str | Path, repo_id: str, split: str | None = None) -> None:
+def write_space(folder: str | Path, output: str | Path, repo_id: str, split: str) -> None:
     """Write the files of a static Space that shows the rows of a pushed dataset.
 
     Args:
         folder: The dataset folder that was pushed.
         output: A folder for the files, which replace those of the same names.
         repo_id: The dataset repository, such as "user/name", which must be public.
-        split: The split of the first page; by default the first.
+        split: The split of the first page.
 
     Raises:
         FileExistsError: `output` has a README.md that is not of a static Space, such as the dataset folder itself.
         FileNotFoundError: The folder, or one of its files, is missing.
         ValueError: The folder has no such split, a file is damaged, or the name of the repository is wrong.
     """
-    validate_repo_id(repo_id)
+    with hub_errors_in_one_line(repo_id, None):
+        validate_repo_id(repo_id)
     folder, output = Path(folder).expanduser(), Path(output).expanduser()
     readme = output / _README
     if readme.exists() and "sdk: static" not in readme.read_text(encoding="utf-8", errors="replace"):
