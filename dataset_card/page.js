@@ -452,7 +452,7 @@ async function select(number, { focus }) {
     const example = await source.example(number);
     if (current === number) showExample(example);
   } catch (error) {
-    showProblem(error);
+    if (current === number) showProblem(error);
   }
 }
 
@@ -516,8 +516,9 @@ async function start() {
 }
 
 document.getElementById("save").addEventListener("click", saveFlags);
-search.addEventListener("input", update);
-filter.addEventListener("change", update);
+const refresh = () => update().catch((error) => { source.shares = undefined; showProblem(error); });
+search.addEventListener("input", refresh);
+filter.addEventListener("change", refresh);
 document.addEventListener("keydown", (event) => {
   const by = { ArrowDown: 1, ArrowUp: -1 }[event.key];
   const inList = list.contains(event.target);
@@ -528,5 +529,5 @@ document.addEventListener("keydown", (event) => {
 
 const scheme = matchMedia("(prefers-color-scheme: dark)");
 isDark = scheme.matches;
-scheme.addEventListener("change", () => { isDark = scheme.matches; if (source.rows.length) update(); });
+scheme.addEventListener("change", () => { isDark = scheme.matches; refresh(); });
 start().catch((error) => { say(""); showProblem(error); });

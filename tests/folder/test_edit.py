@@ -79,6 +79,7 @@ def test_rows_that_stay_are_unchanged_and_counts_are_theirs(dataset_folder, tmp_
     assert content(dataset_folder) == before
 
 
+@pytest.mark.slow
 def test_recordings_of_dropped_conversations_are_gone(kept, tmp_path):
     """Of d3, rows d3_0 (turns 0 to 3) and d3_1 (1 and 2); of d77, d77_0 (0 and 1) and d77_1 (1 and 2); d20_0 is all of d20."""
     edit(kept / "talk", tmp_path / "out", flags(tmp_path, "d3_0", "d77_0", "d20_0"))
@@ -97,6 +98,7 @@ def test_recordings_of_dropped_conversations_are_gone(kept, tmp_path):
     assert counts["utterances"]["train"]["recordings"] == len(expected) - 3
 
 
+@pytest.mark.slow
 def test_row_with_history_is_one_pair(kept, tmp_path):
     edit(kept / "history", tmp_path / "out", flags(tmp_path, "d3_2"))  # with turns 0 and 1 before it
     assert verify(tmp_path / "out") == {"train": 9, "test": 3}
@@ -121,6 +123,7 @@ def test_wrong_flags_are_refused(dataset_folder, tmp_path, rows, more, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_wrong_folders_are_refused(dataset_folder, folder_copy, tmp_path):
     drop = flags(tmp_path, "d3_0")
     with pytest.raises(ValueError, match="is the folder itself: name another output_path"):

@@ -223,6 +223,7 @@ def test_recordings_of_the_corpus_play(browser, server, mini):
     assert seconds == pytest.approx(len(samples) / 16_000, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_conversations_show_every_frame_and_play_the_kept_recordings(browser, conversations, mini, tmp_path):
     write_page(conversations, tmp_path / "page.html", num_examples=100)
     with serving_folder(conversations) as server, opened(browser, server.url) as tab:
