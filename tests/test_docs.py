@@ -97,7 +97,7 @@ def test_picture_is_current_and_marks_the_labelled_tokens():
     assert counted == {"transcript", "answer", "agent's speech"}
     assert all(set(section.labels) == {-100} for name, section in sections.items() if name not in counted)
     assert sum((section.input_ids for section in sections.values()), []) == input_ids  # noqa: RUF017
-    assert len(re.findall('class="mark"', svg)) == len(re.findall('class="loss"', svg)) == 3
+    assert len(re.findall('class="mark"', svg)) == len(re.findall('class="loss"', svg)) == 5  # lines
     message = r"train\.txt has no line with 'zebra crossing': name words of one of its dial"
     with pytest.raises(ValueError, match=message):
         script.read_row(script.LINES, "zebra crossing", tokenizer)

@@ -161,6 +161,7 @@ def test_wrong_options_name_the_remedy(server, dataset_folder, tmp_path, refused
     )
     assert show("--serve", "--split", "dev") == f"{dataset_folder} has no split 'dev': name one of train, test"
     assert show("--serve", "--html", "x.html") == "html, serve and space exclude each other: give one of them"
+    assert show("--serve", "--index", "3").startswith("index, num_examples, ids and expand are not for --serve")
     for wrong in (["--port", "1"], ["--repo_id", "a/b"], ["--space", tmp_path], ["--space", tmp_path, "--port", "1"]):
         assert show(*wrong).startswith("port is for --serve, and --repo_id goes with --space: add it, or leave the")
     space = ("--space", tmp_path, "--repo_id")

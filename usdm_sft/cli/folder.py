@@ -56,6 +56,8 @@ def show(
     if space is not None and data_dir is not None:
         raise ValueError("data_dir is not for a Space, whose sound is that of --keep_audio: leave it out")
     if serve or space is not None:
+        if index or num_examples is not None or ids or expand:
+            raise ValueError("index, num_examples, ids and expand are not for --serve and --space: leave them out")
         _show_folder(dataset_dir, split, data_dir, port, space, repo_id)
         return
     from usdm_sft.corpus.streams import read_streams
