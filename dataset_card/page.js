@@ -23,28 +23,24 @@ const count = (number, noun) => `${number.toLocaleString("en")} ${noun}${number 
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 const decode = (base64) => Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
 
+const isUnit = (id) => id >= data.first_unit && id < data.first_unit + data.num_units;
 const startOf = (unit) => unit / data.units_per_second + 1e-9; // a hair more, so that floor() gives this unit
 
 // ---- sound: one recording at a time, decoded whole, so that it starts at a unit exactly
 
 const sound = {
   context: null,
-  buffers: new Map(),
   playing: null, // { timeline, source, origin }: second `t` of the recording sounds at context time `origin + t`
 
-  async buffer(position) {
-    if (!this.buffers.has(position)) {
-      const { audio, seconds } = data.recordings[position];
-      const decoded = await this.context.decodeAudioData(decode(audio).buffer);
-      this.buffers.set(position, { decoded, lead: decoded.duration - seconds > MP3_DELAY / 2 ? MP3_DELAY : 0 });
-    }
-    return this.buffers.get(position);
+  async buffer(recording) {
+    recording.decoded ??= await this.context.decodeAudioData(decode(recording.audio).buffer);
+    return { decoded: recording.decoded, lead: recording.decoded.duration - recording.seconds > MP3_DELAY / 2 ? MP3_DELAY : 0 };
   },
 
   async play(timeline, from) {
     this.stop();
     this.context ??= new AudioContext();
-    const [{ decoded, lead }] = await Promise.all([this.buffer(timeline.turn.recording), this.context.resume()]);
+    const [{ decoded, lead }] = await Promise.all([this.buffer(timeline.recording), this.context.resume()]);
     this.stop();
     const source = this.context.createBufferSource();
     source.buffer = decoded;
@@ -83,13 +79,14 @@ const sound = {
 // ---- one turn: waveform, units, cursor
 
 class Timeline {
-  constructor(turn, number) {
+  // `load` returns the recording where it is not in the page; null for a turn without one.
+  constructor(turn, number, load) {
     this.turn = turn;
+    this.load = load;
     this.playsOn = false; // true while all turns are played
     this.seconds = 0;
     this.unit = 0;
-    const recording = data.recordings[turn.recording];
-    this.peaks = recording && decode(recording.peaks);
+    this.use(data.recordings[turn.recording]);
     this.canvas = make("canvas", { "aria-hidden": "true" });
     this.slider = make("div", {
       className: "timeline", role: "slider", tabIndex: 0, "aria-label": `Units of turn ${number + 1}, ${turn.role}`,
@@ -98,11 +95,28 @@ class Timeline {
     }, this.canvas);
     this.readout = make("span", { className: "readout" });
     this.button = make("button", { type: "button", className: "button", onclick: () => this.toggle() });
-    this.element = make("div", { className: "track" }, this.slider, make("div", { className: "controls" }, ...(recording ? [this.button] : []), this.readout));
+    this.element = make("div", { className: "track" }, this.slider, make("div", { className: "controls" }, ...(this.recording || load ? [this.button] : []), this.readout));
     this.element.style.width = `${turn.units.length * CELL}px`;
     this.changed();
     this.moveTo(0);
     new ResizeObserver(() => this.draw()).observe(this.element);
+  }
+
+  use(recording) {
+    this.recording = recording;
+    this.peaks = recording && (recording.peaks instanceof Uint8Array ? recording.peaks : decode(recording.peaks));
+  }
+
+  async fetch() {
+    if (this.recording || !this.load) return;
+    try {
+      this.loading ??= this.load();
+      this.use(await this.loading);
+      if (!this.recording) this.button.remove();
+      this.draw();
+    } catch (error) {
+      this.readout.textContent = `The recording cannot be read: ${error.message}`;
+    }
   }
 
   get isPlaying() { return sound.playing?.timeline === this; }
@@ -113,7 +127,8 @@ class Timeline {
   }
 
   async play(from) {
-    if (!this.peaks) return;
+    await this.fetch();
+    if (!this.peaks || !this.element.isConnected) return;
     try {
       await sound.play(this, from);
     } catch (error) {
@@ -233,8 +248,8 @@ function readColors(element) {
 
 // ---- an example
 
-function showTurn(turn, number) {
-  const timeline = new Timeline(turn, number);
+function showTurn(turn, number, load) {
+  const timeline = new Timeline(turn, number, load);
   const repeated = repeatedShare(turn.units);
   const element = make("article", { className: `turn ${turn.role}`, "aria-label": `Turn ${number + 1}, ${turn.role}` },
     make("header", {},
@@ -277,7 +292,7 @@ function showParts(example) {
 
 function showToken(example, position) {
   const id = example.ids[position], label = example.labels[position];
-  const piece = data.pieces[id] ?? `unit ${id - data.first_unit}`;
+  const piece = isUnit(id) ? `unit ${id - data.first_unit}` : data.pieces[id] ?? `no token ${id}`;
   return make("li", { className: label === IGNORED ? "" : "labelled" },
     make("span", { className: "piece" }, piece), make("span", {}, String(id)), make("span", {}, String(label)));
 }
@@ -300,7 +315,7 @@ function showRun(example, [part, start, length]) {
   const list = make("ol", { className: "tokens" });
   const show = (from, to) => { for (let i = from; i < to; i++) list.append(showToken(example, start + i)); };
   let folded = part === "frame" ? length : 0;
-  while (folded < length && !(example.ids[start + folded] in data.pieces)) folded++;
+  while (folded < length && isUnit(example.ids[start + folded])) folded++;
   const hidden = folded - 2 * SHOWN_TOKENS;
   if (hidden > (part === "frame" ? 8 : 1)) {
     show(0, SHOWN_TOKENS);
@@ -315,21 +330,22 @@ function showRun(example, [part, start, length]) {
 
 function showExample(example) {
   sound.stop();
-  const turns = example.turns.map(showTurn);
+  const turns = example.turns.map((turn, i) => showTurn(turn, i, source.recording && (() => source.recording(example, i))));
   const timelines = turns.map(([, timeline]) => timeline);
   timelines.forEach((timeline, i) => { timeline.ended = () => timeline.playsOn && timelines[i + 1]?.playOn(); });
   for (const timeline of timelines) timeline.playOn = () => { timeline.playsOn = true; timeline.play(0); };
-  const hasSound = timelines.some((timeline) => timeline.peaks);
+  const hasSound = source.recording || timelines.some((timeline) => timeline.peaks);
   const playAll = make("button", { type: "button", className: "button", onclick: () => timelines[0].playOn() }, "▶ Play all");
   const step = (by, name) => make("button", {
-    type: "button", className: "button", disabled: !neighbour(by), onclick: () => select(neighbour(by), { focus: false }),
+    type: "button", className: "button", disabled: neighbour(by) === null, onclick: () => select(neighbour(by), { focus: false }),
   }, name);
+  const flag = make("button", { type: "button", className: "button", "aria-pressed": flags.has(example.id), onclick: () => toggleFlag(example.id, flag) }, "⚑ Flag");
   const seconds = example.turns.reduce((sum, turn) => sum + turn.seconds, 0);
   document.getElementById("example").replaceChildren(
     make("div", { className: "bar" },
       make("h2", {}, example.id),
       make("p", {}, `${count(example.ids.length, "token")}, ${countLabels(example.labels).toLocaleString("en")} labelled · ${seconds.toFixed(2)} s`),
-      make("div", { className: "buttons" }, ...(hasSound ? [playAll] : []), step(-1, "Previous"), step(1, "Next"))),
+      make("div", { className: "buttons" }, ...(hasSound ? [playAll] : []), flag, step(-1, "Previous"), step(1, "Next"))),
     ...turns.map(([element]) => element),
     make("section", { "aria-label": "Tokens and labels" },
       make("h3", {}, "Tokens and labels"),
@@ -337,54 +353,118 @@ function showExample(example) {
       make("p", { className: "key" }, "Each token with its id and its label. The loss counts the highlighted ones; a label of -100 is ignored."),
       ...example.parts.map((run) => showRun(example, run))));
   timelines.forEach((timeline) => timeline.draw());
+  if (source.isLocal) for (const timeline of timelines) timeline.fetch(); // from elsewhere a recording is fetched when it is played
+}
+
+// ---- flags: ids of rows, which the browser keeps for this dataset and `dailytalk-usdm edit --drop` reads from the saved file
+
+const FLAGS = `flags of ${data.key}`;
+const flags = new Set();
+try {
+  for (const id of JSON.parse(localStorage.getItem(FLAGS) ?? "[]")) flags.add(id);
+} catch { /* a browser without storage: flags last until the page is closed */ }
+
+function toggleFlag(id, button) {
+  if (!flags.delete(id)) flags.add(id);
+  button.setAttribute("aria-pressed", flags.has(id));
+  try {
+    localStorage.setItem(FLAGS, JSON.stringify([...flags]));
+  } catch { /* as above */ }
+  showFlags();
+  showList();
+}
+
+function showFlags() {
+  const button = document.getElementById("save");
+  button.textContent = `Save flags.json (${count(flags.size, "row")})`;
+  button.hidden = !flags.size;
+  for (const option of filter.options) option.textContent = titleOf(option.value);
+}
+
+function saveFlags() {
+  const text = JSON.stringify({ key: data.key, rows: [...flags].sort() }, null, 2) + "\n";
+  const href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
+  make("a", { href, download: "flags.json" }).click();
+  setTimeout(() => URL.revokeObjectURL(href), 60000);
 }
 
 // ---- the list
 
 const search = document.getElementById("search"), filter = document.getElementById("filter"), list = document.getElementById("list");
-const sizes = data.examples.map((example) => example.ids.length);
-const repetition = data.examples.map((example) => repeatedShare(example.turns.flatMap((turn) => turn.units)));
-const texts = data.examples.map((example) =>
-  [example.id, ...example.turns.flatMap((turn) => [turn.text, turn.emotion, `speaker ${turn.speaker}`])].join("\n").toLowerCase());
+const found = document.getElementById("found");
+const LISTED = 200; // entries in the list at a time
 
-// The examples with the largest (or smallest) values: a tenth of all, at least one.
-function extremes(values, sign) {
-  const order = values.map((_, i) => i).sort((a, b) => sign * (values[b] - values[a]) || a - b);
-  return new Set(order.slice(0, Math.max(1, Math.round(values.length / 10))));
-}
+const summarize = (id, size, turns) => ({
+  id, size, words: turns[0].text,
+  text: [id, ...turns.flatMap((turn) => [turn.text, turn.emotion, `speaker ${turn.speaker}`])].join("\n").toLowerCase(),
+});
 
-const filters = {
-  all: ["All examples", new Set(sizes.keys())],
-  long: ["The longest tenth", extremes(sizes, 1)],
-  short: ["The shortest tenth", extremes(sizes, -1)],
-  repeated: ["The tenth with the most repeated units", extremes(repetition, 1)],
-  left_out: ["Left out of the split", null],
+// Where rows come from: the page itself, or the files of a folder (folder.js).
+let source = {
+  rows: data.examples.map((example) => summarize(example.id, example.ids.length, example.turns)),
+  example: async (number) => data.examples[number],
+  repetition: async () => data.examples.map((example) => repeatedShare(example.turns.flatMap((turn) => turn.units))),
+  recording: null,
 };
 
-let shown = [], current = 0;
+const tenth = () => Math.max(1, Math.round(source.rows.length / 10));
+
+// The rows with the largest (or smallest) values: a tenth of all, at least one.
+function extremes(values, sign) {
+  const order = values.map((_, i) => i).sort((a, b) => sign * (values[b] - values[a]) || a - b);
+  return order.slice(0, tenth()).sort((a, b) => a - b);
+}
+
+const sizes = () => source.rows.map((row) => row.size);
+const filters = {
+  all: ["All examples", () => source.rows.length, () => [...source.rows.keys()]],
+  long: ["The longest tenth", tenth, () => extremes(sizes(), 1)],
+  short: ["The shortest tenth", tenth, () => extremes(sizes(), -1)],
+  repeated: ["The tenth with the most repeated units", tenth, async () => extremes(await (source.shares ??= source.repetition(say)), 1)],
+  flagged: ["Flagged", () => source.rows.filter((row) => flags.has(row.id)).length, () => [...source.rows.keys()].filter((i) => flags.has(source.rows[i].id))],
+  left_out: ["Left out of the split", () => data.left_out.length, null],
+};
+const titleOf = (name) => `${filters[name][0]} (${filters[name][1]().toLocaleString("en")})`;
+const say = (text) => { found.textContent = text; };
+
+let shown = [], leftOut = [], current = 0, first = 0; // rows and names in the list, the chosen row, the first entry that is listed
 
 function neighbour(by) {
   const place = shown.indexOf(current);
-  return place < 0 ? null : data.examples[shown[place + by]] ?? null;
+  return place < 0 ? null : shown[place + by] ?? null;
 }
 
-function select(example, { focus }) {
-  current = data.examples.indexOf(example);
-  for (const button of list.querySelectorAll("button")) {
+async function select(number, { focus }) {
+  current = number;
+  const place = shown.indexOf(number);
+  if (place < first || place >= first + LISTED) {
+    first = Math.floor(place / LISTED) * LISTED;
+    showList();
+  }
+  for (const button of list.querySelectorAll("[data-example]")) {
     if (+button.dataset.example === current) {
       button.setAttribute("aria-current", "true");
       button.scrollIntoView({ block: "nearest" });
       if (focus) button.focus();
     } else button.removeAttribute("aria-current");
   }
-  showExample(example);
+  try {
+    const example = await source.example(number);
+    if (current === number) showExample(example);
+  } catch (error) {
+    if (current === number) showProblem(error);
+  }
 }
 
-function listItem(i) {
-  const example = data.examples[i];
-  return make("li", {}, make("button", { type: "button", "data-example": i, onclick: () => select(example, { focus: false }) },
-    make("span", { className: "name" }, example.id), make("span", { className: "size" }, count(sizes[i], "token")),
-    make("span", { className: "words", dir: "auto" }, example.turns[0].text)));
+function showProblem(error) {
+  document.getElementById("example").replaceChildren(make("p", { className: "problem", role: "alert" }, error.message));
+}
+
+function listItem(number) {
+  const { id, size, words } = source.rows[number];
+  return make("li", {}, make("button", { type: "button", "data-example": number, ...(number === current ? { "aria-current": "true" } : {}), onclick: () => select(number, { focus: false }) },
+    make("span", { className: "name" }, id), make("span", { className: "size" }, `${flags.has(id) ? "⚑ flagged · " : ""}${count(size, "token")}`),
+    make("span", { className: "words", dir: "auto" }, words)));
 }
 
 function listLeftOut([name, reason]) {
@@ -392,28 +472,53 @@ function listLeftOut([name, reason]) {
     make("span", { className: "name" }, name), make("span", { className: "size" }, "left out"), make("span", { className: "words", dir: "auto" }, reason)));
 }
 
-function update() {
-  const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+// The entries from `first` on, between buttons that list those before and after them.
+function showList() {
+  const entries = shown.length ? shown : leftOut, end = first + LISTED;
+  const more = (number, word, start) => number > 0 ? [make("li", {}, make("button", {
+    type: "button", className: "more", onclick: () => { first = start; showList(); list.scrollTop = 0; },
+  }, `${number.toLocaleString("en")} ${word}`))] : [];
+  list.replaceChildren(...more(first, "before these", first - LISTED), ...entries.slice(first, end).map(shown.length ? listItem : listLeftOut),
+    ...more(entries.length - end, "after these", end));
+}
+
+let updates = 0;
+
+async function update() {
+  if (!filter.value) return; // the rows are being read
+  const words = search.value.toLowerCase().split(/\s+/).filter(Boolean), number = ++updates;
   const matches = (text) => words.every((word) => text.includes(word));
-  const [, chosen] = filters[filter.value];
-  const leftOut = chosen ? [] : data.left_out.filter((entry) => matches(entry.join("\n").toLowerCase()));
-  shown = chosen ? [...chosen].filter((i) => matches(texts[i])).sort((a, b) => a - b) : [];
-  list.replaceChildren(...shown.map(listItem), ...leftOut.map(listLeftOut));
-  document.getElementById("found").textContent = chosen
-    ? `${count(shown.length, "example")} of ${data.examples.length}` : `${leftOut.length} of ${data.left_out.length} left out`;
-  if (shown.length) select(data.examples[shown.includes(current) ? current : shown[0]], { focus: false });
+  const choose = filters[filter.value][2];
+  const chosen = choose ? await choose() : [];
+  if (number !== updates) return; // another choice was made meanwhile
+  leftOut = choose ? [] : data.left_out.filter((entry) => matches(entry.join("\n").toLowerCase()));
+  shown = chosen.filter((i) => matches(source.rows[i].text));
+  first = Math.floor(Math.max(0, shown.indexOf(current)) / LISTED) * LISTED;
+  showList();
+  say(choose ? `${count(shown.length, "example")} of ${source.rows.length.toLocaleString("en")}` : `${leftOut.length} of ${data.left_out.length} left out`);
+  if (shown.length) await select(shown.includes(current) ? current : shown[0], { focus: false });
 }
 
 function move(by, focus) {
-  const example = neighbour(by);
-  if (example) select(example, { focus });
+  const number = neighbour(by);
+  if (number !== null) select(number, { focus });
 }
 
-for (const [name, [title, chosen]] of Object.entries(filters)) {
-  filter.append(make("option", { value: name }, `${title} (${chosen ? chosen.size : data.left_out.length})`));
+async function start() {
+  if (data.folder) {
+    say("Reading");
+    const { openFolder } = await import("./folder.js");
+    source = await openFolder(data, summarize, repeatedShare, say);
+  }
+  for (const name of Object.keys(filters)) filter.append(make("option", { value: name }, titleOf(name)));
+  showFlags();
+  await update();
 }
-search.addEventListener("input", update);
-filter.addEventListener("change", update);
+
+document.getElementById("save").addEventListener("click", saveFlags);
+const refresh = () => update().catch((error) => { source.shares = undefined; showProblem(error); });
+search.addEventListener("input", refresh);
+filter.addEventListener("change", refresh);
 document.addEventListener("keydown", (event) => {
   const by = { ArrowDown: 1, ArrowUp: -1 }[event.key];
   const inList = list.contains(event.target);
@@ -424,5 +529,5 @@ document.addEventListener("keydown", (event) => {
 
 const scheme = matchMedia("(prefers-color-scheme: dark)");
 isDark = scheme.matches;
-scheme.addEventListener("change", () => { isDark = scheme.matches; update(); });
-update();
+scheme.addEventListener("change", () => { isDark = scheme.matches; refresh(); });
+start().catch((error) => { say(""); showProblem(error); });

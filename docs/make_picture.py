@@ -29,7 +29,7 @@ def read_row(path: Path, words: str, tokenizer) -> tuple[list[int], list[int]]:
 def make_picture() -> str:
     """The text of docs/example.svg."""
     tokenizer = build_tokenizer().backend_tokenizer
-    return render_svg(*read_row(LINES, WORDS, tokenizer), tokenizer)
+    return render_svg(*read_row(LINES, WORDS, tokenizer), tokenizer, narrow=True)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,8 @@ _KEPT = {
     "usdm_sft.cli.main": ("make_parser", functools.cache),
     "usdm_sft.template.tokenizer": ("build_tokenizer", _keep_ustm),
     "usdm_sft.folder.verify": ("load_tokenizer", _keep_opened),
+    "usdm_sft.folder.edit": ("load_tokenizer", _keep_opened),
+    "usdm_sft.folder.serve": ("load_tokenizer", _keep_opened),
     "usdm_sft.folder.writer": ("draw_pictures", _keep_pictures),
 }
 

@@ -40,6 +40,7 @@ COMMANDS = (
     "tokenizer",
     "export",
     "show",
+    "edit",
     "stats",
     "verify",
     "push",

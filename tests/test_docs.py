@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 
@@ -14,6 +15,7 @@ from tests.helpers import REPOSITORY
 from tests.test_cli import COMMANDS
 from usdm_sft.cli.main import make_parser
 from usdm_sft.folder.example_picture import split_sections
+from usdm_sft.prepare.config import PrepareConfig
 
 DOCS = REPOSITORY / "docs"
 PYTHON_BLOCKS = find_blocks("python")
@@ -95,7 +97,7 @@ def test_picture_is_current_and_marks_the_labelled_tokens():
     assert counted == {"transcript", "answer", "agent's speech"}
     assert all(set(section.labels) == {-100} for name, section in sections.items() if name not in counted)
     assert sum((section.input_ids for section in sections.values()), []) == input_ids  # noqa: RUF017
-    assert len(re.findall('class="mark"', svg)) == len(re.findall('class="loss"', svg)) == 3
+    assert len(re.findall('class="mark"', svg)) == len(re.findall('class="loss"', svg)) == 5  # lines
     message = r"train\.txt has no line with 'zebra crossing': name words of one of its dial"
     with pytest.raises(ValueError, match=message):
         script.read_row(script.LINES, "zebra crossing", tokenizer)
@@ -134,7 +136,9 @@ def test_site_builds_without_warnings(tmp_path):
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     api = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
-    assert "dailytalk_usdm.TemplateEncoder" in api
+    assert "dailytalk_usdm.TemplateEncoder" in api and "instance-attribute" not in api
+    found = dict.fromkeys(re.findall(r'id="usdm_sft\.prepare\.config\.\w+Options\.(\w+)"', api))
+    assert [*found] == [field.name for group in PrepareConfig.__bases__ for field in fields(group)]
     assert (
         "corpus/test_bad_audio.py::test_path_without_content"
         in (tmp_path / "site" / "reliability" / "index.html").read_text()

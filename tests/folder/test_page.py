@@ -5,7 +5,6 @@ import contextlib
 import io
 import math
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from usdm_sft.audio.reading import read_waveform
 from usdm_sft.folder.page import find_peaks, write_page
 from usdm_sft.folder.rows import read_rows
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WIDTHS = (1280, 390)
 
 
@@ -94,18 +92,6 @@ def test_links_lead_to_files_below_the_page_only(page_path, dataset_folder, tmp_
     assert all((page_path.parent / address).is_file() for address in addresses)
     write_page(dataset_folder, tmp_path / "page.html", num_examples=1)
     assert re.findall(r'<a href="([^"#]+)"', (tmp_path / "page.html").read_text()) == []
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium, started once."""
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @contextlib.contextmanager

@@ -54,6 +54,24 @@ def test_bars_of_a_picture_are_shares(dataset_folder):
     )
 
 
+@pytest.mark.parametrize("emotions", [{"none": 1}, {"none": 80, "joy": 79, "fear": 1}, dict.fromkeys("abcdefghij", 5)])
+def test_legend_covers_no_bar(emotions):
+    statistics = {split: SplitStatistics(emotions=Counter(emotions)) for split in ("train", "test")}
+    figure = Figure(figsize=(4, 4), layout="constrained")
+    axes = figure.subplots()
+    pictures._plot_emotions(axes, statistics)
+    figure.draw_without_rendering()
+    legend = axes.get_legend().get_window_extent()
+    assert len(axes.patches) == 2 * len(emotions)
+    assert not any(legend.overlaps(bar.get_window_extent()) for bar in axes.patches)
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == sorted(emotions, key=lambda name: (-emotions[name], name))
+
+
+def test_ticks_are_not_rounded():
+    assert [pictures._percent(share, 0) for share in (0.0, 0.475, 0.5, 0.0125)] == ["0%", "47.5%", "50%", "1.25%"]
+
+
 def test_split_without_rows_is_refused(dataset_folder, tmp_path, capsys):
     folder = shutil.copytree(dataset_folder, tmp_path / "folder")
     for path in data_files(folder, read_counts(folder))["test"]:

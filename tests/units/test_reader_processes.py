@@ -17,7 +17,6 @@ from usdm_sft.audio.digests import audio_digests
 from usdm_sft.audio.reading import AudioError
 from usdm_sft.units.reading import CHUNK_FILES, AudioReader, choose_read, cut_into_chunks
 
-
 SOXR = choose_read("soxr", 16_000)
 
 

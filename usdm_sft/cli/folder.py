@@ -1,9 +1,10 @@
-"""The commands on a dataset folder: `show`, `stats`, `export`, `verify` and `push`."""
+"""The commands on a dataset folder: `show`, `edit`, `stats`, `export`, `verify` and `push`."""
 
 from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -20,16 +21,22 @@ def show(
     data_dir: str | None = None,
     ids: bool = False,
     expand: bool = False,
+    serve: bool = False,
+    port: int | None = None,
+    space: str | None = None,
+    repo_id: str | None = None,
 ) -> None:
-    """Print examples with the labelled tokens marked, or write them to an HTML page.
+    """Print examples with the labelled tokens marked, or show them on an HTML page: some of them, or the whole folder.
 
     Examples:
         dailytalk-usdm show dailytalk-usdm-data --split test --index 7
         dailytalk-usdm show dailytalk-usdm-data --html page.html --data_dir DailyTalk
+        dailytalk-usdm show dailytalk-usdm-data --serve --data_dir DailyTalk
+        dailytalk-usdm show dailytalk-usdm-data --space page-of-the-rows --repo_id USER/NAME
 
     Args:
         dataset_dir: A folder that prepare made.
-        split: Split of the examples.
+        split: Split of the examples, or of the first page of --serve and --space.
         index: First row.
         num_examples: Number of rows. By default 1 in the terminal and 20 on a page.
         html: Write one self-contained HTML page to this file instead.
@@ -37,7 +44,22 @@ def show(
         ids: Print the ids as well. The page always shows them.
         expand: Print collapsed units as often as they were repeated. The turns of the page always have one unit per frame. Flattened
             streams are printed as they are.
+        serve: Show all rows on a page at 127.0.0.1 until Ctrl-C. The page reads the Parquet files; rows can be flagged for edit --drop.
+        port: Port of the page; 0 takes a free one. By default 8765. The browser keeps flags for each port.
+        space: Write the page as files of a static Space into this folder. It reads the rows from --repo_id, which must be public.
+        repo_id: The dataset repository that the folder was pushed to, USER/NAME.
     """
+    if sum((html is not None, serve, space is not None)) > 1:
+        raise ValueError("html, serve and space exclude each other: give one of them")
+    if (port is not None and not serve) or (repo_id is None) != (space is None):
+        raise ValueError("port is for --serve, and --repo_id goes with --space: add it, or leave the other out")
+    if space is not None and data_dir is not None:
+        raise ValueError("data_dir is not for a Space, whose sound is that of --keep_audio: leave it out")
+    if serve or space is not None:
+        if index or num_examples is not None or ids or expand:
+            raise ValueError("index, num_examples, ids and expand are not for --serve and --space: leave them out")
+        _show_folder(dataset_dir, split, data_dir, port, space, repo_id)
+        return
     from usdm_sft.folder.layout import COUNTS, read_counts, read_layout
     from usdm_sft.folder.page import write_page
     from usdm_sft.folder.rows import expand_ids, read_rows
@@ -67,6 +89,41 @@ def show(
     tokenizer = load_tokenizer(os.path.join(dataset_dir, "tokenizer")).backend_tokenizer
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print("\n\n".join(format_example(row, tokenizer, color=color, ids=ids) for row in rows))
+
+
+def _show_folder(
+    dataset_dir: str, split: str, data_dir: str | None, port: int | None, space: str | None, repo_id: str | None
+) -> None:
+    from usdm_sft.folder.serve import PORT, FolderServer, write_space
+
+    if space is not None and repo_id is not None:
+        write_space(dataset_dir, space, repo_id, split)
+        print(f"{space} has the files of a static Space: hf upload USER/SPACE {space} --repo-type space")
+        return
+    with FolderServer(dataset_dir, split, data_dir=data_dir, port=PORT if port is None else port) as server:
+        print(f"{server.url} shows {dataset_dir}; Ctrl-C ends it", flush=True)
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
+
+
+def edit(dataset_dir: str, output_path: str, *, drop: str, overwrite: bool = False) -> None:
+    """Write a dataset folder without some of its rows. Its counts, card, pictures and digests are those of the rows that stay.
+
+    Examples:
+        dailytalk-usdm edit dailytalk-usdm-data without-flagged --drop flags.json
+
+    Args:
+        dataset_dir: A folder that prepare made. It is verified first, and not changed.
+        output_path: The folder to write.
+        drop: JSON file {"rows": ["d23_0", ...]} with the ids of the rows to drop, such as the page of show --serve saves it.
+        overwrite: Replace another dataset folder at OUTPUT_PATH.
+    """
+    from usdm_sft.folder import edit as editing
+    from usdm_sft.folder.statistics import summarize_split
+
+    counts = editing.edit(dataset_dir, output_path, drop, overwrite=overwrite)
+    for name, split in counts["splits"].items():
+        print(f"{name}: {summarize_split(split)}")
 
 
 def stats(dataset_dir: str, out: str | None = None, num_proc: int | None = None, json: bool = False) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from usdm_sft import __version__
 from usdm_sft.cli.demo import demo
-from usdm_sft.cli.folder import export, push, show, stats, verify
+from usdm_sft.cli.folder import edit, export, push, show, stats, verify
 from usdm_sft.cli.models import convert, fit, tokenizer, units
 from usdm_sft.cli.parser import (
     ConfigAction,
@@ -42,6 +42,7 @@ _COMMANDS: dict[Callable[..., None], str] = {
     tokenizer: "base model -> tokenizer with tokens for units",
     export: "dataset folder -> files for other trainers",
     show: "examples, with the labelled tokens marked",
+    edit: "dataset folder without some of its rows",
     stats: "numbers and pictures of a dataset folder",
     verify: "check a dataset folder",
     push: "dataset folder -> Hub",

@@ -256,7 +256,7 @@ def add_function_arguments(
     skip: Collection[str] = (),
     positional: Collection[str] = (),
 ) -> None:
-    """Add the parameters of a function: positional ones where they have no default, flags for bool, options for the rest.
+    """Add the parameters of a function: positional ones where they have no default and are not keyword-only, flags for bool, options for the rest.
 
     The docstring of the function is the help.
 
@@ -271,7 +271,7 @@ def add_function_arguments(
     for name, parameter in inspect.signature(function).parameters.items():
         if name in done:
             continue
-        if parameter.default is parameter.empty:
+        if parameter.default is parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY:
             several = {"nargs": "+", "type": str} if get_origin(hints[name]) is list else {"type": hints[name]}
             parser.add_argument(name, help=helps[name], **several)
         elif name in positional:

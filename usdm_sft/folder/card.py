@@ -27,7 +27,7 @@ from usdm_sft.corpus.features import (
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.folder.example_picture import EXAMPLE, read_example
 from usdm_sft.folder.layout import CAPTIONS
-from usdm_sft.folder.statistics import count_too_long
+from usdm_sft.folder.statistics import count_dropped, count_too_long
 from usdm_sft.template.config import OFFLINE, PARTS, REFERENCE
 from usdm_sft.template.parts import ROW_PARTS
 from usdm_sft.template.streams import UnitStreams, read_streams
@@ -131,6 +131,7 @@ def make_card(
         number=_number,
         plural=count_noun,
         count_too_long=count_too_long,
+        count_dropped=count_dropped,
         plain=_plain,
         example=format_example(read_example(files), tokenizer, color=False),
         pictures=CAPTIONS if not given else CAPTIONS | {"lengths.png": LENGTHS_OF_TURNS},

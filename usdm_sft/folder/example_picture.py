@@ -20,7 +20,7 @@ from usdm_sft.template.view import split_parts
 EXAMPLE = "example.svg"
 MAX_SECTIONS = 13  # two exchanges with all parts; later tokens are counted in a last line
 
-COLUMNS = 86  # characters in a line of tokens
+COLUMNS, NARROW = 86, 44  # characters in a line of tokens; the second is for a phone
 CHAR, LINE, SIZE = 7.8, 22, 13  # pixels: width of a character, height of a line, size of the font
 MARGIN, LABELS = 16, 118  # pixels: border of the picture, width of the names of the sections
 
@@ -61,7 +61,12 @@ def split_sections(
 
 
 def render_svg(
-    input_ids: Sequence[int], labels: Sequence[int], tokenizer: Tokenizer, layout: RowLayout = REFERENCE_LAYOUT
+    input_ids: Sequence[int],
+    labels: Sequence[int],
+    tokenizer: Tokenizer,
+    layout: RowLayout = REFERENCE_LAYOUT,
+    *,
+    narrow: bool = False,
 ) -> str:
     """Draw a row, at most its first `MAX_SECTIONS` sections.
 
@@ -70,26 +75,35 @@ def render_svg(
         labels: The labels of the row, -100 where no loss falls.
         tokenizer: A `tokenizers.Tokenizer` that spells the ids.
         layout: Tells the parts of the row.
+        narrow: Draw lines of `NARROW` characters below the names of the sections, which are readable on a phone.
 
     Returns:
         The text of an SVG file.
     """
     labelled = sum(label != IGNORE_INDEX for label in labels)
     title = f"One training example: {len(input_ids)} tokens. The loss counts the {labelled} highlighted ones."
-    body, y = [f'<text class="title" x="{MARGIN}" y="{MARGIN + SIZE}" font-size="14">{escape(title)}</text>'], 62
+    columns, x = (NARROW, MARGIN) if narrow else (COLUMNS, MARGIN + LABELS)
+    body, y = [], MARGIN + SIZE
+    for line in textwrap.wrap(title, columns):
+        body.append(f'<text class="title" x="{MARGIN}" y="{y}" font-size="14">{escape(line)}</text>')
+        y += LINE
+    y += 11
     sections = split_sections(input_ids, labels, layout)
     for section in sections[:MAX_SECTIONS]:
+        y += 6 if narrow else 0
         body.append(f'<text class="name" x="{MARGIN}" y="{y}">{escape(section.name)}</text>')
+        y += LINE if narrow else 0
         for part in split_parts(section.input_ids, section.labels, tokenizer):
-            for line in _wrap(part.text):
-                body.append(_draw(line, y, part.labelled))
+            for line in _wrap(part.text, columns):
+                body.append(_draw(line, x, y, part.labelled))
                 y += LINE
     if more := sum(len(section.input_ids) for section in sections[MAX_SECTIONS:]):
         body.append(f'<text class="name" x="{MARGIN}" y="{y}">… and {more:,} more tokens</text>')
         y += LINE
-    width, height = MARGIN * 2 + LABELS + COLUMNS * CHAR, y - LINE + MARGIN + 4
+    width, height = x + columns * CHAR + MARGIN, y - LINE + MARGIN + 4
+    size = f' width="{width:g}"' if narrow else ""  # a wide picture fills the page
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" role="img" font-size="{SIZE}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg"{size} viewBox="0 0 {width:g} {height:g}" role="img" font-size="{SIZE}" '
         f'font-family="ui-monospace, SFMono-Regular, Menlo, Consolas, DejaVu Sans Mono, monospace">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n"
         f'<rect class="back" x="0.5" y="0.5" width="{width - 1:g}" height="{height - 1:g}" rx="6"/>\n'
@@ -98,10 +112,9 @@ def render_svg(
     )
 
 
-def _wrap(text: str) -> Iterator[str]:
+def _wrap(text: str, columns: int) -> Iterator[str]:
     for line in text.splitlines():
-        columns = COLUMNS // 2 if _width(line) > len(line) else COLUMNS
-        yield from textwrap.wrap(line, columns, drop_whitespace=False)
+        yield from textwrap.wrap(line, columns // 2 if _width(line) > len(line) else columns, drop_whitespace=False)
 
 
 def _width(line: str) -> int:
@@ -109,9 +122,9 @@ def _width(line: str) -> int:
     return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in line)
 
 
-def _draw(line: str, y: int, labelled: bool) -> str:
+def _draw(line: str, x: int, y: int, labelled: bool) -> str:
     """One line of tokens; `textLength` fixes its width whatever the font, so that the mark fits it."""
-    x, width = MARGIN + LABELS, _width(line) * CHAR
+    width = _width(line) * CHAR
     mark = f'<rect class="mark" x="{x - 3:g}" y="{y - 15}" width="{width + 6:g}" height="{LINE - 2}" rx="3"/>'
     text = (
         f'<text class="{"loss" if labelled else "token"}" x="{x}" y="{y}" textLength="{width:g}" xml:space="preserve">'

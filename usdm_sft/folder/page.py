@@ -1,4 +1,7 @@
-"""Write one self-contained HTML page of examples: text, units, labels and sound. It fetches nothing."""
+"""The HTML page of examples: text, units, labels and sound. `write_page` writes a self-contained one, which fetches nothing.
+
+`usdm_sft.folder.serve` makes the same page for a whole folder, whose Parquet files the page reads.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -44,6 +47,7 @@ PEAKS_PER_UNIT = 2
 
 # Shown in the header where counts.json has them.
 _COUNTS = ("dialogs", "rows", "hours", "tokens", "labelled_tokens")
+ASSETS = importlib.resources.files("usdm_sft.dataset_card")
 _OTHER_CORPUS = "name the corpus that the folder was made from"
 
 
@@ -79,21 +83,32 @@ def write_page(
     tokenizer = load_tokenizer(str(Path(dataset_dir) / "tokenizer")).backend_tokenizer
     layout = read_layout(Path(dataset_dir) / COUNTS, counts)
     examples = [_describe_row(row, layout) for row in rows]
-    recordings = [] if data_dir is None else _add_recordings(examples, rows, data_dir, split, counts)
+    recordings: list[dict[str, Any]] = []
+    if data_dir is not None:
+        recordings = _add_recordings(examples, rows, CorpusRecordings(data_dir, split, counts))
     page = Path(html).expanduser()
     ids = np.array(sorted({token_id for example in examples for token_id in example["ids"]}), np.int64)
-    left_out = [counts["splits"][split].get(name) or {} for name in ("dialogs_left_out", "pairs_left_out")]
     data = {
+        **describe_split(counts, split, layout),
         "examples": examples,
         "recordings": recordings,
-        "pieces": {token_id: _spell(token_id, tokenizer) for token_id in ids[~layout.is_unit(ids)].tolist()},
+        "pieces": spell_ids(ids[~layout.is_unit(ids)].tolist(), tokenizer),
+    }
+    replace_text(page, render(data, split, counts, _links(Path(dataset_dir), page)))
+    return len(rows)
+
+
+def describe_split(counts: Mapping[str, Any], split: str, layout: RowLayout) -> dict[str, Any]:
+    """Return what the page shows of a split besides its rows."""
+    left_out = [counts["splits"][split].get(name) or {} for name in ("dialogs_left_out", "pairs_left_out")]
+    return {
+        "key": counts["key"],
         "parts": {name: ROW_PARTS[name] for name in ("frame", *layout.template.parts)},
         "left_out": [[name, str(reason)] for reasons in left_out for name, reason in reasons.items()],
         "first_unit": layout.tokens.unit_0,
+        "num_units": layout.tokens.num_units,
         "units_per_second": read_streams(counts).units_per_second,
     }
-    replace_text(page, _render(data, split, counts, _links(Path(dataset_dir), page)))
-    return len(rows)
 
 
 def _describe_row(row: Mapping[str, Any], layout: RowLayout) -> dict[str, Any]:
@@ -125,54 +140,85 @@ def _describe_row(row: Mapping[str, Any], layout: RowLayout) -> dict[str, Any]:
     return {"id": row["id"], "turns": turns, "ids": ids, "labels": labels, "parts": parts}
 
 
-def _spell(token_id: int, tokenizer: Tokenizer) -> str:
-    """Spell an id with nothing hidden."""
-    token = tokenizer.id_to_token(token_id) if token_id >= 0 else None
-    if token is None:
-        return f"no token {token_id}"
-    return "⏎" if token in NEWLINE_TOKENS else printable(token)
+def spell_ids(ids: Iterable[int], tokenizer: Tokenizer) -> dict[int, str]:
+    """Spell ids with nothing hidden."""
+
+    def spell(token_id: int) -> str:
+        token = tokenizer.id_to_token(token_id) if token_id >= 0 else None
+        if token is None:
+            return f"no token {token_id}"
+        return "⏎" if token in NEWLINE_TOKENS else printable(token)
+
+    return {token_id: spell(token_id) for token_id in ids}
+
+
+class CorpusRecordings:
+    """Finds the recordings of rows in the corpus of a folder. Paths come from the corpus only, never from the rows, which may be untrusted.
+
+    Args:
+        data_dir: The corpus of the folder (the `data_dir` of `prepare`) or its manifest.
+        split: Split of the rows.
+        counts: The content of counts.json.
+
+    Raises:
+        FileNotFoundError: The corpus has no list of the split.
+    """
+
+    def __init__(self, data_dir: str | Path, split: str, counts: Mapping[str, Any]):
+        settings, streams, is_given = counts["settings"], read_streams(counts), counts["unit_model"] is None
+        is_manifest = manifest.RECIPE.reads(Path(data_dir))
+        corpus = data_dir if is_manifest else find_lists(data_dir, with_units=is_given).get(split)
+        if corpus is None:
+            raise FileNotFoundError(f"{data_dir} has no list of {split}: {_OTHER_CORPUS}")
+        rules = Rules(settings.get("agent"), settings.get("merge_speaker_turns", False))
+        reader = UnitReader(streams.rate, streams.num_units, streams.streams) if is_given else None
+        read = read_corpus({split: Path(corpus)}, rules, data_dir=data_dir, units=reader)
+        self.data_dir, self._history = data_dir, settings["history"]
+        self._units_per_second = streams.units_per_second
+        self._dialogs = {dialog.id: dialog.utterances for dialog in read[split].dialogs}
+
+    def find(self, row: Mapping[str, Any], num_turns: int) -> list[str]:
+        """Return the address of the recording of each turn of a row, "" for a turn that has units alone.
+
+        Args:
+            row: `id`, `dialog_id` and `turn`.
+            num_turns: Number of its turns.
+
+        Raises:
+            FileNotFoundError: The corpus has no such dialog or turn.
+        """
+        utterances = self._dialogs.get(row["dialog_id"], ())
+        last = next((place for place, utterance in enumerate(utterances) if utterance.turn == row["turn"]), None)
+        if last is None:
+            raise FileNotFoundError(f"{self.data_dir} has no turn {row['id']}: {_OTHER_CORPUS}")
+        first = first_turn(last, num_turns // 2, self._history)
+        return [utterance.audio for utterance in utterances[first : first + num_turns]]
+
+    def encode(self, address: str) -> dict[str, Any]:
+        """Read and compress a recording. Same result and errors as `_encode_recording`."""
+        return _encode_recording(address, self._units_per_second)
 
 
 def _add_recordings(
-    examples: Sequence[Mapping[str, Any]],
-    rows: Sequence[Mapping[str, Any]],
-    data_dir: str | Path,
-    split: str,
-    counts: Mapping[str, Any],
+    examples: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], corpus: CorpusRecordings
 ) -> list[dict[str, Any]]:
     """Give each turn the position of its recording; returns the recordings, each of which is stored once.
 
-    Paths come from the corpus only, never from the rows, which may be untrusted.
-
     Raises:
-        FileNotFoundError: The corpus has no list of the split, no such dialog or turn, or no recordings.
+        FileNotFoundError: The corpus has no such dialog or turn, or no recordings.
     """
-    settings, streams, is_given = counts["settings"], read_streams(counts), counts["unit_model"] is None
-    is_manifest = manifest.RECIPE.reads(Path(data_dir))
-    corpus = data_dir if is_manifest else find_lists(data_dir, with_units=is_given).get(split)
-    if corpus is None:
-        raise FileNotFoundError(f"{data_dir} has no list of {split}: {_OTHER_CORPUS}")
-    rules = Rules(settings.get("agent"), settings.get("merge_speaker_turns", False))
-    reader = UnitReader(streams.rate, streams.num_units, streams.streams) if is_given else None
-    read = read_corpus({split: Path(corpus)}, rules, data_dir=data_dir, units=reader)
-    dialogs = {dialog.id: dialog.utterances for dialog in read[split].dialogs}
     positions: dict[str, int] = {}  # of the addresses of recordings
     recordings: list[dict[str, Any]] = []
     for example, row in zip(examples, rows, strict=True):
-        utterances = dialogs.get(row["dialog_id"], ())
-        last = next((place for place, utterance in enumerate(utterances) if utterance.turn == row["turn"]), None)
-        if last is None:
-            raise FileNotFoundError(f"{data_dir} has no turn {row['id']}: {_OTHER_CORPUS}")
-        num_turns = len(example["turns"])
-        first = first_turn(last, num_turns // 2, settings["history"])
-        for turn, utterance in zip(example["turns"], utterances[first : first + num_turns], strict=False):
-            if not utterance.audio:  # it has units alone
+        addresses = corpus.find(row, len(example["turns"]))
+        for turn, address in zip(example["turns"], addresses, strict=False):
+            if not address:  # it has units alone
                 continue
-            turn["recording"] = positions.setdefault(utterance.audio, len(positions))
+            turn["recording"] = positions.setdefault(address, len(positions))
             if turn["recording"] == len(recordings):
-                recordings.append(_encode_recording(utterance.audio, streams.units_per_second))
+                recordings.append(corpus.encode(address))
     if not recordings:
-        raise FileNotFoundError(f"{data_dir} has no recordings of these rows: leave out data_dir")
+        raise FileNotFoundError(f"{corpus.data_dir} has no recordings of these rows: leave out data_dir")
     return recordings
 
 
@@ -214,11 +260,24 @@ def find_peaks(samples: npt.NDArray[np.float32], units_per_second: float) -> npt
     return peaks
 
 
-def _render(data: Mapping[str, Any], split: str, counts: Mapping[str, Any], links: Sequence[tuple[str, str]]) -> str:
-    """The HTML. Texts of the data are part of a JSON block and of no markup."""
-    assets = importlib.resources.files("usdm_sft.dataset_card")
+def render(
+    data: Mapping[str, Any],
+    split: str,
+    counts: Mapping[str, Any],
+    links: Sequence[tuple[str, str]],
+    sources: Sequence[str] | None = None,
+) -> str:
+    """Return the HTML. Texts of the data are part of a JSON block and of no markup.
+
+    Args:
+        data: What page.js reads.
+        split: The split of the rows.
+        counts: The content of counts.json.
+        links: Name and address of each link in the header.
+        sources: Where a page whose rows are in a folder reads files, as in a Content-Security-Policy; None if it reads nothing.
+    """
     template, style, script = (
-        (assets / f"page.{suffix}").read_text(encoding="utf-8") for suffix in ("html", "css", "js")
+        (ASSETS / f"page.{suffix}").read_text(encoding="utf-8") for suffix in ("html", "css", "js")
     )
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -227,17 +286,20 @@ def _render(data: Mapping[str, Any], split: str, counts: Mapping[str, Any], link
     # The same text inside a script block as JSON alone: it has no "<", ">" and "&".
     block = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     block = block.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-    sources = f"script-src '{_digest(script)}'; style-src '{_digest(style)}'"
+    policy = ["default-src 'none'", f"script-src '{_digest(script)}'", f"style-src '{_digest(style)}'"]
+    if sources is not None:
+        policy[1] += " 'self'"  # folder.js and the reader of Parquet
+        policy.append(f"connect-src {' '.join(sources)}")
     return environment.from_string(template).render(
         name=metadata["pretty_name"],
         config=counts["config"],
         split=split,
-        num_examples=len(data["examples"]),
+        title=f"{len(data['examples'])} examples of {split}" if sources is None else split,
         counts={name: counts["splits"][split].get(name) for name in _COUNTS},
         settings=_flatten(counts["settings"]),
         versions=counts.get("versions") or {},
         links=links,
-        policy=f"default-src 'none'; {sources}; base-uri 'none'; form-action 'none'",
+        policy="; ".join([*policy, "base-uri 'none'", "form-action 'none'"]),
         style=Markup(style),
         script=Markup(script),
         data=Markup(block),

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from usdm_sft.corpus.features import ROLES
 from usdm_sft.folder.layout import CAPTIONS
@@ -98,7 +98,7 @@ def _plot_labels(figure: Figure, statistics: Mapping[str, SplitStatistics], abou
     shares = {split: values["labelled share"] for split, values in numbers.items()}
     _histogram(share, shares, "Labelled tokens", "labelled share of a row's tokens")
     share.set_ylabel("share of rows")
-    share.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    share.xaxis.set_major_formatter(_percent)
     dialogs = {split: values["pairs per dialog"] for split, values in numbers.items()}
     top = int(max(each.values.max() for each in dialogs.values()))
     if top <= MAX_BINS:
@@ -146,6 +146,11 @@ def _plot_emotions(axes: Axes, statistics: Mapping[str, SplitStatistics]) -> Non
     axes.set(title="Emotions", xlabel="share of the turns")
 
 
+def _percent(share: float, position: float) -> str:
+    """The label of a tick, with as many digits as it has: 0.475 is 47.5 %."""
+    return f"{100 * share:.6g}%"
+
+
 def _color(number: int) -> str:
     return _COLORS[number % len(_COLORS)]
 
@@ -163,10 +168,10 @@ def _bars(
         across.set_major_locator(MaxNLocator(integer=True))
     else:
         axes.set_yticks(places, names, parse_math=False)
-        axes.invert_yaxis()
-    along.set_major_formatter(PercentFormatter(1, decimals=None))
+        axes.set_ylim(1.16 * len(names) - 0.4, -0.6)  # the first name on top, and room for the legend below the last
+    along.set_major_formatter(_percent)
     across.grid(visible=False)
-    axes.legend(loc="upper right" if names is None else "best")
+    axes.legend(loc="upper right" if names is None else "lower right", ncols=1 if names is None else len(shares))
 
 
 def _histogram(axes: Axes, numbers: Mapping[str, Weighted], title: str, label: str) -> None:
@@ -184,7 +189,7 @@ def _histogram(axes: Axes, numbers: Mapping[str, Weighted], title: str, label: s
         )
     axes.set(title=title, xlabel=label)
     axes.set_ylim(top=axes.get_ylim()[1] * 1.15)  # room for the legend
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    axes.yaxis.set_major_formatter(_percent)
     axes.legend(loc="upper right")
 
 

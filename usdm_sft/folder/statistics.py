@@ -24,6 +24,7 @@ from usdm_sft.template.parts import REFERENCE_LAYOUT, ROW_PARTS, RowLayout, find
 from usdm_sft.utils.texts import count_noun, printable
 
 TOO_LONG = "more than max_length"  # in the reason of a pair that `prepare.overflow` leaves out
+DROPPED = "dropped by dailytalk-usdm edit"  # the reason of a pair that `folder.edit` leaves out
 QUANTILES = {"min": 0.0, "median": 0.5, "95 %": 0.95, "max": 1.0}
 _BATCH = 512
 _BINS, _BAR = 10, 40  # bars of a histogram in the terminal, and characters of the longest
@@ -258,6 +259,11 @@ def count_too_long(split: Mapping[str, Any]) -> int:
     return sum(TOO_LONG in reason for reason in split["pairs_left_out"].values())
 
 
+def count_dropped(split: Mapping[str, Any]) -> int:
+    """Count the pairs of a split of counts.json that `edit` dropped."""
+    return sum(reason == DROPPED for reason in split["pairs_left_out"].values())
+
+
 def summarize_split(split: Mapping[str, Any]) -> str:
     """One line on a split of counts.json: its counts, and the number of rows and dialogs that were left out."""
     bad_audio, dialogs = split["pairs_with_bad_audio"], split["dialogs_left_out"]
@@ -265,6 +271,8 @@ def summarize_split(split: Mapping[str, Any]) -> str:
     if bad_audio:
         left_out.append(f"{count_noun(bad_audio, 'pair')} with bad audio")
     reasons = ", ".join(f"{dialog}: {reason}" for dialog, reason in dialogs.items())
+    if dropped := count_dropped(split):
+        left_out.append(f"{count_noun(dropped, 'pair')} dropped")
     left_out.append(count_noun(len(dialogs), "dialog") + (f" ({reasons})" if reasons else ""))
     cut = f"; shortened: {count_noun(len(split['rows_cut']), 'row')}" if split["rows_cut"] else ""
     return (

@@ -33,7 +33,7 @@ from usdm_sft.folder.layout import (
     read_framing,
     read_template,
 )
-from usdm_sft.folder.statistics import TOO_LONG
+from usdm_sft.folder.statistics import TOO_LONG, count_dropped
 from usdm_sft.folder.verify_rows import LIMIT, Check, CheckedRows, check_rows, check_turns
 from usdm_sft.folder.verify_utterances import check_utterances
 from usdm_sft.template.encoder import TemplateEncoder
@@ -176,9 +176,9 @@ def _check_totals(
         if numbers["pairs"] != pairs:
             yield f"{path}: {split} has {pairs} pairs, those in pairs_left_out included, not {numbers['pairs']}"
         too_long = sum(str(reason).endswith(f"{TOO_LONG} {settings['max_length']}") for reason in left_out.values())
-        if numbers["pairs_with_bad_audio"] != len(left_out) - too_long:
+        if numbers["pairs_with_bad_audio"] != (bad := len(left_out) - too_long - count_dropped(numbers)):
             yield (
-                f"{path}: pairs_left_out of {split} names {len(left_out) - too_long} pairs with bad audio, "
+                f"{path}: pairs_left_out of {split} names {bad} pairs with bad audio, "
                 f"not {numbers['pairs_with_bad_audio']}"
             )
         seconds = turns.filter(pc.equal(turns["split"], number))["seconds_min"].to_numpy().astype(np.float64)

@@ -158,7 +158,7 @@ def _check_range(check: Check, item: tuple[int, int, RowRange]) -> _Report:
             if not any(_find_problems(batch, check)):
                 statistics.add(batch)
                 num_bytes += sum(map(count_bytes, batch.columns))
-                turns.append(_list_turns(batch, numbers, split, check.history))
+                turns.append(list_turns(batch, numbers, split, check.history))
                 continue
             for position, number in enumerate(numbers.tolist()):
                 row = batch.slice(position, 1)
@@ -286,7 +286,7 @@ def _first_turns(rows: pa.RecordBatch, history: int) -> list[int]:
     return [first_turn(turn, count, history) for turn, count in zip(turns, exchanges, strict=True)]
 
 
-def _list_turns(rows: pa.RecordBatch, numbers: npt.NDArray[np.int64], split: int, history: int) -> pa.Table:
+def list_turns(rows: pa.RecordBatch, numbers: npt.NDArray[np.int64], split: int, history: int) -> pa.Table:
     """Return the turns of correct rows with the columns of `_TURNS`."""
     exchanges = count_exchanges(rows)
     row = np.repeat(np.arange(len(rows)), exchanges)

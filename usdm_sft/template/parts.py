@@ -83,15 +83,15 @@ def find_parts_of_rows(
     ends = np.cumsum(is_end) - is_end
     starts = np.cumsum(lengths) - lengths
     ends -= np.repeat(np.append(ends, 0)[starts], lengths) + template.instruction.count("\n")
-    exchange = np.array(_parts_of_exchange(template))
+    exchange = np.array(list_parts(template))
     parts = np.where(ends < 0, FRAME, exchange[ends % len(exchange)])
     if len(tokens.end_of_units) > 1:  # the newline after the stop token of units belongs to no part
         parts[(ids == tokens.newline) & ((parts == USER_UNITS) | (parts == AGENT_UNITS))] = FRAME
     return parts.astype(np.int64)
 
 
-def _parts_of_exchange(template: Template) -> list[int]:
-    """The part that each newline or `<|correspond|>` of an exchange ends, with the two newlines of its first heading."""
+def list_parts(template: Template) -> list[int]:
+    """Return the part that each newline or `<|correspond|>` of an exchange ends, with the two newlines of its first heading."""
     names = list(ROW_PARTS)
     user, agent = (
         [names.index(part) for part in template.parts if part.startswith(role)] for role in ("user", "agent")
