@@ -82,6 +82,11 @@ def plain_copy(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
+def without_padding(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer itself if it has neither padding nor truncation, else a plain copy, which takes a quarter of a second."""
+    return tokenizer if tokenizer.padding is None and tokenizer.truncation is None else plain_copy(tokenizer)
+
+
 def read_tokens(tokenizer: PreTrainedTokenizerFast, name: str = "this tokenizer") -> TemplateTokens:
     """Read the ids of the template from a tokenizer, and prove with probes what `TemplateEncoder` relies on.
 
@@ -93,7 +98,7 @@ def read_tokens(tokenizer: PreTrainedTokenizerFast, name: str = "this tokenizer"
         ValueError: A token is missing, the ids of units have a gap, a token for units is not read as one id, or a newline is not
             one id. The message says which.
     """
-    backend = plain_copy(tokenizer.backend_tokenizer)
+    backend = without_padding(tokenizer.backend_tokenizer)
     correspond, continue_, unit_0 = (
         _require_token(backend, token, name) for token in (CORRESPOND_TOKEN, CONTINUE_TOKEN, unit_token(0))
     )

@@ -28,9 +28,9 @@ from usdm_sft.template.special_tokens import (
     TemplateTokens,
     find_newline,
     naming_errors,
-    plain_copy,
     read_tokens,
     unit_token,
+    without_padding,
 )
 from usdm_sft.utils.texts import first_line
 
@@ -147,7 +147,7 @@ def check_tokenizer(tokenizer: Tokenizer, name: str = "this tokenizer") -> Templ
     Raises:
         ValueError: An id differs.
     """
-    tokenizer = plain_copy(tokenizer)
+    tokenizer = without_padding(tokenizer)
     remedy = (
         f"load naver-ai/USTM, or a folder that this package saved, with load_tokenizer ({OFFLINE!r} builds it offline); "
         "the tokenizer of another base model needs template.tokenization separate"
@@ -345,7 +345,7 @@ def add_units(tokenizer: PreTrainedTokenizerFast, num_units: int, name: str) -> 
             raise ValueError(f"{name} has the token {token} already (id {found}): name the tokenizer of a base model")
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": AddedToken("<pad>", normalized=False, special=True)})
-    if find_newline(plain_copy(tokenizer.backend_tokenizer)) is None:
+    if find_newline(without_padding(tokenizer.backend_tokenizer)) is None:
         tokenizer.add_tokens([AddedToken("\n", normalized=False)])
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in new], special_tokens=True)
     read_tokens(tokenizer, name)
