@@ -76,7 +76,7 @@ def write_page(
     counts = read_counts(dataset_dir)
     rows = read_rows(dataset_dir, split, index, num_examples)
     tokenizer = load_tokenizer(str(Path(dataset_dir) / "tokenizer")).backend_tokenizer
-    layout = read_layout(Path(dataset_dir) / COUNTS, counts)
+    layout = read_layout(Path(dataset_dir).expanduser() / COUNTS, counts)
     examples = [_describe_row(row, layout) for row in rows]
     recordings = [] if data_dir is None else _add_recordings(examples, rows, data_dir, split, counts["settings"])
     streams = read_streams(counts["settings"])

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 CORRESPOND_TOKEN, CONTINUE_TOKEN = "<|correspond|>", "<|continue|>"
 BYTE_NEWLINE = "<0x0A>"
 NEWLINE_TOKENS = ("\n", "Ċ", BYTE_NEWLINE)  # as itself, in a byte-level tokenizer, and as a byte
+OR_OFFLINE = f", or use {OFFLINE!r}"
 _ADD_UNITS = "add the tokens for units with `dailytalk-usdm tokenizer`"
 
 
@@ -56,7 +57,7 @@ def unit_token(unit: int) -> str:
 
 
 @contextmanager
-def naming_errors(name: str = "this tokenizer") -> Iterator[None]:
+def naming_errors(name: str = "this tokenizer", instead: str = OR_OFFLINE) -> Iterator[None]:
     """Turn the errors of tokenizers into a ValueError with the name of the tokenizer. Other errors pass.
 
     tokenizers raises plain `Exception`, and panics where a tokenizer.json contradicts itself, often not before the first text.
@@ -70,7 +71,7 @@ def naming_errors(name: str = "this tokenizer") -> Iterator[None]:
         if type(error) is not Exception and not is_panic(error):
             raise
         raise ValueError(
-            f"{name} has a tokenizer that cannot be used ({first_line(error)}): download it again, or use {OFFLINE!r}"
+            f"{name} has a tokenizer that cannot be used ({first_line(error)}): download it again{instead}"
         ) from error
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +26,7 @@ from usdm_sft.template.config import MAX_LENGTH, MAX_UNITS, OFFLINE, USTM
 from usdm_sft.template.special_tokens import (
     CONTINUE_TOKEN,
     CORRESPOND_TOKEN,
+    OR_OFFLINE,
     TemplateTokens,
     find_newline,
     naming_errors,
@@ -198,8 +200,8 @@ def build_tokenizer(
     if not 1 <= num_units <= MAX_UNITS:
         raise ValueError(f"num_units is {num_units}: give a number from 1 to {MAX_UNITS}")
     if str(base) != OFFLINE:
-        opened = _open_tokenizer(str(base), None, {"cache_dir": model_cache_dir, "repo_type": "model"})
-        with naming_errors(str(base)):
+        opened = _open_tokenizer(str(base), None, {"cache_dir": model_cache_dir, "repo_type": "model"}, instead="")
+        with naming_errors(str(base), instead=""):
             return add_units(opened, num_units, str(base))
     try:
         import sentencepiece  # an optional dependency, like mistral-common
@@ -280,15 +282,21 @@ def describe_tokenizer(name_or_path: str | Path, tokens: TemplateTokens, chat: C
     return {"name": None if is_folder else str(name_or_path), "num_units": tokens.num_units, **ids}
 
 
-def _open_tokenizer(name_or_path: str, subfolder: str | None, hub: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """Open tokenizer.json as it is; `hub` has the arguments of `hf_hub_download`. Raises what `load_tokenizer` raises."""
-    source = _find_source(name_or_path, subfolder, hub)
+def _open_tokenizer(
+    name_or_path: str, subfolder: str | None, hub: dict[str, Any], *, instead: str = OR_OFFLINE
+) -> PreTrainedTokenizerFast:
+    """Open tokenizer.json as it is; `hub` has the arguments of `hf_hub_download`. Raises what `load_tokenizer` raises.
+
+    `instead` is the last remedy of errors; a base tokenizer has none, because USTM's tokenizer cannot take its place.
+    """
+    name_or_path = os.path.expanduser(name_or_path)
+    source = _find_source(name_or_path, subfolder, hub, instead)
     from transformers import PreTrainedTokenizerFast
 
     place = f"{name_or_path}/{subfolder}" if subfolder else name_or_path
     options: dict[str, Any] = {"revision": hub.get("revision") or "main", "token": hub.get("token")}
     try:
-        with naming_errors(place):
+        with naming_errors(place, instead):
             tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
                 source, cache_dir=hub["cache_dir"], **options
             )
@@ -296,13 +304,12 @@ def _open_tokenizer(name_or_path: str, subfolder: str | None, hub: dict[str, Any
         raise
     except Exception as error:  # transformers and tokenizers raise many types for a malformed file
         raise ValueError(
-            f"{place} has a tokenizer that cannot be opened ({first_line(error)}): download it again, "
-            f"or use {OFFLINE!r}"
+            f"{place} has a tokenizer that cannot be opened ({first_line(error)}): download it again{instead}"
         ) from error
     return tokenizer
 
 
-def _find_source(name_or_path: str, subfolder: str | None, hub: dict[str, Any]) -> str:
+def _find_source(name_or_path: str, subfolder: str | None, hub: dict[str, Any], instead: str) -> str:
     """Return what transformers opens: a folder, or the name of a model repository. It has no names for dataset repositories.
 
     A source without tokenizer.json is refused, because transformers would convert other files, to other ids.
@@ -317,7 +324,7 @@ def _find_source(name_or_path: str, subfolder: str | None, hub: dict[str, Any]) 
     except (OSError, HFValidationError) as error:
         raise OSError(
             f"tokenizer {name_or_path} is not a folder and cannot be fetched from the Hub ({first_line(error)}): check the "
-            f"name and the network, or use {OFFLINE!r}, which is built offline"
+            f"name and the network{instead and f'{instead}, which is built offline'}"
         ) from error
     if subfolder is None and hub["repo_type"] == "model":
         return name_or_path
