@@ -398,6 +398,7 @@ PREPARE = [
     ("--data_dir d", "the following arguments are required: output_path"),
     ("--data_dir d --output_path o --max_length big", "max_length is 'big': give a whole number"),
     ("--num_gpus 1.5", "num_gpus is '1.5': give a whole number"),
+    ("--val_dialogs many", "val_dialogs is 'many': give a whole number of dialogs, such as 100, or a share below 1"),
     ("--batch_seconds many", "batch_seconds is 'many': give a number"),
     (f"--batch_seconds {'1' * 400}", "111': give a number"),
     ("--executor k8s", "executor is 'k8s': give one of slurm, ray"),

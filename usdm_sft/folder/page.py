@@ -149,7 +149,8 @@ def _add_recordings(
     """
     streams = read_streams(settings)
     is_manifest = manifest.RECIPE.reads(Path(data_dir))
-    corpus = data_dir if is_manifest else find_lists(data_dir, with_units=streams is not None).get(split)
+    listed = "train" if split == "validation" and "val_dialogs" in settings else split
+    corpus = data_dir if is_manifest else find_lists(data_dir, with_units=streams is not None).get(listed)
     if corpus is None:
         raise FileNotFoundError(f"{data_dir} has no list of {split}: {_OTHER_CORPUS}")
     rules = Rules(settings.get("agent"), settings.get("merge_speaker_turns", False))
