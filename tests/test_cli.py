@@ -23,6 +23,7 @@ import pytest
 import safetensors
 
 from dailytalk_usdm import load_dataset
+from tests.forked import Fork
 from tests.helpers import command as prepare_command
 from usdm_sft.cli.main import main, make_parser
 from usdm_sft.cli.parser import _use_underscores
@@ -245,15 +246,20 @@ def test_impossible_file_names_give_one_line(args, message, tmp_path, monkeypatc
 
 
 def test_reader_that_ends_first_ends_the_command_quietly(folder_copy):
-    """`head` closes the pipe after its last line."""
-    read, write = os.pipe()
-    os.close(read)
-    command = [sys.executable, "-m", "usdm_sft.cli", "show", str(folder_copy)]
-    for buffering in ("", "1"):  # the error comes at the end, or with the first line
-        variables = os.environ | {"PYTHONUNBUFFERED": buffering}
-        done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env=variables)
-        assert (done.returncode, done.stderr) == (141, "")
-    os.close(write)
+    """`head` closes the pipe after its last line. The error comes at the end or, without a buffer, with the first line."""
+    for is_direct in (False, True):
+        code = f"""
+import os, sys
+from usdm_sft.cli.main import main
+read, write = os.pipe()
+os.close(read)
+os.dup2(write, 1)
+sys.stdout.reconfigure(write_through={is_direct})
+main(["show", {str(folder_copy)!r}])
+"""
+        run = Fork(code)
+        assert run.communicate() == (None, "")
+        assert run.returncode == 141
 
 
 def test_output_without_its_characters_in_the_locale_is_escaped(monkeypatch):
