@@ -18,7 +18,7 @@ class Fork:
     """
 
     def __init__(self, code, *, start_new_session=False):
-        handle, self._output = tempfile.mkstemp()
+        handle, self._output = tempfile.mkstemp(dir=os.environ["HF_HOME"])  # which conftest.py removes
         os.close(handle)
         arguments = code, self._output, start_new_session
         self._process = FORKS.Process(target=_run, args=arguments, daemon=True)  # which ends with the tests

@@ -1,6 +1,6 @@
 """Make once what the tests of a process would make hundreds of times: the parser, USTM's tokenizer, opened tokenizers and pictures.
 
-Each is made as in a run, and kept by all that it is made from. Processes that a test starts make their own.
+Each is made as in a run, and kept by all that it is made from. New processes that a test starts make their own; those of `tests/forked.py` begin with some.
 """
 
 import contextlib

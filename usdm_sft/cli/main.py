@@ -113,7 +113,8 @@ def make_parser() -> Parser:
 def main(args: list[str] | None = None) -> None:
     """Entry point of the console script."""
     if sys.stdout is None:  # it was closed
-        return _run(args)
+        _run(args)
+        return
     if sys.stdout.errors == "strict":  # a locale may lack characters of texts and names
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:

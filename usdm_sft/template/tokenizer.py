@@ -275,7 +275,7 @@ def describe_tokenizer(name_or_path: str | Path, tokens: TemplateTokens, chat: C
         JSON values: `name` (None for a folder, because paths stay private), `num_units`, `ids` where `tokens` are not USTM's, and `chat`
         where it is given.
     """
-    is_folder = str(name_or_path) != OFFLINE and Path(name_or_path).is_dir()
+    is_folder = str(name_or_path) != OFFLINE and Path(name_or_path).expanduser().is_dir()
     ids: dict[str, Any] = {} if tokens == ustm_tokens(tokens.num_units) else {"ids": tokens._asdict()}
     if chat is not None:
         ids["chat"] = chat.frames._asdict() | {"stop_id": chat.stop_id}
