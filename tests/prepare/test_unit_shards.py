@@ -172,9 +172,10 @@ def test_process_that_dies_is_named_and_finished_work_is_kept(
     def kill():
         while not [*tmp_path.glob("cache/units/*.arrow")]:
             time.sleep(0.001)
-        multiprocessing.active_children()[0].kill()
+        for process in multiprocessing.active_children():
+            process.kill()
 
-    killer = threading.Thread(target=kill)
+    killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     with pytest.raises(RuntimeError, match=r"a process died \(units on cpu.*, exit code -9\): start the run again"):
         prepare(**options(mini, unit_model, tmp_path))
