@@ -19,7 +19,7 @@ HEAD = """\
 names, under the same names. On the command line, `--data-dir` and `--data_dir` are the same. `docs/make_cli.py` writes this page from the parser.
 
 The exit status is 0 if the command is done, 1 if the input is bad or a check failed (a message on stderr, no traceback), 2 for
-wrong usage, and 130 if the command was interrupted.
+wrong usage, 130 if the command was interrupted, and 141 if the reader of a pipe, such as `head`, ended first.
 
 With the extra `completion`, `--print_completion` prints a script that completes commands, options and file names in the shell:
 

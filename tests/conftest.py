@@ -1,6 +1,7 @@
 """Fixtures, and the skip of tests marked `oracle` where the reference's own output is not at hand."""
 
 import atexit
+import multiprocessing
 import os
 import shutil
 import signal
@@ -28,6 +29,7 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 # torch and huggingface_hub read the environment when they are imported.
 from huggingface_hub import constants  # noqa: E402
 
+from tests.forked import FORKS  # noqa: E402
 from tests.helpers import DEMO, SHARED, content, options  # noqa: E402
 from tests.made_once import keep_what_is_made  # noqa: E402
 from tests.mini_hub import serve  # noqa: E402
@@ -130,6 +132,12 @@ def finished(mini, unit_model, tmp_path_factory) -> Path:
 def undisturbed(finished) -> dict[str, bytes]:
     """The files of the finished dataset folder: the bytes by relative path."""
     return content(finished / "out")
+
+
+@pytest.fixture
+def forked_processes(monkeypatch):
+    """Let the processes that the package starts be forks, for tests that are about the work and not about the start."""
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: FORKS)
 
 
 @pytest.fixture

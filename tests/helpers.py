@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+
+from tests.forked import Fork
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FIXTURES = REPOSITORY / "tests" / "fixtures"
@@ -119,14 +120,11 @@ def wait_for_end_of_group(group, seconds=30):
             time.sleep(0.05)
 
 
-def stop_run(arguments, folder, pattern, signal_number):
-    """Start a run, and send it a signal when a file of the folder matches `pattern`; all its processes end.
+def stop_run(run, folder, pattern, signal_number):
+    """Send a signal to a run, which has its own session, when a file of the folder matches `pattern`; all its processes end.
 
     SIGINT goes to all of them, as from a terminal, and gives one line.
     """
-    run = subprocess.Popen(
-        arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
     wait_for(lambda: list(folder.glob(pattern)), run)
     if signal_number == signal.SIGINT:
         os.killpg(run.pid, signal_number)
@@ -185,7 +183,7 @@ def make_in_two_runs_at_once(mini, unit_model, folder, monkeypatch, *, other=Non
     given = {**changes, "output_path": folder / "other", **(other or {})}
     arguments = command(mini, unit_model, folder, *(f"--{name}={value}" for name, value in given.items()))[3:]
     code = OTHER_RUN.format(started=str(folder / "started"), arguments=arguments)
-    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    run = Fork(code)
     met = []
 
     def meet(builder):
@@ -196,7 +194,7 @@ def make_in_two_runs_at_once(mini, unit_model, folder, monkeypatch, *, other=Non
     monkeypatch.setattr("usdm_sft.prepare.prepare.load_rows", meet)
     prepare(**options(mini, unit_model, folder, **changes))
     _, error = run.communicate(timeout=300)
-    assert run.returncode == 0, error.decode()[-2000:]
+    assert run.returncode == 0, error[-2000:]
     assert len(met) == 1
     for level in ("units", "tokens"):
         assert len(list(folder.glob(f"cache/{level}/*.arrow"))) == 6

@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import io
 import json
 import os
 import pty
@@ -22,12 +23,16 @@ import pytest
 import safetensors
 
 from dailytalk_usdm import load_dataset
+from tests.forked import Fork
 from tests.helpers import command as prepare_command
 from usdm_sft.cli.main import main, make_parser
 from usdm_sft.cli.parser import _use_underscores
+from usdm_sft.folder.export import export
 from usdm_sft.folder.statistics import summarize_split
+from usdm_sft.folder.verify import verify
 from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.template.config import Template
+from usdm_sft.template.tokenizer import load_tokenizer
 
 HEAVY = ("torch", "transformers", "datasets", "soundfile", "matplotlib", "pyarrow")
 COMMANDS = (
@@ -124,6 +129,13 @@ def test_summary_agrees_with_its_numbers(number, bad, expected):
     assert summarize_split(split).startswith(expected)
 
 
+@pytest.mark.parametrize(("number", "end"), [(20, "d20: a reason)"), (1021, "d20: a reason, 1,001 more)")])
+def test_summary_names_twenty_dialogs(number, end):
+    split = dict.fromkeys(("rows", "dialogs", "tokens", "labelled_tokens", "hours", "pairs_with_bad_audio"), 0)
+    left_out = {f"d{i + 1}": "a reason" for i in range(number)}
+    assert summarize_split(split | {"pairs_left_out": {}, "dialogs_left_out": left_out, "rows_cut": {}}).endswith(end)
+
+
 @pytest.mark.slow
 def test_second_run_says_that_everything_is_finished(mini, unit_model, tmp_path):
     first, second = (run(prepare_command(mini, unit_model, tmp_path)) for _ in range(2))
@@ -209,7 +221,7 @@ def test_yaml_file_cannot_import_code(tmp_path, monkeypatch, capsys, spelling):
     assert not (tmp_path / "code-ran").exists()
 
 
-IMPOSSIBLE = "holds a NUL, or bytes that are not UTF-8: rename the file or folder"
+IMPOSSIBLE = "holds a NUL, a newline, or bytes that are not UTF-8: rename the file or folder"
 
 
 @pytest.mark.parametrize(
@@ -218,6 +230,7 @@ IMPOSSIBLE = "holds a NUL, or bytes that are not UTF-8: rename the file or folde
         (["prepare", "--data_dir", "d", "--output_path", "a\0b"], IMPOSSIBLE),
         (["prepare", "--data_dir", "a\udcff", "--output_path", "o"], IMPOSSIBLE),
         (["units", "m", "good.wav", "a\0b"], IMPOSSIBLE),
+        (["units", "m", "good.wav", "a\nb"], IMPOSSIBLE),
         (["convert", "c", "k", "a\0b"], IMPOSSIBLE),
         (["export", "d", "a\0b"], IMPOSSIBLE),
         (["show", "d", "--html", "a\0b"], IMPOSSIBLE),
@@ -231,6 +244,48 @@ def test_impossible_file_names_give_one_line(args, message, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert message in refused(*args)
     assert not list(tmp_path.iterdir())
+
+
+def test_reader_that_ends_first_ends_the_command_quietly(folder_copy):
+    """`head` closes the pipe after its last line. The error comes at the end or, without a buffer, with the first line."""
+    for is_direct in (False, True):
+        code = f"""
+import os, sys
+from usdm_sft.cli.main import main
+read, write = os.pipe()
+os.close(read)
+os.dup2(write, 1)
+sys.stdout.reconfigure(write_through={is_direct})
+main(["show", {str(folder_copy)!r}])
+"""
+        run = Fork(code)
+        assert run.communicate() == (None, "")
+        assert run.returncode == 141
+
+
+def test_output_without_its_characters_in_the_locale_is_escaped(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("usdm_sft.folder.verify.verify", lambda *args, **options: {"tr\xe4in": 1})
+    monkeypatch.setattr(sys, "stdout", stdout)
+    main(["verify", "d"])
+    assert stdout.buffer.getvalue() == b"tr\\xe4in: 1 row is correct\n"
+
+
+def test_home_folder_is_expanded_in_options_and_functions(folder_copy, monkeypatch, capsys):
+    """A shell leaves `~` as it is in --option=~/folder."""
+    monkeypatch.setenv("HOME", str(folder_copy.parent))
+    main(["show", "~/dataset", "--html=~/page.html"])
+    assert capsys.readouterr().out == f"{folder_copy.parent}/page.html shows 10 examples\n"
+    assert export("~/dataset", "~/text") == verify("~/dataset") == {"train": 10, "test": 3}
+    assert sorted(path.name for path in folder_copy.parent.iterdir()) == ["dataset", "page.html", "text"]
+    assert len(load_tokenizer("~/dataset/tokenizer")) == 42_003
+
+
+@pytest.mark.parametrize("number", [0, -1])
+@pytest.mark.parametrize("more", [[], ["--html", "page.html"]])
+def test_number_of_examples_is_positive(refused, number, more):
+    expected = f"dailytalk-usdm show: num_examples is {number}: give a positive number"
+    assert refused("show", "d", "--num_examples", number, *more) == expected
 
 
 def test_units_prints_one_line_per_file(unit_model, mini, capsys):
@@ -350,6 +405,7 @@ PREPARE = [
     ("--data_dir d", "the following arguments are required: output_path"),
     ("--data_dir d --output_path o --max_length big", "max_length is 'big': give a whole number"),
     ("--num_gpus 1.5", "num_gpus is '1.5': give a whole number"),
+    ("--val_dialogs many", "val_dialogs is 'many': give a whole number of dialogs, such as 100, or a share below 1"),
     ("--batch_seconds many", "batch_seconds is 'many': give a number"),
     (f"--batch_seconds {'1' * 400}", "111': give a number"),
     ("--executor k8s", "executor is 'k8s': give one of slurm, ray"),

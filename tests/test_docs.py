@@ -11,6 +11,7 @@ import pytest
 
 import dailytalk_usdm
 from tests.code_blocks import MARKER, PAGES, find_blocks, small_environment
+from tests.forked import Fork
 from tests.helpers import REPOSITORY
 from tests.test_cli import COMMANDS
 from usdm_sft.cli.main import make_parser
@@ -41,12 +42,13 @@ def shrink(code):
     "block", [block for block in PYTHON_BLOCKS if not MARKER.match(block.marker)], ids=lambda block: block.place
 )
 def test_python_block_runs(workplace, block):
-    """Run the block with the training arguments `SMALL`."""
+    """Run the block with the training arguments `SMALL`, in a process in which nobody has imported `dailytalk_usdm`."""
     if re.search(r"\b(trl|peft|Trainer)\b", block.code):
         pytest.importorskip("trl", reason="needs the extra 'train'")
-    command = [sys.executable, "-c", shrink(block.code)]
-    done = subprocess.run(command, cwd=workplace, env=small_environment(), capture_output=True, text=True)
-    assert done.returncode == 0, block.code + done.stderr[-3000:]
+    place = f"import os\nos.chdir({str(workplace)!r})\nos.environ.update({small_environment()!r})\ndel os\n"
+    run = Fork(place + shrink(block.code))
+    _, output = run.communicate()
+    assert run.returncode == 0, block.code + output[-3000:]
 
 
 def test_pages_with_blocks_that_are_not_run():

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from tests.forked import run_command
 from tests.helpers import command, content, inodes, options
 from usdm_sft.folder import layout
 from usdm_sft.prepare import unit_shards
@@ -43,7 +44,7 @@ def test_run_killed_at_random_points_is_resumed(mini, unit_model, tmp_path, undi
         before, written = finished_shards(root), count_files(root)
         target = written + rng.randint(1, 8)
         signal_number = rng.choice(SIGNALS)
-        run = subprocess.Popen(command(mini, unit_model, root), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        run = run_command(command(mini, unit_model, root)[3:])
         while run.poll() is None and count_files(root) < target:
             time.sleep(0.0005)
         if run.poll() is None:
@@ -56,8 +57,8 @@ def test_run_killed_at_random_points_is_resumed(mini, unit_model, tmp_path, undi
             num_finished += 1
             continue
         num_kills += 1
-        assert run.returncode == (130 if signal_number == signal.SIGINT else -signal_number), error.decode()[-2000:]
-        assert b"Traceback" not in error or signal_number != signal.SIGINT
+        assert run.returncode == (130 if signal_number == signal.SIGINT else -signal_number), error[-2000:]
+        assert "Traceback" not in error or signal_number != signal.SIGINT
         assert not (root / "out" / "counts.json").exists()
     prepare(**options(mini, unit_model, root))
     assert content(root / "out") == undisturbed
@@ -82,15 +83,17 @@ def small_disk(path, size):
 def test_full_disk_stops_the_run_and_a_rerun_completes_it(mini, unit_model, tmp_path, undisturbed, part, size):
     with small_disk(tmp_path / "disk", size) as disk:
         changes = [f"--{part}", str(disk / "here")]
-        done = subprocess.run(command(mini, unit_model, tmp_path, *changes), capture_output=True, text=True)
-        assert done.returncode == 1
-        assert "No space left on device" in done.stderr.splitlines()[-1]
-        assert done.stderr.splitlines()[-1].endswith("make room and start it again, finished work is kept")
-        assert "Traceback" not in done.stderr
+        arguments = command(mini, unit_model, tmp_path, *changes)[3:]
+        run = run_command(arguments)
+        _, error = run.communicate()
+        assert run.returncode == 1
+        assert "No space left on device" in error.splitlines()[-1]
+        assert error.splitlines()[-1].endswith("make room and start it again, finished work is kept")
+        assert "Traceback" not in error
         output = disk / "here" if part == "output_path" else tmp_path / "out"
         assert not (output / "counts.json").exists()
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
-        subprocess.run(command(mini, unit_model, tmp_path, *changes), check=True, capture_output=True)
+        assert run_command(arguments).wait() == 0
         assert content(output) == undisturbed
 
 

@@ -197,7 +197,7 @@ def test_only_shards_whose_key_changes_are_made_again(run, mini, forward_passes,
     passes = len(forward_passes)
     assert made("changed-text", data_dir=str(corpus)) == 0
     assert len(forward_passes) == passes
-    assert made("other-precision", precision="bf16") == 6
+    assert made("other-precision", precision="bf16", test_metadata_path=str(corpus / "test.txt")) == 2
     assert made("other-plan", batch_seconds=3) == 6
 
 

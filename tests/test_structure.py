@@ -1,12 +1,11 @@
 """The size of modules and functions stays readable, and the packages are the documented ones."""
 
 import ast
-import subprocess
-import sys
 from configparser import ConfigParser
 
 import pytest
 
+from tests.forked import Fork
 from tests.helpers import REPOSITORY
 
 PACKAGES = [
@@ -47,7 +46,6 @@ def test_benchmarks_can_be_imported():
         f"tests.benchmarks.{path.stem}" for path in sorted((REPOSITORY / "tests" / "benchmarks").glob("[!_]*.py"))
     ]
     assert len(modules) >= 10
-    done = subprocess.run(
-        [sys.executable, "-c", f"import {', '.join(modules)}"], cwd=REPOSITORY, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    run = Fork(f"import {', '.join(modules)}")
+    _, output = run.communicate()
+    assert run.returncode == 0, output

@@ -383,7 +383,7 @@ def test_problems_are_in_the_order_of_the_addresses(tmp_path, settled, share):
         assert [found[each].seconds for each in (call, everything[-1])] == [2, 1]
 
 
-def test_processes(mini, tmp_path, monkeypatch, share):
+def test_processes(mini, tmp_path, forked_processes, monkeypatch, share):
     corpus = [str(path) for path in sorted(mini.glob("corpus/data/*/*.wav"))]
     expected = dict(audio_digests(corpus, tmp_path / "here"))
     share(8)

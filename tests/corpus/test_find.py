@@ -51,6 +51,21 @@ def test_data_dir_that_does_not_exist(tmp_path, name):
         getattr(dailytalk, name)(tmp_path / "nowhere")
 
 
+def test_list_that_is_named_lies_beside_the_archive(tmp_path):
+    (tmp_path / "DailyTalk.zip").touch()
+    found = find.find_lists(tmp_path / "DailyTalk.zip", {"train": "lists/train.txt"})
+    assert found == {"train": tmp_path / "lists" / "train.txt"}
+
+
+@pytest.mark.parametrize("given", ["data_dir", "lists alone"])
+def test_folder_with_a_newline_in_its_path_is_refused(tmp_path, given):
+    folder = tmp_path / "two\nlines" / "corpus"
+    (folder / "data" / "1").mkdir(parents=True)
+    (folder / "train.txt").write_text(UTTERANCE)
+    with pytest.raises(ValueError, match=r"two\\nlines.*holds a newline, which separates .*: rename the folder"):
+        find.find_root(folder if given == "data_dir" else None, {"train": folder / "train.txt"})
+
+
 def test_missing_data_dir_is_reported_before_its_lists(tmp_path):
     for data_files in (None, {"train": "train.txt"}, {"train": "train.jsonl"}):
         with pytest.raises(FileNotFoundError, match=r"^data_dir .*/nowhere does not exist"):

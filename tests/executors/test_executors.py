@@ -198,10 +198,10 @@ class TestUsersRayCluster:
         assert content(tmp_path / "other").keys() != undisturbed.keys()
 
     def test_agreement_is_measured_in_a_task(self, mini, unit_model, tmp_path, ray_cluster, monkeypatch):
-        alone = tmp_path / "alone"
-        prepare(**options(mini, unit_model, alone, precision="bf16"))
+        alone, few = tmp_path / "alone", {"precision": "bf16", "test_metadata_path": str(mini / "corpus" / "test.txt")}
+        prepare(**options(mini, unit_model, alone, **few))
         monkeypatch.setattr(UnitModel, "forward_pack", None)
-        arguments = options(mini, unit_model, tmp_path, precision="bf16", executor="ray", tasks=1, num_gpus=0)
+        arguments = options(mini, unit_model, tmp_path, **few, executor="ray", tasks=1, num_gpus=0)
         prepare(**arguments)
         assert content(tmp_path / "out") == content(alone / "out")
         assert b"executor" not in content(tmp_path / "out")["counts.json"]

@@ -155,7 +155,7 @@ def test_split_without_rows_or_lines(dataset_folder, schema_and_row, tmp_path):
     ]
 
 
-def test_comparison_in_two_processes(dataset_folder, mini, monkeypatch):
+def test_comparison_in_two_processes(dataset_folder, mini, forked_processes, monkeypatch):
     monkeypatch.setattr(folder_rows, "ROWS_PER_PROCESS", 1)
     files = data_files(dataset_folder, read_counts(dataset_folder))
     files["train"] = files["test"]

@@ -20,7 +20,7 @@ MAX_LENGTH, PACKS_PER_GROUP = 50, 4
 
 
 @pytest.fixture
-def many_rows(folder_copy, monkeypatch):
+def many_rows(folder_copy, forked_processes, monkeypatch):
     """A folder with 312 short rows in several row groups and ranges, of which 304 are in one file; another file is empty."""
     monkeypatch.setattr(folder_rows, "ROWS_PER_RANGE", 20)
     monkeypatch.setattr(exporting, "_ROW_GROUP", PACKS_PER_GROUP)

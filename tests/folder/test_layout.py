@@ -5,11 +5,11 @@ import importlib.metadata
 import json
 import os
 import shutil
-import subprocess
 
 import pytest
 from filelock import Timeout
 
+from tests.forked import run_command
 from tests.helpers import command, content, options, record_states, reuse_units
 from usdm_sft.folder import layout, writer
 from usdm_sft.folder.layout import LOCK, UNFINISHED, check_output, lock_output
@@ -34,8 +34,7 @@ def test_two_runs_with_two_caches_take_turns(mini, unit_model, tmp_path):
         runs = {}
         for seed in (1, 2):
             changes = ("--cache_dir", tmp_path / f"cache{seed}", "--shuffle_seed", seed, "--output_path", output)
-            arguments = command(mini, unit_model, tmp_path, *map(str, changes))
-            runs[seed] = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            runs[seed] = run_command(command(mini, unit_model, tmp_path, *map(str, changes))[3:])
         errors = {seed: run.communicate(timeout=300)[1] for seed, run in runs.items()}
         [winner] = [seed for seed, run in runs.items() if run.returncode == 0]
         refused = errors[3 - winner].splitlines()[-1]

@@ -299,7 +299,7 @@ def check_spoiled(folder, num_proc):
     assert [found[: len(text)] for found, text in zip(problems, expected, strict=True)] == expected
 
 
-def test_problems_do_not_depend_on_ranges_and_processes(copy, monkeypatch):
+def test_problems_do_not_depend_on_ranges_and_processes(copy, forked_processes, monkeypatch):
     edit_rows(copy, FILE, spoil)
     check_spoiled(copy, 1)
     replace_table(copy, FILE, lambda table: table, row_group_size=2)

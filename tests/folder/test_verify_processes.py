@@ -17,7 +17,7 @@ from usdm_sft.utils.processes import in_order
 
 
 @pytest.fixture
-def in_processes(monkeypatch):
+def in_processes(monkeypatch, forked_processes):
     """Small folders get processes as well."""
     monkeypatch.setattr(rows, "ROWS_PER_PROCESS", 1)
 

@@ -18,6 +18,7 @@ from threadpoolctl import threadpool_limits
 from transformers import HubertConfig
 
 from dailytalk_usdm import fit_unit_model
+from tests.forked import Fork
 from tests.helpers import content, inodes, options, stop_run
 from tests.units import test_encoders as encoders
 from tests.units.test_other_models import (
@@ -226,7 +227,7 @@ def test_killed_run_is_resumed(encoder, mini, lists, tmp_path, monkeypatch):
         "from usdm_sft.units import features\nfrom usdm_sft.cli.main import main\n"
         f"features.SHARD_SECONDS = 3\nmain({['fit', *arguments]!r})"
     )
-    stop_run([sys.executable, "-c", code], tmp_path, "cache/features/*.arrow", signal.SIGKILL)
+    stop_run(Fork(code, start_new_session=True), tmp_path, "cache/features/*.arrow", signal.SIGKILL)
     finished = inodes(tmp_path, "cache/features/*.arrow")
     assert finished and not (tmp_path / "unit_model").exists()
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import datasets
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import soundfile
 
 from dailytalk_usdm import unflatten_units
+from tests.forked import run_command
 from tests.helpers import content, find_problems, inodes, run_tasks_here, stop_run
 from usdm_sft.cli.main import main
 from usdm_sft.folder.layout import read_counts
@@ -255,20 +257,16 @@ def test_finished_work_is_kept_and_output_does_not_depend_on_it(given, tmp_path,
 
 @pytest.mark.slow
 def test_killed_run_goes_on(given, tmp_path):
-    import signal
-    import sys
-
     options = given()
-    arguments = [f"--{name}={value}" for name, value in options.items()]
-    command = [sys.executable, "-m", "usdm_sft.cli", "prepare", *arguments]
-    stop_run(command, tmp_path, "cache/units/*.arrow", signal.SIGKILL)
+    run = run_command(["prepare", *(f"--{name}={value}" for name, value in options.items())], start_new_session=True)
+    stop_run(run, tmp_path, "cache/units/*.arrow", signal.SIGKILL)
     prepare(**options)
     prepare(**given(output_path=str(tmp_path / "undisturbed"), cache_dir=str(tmp_path / "other")))
     assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
 
 
 @pytest.mark.slow
-def test_number_of_processes_changes_no_byte(given, tmp_path, monkeypatch):
+def test_number_of_processes_changes_no_byte(given, tmp_path, forked_processes, monkeypatch):
     prepare(**given(num_proc=1))
     monkeypatch.setattr(open_run, "UTTERANCES_PER_PROCESS", 1)
     prepare(**given(num_proc=2, output_path=str(tmp_path / "two"), cache_dir=str(tmp_path / "other")))

@@ -24,7 +24,7 @@ print("the script runs")
 
 
 @pytest.fixture
-def in_processes(monkeypatch):
+def in_processes(monkeypatch, forked_processes):
     """Two processes make token shards and Parquet files."""
     monkeypatch.setattr(open_run, "UTTERANCES_PER_PROCESS", 1)
     monkeypatch.setattr(pipeline, "num_cores", lambda: 2)
@@ -43,7 +43,9 @@ def write_script(folder, *lines):
     return [sys.executable, str(folder / "script.py")]
 
 
-def test_files_do_not_depend_on_the_number_of_processes(mini, unit_model, tmp_path, finished, undisturbed, monkeypatch):
+def test_files_do_not_depend_on_the_number_of_processes(
+    mini, unit_model, tmp_path, forked_processes, finished, undisturbed, monkeypatch
+):
     monkeypatch.setattr(open_run, "UTTERANCES_PER_PROCESS", 1)
     made_here = (
         count_calls(monkeypatch, token_shards, "write_shard"),
@@ -112,11 +114,14 @@ processes.SpawnProcess.start = start_and_mark
     ids=["start", "units", "tokens", "folder"],
 )
 def test_stopped_run_ends_its_processes_and_is_resumed(
-    mini, unit_model, tmp_path, undisturbed, lines, pattern, signal_number
+    mini, unit_model, tmp_path, finished, undisturbed, lines, pattern, signal_number
 ):
+    if pattern in ("cache/tokens/*.arrow", "out/.unfinished/*/single_turn/*.parquet"):
+        reuse_units(finished, tmp_path)  # their processes have ended by then
     arguments = command(mini, unit_model, tmp_path, "--num_proc", "2")[3:]
     lines = lines.format(started=str(tmp_path / "started"))
     run = write_script(tmp_path, lines, "from usdm_sft.cli.main import main", f"main({arguments!r})")
+    run = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
     stop_run(run, tmp_path, pattern, signal_number)
     prepare(**options(mini, unit_model, tmp_path))
     assert content(tmp_path / "out") == undisturbed

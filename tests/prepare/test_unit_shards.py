@@ -4,14 +4,15 @@ import os
 import random
 import shutil
 import signal
-import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from dailytalk_usdm import DailyTalkUSDM
+from tests.forked import run_command
 from tests.helpers import (
-    REPOSITORY,
     command,
     content,
     inodes,
@@ -41,7 +42,7 @@ def two_readers(monkeypatch):
 
 
 def test_processes_that_read_audio_give_the_bytes_of_threads(
-    mini, unit_model, tmp_path, two_readers, undisturbed, monkeypatch
+    mini, unit_model, tmp_path, two_readers, forked_processes, undisturbed, monkeypatch
 ):
     monkeypatch.setattr(reading, "_read_here", None)  # this process reads nothing
     prepare(**options(mini, unit_model, tmp_path))
@@ -64,7 +65,7 @@ def is_killed(shard):
 
 @pytest.mark.slow
 def test_killed_reader_ends_the_run_and_finished_work_is_kept(
-    mini, unit_model, tmp_path, two_readers, undisturbed, monkeypatch
+    mini, unit_model, tmp_path, two_readers, forked_processes, undisturbed, monkeypatch
 ):
     with monkeypatch.context() as patch:
         patch.setitem(reading.READS, "soxr", read_or_be_killed)
@@ -99,7 +100,7 @@ def test_number_of_readers(monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_give_the_bytes_of_one(
-    mini, unit_model, tmp_path, two_processes, two_readers, undisturbed, monkeypatch
+    mini, unit_model, tmp_path, two_processes, two_readers, forked_processes, undisturbed, monkeypatch
 ):
     monkeypatch.setattr(UnitModel, "forward_pack", None)  # this process computes no units
     prepare(**options(mini, unit_model, tmp_path))
@@ -121,8 +122,9 @@ def after_the_first_pass(monkeypatch):
 
 @pytest.mark.slow
 def test_error_in_a_process_reaches_the_caller(
-    mini, unit_model, tmp_path, two_processes, two_readers, after_the_first_pass, capfd
+    mini, unit_model, tmp_path, two_processes, after_the_first_pass, monkeypatch, capfd
 ):
+    monkeypatch.setattr(unit_shards, "count_readers", lambda shards, devices: 1)
     corpus = shutil.copytree(mini / "corpus", tmp_path / "corpus")
     path = corpus / "data" / "8" / "0_1_d8.wav"
     after_the_first_pass(path, path.read_bytes()[:244])
@@ -165,23 +167,19 @@ def test_audio_swapped_while_decoded_has_units_of_its_digest(mini, unit_model, t
 
 @pytest.mark.slow
 def test_process_that_dies_is_named_and_finished_work_is_kept(
-    mini, unit_model, tmp_path, two_processes, undisturbed, monkeypatch
+    mini, unit_model, tmp_path, two_processes, forked_processes, undisturbed
 ):
-    killer = tmp_path / "sitecustomize.py"  # Python runs it in every process that this one starts
-    killer.write_text(
-        "import os, sys\n"
-        "if 'spawn_main' in ' '.join(sys.orig_argv):\n"
-        "    import threading, time, glob\n"
-        "    def kill():\n"
-        f"        while not glob.glob({str(tmp_path / 'cache' / 'units' / '*.arrow')!r}):\n"
-        "            time.sleep(0.001)\n"
-        "        os.kill(os.getpid(), 9)\n"
-        "    threading.Thread(target=kill, daemon=True).start()\n"
-    )
-    with monkeypatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(REPOSITORY)]))
-        with pytest.raises(RuntimeError, match=r"a process died \(units on cpu.*, exit code -9\): start the run again"):
-            prepare(**options(mini, unit_model, tmp_path))
+    def kill():
+        while not [*tmp_path.glob("cache/units/*.arrow")]:
+            time.sleep(0.001)
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    with pytest.raises(RuntimeError, match=r"a process died \(units on cpu.*, exit code -9\): start the run again"):
+        prepare(**options(mini, unit_model, tmp_path))
+    killer.join()
     finished = inodes(tmp_path, "cache/units/*.arrow")
     assert finished
     prepare(**options(mini, unit_model, tmp_path))
@@ -199,9 +197,9 @@ KILL_POINTS = (  # when the fourth unit shard, the second token shard, and the f
 @pytest.mark.slow
 def test_killed_run_is_resumed(mini, unit_model, tmp_path, undisturbed):
     """One run after the other is killed, and each goes on where the one before it was killed."""
-    arguments, finished = command(mini, unit_model, tmp_path), {}
+    arguments, finished = command(mini, unit_model, tmp_path)[3:], {}
     for pattern, number in KILL_POINTS:
-        run = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        run = run_command(arguments)
         wait_for(lambda pattern=pattern, number=number: len(list(tmp_path.glob(pattern))) >= number, run)
         run.kill()
         run.wait()

@@ -122,6 +122,8 @@ def test_missing_tokenizer_is_refused(tmp_path):
         message = rf"^tokenizer {name} is not a folder and cannot be fetched from the Hub .*built offline$"
         with pytest.raises(OSError, match=message):
             load_tokenizer(name, model_cache_dir=tmp_path)
+        with pytest.raises(OSError, match=r"cannot be fetched from the Hub \(.*\): check the name and the network$"):
+            build_tokenizer(name, 5, model_cache_dir=tmp_path)  # USTM's cannot take the place of a base
 
 
 @pytest.mark.parametrize(

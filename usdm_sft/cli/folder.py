@@ -67,6 +67,8 @@ def show(
     from usdm_sft.template.tokenizer import load_tokenizer
     from usdm_sft.template.view import format_example
 
+    if num_examples is not None and num_examples < 1:
+        raise ValueError(f"num_examples is {num_examples}: give a positive number")
     if html is not None:
         if expand:
             remedy = "leave out --html; the turns of a page always have one unit per frame"

@@ -1,16 +1,20 @@
 """The command `dailytalk-usdm`: one function per subcommand, each a thin layer over a function of the package.
 
-Exit status 0: done; 1: bad input or a failed check (one line on stderr, no traceback); 2: wrong usage; 130: interrupted.
+Exit status 0: done; 1: bad input or a failed check (one line on stderr, no traceback); 2: wrong usage; 130: interrupted;
+141: the reader of a pipe ended first.
 The functions of the subcommands import what they need when they run, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import re
+import select
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from contextlib import suppress
+from typing import Any, TextIO
 
 from usdm_sft import __version__
 from usdm_sft.cli.demo import demo
@@ -109,6 +113,23 @@ def make_parser() -> Parser:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of the console script."""
+    if sys.stdout is None:  # it was closed
+        _run(args)
+        return
+    if sys.stdout.errors == "strict":  # a locale may lack characters of texts and names
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        try:
+            _run(args)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes the rest at its end
+        sys.exit(141)  # as a program that the signal SIGPIPE ends
+
+
+def _run(args: list[str] | None) -> None:
+    """Run a command."""
     use_system_allocator()
     parser = make_parser()
     try:
@@ -126,12 +147,17 @@ def main(args: list[str] | None = None) -> None:
             from usdm_sft.utils.progress import disable_progress_bars
 
             disable_progress_bars()
-        _check_names(options, "\0\ud800-\udfff" if command in ("prepare", "doctor") else "\0")
+        options = {name: _expand_home(value) for name, value in options.items()}
+        _check_names(
+            options, {"prepare": "\0\ud800-\udfff", "doctor": "\0\ud800-\udfff", "units": "\0\n"}.get(command, "\0")
+        )
         {function.__name__: function for function in _COMMANDS}[command](**options)
     except KeyboardInterrupt:
         print(f"dailytalk-usdm {command}: interrupted; start it again, finished work is kept", file=sys.stderr)
         sys.exit(130)
     except BaseException as error:  # a panic of a library in Rust is not an Exception
+        if isinstance(error, BrokenPipeError) and _is_unread(sys.stdout):
+            raise
         message = describe_error(error)
         if message is None:
             raise
@@ -142,12 +168,30 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(1)
 
 
+def _is_unread(file: TextIO) -> bool:
+    """Return True for a pipe whose reader has ended."""
+    with suppress(OSError, AttributeError):  # not a file of the system, or a system without polls (Windows)
+        poll = select.poll()
+        poll.register(file.fileno(), 0)
+        return bool(poll.poll(0))
+    return False
+
+
+def _expand_home(value: Any) -> Any:
+    """Expand `~`, which the shell leaves as it is in `--option=~/folder`, and which YAML does not know."""
+    if isinstance(value, list):
+        return [_expand_home(each) for each in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+
+
 def _check_names(options: Mapping[str, Any], refused: str) -> None:
     """Refuse characters that no file name can hold.
 
-    Bytes that are not UTF-8 arrive as surrogates, which Arrow and JSON files cannot store.
+    Bytes that are not UTF-8 arrive as surrogates, which Arrow and JSON files cannot store. A newline separates the recordings of a turn.
     """
     for name, value in options.items():
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and re.search(f"[{refused}]", text):
-                raise ValueError(f"{name} {text!r} holds a NUL, or bytes that are not UTF-8: rename the file or folder")
+                raise ValueError(
+                    f"{name} {text!r} holds a NUL, a newline, or bytes that are not UTF-8: rename the file or folder"
+                )

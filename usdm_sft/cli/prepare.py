@@ -15,7 +15,6 @@ from usdm_sft.utils.texts import count_noun, printable
 if TYPE_CHECKING:
     from usdm_sft.prepare.checks import Finding
 
-_SHOWN = 20  # rows of a dry run that are left out or shortened
 _DOCTOR = "'dailytalk-usdm doctor' with the same options checks the whole set-up"
 
 
@@ -63,16 +62,16 @@ def prepare(**options: Any) -> None:
 
 
 def _dry_run(config: PrepareConfig) -> None:
-    from usdm_sft.folder.statistics import summarize_split
+    from usdm_sft.folder.statistics import SHOWN, summarize_split
     from usdm_sft.prepare.dry_run import check_dry_run, describe_dry_run, dry_run
 
     found = dry_run(config)
     for split, split_counts in found.splits.items():
         print(f"{split}: {summarize_split(split_counts)}")
         for reasons in ("pairs_left_out", "rows_cut"):
-            for name, reason in list(split_counts[reasons].items())[:_SHOWN]:
+            for name, reason in list(split_counts[reasons].items())[:SHOWN]:
                 print(f"  {name}: {reason}")
-            if more := list(split_counts[reasons])[_SHOWN:]:
+            if more := list(split_counts[reasons])[SHOWN:]:
                 print(f"  {len(more):,} more: counts.json will list them all")
     for line in describe_dry_run(found, config):
         print(line)

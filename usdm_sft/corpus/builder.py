@@ -55,6 +55,8 @@ class DailyTalkUSDMConfig(datasets.BuilderConfig):  # type: ignore[misc]  # data
         agent: The speaker who is the agent in every pair. By default each side is the agent in turn, as in the reference.
         merge_speaker_turns: Join neighbouring turns of one speaker. By default such dialogs are left out, as in the reference.
         on_bad_audio: "error" stops at bad audio, "skip" leaves out the pairs that use it.
+        val_dialogs: Number or share of the dialogs of train that become the split validation (`usdm_sft.corpus.read.take_validation`).
+        val_seed: Seed that chooses them.
         unit_rate: Units, or frames of several, per second, if the manifests have units (the column `units`), which are read then.
         num_units: Number of these units: of every stream, or a list with one for each stream.
         streams: What is made of frames of several units, "first" or "flatten".
@@ -66,6 +68,8 @@ class DailyTalkUSDMConfig(datasets.BuilderConfig):  # type: ignore[misc]  # data
     agent: str | None = None
     merge_speaker_turns: bool = False
     on_bad_audio: str = "error"
+    val_dialogs: int | float | None = None
+    val_seed: int = 0
     unit_rate: float | None = None
     num_units: int | Sequence[int] | None = None
     streams: str | None = None
@@ -145,6 +149,8 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
             if not split.dialogs:
                 reasons = "; ".join(f"{dialog}: {reason}" for dialog, reason in split.left_out.items()) or "it is empty"
                 raise CorpusError([f"{self.split_lists[split.name]}: not one pair: {reasons}: name another split list"])
+        if (val_dialogs := kwargs.get("val_dialogs")) is not None:
+            self.whole_corpus = read.take_validation(self.whole_corpus, val_dialogs, kwargs.get("val_seed") or 0)
         self.unit_streams = None if reader is None else reader.streams
         self.list_digests = {split: sha256_file(path) for split, path in self.split_lists.items()}
         dailytalk.check_not_swapped(self.split_lists, self.list_digests)

@@ -34,7 +34,7 @@ def find_lists(
 
     Args:
         data_dir: The folder of the corpus, DailyTalk's zip archive, or "hub:USER/NAME"; None is the current folder.
-        data_files: The lists by split, relative to `data_dir`. If None: the manifests in the folder, or else the split lists
+        data_files: The lists by split, relative to `data_dir`, or to the folder of the archive. If None: the manifests in the folder, or else the split lists
             beside the data, or else DailyTalk's own lists, which are downloaded once.
         cache_dir: Where downloaded lists are kept; this package's cache by default.
         resolved: True if datasets has resolved `data_files`. It may have guessed them, and a guess is ignored.
@@ -52,7 +52,7 @@ def find_lists(
     is_on_hub = hub_corpus.is_hub_corpus(data_dir)
     folder = Path() if is_on_hub else check_data_dir(data_dir or "")
     if data_files is not None and not is_on_hub:
-        lists = _name_lists(folder, data_files)
+        lists = _name_lists(folder.parent if folder.is_file() else folder, data_files)
         if not (resolved and _is_guess(lists)):
             for split, files in lists.items():
                 if len(files) != 1:
@@ -79,13 +79,22 @@ def _is_guess(lists: Mapping[str, Sequence[Path]]) -> bool:
 
 
 def find_root(data_dir: FilePath | None, lists: Mapping[str, Path]) -> Path:
-    """Return one absolute path for all spellings of `data_dir`; without it, the folder of the first split file."""
+    """Return one absolute path for all spellings of `data_dir`; without it, the folder of the first split file.
+
+    Raises:
+        ValueError: The path holds a newline.
+    """
     if data_dir is None or hub_corpus.is_hub_corpus(data_dir):
-        return next(iter(lists.values())).parent.resolve()
-    root = Path(data_dir).expanduser()
-    for recipe in dict.fromkeys(map(recipe_of, lists.values())):
-        root = recipe.root(root)
-    return root.resolve()
+        root = next(iter(lists.values())).parent
+    else:
+        root = Path(data_dir).expanduser()
+        for recipe in dict.fromkeys(map(recipe_of, lists.values())):
+            root = recipe.root(root)
+    if "\n" in str(root := root.resolve()):
+        raise ValueError(
+            f"data_dir {str(root)!r} holds a newline, which separates recordings of a turn: rename the folder"
+        )
+    return root
 
 
 def describe_corpus(lists: Mapping[str, Path], digests: Mapping[str, str]) -> str:

@@ -6,6 +6,7 @@ opened, and are reported together with file and line.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from usdm_sft.corpus.dialogs import Dialog, FilePath, Recipe, Split, Turns, Utte
 from usdm_sft.corpus.find import recipe_of
 from usdm_sft.corpus.hub_corpus import is_hub_corpus
 from usdm_sft.corpus.problems import CorpusError, add_problem
-from usdm_sft.utils.texts import quote
+from usdm_sft.utils.texts import count_noun, quote
 
 if TYPE_CHECKING:
     from usdm_sft.corpus.unit_reader import UnitReader
@@ -97,6 +98,48 @@ def read_corpus(
     if problems:
         raise CorpusError(problems)
     return splits
+
+
+def take_validation(splits: Mapping[str, Split], val_dialogs: int | float, seed: int = 0) -> dict[str, Split]:
+    """Make a split "validation" of whole dialogs of "train".
+
+    Whether a dialog is chosen follows from the seed, its id and the ids of the others, and not from their order: the dialogs whose
+    sha256 of "SEED ID" is smallest are chosen.
+
+    Args:
+        splits: The splits by name.
+        val_dialogs: Number of dialogs, or a share below 1 of those that have a pair, at least one dialog.
+        seed: Another seed chooses other dialogs.
+
+    Returns:
+        The splits; "validation" follows "train", and dialogs stay in order.
+
+    Raises:
+        ValueError: There is no train split, there is a validation split already, or no dialog would be left for train.
+    """
+    if "train" not in splits:
+        raise ValueError(
+            f"val_dialogs is {val_dialogs}, but the corpus has no split train: name its list, or leave it out"
+        )
+    if "validation" in splits:
+        raise ValueError(
+            f"val_dialogs is {val_dialogs}, but the corpus has a split validation already: leave one of them out"
+        )
+    dialogs = splits["train"].dialogs
+    number = val_dialogs if isinstance(val_dialogs, int) else max(1, round(val_dialogs * len(dialogs)))
+    if number >= len(dialogs):
+        raise ValueError(
+            f"val_dialogs is {val_dialogs}, but train has {count_noun(len(dialogs), 'dialog')} with a pair: give less"
+        )
+    ids = sorted((dialog.id for dialog in dialogs), key=lambda name: sha256(f"{seed} {name}".encode()).digest())
+    chosen = set(ids[:number])
+    parts = [tuple(dialog for dialog in dialogs if (dialog.id in chosen) is is_chosen) for is_chosen in (False, True)]
+    train, validation = (tuple(dialog.id for dialog in part) for part in parts)
+    divided = {
+        "train": replace(splits["train"], dialogs=parts[0], dialog_ids=train),
+        "validation": Split("validation", parts[1], {}, validation),
+    }
+    return divided | {name: split for name, split in splits.items() if name != "train"}
 
 
 def _make_split(name: str, turns: Turns, problems: list[str], rules: Rules, recipe: Recipe) -> Split:

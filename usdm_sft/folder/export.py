@@ -98,7 +98,7 @@ def export(
     counts = read_counts(dataset_dir)
     ranges = divide_files(data_files(dataset_dir, counts))
     make_pieces = partial(map_ranges, ranges=ranges, name="rows", num_proc=num_proc, rows_per_process=_ROWS_PER_PROCESS)
-    writers[format](Path(output_dir), counts, make_pieces)
+    writers[format](Path(output_dir).expanduser(), counts, make_pieces)
     return {split: sum(rows.num_rows for rows in ranges if rows.split == split) for split in counts["splits"]}
 
 

@@ -68,7 +68,7 @@ def read_counts(folder: str | Path) -> dict[str, Any]:
         FileNotFoundError: The folder is not a finished dataset folder.
         ValueError: counts.json is not one that `prepare` wrote.
     """
-    path = Path(folder) / COUNTS
+    path = Path(folder).expanduser() / COUNTS
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {COUNTS}: name a folder that 'dailytalk-usdm prepare' finished")
     try:
@@ -164,7 +164,7 @@ def data_files(folder: str | Path, counts: Mapping[str, Any], config: str | None
     files = {}
     for split in counts["splits"]:
         prefix = f"{config or counts['config']}/{split}-"
-        files[split] = [Path(folder) / name for name in sorted(counts["files"]) if name.startswith(prefix)]
+        files[split] = [Path(folder).expanduser() / name for name in sorted(counts["files"]) if name.startswith(prefix)]
         for path in files[split]:
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing: run prepare again")

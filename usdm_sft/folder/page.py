@@ -81,7 +81,7 @@ def write_page(
     counts = read_counts(dataset_dir)
     rows = read_rows(dataset_dir, split, index, num_examples)
     tokenizer = load_tokenizer(str(Path(dataset_dir) / "tokenizer")).backend_tokenizer
-    layout = read_layout(Path(dataset_dir) / COUNTS, counts)
+    layout = read_layout(Path(dataset_dir).expanduser() / COUNTS, counts)
     examples = [_describe_row(row, layout) for row in rows]
     recordings: list[dict[str, Any]] = []
     if data_dir is not None:
@@ -167,7 +167,8 @@ class CorpusRecordings:
     def __init__(self, data_dir: str | Path, split: str, counts: Mapping[str, Any]):
         settings, streams, is_given = counts["settings"], read_streams(counts), counts["unit_model"] is None
         is_manifest = manifest.RECIPE.reads(Path(data_dir))
-        corpus = data_dir if is_manifest else find_lists(data_dir, with_units=is_given).get(split)
+        listed = "train" if split == "validation" and "val_dialogs" in settings else split
+        corpus = data_dir if is_manifest else find_lists(data_dir, with_units=is_given).get(listed)
         if corpus is None:
             raise FileNotFoundError(f"{data_dir} has no list of {split}: {_OTHER_CORPUS}")
         rules = Rules(settings.get("agent"), settings.get("merge_speaker_turns", False))

@@ -56,7 +56,7 @@ def push(
         raise ValueError(f"commit_message {commit_message!r} is empty: give a text, or leave it out")
     verify(dataset_dir)
     counts = read_counts(dataset_dir)
-    additions = _list_additions(Path(dataset_dir), counts)
+    additions = _list_additions(Path(dataset_dir).expanduser(), counts)
     api = HfApi(token=token)
     target: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "create_pr": create_pr}
     with hub_errors_in_one_line(repo_id, revision):

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from usdm_sft.utils.texts import count_noun, printable
 
 TOO_LONG = "more than max_length"  # in the reason of a pair that `prepare.overflow` leaves out
 DROPPED = "dropped by dailytalk-usdm edit"  # the reason of a pair that `folder.edit` leaves out
+SHOWN = 20  # entries of a list that a command prints
 QUANTILES = {"min": 0.0, "median": 0.5, "95 %": 0.95, "max": 1.0}
 _BATCH = 512
 _BINS, _BAR = 10, 40  # bars of a histogram in the terminal, and characters of the longest
@@ -270,9 +272,10 @@ def summarize_split(split: Mapping[str, Any]) -> str:
     left_out = [f"{count_noun(count_too_long(split), 'row')} too long"]
     if bad_audio:
         left_out.append(f"{count_noun(bad_audio, 'pair')} with bad audio")
-    reasons = ", ".join(f"{dialog}: {reason}" for dialog, reason in dialogs.items())
     if dropped := count_dropped(split):
         left_out.append(f"{count_noun(dropped, 'pair')} dropped")
+    listed = [f"{dialog}: {reason}" for dialog, reason in islice(dialogs.items(), SHOWN)]
+    reasons = ", ".join([*listed, f"{len(dialogs) - SHOWN:,} more"] if len(dialogs) > SHOWN else listed)
     left_out.append(count_noun(len(dialogs), "dialog") + (f" ({reasons})" if reasons else ""))
     cut = f"; shortened: {count_noun(len(split['rows_cut']), 'row')}" if split["rows_cut"] else ""
     return (

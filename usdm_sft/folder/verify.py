@@ -75,7 +75,7 @@ def verify(
         VerificationError: A check failed; the message names up to 20 places.
         ValueError: counts.json, a Parquet file or the card cannot be read.
     """
-    folder = Path(dataset_dir)
+    folder = Path(dataset_dir).expanduser()
     counts = read_counts(folder)
     _raise_any(_check_files(folder, counts))  # raises before a damaged file is read
     tokenizer = load_tokenizer(folder / "tokenizer")
@@ -103,7 +103,7 @@ def verify(
     card_problems = _check_card(folder, counts, checked, tokenizer.backend_tokenizer)
     _raise_any(chain(_check_tokenizer_config(folder, encoder), card_problems))
     if against is not None:
-        _raise_any(compare_with_text(files, Path(against), folder / "tokenizer", num_proc=num_proc))
+        _raise_any(compare_with_text(files, Path(against).expanduser(), folder / "tokenizer", num_proc=num_proc))
     return {split: values.numbers["tokens"].total for split, values in checked.statistics.items()}
 
 

@@ -64,6 +64,11 @@ CACHE_BYTES = 1_400  # per second of recording
 FOLDER_BYTES = 600  # per second of recording
 TOKENIZER_BYTES = 10_000_000  # the tokenizer and the pictures of a dataset folder
 
+# Seconds of audio per second with the published unit model, as measured on two cores (docs/performance.md). No rate of a GPU is
+# known.
+RATES = {("cpu", "fp32"): 2.6, ("cpu", "bf16"): 7.4}
+DAILYTALK_HOURS = 20  # of audio
+
 Level = Literal["ok", "warning", "error"]
 Lines = Iterator[tuple[Level, str]]
 
@@ -110,6 +115,7 @@ class SetUp:
         self.model_bytes = 0
         self.audio_seconds = self.new_seconds = self.audio_bytes = 0.0
         self.units_per_second: float = UNITS_PER_SECOND
+        self._rate: float | None = None  # seconds of audio whose units two CPU cores compute in a second
         self._streams: UnitStreams | None = None
         self._num_tokens: int | None = None  # of the tokenizer, for units
         self._splits: dict[str, Split] = {}
@@ -172,7 +178,10 @@ class SetUp:
             remedy = "use a machine with a GPU for a large corpus (docs/performance.md)"
             if shutil.which("nvidia-smi") is not None:
                 remedy = "install torch for CUDA (pytorch.org), because this machine has NVIDIA's driver"
-            text = f"torch {torch.__version__} finds no GPU, and two CPU cores take about 8 hours for DailyTalk"
+            text = f"torch {torch.__version__} finds no GPU"
+            self._rate = find_rate(config, kind)
+            if self._rate is not None and not self.has_corpus:
+                text += f", and two CPU cores take about {DAILYTALK_HOURS / self._rate:.0f} hours for DailyTalk"
             yield "warning", f"{text}: {remedy}"
 
     def check_hub(self) -> Lines:
@@ -329,6 +338,10 @@ class SetUp:
                 self.audio_seconds = self.new_seconds = seconds / len(good) * len(addresses)
             self.audio_bytes = sum(2 * check.frames for check in good) / len(good) * len(addresses)
             text += f", about {self.audio_seconds / 3600:.2g} hours"
+            if self._rate is not None:
+                text += (
+                    f", whose units two CPU cores compute in about {self.audio_seconds / 3600 / self._rate:.2g} hours"
+                )
         yield "ok", text
 
     def check_disks(self) -> Lines:
@@ -367,6 +380,11 @@ class SetUp:
         else:
             text = f"file locks in {existing} hold on this machine only, because it is mounted with {local}"
             yield "warning", f"{text}: let no two machines share this cache"
+
+
+def find_rate(config: PrepareConfig, device: str) -> float | None:
+    """Return the seconds of audio per second of a run on a kind of device, or None where none was measured."""
+    return RATES.get((device, config.precision)) if str(config.unit_model) == PUBLISHED else None
 
 
 def find_precisions(device: str) -> list[str]:

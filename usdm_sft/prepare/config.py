@@ -37,6 +37,7 @@ MINIMUM = {
     "tasks": 1,
     "num_gpus": 0,
     "shuffle_seed": 0,
+    "val_seed": 0,
 }
 _EXPECTED = {
     int: "a whole number",
@@ -60,6 +61,8 @@ def describe_type(hint: Any, name: str = "") -> str:
         return EXPECTED_PARTS
     if name == "num_units":
         return EXPECTED_NUM_UNITS
+    if name == "val_dialogs":
+        return "a whole number of dialogs, such as 100, or a share below 1, such as 0.05"
     hint = _alternatives(hint)[0]
     if get_origin(hint) is Literal:
         return f"one of {', '.join(get_args(hint))}"
@@ -123,6 +126,13 @@ class CorpusOptions:
 
     test_metadata_path: str | Path | None = None
     """Split list or manifest of the test split."""
+
+    val_dialogs: int | float | None = None
+    """Number of dialogs of the train split, or a share of them such as 0.05, that become a split validation. Whole dialogs are chosen with a
+    seed. By default there is none, as in the reference."""
+
+    val_seed: int = 0
+    """Seed that chooses the dialogs of val_dialogs."""
 
     on_bad_audio: Literal["error", "skip"] = "error"
     """What to do with audio that cannot become units: error stops before any work and names every file; skip leaves out
@@ -282,6 +292,10 @@ class PrepareConfig(
         if self.agent is not None:
             object.__setattr__(self, "agent", str(self.agent))  # speakers are texts, also those that are numbers
         check_config(self.config_name, self.history)
+        if self.val_dialogs is not None and not 0 < self.val_dialogs < (
+            1 if isinstance(self.val_dialogs, float) else math.inf
+        ):
+            raise ValueError(f"val_dialogs is {self.val_dialogs}: give {describe_type(int, 'val_dialogs')}")
         self._check_given_units()
         if self.executor is None and (self.tasks != 1 or self.slurm is not None):
             raise ValueError("tasks and slurm are options of an executor: name one with --executor")

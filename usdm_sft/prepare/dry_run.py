@@ -19,7 +19,7 @@ import numpy as np
 
 from usdm_sft.audio.addresses import disk_files
 from usdm_sft.audio.frames import FRAMINGS, SAMPLE_RATE
-from usdm_sft.prepare.checks import Finding, SetUp
+from usdm_sft.prepare.checks import Finding, SetUp, find_rate
 from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.prepare.given_units import GivenUnits, write_given_units
 from usdm_sft.prepare.open_run import Run, choose_devices, load_rows, open_run
@@ -27,7 +27,7 @@ from usdm_sft.prepare.plan import Shard, list_ids
 from usdm_sft.prepare.token_shards import fit_splits
 from usdm_sft.template.streams import UNITS_PER_SECOND, UnitStreams
 from usdm_sft.template.tokenizer import NUM_UNITS
-from usdm_sft.units.published import PUBLISHED, locate_unit_model
+from usdm_sft.units.published import locate_unit_model
 from usdm_sft.units.settings import make_settings
 from usdm_sft.units.tokenizer import UnitTokenizer
 from usdm_sft.utils.cache_keys import cache_root
@@ -36,9 +36,6 @@ from usdm_sft.utils.progress import Stages
 from usdm_sft.utils.shard_cache import ShardCache, write_shard
 from usdm_sft.utils.texts import count_noun
 
-# Seconds of audio per second with the published unit model, as measured on two cores (docs/performance.md). No rate of a GPU is
-# known.
-RATES = {("cpu", "fp32"): 2.6, ("cpu", "bf16"): 7.4}
 _STAGES = ("tokenizer", "corpus", "unit model", "rows")
 _REMEMBERED = ("digests.sqlite", "split_lists")  # parts of the cache that save the first pass and a download
 
@@ -154,7 +151,7 @@ def describe_dry_run(found: DryRun, config: PrepareConfig) -> list[str]:
             "tokens: the numbers are those of keep, an upper limit; how many units repeat shows when they are computed"
         )
     hours = found.missing_seconds / 3600
-    rate = RATES.get((found.device, config.precision)) if str(config.unit_model) == PUBLISHED else None
+    rate = find_rate(config, found.device)
     if not hours:
         lines.append("time: no audio is left to compute")
     elif rate is None:

@@ -207,6 +207,7 @@ def open_corpus(config: PrepareConfig, cache: Path) -> DailyTalkUSDM:
     given: dict[str, Any] = {"unit_rate": config.unit_rate, "num_units": config.num_units}
     if config.unit_rate is not None:  # otherwise the streams are those of a codec
         given["streams"] = config.streams
+    given |= _describe_validation(config)
     return DailyTalkUSDM(
         **{name: value for name, value in given.items() if value is not None},
         config_name=config.config_name,
@@ -219,6 +220,11 @@ def open_corpus(config: PrepareConfig, cache: Path) -> DailyTalkUSDM:
         digest_cache_dir=cache,
         on_bad_audio=config.on_bad_audio,
     )
+
+
+def _describe_validation(config: PrepareConfig) -> dict[str, Any]:
+    """Return the options of a split that is taken from train; nothing if there is none."""
+    return {} if config.val_dialogs is None else {"val_dialogs": config.val_dialogs, "val_seed": config.val_seed}
 
 
 def describe_run(run: Run) -> dict[str, Any]:
@@ -239,6 +245,7 @@ def describe_run(run: Run) -> dict[str, Any]:
             "history": config.history,
             "agent": config.agent,
             "merge_speaker_turns": config.merge_speaker_turns,
+            **_describe_validation(config),
             "template": config.template.settings(),
             "max_length": config.max_length,
             "overflow": run.overflow,

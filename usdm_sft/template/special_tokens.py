@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 CORRESPOND_TOKEN, CONTINUE_TOKEN = "<|correspond|>", "<|continue|>"
 BYTE_NEWLINE = "<0x0A>"
 NEWLINE_TOKENS = ("\n", "Ċ", BYTE_NEWLINE)  # as itself, in a byte-level tokenizer, and as a byte
+OR_OFFLINE = f", or use {OFFLINE!r}"
 _ADD_UNITS = "add the tokens for units with `dailytalk-usdm tokenizer`"
 
 
@@ -56,7 +57,7 @@ def unit_token(unit: int) -> str:
 
 
 @contextmanager
-def naming_errors(name: str = "this tokenizer") -> Iterator[None]:
+def naming_errors(name: str = "this tokenizer", instead: str = OR_OFFLINE) -> Iterator[None]:
     """Turn the errors of tokenizers into a ValueError with the name of the tokenizer. Other errors pass.
 
     tokenizers raises plain `Exception`, and panics where a tokenizer.json contradicts itself, often not before the first text.
@@ -70,7 +71,7 @@ def naming_errors(name: str = "this tokenizer") -> Iterator[None]:
         if type(error) is not Exception and not is_panic(error):
             raise
         raise ValueError(
-            f"{name} has a tokenizer that cannot be used ({first_line(error)}): download it again, or use {OFFLINE!r}"
+            f"{name} has a tokenizer that cannot be used ({first_line(error)}): download it again{instead}"
         ) from error
 
 
@@ -80,6 +81,11 @@ def plain_copy(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def without_padding(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer itself if it has neither padding nor truncation, else a plain copy, which takes a quarter of a second."""
+    return tokenizer if tokenizer.padding is None and tokenizer.truncation is None else plain_copy(tokenizer)
 
 
 def read_tokens(tokenizer: PreTrainedTokenizerFast, name: str = "this tokenizer") -> TemplateTokens:
@@ -93,7 +99,7 @@ def read_tokens(tokenizer: PreTrainedTokenizerFast, name: str = "this tokenizer"
         ValueError: A token is missing, the ids of units have a gap, a token for units is not read as one id, or a newline is not
             one id. The message says which.
     """
-    backend = plain_copy(tokenizer.backend_tokenizer)
+    backend = without_padding(tokenizer.backend_tokenizer)
     correspond, continue_, unit_0 = (
         _require_token(backend, token, name) for token in (CORRESPOND_TOKEN, CONTINUE_TOKEN, unit_token(0))
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,12 +26,13 @@ from usdm_sft.template.config import MAX_LENGTH, MAX_UNITS, OFFLINE, USTM
 from usdm_sft.template.special_tokens import (
     CONTINUE_TOKEN,
     CORRESPOND_TOKEN,
+    OR_OFFLINE,
     TemplateTokens,
     find_newline,
     naming_errors,
-    plain_copy,
     read_tokens,
     unit_token,
+    without_padding,
 )
 from usdm_sft.utils.texts import first_line
 
@@ -147,7 +149,7 @@ def check_tokenizer(tokenizer: Tokenizer, name: str = "this tokenizer") -> Templ
     Raises:
         ValueError: An id differs.
     """
-    tokenizer = plain_copy(tokenizer)
+    tokenizer = without_padding(tokenizer)
     remedy = (
         f"load naver-ai/USTM, or a folder that this package saved, with load_tokenizer ({OFFLINE!r} builds it offline); "
         "the tokenizer of another base model needs template.tokenization separate"
@@ -198,8 +200,8 @@ def build_tokenizer(
     if not 1 <= num_units <= MAX_UNITS:
         raise ValueError(f"num_units is {num_units}: give a number from 1 to {MAX_UNITS}")
     if str(base) != OFFLINE:
-        opened = _open_tokenizer(str(base), None, {"cache_dir": model_cache_dir, "repo_type": "model"})
-        with naming_errors(str(base)):
+        opened = _open_tokenizer(str(base), None, {"cache_dir": model_cache_dir, "repo_type": "model"}, instead="")
+        with naming_errors(str(base), instead=""):
             return add_units(opened, num_units, str(base))
     try:
         import sentencepiece  # an optional dependency, like mistral-common
@@ -273,22 +275,28 @@ def describe_tokenizer(name_or_path: str | Path, tokens: TemplateTokens, chat: C
         JSON values: `name` (None for a folder, because paths stay private), `num_units`, `ids` where `tokens` are not USTM's, and `chat`
         where it is given.
     """
-    is_folder = str(name_or_path) != OFFLINE and Path(name_or_path).is_dir()
+    is_folder = str(name_or_path) != OFFLINE and Path(name_or_path).expanduser().is_dir()
     ids: dict[str, Any] = {} if tokens == ustm_tokens(tokens.num_units) else {"ids": tokens._asdict()}
     if chat is not None:
         ids["chat"] = chat.frames._asdict() | {"stop_id": chat.stop_id}
     return {"name": None if is_folder else str(name_or_path), "num_units": tokens.num_units, **ids}
 
 
-def _open_tokenizer(name_or_path: str, subfolder: str | None, hub: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """Open tokenizer.json as it is; `hub` has the arguments of `hf_hub_download`. Raises what `load_tokenizer` raises."""
-    source = _find_source(name_or_path, subfolder, hub)
+def _open_tokenizer(
+    name_or_path: str, subfolder: str | None, hub: dict[str, Any], *, instead: str = OR_OFFLINE
+) -> PreTrainedTokenizerFast:
+    """Open tokenizer.json as it is; `hub` has the arguments of `hf_hub_download`. Raises what `load_tokenizer` raises.
+
+    `instead` is the last remedy of errors; a base tokenizer has none, because USTM's tokenizer cannot take its place.
+    """
+    name_or_path = os.path.expanduser(name_or_path)
+    source = _find_source(name_or_path, subfolder, hub, instead)
     from transformers import PreTrainedTokenizerFast
 
     place = f"{name_or_path}/{subfolder}" if subfolder else name_or_path
     options: dict[str, Any] = {"revision": hub.get("revision") or "main", "token": hub.get("token")}
     try:
-        with naming_errors(place):
+        with naming_errors(place, instead):
             tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
                 source, cache_dir=hub["cache_dir"], **options
             )
@@ -296,13 +304,12 @@ def _open_tokenizer(name_or_path: str, subfolder: str | None, hub: dict[str, Any
         raise
     except Exception as error:  # transformers and tokenizers raise many types for a malformed file
         raise ValueError(
-            f"{place} has a tokenizer that cannot be opened ({first_line(error)}): download it again, "
-            f"or use {OFFLINE!r}"
+            f"{place} has a tokenizer that cannot be opened ({first_line(error)}): download it again{instead}"
         ) from error
     return tokenizer
 
 
-def _find_source(name_or_path: str, subfolder: str | None, hub: dict[str, Any]) -> str:
+def _find_source(name_or_path: str, subfolder: str | None, hub: dict[str, Any], instead: str) -> str:
     """Return what transformers opens: a folder, or the name of a model repository. It has no names for dataset repositories.
 
     A source without tokenizer.json is refused, because transformers would convert other files, to other ids.
@@ -317,7 +324,7 @@ def _find_source(name_or_path: str, subfolder: str | None, hub: dict[str, Any]) 
     except (OSError, HFValidationError) as error:
         raise OSError(
             f"tokenizer {name_or_path} is not a folder and cannot be fetched from the Hub ({first_line(error)}): check the "
-            f"name and the network, or use {OFFLINE!r}, which is built offline"
+            f"name and the network{instead and f'{instead}, which is built offline'}"
         ) from error
     if subfolder is None and hub["repo_type"] == "model":
         return name_or_path
@@ -345,7 +352,7 @@ def add_units(tokenizer: PreTrainedTokenizerFast, num_units: int, name: str) -> 
             raise ValueError(f"{name} has the token {token} already (id {found}): name the tokenizer of a base model")
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": AddedToken("<pad>", normalized=False, special=True)})
-    if find_newline(plain_copy(tokenizer.backend_tokenizer)) is None:
+    if find_newline(without_padding(tokenizer.backend_tokenizer)) is None:
         tokenizer.add_tokens([AddedToken("\n", normalized=False)])
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in new], special_tokens=True)
     read_tokens(tokenizer, name)

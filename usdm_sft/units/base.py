@@ -32,7 +32,7 @@ class KMeansModel(nn.Module, ABC):
     """A speech encoder with centroids. A subclass keeps what it needs of transformers' model (`_take`) and computes the features.
 
     Args:
-        config: Config of the model, cut to the layers that are needed.
+        config: Config of the model, cut to the layers that are needed, or what `empty_model` makes of it.
         weights: float32 tensors under transformers' names.
         centroids: (num_units, hidden_size) float32.
         precision: "fp32" computes as the reference does. "fp16" and "bf16" run the layers' matrix products and attention
@@ -47,7 +47,7 @@ class KMeansModel(nn.Module, ABC):
 
     def __init__(
         self,
-        config: dict[str, Any],
+        config: dict[str, Any] | nn.Module,
         weights: dict[str, torch.Tensor],
         centroids: np.ndarray,
         precision: str = "fp32",
@@ -59,7 +59,7 @@ class KMeansModel(nn.Module, ABC):
         self.register_buffer("centroids", torch.from_numpy(centroids))
         self.register_buffer("centroid_norms", torch.from_numpy(np.square(centroids).sum(axis=1)))
         self.products: nn.Module | None = None  # of features with centroids, where a precision has its own
-        model = empty_model(config)
+        model = config if isinstance(config, nn.Module) else empty_model(config)
         model.load_state_dict(weights, assign=True)
         self._take(model, final_norm=final_norm)
         self.requires_grad_(False).eval()
@@ -94,8 +94,9 @@ class KMeansModel(nn.Module, ABC):
             kmeans_bytes = 4 * description["num_units"] * config["hidden_size"]
             centroids = read_array(_read(folder, "kmeans.npy", description, kmeans_bytes + _MAX_HEADER_BYTES))
             _check_centroids(centroids, config, description)
-            weights = _read_weights(folder, config, description)
-            return cls(config, weights, centroids, precision, final_norm=description.get("final_norm", False))
+            model = empty_model(config)
+            weights = _read_weights(folder, model.state_dict(), description)
+            return cls(model, weights, centroids, precision, final_norm=description.get("final_norm", False))
         except ChangedError:
             raise
         except (ValueError, RuntimeError, RecursionError, SafetensorError) as error:
@@ -160,9 +161,10 @@ def _open_memory() -> IO[bytes]:
         return io.BytesIO()
 
 
-def _read_weights(folder: Path, config: dict[str, Any], description: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def _read_weights(
+    folder: Path, expected: Mapping[str, torch.Tensor], description: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
     """Read the tensors of model.safetensors, after their number and size were compared with those of the model."""
-    expected = empty_model(config).state_dict()
     max_bytes = sum(tensor.nbytes for tensor in expected.values()) + _MAX_HEADER_BYTES
     with _open_memory() as memory:
         copy_known(folder / "model.safetensors", description["files"]["model.safetensors"], memory, max_bytes)
