@@ -1,11 +1,13 @@
 """Utterances, dialogs and splits: the data that reading a corpus returns; and the interface of what reads one."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+from usdm_sft.corpus.problems import add_problem
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,7 +68,10 @@ class Turns:
     def __init__(self, place: Callable[[int], str]):
         self.place = place
         self.dialogs: dict[str, list[tuple[Utterance, int]]] = {}
-        self._numbers: dict[str, int] = {}  # utterance id -> number of its line
+        self._numbers: dict[Hashable, int] = {}  # utterance id, or dialog and segment -> number of its line
+        self._segments: dict[
+            str, list[tuple[float, float, str, int, Utterance]]
+        ] = {}  # dialog id -> turns without a number
 
     def add(self, utterance: Utterance, number: int) -> int | None:
         """Add the turn of a line or row, or return the number of an earlier one with its id."""
@@ -75,6 +80,39 @@ class Turns:
             return first
         self.dialogs.setdefault(utterance.dialog_id, []).append((utterance, number))
         return None
+
+    def add_segment(self, utterance: Utterance, number: int, start: float, end: float) -> int | None:
+        """Add a turn that has no number yet, or return the number of an earlier line with the same segment of the same speaker.
+
+        Args:
+            utterance: The turn; its `id` and `turn` do not count.
+            number: Number of its line or row.
+            start: Start in seconds.
+            end: End in seconds.
+        """
+        name = (utterance.dialog_id, utterance.speaker, utterance.audio, start, end)
+        first = self._numbers.setdefault(name, number)
+        if first != number:
+            return first
+        self.dialogs.setdefault(utterance.dialog_id, [])  # the place of the dialog among the others
+        segments = self._segments.setdefault(utterance.dialog_id, [])
+        segments.append((start, end, utterance.speaker, number, utterance))
+        return None
+
+    def number_segments(self, problems: list[str]) -> None:
+        """Number the turns that have no number from 0 in each dialog, by start, then end, speaker and line."""
+        for dialog_id, segments in self._segments.items():
+            if self.dialogs[dialog_id]:
+                place, [(first, line), *_] = self.place(segments[0][3]), self.dialogs.pop(dialog_id)
+                problem = f"turn missing, but dialog {dialog_id} has turn {first.turn} at {self.place(line)}"
+                add_problem(problems, f"{place}: {problem}: number all turns of a dialog, or none")
+                continue
+            segments.sort(key=lambda segment: segment[:4])
+            self.dialogs[dialog_id] = [
+                (replace(utterance, id=f"{dialog_id}_{turn}", turn=turn), number)
+                for turn, (*_, number, utterance) in enumerate(segments)
+            ]
+        self._segments.clear()
 
 
 class Recipe(NamedTuple):

@@ -4,7 +4,8 @@
 
 `dialog`, `turn`, `speaker`, `text` and `audio` are required. `start` and `end` (seconds) and `channel` (from 0) cut the turn out of
 a longer recording, such as a stereo telephone call. `emotion` is optional; other columns are ignored. Dialogs keep the order
-of the manifest, and turns are numbered without a gap.
+of the manifest, and turns are numbered without a gap. A dialog whose rows have a `start` may have no `turn`: its turns are numbered
+by start (`Turns.number_segments`).
 
     {"dialog": "fe_03_00001", "turn": 0, "speaker": "A", "text": "hello", "units": [[17, 902], [17, 3], [460, 11]]}
 
@@ -16,7 +17,7 @@ import csv
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -48,6 +49,7 @@ _COLUMNS = (*REQUIRED, *OPTIONAL)
 _NUMBERS = ("turn", "start", "end", "channel")
 UTTERANCES = "utterances"  # the config of a dataset folder with these columns, and audio in them (--keep_audio)
 MAX_TURN = 2**31 - 1
+NO_TURN = -1  # of a turn that is numbered by its start
 MAX_NAME = 200  # characters of a dialog or speaker
 # Of a Parquet manifest: rows read at once, and decoded at once; bytes that a column of a row group may have, and on average a row.
 _BATCH_ROWS = 16_384
@@ -62,6 +64,7 @@ _MANY_UNITS = 16_384
 MAX_ROW_UNITS = 1_000_000
 
 _RATE_REMEDY = ", or give --unit_rate, and its column units is read in place of audio"
+_START_REMEDY = ", or give start and end, and turns are numbered by start"
 
 _Rows = Iterator[
     tuple[int, dict[str, Any] | str]
@@ -115,19 +118,35 @@ def read_manifest(
         if isinstance(made, Utterance) and units is not None:
             made = _add_units(made, units.read(row[UNITS], turns.place(number)))
         if isinstance(made, Utterance):
-            first = turns.add(made, number)
+            if made.turn == NO_TURN:
+                what, first = "segment", turns.add_segment(made, number, float(row["start"]), float(row["end"]))
+            else:
+                what, first = f"turn {made.turn}", turns.add(made, number)
             if first is None:
                 continue
             place = turns.place(first)
-            made = [f"turn {made.turn} of {quote(made.dialog_id)} stands already at {place}: delete one of the two"]
+            made = [f"{what} of {quote(made.dialog_id)} stands already at {place}: delete one of the two"]
         for problem in made:
             add_problem(problems, f"{turns.place(number)}: {problem}")
+    turns.number_segments(problems)
     return turns
 
 
 def list_required(with_units: bool) -> tuple[str, ...]:
-    """Return the columns that a row must have."""
+    """Return the columns that a row must have. `turn` may be missing where `start` and `end` are there (`list_missing`)."""
     return (*(name for name in REQUIRED if name != "audio"), UNITS) if with_units else REQUIRED
+
+
+def list_missing(names: Container[str], with_units: bool) -> list[str]:
+    """Return the required columns that are not among the names."""
+    has_start = "start" in names
+    return [name for name in list_required(with_units) if name not in names and not (name == "turn" and has_start)]
+
+
+def _find_remedy(missing: list[str], has_units: bool) -> str:
+    if missing == ["audio"] and has_units:
+        return _RATE_REMEDY
+    return _START_REMEDY if "turn" in missing else ""
 
 
 def _add_units(utterance: Utterance, units: Any) -> Utterance | list[str]:
@@ -139,9 +158,9 @@ def _make_utterance(row: dict[str, Any], absolute: Callable[[str], str], with_un
     required = list_required(with_units)
     names = dict.fromkeys((*required, *_COLUMNS))
     values: dict[str, Any] = {name: None if _is_missing(row.get(name), name) else row[name] for name in names}
-    if missing := [name for name in required if values[name] is None]:
+    if missing := list_missing([name for name, value in values.items() if value is not None], with_units):
         found = f"{', '.join(missing)} missing: complete the row (a row has {', '.join(required)})"
-        return [found + _RATE_REMEDY if missing == ["audio"] and row.get(UNITS) is not None else found]
+        return [found + _find_remedy(missing, row.get(UNITS) is not None)]
     problems = []
     for name in ("dialog", "speaker"):
         value = values[name]
@@ -150,8 +169,8 @@ def _make_utterance(row: dict[str, Any], absolute: Callable[[str], str], with_un
         elif len(str(value)) > MAX_NAME:
             length = len(str(value))
             problems.append(f"{name} {quote(str(value))} has {length:,} characters: give {MAX_NAME} or fewer")
-    turn = _whole_number(values["turn"])
-    if turn is None or not 0 <= turn <= MAX_TURN:
+    turn = NO_TURN if values["turn"] is None else _whole_number(values["turn"])
+    if values["turn"] is not None and (turn is None or not 0 <= turn <= MAX_TURN):
         wrong = quote(str(values["turn"]))
         problems.append(f"turn {wrong} is not a whole number from 0 to {MAX_TURN:,}: number the turns of the dialog")
     text, audio, emotion = values["text"], values["audio"], values["emotion"]
@@ -162,7 +181,7 @@ def _make_utterance(row: dict[str, Any], absolute: Callable[[str], str], with_un
     if emotion is not None and CONTROL.search(str(emotion)):
         problems.append(f"emotion {quote(str(emotion))} holds a control character: correct it")
     start, end, channel = (values[name] for name in ("start", "end", "channel"))
-    if audio is None and not start is end is channel is None:
+    if audio is None and (channel is not None or (turn != NO_TURN and (start, end) != (None, None))):
         problems.append("start, end and channel are of a recording, but the row has no audio: leave them out")
     elif audio is not None and (not isinstance(audio, str) or CONTROL.search(audio)):
         problems.append(f"audio {quote(str(audio))} is not a path: give the path of the recording")
@@ -446,9 +465,9 @@ def _long_text(row: Any) -> str | None:
 def _column_problem(names: list[str], with_units: bool) -> str | None:
     """Return what is wrong with the column names of a table, or None."""
     required = list_required(with_units)
-    if missing := [name for name in required if name not in names]:
+    if missing := list_missing(names, with_units):
         found = f"no column {', '.join(missing)}: name the columns {', '.join(required)}"
-        return found + _RATE_REMEDY if missing == ["audio"] and UNITS in names else found
+        return found + _find_remedy(missing, UNITS in names)
     if doubled := _doubled(names, with_units):
         return f"column {', '.join(doubled)} named twice: rename or delete one of the two"
     return None
