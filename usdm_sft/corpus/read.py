@@ -302,7 +302,7 @@ def find_large_share(split: Split) -> str | None:
     text = (
         f"{split.name}: {len(left_out):,} of {count_noun(total, 'dialog')} are left out ({describe_left_out(left_out)})"
     )
-    return f"{text}: {find_remedy(left_out) or 'counts.json lists them'}"
+    return f"{text}: {find_merge_remedy(left_out) or 'counts.json lists them'}"
 
 
 def describe_ignored(split: Split) -> str:
@@ -310,7 +310,7 @@ def describe_ignored(split: Split) -> str:
     return f"{split.name}: columns {', '.join(split.ignored)} are ignored: keep them with --keep_columns all, or name some of them"
 
 
-def find_remedy(left_out: Mapping[str, str]) -> str | None:
+def find_merge_remedy(left_out: Mapping[str, str]) -> str | None:
     """Return what keeps dialogs in which one speaker speaks twice in a row, or None if no dialog is left out for it."""
     return "join neighbouring turns with --merge_speaker_turns" if SAME_SPEAKER in left_out.values() else None
 
