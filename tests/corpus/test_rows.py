@@ -113,7 +113,7 @@ def test_config_refuses_kept_audio_of_divided_dialogs():
 
 def test_many_dialogs_of_segments_name_the_option_in_a_short_message(tmp_path):
     rows = [
-        segment(speaker, 0.0 + i, 1.0 + i, dialog=f"call-{n}") for n in range(3000) for i, speaker in enumerate("AAB")
+        segment(speaker, 0.0 + i, 1.0 + i, dialog=f"call-{n}") for n in range(600) for i, speaker in enumerate("AAB")
     ]
     path = write(tmp_path / "m.jsonl", rows)
     with pytest.raises(CorpusError) as raised:

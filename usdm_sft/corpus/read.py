@@ -68,8 +68,9 @@ class Rules:
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "Rules":
         """Take the rules from options, of which those that are None have their default."""
-        names = [field.name for field in fields(cls) if options.get(field.name) is not None]
-        return cls(**{name: str(options[name]) if name == "agent" else options[name] for name in names})
+        given: dict[str, Any] = {field.name: options.get(field.name) for field in fields(cls)}
+        rules = cls(**{name: value for name, value in given.items() if value is not None})
+        return rules if rules.agent is None else replace(rules, agent=str(rules.agent))  # a name may be a number
 
     def changes(self) -> dict[str, Any]:
         """Return the rules that are not the default."""
