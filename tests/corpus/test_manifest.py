@@ -73,6 +73,62 @@ def test_every_table_format_gives_the_same_dialogs(tmp_path, kind):
     assert {u.emotion for u in utterances} == {"none"}
 
 
+@pytest.mark.parametrize("kind", WRITERS)
+def test_turns_without_numbers_are_ordered_by_start(tmp_path, kind):
+    """Ties go to the earlier end, then to the speaker whose name is first."""
+    segments = [  # speaker, start, end, text
+        ("B", 1.5, 4, "fourth"), ("A", 10, 11, "sixth"), ("A", 1.5, 4, "third"),
+        ("B", 9.5, 10.5, "fifth"), ("A", 1.5, 2, "second"), ("B", 0, 1, "first"),
+    ]  # fmt: skip
+    rows = [
+        {"dialog": "c", "speaker": speaker, "text": text, "audio": "a.wav", "start": start, "end": end, "channel": int(speaker == "B")}
+        for speaker, start, end, text in segments
+    ]  # fmt: skip
+    path = WRITERS[kind](tmp_path / f"m.{kind}", rows)
+    turns = read_manifest(path, problems := [], None)
+    assert problems == []
+    assert [(turn.id, turn.turn, turn.speaker, turn.text, turn.audio.partition("#")[2]) for turn, _ in turns.dialogs["c"]] == [
+        ("c_0", 0, "B", "first", "t=0,1&channel=1"),
+        ("c_1", 1, "A", "second", "t=1.5,2&channel=0"),
+        ("c_2", 2, "A", "third", "t=1.5,4&channel=0"),
+        ("c_3", 3, "B", "fourth", "t=1.5,4&channel=1"),
+        ("c_4", 4, "B", "fifth", "t=9.5,10.5&channel=1"),
+        ("c_5", 5, "A", "sixth", "t=10,11&channel=0"),
+    ]  # fmt: skip
+    path = WRITERS[kind](tmp_path / f"n.{kind}", rows[::-1])
+    assert [turn for turn, _ in read_manifest(path, [], None).dialogs["c"]] == [turn for turn, _ in turns.dialogs["c"]]
+
+
+def test_dialogs_with_and_without_turn_numbers_keep_their_order(tmp_path):
+    rows = rows_of([("c", None, "A", "b"), ("d", 5, "A", "x"), ("c", None, "B", "a"), ("d", 6, "B", "y")], end=9)
+    for start, row in zip((2, 7, 1, 8), rows, strict=True):
+        row["start"] = start
+    dialogs = read_corpus({"train": write_jsonl(tmp_path / "m.jsonl", rows)})["train"].dialogs
+    assert [[(u.id, u.text) for u in dialog.utterances] for dialog in dialogs] == [
+        [("c_0", "a"), ("c_1", "b")],
+        [("d_5", "x"), ("d_6", "y")],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([{}, {"start": None, "end": None}], r":2: turn missing: complete the row \(.*\), or give start and end, and turns are numbered by start$"),
+        ([{"turn": 3}, {}], r":2: turn missing, but dialog call-1 has turn 3 at .*m\.jsonl:1: number all turns of a dialog, or none$"),
+        ([{}, {"end": None}], r":2: start and end go together"),
+        ([{}, {"start": 0, "speaker": "A"}], r":2: segment of 'call-1' stands already at .*m\.jsonl:1: delete one of the two$"),
+    ],
+)  # fmt: skip
+def test_bad_turns_without_numbers(tmp_path, changes, message):
+    rows = [row | {"start": i, "end": 5} for i, row in enumerate(rows_of(TURNS[:2]))]
+    for row, change in zip(rows, changes, strict=True):
+        del row["turn"]
+        row |= change
+    with pytest.raises(CorpusError, match=message) as error:
+        read_corpus({"train": write_jsonl(tmp_path / "m.jsonl", rows)})
+    assert len(error.value.problems) == 1
+
+
 def test_relative_paths_start_at_the_manifest_or_data_dir(tmp_path):
     rows = rows_of()
     rows[0]["audio"], rows[1]["audio"] = "/elsewhere/x.wav", "zip://x.wav::../x.zip"

@@ -301,6 +301,23 @@ def test_audio_beside_units(tmp_path):
     assert [each.audio for each in utterances] == [f"{tmp_path / 'a.wav'}#t=0.5,1&channel=1", ""]
 
 
+def test_turns_with_units_alone_are_ordered_by_start(tmp_path):
+    rows = [
+        {"dialog": "c", "speaker": speaker, "text": text, "start": start, "end": 9, "units": [[start, 0]]}
+        for speaker, text, start in (("B", "later", 3), ("A", "sooner", 1))
+    ]
+    path = write_jsonl(tmp_path / "m.jsonl", rows)
+    utterances, _ = read(path, 10, "first")
+    assert [(each.id, each.text, list(each.units)) for each in utterances] == [
+        ("c_0", "sooner", [1]),
+        ("c_1", "later", [3]),
+    ]
+    write_jsonl(path, [rows[0] | {"channel": 0}, rows[1]])
+    assert problems_of(path, 10, "first") == [
+        f"{path}:1: start, end and channel are of a recording, but the row has no audio: leave them out"
+    ]
+
+
 def test_merged_turns_have_the_units_of_both(tmp_path):
     rows = [
         {

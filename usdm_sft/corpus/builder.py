@@ -18,7 +18,7 @@ from usdm_sft.corpus import dailytalk, examples, features, find, read
 from usdm_sft.corpus import hub_corpus as hub
 from usdm_sft.corpus import left_out as bad_audio
 from usdm_sft.corpus.dialogs import FilePath, Split
-from usdm_sft.corpus.problems import CorpusError
+from usdm_sft.corpus.problems import CorpusError, describe_left_out
 from usdm_sft.corpus.unit_reader import make_reader
 from usdm_sft.utils import texts
 from usdm_sft.utils.files import sha256_file
@@ -52,8 +52,8 @@ class DailyTalkUSDMConfig(datasets.BuilderConfig):  # type: ignore[misc]  # data
     Attributes:
         history: Number of earlier exchanges that a pair of single_turn brings along as context; fewer at the start of a dialog.
             The user and agent columns are then lists, one entry per exchange, the pair last.
-        agent: The speaker who is the agent in every pair. By default each side is the agent in turn, as in the reference.
-        merge_speaker_turns: Join neighbouring turns of one speaker. By default such dialogs are left out, as in the reference.
+        agent, merge_speaker_turns, merge, max_gap, on_bad_rows, min_seconds, max_seconds, keep_columns, needs_text: As in
+            `usdm_sft.corpus.read.Rules`, where None is the default.
         on_bad_audio: "error" stops at bad audio, "skip" leaves out the pairs that use it.
         val_dialogs: Number or share of the dialogs of train that become the split validation (`usdm_sft.corpus.read.take_validation`).
         val_seed: Seed that chooses them.
@@ -67,6 +67,13 @@ class DailyTalkUSDMConfig(datasets.BuilderConfig):  # type: ignore[misc]  # data
     history: int = 0
     agent: str | None = None
     merge_speaker_turns: bool = False
+    merge: str | None = None
+    max_gap: float | None = None
+    on_bad_rows: str | None = None
+    min_seconds: float | None = None
+    max_seconds: float | None = None
+    keep_columns: str | None = None
+    needs_text: bool = True
     on_bad_audio: str = "error"
     val_dialogs: int | float | None = None
     val_seed: int = 0
@@ -142,13 +149,15 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
             raise ValueError("data_dir is missing: name the folder that DailyTalk was unpacked to, or its zip archive")
         if kwargs.get("agent") is not None:
             kwargs["agent"] = str(kwargs["agent"])  # speakers are texts, also those that are numbers
-        rules = read.Rules(kwargs.get("agent"), kwargs.get("merge_speaker_turns") or False)
+        self._rules = read.Rules.of(kwargs)
         reader = make_reader(kwargs.get("unit_rate"), kwargs.get("num_units"), kwargs.get("streams"))
-        self.whole_corpus = read.read_corpus(self.split_lists, rules, data_dir=data_dir, units=reader)
+        self.whole_corpus = read.read_corpus(self.split_lists, self._rules, data_dir=data_dir, units=reader)
         for split in self.whole_corpus.values():
             if not split.dialogs:
-                reasons = "; ".join(f"{dialog}: {reason}" for dialog, reason in split.left_out.items()) or "it is empty"
-                raise CorpusError([f"{self.split_lists[split.name]}: not one pair: {reasons}: name another split list"])
+                reasons = describe_left_out(split.left_out) or "it is empty"
+                remedy = read.find_merge_remedy(split.left_out)
+                remedy = f"{remedy}, or name another split list" if remedy else "name another split list"
+                raise CorpusError([f"{self.split_lists[split.name]}: not one pair: {reasons}: {remedy}"])
         if (val_dialogs := kwargs.get("val_dialogs")) is not None:
             self.whole_corpus = read.take_validation(self.whole_corpus, val_dialogs, kwargs.get("val_seed") or 0)
         self.unit_streams = None if reader is None else reader.streams
@@ -181,7 +190,14 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
         """
         if self._screened is None:
             on_bad_audio = self.config.on_bad_audio
-            self._screened = bad_audio.screen_audio(self.whole_corpus, on_bad_audio, self._digest_cache_dir, pool)
+            self._screened = bad_audio.screen_audio(
+                self.whole_corpus,
+                on_bad_audio,
+                self._digest_cache_dir,
+                pool,
+                rules=self._rules,
+                streams=self.unit_streams,
+            )
         return self._screened
 
     @property
@@ -193,6 +209,11 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
     def audio_digests(self) -> dict[str, AudioDigest]:
         """The `usdm_sft.audio.digests.AudioDigest` of each recording that a pair uses, by address; checks the audio first."""
         return self.screen_audio()[1]
+
+    @property
+    def further_columns(self) -> tuple[str, ...]:
+        """The further columns of the corpus that the rows keep."""
+        return next(iter(self.whole_corpus.values())).columns
 
     @property
     def content_digest(self) -> str:
@@ -207,6 +228,7 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
             features=features.example_features(
                 lists=examples.config_has_lists(self.config.name, self.config.history),
                 units=self.unit_streams is not None,
+                columns=self.further_columns,
             ),
             **(dailytalk.INFO if published else {}),
         )
@@ -239,6 +261,10 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
                 for role, utterances in zip(features.ROLES, zip(*example.exchanges, strict=True), strict=True):
                     columns: dict[str, list[Any]] = {
                         column: [getattr(utterance, column) for utterance in utterances] for column in features.TEXTS
+                    }
+                    columns |= {
+                        column: [(utterance.more or {}).get(column, "") for utterance in utterances]
+                        for column in self.further_columns
                     }
                     columns["audio"] = [
                         {"bytes": None, "path": utterance.audio} if utterance.audio else None

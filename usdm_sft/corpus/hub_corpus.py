@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from usdm_sft.audio.addresses import absolute_file, disk_files
 from usdm_sft.corpus import manifest
 from usdm_sft.corpus.dialogs import FilePath
-from usdm_sft.corpus.manifest import OPTIONAL, REQUIRED, UTTERANCES, list_required
+from usdm_sft.corpus.manifest import OPTIONAL, REQUIRED, UTTERANCES, list_missing, list_required
 from usdm_sft.corpus.problems import CorpusError, add_problem
 from usdm_sft.utils.cache_keys import cache_root
 from usdm_sft.utils.files import replace_text, sha256_file, write_then_replace
@@ -110,7 +110,7 @@ def _write_manifest(rows: Dataset, name: str, files: Path, cache: Path, with_uni
     import datasets
 
     required = list_required(with_units)
-    if missing := [column for column in required if column not in rows.column_names]:
+    if missing := list_missing(rows.column_names, with_units):
         raise ValueError(f"{name} has no column {', '.join(missing)}: rename its columns to those of a manifest")
     identity = f"{_VERSION} {rows._fingerprint}{' with units' if with_units else ''}"
     folder = cache / "hub" / hashlib.sha256(identity.encode()).hexdigest()[:32]

@@ -3,8 +3,8 @@
     {"dialog": "fe_03_00001", "turn": 0, "speaker": "A", "text": "hello", "audio": "fe_03_00001.wav", "start": 1.2, "end": 2.5, "channel": 0}
 
 `dialog`, `turn`, `speaker`, `text` and `audio` are required. `start` and `end` (seconds) and `channel` (from 0) cut the turn out of
-a longer recording, such as a stereo telephone call. `emotion` is optional; other columns are ignored. Dialogs keep the order
-of the manifest, and turns are numbered without a gap.
+a longer recording, such as a stereo telephone call. `emotion` is optional; other columns are ignored or kept (`RowOptions`). Dialogs keep
+the order of the manifest, and turns are numbered without a gap, or not at all where `start` orders them (`Turns.number_segments`).
 
     {"dialog": "fe_03_00001", "turn": 0, "speaker": "A", "text": "hello", "units": [[17, 902], [17, 3], [460, 11]]}
 
@@ -14,17 +14,18 @@ the columns that are ignored, such as that of the config `utterances`.
 
 import csv
 import json
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usdm_sft.audio.addresses import absolute_file, format_address
-from usdm_sft.corpus.dialogs import FilePath, Recipe, Turns, Utterance
+from usdm_sft.corpus.dialogs import BadRow, FilePath, Recipe, RowOptions, Turns, Utterance
+from usdm_sft.corpus.further import is_read, list_further, read_further
 from usdm_sft.corpus.problems import add_problem
+from usdm_sft.corpus.values import UNITS, is_missing, number_of, whole_number
 from usdm_sft.utils.texts import (
     CONTROL,
     MAX_LINE,
@@ -43,11 +44,10 @@ SUFFIXES = (".jsonl", ".csv", ".parquet")
 SPLITS = ("train", "test", "validation")  # a manifest is named after its split
 REQUIRED = ("dialog", "turn", "speaker", "text", "audio")
 OPTIONAL = ("start", "end", "channel", "emotion")
-UNITS = "units"  # required in place of audio where units are wanted
 _COLUMNS = (*REQUIRED, *OPTIONAL)
-_NUMBERS = ("turn", "start", "end", "channel")
 UTTERANCES = "utterances"  # the config of a dataset folder with these columns, and audio in them (--keep_audio)
 MAX_TURN = 2**31 - 1
+NO_TURN = -1  # of a turn that is numbered by its start
 MAX_NAME = 200  # characters of a dialog or speaker
 # Of a Parquet manifest: rows read at once, and decoded at once; bytes that a column of a row group may have, and on average a row.
 _BATCH_ROWS = 16_384
@@ -62,6 +62,11 @@ _MANY_UNITS = 16_384
 MAX_ROW_UNITS = 1_000_000
 
 _RATE_REMEDY = ", or give --unit_rate, and its column units is read in place of audio"
+_START_REMEDY = ", or give start and end, and turns are numbered by start"
+_SKIP_REMEDY = ", or leave out such rows with --on_bad_rows skip"
+_NO_TEXT, _NO_LENGTH = "no text", "zero or negative length"  # why rows are left out, as counts.json has it
+_TEXT_REASONS = {"is empty": _NO_TEXT, "holds the control": "control character in the text"}
+_SPECIAL_TOKEN = "special token in the text"
 
 _Rows = Iterator[
     tuple[int, dict[str, Any] | str]
@@ -85,7 +90,12 @@ def find_manifests(folder: FilePath) -> dict[str, Path] | None:
 
 
 def read_manifest(
-    path: Path, problems: list[str], data_dir: FilePath | None, units: "UnitReader | None" = None
+    path: Path,
+    problems: list[str],
+    data_dir: FilePath | None,
+    units: "UnitReader | None" = None,
+    *,
+    options: RowOptions = RowOptions(),  # noqa: B008  # it is frozen
 ) -> Turns:
     """Read the turns of a manifest, whose dialogs keep its order.
 
@@ -95,53 +105,80 @@ def read_manifest(
         data_dir: The folder where relative paths of recordings and archives (`zip://member::archive`) start; None, or the manifest
             itself, for the manifest's own folder.
         units: Reads the column `units`; None if it is ignored.
+        options: How rows are read.
 
     Returns:
         The turns, each with its line, or its row in a Parquet file.
     """
     suffix = path.suffix.lower()
-    read = {".jsonl": _read_json_lines, ".csv": _read_csv, ".parquet": _read_parquet}[suffix]
     turns = Turns(
         (lambda number: f"{path}: row {number}") if suffix == ".parquet" else lambda number: f"{path}:{number}"
     )
     folder = Path(path if data_dir is None else data_dir).expanduser()
     folder = folder.parent if folder.is_file() else folder
     absolute = lru_cache(1)(lambda file: absolute_file(file, folder))  # the turns of a telephone call follow each other
-    for number, row in read(path, units is not None):
+    readers: dict[str, Callable[..., _Rows]] = {".jsonl": _read_json_lines, ".csv": _read_csv}
+    read = readers.get(suffix) or partial(_read_parquet, further=turns.further)
+    for number, row in read(path, units is not None, options):
         if isinstance(row, str):
+            turns.mark_incomplete(None)
             add_problem(problems, row)
             continue
-        made = _make_utterance(row, absolute, units is not None)
+        turns.further.update(dict.fromkeys(list_further(row)))
+        made = _make_utterance(row, absolute, units is not None, options)
         if isinstance(made, Utterance) and units is not None:
             made = _add_units(made, units.read(row[UNITS], turns.place(number)))
         if isinstance(made, Utterance):
-            first = turns.add(made, number)
+            if made.turn == NO_TURN:
+                what, first = "segment", turns.add_segment(made, number, float(row["start"]), float(row["end"]))
+            else:
+                what, first = f"turn {made.turn}", turns.add(made, number)
             if first is None:
                 continue
             place = turns.place(first)
-            made = [f"turn {made.turn} of {quote(made.dialog_id)} stands already at {place}: delete one of the two"]
+            made = [f"{what} of {quote(made.dialog_id)} stands already at {place}: delete one of the two"]
+        turns.mark_incomplete(None if is_missing(row.get("dialog"), "dialog") else str(row["dialog"]))
         for problem in made:
             add_problem(problems, f"{turns.place(number)}: {problem}")
+    turns.number_segments(problems)
     return turns
 
 
 def list_required(with_units: bool) -> tuple[str, ...]:
-    """Return the columns that a row must have."""
+    """Return the columns that a row must have. `turn` may be missing where `start` and `end` are there (`list_missing`)."""
     return (*(name for name in REQUIRED if name != "audio"), UNITS) if with_units else REQUIRED
+
+
+def list_missing(names: Container[str], with_units: bool, *, needs_text: bool = True) -> list[str]:
+    """Return the required columns that are not among the names."""
+    optional = {"turn" if "start" in names else "", "" if needs_text else "text"}
+    return [name for name in list_required(with_units) if name not in names and name not in optional]
+
+
+def _find_remedy(missing: list[str], has_units: bool) -> str:
+    if missing == ["audio"] and has_units:
+        return _RATE_REMEDY
+    return _START_REMEDY if "turn" in missing else ""
 
 
 def _add_units(utterance: Utterance, units: Any) -> Utterance | list[str]:
     return [units] if isinstance(units, str) else replace(utterance, units=units)
 
 
-def _make_utterance(row: dict[str, Any], absolute: Callable[[str], str], with_units: bool) -> Utterance | list[str]:
+def _make_utterance(
+    row: dict[str, Any], absolute: Callable[[str], str], with_units: bool, options: RowOptions
+) -> Utterance | list[str]:
     """Make the utterance of a row without its units, or return each problem of the row with its remedy."""
     required = list_required(with_units)
     names = dict.fromkeys((*required, *_COLUMNS))
-    values: dict[str, Any] = {name: None if _is_missing(row.get(name), name) else row[name] for name in names}
-    if missing := [name for name in required if values[name] is None]:
-        found = f"{', '.join(missing)} missing: complete the row (a row has {', '.join(required)})"
-        return [found + _RATE_REMEDY if missing == ["audio"] and row.get(UNITS) is not None else found]
+    values: dict[str, Any] = {name: None if is_missing(row.get(name), name) else row[name] for name in names}
+    present, bad = [name for name, value in values.items() if value is not None], list[tuple[BadRow, str]]()
+    if missing := list_missing(present, with_units, needs_text=options.needs_text):
+        found = f"{', '.join(missing)} missing"
+        remedy = f"complete the row (a row has {', '.join(required)})"
+        if missing != ["text"]:
+            return [f"{found}: {remedy}{_find_remedy(missing, row.get(UNITS) is not None)}"]
+        bad.append((BadRow(_NO_TEXT, found), remedy))
     problems = []
     for name in ("dialog", "speaker"):
         value = values[name]
@@ -150,85 +187,73 @@ def _make_utterance(row: dict[str, Any], absolute: Callable[[str], str], with_un
         elif len(str(value)) > MAX_NAME:
             length = len(str(value))
             problems.append(f"{name} {quote(str(value))} has {length:,} characters: give {MAX_NAME} or fewer")
-    turn = _whole_number(values["turn"])
-    if turn is None or not 0 <= turn <= MAX_TURN:
+    turn = NO_TURN if values["turn"] is None else whole_number(values["turn"])
+    if values["turn"] is not None and (turn is None or not 0 <= turn <= MAX_TURN):
         wrong = quote(str(values["turn"]))
         problems.append(f"turn {wrong} is not a whole number from 0 to {MAX_TURN:,}: number the turns of the dialog")
     text, audio, emotion = values["text"], values["audio"], values["emotion"]
-    if not isinstance(text, str):
+    if text is None or (not options.needs_text and str(text).isspace()):
+        text = ""
+    elif not isinstance(text, str):
         problems.append(f"text {quote(str(text))} is not a text: correct it")
     elif problem := text_problem(text):
-        problems.append(f"text {quote(text)} {problem}: correct the text")
+        reason = next((each for head, each in _TEXT_REASONS.items() if problem.startswith(head)), _SPECIAL_TOKEN)
+        bad.append((BadRow(reason, f"text {quote(text)} {problem}"), "correct the text"))
     if emotion is not None and CONTROL.search(str(emotion)):
         problems.append(f"emotion {quote(str(emotion))} holds a control character: correct it")
     start, end, channel = (values[name] for name in ("start", "end", "channel"))
-    if audio is None and not start is end is channel is None:
+    if audio is None and (channel is not None or (turn != NO_TURN and (start, end) != (None, None))):
         problems.append("start, end and channel are of a recording, but the row has no audio: leave them out")
     elif audio is not None and (not isinstance(audio, str) or CONTROL.search(audio)):
         problems.append(f"audio {quote(str(audio))} is not a path: give the path of the recording")
     if (start is None) != (end is None):
         problems.append("start and end go together: give both or neither")
     elif start is not None:
-        first, last = _number(start), _number(end)
-        if first is None or last is None or not 0 <= first < last:
-            problems.append(
-                f"start {start!r} and end {end!r} are not a segment: give seconds, the start before the end"
-            )
+        first, last = number_of(start), number_of(end)
+        problem, remedy = f"start {start!r} and end {end!r} are not a segment", "give seconds, the start before the end"
+        if first is None or last is None or first < 0 or last < 0:
+            problems.append(f"{problem}: {remedy}")
+        elif last <= first:
+            bad.append((BadRow(_NO_LENGTH, problem), remedy))
         start, end = first, last
     if channel is not None:
-        number = _whole_number(channel)
+        number = whole_number(channel)
         if number is None or number < 0:
             problems.append(f"channel {channel!r} is not a channel: give a whole number from 0 on")
         channel = number
+    more, unreadable = read_further(row, options)
+    problems += unreadable + (
+        [] if options.skips_bad else [f"{each.problem}: {remedy}{_SKIP_REMEDY}" for each, remedy in bad]
+    )
     if problems or turn is None:
         return problems
     dialog, emotion = str(values["dialog"]), "" if emotion is None else str(emotion)
+    utterance_id, speaker = f"{dialog}_{turn}", str(values["speaker"])
+    if bad:
+        return Utterance(utterance_id, dialog, turn, speaker, "", emotion, more=more, bad=bad[0][0])
     address = "" if audio is None else format_address(absolute(audio), start, end, channel)
-    return Utterance(f"{dialog}_{turn}", dialog, turn, str(values["speaker"]), text, emotion, address)
+    return Utterance(utterance_id, dialog, turn, speaker, text, emotion, address, more=more)
 
 
-def _is_missing(value: Any, name: str) -> bool:
-    """Return True for no value, an empty one, and NaN, which is how pandas writes a missing value."""
-    if name == UNITS and not isinstance(value, str | float):
-        return value is None
-    if value is None or value == "" or value != value:
-        return True
-    return isinstance(value, str) and name in _NUMBERS and value.lower() == "nan"
-
-
-def _number(value: Any) -> float | None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return None if isinstance(value, bool) or not math.isfinite(number) else number
-
-
-def _whole_number(value: Any) -> int | None:
-    """Return a whole number in any spelling of a table, such as 1, "1" and "1.0", or None."""
-    number = _number(value)
-    return int(number) if number is not None and number == int(number) else None
-
-
-def _doubled(names: Iterable[str], with_units: bool) -> list[str]:
+def _doubled(names: Iterable[str], with_units: bool, options: RowOptions) -> list[str]:
     """Return the columns of a manifest that occur twice; only one of them would be read."""
     read = (*_COLUMNS, UNITS) if with_units else _COLUMNS
-    return [name for name, count in Counter(names).items() if count > 1 and name in read]
+    return [name for name, count in Counter(names).items() if count > 1 and (name in read or is_read(name, options))]
 
 
 class _DoubledKeyError(ValueError):
     """A column is given twice in one JSON object."""
 
 
-def _make_object(pairs: list[tuple[str, Any]], with_units: bool) -> dict[str, Any]:
+def _make_object(pairs: list[tuple[str, Any]], with_units: bool, options: RowOptions) -> dict[str, Any]:
     row = dict(pairs)
-    if len(row) < len(pairs) and (doubled := _doubled((key for key, _ in pairs), with_units)):
+    if len(row) < len(pairs) and (doubled := _doubled((key for key, _ in pairs), with_units, options)):
         raise _DoubledKeyError(f"{', '.join(doubled)} given twice in one object: delete one of the two")
     return row
 
 
-def _read_json_lines(path: Path, with_units: bool) -> _Rows:
-    decode = json.JSONDecoder(object_pairs_hook=partial(_make_object, with_units=with_units)).decode
+def _read_json_lines(path: Path, with_units: bool, options: RowOptions) -> _Rows:
+    decode = json.JSONDecoder(object_pairs_hook=partial(_make_object, with_units=with_units, options=options)).decode
     try:
         for number, line in read_limited_lines(path, newline="\n"):
             try:
@@ -252,14 +277,14 @@ def _read_json_lines(path: Path, with_units: bool) -> _Rows:
         yield 0, str(error)
 
 
-def _read_csv(path: Path, with_units: bool) -> _Rows:
+def _read_csv(path: Path, with_units: bool, options: RowOptions) -> _Rows:
     if with_units:
         yield 0, f"{path}: lists of units are not read from CSV: write the manifest as JSON lines or Parquet"
         return
     table = csv.reader((line for _, line in read_limited_lines(path, newline="\n")), strict=True)
     try:
         names = next(table, [])
-        if problem := _column_problem(names, with_units):
+        if problem := _column_problem(names, with_units, options):
             yield 1, f"{path}:1: {problem}"
             return
         for fields in filter(None, table):  # csv gives an empty list for a blank line
@@ -277,7 +302,7 @@ def _read_csv(path: Path, with_units: bool) -> _Rows:
         yield 0, str(error)
 
 
-def _read_parquet(path: Path, with_units: bool) -> _Rows:
+def _read_parquet(path: Path, with_units: bool, options: RowOptions, further: dict[str, None]) -> _Rows:
     # Imported here because the command line and the configuration read this module, and pyarrow is slow to import.
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -288,8 +313,9 @@ def _read_parquet(path: Path, with_units: bool) -> _Rows:
     except (pa.ArrowException, OSError) as error:
         yield 0, f"{path}: not a Parquet file ({first_line(error)}): name another manifest"
         return
-    fields = [field for field in schema if field.name in _COLUMNS]
-    problem = _column_problem(schema.names, with_units) or _find_unreadable(fields, file.metadata)
+    further.update(dict.fromkeys(list_further(schema.names)))
+    fields = [field for field in schema if field.name in _COLUMNS or is_read(field.name, options)]
+    problem = _column_problem(schema.names, with_units, options) or _find_unreadable(fields, file.metadata)
     if problem is None and with_units:
         problem = _find_unreadable_units(schema.field(UNITS), file.metadata)
     if problem is not None:
@@ -325,15 +351,18 @@ def _find_unreadable(fields: Sequence[Any], metadata: Any) -> str | None:
     import pyarrow as pa
 
     for field in fields:
-        if pa.types.is_nested(field.type) or pa.types.is_fixed_size_binary(field.type):
+        if pa.types.is_fixed_size_binary(field.type) or (field.name in _COLUMNS and pa.types.is_nested(field.type)):
             return f"column {field.name} is of type {quote(str(field.type))}: give one text or number in each row"
+        if field.name not in _COLUMNS and "binary" in str(field.type):
+            return f"column {field.name} is of type {quote(str(field.type))}, which is no text: leave it out of --keep_columns"
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
         most = max(_CHUNK_BYTES, _MEAN_BYTES * group.num_rows)
         for column in map(group.column, range(group.num_columns)):
-            if column.path_in_schema in _COLUMNS and column.total_uncompressed_size > most:
+            name = column.path_in_schema.split(".")[0]
+            if any(field.name == name for field in fields) and column.total_uncompressed_size > most:
                 return (
-                    f"column {column.path_in_schema} of row group {index} has {column.total_uncompressed_size:,} bytes in "
+                    f"column {name} of row group {index} has {column.total_uncompressed_size:,} bytes in "
                     f"{count_noun(group.num_rows, 'row')}: give texts of up to {MAX_LINE:,} characters"
                 )
     return None
@@ -443,13 +472,13 @@ def _long_text(row: Any) -> str | None:
     return None
 
 
-def _column_problem(names: list[str], with_units: bool) -> str | None:
+def _column_problem(names: list[str], with_units: bool, options: RowOptions) -> str | None:
     """Return what is wrong with the column names of a table, or None."""
     required = list_required(with_units)
-    if missing := [name for name in required if name not in names]:
+    if missing := list_missing(names, with_units, needs_text=options.needs_text):
         found = f"no column {', '.join(missing)}: name the columns {', '.join(required)}"
-        return found + _RATE_REMEDY if missing == ["audio"] and UNITS in names else found
-    if doubled := _doubled(names, with_units):
+        return found + _find_remedy(missing, UNITS in names)
+    if doubled := _doubled(names, with_units, options):
         return f"column {', '.join(doubled)} named twice: rename or delete one of the two"
     return None
 
@@ -460,5 +489,6 @@ RECIPE = Recipe(
     find=lambda data_dir, cache_dir, may_download, with_units: find_manifests(data_dir),
     read=read_manifest,
     read_units=read_manifest,
+    takes_options=True,
     max_speakers=2,
 )

@@ -13,6 +13,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import soundfile
 from markupsafe import Markup
 from tokenizers import Tokenizer
 
+from usdm_sft.audio.digests import check_audio
 from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.audio.reading import read_waveform
 from usdm_sft.corpus import manifest
@@ -31,11 +33,13 @@ from usdm_sft.corpus.dailytalk import DAILYTALK
 from usdm_sft.corpus.examples import first_turn
 from usdm_sft.corpus.features import ROLES, SPEECH, TEXTS, are_collapsed
 from usdm_sft.corpus.find import find_lists
+from usdm_sft.corpus.left_out import clip_address
 from usdm_sft.corpus.read import Rules, read_corpus
 from usdm_sft.corpus.unit_reader import UnitReader
 from usdm_sft.folder.card import DAILYTALK_METADATA, OTHER_METADATA
 from usdm_sft.folder.layout import COUNTS, read_counts, read_layout
 from usdm_sft.folder.rows import expand_rows, read_rows
+from usdm_sft.template.config import PARTS
 from usdm_sft.template.parts import ROW_PARTS, RowLayout, find_parts
 from usdm_sft.template.special_tokens import NEWLINE_TOKENS
 from usdm_sft.template.streams import read_streams
@@ -171,10 +175,12 @@ class CorpusRecordings:
         corpus = data_dir if is_manifest else find_lists(data_dir, with_units=is_given).get(listed)
         if corpus is None:
             raise FileNotFoundError(f"{data_dir} has no list of {split}: {_OTHER_CORPUS}")
-        rules = Rules(settings.get("agent"), settings.get("merge_speaker_turns", False))
+        has_text = any(part.endswith("_text") for part in settings["template"].get("parts", PARTS))
+        rules = Rules.of({**settings, "keep_columns": None, "needs_text": has_text})
         reader = UnitReader(streams.rate, streams.num_units, streams.streams) if is_given else None
         read = read_corpus({split: Path(corpus)}, rules, data_dir=data_dir, units=reader)
-        self.data_dir, self._history = data_dir, settings["history"]
+        self.data_dir, self._history, self._clips = data_dir, settings["history"], rules.on_bad_rows == "clip"
+        self._measure = cache(lambda file: (check := check_audio(file)).frames / max(check.rate, 1))
         self._units_per_second = streams.units_per_second
         self._dialogs = {dialog.id: dialog.utterances for dialog in read[split].dialogs}
 
@@ -197,6 +203,7 @@ class CorpusRecordings:
 
     def encode(self, address: str) -> dict[str, Any]:
         """Read and compress a recording. Same result and errors as `_encode_recording`."""
+        address = clip_address(address, self._measure) if self._clips else address
         return _encode_recording(address, self._units_per_second)
 
 
