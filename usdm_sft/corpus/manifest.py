@@ -13,10 +13,7 @@ Where units are wanted, the column `units` is required, and `audio` is optional 
 the columns that are ignored, such as that of the config `utterances`.
 """
 
-import csv
-import json
 import math
-from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -26,22 +23,23 @@ from typing import TYPE_CHECKING, Any
 from usdm_sft.audio.addresses import absolute_file, format_address
 from usdm_sft.corpus.dialogs import FilePath, Recipe, Turns, Utterance
 from usdm_sft.corpus.problems import add_problem
-from usdm_sft.utils.texts import (
-    CONTROL,
-    MAX_LINE,
-    LineError,
-    count_noun,
-    first_line,
-    quote,
-    read_limited_lines,
-    text_problem,
+from usdm_sft.corpus.tables import (
+    SPLITS,
+    SUFFIXES,
+    Rows,
+    doubled_problem,
+    find_tables,
+    kind_of_table,
+    place_of,
+    read_rows,
+    stem_of,
+    suffix_of,
 )
+from usdm_sft.utils.texts import CONTROL, MAX_LINE, count_noun, first_line, quote, text_problem
 
 if TYPE_CHECKING:
     from usdm_sft.corpus.streams import UnitReader
 
-SUFFIXES = (".jsonl", ".csv", ".parquet")
-SPLITS = ("train", "test", "validation")  # a manifest is named after its split
 REQUIRED = ("dialog", "turn", "speaker", "text", "audio")
 OPTIONAL = ("start", "end", "channel", "emotion")
 UNITS = "units"  # required in place of audio where units are wanted
@@ -66,13 +64,9 @@ MAX_ROW_UNITS = 1_000_000
 _RATE_REMEDY = ", or give --unit_rate, and its column units is read in place of audio"
 _START_REMEDY = ", or give start and end, and turns are numbered by start"
 
-_Rows = Iterator[
-    tuple[int, dict[str, Any] | str]
-]  # number of the line or row, and the row or what is wrong with the line
 
-
-def find_manifests(folder: FilePath) -> dict[str, Path] | None:
-    """Find the manifests in a folder, such as train.jsonl and test.csv.
+def find_manifests(data_dir: FilePath) -> dict[str, Path] | None:
+    """Find the manifests in a folder, such as train.jsonl and test.csv, or take `data_dir` for one.
 
     Returns:
         The manifest of each split, or None if there is none.
@@ -80,11 +74,13 @@ def find_manifests(folder: FilePath) -> dict[str, Path] | None:
     Raises:
         ValueError: A split has two manifests.
     """
-    found: dict[str, Path] = {}
-    for path in (Path(folder, f"{split}{suffix}").expanduser() for split in SPLITS for suffix in SUFFIXES):
-        if path.is_file() and found.setdefault(path.stem, path) != path:
-            raise ValueError(f"{path} stands beside {found[path.stem].name}: keep one, or name the one to use")
-    return found or None
+    return find_tables(Path(data_dir).expanduser(), lambda path: _is_manifest(path, stem_of(path) in SPLITS))
+
+
+def _is_manifest(path: Path, may_be_wrong: bool) -> bool:
+    """Return True if a table is a manifest. One that may be wrong is one unless its columns tell another kind."""
+    kind = kind_of_table(path)
+    return kind == "manifest" or (may_be_wrong and kind is None and suffix_of(path) in SUFFIXES)
 
 
 def read_manifest(
@@ -102,15 +98,37 @@ def read_manifest(
     Returns:
         The turns, each with its line, or its row in a Parquet file.
     """
-    suffix = path.suffix.lower()
-    read = {".jsonl": _read_json_lines, ".csv": _read_csv, ".parquet": _read_parquet}[suffix]
-    turns = Turns(
-        (lambda number: f"{path}: row {number}") if suffix == ".parquet" else lambda number: f"{path}:{number}"
-    )
-    folder = Path(path if data_dir is None else data_dir).expanduser()
-    folder = folder.parent if folder.is_file() else folder
+    with_units = units is not None
+    if suffix_of(path) == ".parquet":
+        rows = _read_parquet(path, with_units)
+    elif with_units and suffix_of(path) in (".csv", ".tsv"):
+        problem = f"{path}: lists of units are not read from CSV: write the manifest as JSON lines or Parquet"
+        rows = iter([(0, problem)])
+    else:
+        once = (*_COLUMNS, UNITS) if with_units else _COLUMNS
+        rows = read_rows(path, once, partial(_column_problem, with_units=with_units))
+    return read_turns(path, rows, place_of(path), problems, data_dir, units)
+
+
+def read_turns(
+    path: Path,
+    rows: Rows,
+    place: Callable[[int], str],
+    problems: list[str],
+    data_dir: FilePath | None,
+    units: "UnitReader | None" = None,
+) -> Turns:
+    """Make turns of the rows of a manifest, whatever they were read from.
+
+    Args:
+        path: The file that they were read from, for the folder where relative paths start; further arguments are those of `read_manifest`.
+        rows: The rows.
+        place: Returns the place of a row in errors from its number.
+    """
+    turns = Turns(place)
+    folder = recordings_folder(path, data_dir)
     absolute = lru_cache(1)(lambda file: absolute_file(file, folder))  # the turns of a telephone call follow each other
-    for number, row in read(path, units is not None):
+    for number, row in rows:
         if isinstance(row, str):
             add_problem(problems, row)
             continue
@@ -130,6 +148,12 @@ def read_manifest(
             add_problem(problems, f"{turns.place(number)}: {problem}")
     turns.number_segments(problems)
     return turns
+
+
+def recordings_folder(path: Path, data_dir: FilePath | None) -> Path:
+    """Return the folder where relative paths of recordings start; arguments as in `read_manifest`."""
+    folder = Path(path if data_dir is None else data_dir).expanduser()
+    return folder.parent if folder.is_file() else folder
 
 
 def list_required(with_units: bool) -> tuple[str, ...]:
@@ -188,7 +212,7 @@ def _make_utterance(row: dict[str, Any], absolute: Callable[[str], str], with_un
     if (start is None) != (end is None):
         problems.append("start and end go together: give both or neither")
     elif start is not None:
-        first, last = _number(start), _number(end)
+        first, last = to_number(start), to_number(end)
         if first is None or last is None or not 0 <= first < last:
             problems.append(
                 f"start {start!r} and end {end!r} are not a segment: give seconds, the start before the end"
@@ -215,7 +239,8 @@ def _is_missing(value: Any, name: str) -> bool:
     return isinstance(value, str) and name in _NUMBERS and value.lower() == "nan"
 
 
-def _number(value: Any) -> float | None:
+def to_number(value: Any) -> float | None:
+    """Return a finite number in any spelling of a table, or None."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -225,78 +250,11 @@ def _number(value: Any) -> float | None:
 
 def _whole_number(value: Any) -> int | None:
     """Return a whole number in any spelling of a table, such as 1, "1" and "1.0", or None."""
-    number = _number(value)
+    number = to_number(value)
     return int(number) if number is not None and number == int(number) else None
 
 
-def _doubled(names: Iterable[str], with_units: bool) -> list[str]:
-    """Return the columns of a manifest that occur twice; only one of them would be read."""
-    read = (*_COLUMNS, UNITS) if with_units else _COLUMNS
-    return [name for name, count in Counter(names).items() if count > 1 and name in read]
-
-
-class _DoubledKeyError(ValueError):
-    """A column is given twice in one JSON object."""
-
-
-def _make_object(pairs: list[tuple[str, Any]], with_units: bool) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs) and (doubled := _doubled((key for key, _ in pairs), with_units)):
-        raise _DoubledKeyError(f"{', '.join(doubled)} given twice in one object: delete one of the two")
-    return row
-
-
-def _read_json_lines(path: Path, with_units: bool) -> _Rows:
-    decode = json.JSONDecoder(object_pairs_hook=partial(_make_object, with_units=with_units)).decode
-    try:
-        for number, line in read_limited_lines(path, newline="\n"):
-            try:
-                row = decode(line)
-            except _DoubledKeyError as error:
-                yield number, f"{path}:{number}: {error}"
-                continue
-            except (ValueError, RecursionError):
-                problem = (
-                    "blank line: delete it"
-                    if not line.strip()
-                    else f"{quote(line)} is not JSON: write one object per line"
-                )
-                yield number, f"{path}:{number}: {problem}"
-                continue
-            if isinstance(row, dict):
-                yield number, row
-            else:
-                yield number, f"{path}:{number}: {quote(line)} is not a JSON object: write one object per line"
-    except LineError as error:
-        yield 0, str(error)
-
-
-def _read_csv(path: Path, with_units: bool) -> _Rows:
-    if with_units:
-        yield 0, f"{path}: lists of units are not read from CSV: write the manifest as JSON lines or Parquet"
-        return
-    table = csv.reader((line for _, line in read_limited_lines(path, newline="\n")), strict=True)
-    try:
-        names = next(table, [])
-        if problem := _column_problem(names, with_units):
-            yield 1, f"{path}:1: {problem}"
-            return
-        for fields in filter(None, table):  # csv gives an empty list for a blank line
-            if len(fields) == len(names):
-                yield table.line_num, dict(zip(names, fields, strict=True))
-                continue
-            yield (
-                table.line_num,
-                f"{path}:{table.line_num}: {len(fields)} fields instead of {len(names)} in {quote(','.join(fields))}: "
-                "put a text that holds a comma in quotation marks, or complete the row",
-            )
-    except csv.Error as error:
-        yield 0, f"{path}:{table.line_num}: not CSV ({error}): correct the line"
-    except LineError as error:
-        yield 0, str(error)
-
-
-def _read_parquet(path: Path, with_units: bool) -> _Rows:
+def _read_parquet(path: Path, with_units: bool) -> Rows:
     # Imported here because the command line and the configuration read this module, and pyarrow is slow to import.
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -468,14 +426,14 @@ def _column_problem(names: list[str], with_units: bool) -> str | None:
     if missing := list_missing(names, with_units):
         found = f"no column {', '.join(missing)}: name the columns {', '.join(required)}"
         return found + _find_remedy(missing, UNITS in names)
-    if doubled := _doubled(names, with_units):
-        return f"column {', '.join(doubled)} named twice: rename or delete one of the two"
-    return None
+    return doubled_problem(names, (*_COLUMNS, UNITS) if with_units else _COLUMNS)
 
 
 RECIPE = Recipe(
     "manifest",
-    reads=lambda path: path.suffix.lower() in SUFFIXES,
+    "manifest",
+    "train.jsonl, test.jsonl (.csv, .tsv, .json, .parquet), or one such file, with dialog, speaker, text and audio in each row",
+    reads=lambda path: _is_manifest(path, may_be_wrong=True),
     find=lambda data_dir, cache_dir, may_download, with_units: find_manifests(data_dir),
     read=read_manifest,
     read_units=read_manifest,

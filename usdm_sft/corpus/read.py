@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from usdm_sft.audio.addresses import join_addresses
-from usdm_sft.corpus.dialogs import Dialog, FilePath, Recipe, Split, Turns, Utterance
+from usdm_sft.corpus.dialogs import CorpusName, Dialog, FilePath, Recipe, Split, Turns, Utterance
 from usdm_sft.corpus.find import recipe_of
-from usdm_sft.corpus.hub_corpus import is_hub_corpus
 from usdm_sft.corpus.problems import CorpusError, add_problem
 from usdm_sft.utils.texts import quote
 
@@ -48,6 +47,7 @@ def read_corpus(
     *,
     data_dir: FilePath | None = None,
     units: "UnitReader | None" = None,
+    corpus: CorpusName | None = None,
 ) -> dict[str, Split]:
     """Read and validate split lists and manifests.
 
@@ -57,6 +57,7 @@ def read_corpus(
         data_dir: DailyTalk's folder or zip archive. For a manifest: the folder where relative paths of its recordings start, by
             default the manifest's own.
         units: Reads the units of manifests. If None, turns have recordings, and their units are made.
+        corpus: The name of the recipe that reads them. If None, each file tells its own.
 
     Returns:
         The splits by name. A dialog in which one speaker speaks twice in a row is left out, as in the reference
@@ -68,8 +69,6 @@ def read_corpus(
         CorpusError: A list is wrong; the message names each problem.
         ValueError: Units are to be read, and a list is not a manifest.
     """
-    if is_hub_corpus(data_dir):
-        data_dir = None  # its manifests lie beside its recordings
     problems: list[str] = []
     splits: dict[str, Split] = {}
     first: dict[str, str] = {}  # dialog id -> the place of its first line
@@ -77,7 +76,7 @@ def read_corpus(
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"the {name} split list {path} is not a file: name an existing split list")
-        recipe = recipe_of(path)
+        recipe = recipe_of(path, corpus)
         if units is None:
             turns = recipe.read(path, problems, data_dir)
         elif recipe.read_units is None:

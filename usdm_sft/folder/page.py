@@ -23,7 +23,6 @@ from tokenizers import Tokenizer
 
 from usdm_sft.audio.frames import SAMPLE_RATE, UNITS_PER_SECOND
 from usdm_sft.audio.reading import read_waveform
-from usdm_sft.corpus import manifest
 from usdm_sft.corpus.dailytalk import DAILYTALK
 from usdm_sft.corpus.examples import first_turn
 from usdm_sft.corpus.features import ROLES, SPEECH, TEXTS, are_collapsed
@@ -148,13 +147,15 @@ def _add_recordings(
         FileNotFoundError: The corpus has no list of the split, no such dialog or turn, or no recordings.
     """
     streams = read_streams(settings)
-    is_manifest = manifest.RECIPE.reads(Path(data_dir))
-    corpus = data_dir if is_manifest else find_lists(data_dir, with_units=streams is not None).get(split)
+    kind = settings.get("corpus")
+    lists = find_lists(data_dir, corpus=kind, with_units=streams is not None)
+    is_file = Path(data_dir).is_file() and len(lists) == 1  # one file, whatever the name of the split
+    corpus = next(iter(lists.values())) if is_file else lists.get(split)
     if corpus is None:
         raise FileNotFoundError(f"{data_dir} has no list of {split}: {_OTHER_CORPUS}")
     rules = Rules(settings.get("agent"), settings.get("merge_speaker_turns", False))
     reader = None if streams is None else UnitReader(streams.rate, streams.num_units, streams.streams)
-    read = read_corpus({split: Path(corpus)}, rules, data_dir=data_dir, units=reader)
+    read = read_corpus({split: Path(corpus)}, rules, data_dir=data_dir, units=reader, corpus=kind)
     units_per_second = UNITS_PER_SECOND if streams is None else streams.units_per_second
     dialogs = {dialog.id: dialog.utterances for dialog in read[split].dialogs}
     positions: dict[str, int] = {}  # of the addresses of recordings

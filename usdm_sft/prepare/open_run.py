@@ -199,7 +199,12 @@ def _open_unit_model(config: PrepareConfig, device: str, cache: Path) -> UnitTok
 
 def open_corpus(config: PrepareConfig, cache: Path) -> DailyTalkUSDM:
     """Read the split lists or manifests."""
-    given: dict[str, Any] = {"unit_rate": config.unit_rate, "num_units": config.num_units, "streams": config.streams}
+    given: dict[str, Any] = {
+        "unit_rate": config.unit_rate,
+        "num_units": config.num_units,
+        "streams": config.streams,
+        "corpus": config.corpus,
+    }
     return DailyTalkUSDM(
         **{name: value for name, value in given.items() if value is not None},
         config_name=config.config_name,
@@ -222,7 +227,7 @@ def describe_run(run: Run) -> dict[str, Any]:
     counts: dict[str, Any] = {
         "format_version": 2,
         "config": config.config_name,
-        "corpus": describe_corpus(lists, builder.list_digests),
+        "corpus": describe_corpus(lists, builder.list_digests, config.corpus),
         "unit_model": None if isinstance(units, GivenUnits) else describe_unit_model(units.folder, units.description),
         "tokenizer": describe_tokenizer(
             str(config.pretrained_model_name_or_path), run.encoder.tokens, run.encoder.layout.chat
@@ -240,11 +245,15 @@ def describe_run(run: Run) -> dict[str, Any]:
             "shard_dialogs": config.shard_dialogs,
             **({} if config.unit_repetition == "keep" else {"unit_repetition": config.unit_repetition}),
             **({"keep_audio": True} if config.keep_audio else {}),
+            **({"corpus": config.corpus} if config.corpus else {}),
             **units.settings,
             **({} if is_reference else {"agreement_utterances": config.agreement_utterances}),
         },
         "digests": {
-            **{f"{split} {recipe_of(lists[split]).kind}": sha for split, sha in builder.list_digests.items()},
+            **{
+                f"{split} {recipe_of(lists[split], config.corpus).kind}": sha
+                for split, sha in builder.list_digests.items()
+            },
             "lists and audio" if builder.audio_digests else "lists": builder.content_digest,
             **({} if isinstance(units, GivenUnits) else {"unit model": units.digest}),
             "tokenizer": run.encoder.tokenizer_digest,
