@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import shutil
 from itertools import pairwise
 
 import datasets
@@ -12,14 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from dailytalk_usdm import DailyTalkUSDM, load_dataset
+from dailytalk_usdm import load_dataset
 from tests.helpers import options
 from usdm_sft.audio.reading import read_waveform
-from usdm_sft.corpus.find import find_lists, recipe_of
-from usdm_sft.corpus.problems import CorpusError
-from usdm_sft.corpus.read import read_corpus
+from usdm_sft.corpus.find import digest_list, find_lists, recipe_of
+from usdm_sft.corpus.read import Rules, read_corpus
 from usdm_sft.folder.export import export
-from usdm_sft.folder.page import write_page
+from usdm_sft.folder.page import _add_recordings
+from usdm_sft.prepare.checks import SetUp
+from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.prepare.prepare import prepare
 
 RATE = 16_000
@@ -84,12 +86,25 @@ def write_dailytalk(folder, calls):
 
 def recording_of(name):
     source = {"type": "file", "channels": [0, 1], "source": f"{name}.wav"}
-    return {"id": name, "sources": [source], "sampling_rate": RATE, "num_samples": 80_000, "duration": 5.0, "channel_ids": [0, 1]}
+    return {
+        "id": name,
+        "sources": [source],
+        "sampling_rate": RATE,
+        "num_samples": 80_000,
+        "duration": 5.0,
+        "channel_ids": [0, 1],
+    }
 
 
 def supervision_of(row, number, offset=0.0):
     segment = {"start": row["start"] - offset, "duration": row["end"] - row["start"], "channel": row["channel"]}
-    return {"id": f"s{number}", "recording_id": row["dialog"], "text": row["text"], "speaker": row["speaker"], **segment}
+    return {
+        "id": f"s{number}",
+        "recording_id": row["dialog"],
+        "text": row["text"],
+        "speaker": row["speaker"],
+        **segment,
+    }
 
 
 def write_lhotse_cuts(folder, calls):
@@ -168,7 +183,10 @@ def write_alignments(folder, calls):
 
 def write_csv(folder, calls):
     renamed = {"audio": "file", "start": "start_time", "text": "transcript"}
-    rows = [{renamed.get(name, name): value for name, value in without(row, "turn", "dialog", "speaker").items()} for row in ROWS]
+    rows = [
+        {renamed.get(name, name): value for name, value in without(row, "turn", "dialog", "speaker").items()}
+        for row in ROWS
+    ]
     write_table(folder / "calls.csv", rows, ",")
 
 
@@ -272,6 +290,95 @@ def test_load_dataset_reads_every_kind(corpora, tmp_path, kind):
     assert set(rows["id"]) == pairs
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        # One recording, or one for each speaker: by start.
+        ([("a.wav", 2, "A"), ("a.wav", 1, "B"), ("a.wav", 3, "B")], [1, 0, 2]),
+        ([("a.wav", 2, "A"), ("b.wav", 1, "B"), ("a.wav", 0, "A")], [2, 1, 0]),
+        # One recording for each turn: in the order of the lines.
+        ([("1.wav", 2, "A"), ("2.wav", 1, "B"), ("3.wav", 0, "A")], [0, 1, 2]),
+        ([("1.wav", None, "B"), ("2.wav", None, "A")], [0, 1]),
+        ([("1.wav", 0, "B"), ("2.wav", 0, "A")], [0, 1]),
+    ],
+)
+def test_order_of_turns_without_numbers(tmp_path, changes, expected):
+    rows = [
+        {"audio_filepath": file, "offset": start, "duration": 1 / (number + 1), "speaker": speaker, "text": str(number), "session": "x"}
+        for number, (file, start, speaker) in enumerate(changes)
+    ]  # fmt: skip
+    write_lines(
+        tmp_path / "m.jsonl", [{name: value for name, value in row.items() if value is not None} for row in rows]
+    )
+    [dialog] = read_corpus(find_lists(tmp_path))["train"].dialogs
+    assert [int(turn.text) for turn in dialog.utterances] == expected
+
+
+def test_splits_follow_the_words_in_the_names(tmp_path):
+    for name in ("cuts_dev", "cuts_train", "eval-cuts"):
+        write_lines(tmp_path / f"{name}.jsonl", [{"id": "c", "supervisions": [], "duration": 1}])
+    assert {split: path.stem for split, path in find_lists(tmp_path).items()} == {
+        "train": "cuts_train", "test": "eval-cuts", "validation": "cuts_dev",
+    }  # fmt: skip
+    for name in ("train", "test"):
+        (tmp_path / "kaldi" / name).mkdir(parents=True)
+        write_lines(tmp_path / "kaldi" / name / "wav.scp", [])
+    assert [*find_lists(tmp_path / "kaldi")] == ["train", "test"]
+
+
+def test_digest_of_a_split_covers_all_its_files(corpora, tmp_path):
+    for kind, name in (
+        ("kaldi", "text"),
+        ("rttm", "calls.ctm"),
+        ("lhotse", "calls_recordings_train.jsonl"),
+        ("alignments", "d3.json"),
+    ):
+        folder = shutil.copytree(corpora / kind, tmp_path / kind)
+        [path] = find_lists(folder).values()
+        before = digest_list(path, folder)
+        (folder / name).write_text((folder / name).read_text() + " ")
+        assert digest_list(path, folder) != before
+
+
+def test_channels_and_times_of_lhotse(tmp_path):
+    """A supervision is cut out of the recording where it reaches beyond its cut, and a channel is that of the file."""
+    sources = [
+        {"type": "file", "channels": [0], "source": "l.wav"},
+        {"type": "file", "channels": [2, 3], "source": "r.wav"},
+    ]
+    record = recording_of("r") | {"sources": sources, "transforms": [{"name": "Resample"}]}
+    spoken = [("A", 0, -0.5, 1.0), ("B", [3], 1.0, 1.0), (None, [2, 3], 2.0, 9.0)]
+    cut = {"id": "c", "start": 0.25, "duration": 3.0, "type": "MultiCut", "channel": [0, 2, 3], "recording": record}
+    supervisions = [
+        {"id": str(start), "start": start, "duration": length, "channel": channel, "speaker": speaker, "text": "t",
+         "custom": {"conversation": "x"}}
+        for speaker, channel, start, length in spoken
+    ]  # fmt: skip
+    write_lines(tmp_path / "cuts.jsonl", [cut | {"supervisions": supervisions}])
+    [dialog] = read_corpus(find_lists(tmp_path), Rules(agent="B"))["train"].dialogs
+    assert (dialog.id, [turn.speaker for turn in dialog.utterances]) == ("x", ["A", "B", "[2, 3]"])
+    assert [turn.audio.removeprefix(f"{tmp_path}/") for turn in dialog.utterances] == [
+        "l.wav#t=0,0.75", "r.wav#t=1.25,2.25&channel=1", "r.wav#t=2.25,5",
+    ]  # fmt: skip
+
+
+def test_doctor_does_not_unpack_a_dataset(corpora, tmp_path):
+    found = SetUp(
+        PrepareConfig(data_dir=corpora / "dataset", output_path=tmp_path / "out", cache_dir=tmp_path / "cache")
+    ).check_corpus()
+    assert [(level, text.partition(" is ")[2]) for level, text in found] == [
+        ("ok", "a dataset with its recordings in it; prepare unpacks them to the cache and checks them")
+    ]
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("kind", ["nemo", "kaldi"])
+def test_page_plays_the_turns_of_another_kind(corpora, kind):
+    rows = [{"id": "d0_0", "dialog_id": "d0", "turn": 0}]
+    recordings = _add_recordings([{"turns": [{}, {}]}], rows, corpora / kind, "train", {"history": 0, "corpus": kind})
+    assert len(recordings) == 2
+
+
 def lines_of(folder, target):
     export(folder, target)
     return sorted((target / "train.txt").read_text().splitlines())
@@ -279,11 +386,13 @@ def lines_of(folder, target):
 
 @pytest.mark.slow
 def test_every_kind_gives_the_units_and_labels_of_dailytalk(corpora, unit_model, tmp_path):
-    """Segments of the same recordings have the same keys in the cache: the units are made once for all of them."""
+    """Segments of the same recordings have the same keys in the cache: their units are made once."""
     lines = {}
-    for kind in ("dailytalk", *WRITERS):
+    for kind in ("dailytalk", *(kind for kind in WRITERS if not kind.startswith("manifest."))):
         given = {"output_path": str(tmp_path / kind), "data_dir": str(corpora / kind), "shard_dialogs": 64}
         prepare(**options(tmp_path, unit_model, tmp_path, **given))
         lines[kind] = lines_of(tmp_path / kind, tmp_path / f"{kind}.lines")
     assert all(each == lines["dailytalk"] for each in lines.values())
+    # DailyTalk has utterance ids of its own and a test split; Lhotse has one file for each channel, datasets one for each turn.
+    assert len([*tmp_path.glob("cache/units/*.arrow")]) == 5
     assert json.loads((tmp_path / "lhotse" / "counts.json").read_text())["corpus"] == "Lhotse manifest"

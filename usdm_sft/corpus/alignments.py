@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path, PurePath
 
 from usdm_sft.corpus.dialogs import FilePath, Recipe, Turns
-from usdm_sft.corpus.manifest import recordings_folder, to_number
+from usdm_sft.corpus.manifest import recordings_folder
 from usdm_sft.corpus.segments import read_segments
 from usdm_sft.corpus.tables import MAX_JSON, Rows, find_tables, kind_of_table, place_of, read_rows
 from usdm_sft.utils.texts import first_line, quote
@@ -88,10 +88,7 @@ def _read_words(file: Path) -> list[tuple[float, float, str, str]] | str:
     found = []
     for number, each in enumerate(words):
         match each:
-            case [str(word), [first, last], str(speaker)] if None not in (
-                start := to_number(first),
-                end := to_number(last),
-            ):
+            case [str(word), [int() | float() as start, int() | float() as end], str(speaker)]:
                 found.append((start, end, word.strip(), speaker))
             case _:
                 return f"has {quote(str(each))} as word {number}: give [word, [start, end], speaker]"

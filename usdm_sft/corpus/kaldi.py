@@ -34,8 +34,8 @@ _Lines = dict[str, tuple[int, str]]  # first word of a line -> its number, and t
 def _find(data_dir: Path) -> dict[str, Path] | None:
     if data_dir.is_file():
         data_dir = data_dir.parent if data_dir.name == _MAIN else data_dir
-    if (data_dir / _MAIN).is_file():
-        return share_out([data_dir / _MAIN], _name)
+    if (data_dir / _MAIN).is_file():  # in a folder of any name, of which "test" is a split and "my-test" is not
+        return share_out([data_dir / _MAIN], lambda path: _name(path) if _name(path).isalpha() else "")
     return share_out(sorted(data_dir.glob(f"*/{_MAIN}")), _name) if data_dir.is_dir() else None
 
 

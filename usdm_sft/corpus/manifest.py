@@ -113,7 +113,7 @@ def read_manifest(
 def read_turns(
     path: Path,
     rows: Rows,
-    place: Callable[[int], str],
+    find_place: Callable[[int], str],
     problems: list[str],
     data_dir: FilePath | None,
     units: "UnitReader | None" = None,
@@ -123,9 +123,9 @@ def read_turns(
     Args:
         path: The file that they were read from, for the folder where relative paths start; further arguments are those of `read_manifest`.
         rows: The rows.
-        place: Returns the place of a row in errors from its number.
+        find_place: Returns the place of a row in errors from its number.
     """
-    turns = Turns(place)
+    turns = Turns(find_place)
     folder = recordings_folder(path, data_dir)
     absolute = lru_cache(1)(lambda file: absolute_file(file, folder))  # the turns of a telephone call follow each other
     for number, row in rows:

@@ -81,16 +81,19 @@ def kind_of_table(path: Path) -> CorpusName | None:
 
 
 def list_columns(path: Path) -> set[str]:
-    """Return the columns of the first row of a table, none if it cannot be read. Parquet with recordings in it has no table of turns."""
+    """Return the columns of the first row of a table, none if it cannot be read."""
     try:
         if suffix_of(path) == ".parquet":
             import pyarrow.parquet as pq  # slow to import
 
             return set(pq.read_schema(path).names)
-        row = next(read_rows(path, ()), (0, ""))[1] if suffix_of(path) in SUFFIXES else ""
+        if suffix_of(path) not in SUFFIXES:
+            return set()
+        columns: list[str] = []  # of CSV and TSV
+        row = next(read_rows(path, (), columns.extend), (0, ""))[1]  # type: ignore[arg-type]  # returns None: nothing is wrong
     except (OSError, ValueError):  # pyarrow.ArrowInvalid is a ValueError
         return set()
-    return set(row) if isinstance(row, dict) else set()
+    return set(row if isinstance(row, dict) else columns)
 
 
 def find_tables(data_dir: Path, is_wanted: Callable[[Path], bool]) -> dict[str, Path] | None:

@@ -22,7 +22,7 @@ from usdm_sft.audio.frames import min_samples
 from usdm_sft.audio.reading import AudioError
 from usdm_sft.corpus.builder import DailyTalkUSDM
 from usdm_sft.corpus.features import ROLES, SPEECH
-from usdm_sft.corpus.find import describe_corpus, recipe_of
+from usdm_sft.corpus.find import describe_corpus, find_lists, recipe_of
 from usdm_sft.corpus.problems import join_problems
 from usdm_sft.folder.layout import ROW_PACKAGES, check_output
 from usdm_sft.prepare.config import PrepareConfig
@@ -121,6 +121,8 @@ def open_run(
     output = output.resolve()  # a link to the folder is followed once
     cache = cache_root(config.cache_dir)
     require_locks(cache / "locks")
+    # A folder that is no corpus is refused before anything is downloaded.
+    find_lists(config.data_dir, config.data_files, corpus=config.corpus, cache_dir=cache, may_download=False)
     stages.start("tokenizer")
     tokenizer = load_tokenizer(config.pretrained_model_name_or_path, config.model_cache_dir)
     encoder = TemplateEncoder(
