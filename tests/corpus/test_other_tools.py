@@ -354,7 +354,7 @@ def test_channels_and_times_of_lhotse(tmp_path):
          "custom": {"conversation": "x"}}
         for speaker, channel, start, length in spoken
     ]  # fmt: skip
-    write_lines(tmp_path / "cuts.jsonl", [cut | {"supervisions": supervisions}])
+    write_lines(tmp_path / "cuts.jsonl", [cut | {"supervisions": []}, cut | {"supervisions": supervisions}])
     [dialog] = read_corpus(find_lists(tmp_path), Rules(agent="B"))["train"].dialogs
     assert (dialog.id, [turn.speaker for turn in dialog.utterances]) == ("x", ["A", "B", "[2, 3]"])
     assert [turn.audio.removeprefix(f"{tmp_path}/") for turn in dialog.utterances] == [

@@ -52,9 +52,9 @@ def write_files(folder, files):
 WRONG = [
     # Lhotse
     (lhotse(recording=None), r"cuts\.jsonl:1: cut 'c' has no recording, only features: give cuts with recordings"),
-    (lhotse(supervisions=[]), r":1: cut 'c' has no supervision: leave it out, or give its speaker and text"),
+    (lhotse(supervisions=7), r":1: cut 'c' has start '0' and supervisions '7': give seconds and a list"),
     (lhotse(supervisions=["s"]), r":1: cut 'c' has a supervision that is not an object: correct it"),
-    (lhotse(start="x"), r":1: cut 'c' has start 'x': give seconds"),
+    (lhotse(start="x"), r":1: cut 'c' has start 'x' and supervisions"),
     ({"cuts.jsonl": '{"id": "m", "tracks": []}'}, r":1: cut 'm' is a mix of several recordings: give the cuts before they were mixed"),
     (recording(sources=[]), r":1: recording 'r' has no sources: give the file of its sound"),
     (recording(sources=[{"type": "command", "channels": [0], "source": "sox"}]), r":1: recording 'r' is of type 'command', and only files are read"),

@@ -72,34 +72,55 @@ def _make_rows(path: Path, recordings: Mapping[str, Any]) -> Rows:
 
 
 def _read_entry(entry: dict[str, Any], recordings: Mapping[str, Any], path: Path) -> Iterator[dict[str, Any] | str]:
-    """Yield the row of each supervision of a cut, or of a supervision itself, or what is wrong with it."""
+    """Yield the row of each supervision of a cut, or of a supervision itself, or what is wrong with it. A cut without supervisions has no turn."""
     name = quote(str(entry.get("id")))
     if "tracks" in entry:
         yield f"cut {name} is a mix of several recordings: give the cuts before they were mixed"
-    elif "sources" in entry:
+        return
+    if "sources" in entry:
         yield f"{path.name} holds recordings alone: name the file of their supervisions, or of cuts"
-    elif "recording_id" in entry:
-        identity = str(entry["recording_id"])
-        if identity in recordings:
-            yield _make_row(entry, recordings[identity], 0.0, {})
-        else:
-            file = _find_recordings(path)
-            where = (
-                "no file beside it has the recordings (recordings.jsonl.gz)"
-                if file is None
-                else f"{file.name} has no such recording"
-            )
-            yield f"supervision {name} is of recording {quote(identity)}, but {where}: complete the recordings, or give cuts"
-    elif not isinstance(entry.get("recording"), dict):
-        yield f"cut {name} has no recording, only features: give cuts with recordings"
-    elif not isinstance(supervisions := entry.get("supervisions"), list) or not supervisions:
-        yield f"cut {name} has no supervision: leave it out, or give its speaker and text"
-    elif (start := to_number(entry.get("start"))) is None:
-        yield f"cut {name} has start {quote(str(entry.get('start')))}: give seconds"
+        return
+    if "recording_id" in entry:
+        cut: dict[str, Any] = {"start": 0.0, "supervisions": [entry]}
+        recording = recordings.get(str(entry["recording_id"]))
+    else:
+        cut, recording = entry, entry.get("recording")
+    start, supervisions = to_number(cut.get("start")), cut.get("supervisions")
+    if not isinstance(recording, dict):
+        yield _describe_missing(entry, path)
+    elif problem := _recording_problem(recording):
+        yield f"recording {quote(str(recording.get('id')))} {problem}"
+    elif start is None or not isinstance(supervisions, list):
+        yield f"cut {name} has start {quote(str(cut.get('start')))} and supervisions {quote(str(supervisions))}: give seconds and a list"
     else:
         wrong = f"cut {name} has a supervision that is not an object: correct it"
         for each in supervisions:
-            yield _make_row(each, entry["recording"], start, entry) if isinstance(each, dict) else wrong
+            yield _make_row(each, recording, start, cut) if isinstance(each, dict) else wrong
+
+
+def _describe_missing(entry: dict[str, Any], path: Path) -> str:
+    name = quote(str(entry.get("id")))
+    if "recording_id" not in entry:
+        return f"cut {name} has no recording, only features: give cuts with recordings"
+    file = _find_recordings(path)
+    where = (
+        "no file beside it has the recordings (recordings.jsonl.gz)"
+        if file is None
+        else f"{file.name} has no such recording"
+    )
+    recording = quote(str(entry["recording_id"]))
+    return f"supervision {name} is of recording {recording}, but {where}: complete the recordings, or give cuts"
+
+
+def _recording_problem(recording: dict[str, Any]) -> str | None:
+    """Return why a recording cannot be read from its files, or None."""
+    if [each for each in _objects(recording.get("transforms")) if each.get("name") != "Resample"]:
+        return "is to be transformed when it is read: save it transformed, and give that manifest"
+    sources = _objects(recording.get("sources"))
+    kinds = [source.get("type") for source in sources if source.get("type") not in _SOURCES]
+    if kinds:
+        return f"is of type {quote(str(kinds[0]))}, and only files are read: save it as a file"
+    return None if sources else "has no sources: give the file of its sound"
 
 
 def _make_row(
@@ -145,18 +166,11 @@ def _custom(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _find_source(recording: dict[str, Any], channel: Any) -> tuple[Any, int | None] | str:
-    """Return the file of a channel of a recording and the channel in this file, or what is wrong with the recording.
+    """Return the file of a channel of a recording and the channel in this file, or what is wrong with the channel.
 
     The channel in the file is None for all channels of a file, one or several.
     """
-    name = quote(str(recording.get("id")))
-    if [each for each in _objects(recording.get("transforms")) if each.get("name") != "Resample"]:
-        return f"recording {name} is to be transformed when it is read: save it transformed, and give that manifest"
-    sources = _objects(recording.get("sources"))
-    if not sources:
-        return f"recording {name} has no sources: give the file of its sound"
-    if kinds := [source.get("type") for source in sources if source.get("type") not in _SOURCES]:
-        return f"recording {name} is of type {quote(str(kinds[0]))}, and only files are read: save it as a file"
+    sources = _objects(recording["sources"])
     if channel is None and len(sources) == 1:
         return sources[0].get("source"), None
     wanted = channel if isinstance(channel, list) else [channel]
@@ -166,7 +180,7 @@ def _find_source(recording: dict[str, Any], channel: Any) -> tuple[Any, int | No
             return source.get("source"), None
         if isinstance(channels, list) and len(wanted) == 1 and wanted[0] in channels:
             return source.get("source"), channels.index(wanted[0])
-    return f"channel {quote(str(channel))} is not one file or channel of recording {name}: correct it"
+    return f"channel {quote(str(channel))} is not one file or channel of recording {quote(str(recording.get('id')))}: correct it"
 
 
 def _objects(value: Any) -> list[dict[str, Any]]:
