@@ -375,7 +375,9 @@ def test_doctor_does_not_unpack_a_dataset(corpora, tmp_path):
 @pytest.mark.parametrize("kind", ["nemo", "kaldi"])
 def test_page_plays_the_turns_of_another_kind(corpora, kind):
     rows = [{"id": "d0_0", "dialog_id": "d0", "turn": 0}]
-    recordings = _add_recordings([{"turns": [{}, {}]}], rows, corpora / kind, "train", {"history": 0, "corpus": kind})
+    recordings = _add_recordings(
+        [{"turns": [{}, {}]}], rows, corpora / kind, "train", {"history": 0, "corpus": kind, "template": {}}
+    )
     assert len(recordings) == 2
 
 

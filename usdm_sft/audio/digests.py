@@ -35,6 +35,7 @@ from usdm_sft.utils.progress import progress_bar
 if TYPE_CHECKING:
     from usdm_sft.utils.pool import Pool
 
+TOO_SHORT = f"fewer than the {MIN_SAMPLES} (25 ms) that make a unit"  # ends the problem of such a recording
 NUM_THREADS = 2  # one waits for the disk while the other one computes; more of them wait for each other
 FEW = 2_000  # addresses that this process reads alone: another process takes a second to start
 BATCH = 512  # addresses that are looked up, or read by a process or task, in one call
@@ -268,9 +269,7 @@ def check_segments(segments: Sequence[Segment], measure: Callable[[str], Extent]
             raise AudioError(f"has several sample rates ({', '.join(map(str, sorted(rates)))} Hz)")
         [rate] = rates
         if (num_samples := resampled_length(num_frames, rate)) < MIN_SAMPLES:
-            raise AudioError(
-                f"has {num_samples} samples at 16 kHz, fewer than the {MIN_SAMPLES} (25 ms) that make a unit"
-            )
+            raise AudioError(f"has {num_samples} samples at 16 kHz, {TOO_SHORT}")
     except AUDIO_ERRORS as error:
         return AudioCheck(problem=find_problem(error))
     return AudioCheck(num_frames, rate)

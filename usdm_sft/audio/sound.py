@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 BLOCK_SAMPLES = 1 << 20  # decoded at a time, so that an hour of audio needs little memory
 MIN_RATE = 1000  # Hz; a lower rate in a damaged header would give hours of audio at 16 kHz
+PAST_END = "is to be cut up to"  # begins the problem of a segment that ends after its recording
 END_TOLERANCE = 0.05  # seconds; a segment may end this much after its recording, because time stamps are rounded
 
 _TAGS = (b"ID3\2", b"ID3\3", b"ID3\4")  # the versions that libsndfile skips
@@ -101,7 +102,7 @@ def find_frames(segment: Segment, extent: Extent) -> tuple[int, int]:
         if not segment.start < segment.end:
             raise AudioError(f"is to be cut from {segment.start:g} to {segment.end:g} s, which is nothing")
         if segment.end > seconds + END_TOLERANCE:
-            raise AudioError(f"is to be cut up to {segment.end:g} s, but has {seconds:g} s")
+            raise AudioError(f"{PAST_END} {segment.end:g} s, but has {seconds:g} s")
         first, stop = _frames_of(segment, extent.rate)
         stop = min(stop, extent.frames)
     for flaw in extent.flaws:

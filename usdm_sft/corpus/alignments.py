@@ -12,22 +12,22 @@ import os
 from itertools import groupby
 from pathlib import Path, PurePath
 
-from usdm_sft.corpus.dialogs import FilePath, Recipe, Turns
+from usdm_sft.corpus.dialogs import DEFAULT, FilePath, Recipe, RowOptions, Turns
 from usdm_sft.corpus.manifest import recordings_folder
 from usdm_sft.corpus.segments import read_segments
-from usdm_sft.corpus.tables import MAX_JSON, Rows, find_tables, kind_of_table, place_of, read_rows
+from usdm_sft.corpus.tables import MAX_JSON, Rows, find_tables, kind_of_table, never, place_of, read_rows
 from usdm_sft.utils.texts import first_line, quote
 
 _MAIN = "SPEAKER_MAIN"
 
 
-def _read(path: Path, problems: list[str], data_dir: FilePath | None) -> Turns:
+def _read(path: Path, problems: list[str], data_dir: FilePath | None, options: RowOptions = DEFAULT) -> Turns:
     folder = recordings_folder(path, data_dir)
-    return read_segments(path, lambda path: _make_rows(path, folder), problems, data_dir)
+    return read_segments(path, lambda path: _make_rows(path, folder), problems, data_dir, options)
 
 
 def _files(path: Path, data_dir: FilePath | None) -> list[Path]:
-    rows = [row for _, row in read_rows(path, ()) if isinstance(row, dict)]
+    rows = [row for _, row in read_rows(path, never) if isinstance(row, dict)]
     words = [
         _find_words(row["path"], recordings_folder(path, data_dir)) for row in rows if isinstance(row.get("path"), str)
     ]
@@ -41,7 +41,7 @@ def _find_words(recording: str, folder: Path) -> Path:
 def _make_rows(path: Path, folder: Path) -> Rows:
     place = place_of(path)
     recordings: dict[str, str] = {}
-    for number, row in read_rows(path, ()):
+    for number, row in read_rows(path, never):
         if isinstance(row, str):
             yield number, row
             continue
@@ -105,5 +105,6 @@ RECIPE = Recipe(
     ),
     read=_read,
     files=_files,
+    takes_options=True,
     max_speakers=2,
 )

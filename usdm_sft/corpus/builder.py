@@ -18,7 +18,7 @@ from usdm_sft.corpus import dailytalk, examples, features, find, read
 from usdm_sft.corpus import hub_corpus as hub
 from usdm_sft.corpus import left_out as bad_audio
 from usdm_sft.corpus.dialogs import CorpusName, FilePath, Split
-from usdm_sft.corpus.problems import CorpusError
+from usdm_sft.corpus.problems import CorpusError, describe_left_out
 from usdm_sft.corpus.streams import make_reader
 from usdm_sft.utils import texts
 
@@ -51,8 +51,8 @@ class DailyTalkUSDMConfig(datasets.BuilderConfig):  # type: ignore[misc]  # data
     Attributes:
         history: Number of earlier exchanges that a pair of single_turn brings along as context; fewer at the start of a dialog.
             The user and agent columns are then lists, one entry per exchange, the pair last.
-        agent: The speaker who is the agent in every pair. By default each side is the agent in turn, as in the reference.
-        merge_speaker_turns: Join neighbouring turns of one speaker. By default such dialogs are left out, as in the reference.
+        agent, merge_speaker_turns, merge, max_gap, on_bad_rows, min_seconds, max_seconds, keep_columns, needs_text: As in
+            `usdm_sft.corpus.read.Rules`, where None is the default.
         on_bad_audio: "error" stops at bad audio, "skip" leaves out the pairs that use it.
         unit_rate: Units, or frames of several, per second, if the manifests have units (the column `units`), which are read then.
         num_units: Number of these units: of every stream, or a list with one for each stream.
@@ -65,6 +65,13 @@ class DailyTalkUSDMConfig(datasets.BuilderConfig):  # type: ignore[misc]  # data
     history: int = 0
     agent: str | None = None
     merge_speaker_turns: bool = False
+    merge: str | None = None
+    max_gap: float | None = None
+    on_bad_rows: str | None = None
+    min_seconds: float | None = None
+    max_seconds: float | None = None
+    keep_columns: str | None = None
+    needs_text: bool = True
     on_bad_audio: str = "error"
     unit_rate: float | None = None
     num_units: int | Sequence[int] | None = None
@@ -143,13 +150,17 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
             raise ValueError("data_dir is missing: name the folder that DailyTalk was unpacked to, or its zip archive")
         if kwargs.get("agent") is not None:
             kwargs["agent"] = str(kwargs["agent"])  # speakers are texts, also those that are numbers
-        rules = read.Rules(kwargs.get("agent"), kwargs.get("merge_speaker_turns") or False)
+        self._rules = read.Rules.of(kwargs)
         reader = make_reader(kwargs.get("unit_rate"), kwargs.get("num_units"), kwargs.get("streams"))
-        self.whole_corpus = read.read_corpus(self.split_lists, rules, data_dir=data_dir, units=reader, corpus=kind)
+        self.whole_corpus = read.read_corpus(
+            self.split_lists, self._rules, data_dir=data_dir, units=reader, corpus=kind
+        )
         for split in self.whole_corpus.values():
             if not split.dialogs:
-                reasons = "; ".join(f"{dialog}: {reason}" for dialog, reason in split.left_out.items()) or "it is empty"
-                raise CorpusError([f"{self.split_lists[split.name]}: not one pair: {reasons}: name another split list"])
+                reasons = describe_left_out(split.left_out) or "it is empty"
+                remedy = read.find_remedy(split.left_out)
+                remedy = f"{remedy}, or name another split list" if remedy else "name another split list"
+                raise CorpusError([f"{self.split_lists[split.name]}: not one pair: {reasons}: {remedy}"])
         self.unit_streams = None if reader is None else reader.streams
         self.list_digests = {split: find.digest_list(path, data_dir, kind) for split, path in self.split_lists.items()}
         dailytalk.check_not_swapped(self.split_lists, self.list_digests)
@@ -182,7 +193,14 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
         """
         if self._screened is None:
             on_bad_audio = self.config.on_bad_audio
-            self._screened = bad_audio.screen_audio(self.whole_corpus, on_bad_audio, self._digest_cache_dir, pool)
+            self._screened = bad_audio.screen_audio(
+                self.whole_corpus,
+                on_bad_audio,
+                self._digest_cache_dir,
+                pool,
+                rules=self._rules,
+                streams=self.unit_streams,
+            )
         return self._screened
 
     @property
@@ -194,6 +212,11 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
     def audio_digests(self) -> dict[str, AudioDigest]:
         """The `usdm_sft.audio.digests.AudioDigest` of each recording that a pair uses, by address; checks the audio first."""
         return self.screen_audio()[1]
+
+    @property
+    def further_columns(self) -> tuple[str, ...]:
+        """The further columns of the corpus that the rows keep."""
+        return next(iter(self.whole_corpus.values())).columns
 
     @property
     def content_digest(self) -> str:
@@ -208,6 +231,7 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
             features=features.example_features(
                 lists=examples.config_has_lists(self.config.name, self.config.history),
                 units=self.unit_streams is not None,
+                columns=self.further_columns,
             ),
             **(dailytalk.INFO if published else {}),
         )
@@ -240,6 +264,10 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
                 for role, utterances in zip(features.ROLES, zip(*example.exchanges, strict=True), strict=True):
                     columns: dict[str, list[Any]] = {
                         column: [getattr(utterance, column) for utterance in utterances] for column in features.TEXTS
+                    }
+                    columns |= {
+                        column: [(utterance.more or {}).get(column, "") for utterance in utterances]
+                        for column in self.further_columns
                     }
                     columns["audio"] = [
                         {"bytes": None, "path": utterance.audio} if utterance.audio else None

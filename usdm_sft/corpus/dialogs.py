@@ -12,10 +12,15 @@ from usdm_sft.corpus.problems import add_problem
 if TYPE_CHECKING:
     import numpy as np
 
-    from usdm_sft.corpus.streams import UnitReader
-
 FilePath = str | os.PathLike[str]
 CorpusName = Literal["manifest", "dailytalk", "lhotse", "nemo", "kaldi", "rttm", "alignments", "segments", "dataset"]
+
+
+class BadRow(NamedTuple):
+    """Why a turn cannot be used: the reason under which it is counted, and what is wrong with this turn."""
+
+    reason: str
+    problem: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +31,8 @@ class Utterance:
         audio: The address of the recording (`usdm_sft.audio.addresses`); "" where the corpus has units and no recording.
         units: (num_units,) uint16, the units that the corpus has already, as a row has them (`usdm_sft.corpus.streams`); None if a
             unit model makes them.
+        more: Further columns of a manifest that are read, as texts; None if there are none.
+        bad: Why the turn is to be left out; None if it is good.
     """
 
     id: str
@@ -36,11 +43,13 @@ class Utterance:
     emotion: str
     audio: str = field(default="", compare=False)
     units: "np.ndarray | None" = field(default=None, compare=False, repr=False)
+    more: Mapping[str, str] | None = field(default=None, compare=False)
+    bad: BadRow | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Dialog:
-    """The utterances of one dialog by turn; two neighbours never have the same speaker.
+    """The utterances of one dialog by turn. Two neighbours have the same speaker only if a long pause is between them (`Rules.max_gap`).
 
     If `agent` is set, only the turns of this speaker are the agent's half of a pair.
     """
@@ -52,7 +61,7 @@ class Dialog:
     def pairs(self) -> Iterator[tuple[Utterance, Utterance]]:
         """Yield every two neighbouring turns, the earlier as the user and the later as the agent."""
         for user, agent in pairwise(self.utterances):
-            if self.agent in (None, agent.speaker):
+            if self.agent in (None, agent.speaker) and user.speaker != agent.speaker:
                 yield user, agent
 
 
@@ -64,6 +73,7 @@ class Turns:
 
     Attributes:
         dialogs: Dialog id -> its turns, each with the number of its line, in the order in which they were added.
+        further: Names of columns beside those of a manifest, in the order in which they were found.
     """
 
     def __init__(self, place: Callable[[int], str]):
@@ -73,6 +83,16 @@ class Turns:
         self._segments: dict[
             str, list[tuple[float, float, str, int, Utterance]]
         ] = {}  # dialog id -> turns without a number
+        self.further: dict[str, None] = {}
+        self._incomplete: set[str | None] = set()  # dialogs of wrong rows; None for a row whose dialog is unknown
+
+    def mark_incomplete(self, dialog_id: str | None) -> None:
+        """Remember that a row of this dialog, or of an unknown one, is wrong, so that its turn may be missing."""
+        self._incomplete.add(dialog_id)
+
+    def may_lack(self, dialog_id: str) -> bool:
+        """Return True if a turn of the dialog may be missing because a row is wrong."""
+        return not self._incomplete.isdisjoint((dialog_id, None))
 
     def add(self, utterance: Utterance, number: int) -> int | None:
         """Add the turn of a line or row, or return the number of an earlier one with its id."""
@@ -116,6 +136,24 @@ class Turns:
         self._segments.clear()
 
 
+@dataclass(frozen=True)
+class RowOptions:
+    """How the rows of a manifest are read.
+
+    Attributes:
+        columns: Names of further columns that are read; None for all.
+        skips_bad: Rows that `Utterance.bad` has a reason for are turns. Otherwise they are problems.
+        needs_text: The template has texts, so that each row needs one.
+    """
+
+    columns: tuple[str, ...] | None = ()
+    skips_bad: bool = False
+    needs_text: bool = True
+
+
+DEFAULT = RowOptions()
+
+
 class Recipe(NamedTuple):
     """How one kind of corpus is found and read. Nothing else asks which kind a corpus is (`usdm_sft.corpus.find.RECIPES`).
 
@@ -128,6 +166,7 @@ class Recipe(NamedTuple):
             of the cache or None, True if files may be downloaded, and True if the units of the corpus are wanted.
         read: Reads the turns of a split file. Its arguments are the file, a list to which problems are added, and `data_dir` or None.
         read_units: The same with the units of the turns, which its last argument checks; None if such files have none.
+        takes_options: True if `read` and `read_units` take `options`, a `RowOptions`.
         root: Returns one path for all spellings of `data_dir`.
         files: Returns all files that decide the turns of a split file; its second argument is `data_dir` or None.
         needs_data_dir: True if the split files alone do not say where recordings are.
@@ -140,8 +179,9 @@ class Recipe(NamedTuple):
     looks_for: str
     reads: Callable[[Path], bool]
     find: Callable[[FilePath, str | Path | None, bool, bool], dict[str, Path] | None]
-    read: Callable[[Path, list[str], FilePath | None], Turns]
-    read_units: "Callable[[Path, list[str], FilePath | None, UnitReader], Turns] | None" = None
+    read: Callable[..., Turns]
+    read_units: Callable[..., Turns] | None = None
+    takes_options: bool = False
     root: Callable[[Path], Path] = lambda data_dir: data_dir
     files: Callable[[Path, FilePath | None], list[Path]] = lambda path, data_dir: [path]
     needs_data_dir: bool = False
@@ -158,7 +198,11 @@ class Split:
         dialogs: The dialogs that have a pair. Bad audio cuts a dialog into parts, which keep its id (`usdm_sft.corpus.left_out`).
         left_out: Dialog id -> the reason.
         dialog_ids: The id of each dialog before bad audio was left out, once.
-        pairs_left_out: Id of the pair ("d23_0") -> what is wrong with its audio.
+        pairs_left_out: Id of the pair ("d23_0") -> what is wrong with its audio or its rows.
+        turns_left_out: Reason -> number of turns that were left out for it, other than bad audio.
+        pairs_with_bad_rows: Number of the pairs in `pairs_left_out` whose audio is good.
+        columns: Further columns that the dataset keeps.
+        ignored: Further columns of the manifest that were not read.
     """
 
     name: str
@@ -166,6 +210,10 @@ class Split:
     left_out: Mapping[str, str]
     dialog_ids: tuple[str, ...]
     pairs_left_out: Mapping[str, str] = field(default_factory=dict)
+    turns_left_out: Mapping[str, int] = field(default_factory=dict)
+    pairs_with_bad_rows: int = 0
+    columns: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
     @property
     def num_pairs(self) -> int:

@@ -85,7 +85,18 @@ def dataset_info(config_name: str, info: datasets.DatasetInfo) -> dict[str, Any]
     return {"config_name": config_name, **json.loads(entry)}
 
 
-def example_features(*, lists: bool, units: bool = False) -> datasets.Features:
+def further_columns(names: Iterable[str]) -> list[str]:
+    """Return the further columns of a manifest among the columns of a dataset folder or of the builder, without `user_`."""
+    known = {f"user_{name}" for name in (*TEXTS, *COLLAPSED_SPEECH, "audio")}
+    return [name.removeprefix("user_") for name in names if name.startswith("user_") and name not in known]
+
+
+def _texts(columns: Iterable[str]) -> dict[str, Any]:
+    """Return the types of `TEXTS` and of further columns, which are texts."""
+    return _types(TEXTS) | {name: datasets.Value("string") for name in columns}
+
+
+def example_features(*, lists: bool, units: bool = False, columns: Iterable[str] = ()) -> datasets.Features:
     """Return the columns of the builder, one example per row.
 
     `id`, `dialog_id` and `turn` are described at `folder_features`, as are `user_` and `agent_` `speaker`, `text` and `emotion`.
@@ -94,11 +105,12 @@ def example_features(*, lists: bool, units: bool = False) -> datasets.Features:
     Args:
         lists: True if the user and agent columns are lists, one entry per exchange.
         units: True if the corpus has units already: `*_units` and `*_seconds` follow, and `*_audio` is null without a recording.
+        columns: Further columns of the corpus, which follow the emotion.
     """
-    return _features({**_types(TEXTS), "audio": StoredAudio(), **(_types(SPEECH) if units else {})}, lists=lists)
+    return _features({**_texts(columns), "audio": StoredAudio(), **(_types(SPEECH) if units else {})}, lists=lists)
 
 
-def folder_features(*, lists: bool, collapsed: bool = False) -> datasets.Features:
+def folder_features(*, lists: bool, collapsed: bool = False, columns: Iterable[str] = ()) -> datasets.Features:
     """Return the columns of a dataset folder, in their order.
 
     | column | type | meaning |
@@ -122,11 +134,12 @@ def folder_features(*, lists: bool, collapsed: bool = False) -> datasets.Feature
     Args:
         lists: True if the user and agent columns are lists, one entry per exchange (`usdm_sft.corpus.examples.config_has_lists`).
         collapsed: True if runs of equal units are one unit each, with a duration.
+        columns: Further columns of the corpus (`keep_columns`), as texts after the emotion.
     """
     speech = COLLAPSED_SPEECH if collapsed else SPEECH
     tokens = {name: datasets.Sequence(datasets.Value("int32")) for name in ("input_ids", "labels")}
     trainer = {"attention_mask": datasets.Sequence(datasets.Value("int8")), "length": datasets.Value("int32")}
-    return datasets.Features({**_features(_types(TEXTS | speech), lists=lists), **tokens, **trainer})
+    return datasets.Features({**_features(_texts(columns) | _types(speech), lists=lists), **tokens, **trainer})
 
 
 def are_collapsed(columns: Iterable[str]) -> bool:
@@ -134,14 +147,14 @@ def are_collapsed(columns: Iterable[str]) -> bool:
     return not {f"{role}_durations" for role in ROLES}.isdisjoint(columns)
 
 
-def utterance_features() -> datasets.Features:
+def utterance_features(columns: Iterable[str] = ()) -> datasets.Features:
     """Return the columns of the config `utterances` of a dataset folder: those of a manifest, with the recording, and its units.
 
     | column | type | meaning |
     |---|---|---|
     | `dialog` | string | the dialog, such as "d23" |
     | `turn` | int32 | the turn in its dialog |
-    | `speaker`, `text`, `emotion` | string | as in the corpus |
+    | `speaker`, `text`, `emotion` | string | as in the corpus; so are further columns (`keep_columns`), which follow |
     | `audio` | Audio | the recording, in a form that browsers play (`usdm_sft.audio.playable`) |
     | `units` | list of uint16 | one unit per 20 ms frame, or the units of the corpus |
     | `seconds` | float32 | duration of the recording, or of the units of the corpus |
@@ -152,7 +165,7 @@ def utterance_features() -> datasets.Features:
         {
             "dialog": datasets.Value("string"),
             "turn": datasets.Value("int32"),
-            **_types(TEXTS),
+            **_texts(columns),
             "audio": datasets.Audio(),
             **_types(SPEECH),
         }

@@ -213,6 +213,8 @@ RECIPE = manifest.RECIPE._replace(
     reads=lambda path: path.name == _MANIFEST and path.with_name(_RECORD).is_file(),
     find=_find,
     # Recordings lie beside the manifest.
-    read=lambda path, problems, data_dir: manifest.read_manifest(path, problems, None),
-    read_units=lambda path, problems, data_dir, units: manifest.read_manifest(path, problems, None, units),
+    read=lambda path, problems, data_dir, **options: manifest.read_manifest(path, problems, None, **options),
+    read_units=lambda path, problems, data_dir, units, **options: manifest.read_manifest(
+        path, problems, None, units, **options
+    ),
 )

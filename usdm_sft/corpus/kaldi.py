@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from usdm_sft.corpus.dialogs import FilePath, Recipe, Turns
+from usdm_sft.corpus.dialogs import DEFAULT, FilePath, Recipe, RowOptions, Turns
 from usdm_sft.corpus.problems import add_problem
 from usdm_sft.corpus.segments import read_segments
 from usdm_sft.corpus.tables import Rows, read_fields, share_out
@@ -47,10 +47,10 @@ def _files(path: Path, data_dir: FilePath | None = None) -> list[Path]:
     return [each for each in map(path.with_name, _FILES) if each.is_file()]
 
 
-def _read(path: Path, problems: list[str], data_dir: FilePath | None) -> Turns:
+def _read(path: Path, problems: list[str], data_dir: FilePath | None, options: RowOptions = DEFAULT) -> Turns:
     lines = {file.name: _read_lines(file, problems) for file in _files(path)}
     main = path.with_name("segments" if "segments" in lines else _MAIN)
-    return read_segments(path, partial(_make_rows, lines=lines), problems, data_dir, main)
+    return read_segments(path, partial(_make_rows, lines=lines), problems, data_dir, options, main)
 
 
 def _read_lines(file: Path, problems: list[str]) -> _Lines:
@@ -136,5 +136,6 @@ RECIPE = Recipe(
     find=lambda data_dir, cache_dir, may_download, with_units: _find(Path(data_dir)),
     read=_read,
     files=_files,
+    takes_options=True,
     max_speakers=2,
 )

@@ -14,10 +14,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from usdm_sft.corpus.dialogs import FilePath, Recipe, Turns
+from usdm_sft.corpus.dialogs import DEFAULT, FilePath, Recipe, RowOptions, Turns
 from usdm_sft.corpus.manifest import to_number
 from usdm_sft.corpus.segments import find_end, read_segments
-from usdm_sft.corpus.tables import Rows, find_field, find_tables, kind_of_table, list_columns, place_of, read_rows
+from usdm_sft.corpus.tables import (
+    Rows,
+    find_field,
+    find_tables,
+    kind_of_table,
+    list_columns,
+    never,
+    place_of,
+    read_rows,
+)
 from usdm_sft.utils.texts import quote
 
 _SOURCES = ("file", "url")  # Lhotse runs commands and unpacks memory; neither is a recording that lasts
@@ -50,20 +59,20 @@ def _files(path: Path, data_dir: FilePath | None) -> list[Path]:
     return [path] if recordings is None else [path, recordings]
 
 
-def _read(path: Path, problems: list[str], data_dir: FilePath | None) -> Turns:
+def _read(path: Path, problems: list[str], data_dir: FilePath | None, options: RowOptions = DEFAULT) -> Turns:
     recordings: dict[str, Any] = {}
     if "recording_id" in list_columns(path) and (file := _find_recordings(path)) is not None:
-        for _, row in read_rows(file, ()):
+        for _, row in read_rows(file, never):
             if isinstance(row, str):
                 problems.append(row)
             elif row.get("id") is not None:
                 recordings[str(row["id"])] = row
-    return read_segments(path, partial(_make_rows, recordings=recordings), problems, data_dir)
+    return read_segments(path, partial(_make_rows, recordings=recordings), problems, data_dir, options)
 
 
 def _make_rows(path: Path, recordings: Mapping[str, Any]) -> Rows:
     place = place_of(path)
-    for number, value in read_rows(path, ()):
+    for number, value in read_rows(path, never):
         if isinstance(value, str):
             yield number, value
             continue
@@ -195,5 +204,6 @@ RECIPE = Recipe(
     find=lambda data_dir, cache_dir, may_download, with_units: _find(Path(data_dir)),
     read=_read,
     files=_files,
+    takes_options=True,
     max_speakers=2,
 )

@@ -3,7 +3,7 @@
     {"dialog": "fe_03_00001", "turn": 0, "speaker": "A", "text": "hello", "audio": "fe_03_00001.wav", "start": 1.2, "end": 2.5, "channel": 0}
 
 `dialog`, `turn`, `speaker`, `text` and `audio` are required. `start` and `end` (seconds) and `channel` (from 0) cut the turn out of
-a longer recording, such as a stereo telephone call. `emotion` is optional; other columns are ignored. Dialogs keep the order
+a longer recording, such as a stereo telephone call. `emotion` is optional; other columns are ignored unless they are to be kept. Dialogs keep the order
 of the manifest, and turns are numbered without a gap. A dialog whose rows have a `start` may have no `turn`: its turns are numbered
 by start (`Turns.number_segments`).
 
@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usdm_sft.audio.addresses import absolute_file, format_address
-from usdm_sft.corpus.dialogs import FilePath, Recipe, Turns, Utterance
+from usdm_sft.corpus.dialogs import DEFAULT, BadRow, FilePath, Recipe, RowOptions, Turns, Utterance
+from usdm_sft.corpus.further import is_read, list_further, read_further
 from usdm_sft.corpus.problems import add_problem
 from usdm_sft.corpus.tables import (
     SPLITS,
@@ -63,6 +64,10 @@ MAX_ROW_UNITS = 1_000_000
 
 _RATE_REMEDY = ", or give --unit_rate, and its column units is read in place of audio"
 _START_REMEDY = ", or give start and end, and turns are numbered by start"
+_SKIP_REMEDY = ", or leave out such rows with --on_bad_rows skip"
+_NO_TEXT, _NO_LENGTH = "no text", "zero or negative length"  # why rows are left out, as counts.json has it
+_TEXT_REASONS = {"is empty": _NO_TEXT, "holds the control": "control character in the text"}
+_SPECIAL_TOKEN = "special token in the text"
 
 
 def find_manifests(data_dir: FilePath) -> dict[str, Path] | None:
@@ -84,7 +89,12 @@ def _is_manifest(path: Path, may_be_wrong: bool) -> bool:
 
 
 def read_manifest(
-    path: Path, problems: list[str], data_dir: FilePath | None, units: "UnitReader | None" = None
+    path: Path,
+    problems: list[str],
+    data_dir: FilePath | None,
+    units: "UnitReader | None" = None,
+    *,
+    options: RowOptions = DEFAULT,
 ) -> Turns:
     """Read the turns of a manifest, whose dialogs keep its order.
 
@@ -94,45 +104,50 @@ def read_manifest(
         data_dir: The folder where relative paths of recordings and archives (`zip://member::archive`) start; None, or the manifest
             itself, for the manifest's own folder.
         units: Reads the column `units`; None if it is ignored.
+        options: How rows are read.
 
     Returns:
         The turns, each with its line, or its row in a Parquet file.
     """
+    turns = Turns(place_of(path))
     with_units = units is not None
     if suffix_of(path) == ".parquet":
-        rows = _read_parquet(path, with_units)
+        rows = _read_parquet(path, with_units, options, turns.further)
     elif with_units and suffix_of(path) in (".csv", ".tsv"):
         problem = f"{path}: lists of units are not read from CSV: write the manifest as JSON lines or Parquet"
         rows = iter([(0, problem)])
     else:
-        once = (*_COLUMNS, UNITS) if with_units else _COLUMNS
-        rows = read_rows(path, once, partial(_column_problem, with_units=with_units))
-    return read_turns(path, rows, place_of(path), problems, data_dir, units)
+        is_once = partial(_is_once, with_units=with_units, options=options)
+        rows = read_rows(path, is_once, partial(_column_problem, with_units=with_units, options=options))
+    return read_turns(turns, rows, recordings_folder(path, data_dir), problems, options, units)
 
 
 def read_turns(
-    path: Path,
+    turns: Turns,
     rows: Rows,
-    find_place: Callable[[int], str],
+    folder: Path,
     problems: list[str],
-    data_dir: FilePath | None,
+    options: RowOptions,
     units: "UnitReader | None" = None,
 ) -> Turns:
-    """Make turns of the rows of a manifest, whatever they were read from.
+    """Add the turns of rows of a manifest, whatever they were read from.
 
     Args:
-        path: The file that they were read from, for the folder where relative paths start; further arguments are those of `read_manifest`.
+        turns: Where they are added.
         rows: The rows.
-        find_place: Returns the place of a row in errors from its number.
+        folder: The folder where relative paths of recordings start. Further arguments are those of `read_manifest`.
+
+    Returns:
+        `turns`, whose turns have numbers.
     """
-    turns = Turns(find_place)
-    folder = recordings_folder(path, data_dir)
     absolute = lru_cache(1)(lambda file: absolute_file(file, folder))  # the turns of a telephone call follow each other
     for number, row in rows:
         if isinstance(row, str):
+            turns.mark_incomplete(None)
             add_problem(problems, row)
             continue
-        made = _make_utterance(row, absolute, units is not None)
+        turns.further.update(dict.fromkeys(list_further(row)))
+        made = _make_utterance(row, absolute, units is not None, options)
         if isinstance(made, Utterance) and units is not None:
             made = _add_units(made, units.read(row[UNITS], turns.place(number)))
         if isinstance(made, Utterance):
@@ -144,6 +159,7 @@ def read_turns(
                 continue
             place = turns.place(first)
             made = [f"{what} of {quote(made.dialog_id)} stands already at {place}: delete one of the two"]
+        turns.mark_incomplete(None if _is_missing(row.get("dialog"), "dialog") else str(row["dialog"]))
         for problem in made:
             add_problem(problems, f"{turns.place(number)}: {problem}")
     turns.number_segments(problems)
@@ -161,10 +177,10 @@ def list_required(with_units: bool) -> tuple[str, ...]:
     return (*(name for name in REQUIRED if name != "audio"), UNITS) if with_units else REQUIRED
 
 
-def list_missing(names: Container[str], with_units: bool) -> list[str]:
+def list_missing(names: Container[str], with_units: bool, *, needs_text: bool = True) -> list[str]:
     """Return the required columns that are not among the names."""
-    has_start = "start" in names
-    return [name for name in list_required(with_units) if name not in names and not (name == "turn" and has_start)]
+    optional = {"turn" if "start" in names else "", "" if needs_text else "text"}
+    return [name for name in list_required(with_units) if name not in names and name not in optional]
 
 
 def _find_remedy(missing: list[str], has_units: bool) -> str:
@@ -177,14 +193,20 @@ def _add_units(utterance: Utterance, units: Any) -> Utterance | list[str]:
     return [units] if isinstance(units, str) else replace(utterance, units=units)
 
 
-def _make_utterance(row: dict[str, Any], absolute: Callable[[str], str], with_units: bool) -> Utterance | list[str]:
+def _make_utterance(
+    row: dict[str, Any], absolute: Callable[[str], str], with_units: bool, options: RowOptions
+) -> Utterance | list[str]:
     """Make the utterance of a row without its units, or return each problem of the row with its remedy."""
     required = list_required(with_units)
     names = dict.fromkeys((*required, *_COLUMNS))
     values: dict[str, Any] = {name: None if _is_missing(row.get(name), name) else row[name] for name in names}
-    if missing := list_missing([name for name, value in values.items() if value is not None], with_units):
-        found = f"{', '.join(missing)} missing: complete the row (a row has {', '.join(required)})"
-        return [found + _find_remedy(missing, row.get(UNITS) is not None)]
+    present, bad = [name for name, value in values.items() if value is not None], list[tuple[BadRow, str]]()
+    if missing := list_missing(present, with_units, needs_text=options.needs_text):
+        found = f"{', '.join(missing)} missing"
+        remedy = f"complete the row (a row has {', '.join(required)})"
+        if missing != ["text"]:
+            return [f"{found}: {remedy}{_find_remedy(missing, row.get(UNITS) is not None)}"]
+        bad.append((BadRow(_NO_TEXT, found), remedy))
     problems = []
     for name in ("dialog", "speaker"):
         value = values[name]
@@ -198,10 +220,13 @@ def _make_utterance(row: dict[str, Any], absolute: Callable[[str], str], with_un
         wrong = quote(str(values["turn"]))
         problems.append(f"turn {wrong} is not a whole number from 0 to {MAX_TURN:,}: number the turns of the dialog")
     text, audio, emotion = values["text"], values["audio"], values["emotion"]
-    if not isinstance(text, str):
+    if text is None or (not options.needs_text and str(text).isspace()):
+        text = ""
+    elif not isinstance(text, str):
         problems.append(f"text {quote(str(text))} is not a text: correct it")
     elif problem := text_problem(text):
-        problems.append(f"text {quote(text)} {problem}: correct the text")
+        reason = next((each for head, each in _TEXT_REASONS.items() if problem.startswith(head)), _SPECIAL_TOKEN)
+        bad.append((BadRow(reason, f"text {quote(text)} {problem}"), "correct the text"))
     if emotion is not None and CONTROL.search(str(emotion)):
         problems.append(f"emotion {quote(str(emotion))} holds a control character: correct it")
     start, end, channel = (values[name] for name in ("start", "end", "channel"))
@@ -213,21 +238,29 @@ def _make_utterance(row: dict[str, Any], absolute: Callable[[str], str], with_un
         problems.append("start and end go together: give both or neither")
     elif start is not None:
         first, last = to_number(start), to_number(end)
-        if first is None or last is None or not 0 <= first < last:
-            problems.append(
-                f"start {start!r} and end {end!r} are not a segment: give seconds, the start before the end"
-            )
+        problem, remedy = f"start {start!r} and end {end!r} are not a segment", "give seconds, the start before the end"
+        if first is None or last is None or first < 0 or last < 0:
+            problems.append(f"{problem}: {remedy}")
+        elif last <= first:
+            bad.append((BadRow(_NO_LENGTH, problem), remedy))
         start, end = first, last
     if channel is not None:
         number = _whole_number(channel)
         if number is None or number < 0:
             problems.append(f"channel {channel!r} is not a channel: give a whole number from 0 on")
         channel = number
+    more, wrong = read_further(row, options)
+    problems += wrong + (
+        [] if options.skips_bad else [f"{each.problem}: {remedy}{_SKIP_REMEDY}" for each, remedy in bad]
+    )
     if problems or turn is None:
         return problems
     dialog, emotion = str(values["dialog"]), "" if emotion is None else str(emotion)
+    utterance_id, speaker = f"{dialog}_{turn}", str(values["speaker"])
+    if bad:
+        return Utterance(utterance_id, dialog, turn, speaker, "", emotion, more=more, bad=bad[0][0])
     address = "" if audio is None else format_address(absolute(audio), start, end, channel)
-    return Utterance(f"{dialog}_{turn}", dialog, turn, str(values["speaker"]), text, emotion, address)
+    return Utterance(utterance_id, dialog, turn, speaker, text, emotion, address, more=more)
 
 
 def _is_missing(value: Any, name: str) -> bool:
@@ -254,7 +287,12 @@ def _whole_number(value: Any) -> int | None:
     return int(number) if number is not None and number == int(number) else None
 
 
-def _read_parquet(path: Path, with_units: bool) -> Rows:
+def _is_once(name: str, with_units: bool, options: RowOptions) -> bool:
+    """Return True for a column that may not occur twice, because only one of the two would be read."""
+    return name in _COLUMNS or (with_units and name == UNITS) or is_read(name, options)
+
+
+def _read_parquet(path: Path, with_units: bool, options: RowOptions, further: dict[str, None]) -> Rows:
     # Imported here because the command line and the configuration read this module, and pyarrow is slow to import.
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -265,8 +303,9 @@ def _read_parquet(path: Path, with_units: bool) -> Rows:
     except (pa.ArrowException, OSError) as error:
         yield 0, f"{path}: not a Parquet file ({first_line(error)}): name another manifest"
         return
-    fields = [field for field in schema if field.name in _COLUMNS]
-    problem = _column_problem(schema.names, with_units) or _find_unreadable(fields, file.metadata)
+    further.update(dict.fromkeys(list_further(schema.names)))
+    fields = [field for field in schema if field.name in _COLUMNS or is_read(field.name, options)]
+    problem = _column_problem(schema.names, with_units, options) or _find_unreadable(fields, file.metadata)
     if problem is None and with_units:
         problem = _find_unreadable_units(schema.field(UNITS), file.metadata)
     if problem is not None:
@@ -302,15 +341,18 @@ def _find_unreadable(fields: Sequence[Any], metadata: Any) -> str | None:
     import pyarrow as pa
 
     for field in fields:
-        if pa.types.is_nested(field.type) or pa.types.is_fixed_size_binary(field.type):
+        if pa.types.is_fixed_size_binary(field.type) or (field.name in _COLUMNS and pa.types.is_nested(field.type)):
             return f"column {field.name} is of type {quote(str(field.type))}: give one text or number in each row"
+        if field.name not in _COLUMNS and "binary" in str(field.type):
+            return f"column {field.name} is of type {quote(str(field.type))}, which is no text: leave it out of --keep_columns"
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
         most = max(_CHUNK_BYTES, _MEAN_BYTES * group.num_rows)
         for column in map(group.column, range(group.num_columns)):
-            if column.path_in_schema in _COLUMNS and column.total_uncompressed_size > most:
+            name = column.path_in_schema.split(".")[0]
+            if any(field.name == name for field in fields) and column.total_uncompressed_size > most:
                 return (
-                    f"column {column.path_in_schema} of row group {index} has {column.total_uncompressed_size:,} bytes in "
+                    f"column {name} of row group {index} has {column.total_uncompressed_size:,} bytes in "
                     f"{count_noun(group.num_rows, 'row')}: give texts of up to {MAX_LINE:,} characters"
                 )
     return None
@@ -420,13 +462,13 @@ def _long_text(row: Any) -> str | None:
     return None
 
 
-def _column_problem(names: list[str], with_units: bool) -> str | None:
+def _column_problem(names: list[str], with_units: bool, options: RowOptions) -> str | None:
     """Return what is wrong with the column names of a table, or None."""
     required = list_required(with_units)
-    if missing := list_missing(names, with_units):
+    if missing := list_missing(names, with_units, needs_text=options.needs_text):
         found = f"no column {', '.join(missing)}: name the columns {', '.join(required)}"
         return found + _find_remedy(missing, UNITS in names)
-    return doubled_problem(names, (*_COLUMNS, UNITS) if with_units else _COLUMNS)
+    return doubled_problem(names, partial(_is_once, with_units=with_units, options=options))
 
 
 RECIPE = Recipe(
@@ -437,5 +479,6 @@ RECIPE = Recipe(
     find=lambda data_dir, cache_dir, may_download, with_units: find_manifests(data_dir),
     read=read_manifest,
     read_units=read_manifest,
+    takes_options=True,
     max_speakers=2,
 )

@@ -1,8 +1,10 @@
 """Problems of split lists and manifests, collected and reported together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 MAX_PROBLEMS_SHOWN = 20
+MAX_NAMED = 5  # names of a list that are given one by one
+NUM_EXAMPLES = 3  # of a reason, where there are more
 MAX_PROBLEMS = 1000  # reading stops here: a file with more problems is not a list at all
 
 
@@ -36,3 +38,19 @@ def add_problem(problems: list[str], problem: str) -> None:
     problems.append(problem)
     if len(problems) >= MAX_PROBLEMS:
         raise CorpusError(problems)
+
+
+def describe_left_out(left_out: Mapping[str, str]) -> str:
+    """Name each dialog that was left out with its reason; of more than five, the number and three examples of each reason."""
+    if len(left_out) <= MAX_NAMED:
+        return ", ".join(f"{dialog}: {reason}" for dialog, reason in left_out.items())
+    dialogs: dict[str, list[str]] = {}
+    for dialog, reason in left_out.items():
+        dialogs.setdefault(reason, []).append(dialog)
+    return "; ".join(f"{reason}: {_name_some(names)}" for reason, names in dialogs.items())
+
+
+def _name_some(names: Sequence[str]) -> str:
+    return (
+        f"{len(names):,}, such as {', '.join(names[:NUM_EXAMPLES])}" if len(names) > NUM_EXAMPLES else ", ".join(names)
+    )

@@ -4,17 +4,21 @@ All problems of split lists (`usdm_sft.corpus.dailytalk`) and manifests (`usdm_s
 opened, and are reported together with file and line.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from usdm_sft.audio.addresses import join_addresses
-from usdm_sft.corpus.dialogs import CorpusName, Dialog, FilePath, Recipe, Split, Turns, Utterance
+from usdm_sft.audio.addresses import parse_address
+from usdm_sft.corpus.dialogs import DEFAULT, CorpusName, Dialog, FilePath, Recipe, RowOptions, Split, Turns, Utterance
 from usdm_sft.corpus.find import recipe_of
-from usdm_sft.corpus.problems import CorpusError, add_problem
-from usdm_sft.utils.texts import quote
+from usdm_sft.corpus.further import RESERVED
+from usdm_sft.corpus.merging import MergeError, merge_turns
+from usdm_sft.corpus.problems import CorpusError, add_problem, describe_left_out
+from usdm_sft.utils.texts import count_noun, quote
 
 if TYPE_CHECKING:
     from usdm_sft.corpus.streams import UnitReader
@@ -23,6 +27,14 @@ if TYPE_CHECKING:
 SAME_SPEAKER = "one speaker speaks twice in a row"
 SINGLE_TURN = "a single turn makes no pair"
 NO_ANSWER = "the agent answers nobody in it"
+ALONE = "its turns are of one speaker, with pauses longer than max_gap"
+
+ON_BAD_ROWS = ("error", "skip", "clip")
+ALL_COLUMNS = "all"
+LARGE_SHARE = 0.1  # of the dialogs; above it, a warning tells that so many are left out
+_MAX_NAMES = 10  # speakers, channels or columns that an error lists
+_CHANNEL = re.compile(r"channel=([0-9]+)")
+_COLUMN = re.compile(r"column=(.+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +42,74 @@ class Rules:
     """The user's choices that decide which pairs a corpus has.
 
     Attributes:
-        agent: The speaker who is the agent in every pair. If None, each speaker is the agent in turn, as in the reference.
+        agent: The speaker who is the agent in every pair; "channel=1" for the one on this channel in each dialog, "column=NAME" for the one
+            that a further column names. If None, each speaker is the agent in turn, as in the reference.
         merge_speaker_turns: Join neighbouring turns of one speaker. The reference leaves out dialogs with such turns.
+        merge: How they are joined, "join" or "span" (`usdm_sft.corpus.merging`).
+        max_gap: Seconds of the longest pause over which they are joined; None for any. A longer one ends a part of the dialog.
+        on_bad_rows: "error" for a list of all bad rows of manifests; "skip" leaves out the pairs that use them; "clip" does the same, and
+            cuts segments at the end of their recording.
+        min_seconds, max_seconds: Turns of another length are left out; None for any length.
+        keep_columns: Further columns of manifests that the dataset keeps, separated by commas; "all" for all of them.
+        needs_text: False if no part of the template is a text, so that manifests need none.
     """
 
     agent: str | None = None
     merge_speaker_turns: bool = False
+    merge: str = "join"
+    max_gap: float | None = None
+    on_bad_rows: str = "error"
+    min_seconds: float | None = None
+    max_seconds: float | None = None
+    keep_columns: str | None = None
+    needs_text: bool = True
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "Rules":
+        """Take the rules from options, of which those that are None have their default."""
+        names = [field.name for field in fields(cls) if options.get(field.name) is not None]
+        return cls(**{name: str(options[name]) if name == "agent" else options[name] for name in names})
+
+    def changes(self) -> dict[str, Any]:
+        """Return the rules that are not the default."""
+        values = ((field, getattr(self, field.name)) for field in fields(self))
+        return {field.name: value for field, value in values if value != field.default}
+
+    @property
+    def columns(self) -> list[str]:
+        """The further columns that are named."""
+        names = (self.keep_columns or "").split(",")
+        return [name for name in dict.fromkeys(each.strip() for each in names) if name]
+
+    def row_options(self) -> RowOptions:
+        """Return how the rows of manifests are read."""
+        agent = _COLUMN.fullmatch(self.agent or "")
+        columns = None if self.columns == [ALL_COLUMNS] else (*self.columns, *([agent[1]] if agent else []))
+        return RowOptions(columns, self.on_bad_rows != "error", self.needs_text)
 
 
 DAILYTALK = Rules()
+
+
+def check_rules(rules: Rules) -> None:
+    """Check the rules.
+
+    Raises:
+        ValueError: A value is unknown, or two contradict each other.
+    """
+    if rules.on_bad_rows not in ON_BAD_ROWS:
+        raise ValueError(f"on_bad_rows {rules.on_bad_rows!r} is unknown: choose one of {', '.join(ON_BAD_ROWS)}")
+    given = [name for name in ("merge", "max_gap") if name in rules.changes()]
+    if given and not rules.merge_speaker_turns:
+        raise ValueError(
+            f"{' and '.join(given)} say{'' if given[1:] else 's'} how turns are joined: add --merge_speaker_turns, or leave them out"
+        )
+    if (rules.min_seconds or 0) > (rules.max_seconds or math.inf):
+        raise ValueError(f"min_seconds is {rules.min_seconds}, but max_seconds {rules.max_seconds}: give a range")
+    if reserved := [name for name in rules.columns if name in RESERVED]:
+        raise ValueError(
+            f"keep_columns names {', '.join(reserved)}, which is no further column of a manifest: leave it out"
+        )
 
 
 def read_corpus(
@@ -69,6 +140,7 @@ def read_corpus(
         CorpusError: A list is wrong; the message names each problem.
         ValueError: Units are to be read, and a list is not a manifest.
     """
+    check_rules(rules)
     problems: list[str] = []
     splits: dict[str, Split] = {}
     first: dict[str, str] = {}  # dialog id -> the place of its first line
@@ -77,12 +149,8 @@ def read_corpus(
         if not path.is_file():
             raise FileNotFoundError(f"the {name} split list {path} is not a file: name an existing split list")
         recipe = recipe_of(path, corpus)
-        if units is None:
-            turns = recipe.read(path, problems, data_dir)
-        elif recipe.read_units is None:
-            raise ValueError(f"{path} is a {recipe.kind}, which has no units: leave out unit_rate, or name a manifest")
-        else:
-            turns = recipe.read_units(path, problems, data_dir, units)
+        turns = _read_turns(recipe, path, problems, data_dir, units, rules.row_options())
+        _check_columns(path, turns, problems, rules)
         places = {dialog_id: turns.place(lines[0][1]) for dialog_id, lines in turns.dialogs.items()}
         for dialog_id, place in places.items():
             if dialog_id in first:
@@ -93,9 +161,92 @@ def read_corpus(
                 )
         first = places | first
         splits[name] = _make_split(name, turns, problems, rules, recipe)
+        if not problems and turns.dialogs:
+            _check_agent(path, turns, problems, rules.agent)
     if problems:
         raise CorpusError(problems)
-    return splits
+    columns = tuple(dict.fromkeys(column for split in splits.values() for column in split.columns))
+    return {name: replace(split, columns=columns) for name, split in splits.items()}
+
+
+def _read_turns(
+    recipe: Recipe,
+    path: Path,
+    problems: list[str],
+    data_dir: FilePath | None,
+    units: "UnitReader | None",
+    options: RowOptions,
+) -> Turns:
+    more = {} if options == DEFAULT else {"options": options}
+    if more and not recipe.takes_options:
+        raise ValueError(
+            f"{path} is a {recipe.kind}: on_bad_rows, keep_columns, a column as agent and rows without a text are of manifests; leave them out, "
+            "or write a manifest"
+        )
+    if units is None:
+        return recipe.read(path, problems, data_dir, **more)
+    if recipe.read_units is None:
+        raise ValueError(f"{path} is a {recipe.kind}, which has no units: leave out unit_rate, or name a manifest")
+    return recipe.read_units(path, problems, data_dir, units, **more)
+
+
+def _check_columns(path: Path, turns: Turns, problems: list[str], rules: Rules) -> None:
+    """Add a problem if columns that are named are missing."""
+    wanted = rules.row_options().columns or ()
+    if missing := [name for name in wanted if name not in turns.further] if turns.dialogs else []:
+        has = f"its further columns are {_list_names(turns.further)}" if turns.further else "it has no further columns"
+        add_problem(problems, f"{path} has no column {', '.join(missing)}: {has}")
+
+
+def _check_agent(path: Path, turns: Turns, problems: list[str], agent: str | None) -> None:
+    """Add a problem if nobody in a split is the agent."""
+    utterances = [utterance for lines in turns.dialogs.values() for utterance, _ in lines]
+    if agent is None or _COLUMN.fullmatch(agent):
+        return
+    if match := _CHANNEL.fullmatch(agent):
+        channels = {_find_channel(utterance) for utterance in utterances} - {None}
+        if int(match[1]) not in channels:
+            has = f"the channels are {_list_names(map(str, channels))}" if channels else "its turns have no channel"
+            add_problem(problems, f"{path}: no turn is on channel {match[1]}, that of the agent: {has}")
+    elif agent not in (speakers := {utterance.speaker for utterance in utterances}):
+        add_problem(
+            problems, f"{path}: no turn is by the agent {quote(agent)}: the speakers are {_list_names(speakers)}"
+        )
+
+
+def _list_names(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - _MAX_NAMES:,} more" if len(names) > _MAX_NAMES else ""
+    return f"{quote(', '.join(names[:_MAX_NAMES]), 400)}{more}"
+
+
+def _find_channel(utterance: Utterance) -> int | None:
+    return parse_address(utterance.audio)[0].channel if utterance.audio else None
+
+
+def _find_agent(dialog_id: str, utterances: Sequence[Utterance], agent: str | None) -> str | None:
+    """Return the speaker who is the agent of a dialog, or None if each side is.
+
+    Raises:
+        ValueError: A channel or a column names several speakers, or nobody; the message does not name the line.
+    """
+    if match := _CHANNEL.fullmatch(agent or ""):
+        found = {each.speaker for each in utterances if _find_channel(each) == int(match[1])}
+        if len(found) > 1:
+            raise ValueError(
+                f"has several speakers on channel {match[1]} ({_list_names(found)}): name the agent in a column"
+            )
+        return next(iter(found), "")  # of a dialog without this channel, nobody
+    if match := _COLUMN.fullmatch(agent or ""):
+        found = {each.more[match[1]] for each in utterances if each.more and match[1] in each.more}
+        speakers = {each.speaker for each in utterances}
+        if len(found) != 1 or not found <= speakers:
+            names = f"names {_list_names(found)} as agents" if found else "names no agent"
+            raise ValueError(
+                f"{names} in column {match[1]}: give one of its speakers {_list_names(speakers)} in its rows"
+            )
+        return next(iter(found))
+    return agent
 
 
 def _make_split(name: str, turns: Turns, problems: list[str], rules: Rules, recipe: Recipe) -> Split:
@@ -106,7 +257,8 @@ def _make_split(name: str, turns: Turns, problems: list[str], rules: Rules, reci
         utterances = [utterance for utterance, _ in lines]
         if wrong := _turn_problem(lines, utterances[0].turn if recipe.first_turn is None else recipe.first_turn):
             number, problem = wrong
-            add_problem(problems, f"{turns.place(number)}: dialog {dialog_id} {problem}")
+            if not turns.may_lack(dialog_id):
+                add_problem(problems, f"{turns.place(number)}: dialog {dialog_id} {problem}")
             continue
         speakers = sorted({utterance.speaker for utterance in utterances})
         most = recipe.max_speakers if rules.agent is None else None
@@ -117,18 +269,49 @@ def _make_split(name: str, turns: Turns, problems: list[str], rules: Rules, reci
                 f"({quote(', '.join(speakers))}): say with --agent which of them is the agent",
             )
             continue
-        if rules.merge_speaker_turns:
-            utterances = _merge(utterances)
-        dialog = Dialog(dialog_id, tuple(utterances), rules.agent)
+        try:
+            agent = _find_agent(dialog_id, utterances, rules.agent)
+            if rules.merge_speaker_turns:
+                utterances = merge_turns(utterances, rules.merge, rules.max_gap)
+        except ValueError as error:
+            between = ":" if isinstance(error, MergeError) else ""
+            add_problem(problems, f"{turns.place(lines[0][1])}: dialog {dialog_id}{between} {error}")
+            continue
+        dialog = Dialog(dialog_id, tuple(utterances), agent)
         if len(utterances) == 1:
             left_out[dialog_id] = SINGLE_TURN
-        elif any(a.speaker == b.speaker for a, b in pairwise(utterances)):
+        elif rules.max_gap is None and any(a.speaker == b.speaker for a, b in pairwise(utterances)):
             left_out[dialog_id] = SAME_SPEAKER
         elif not any(dialog.pairs()):
-            left_out[dialog_id] = NO_ANSWER
+            left_out[dialog_id] = ALONE if len({utterance.speaker for utterance in utterances}) == 1 else NO_ANSWER
         else:
             kept.append(dialog)
-    return Split(name, kept, left_out, tuple(dialog.id for dialog in kept))
+    read, ignored = rules.row_options().columns, list[str]()
+    if read is not None:
+        ignored = [column for column in turns.further if column not in read]
+    columns = tuple(turns.further) if read is None else tuple(rules.columns)
+    return Split(name, kept, left_out, tuple(dialog.id for dialog in kept), columns=columns, ignored=tuple(ignored))
+
+
+def find_large_share(split: Split) -> str | None:
+    """Return a warning if more than a tenth of the dialogs of a split are left out, or None."""
+    left_out, total = split.left_out, len({*split.dialog_ids, *split.left_out})
+    if len(left_out) <= LARGE_SHARE * total:
+        return None
+    text = (
+        f"{split.name}: {len(left_out):,} of {count_noun(total, 'dialog')} are left out ({describe_left_out(left_out)})"
+    )
+    return f"{text}: {find_remedy(left_out) or 'counts.json lists them'}"
+
+
+def describe_ignored(split: Split) -> str:
+    """Name the columns of the manifest of a split that are ignored."""
+    return f"{split.name}: columns {', '.join(split.ignored)} are ignored: keep them with --keep_columns all, or name some of them"
+
+
+def find_remedy(left_out: Mapping[str, str]) -> str | None:
+    """Return what keeps dialogs in which one speaker speaks twice in a row, or None if no dialog is left out for it."""
+    return "join neighbouring turns with --merge_speaker_turns" if SAME_SPEAKER in left_out.values() else None
 
 
 def _turn_problem(lines: Sequence[tuple[Utterance, int]], first: int) -> tuple[int, str] | None:
@@ -139,24 +322,3 @@ def _turn_problem(lines: Sequence[tuple[Utterance, int]], first: int) -> tuple[i
         if utterance.turn > expected:
             return number, f"has no turn {expected}: add the line, or delete the dialog"
     return None
-
-
-def _merge(utterances: list[Utterance]) -> list[Utterance]:
-    """Join neighbouring turns of one speaker, keep the emotion of the first, and number the turns again."""
-    merged: list[Utterance] = []
-    for utterance in utterances:
-        if merged and merged[-1].speaker == utterance.speaker:
-            utterance = _join(merged.pop(), utterance)
-        merged.append(utterance)
-    return [replace(utterance, turn=turn) for turn, utterance in enumerate(merged, start=utterances[0].turn)]
-
-
-def _join(before: Utterance, after: Utterance) -> Utterance:
-    # A turn that has units may have no recording; then the joined turn has none either.
-    audio = join_addresses(before.audio, after.audio) if before.audio and after.audio else ""
-    units = None
-    if before.units is not None and after.units is not None:
-        import numpy as np  # the command line reads this module
-
-        units = np.concatenate([before.units, after.units])
-    return replace(before, text=f"{before.text} {after.text}", audio=audio, units=units)

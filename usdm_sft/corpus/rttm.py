@@ -16,7 +16,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from usdm_sft.corpus.dialogs import FilePath, Recipe, Turns
+from usdm_sft.corpus.dialogs import DEFAULT, FilePath, Recipe, RowOptions, Turns
 from usdm_sft.corpus.manifest import recordings_folder, to_number
 from usdm_sft.corpus.problems import add_problem
 from usdm_sft.corpus.segments import find_end, read_segments
@@ -72,7 +72,7 @@ def _files(path: Path, data_dir: FilePath | None = None) -> list[Path]:
     return [path, words] if words.is_file() else [path]
 
 
-def _read(path: Path, problems: list[str], data_dir: FilePath | None) -> Turns:
+def _read(path: Path, problems: list[str], data_dir: FilePath | None, options: RowOptions = DEFAULT) -> Turns:
     segments: dict[str, list[_Segment]] = defaultdict(list)
     for number, fields in read_fields(path, problems):
         if fields[0] != "SPEAKER":
@@ -86,7 +86,7 @@ def _read(path: Path, problems: list[str], data_dir: FilePath | None) -> Turns:
         _add_words(path.with_suffix(".ctm"), segments, problems)
     recordings = _find_recordings(recordings_folder(path, data_dir), segments.keys())
     make_rows = partial(_make_rows, segments=segments, recordings=recordings, has_words=has_words)
-    return read_segments(path, make_rows, problems, data_dir)
+    return read_segments(path, make_rows, problems, data_dir, options)
 
 
 def _read_times(
@@ -173,5 +173,6 @@ RECIPE = Recipe(
     find=lambda data_dir, cache_dir, may_download, with_units: _find(Path(data_dir)),
     read=_read,
     files=_files,
+    takes_options=True,
     max_speakers=2,
 )

@@ -7,22 +7,23 @@ the dialog; without a speaker, the channel is.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any
 
-from usdm_sft.corpus.dialogs import CorpusName, FilePath, Recipe, Turns
+from usdm_sft.corpus.dialogs import DEFAULT, CorpusName, FilePath, Recipe, RowOptions, Turns
 from usdm_sft.corpus.segments import find_end, read_segments
 from usdm_sft.corpus.tables import FIELDS, Rows, find_field, find_tables, kind_of_table, place_of, read_rows
 from usdm_sft.utils.texts import quote
 
-_NAMES = tuple(chain.from_iterable(FIELDS.values()))
+_NAMES = frozenset(chain.from_iterable(FIELDS.values()))
 
 
 def _make_rows(path: Path) -> Rows:
     place = place_of(path)
     recordings: dict[str, str] = {}  # dialog that is named after its recording -> the recording
-    for number, row in read_rows(path, _NAMES):
+    for number, row in read_rows(path, _NAMES.__contains__):
         made = row if isinstance(row, str) else _make_row(row, recordings)
         if isinstance(made, str) and isinstance(row, dict):
             made = f"{place(number)}: {made}"
@@ -31,7 +32,7 @@ def _make_rows(path: Path) -> Rows:
 
 def _make_row(row: dict[str, Any], recordings: dict[str, str]) -> dict[str, Any] | str:
     """Return the row of a manifest, or what is wrong with the row."""
-    columns = {field: find_field(row, field) for field in FIELDS}
+    columns = _find_columns(tuple(row))
     made = {field: None if column is None else row[column] for field, column in columns.items()}
     made = {field: None if value == "" else value for field, value in made.items()}
     start, duration = made["start"], made.pop("duration")
@@ -59,8 +60,14 @@ def _make_row(row: dict[str, Any], recordings: dict[str, str]) -> dict[str, Any]
     return others | {field: value for field, value in made.items() if value is not None}
 
 
-def _read(path: Path, problems: list[str], data_dir: FilePath | None) -> Turns:
-    return read_segments(path, _make_rows, problems, data_dir)
+@lru_cache(100)
+def _find_columns(names: tuple[str, ...]) -> dict[str, str | None]:
+    """Return the column of each field, or None."""
+    return {field: find_field(names, field) for field in FIELDS}
+
+
+def _read(path: Path, problems: list[str], data_dir: FilePath | None, options: RowOptions = DEFAULT) -> Turns:
+    return read_segments(path, _make_rows, problems, data_dir, options)
 
 
 def _recipe(name: CorpusName, kind: str, looks_for: str) -> Recipe:
@@ -72,6 +79,7 @@ def _recipe(name: CorpusName, kind: str, looks_for: str) -> Recipe:
         reads=reads,
         find=lambda data_dir, cache_dir, may_download, with_units: find_tables(Path(data_dir), reads),
         read=_read,
+        takes_options=True,
         max_speakers=2,
     )
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from usdm_sft.corpus.dialogs import FilePath, Turns
-from usdm_sft.corpus.manifest import read_turns, to_number
+from usdm_sft.corpus.dialogs import FilePath, RowOptions, Turns
+from usdm_sft.corpus.manifest import read_turns, recordings_folder, to_number
 from usdm_sft.corpus.tables import Rows, place_of
 from usdm_sft.utils.texts import quote
 
@@ -22,6 +22,7 @@ def read_segments(
     make_rows: Callable[[Path], Rows],
     problems: list[str],
     data_dir: FilePath | None,
+    options: RowOptions,
     file: Path | None = None,
 ) -> Turns:
     """Read the turns of a split.
@@ -31,10 +32,12 @@ def read_segments(
         make_rows: Returns the rows, those of a manifest with `turn` missing. It is called twice.
         problems: Problems are appended to this list.
         data_dir: As in `usdm_sft.corpus.manifest.read_manifest`.
+        options: How rows are read.
         file: The file whose lines the numbers of the rows are; by default `path`.
     """
     by_line = _find_order(row for _, row in make_rows(path) if isinstance(row, dict))
-    return read_turns(path, _number(make_rows(path), by_line), place_of(file or path), problems, data_dir)
+    turns = Turns(place_of(file or path))
+    return read_turns(turns, _number(make_rows(path), by_line), recordings_folder(path, data_dir), problems, options)
 
 
 def _find_order(rows: Iterable[dict[str, Any]]) -> set[str]:

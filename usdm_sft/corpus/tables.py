@@ -45,6 +45,11 @@ FIELDS = {
 }  # fmt: skip
 
 
+def never(name: str) -> bool:
+    """Return False: a column of any name may occur twice."""
+    return False
+
+
 def suffix_of(path: Path) -> str:
     """Return the suffix of a table in lower case, without that of gzip: ".jsonl" for "cuts.JSONL.gz"."""
     name = path.name.lower().removesuffix(".gz")
@@ -90,7 +95,7 @@ def list_columns(path: Path) -> set[str]:
         if suffix_of(path) not in SUFFIXES:
             return set()
         columns: list[str] = []  # of CSV and TSV
-        row = next(read_rows(path, (), columns.extend), (0, ""))[1]  # type: ignore[arg-type]  # returns None: nothing is wrong
+        row = next(read_rows(path, never, columns.extend), (0, ""))[1]  # type: ignore[arg-type]  # returns None: nothing is wrong
     except (OSError, ValueError):  # pyarrow.ArrowInvalid is a ValueError
         return set()
     return set(row if isinstance(row, dict) else columns)
@@ -141,28 +146,30 @@ def place_of(path: Path) -> Callable[[int], str]:
     return (lambda number: f"{path}: row {number}") if in_rows else lambda number: f"{path}:{number}"
 
 
-def read_rows(path: Path, once: Container[str], check: Callable[[list[str]], str | None] | None = None) -> Rows:
+def read_rows(
+    path: Path, is_once: Callable[[str], bool], check: Callable[[list[str]], str | None] | None = None
+) -> Rows:
     """Yield the rows of a table in JSON lines, JSON, CSV or TSV.
 
     Args:
         path: The table.
-        once: Columns that may not occur twice, because one of the two would be lost.
+        is_once: Returns True for a column that may not occur twice, because one of the two would be lost.
         check: Returns what is wrong with the column names of CSV and TSV, or None.
     """
     if suffix_of(path) in (".csv", ".tsv"):
-        return _read_csv(path, once, check)
+        return _read_csv(path, is_once, check)
     is_array = suffix_of(path) == ".json" and _is_array(path)
-    return (_read_json_array if is_array else _read_json_lines)(path, once)
+    return (_read_json_array if is_array else _read_json_lines)(path, is_once)
 
 
-def _doubled(names: Iterable[str], once: Container[str]) -> list[str]:
+def _doubled(names: Iterable[str], is_once: Callable[[str], bool]) -> list[str]:
     """Return the columns that occur twice and may not."""
-    return [name for name, count in Counter(names).items() if count > 1 and name in once]
+    return [name for name, count in Counter(names).items() if count > 1 and is_once(name)]
 
 
-def doubled_problem(names: Iterable[str], once: Container[str]) -> str | None:
+def doubled_problem(names: Iterable[str], is_once: Callable[[str], bool]) -> str | None:
     """Return which columns of a table occur twice and may not, or None."""
-    found = _doubled(names, once)
+    found = _doubled(names, is_once)
     return f"column {', '.join(found)} named twice: rename or delete one of the two" if found else None
 
 
@@ -170,15 +177,15 @@ class _DoubledKeyError(ValueError):
     """A column is given twice in one JSON object."""
 
 
-def _make_object(pairs: list[tuple[str, Any]], once: Container[str]) -> dict[str, Any]:
+def _make_object(pairs: list[tuple[str, Any]], is_once: Callable[[str], bool]) -> dict[str, Any]:
     row = dict(pairs)
-    if len(row) < len(pairs) and (found := _doubled((key for key, _ in pairs), once)):
+    if len(row) < len(pairs) and (found := _doubled((key for key, _ in pairs), is_once)):
         raise _DoubledKeyError(f"{', '.join(found)} given twice in one object: delete one of the two")
     return row
 
 
-def _read_json_lines(path: Path, once: Container[str]) -> Rows:
-    decode = json.JSONDecoder(object_pairs_hook=partial(_make_object, once=once)).decode
+def _read_json_lines(path: Path, is_once: Callable[[str], bool]) -> Rows:
+    decode = json.JSONDecoder(object_pairs_hook=partial(_make_object, is_once=is_once)).decode
     try:
         for number, line in read_limited_lines(path, newline="\n"):
             try:
@@ -211,14 +218,14 @@ def _is_array(path: Path) -> bool:
         return False
 
 
-def _read_json_array(path: Path, once: Container[str]) -> Rows:
+def _read_json_array(path: Path, is_once: Callable[[str], bool]) -> Rows:
     try:
         with open_text(path) as file:
             text = file.read(MAX_JSON + 1)
         if len(text) > MAX_JSON:
             yield 0, f"{path}: an array of more than {MAX_JSON:,} characters: write it as JSON lines (.jsonl)"
             return
-        rows = json.loads(text, object_pairs_hook=partial(_make_object, once=once))
+        rows = json.loads(text, object_pairs_hook=partial(_make_object, is_once=is_once))
     except _DoubledKeyError as error:
         yield 0, f"{path}: {error}"
         return
@@ -245,12 +252,12 @@ def read_fields(path: Path, problems: list[str]) -> Iterator[tuple[int, list[str
         add_problem(problems, str(error))
 
 
-def _read_csv(path: Path, once: Container[str], check: Callable[[list[str]], str | None] | None) -> Rows:
+def _read_csv(path: Path, is_once: Callable[[str], bool], check: Callable[[list[str]], str | None] | None) -> Rows:
     lines = (line for _, line in read_limited_lines(path, newline="\n"))
     table = csv.reader(lines, delimiter="\t" if suffix_of(path) == ".tsv" else ",", strict=True)
     try:
         names = next(table, [])
-        if problem := (check or partial(doubled_problem, once=once))(names):
+        if problem := (check or partial(doubled_problem, is_once=is_once))(names):
             yield 1, f"{path}:1: {problem}"
             return
         for fields in filter(None, table):  # csv gives an empty list for a blank line

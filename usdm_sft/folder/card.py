@@ -18,16 +18,18 @@ from usdm_sft.corpus.dailytalk import DAILYTALK
 from usdm_sft.corpus.examples import MULTI_TURN, config_has_lists
 from usdm_sft.corpus.features import (
     COLLAPSED_SPEECH,
+    ROLES,
     SPEECH,
     TEXTS,
     are_collapsed,
     dataset_info,
     folder_features,
+    further_columns,
 )
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.corpus.streams import UnitStreams, read_streams
 from usdm_sft.folder.example_picture import EXAMPLE, read_example
-from usdm_sft.folder.layout import CAPTIONS
+from usdm_sft.folder.layout import CAPTIONS, read_columns
 from usdm_sft.folder.statistics import count_too_long
 from usdm_sft.template.config import OFFLINE, PARTS, REFERENCE
 from usdm_sft.template.parts import ROW_PARTS
@@ -90,7 +92,7 @@ def make_card(
     settings, template = counts["settings"], counts["settings"]["template"]
     lists = config_has_lists(config_name, settings["history"])
     collapsed = settings.get("unit_repetition") == "collapse"
-    features = folder_features(lists=lists, collapsed=collapsed)
+    features = folder_features(lists=lists, collapsed=collapsed, columns=read_columns(settings))
     infos = [_make_info(config_name, features, num_bytes, counts, files), *other_info]
     num_rows = sum(counts["splits"][split]["rows"] for split in num_bytes)
     metadata: dict[str, Any] = {
@@ -111,6 +113,7 @@ def make_card(
         counts=counts,
         settings=settings,
         utterances=counts.get(UTTERANCES),
+        agent=_plain(_describe_agent(str(settings["agent"]))),
         is_dailytalk=counts["corpus"] == DAILYTALK,
         lists={"manifest": "manifests", "manifest and split list": "lists"}.get(counts["corpus"], "split lists"),
         template_parts=parts,
@@ -197,6 +200,7 @@ def _columns(
     which = "first user turn of the row" if config_name == MULTI_TURN else "last user turn of the row"
     columns = TEXTS | (COLLAPSED_SPEECH if are_collapsed(features) else SPEECH)
     meanings = MEANINGS | {name: column.meaning for name, column in columns.items()}
+    further = {f"{role}_{name}" for role in ROLES for name in further_columns(features)}
     if streams is not None:
         meanings["seconds"] = "length of the speech in seconds, which follows from its units"
         meanings["durations"] = (
@@ -217,9 +221,18 @@ def _columns(
     def meaning(name: str) -> str:
         if name in meanings:
             return meanings[name]
+        if name in further:
+            return "as in the manifest" + ("; one entry per exchange" if lists else "")
         return meanings[name.split("_")[-1]] + ("; one entry per exchange" if lists else "")
 
     return [(name, describe(feature), meaning(name)) for name, feature in features.items()]
+
+
+def _describe_agent(agent: str) -> str:
+    """Name the agent, from the option."""
+    kind, _, name = agent.partition("=")
+    by_kind = {"channel": f"the speaker on channel {name}", "column": f"the speaker whom the column {name} names"}
+    return by_kind.get(kind, f"speaker {agent}")
 
 
 def _list_parts(parts: Sequence[str]) -> str:

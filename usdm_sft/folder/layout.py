@@ -102,8 +102,16 @@ def _is_counts(counts: Any) -> bool:
         and utterances.keys() == splits.keys()
         and all(isinstance(split, dict) for split in (*splits.values(), *utterances.values()))
         and isinstance(settings.get("template"), dict)
+        and isinstance(columns := settings.get("keep_columns", []), list)
+        and all(isinstance(name, str) for name in columns)
         and all(isinstance(settings.get(name), int) for name in ("history", "max_length"))
     )
+
+
+def read_columns(settings: Mapping[str, Any]) -> list[str]:
+    """Return the further columns of a dataset folder (`--keep_columns`), from `settings` of counts.json."""
+    columns: list[str] = settings.get("keep_columns", [])
+    return columns
 
 
 def read_normalization(counts: Mapping[str, Any]) -> str:

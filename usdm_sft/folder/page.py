@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,20 @@ import soundfile
 from markupsafe import Markup
 from tokenizers import Tokenizer
 
+from usdm_sft.audio.digests import check_audio
 from usdm_sft.audio.frames import SAMPLE_RATE, UNITS_PER_SECOND
 from usdm_sft.audio.reading import read_waveform
 from usdm_sft.corpus.dailytalk import DAILYTALK
 from usdm_sft.corpus.examples import first_turn
 from usdm_sft.corpus.features import ROLES, SPEECH, TEXTS, are_collapsed
 from usdm_sft.corpus.find import find_lists
+from usdm_sft.corpus.left_out import clip_address
 from usdm_sft.corpus.read import Rules, read_corpus
 from usdm_sft.corpus.streams import UnitReader, read_streams
 from usdm_sft.folder.card import DAILYTALK_METADATA, OTHER_METADATA
 from usdm_sft.folder.layout import COUNTS, read_counts, read_layout
 from usdm_sft.folder.rows import expand_rows, read_rows
+from usdm_sft.template.config import PARTS
 from usdm_sft.template.parts import ROW_PARTS, RowLayout, find_parts
 from usdm_sft.template.special_tokens import NEWLINE_TOKENS
 from usdm_sft.template.tokenizer import load_tokenizer
@@ -153,12 +157,14 @@ def _add_recordings(
     corpus = next(iter(lists.values())) if is_file else lists.get(split)
     if corpus is None:
         raise FileNotFoundError(f"{data_dir} has no list of {split}: {_OTHER_CORPUS}")
-    rules = Rules(settings.get("agent"), settings.get("merge_speaker_turns", False))
+    has_text = any(part.endswith("_text") for part in settings["template"].get("parts", PARTS))
+    rules = Rules.of({**settings, "keep_columns": None, "needs_text": has_text})
     reader = None if streams is None else UnitReader(streams.rate, streams.num_units, streams.streams)
     read = read_corpus({split: Path(corpus)}, rules, data_dir=data_dir, units=reader, corpus=kind)
     units_per_second = UNITS_PER_SECOND if streams is None else streams.units_per_second
     dialogs = {dialog.id: dialog.utterances for dialog in read[split].dialogs}
     positions: dict[str, int] = {}  # of the addresses of recordings
+    measure = cache(lambda file: (check := check_audio(file)).frames / max(check.rate, 1))
     recordings: list[dict[str, Any]] = []
     for example, row in zip(examples, rows, strict=True):
         utterances = dialogs.get(row["dialog_id"], ())
@@ -172,7 +178,8 @@ def _add_recordings(
                 continue
             turn["recording"] = positions.setdefault(utterance.audio, len(positions))
             if turn["recording"] == len(recordings):
-                recordings.append(_encode_recording(utterance.audio, units_per_second))
+                address = clip_address(utterance.audio, measure) if rules.on_bad_rows == "clip" else utterance.audio
+                recordings.append(_encode_recording(address, units_per_second))
     if not recordings:
         raise FileNotFoundError(f"{data_dir} has no recordings of these rows: leave out data_dir")
     return recordings

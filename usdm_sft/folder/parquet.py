@@ -27,6 +27,7 @@ from usdm_sft.corpus.features import (
     arrow_schema,
     dataset_info,
     folder_features,
+    further_columns,
     utterance_features,
 )
 from usdm_sft.corpus.manifest import UTTERANCES
@@ -252,7 +253,7 @@ def _write_rows(
 def _with_trainer_columns(rows: pa.Table) -> pa.Table:
     """Return the rows of one output file, with `TRAINER_COLUMNS` at the end. What lies in files of the cache is not copied."""
     lists, collapsed = pa.types.is_list(rows.schema.field("user_text").type), are_collapsed(rows.column_names)
-    features = folder_features(lists=lists, collapsed=collapsed)
+    features = folder_features(lists=lists, collapsed=collapsed, columns=further_columns(rows.column_names))
     lengths = pc.list_value_length(rows["input_ids"]).to_numpy()
     offsets = pa.array(np.append(0, np.cumsum(lengths)), pa.int32())
     ones = pa.ListArray.from_arrays(offsets, pa.array(np.ones(lengths.sum(), np.int8)))
@@ -269,7 +270,7 @@ def count_bytes(column: pa.Array | pa.ChunkedArray) -> int:
 
 
 def write_utterances(
-    folder: Path, splits: Mapping[str, SplitUtterances], pool: Pool, *, key: str
+    folder: Path, splits: Mapping[str, SplitUtterances], pool: Pool, *, key: str, columns: Sequence[str] = ()
 ) -> tuple[dict[str, Any], dict[str, Any], dict[Path, str]]:
     """Write the recordings of each split, with their texts and units, into files.
 
@@ -278,6 +279,7 @@ def write_utterances(
         splits: The utterances.
         pool: Shares out the files, whose bytes do not depend on it.
         key: Key of the rows of the folder.
+        columns: Further columns of the corpus.
 
     Returns:
         For each split the number of `utterances` and `recordings`, `audio_bytes` and `hours`, as in counts.json; the entry of the
@@ -286,7 +288,8 @@ def write_utterances(
     parts = {
         split: [utterances.part(index) for index in range(len(utterances))] for split, utterances in splits.items()
     }
-    write = partial(_write_utterances, {split: utterances.loader for split, utterances in splits.items()})
+    features = utterance_features(columns)
+    write = partial(_write_utterances, {split: utterances.loader for split, utterances in splits.items()}, features)
     counts, infos = {}, datasets.SplitDict()
     digests: dict[Path, str] = {}
     for split, files in write_files(folder, parts, write, pool, name="recordings of the folder", key=key).items():
@@ -297,7 +300,7 @@ def write_utterances(
         infos.add(datasets.SplitInfo(split, sum(file.num_bytes for file in files), total.utterances))
         digests |= {file.path: file.sha256 for file in files}
     info = datasets.DatasetInfo(
-        features=utterance_features(),
+        features=features,
         splits=infos,
         download_size=sum(path.stat().st_size for path in digests),
         dataset_size=sum(each.num_bytes for each in infos.values()),
@@ -306,11 +309,11 @@ def write_utterances(
 
 
 def _write_utterances(
-    loaders: Mapping[str, Callable[[Any], Iterable[Utterance]]], task: FileTask, path: Path
+    loaders: Mapping[str, Callable[[Any], Iterable[Utterance]]], features: datasets.Features, task: FileTask, path: Path
 ) -> tuple[int, UtteranceCounts]:
     """Write the utterances of one file, with one row group in memory at a time."""
     counts, num_bytes = UtteranceCounts(), 0
-    schema = arrow_schema(utterance_features())
+    schema = arrow_schema(features)
     with pq.ParquetWriter(path, schema, use_dictionary=False, write_statistics=_WITH_STATISTICS) as writer:
         for group in _group(loaders[task.split](task.part)):
             table = pa.Table.from_pylist(group, schema)

@@ -57,9 +57,14 @@ def open_utterances(path: Path) -> pq.ParquetFile:
     """
     with reading_errors(path):
         file = pq.ParquetFile(path)
-    if not file.schema_arrow.equals(utterance_features().arrow_schema):
+    if not file.schema_arrow.equals(utterance_features(_further(file)).arrow_schema):
         raise ValueError(f"{path} does not have the columns of the config {UTTERANCES}: {PREPARE_AGAIN}")
     return file
+
+
+def _further(file: pq.ParquetFile) -> list[str]:
+    """Return the further columns of a file of the config `utterances`."""
+    return [name for name in file.schema_arrow.names if name not in utterance_features()]
 
 
 def iter_utterances(path: Path, row_groups: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -69,11 +74,12 @@ def iter_utterances(path: Path, row_groups: Sequence[int]) -> Iterator[dict[str,
         ValueError: The error of `open_utterances`, or the file is damaged, or a value is missing.
     """
     file = open_utterances(path)
+    texts = ("dialog", "turn", *TEXTS, *_further(file))
     with reading_errors(path):
         for batch in file.iter_batches(batch_size=_UTTERANCES_PER_BATCH, row_groups=row_groups):
             for row in batch.to_pylist():
                 spoken = [row[name] is not None for name in ("audio", *SPEECH)]  # none where bad audio was left out
-                if any(row[name] is None for name in ("dialog", "turn", *TEXTS)) or any(spoken) != all(spoken):
+                if any(row[name] is None for name in texts) or any(spoken) != all(spoken):
                     raise ValueError(f"{path}: a value of {row['dialog']}_{row['turn']} is missing: {PREPARE_AGAIN}")
                 if row["audio"] is not None and row["audio"]["bytes"] is None:
                     raise ValueError(f"{path}: {row['dialog']}_{row['turn']} has no recording: {PREPARE_AGAIN}")

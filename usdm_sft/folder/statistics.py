@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from usdm_sft.corpus.features import ROLES, are_collapsed
+from usdm_sft.corpus.problems import describe_left_out
 from usdm_sft.folder.rows import RowRange, count_exchanges, divide_files, flatten_lists, map_ranges
 from usdm_sft.template.encoder import IGNORE_INDEX
 from usdm_sft.template.parts import REFERENCE_LAYOUT, ROW_PARTS, RowLayout, find_parts_of_rows
@@ -264,7 +265,10 @@ def summarize_split(split: Mapping[str, Any]) -> str:
     left_out = [f"{count_noun(count_too_long(split), 'row')} too long"]
     if bad_audio:
         left_out.append(f"{count_noun(bad_audio, 'pair')} with bad audio")
-    reasons = ", ".join(f"{dialog}: {reason}" for dialog, reason in dialogs.items())
+    if "turns_left_out" in split:
+        turns = ", ".join(f"{reason}: {number:,}" for reason, number in split["turns_left_out"].items())
+        left_out.append(f"{count_noun(split['pairs_with_bad_rows'], 'pair')} for their turns ({turns})")
+    reasons = describe_left_out(dialogs)
     left_out.append(count_noun(len(dialogs), "dialog") + (f" ({reasons})" if reasons else ""))
     cut = f"; shortened: {count_noun(len(split['rows_cut']), 'row')}" if split["rows_cut"] else ""
     return (

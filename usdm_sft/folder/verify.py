@@ -176,9 +176,10 @@ def _check_totals(
         if numbers["pairs"] != pairs:
             yield f"{path}: {split} has {pairs} pairs, those in pairs_left_out included, not {numbers['pairs']}"
         too_long = sum(str(reason).endswith(f"{TOO_LONG} {settings['max_length']}") for reason in left_out.values())
-        if numbers["pairs_with_bad_audio"] != len(left_out) - too_long:
+        bad_rows = numbers.get("pairs_with_bad_rows", 0)
+        if numbers["pairs_with_bad_audio"] != len(left_out) - too_long - bad_rows:
             yield (
-                f"{path}: pairs_left_out of {split} names {len(left_out) - too_long} pairs with bad audio, "
+                f"{path}: pairs_left_out of {split} names {len(left_out) - too_long - bad_rows} pairs with bad audio, "
                 f"not {numbers['pairs_with_bad_audio']}"
             )
         seconds = turns.filter(pc.equal(turns["split"], number))["seconds_min"].to_numpy().astype(np.float64)

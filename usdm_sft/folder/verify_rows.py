@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 
 from usdm_sft.audio.frames import SAMPLE_RATE, count_units
 from usdm_sft.corpus.examples import example_id, first_turn
-from usdm_sft.corpus.features import ROLES, SPEECH, TEXTS, are_collapsed
+from usdm_sft.corpus.features import ROLES, SPEECH, TEXTS, are_collapsed, further_columns
 from usdm_sft.corpus.problems import MAX_PROBLEMS_SHOWN
 from usdm_sft.corpus.streams import UnitStreams
 from usdm_sft.folder.compare import describe_difference, first_difference
@@ -42,10 +42,9 @@ from usdm_sft.utils.processes import ProcessPool, in_order
 
 _BATCH = 512
 LIMIT = MAX_PROBLEMS_SHOWN + 1  # one more tells that there are more
-FIELDS = (*TEXTS, *SPEECH)  # of an utterance; a row repeats them for each of its turns
 
 _IDS = pa.schema({"id": pa.large_string(), "row": pa.int64()})
-# `content` is a digest of `FIELDS`; `exchange` is the position in the row, `side` is 0 for the user's turn and 1 for the agent's;
+# `content` is a digest of the texts and the speech of the turn; `exchange` is the position in the row, `side` is 0 for the user's turn and 1 for the agent's;
 # `row` counts from the first row of the folder.
 _TURNS = pa.schema(
     {
@@ -224,8 +223,11 @@ def _find_problems(rows: pa.RecordBatch, check: Check) -> Iterator[str]:
 
 
 def _turns_of(rows: pa.RecordBatch, role: str) -> dict[str, pa.Array]:
-    """Return the columns of the user or the agent with one value for each turn: `FIELDS`, and the durations of collapsed units."""
-    columns = {name: rows[f"{role}_{name}"] for name in (*FIELDS, "durations") if f"{role}_{name}" in rows.schema.names}
+    """Return the columns of the user or the agent with one value for each turn: `TEXTS`, further texts, `SPEECH`, and the durations of
+    collapsed units.
+    """
+    fields = (*TEXTS, *further_columns(rows.schema.names), *SPEECH, "durations")
+    columns = {name: rows[f"{role}_{name}"] for name in fields if f"{role}_{name}" in rows.schema.names}
     if pa.types.is_list(rows["user_text"].type):
         columns = {name: pc.list_flatten(column) for name, column in columns.items()}
     return columns
@@ -301,10 +303,11 @@ def _list_turns(rows: pa.RecordBatch, numbers: npt.NDArray[np.int64], split: int
     for side, role in enumerate(ROLES):
         turns = _turns_of(rows, role)
         values = [column.to_numpy(zero_copy_only=False) for column in turns.values()]
+        num_texts = list(turns).index("units")
         columns = {
             "dialog": rows["dialog_id"].take(pa.array(row)),
             "turn": np.array(_first_turns(rows, history), np.int64)[row] + 2 * exchange + side,
-            "content": digest_turns(zip(*values, strict=True)),
+            "content": digest_turns(zip(*values, strict=True), num_texts),
             "seconds": turns["seconds"],
             "split": np.full(len(row), split, np.int32),
             "exchange": exchange,
@@ -315,11 +318,12 @@ def _list_turns(rows: pa.RecordBatch, numbers: npt.NDArray[np.int64], split: int
     return pa.concat_tables(tables)
 
 
-def digest_turns(turns: Iterable[Sequence[Any]]) -> npt.NDArray[np.int64]:
-    """Return a digest for each turn, of `FIELDS` and the durations of collapsed units, if there are any."""
+def digest_turns(turns: Iterable[Sequence[Any]], num_texts: int) -> npt.NDArray[np.int64]:
+    """Return a digest for each turn, of its texts, which come first, of `SPEECH` and the durations of collapsed units, if there are any."""
     digests = []
-    for speaker, text, emotion, units, seconds, *durations in turns:
-        digest = hashlib.blake2b(repr((speaker, text, emotion)).encode(), digest_size=8)
+    for turn in turns:
+        digest = hashlib.blake2b(repr((*turn[:num_texts],)).encode(), digest_size=8)
+        units, seconds, *durations = turn[num_texts:]
         for numbers, kind in ((units, np.uint16), (seconds, np.float32), *((each, np.uint16) for each in durations)):
             digest.update(np.asarray(numbers, kind).tobytes())
         digests.append(int.from_bytes(digest.digest(), "little", signed=True))

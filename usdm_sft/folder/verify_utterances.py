@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from usdm_sft.audio.frames import SAMPLE_RATE, count_units
 from usdm_sft.audio.playable import count_samples
-from usdm_sft.corpus.features import TEXTS
+from usdm_sft.corpus.features import SPEECH
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.corpus.streams import UnitStreams, read_streams
 from usdm_sft.folder.card import read_info
@@ -31,6 +31,7 @@ _UTTERANCES_PER_RANGE = 500  # about 100 MB of recordings
 # A process takes a few seconds to start, in which this one checks about as many recordings.
 _UTTERANCES_PER_PROCESS = 5_000
 _KEYS = ["dialog", "turn"]
+_NO_TEXTS = (*_KEYS, "audio", *SPEECH)  # the other columns are texts
 # `kept` is a digest of the utterance, `path` the file that has it.
 _CONTENTS = pa.schema({"dialog": pa.large_string(), "turn": pa.int64(), "kept": pa.int64(), "path": pa.string()})
 
@@ -93,6 +94,7 @@ def _check_range(normalization: str, streams: UnitStreams | None, collapse: bool
     counts = UtteranceCounts()
     contents: dict[str, list[Any]] = {"dialog": [], "turn": []}
     values: list[Sequence[Any]] = []
+    texts: list[str] = []
     try:
         for row in iter_utterances(rows.path, rows.row_groups):
             counts.add(row)
@@ -101,12 +103,13 @@ def _check_range(normalization: str, streams: UnitStreams | None, collapse: bool
             units, *durations = collapse_units(row["units"] or []) if collapse else (row["units"] or [],)
             for name, column in contents.items():
                 column.append(row[name])
-            values.append((*(row[name] for name in TEXTS), units, row["seconds"], *durations))
+            texts = [row[name] for name in row if name not in _NO_TEXTS]
+            values.append((*texts, units, row["seconds"], *durations))
             if len(problems) == LIMIT:
                 break
     except ValueError as error:  # the file is damaged; the problems before the damage count as well
         problems.append(str(error))
-    columns = contents | {"kept": digest_turns(values), "path": [str(rows.path)] * len(values)}
+    columns = contents | {"kept": digest_turns(values, len(texts)), "path": [str(rows.path)] * len(values)}
     return _Report(problems, counts, pa.table(columns, _CONTENTS))
 
 

@@ -11,7 +11,7 @@ from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.corpus.streams import read_streams
 from usdm_sft.folder.card import make_card
 from usdm_sft.folder.example_picture import draw_example, read_example
-from usdm_sft.folder.layout import COUNTS, PICTURES, UNFINISHED, open_unfinished, read_layout
+from usdm_sft.folder.layout import COUNTS, PICTURES, UNFINISHED, open_unfinished, read_columns, read_layout
 from usdm_sft.folder.parquet import write_parquet, write_utterances
 from usdm_sft.folder.pictures import draw_pictures
 from usdm_sft.template.tokenizer import save_tokenizer
@@ -65,7 +65,10 @@ def write_folder(
     draw_example(read_example(files), backend, unfinished / PICTURES, layout)
     other_info = []
     if utterances is not None:
-        counts[UTTERANCES], info, found = write_utterances(unfinished / UTTERANCES, utterances, pool, key=key)
+        columns = read_columns(counts["settings"])
+        counts[UTTERANCES], info, found = write_utterances(
+            unfinished / UTTERANCES, utterances, pool, key=key, columns=columns
+        )
         other_info, digests = [info], digests | found
     counts["files"] = {path.relative_to(unfinished).as_posix(): sha256 for path, sha256 in digests.items()}
     num_bytes = {split: each.num_bytes for split, each in written.items()}

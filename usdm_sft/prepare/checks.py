@@ -26,7 +26,7 @@ from usdm_sft.corpus.dialogs import Split
 from usdm_sft.corpus.find import describe_corpus, digest_list, find_lists
 from usdm_sft.corpus.hub_corpus import PREFIX, is_hub_corpus
 from usdm_sft.corpus.problems import CorpusError
-from usdm_sft.corpus.read import Rules, read_corpus
+from usdm_sft.corpus.read import describe_ignored, find_large_share, find_remedy, read_corpus
 from usdm_sft.corpus.saved_dataset import is_saved_dataset
 from usdm_sft.corpus.streams import UnitStreams, make_reader
 from usdm_sft.folder.layout import check_output
@@ -271,10 +271,9 @@ class SetUp:
             size = sum(remote_size(f"{SPLIT_LISTS_URL}/{file}", timeout=TIMEOUT) for file, _ in SPLIT_LISTS.values())
             yield "ok", f"{name} has no split lists: prepare downloads DailyTalk's own ({format_bytes(size)})"
             return
-        rules = Rules(None if config.agent is None else str(config.agent), config.merge_speaker_turns)
         reader = make_reader(config.unit_rate, config.num_units, config.streams)
         try:
-            self._splits = read_corpus(lists, rules, data_dir=name, units=reader, corpus=config.corpus)
+            self._splits = read_corpus(lists, config.rules, data_dir=name, units=reader, corpus=config.corpus)
         except CorpusError as error:
             yield from (("error", problem) for problem in error.problems[:MAX_PROBLEMS])
             if more := error.problems[MAX_PROBLEMS:]:
@@ -289,10 +288,14 @@ class SetUp:
             text = f"{lists[split.name]} ({kind}): {sizes}"
             if split.left_out:
                 text += f"; {count_noun(len(split.left_out), 'dialog')} left out, as counts.json will say"
+            if split.ignored:
+                text += f"; {describe_ignored(split)}"
             if split.dialogs:
                 yield "ok", text
             else:
-                yield "error", f"{text}: name another list for {split.name}"
+                yield "error", f"{text}: {find_remedy(split.left_out) or f'name another list for {split.name}'}"
+            if split.dialogs and (warning := find_large_share(split)) is not None:
+                yield "warning", warning
         if reader is not None and any(split.dialogs for split in self._splits.values()):
             self._streams = reader.streams
             self.units_per_second = self._streams.units_per_second

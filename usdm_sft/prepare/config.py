@@ -16,6 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from usdm_sft.corpus.dialogs import CorpusName
 from usdm_sft.corpus.examples import SINGLE_TURN, check_config
 from usdm_sft.corpus.hub_corpus import is_hub_corpus
+from usdm_sft.corpus.read import Rules, check_rules
 from usdm_sft.corpus.streams import EXPECTED_NUM_UNITS, StreamsName, check_unit_options
 from usdm_sft.template.config import (
     EXPECTED_LOSS,
@@ -116,11 +117,19 @@ class CorpusOptions:
     """single_turn only: number of earlier exchanges that each row brings along as context, without loss."""
 
     agent: str | int | None = None
-    """The speaker who is the agent in every pair; a number is the speaker of this name. By default each side is the agent in
+    """The speaker who is the agent in every pair; a number is the speaker of this name. channel=1 is the one on this channel in each dialog,
+    and column=NAME the one that this column of the manifest names. By default each side is the agent in
     turn, as in the reference. Required for dialogs of a manifest with more than two speakers."""
 
     merge_speaker_turns: bool = False
     """Join neighbouring turns of one speaker. By default a dialog with such turns is left out, as in the reference."""
+
+    merge: Literal["join", "span"] = "join"
+    """How merge_speaker_turns joins: join puts the recordings one after the other, and segments of one channel with the pause between them;
+    span takes one channel from the first start to the last end, and refuses turns of several channels or recordings."""
+
+    max_gap: float | None = None
+    """Seconds of the longest pause over which merge_speaker_turns joins. A longer one divides the dialog, and no pair is made across it."""
 
     train_metadata_path: str | Path | None = None
     """Split list or manifest of the train split (of Kaldi, its wav.scp). By default the lists beside the data, or else DailyTalk's own, which are
@@ -132,6 +141,20 @@ class CorpusOptions:
     on_bad_audio: Literal["error", "skip"] = "error"
     """What to do with audio that cannot become units: error stops before any work and names every file; skip leaves out
     the pairs that use it and lists them in counts.json and in the card."""
+
+    on_bad_rows: Literal["error", "skip", "clip"] = "error"
+    """What to do with rows of a manifest that cannot be used (no text, special tokens or control characters in it, no length, an end past the recording):
+    error names every row; skip leaves out the pairs that use it and counts them by reason; clip is skip, but cuts segments at the end of their recording."""
+
+    min_seconds: float | None = None
+    """Leave out turns that are shorter, with the pairs that use them."""
+
+    max_seconds: float | None = None
+    """Leave out turns that are longer, with the pairs that use them."""
+
+    keep_columns: str | None = None
+    """Further columns of a manifest to keep in the rows as user_NAME and agent_NAME, separated by commas, or all. By default they are
+    ignored, and named in a message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,6 +307,11 @@ class PrepareConfig(
         if self.agent is not None:
             object.__setattr__(self, "agent", str(self.agent))  # speakers are texts, also those that are numbers
         check_config(self.config_name, self.history)
+        check_rules(self.rules)
+        if self.keep_audio and self.max_gap is not None:
+            raise ValueError(
+                "keep_audio stores turns without their times, so that max_gap would divide no dialog of the folder again: leave out one of the two"
+            )
         self._check_given_units()
         if self.executor is None and (self.tasks != 1 or self.slurm is not None):
             raise ValueError("tasks and slurm are options of an executor: name one with --executor")
@@ -308,6 +336,12 @@ class PrepareConfig(
                 "unit_repetition is collapse, but neighbours in flattened streams are units of different streams, and no run of equal units is "
                 "a longer sound: use keep, or streams first"
             )
+
+    @property
+    def rules(self) -> Rules:
+        """The rules by which the corpus is read."""
+        has_text = any(part.endswith("_text") for part in self.template.parts)
+        return Rules.of({field.name: getattr(self, field.name) for field in fields(self)} | {"needs_text": has_text})
 
     @property
     def data_files(self) -> dict[str, str] | None:

@@ -24,6 +24,7 @@ from usdm_sft.corpus.builder import DailyTalkUSDM
 from usdm_sft.corpus.features import ROLES, SPEECH
 from usdm_sft.corpus.find import describe_corpus, find_lists, recipe_of
 from usdm_sft.corpus.problems import join_problems
+from usdm_sft.corpus.read import describe_ignored, find_large_share
 from usdm_sft.folder.layout import ROW_PACKAGES, check_output
 from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.prepare.given_units import GivenUnits, check_recordings
@@ -134,6 +135,7 @@ def open_run(
     stages.start("corpus")
     builder = open_corpus(config, cache)
     builder.screen_audio(pool)
+    _warn(builder)
     if pool is not None:
         pool.start(_count_utterances(builder) // UTTERANCES_PER_PROCESS)
     stages.start("unit model")
@@ -148,6 +150,15 @@ def open_run(
         _check_lengths(builder.audio_digests, units)
     plan = plan_shards(builder, units, encoder, config.shard_dialogs)
     return Run(config, overflow, output, cache, devices, builder, tokenizer, encoder, units, plan)
+
+
+def _warn(builder: DailyTalkUSDM) -> None:
+    """Name the columns that are ignored, and the reasons if many dialogs are left out."""
+    for split in builder.corpus.values():
+        if split.ignored:
+            logger.warning("%s", describe_ignored(split))
+        if (warning := find_large_share(split)) is not None:
+            logger.warning("%s", warning)
 
 
 def _count_utterances(builder: DailyTalkUSDM) -> int:
@@ -211,8 +222,7 @@ def open_corpus(config: PrepareConfig, cache: Path) -> DailyTalkUSDM:
         **{name: value for name, value in given.items() if value is not None},
         config_name=config.config_name,
         history=config.history,
-        agent=config.agent,
-        merge_speaker_turns=config.merge_speaker_turns,
+        **config.rules.changes(),
         data_dir=config.data_dir,
         data_files=config.data_files,
         cache_dir=str(cache / "builder"),
@@ -226,6 +236,13 @@ def describe_run(run: Run) -> dict[str, Any]:
     config, builder, units = run.config, run.builder, run.unit_tokenizer
     is_reference = (config.precision, config.resampler) == ("fp32", "soxr")
     lists = builder.split_lists
+    rules = {
+        name: value
+        for name, value in config.rules.changes().items()
+        if name not in ("agent", "merge_speaker_turns", "needs_text")
+    }
+    if builder.further_columns:
+        rules["keep_columns"] = list(builder.further_columns)
     counts: dict[str, Any] = {
         "format_version": 2,
         "config": config.config_name,
@@ -248,6 +265,7 @@ def describe_run(run: Run) -> dict[str, Any]:
             **({} if config.unit_repetition == "keep" else {"unit_repetition": config.unit_repetition}),
             **({"keep_audio": True} if config.keep_audio else {}),
             **({"corpus": config.corpus} if config.corpus else {}),
+            **rules,
             **units.settings,
             **({} if is_reference else {"agreement_utterances": config.agreement_utterances}),
         },

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from datasets.table import InMemoryTable
 
-from usdm_sft.corpus.features import ROLES, SPEECH, TRAINER_COLUMNS, are_collapsed, folder_features
+from usdm_sft.corpus.features import ROLES, SPEECH, TRAINER_COLUMNS, are_collapsed, folder_features, further_columns
 from usdm_sft.prepare.open_run import Run, text_columns
 from usdm_sft.prepare.overflow import Overflowed, find_cuts, take_rows
 from usdm_sft.prepare.plan import Plan, Shard, ShardContents
@@ -185,7 +185,9 @@ def _count_split(shards: Sequence[TokenShard], corpus: Split, max_length: int) -
         "utterances": sum(each.utterances for each in counts),
         "hours": round(math.fsum(each.seconds for each in counts) / 3600, 6),
         "pairs": sum(each.pairs for each in counts) + len(corpus.pairs_left_out),
-        "pairs_with_bad_audio": len(corpus.pairs_left_out),
+        "pairs_with_bad_audio": len(corpus.pairs_left_out) - corpus.pairs_with_bad_rows,
+        **({"pairs_with_bad_rows": corpus.pairs_with_bad_rows} if corpus.turns_left_out else {}),
+        **({"turns_left_out": dict(corpus.turns_left_out)} if corpus.turns_left_out else {}),
         "rows": num_rows,
         "units": sum(each.units for each in counts),
         "tokens": sum(each.tokens for each in counts),
@@ -291,10 +293,10 @@ def join_columns(rows: Dataset, shard: Shard, tokens: Path) -> pa.Table:
     """
     examples = _slice_examples(rows, shard)
     encoded = read_shard(tokens)
-    features = folder_features(lists=False, collapsed=are_collapsed(encoded.column_names))
+    columns = further_columns(rows.column_names)
+    features = folder_features(lists=False, collapsed=are_collapsed(encoded.column_names), columns=columns)
     names = [name for name in features if name not in TRAINER_COLUMNS]
-    columns = [(encoded if name in encoded.column_names else examples)[name] for name in names]
-    return pa.table(columns, names)
+    return pa.table([(encoded if name in encoded.column_names else examples)[name] for name in names], names)
 
 
 def fit_splits(

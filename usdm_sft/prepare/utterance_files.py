@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -46,7 +47,7 @@ class UtteranceFiles:
         self._dialogs = builder.whole_corpus[split].dialogs
         self._plan, self._units = plan, units
         self._files = self._divide(plan.of_split(split))
-        self.loader = iter_utterances
+        self.loader = partial(iter_utterances, columns=builder.further_columns)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -78,7 +79,7 @@ class UtteranceFiles:
         return files
 
 
-def iter_utterances(parts: list[ShardPart]) -> Iterator[dict[str, Any]]:
+def iter_utterances(parts: list[ShardPart], columns: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """Yield the utterances of an output file as rows of `usdm_sft.corpus.features.utterance_features`, one recording in memory at a time.
 
     `audio`, `units` and `seconds` of a turn are None if its audio is bad, or if bad audio leaves it in no pair.
@@ -92,18 +93,19 @@ def iter_utterances(parts: list[ShardPart]) -> Iterator[dict[str, Any]]:
         positions = {utterance_id: position for position, utterance_id in enumerate(part.content.ids)}
         for utterance in (utterance for dialog in part.dialogs for utterance in dialog.utterances):
             if (position := positions.get(utterance.id)) is None:
-                yield _make_row(utterance) | dict.fromkeys(("audio", *SPEECH))
+                yield _make_row(utterance, columns) | dict.fromkeys(("audio", *SPEECH))
                 continue
             address = part.content.audio[position]
             recording = make_playable(address, read_unchanged(address, part.content.digests[position], read_shared))
             name = re.sub(r"[^\w.-]", "_", f"{utterance.dialog_id}_{utterance.turn}") + recording.suffix
             values = {column: table[column][position].as_py() for column in SPEECH}
-            yield _make_row(utterance) | values | {"audio": {"bytes": recording.content, "path": name}}
+            yield _make_row(utterance, columns) | values | {"audio": {"bytes": recording.content, "path": name}}
 
 
-def _make_row(utterance: Utterance) -> dict[str, Any]:
+def _make_row(utterance: Utterance, columns: Sequence[str]) -> dict[str, Any]:
     return {
         "dialog": utterance.dialog_id,
         "turn": utterance.turn,
         **{column: getattr(utterance, column) for column in TEXTS},
+        **{column: (utterance.more or {}).get(column, "") for column in columns},
     }
