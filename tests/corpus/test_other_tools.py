@@ -17,6 +17,7 @@ from dailytalk_usdm import load_dataset
 from tests.helpers import options
 from usdm_sft.audio.reading import read_waveform
 from usdm_sft.corpus.find import digest_list, find_lists, recipe_of
+from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.corpus.read import Rules, read_corpus
 from usdm_sft.folder.export import export
 from usdm_sft.folder.page import _add_recordings
@@ -360,6 +361,21 @@ def test_channels_and_times_of_lhotse(tmp_path):
     assert [turn.audio.removeprefix(f"{tmp_path}/") for turn in dialog.utterances] == [
         "l.wav#t=0,0.75", "r.wav#t=1.25,2.25&channel=1", "r.wav#t=2.25,5",
     ]  # fmt: skip
+
+
+def test_options_of_rows_hold_for_every_kind(corpora, tmp_path):
+    """An utterance of Kaldi without a text is left out, and further fields of NeMo are kept."""
+    kaldi = shutil.copytree(corpora / "kaldi", tmp_path / "kaldi")
+    (kaldi / "text").write_text((kaldi / "text").read_text().replace("d3-001 word1 of3 me\n", ""))
+    with pytest.raises(CorpusError, match=r"segments:\d+: text missing"):
+        read_corpus(find_lists(kaldi), data_dir=kaldi)
+    split = read_corpus(find_lists(kaldi), Rules(on_bad_rows="skip"), data_dir=kaldi)["train"]
+    assert [(turn.id, turn.bad.reason) for turn in split.utterances() if turn.bad] == [("d3_1", "no text")]
+    [path] = find_lists(corpora / "nemo").values()
+    rows = [json.loads(line) | {"lang": "en"} for line in path.read_text().splitlines()]
+    write_lines(tmp_path / "m.json", rows)
+    split = read_corpus({"train": tmp_path / "m.json"}, Rules(keep_columns="all"))["train"]
+    assert {json.dumps(turn.more) for turn in split.utterances()} == {'{"lang": "en"}'}
 
 
 def test_doctor_does_not_unpack_a_dataset(corpora, tmp_path):
