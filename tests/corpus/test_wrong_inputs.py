@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pytest
 
@@ -149,10 +150,11 @@ def test_unknown_folder_lists_the_kinds_and_its_files(tmp_path, no_network, caps
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "calls.csv", "empty"])
+@pytest.mark.parametrize("name", ["notes.txt", "calls.csv", "empty", "fifo"])
 def test_unknown_file_or_empty_folder(tmp_path, name):
     write_files(tmp_path, {"notes.txt": "hello", "calls.csv": "a,b\n1,2\n"})
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "fifo")
     with pytest.raises(FileNotFoundError, match=rf"{name} holds no corpus of a known kind: give"):
         find_lists(tmp_path / name)
 

@@ -27,11 +27,10 @@ def _read(path: Path, problems: list[str], data_dir: FilePath | None, options: R
 
 
 def _files(path: Path, data_dir: FilePath | None) -> list[Path]:
-    rows = [row for _, row in read_rows(path, never) if isinstance(row, dict)]
-    words = [
-        _find_words(row["path"], recordings_folder(path, data_dir)) for row in rows if isinstance(row.get("path"), str)
-    ]
-    return [path, *(file for file in words if file.is_file())]
+    folder = recordings_folder(path, data_dir)
+    recordings = [row.get("path") for _, row in read_rows(path, never) if isinstance(row, dict)]
+    words = [_find_words(recording, folder) for recording in recordings if isinstance(recording, str)]
+    return [path, *filter(Path.is_file, words)]
 
 
 def _find_words(recording: str, folder: Path) -> Path:
@@ -62,13 +61,8 @@ def _make_rows(path: Path, folder: Path) -> Rows:
         has_main = _MAIN in {speaker for _, _, _, speaker in words}
         for speaker, group in groupby(words, key=lambda word: word[3]):
             said = list(group)
-            turn = {
-                "dialog": dialog,
-                "speaker": speaker,
-                "text": " ".join(word for _, _, word, _ in said),
-                "audio": recording,
-            }
-            turn |= {"start": said[0][0], "end": max(end for _, end, _, _ in said)}
+            turn = {"dialog": dialog, "speaker": speaker, "text": " ".join(word for _, _, word, _ in said)}
+            turn |= {"audio": recording, "start": said[0][0], "end": max(end for _, end, _, _ in said)}
             yield number, turn | ({"channel": int(speaker != _MAIN)} if has_main else {})
 
 

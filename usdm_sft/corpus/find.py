@@ -92,7 +92,7 @@ def find_lists(
             return {split: files[0] for split, files in lists.items()}
     if is_on_hub:
         return hub_corpus.RECIPE.find(str(data_dir), cache_dir, may_download, with_units) or {}
-    for recipe in RECIPES:
+    for recipe in RECIPES if folder.is_dir() or folder.is_file() else ():  # opening a FIFO would block
         if corpus in (None, recipe.name):
             found = recipe.find(folder, cache_dir, may_download, with_units)
             if found is not None:

@@ -26,8 +26,6 @@ _MAIN = "wav.scp"
 _SIDES_FILE = "reco2file_and_channel"
 _FILES = (_MAIN, "segments", "text", "utt2spk", _SIDES_FILE)
 _SIDES = {"A": 0, "1": 0, "B": 1, "2": 1}
-
-
 _Lines = dict[str, tuple[int, str]]  # first word of a line -> its number, and the rest of it
 
 
@@ -101,12 +99,8 @@ def _make_row(
     if _recording_problem(file):
         return None
     dialog, *side = _rest(lines, _SIDES_FILE, recording).split() or [recording]
-    row: dict[str, Any] = {
-        "dialog": dialog,
-        "speaker": _rest(lines, "utt2spk", name),
-        "text": _rest(lines, "text", name),
-    }
-    row["audio"] = file
+    row: dict[str, Any] = {"dialog": dialog, "audio": file}
+    row |= {"speaker": _rest(lines, "utt2spk", name), "text": _rest(lines, "text", name)}
     if num_sides[file] > 1:
         if not side or side[0].upper() not in _SIDES:
             what = f"{quote(recording)} is one of {num_sides[file]} recordings of {quote(file)}"

@@ -16,6 +16,7 @@ from typing import Any
 
 from usdm_sft.corpus.dialogs import DEFAULT, FilePath, Recipe, RowOptions, Turns
 from usdm_sft.corpus.manifest import to_number
+from usdm_sft.corpus.problems import add_problem
 from usdm_sft.corpus.segments import find_end, read_segments
 from usdm_sft.corpus.tables import (
     Rows,
@@ -64,7 +65,7 @@ def _read(path: Path, problems: list[str], data_dir: FilePath | None, options: R
     if "recording_id" in list_columns(path) and (file := _find_recordings(path)) is not None:
         for _, row in read_rows(file, never):
             if isinstance(row, str):
-                problems.append(row)
+                add_problem(problems, row)
             elif row.get("id") is not None:
                 recordings[str(row["id"])] = row
     return read_segments(path, partial(_make_rows, recordings=recordings), problems, data_dir, options)
@@ -111,12 +112,9 @@ def _describe_missing(entry: dict[str, Any], path: Path) -> str:
     name = quote(str(entry.get("id")))
     if "recording_id" not in entry:
         return f"cut {name} has no recording, only features: give cuts with recordings"
-    file = _find_recordings(path)
-    where = (
-        "no file beside it has the recordings (recordings.jsonl.gz)"
-        if file is None
-        else f"{file.name} has no such recording"
-    )
+    where = "no file beside it has the recordings (recordings.jsonl.gz)"
+    if (file := _find_recordings(path)) is not None:
+        where = f"{file.name} has no such recording"
     recording = quote(str(entry["recording_id"]))
     return f"supervision {name} is of recording {recording}, but {where}: complete the recordings, or give cuts"
 

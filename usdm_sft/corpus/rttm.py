@@ -23,22 +23,26 @@ from usdm_sft.corpus.segments import find_end, read_segments
 from usdm_sft.corpus.tables import Rows, read_fields, share_out
 from usdm_sft.utils.texts import quote
 
-_NO_SOUND = (
-    ".rttm",
-    ".ctm",
-    ".stm",
-    ".uem",
-    ".txt",
-    ".json",
-    ".jsonl",
-    ".csv",
-    ".tsv",
-    ".lab",
-    ".textgrid",
-    ".trs",
-    ".md",
-    ".gz",
+_NO_SOUND = frozenset(
+    [
+        ".rttm",
+        ".ctm",
+        ".stm",
+        ".uem",
+        ".txt",
+        ".json",
+        ".jsonl",
+        ".csv",
+        ".tsv",
+        ".lab",
+        ".textgrid",
+        ".trs",
+        ".md",
+        ".gz",
+    ]
 )
+_SPEAKER_FORM = "SPEAKER file channel start duration <NA> <NA> speaker"
+_WORD_FORM = "file channel start duration word"
 
 
 class _Segment(NamedTuple):
@@ -77,9 +81,7 @@ def _read(path: Path, problems: list[str], data_dir: FilePath | None, options: R
     for number, fields in read_fields(path, problems):
         if fields[0] != "SPEAKER":
             continue  # a comment, or a type of line that has no turn
-        if times := _read_times(
-            path, number, fields, 3, 8, "SPEAKER file channel start duration <NA> <NA> speaker", problems
-        ):
+        if times := _read_times(path, number, fields, 3, 8, _SPEAKER_FORM, problems):
             segments[fields[1]].append(_Segment(number, fields[2], *times, fields[7], []))
     has_words = len(_files(path)) > 1
     if has_words:
@@ -107,7 +109,7 @@ def _add_words(path: Path, segments: Mapping[str, list[_Segment]], problems: lis
     for number, fields in read_fields(path, problems):
         if fields[0].startswith(";;"):
             continue
-        if times := _read_times(path, number, fields, 2, 5, "file channel start duration word", problems):
+        if times := _read_times(path, number, fields, 2, 5, _WORD_FORM, problems):
             words.append((fields[0], *times, fields[1], fields[4], number))
     for file, group in groupby(sorted(words), key=lambda word: word[0]):
         turns = sorted(segments.get(file, []), key=_start_of)
@@ -144,15 +146,9 @@ def _make_rows(
     for file, turns in segments.items():
         found = sorted(recordings.get(file, []))
         if len(found) != 1:
-            what = (
-                "no recording of this name"
-                if not found
-                else f"several recordings of this name ({', '.join(found[:2])})"
-            )
-            yield (
-                0,
-                f"{path}:{turns[0].number}: {quote(file)} has {what} in the folder: give data_dir the folder with one",
-            )
+            what = f"several recordings of this name ({', '.join(found[:2])})" if found else "no recording of this name"
+            place = f"{path}:{turns[0].number}"
+            yield 0, f"{place}: {quote(file)} has {what} in the folder: give data_dir the folder with one"
             continue
         has_channels = len({turn.channel for turn in turns}) > 1
         for turn in turns:

@@ -8,7 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -78,27 +78,36 @@ def kind_of_table(path: Path) -> CorpusName | None:
         return "lhotse"
     if "audio_filepath" in names:
         return "nemo"
-    if {"path", "duration"} <= names and not find_field(names, "text"):
+    if {"path", "duration"} <= names and not find_field(names, "text") and not find_field(names, "start"):
         return "alignments"
     fields = {field for field in FIELDS if find_field(names, field)}
     is_segments = {"audio", "start"} <= fields and fields & {"end", "duration"} and fields & {"speaker", "channel"}
     return "segments" if is_segments else None
 
 
-def list_columns(path: Path) -> set[str]:
+def list_columns(path: Path) -> frozenset[str]:
     """Return the columns of the first row of a table, none if it cannot be read."""
+    try:
+        status = path.stat()
+    except OSError:
+        return frozenset()
+    return _list_columns(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(1000)
+def _list_columns(path: Path, size: int, mtime_ns: int) -> frozenset[str]:
     try:
         if suffix_of(path) == ".parquet":
             import pyarrow.parquet as pq  # slow to import
 
-            return set(pq.read_schema(path).names)
-        if suffix_of(path) not in SUFFIXES:
-            return set()
+            return frozenset(pq.read_schema(path).names)
+        if suffix_of(path) not in SUFFIXES or not path.is_file():
+            return frozenset()
         columns: list[str] = []  # of CSV and TSV
         row = next(read_rows(path, never, columns.extend), (0, ""))[1]  # type: ignore[arg-type]  # returns None: nothing is wrong
     except (OSError, ValueError):  # pyarrow.ArrowInvalid is a ValueError
-        return set()
-    return set(row if isinstance(row, dict) else columns)
+        return frozenset()
+    return frozenset(row if isinstance(row, dict) else columns)
 
 
 def find_tables(data_dir: Path, is_wanted: Callable[[Path], bool]) -> dict[str, Path] | None:
