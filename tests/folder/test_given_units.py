@@ -248,7 +248,7 @@ def test_page_asks_the_hub_for_a_corpus_with_units(root, monkeypatch):
     for settings, with_units in ((read_counts(root / "flatten-folder")["settings"], True), ({"history": 0}, False)):
         with pytest.raises(FileNotFoundError, match="hub:user/codes has no list of train"):
             page_module._add_recordings([], [], "hub:user/codes", "train", settings)
-        assert asked.pop() == ("hub:user/codes", {"with_units": with_units})
+        assert asked.pop() == ("hub:user/codes", {"corpus": None, "with_units": with_units})
 
 
 class Loaded:
