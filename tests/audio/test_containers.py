@@ -4,6 +4,7 @@ import io
 import shutil
 import struct
 import subprocess
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -469,3 +470,14 @@ def test_faults(shared, tmp_path, name, expected):
     found = result((shared / "faults" / name).read_bytes(), tmp_path)
     print(f"{name}: {found}")
     assert found == expected if isinstance(expected, int) else found.startswith(expected)
+
+
+def test_segment_of_a_long_recording_is_read_without_a_copy_of_it(tmp_path):
+    path = tmp_path / "long.wav"
+    soundfile.write(path, np.zeros((5_000_000, 2), np.int16), 16_000)
+    contents = {str(path): read_recording(str(path))[0]}
+    tracemalloc.start()
+    samples, _ = read_audio(f"{path}#t=1,2&channel=1", contents)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(samples) == 16_000 and peak < 2_000_000  # the recording has 20 MB

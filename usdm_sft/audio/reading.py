@@ -75,7 +75,7 @@ def _read_segment(
     source: str | Path | bytes, segment: Segment, contents: Mapping[str, bytes] | None
 ) -> tuple[npt.NDArray[np.float32], int]:
     content = None if contents is None else contents[segment.file]
-    with _open(source, segment.file) if content is None else io.BytesIO(content) as file:
+    with _open(source, segment.file) if content is None else _open_bytes(content) as file:
         try:
             samples, rate = _cut(file, segment, content if isinstance(content, SharedBytes) else None)
         except (AudioError, soundfile.LibsndfileError) as error:
@@ -85,6 +85,14 @@ def _read_segment(
     elif samples.ndim > 1:
         samples = np.mean(samples.T, axis=0)
     return samples, rate
+
+
+def _open_bytes(content: bytes) -> io.BufferedIOBase:
+    """Open bytes for reading. BytesIO would copy those of a subclass, and with them a whole call for each of its turns."""
+    import pyarrow as pa  # needed for segments only
+
+    shared: io.BufferedIOBase = pa.BufferReader(content) if isinstance(content, SharedBytes) else io.BytesIO(content)
+    return shared
 
 
 def _cut(file: io.BufferedIOBase, segment: Segment, shared: SharedBytes | None) -> tuple[Samples, int]:

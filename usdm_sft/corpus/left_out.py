@@ -89,8 +89,7 @@ def screen_audio(
             lines[utterance.id] = f"utterance {utterance.id}: audio file {utterance.audio} {problem}"
     if bad and on_bad_audio == "error":
         error = FileNotFoundError if all(each.startswith(MISSING) for each in bad.values()) else AudioError
-        remedies = {each: _END_REMEDY if problem.startswith(PAST_END) else _REMEDY for each, problem in bad.items()}
-        raise error(join_problems([f"{lines[each]}: {remedy}" for each, remedy in remedies.items()]))
+        raise error(join_problems([f"{lines[each]}: {find_remedy(problem)[0]}" for each, problem in bad.items()]))
     left = {name: leave_out(split, bad, rows) for name, split in splits.items()}
     for name, split in left.items():
         if not split.dialogs:
@@ -99,6 +98,11 @@ def screen_audio(
             own = [lines[each.id] for each in splits[name].utterances() if each.id in lines]
             raise AudioError(join_problems([head, *own]))
     return left, {address: found[address] for address in list_addresses(left)}
+
+
+def find_remedy(problem: str) -> tuple[str, str]:
+    """Return the remedy for a problem of audio, and the option that leaves out the turns that have it."""
+    return (_END_REMEDY, "on_bad_rows") if problem.startswith(PAST_END) else (_REMEDY, "on_bad_audio")
 
 
 def list_addresses(splits: Mapping[str, Split]) -> list[str]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from usdm_sft.corpus.dialogs import DEFAULT, FilePath, Recipe, RowOptions, Turns
-from usdm_sft.corpus.manifest import to_number
 from usdm_sft.corpus.problems import add_problem
 from usdm_sft.corpus.segments import find_end, read_segments
 from usdm_sft.corpus.tables import (
@@ -28,6 +27,7 @@ from usdm_sft.corpus.tables import (
     place_of,
     read_rows,
 )
+from usdm_sft.corpus.values import number_of
 from usdm_sft.utils.texts import quote
 
 _SOURCES = ("file", "url")  # Lhotse runs commands and unpacks memory; neither is a recording that lasts
@@ -95,7 +95,7 @@ def _read_entry(entry: dict[str, Any], recordings: Mapping[str, Any], path: Path
         recording = recordings.get(str(entry["recording_id"]))
     else:
         cut, recording = entry, entry.get("recording")
-    start, supervisions = to_number(cut.get("start")), cut.get("supervisions")
+    start, supervisions = number_of(cut.get("start")), cut.get("supervisions")
     if not isinstance(recording, dict):
         yield _describe_missing(entry, path)
     elif problem := _recording_problem(recording):
@@ -145,11 +145,11 @@ def _make_row(
     found = _find_source(recording, channel)
     if isinstance(found, str):
         return found
-    start, end = to_number(supervision.get("start")), find_end(supervision.get("start"), supervision.get("duration"))
+    start, end = number_of(supervision.get("start")), find_end(supervision.get("start"), supervision.get("duration"))
     if start is None or isinstance(end, str):
         return f"supervision {quote(str(supervision.get('id')))}: {end}"
     start, end = max(0.0, round(offset + start, 6)), round(offset + end, 6)
-    if (length := to_number(recording.get("duration"))) is not None:
+    if (length := number_of(recording.get("duration"))) is not None:
         end = min(end, length)
     custom = {**_custom(cut), **_custom(supervision)}
     dialog = find_field(custom, "dialog")

@@ -3,9 +3,8 @@
     {"dialog": "fe_03_00001", "turn": 0, "speaker": "A", "text": "hello", "audio": "fe_03_00001.wav", "start": 1.2, "end": 2.5, "channel": 0}
 
 `dialog`, `turn`, `speaker`, `text` and `audio` are required. `start` and `end` (seconds) and `channel` (from 0) cut the turn out of
-a longer recording, such as a stereo telephone call. `emotion` is optional; other columns are ignored unless they are to be kept. Dialogs keep the order
-of the manifest, and turns are numbered without a gap. A dialog whose rows have a `start` may have no `turn`: its turns are numbered
-by start (`Turns.number_segments`).
+a longer recording, such as a stereo telephone call. `emotion` is optional; other columns are ignored or kept (`RowOptions`). Dialogs keep
+the order of the manifest, and turns are numbered without a gap, or not at all where `start` orders them (`Turns.number_segments`).
 
     {"dialog": "fe_03_00001", "turn": 0, "speaker": "A", "text": "hello", "units": [[17, 902], [17, 3], [460, 11]]}
 
@@ -13,7 +12,6 @@ Where units are wanted, the column `units` is required, and `audio` is optional 
 the columns that are ignored, such as that of the config `utterances`.
 """
 
-import math
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -36,6 +34,7 @@ from usdm_sft.corpus.tables import (
     stem_of,
     suffix_of,
 )
+from usdm_sft.corpus.values import UNITS, is_missing, number_of, whole_number
 from usdm_sft.utils.texts import CONTROL, MAX_LINE, count_noun, first_line, quote, text_problem
 
 if TYPE_CHECKING:
@@ -43,9 +42,7 @@ if TYPE_CHECKING:
 
 REQUIRED = ("dialog", "turn", "speaker", "text", "audio")
 OPTIONAL = ("start", "end", "channel", "emotion")
-UNITS = "units"  # required in place of audio where units are wanted
 _COLUMNS = (*REQUIRED, *OPTIONAL)
-_NUMBERS = ("turn", "start", "end", "channel")
 UTTERANCES = "utterances"  # the config of a dataset folder with these columns, and audio in them (--keep_audio)
 MAX_TURN = 2**31 - 1
 NO_TURN = -1  # of a turn that is numbered by its start
@@ -159,7 +156,7 @@ def read_turns(
                 continue
             place = turns.place(first)
             made = [f"{what} of {quote(made.dialog_id)} stands already at {place}: delete one of the two"]
-        turns.mark_incomplete(None if _is_missing(row.get("dialog"), "dialog") else str(row["dialog"]))
+        turns.mark_incomplete(None if is_missing(row.get("dialog"), "dialog") else str(row["dialog"]))
         for problem in made:
             add_problem(problems, f"{turns.place(number)}: {problem}")
     turns.number_segments(problems)
@@ -199,7 +196,7 @@ def _make_utterance(
     """Make the utterance of a row without its units, or return each problem of the row with its remedy."""
     required = list_required(with_units)
     names = dict.fromkeys((*required, *_COLUMNS))
-    values: dict[str, Any] = {name: None if _is_missing(row.get(name), name) else row[name] for name in names}
+    values: dict[str, Any] = {name: None if is_missing(row.get(name), name) else row[name] for name in names}
     present, bad = [name for name, value in values.items() if value is not None], list[tuple[BadRow, str]]()
     if missing := list_missing(present, with_units, needs_text=options.needs_text):
         found = f"{', '.join(missing)} missing"
@@ -215,7 +212,7 @@ def _make_utterance(
         elif len(str(value)) > MAX_NAME:
             length = len(str(value))
             problems.append(f"{name} {quote(str(value))} has {length:,} characters: give {MAX_NAME} or fewer")
-    turn = NO_TURN if values["turn"] is None else _whole_number(values["turn"])
+    turn = NO_TURN if values["turn"] is None else whole_number(values["turn"])
     if values["turn"] is not None and (turn is None or not 0 <= turn <= MAX_TURN):
         wrong = quote(str(values["turn"]))
         problems.append(f"turn {wrong} is not a whole number from 0 to {MAX_TURN:,}: number the turns of the dialog")
@@ -237,7 +234,7 @@ def _make_utterance(
     if (start is None) != (end is None):
         problems.append("start and end go together: give both or neither")
     elif start is not None:
-        first, last = to_number(start), to_number(end)
+        first, last = number_of(start), number_of(end)
         problem, remedy = f"start {start!r} and end {end!r} are not a segment", "give seconds, the start before the end"
         if first is None or last is None or first < 0 or last < 0:
             problems.append(f"{problem}: {remedy}")
@@ -245,12 +242,12 @@ def _make_utterance(
             bad.append((BadRow(_NO_LENGTH, problem), remedy))
         start, end = first, last
     if channel is not None:
-        number = _whole_number(channel)
+        number = whole_number(channel)
         if number is None or number < 0:
             problems.append(f"channel {channel!r} is not a channel: give a whole number from 0 on")
         channel = number
-    more, wrong = read_further(row, options)
-    problems += wrong + (
+    more, unreadable = read_further(row, options)
+    problems += unreadable + (
         [] if options.skips_bad else [f"{each.problem}: {remedy}{_SKIP_REMEDY}" for each, remedy in bad]
     )
     if problems or turn is None:
@@ -261,30 +258,6 @@ def _make_utterance(
         return Utterance(utterance_id, dialog, turn, speaker, "", emotion, more=more, bad=bad[0][0])
     address = "" if audio is None else format_address(absolute(audio), start, end, channel)
     return Utterance(utterance_id, dialog, turn, speaker, text, emotion, address, more=more)
-
-
-def _is_missing(value: Any, name: str) -> bool:
-    """Return True for no value, an empty one, and NaN, which is how pandas writes a missing value."""
-    if name == UNITS and not isinstance(value, str | float):
-        return value is None
-    if value is None or value == "" or value != value:
-        return True
-    return isinstance(value, str) and name in _NUMBERS and value.lower() == "nan"
-
-
-def to_number(value: Any) -> float | None:
-    """Return a finite number in any spelling of a table, or None."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return None if isinstance(value, bool) or not math.isfinite(number) else number
-
-
-def _whole_number(value: Any) -> int | None:
-    """Return a whole number in any spelling of a table, such as 1, "1" and "1.0", or None."""
-    number = to_number(value)
-    return int(number) if number is not None and number == int(number) else None
 
 
 def _is_once(name: str, with_units: bool, options: RowOptions) -> bool:

@@ -67,8 +67,9 @@ class Rules:
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "Rules":
         """Take the rules from options, of which those that are None have their default."""
-        names = [field.name for field in fields(cls) if options.get(field.name) is not None]
-        return cls(**{name: str(options[name]) if name == "agent" else options[name] for name in names})
+        given: dict[str, Any] = {field.name: options.get(field.name) for field in fields(cls)}
+        rules = cls(**{name: value for name, value in given.items() if value is not None})
+        return rules if rules.agent is None else replace(rules, agent=str(rules.agent))  # a name may be a number
 
     def changes(self) -> dict[str, Any]:
         """Return the rules that are not the default."""
@@ -301,7 +302,7 @@ def find_large_share(split: Split) -> str | None:
     text = (
         f"{split.name}: {len(left_out):,} of {count_noun(total, 'dialog')} are left out ({describe_left_out(left_out)})"
     )
-    return f"{text}: {find_remedy(left_out) or 'counts.json lists them'}"
+    return f"{text}: {find_merge_remedy(left_out) or 'counts.json lists them'}"
 
 
 def describe_ignored(split: Split) -> str:
@@ -309,7 +310,7 @@ def describe_ignored(split: Split) -> str:
     return f"{split.name}: columns {', '.join(split.ignored)} are ignored: keep them with --keep_columns all, or name some of them"
 
 
-def find_remedy(left_out: Mapping[str, str]) -> str | None:
+def find_merge_remedy(left_out: Mapping[str, str]) -> str | None:
     """Return what keeps dialogs in which one speaker speaks twice in a row, or None if no dialog is left out for it."""
     return "join neighbouring turns with --merge_speaker_turns" if SAME_SPEAKER in left_out.values() else None
 

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from usdm_sft.corpus.dialogs import DEFAULT, FilePath, Recipe, RowOptions, Turns
-from usdm_sft.corpus.manifest import recordings_folder, to_number
+from usdm_sft.corpus.manifest import recordings_folder
 from usdm_sft.corpus.problems import add_problem
 from usdm_sft.corpus.segments import find_end, read_segments
 from usdm_sft.corpus.tables import Rows, read_fields, share_out
+from usdm_sft.corpus.values import number_of
 from usdm_sft.utils.texts import quote
 
 _NO_SOUND = frozenset(
@@ -95,7 +96,7 @@ def _read_times(
     path: Path, number: int, fields: list[str], first: int, least: int, form: str, problems: list[str]
 ) -> tuple[float, float] | None:
     """Return start and end of a line whose start is field `first`, or None if it does not have the form, of `least` fields."""
-    start = to_number(fields[first]) if len(fields) >= least else None
+    start = number_of(fields[first]) if len(fields) >= least else None
     end = None if start is None else find_end(start, fields[first + 1])
     if start is not None and isinstance(end, float):
         return start, end
@@ -156,7 +157,7 @@ def _make_rows(
             if has_words:
                 row["text"] = " ".join(turn.words)
             if has_channels:
-                channel = to_number(turn.channel)
+                channel = number_of(turn.channel)
                 row["channel"] = turn.channel if channel is None else channel - 1
             yield turn.number, row
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from usdm_sft.corpus.dialogs import FilePath, RowOptions, Turns
-from usdm_sft.corpus.manifest import read_turns, recordings_folder, to_number
+from usdm_sft.corpus.manifest import read_turns, recordings_folder
 from usdm_sft.corpus.tables import Rows, place_of
+from usdm_sft.corpus.values import number_of
 from usdm_sft.utils.texts import quote
 
 
@@ -50,7 +51,7 @@ def _find_order(rows: Iterable[dict[str, Any]]) -> set[str]:
         recording = row.get("audio")
         if recordings.setdefault((dialog, str(row.get("speaker"))), recording) != recording:
             by_line.add(dialog)
-        if (to_number(row.get("start")) or 0) > 0:
+        if (number_of(row.get("start")) or 0) > 0:
             timed.add(dialog)
     return by_line | {dialog for dialog, _ in recordings if dialog not in timed}
 
@@ -66,7 +67,7 @@ def _number(rows: Rows, by_line: set[str]) -> Rows:
 
 def find_end(start: Any, duration: Any) -> float | str:
     """Return the end of a segment in seconds, or why it has none."""
-    first, length = to_number(start), to_number(duration)
+    first, length = number_of(start), number_of(duration)
     if first is None or length is None:
         return f"start {quote(str(start))} and duration {quote(str(duration))} are not a segment: give seconds"
     return round(first + length, 6)

@@ -25,8 +25,9 @@ from usdm_sft.corpus.dailytalk import SPLIT_LISTS, SPLIT_LISTS_URL, check_not_sw
 from usdm_sft.corpus.dialogs import Split
 from usdm_sft.corpus.find import describe_corpus, digest_list, find_lists
 from usdm_sft.corpus.hub_corpus import PREFIX, is_hub_corpus
+from usdm_sft.corpus.left_out import find_remedy
 from usdm_sft.corpus.problems import CorpusError
-from usdm_sft.corpus.read import describe_ignored, find_large_share, find_remedy, read_corpus
+from usdm_sft.corpus.read import describe_ignored, find_large_share, find_merge_remedy, read_corpus
 from usdm_sft.corpus.saved_dataset import is_saved_dataset
 from usdm_sft.corpus.streams import UnitStreams, make_reader
 from usdm_sft.folder.layout import check_output
@@ -293,7 +294,7 @@ class SetUp:
             if split.dialogs:
                 yield "ok", text
             else:
-                yield "error", f"{text}: {find_remedy(split.left_out) or f'name another list for {split.name}'}"
+                yield "error", f"{text}: {find_merge_remedy(split.left_out) or f'name another list for {split.name}'}"
             if split.dialogs and (warning := find_large_share(split)) is not None:
                 yield "warning", warning
         if reader is not None and any(split.dialogs for split in self._splits.values()):
@@ -317,11 +318,13 @@ class SetUp:
             return
         sample = addresses[:: max(1, len(addresses) // NUM_SAMPLES)][:NUM_SAMPLES]
         checks = [check_audio(address) for address in sample]
-        bad = [f"{path} {check.problem}" for path, check in zip(sample, checks, strict=True) if check.problem]
         good = [check for check in checks if check.problem is None]
-        remedy = "replace the file, or leave out its pairs with --on_bad_audio skip; prepare lists every such file"
-        for problem in bad[:MAX_PROBLEMS]:
-            yield "warning" if self.config.on_bad_audio == "skip" else "error", f"{problem}: {remedy}"
+        for path, check in [(path, check) for path, check in zip(sample, checks, strict=True) if check.problem][
+            :MAX_PROBLEMS
+        ]:
+            remedy, option = find_remedy(check.problem or "")
+            is_left_out = getattr(self.config, option) != "error"
+            yield "warning" if is_left_out else "error", f"{path} {check.problem}: {remedy}; prepare lists every one"
         text = f"{len(good)} of {len(sample)} that were opened are good; the corpus has {len(addresses):,}"
         if good:
             seconds = sum(check.frames / check.rate for check in good)
