@@ -129,10 +129,12 @@ def test_summary_agrees_with_its_numbers(number, bad, expected):
     assert summarize_split(split).startswith(expected)
 
 
-@pytest.mark.parametrize(("number", "end"), [(20, "d20: a reason)"), (1021, "d20: a reason, 1,001 more)")])
-def test_summary_names_twenty_dialogs(number, end):
+@pytest.mark.parametrize(
+    ("number", "end"), [(5, "d5: reason 5)"), (1021, "reason 20: d20; 1,001 more for other reasons)")]
+)
+def test_summary_names_twenty_reasons(number, end):
     split = dict.fromkeys(("rows", "dialogs", "tokens", "labelled_tokens", "hours", "pairs_with_bad_audio"), 0)
-    left_out = {f"d{i + 1}": "a reason" for i in range(number)}
+    left_out = {f"d{i + 1}": f"reason {i + 1}" for i in range(number)}
     assert summarize_split(split | {"pairs_left_out": {}, "dialogs_left_out": left_out, "rows_cut": {}}).endswith(end)
 
 

@@ -56,7 +56,6 @@ def test_pages_with_blocks_that_are_not_run():
     pages = [
         "given-units",
         "hub",
-        "preparing",
         "training/mixing",
         "training/other-models",
         "training/tools",

@@ -628,22 +628,6 @@ def test_corpus_on_the_hub_gives_the_lines_of_the_reference(stereo, mini, unit_m
     assert len(list((tmp_path / "cache" / "hub").glob("*/manifest.jsonl"))) == 2
 
 
-def test_turns_of_word_alignments(tmp_path):
-    """The recipe of docs/preparing.md: words of both channels become the turns of a manifest."""
-    scope = {
-        "name": "call", "channels": {"SPEAKER_MAIN": 0, "OTHER": 1},
-        "left_words": [["hello", [0.5, 0.8], "SPEAKER_MAIN"], ["there", [0.9, 1.2], "SPEAKER_MAIN"], ["bye", [3.0, 3.5], "SPEAKER_MAIN"]],
-        "right_words": [["hi", [1.5, 1.9], "OTHER"]],
-    }  # fmt: skip
-    exec(find_code("left_words"), scope)
-    [dialog] = read_corpus({"train": write_jsonl(tmp_path / "m.jsonl", scope["rows"])})["train"].dialogs
-    assert [(u.turn, u.text, u.audio) for u in dialog.utterances] == [
-        (0, "hello there", f"{tmp_path}/call.wav#t=0.5,1.2&channel=0"),
-        (1, "hi", f"{tmp_path}/call.wav#t=1.5,1.9&channel=1"),
-        (2, "bye", f"{tmp_path}/call.wav#t=3,3.5&channel=0"),
-    ]
-
-
 def test_preprocessed_text_as_rows(mini, tmp_path, monkeypatch):
     """The recipe of docs/reference-users.md: the reference's own files, read without the audio."""
     shutil.copytree(mini / "expected", tmp_path / "preprocessed")

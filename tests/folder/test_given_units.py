@@ -249,7 +249,7 @@ def test_page_asks_the_hub_for_a_corpus_with_units(root, monkeypatch):
     for counts, with_units in ((given, True), (made, False)):
         with pytest.raises(FileNotFoundError, match="hub:user/codes has no list of train"):
             page_module.CorpusRecordings("hub:user/codes", "train", counts)
-        assert asked.pop() == ("hub:user/codes", {"with_units": with_units})
+        assert asked.pop() == ("hub:user/codes", {"corpus": None, "with_units": with_units})
 
 
 class Loaded:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import datasets
 import datasets.data_files
@@ -17,11 +17,10 @@ from usdm_sft.audio.digests import AudioDigest, find_stamps
 from usdm_sft.corpus import dailytalk, examples, features, find, read
 from usdm_sft.corpus import hub_corpus as hub
 from usdm_sft.corpus import left_out as bad_audio
-from usdm_sft.corpus.dialogs import FilePath, Split
+from usdm_sft.corpus.dialogs import CorpusName, FilePath, Split
 from usdm_sft.corpus.problems import CorpusError, describe_left_out
 from usdm_sft.corpus.unit_reader import make_reader
 from usdm_sft.utils import texts
-from usdm_sft.utils.files import sha256_file
 
 if TYPE_CHECKING:
     from usdm_sft.utils.pool import Pool
@@ -60,6 +59,7 @@ class DailyTalkUSDMConfig(datasets.BuilderConfig):  # type: ignore[misc]  # data
         unit_rate: Units, or frames of several, per second, if the manifests have units (the column `units`), which are read then.
         num_units: Number of these units: of every stream, or a list with one for each stream.
         streams: What is made of frames of several units, "first" or "flatten".
+        corpus: The kind of the corpus, as in `prepare`. By default its files tell it.
         corpus_digest: sha256 over the split lists and over path, size and times of change of the recordings, as datasets tells
             data files apart. The builder fills it in, and the cache follows it.
     """
@@ -80,6 +80,7 @@ class DailyTalkUSDMConfig(datasets.BuilderConfig):  # type: ignore[misc]  # data
     unit_rate: float | None = None
     num_units: int | Sequence[int] | None = None
     streams: str | None = None
+    corpus: CorpusName | None = None
     corpus_digest: str | None = None
 
 
@@ -94,8 +95,8 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
     `corpus` or `audio_digests` is used.
 
     Args:
-        data_dir: DailyTalk's folder (with `data/`), its `data` folder, or its zip archive. For another corpus, the folder with its
-            manifests (`usdm_sft.corpus.manifest`), where relative paths of its recordings start, or "hub:USER/NAME".
+        data_dir: DailyTalk's folder (with `data/`), its `data` folder, or its zip archive. For another corpus, its folder
+            (`usdm_sft.corpus.find.RECIPES`), where relative paths of its recordings start, one of its files, or "hub:USER/NAME".
         data_files: The split lists, such as `{"train": "train.txt", "test": "test.txt"}`, or manifests. By default those in or
             beside the folder, or else DailyTalk's own lists, which are downloaded once.
         base_path: As in `datasets.DatasetBuilder`.
@@ -135,23 +136,29 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
     ) -> None:
         examples.check_config(kwargs.get("config_name") or self.DEFAULT_CONFIG_NAME, kwargs.get("history") or 0)
         self.split_lists: dict[str, Path] = {}
+        kind = kwargs.get("corpus")
+        if kind is not None and kind not in get_args(CorpusName):
+            raise ValueError(f"corpus {kind!r} is unknown: choose one of {', '.join(get_args(CorpusName))}")
         if data_dir is not None or data_files is not None:
             resolved = isinstance(data_files, datasets.data_files.DataFilesDict)
             self.split_lists = find.find_lists(
                 data_dir,
                 data_files,
+                corpus=kind,
                 cache_dir=digest_cache_dir,
                 resolved=resolved,
                 with_units=kwargs.get("unit_rate") is not None,
             )
-        recipes = set(map(find.recipe_of, self.split_lists.values()))
+        recipes = {find.recipe_of(path, kind) for path in self.split_lists.values()}
         if data_dir is None and (not recipes or any(recipe.needs_data_dir for recipe in recipes)):
             raise ValueError("data_dir is missing: name the folder that DailyTalk was unpacked to, or its zip archive")
         if kwargs.get("agent") is not None:
             kwargs["agent"] = str(kwargs["agent"])  # speakers are texts, also those that are numbers
         self._rules = read.Rules.of(kwargs)
         reader = make_reader(kwargs.get("unit_rate"), kwargs.get("num_units"), kwargs.get("streams"))
-        self.whole_corpus = read.read_corpus(self.split_lists, self._rules, data_dir=data_dir, units=reader)
+        self.whole_corpus = read.read_corpus(
+            self.split_lists, self._rules, data_dir=data_dir, units=reader, corpus=kind
+        )
         for split in self.whole_corpus.values():
             if not split.dialogs:
                 reasons = describe_left_out(split.left_out) or "it is empty"
@@ -161,14 +168,16 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
         if (val_dialogs := kwargs.get("val_dialogs")) is not None:
             self.whole_corpus = read.take_validation(self.whole_corpus, val_dialogs, kwargs.get("val_seed") or 0)
         self.unit_streams = None if reader is None else reader.streams
-        self.list_digests = {split: sha256_file(path) for split, path in self.split_lists.items()}
+        self.list_digests = {split: find.digest_list(path, data_dir, kind) for split, path in self.split_lists.items()}
         dailytalk.check_not_swapped(self.split_lists, self.list_digests)
         bad_audio.check_option(on_bad_audio)
         self._digest_cache_dir = digest_cache_dir
         self._screened: tuple[dict[str, Split], dict[str, AudioDigest]] | None = None
         kwargs |= {"hash": code_digest(), "on_bad_audio": on_bad_audio, "corpus_digest": self._find_corpus_digest()}
         kwargs.setdefault("dataset_name", NAME)  # by default datasets takes the name of this module
-        super().__init__(*args, data_dir=str(find.find_root(data_dir, self.split_lists)), base_path=base_path, **kwargs)
+        super().__init__(
+            *args, data_dir=str(find.find_root(data_dir, self.split_lists, kind)), base_path=base_path, **kwargs
+        )
         self.info.features = self._info().features  # an existing cache restores plain Audio, which needs torchcodec
 
     def _find_corpus_digest(self) -> str:
@@ -306,7 +315,9 @@ def load_dataset(
     on_hub = hub.is_hub_corpus(data_dir)
     if on_hub or data_files is None:
         with_units = kwargs.get("unit_rate") is not None
-        lists = find.find_lists(data_dir, cache_dir=kwargs.get("digest_cache_dir"), with_units=with_units)
+        lists = find.find_lists(
+            data_dir, corpus=kwargs.get("corpus"), cache_dir=kwargs.get("digest_cache_dir"), with_units=with_units
+        )
         data_files = {split: glob.escape(str(path.resolve())) for split, path in lists.items()}
     folder = None if on_hub else data_dir
     counting = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS

@@ -6,6 +6,7 @@ publishes are recognized by sha256, and downloaded if the data has no lists.
 
 import os
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -96,12 +97,16 @@ def find_data_folder(data_dir: FilePath) -> Path:
     folder = check_data_dir(data_dir)
     if (folder / "data").is_dir():
         return folder / "data"
-    if folder.is_dir() and any(entry.name.isdecimal() and entry.is_dir() for entry in folder.iterdir()):
+    if folder.is_dir() and _has_dialogs(folder):
         return folder
     raise FileNotFoundError(
         f"{folder} holds neither a folder 'data' nor numbered dialog folders: "
         "give the folder that DailyTalk was unpacked into as data_dir"
     )
+
+
+def _has_dialogs(folder: Path) -> bool:
+    return any(entry.name.isdecimal() and entry.is_dir() for entry in folder.iterdir())
 
 
 def find_recordings(data_dir: FilePath) -> Callable[[str], str]:
@@ -253,12 +258,26 @@ def _parse_line(line: str, address: Callable[[str], str]) -> tuple[Utterance | N
 def _find(
     data_dir: FilePath, cache_dir: str | Path | None, may_download: bool, with_units: bool
 ) -> dict[str, Path] | None:
-    return find_split_lists(data_dir) or fetch_split_lists(cache_dir, may_download=may_download)
+    path = Path(data_dir).expanduser()
+    if path.is_dir():
+        if not (path / "data").is_dir() and not _has_dialogs(path):
+            return None
+    elif path.suffix.lower() != ".zip" and not zipfile.is_zipfile(path):
+        return None
+    if (lists := find_split_lists(data_dir)) is not None:
+        return lists
+    if path.is_dir() and not _has_dialogs(find_data_folder(path)):
+        return None  # a folder 'data' of another corpus
+    if path.is_file():
+        find_recordings(path)
+    return fetch_split_lists(cache_dir, may_download=may_download) or {}
 
 
 RECIPE = Recipe(
+    "dailytalk",
     "split list",
-    reads=lambda path: True,  # the reference takes any name
+    "data/<dialog>/*.wav with train.txt and test.txt beside data, or DailyTalk.zip",
+    reads=lambda path: False,  # the reference takes any name: a file that no other recipe reads is a split list
     find=_find,
     read=read_split_list,
     root=lambda data_dir: find_data_folder(data_dir) if data_dir.is_dir() else data_dir,

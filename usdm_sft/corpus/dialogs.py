@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from usdm_sft.corpus.problems import add_problem
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 FilePath = str | os.PathLike[str]
+CorpusName = Literal["manifest", "dailytalk", "lhotse", "nemo", "kaldi", "rttm", "alignments", "segments", "dataset"]
 
 
 class BadRow(NamedTuple):
@@ -150,30 +151,39 @@ class RowOptions:
     needs_text: bool = True
 
 
+DEFAULT = RowOptions()
+
+
 class Recipe(NamedTuple):
     """How one kind of corpus is found and read. Nothing else asks which kind a corpus is (`usdm_sft.corpus.find.RECIPES`).
 
     Attributes:
+        name: Its name for the option `corpus`.
         kind: The kind of its split files, as counts.json names it.
-        reads: Returns True if a file of this name is such a split file.
+        looks_for: What `find` looks for, in words.
+        reads: Returns True if a file is such a split file.
         find: Returns the split files of a corpus by split, or None if it is of another kind. Its arguments are `data_dir`, the folder
             of the cache or None, True if files may be downloaded, and True if the units of the corpus are wanted.
         read: Reads the turns of a split file. Its arguments are the file, a list to which problems are added, and `data_dir` or None.
         read_units: The same with the units of the turns, which its last argument checks; None if such files have none.
         takes_options: True if `read` and `read_units` take `options`, a `RowOptions`.
         root: Returns one path for all spellings of `data_dir`.
+        files: Returns all files that decide the turns of a split file; its second argument is `data_dir` or None.
         needs_data_dir: True if the split files alone do not say where recordings are.
         first_turn: Number of the first turn of every dialog; None for any number.
         max_speakers: Number of speakers of a dialog in which each side is the agent in turn; None for any number.
     """
 
+    name: CorpusName
     kind: str
+    looks_for: str
     reads: Callable[[Path], bool]
     find: Callable[[FilePath, str | Path | None, bool, bool], dict[str, Path] | None]
     read: Callable[..., Turns]
     read_units: Callable[..., Turns] | None = None
     takes_options: bool = False
     root: Callable[[Path], Path] = lambda data_dir: data_dir
+    files: Callable[[Path, FilePath | None], list[Path]] = lambda path, data_dir: [path]
     needs_data_dir: bool = False
     first_turn: int | None = None
     max_speakers: int | None = None

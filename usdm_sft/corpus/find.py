@@ -1,14 +1,42 @@
 """Find the split files of a corpus and the recipe that reads them."""
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from usdm_sft.corpus import dailytalk, hub_corpus, manifest
+from usdm_sft.corpus import (
+    alignments,
+    dailytalk,
+    hub_corpus,
+    kaldi,
+    lhotse,
+    manifest,
+    rttm,
+    saved_dataset,
+    segment_tables,
+)
 from usdm_sft.corpus.dailytalk import DAILYTALK, are_published_lists, check_data_dir
-from usdm_sft.corpus.dialogs import FilePath, Recipe
+from usdm_sft.corpus.dialogs import CorpusName, FilePath, Recipe
+from usdm_sft.corpus.tables import split_of, stem_of
+from usdm_sft.utils.files import sha256_file
+from usdm_sft.utils.texts import quote
 
-RECIPES = (hub_corpus.RECIPE, manifest.RECIPE, dailytalk.RECIPE)  # the first one that fits
+# The first one that fits is taken.
+RECIPES = (
+    hub_corpus.RECIPE,
+    saved_dataset.RECIPE,
+    manifest.RECIPE,
+    dailytalk.RECIPE,
+    lhotse.RECIPE,
+    segment_tables.NEMO,
+    kaldi.RECIPE,
+    rttm.RECIPE,
+    alignments.RECIPE,
+    segment_tables.RECIPE,
+)
+_SHOWN = 5  # names of files in the message of a folder that is not known
 
 # What datasets makes of DailyTalk's own names (`LIST_NAMES`) by their prefixes: the test list would be the validation split.
 _GUESSED = {"train": ["train_phone.txt"], "validation": ["val_phone.txt"]}
@@ -16,15 +44,18 @@ _GUESSED = {"train": ["train_phone.txt"], "validation": ["val_phone.txt"]}
 DataFiles = FilePath | Sequence[FilePath] | Mapping[str, FilePath | Sequence[FilePath]]
 
 
-def recipe_of(path: FilePath) -> Recipe:
-    """Return the recipe that reads a split file."""
-    return next(recipe for recipe in RECIPES if recipe.reads(Path(path)))
+def recipe_of(path: FilePath, corpus: CorpusName | None = None) -> Recipe:
+    """Return the recipe that reads a split file: the one with the name `corpus`, or the first that does; split lists may have any name."""
+    if corpus is not None:
+        return next(recipe for recipe in RECIPES if recipe.name == corpus)
+    return next((recipe for recipe in RECIPES if recipe.reads(Path(path))), dailytalk.RECIPE)
 
 
 def find_lists(
     data_dir: FilePath | None,
     data_files: DataFiles | None = None,
     *,
+    corpus: CorpusName | None = None,
     cache_dir: str | Path | None = None,
     resolved: bool = False,
     may_download: bool = True,
@@ -33,19 +64,20 @@ def find_lists(
     """Find the split list or manifest of each split.
 
     Args:
-        data_dir: The folder of the corpus, DailyTalk's zip archive, or "hub:USER/NAME"; None is the current folder.
-        data_files: The lists by split, relative to `data_dir`, or to the folder of the archive. If None: the manifests in the folder, or else the split lists
-            beside the data, or else DailyTalk's own lists, which are downloaded once.
+        data_dir: The folder of the corpus, one of its files, DailyTalk's zip archive, or "hub:USER/NAME"; None is the current folder.
+        data_files: The lists by split, relative to `data_dir`, or to the folder of the archive. If None: what the first of `RECIPES` finds in the folder, such as manifests
+            or split lists. DailyTalk's own lists are downloaded once where it has none.
+        corpus: The name of the only recipe to ask.
         cache_dir: Where downloaded lists are kept; this package's cache by default.
         resolved: True if datasets has resolved `data_files`. It may have guessed them, and a guess is ignored.
-        may_download: If False, DailyTalk's own lists are taken from the cache only.
+        may_download: If False, DailyTalk's own lists are taken from the cache only, and the recordings of a dataset are not unpacked to it.
         with_units: Read the column `units` of a corpus of the Hub as well.
 
     Returns:
-        The path of the list of each split; nothing if the lists would have to be downloaded.
+        The path of the list of each split; nothing if the lists would have to be downloaded or unpacked.
 
     Raises:
-        FileNotFoundError: `data_dir` does not exist, or only one list of a pair is there.
+        FileNotFoundError: `data_dir` does not exist or is not a corpus of a known kind, or only one list of a pair is there.
         ValueError: A split has several lists.
         OSError: DailyTalk's own lists cannot be downloaded.
     """
@@ -58,8 +90,34 @@ def find_lists(
                 if len(files) != 1:
                     raise ValueError(f"data_files names {len(files)} split lists for {split}: name one")
             return {split: files[0] for split, files in lists.items()}
-    found = (recipe.find(data_dir or "", cache_dir, may_download, with_units) for recipe in RECIPES)
-    return next(filter(None, found), {})
+    if is_on_hub:
+        return hub_corpus.RECIPE.find(str(data_dir), cache_dir, may_download, with_units) or {}
+    for recipe in RECIPES if folder.is_dir() or folder.is_file() else ():  # opening a FIFO would block
+        if corpus in (None, recipe.name):
+            found = recipe.find(folder, cache_dir, may_download, with_units)
+            if found is not None:
+                return found
+    if corpus is not None and folder.is_file():  # whose columns tell another kind, or none
+        return {split_of(stem_of(folder)) or "train": folder}
+    raise FileNotFoundError(_describe_unknown(folder, corpus))
+
+
+def _describe_unknown(path: Path, corpus: CorpusName | None) -> str:
+    """Say which kinds of corpora a folder or file is not, and what it holds."""
+    kinds = [recipe for recipe in RECIPES if corpus in (None, recipe.name)]
+    what = f"no corpus of the kind {corpus}" if corpus is not None else "no corpus of a known kind"
+    holds = ""
+    if path.is_dir():
+        names = sorted(f"{each.name}{'/' if each.is_dir() else ''}" for each in path.iterdir())
+        shown = ", ".join(map(quote, names[:_SHOWN])) or "nothing"
+        holds = f" It holds {shown}{f' and {len(names) - _SHOWN:,} more' if names[_SHOWN:] else ''}."
+    remedy = "give its folder or file as data_dir, or its split files (--train_metadata_path)"
+    return "\n".join(
+        [
+            f"{path} holds {what}: {remedy}.{holds} What was looked for:",
+            *(f"  {each.name:<12}{each.looks_for}" for each in kinds),
+        ]
+    )
 
 
 def _name_lists(folder: Path, data_files: DataFiles) -> dict[str, list[Path]]:
@@ -78,7 +136,14 @@ def _is_guess(lists: Mapping[str, Sequence[Path]]) -> bool:
     return {split: [file.name for file in files] for split, files in lists.items()} == _GUESSED
 
 
-def find_root(data_dir: FilePath | None, lists: Mapping[str, Path]) -> Path:
+def digest_list(path: Path, data_dir: FilePath | None = None, corpus: CorpusName | None = None) -> str:
+    """Return the sha256 of a split file, or over those of all files that its turns are read from."""
+    files = recipe_of(path, corpus).files(path, data_dir)
+    digests = [sha256_file(file) for file in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
+def find_root(data_dir: FilePath | None, lists: Mapping[str, Path], corpus: CorpusName | None = None) -> Path:
     """Return one absolute path for all spellings of `data_dir`; without it, the folder of the first split file.
 
     Raises:
@@ -88,7 +153,7 @@ def find_root(data_dir: FilePath | None, lists: Mapping[str, Path]) -> Path:
         root = next(iter(lists.values())).parent
     else:
         root = Path(data_dir).expanduser()
-        for recipe in dict.fromkeys(map(recipe_of, lists.values())):
+        for recipe in dict.fromkeys(recipe_of(path, corpus) for path in lists.values()):
             root = recipe.root(root)
     if "\n" in str(root := root.resolve()):
         raise ValueError(
@@ -97,16 +162,17 @@ def find_root(data_dir: FilePath | None, lists: Mapping[str, Path]) -> Path:
     return root
 
 
-def describe_corpus(lists: Mapping[str, Path], digests: Mapping[str, str]) -> str:
+def describe_corpus(lists: Mapping[str, Path], digests: Mapping[str, str], corpus: CorpusName | None = None) -> str:
     """Return the kind of corpus that the lists describe.
 
     Args:
         lists: Split list or manifest of each split.
         digests: sha256 of each split's list.
+        corpus: The name of their recipe, if it is given.
 
     Returns:
-        "DailyTalk" for the published lists; otherwise "split list", "manifest", or "manifest and split list".
+        "DailyTalk" for the published lists; otherwise "split list", "manifest", "manifest and split list", or another `kind` of a recipe.
     """
     if are_published_lists(digests):
         return DAILYTALK
-    return " and ".join(sorted({recipe_of(path).kind for path in lists.values()}))
+    return " and ".join(sorted({recipe_of(path, corpus).kind for path in lists.values()}))

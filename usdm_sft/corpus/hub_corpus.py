@@ -28,13 +28,14 @@ from usdm_sft.utils.locks import path_lock
 from usdm_sft.utils.texts import first_line, quote
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "hub:"
 _DIGEST = re.compile(r"[0-9a-f]{64}")  # name of a recording
 _REMOTE = ("hf://", "https://", "http://")
+_MANIFEST, _RECORD = "manifest.jsonl", "manifest.sha256"  # of a split in the cache
 _VERSION = 2  # version of the manifests in the cache; those of version 1 may name any file
 
 
@@ -86,7 +87,7 @@ def fetch_corpus(name: str, cache_dir: str | Path | None = None, *, with_units: 
     cache = cache_root(cache_dir)
     files = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="dataset")).resolve()
     return {
-        split: _write_manifest(rows, f"{repository}, split {split}", files, cache, with_units)
+        split: write_manifest(rows, rows._fingerprint, f"{repository}, split {split}", files, cache, with_units)
         for split, rows in splits.items()
     }
 
@@ -102,19 +103,27 @@ def check_data_files(repository: str, data_files: Mapping[Any, Iterable[Any]] | 
             raise CorpusError([f"dataset {repository} names the local file {file} as its data: use another dataset"])
 
 
-def _write_manifest(rows: Dataset, name: str, files: Path, cache: Path, with_units: bool) -> Path:
+def write_manifest(
+    rows: Dataset | IterableDataset, identity: str, name: str, files: Path, cache: Path, with_units: bool
+) -> Path:
     """Write the manifest and recordings of one split, unless the cache has them. Damage in the cache is found and made good.
 
-    Error messages begin with `name`; `files` is the folder of the downloaded repository.
+    Args:
+        rows: The rows, with the columns of a manifest.
+        identity: Another text for other rows.
+        name: The beginning of error messages.
+        files: The folder of the dataset, in which recordings may lie.
+        cache: The cache.
+        with_units: As in `fetch_corpus`.
     """
     import datasets
 
     required = list_required(with_units)
     if missing := list_missing(rows.column_names, with_units):
         raise ValueError(f"{name} has no column {', '.join(missing)}: rename its columns to those of a manifest")
-    identity = f"{_VERSION} {rows._fingerprint}{' with units' if with_units else ''}"
+    identity = f"{_VERSION} {identity}{' with units' if with_units else ''}"
     folder = cache / "hub" / hashlib.sha256(identity.encode()).hexdigest()[:32]
-    manifest, record = folder / "manifest.jsonl", folder / "manifest.sha256"  # the record is written last
+    manifest, record = folder / _MANIFEST, folder / _RECORD  # the record is written last
     with path_lock(folder, cache):
         num_recordings = _remove_damaged(folder, cache)
         if manifest.is_file() and record.is_file():
@@ -198,4 +207,14 @@ def _find(
     return fetch_corpus(str(data_dir), cache_dir, with_units=with_units) if is_wanted else None
 
 
-RECIPE = manifest.RECIPE._replace(find=_find)
+RECIPE = manifest.RECIPE._replace(
+    name="dataset",
+    looks_for=f"{PREFIX}USER/NAME, a dataset of the Hub with the columns of a manifest",
+    reads=lambda path: path.name == _MANIFEST and path.with_name(_RECORD).is_file(),
+    find=_find,
+    # Recordings lie beside the manifest.
+    read=lambda path, problems, data_dir, **options: manifest.read_manifest(path, problems, None, **options),
+    read_units=lambda path, problems, data_dir, units, **options: manifest.read_manifest(
+        path, problems, None, units, **options
+    ),
+)

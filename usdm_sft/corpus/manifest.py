@@ -12,9 +12,6 @@ Where units are wanted, the column `units` is required, and `audio` is optional 
 the columns that are ignored, such as that of the config `utterances`.
 """
 
-import csv
-import json
-from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -22,26 +19,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usdm_sft.audio.addresses import absolute_file, format_address
-from usdm_sft.corpus.dialogs import BadRow, FilePath, Recipe, RowOptions, Turns, Utterance
+from usdm_sft.corpus.dialogs import DEFAULT, BadRow, FilePath, Recipe, RowOptions, Turns, Utterance
 from usdm_sft.corpus.further import is_read, list_further, read_further
 from usdm_sft.corpus.problems import add_problem
-from usdm_sft.corpus.values import UNITS, is_missing, number_of, whole_number
-from usdm_sft.utils.texts import (
-    CONTROL,
-    MAX_LINE,
-    LineError,
-    count_noun,
-    first_line,
-    quote,
-    read_limited_lines,
-    text_problem,
+from usdm_sft.corpus.tables import (
+    SPLITS,
+    SUFFIXES,
+    Rows,
+    doubled_problem,
+    find_tables,
+    kind_of_table,
+    place_of,
+    read_rows,
+    stem_of,
+    suffix_of,
 )
+from usdm_sft.corpus.values import UNITS, is_missing, number_of, whole_number
+from usdm_sft.utils.texts import CONTROL, MAX_LINE, count_noun, first_line, quote, text_problem
 
 if TYPE_CHECKING:
     from usdm_sft.corpus.unit_reader import UnitReader
 
-SUFFIXES = (".jsonl", ".csv", ".parquet")
-SPLITS = ("train", "test", "validation")  # a manifest is named after its split
 REQUIRED = ("dialog", "turn", "speaker", "text", "audio")
 OPTIONAL = ("start", "end", "channel", "emotion")
 _COLUMNS = (*REQUIRED, *OPTIONAL)
@@ -68,13 +66,9 @@ _NO_TEXT, _NO_LENGTH = "no text", "zero or negative length"  # why rows are left
 _TEXT_REASONS = {"is empty": _NO_TEXT, "holds the control": "control character in the text"}
 _SPECIAL_TOKEN = "special token in the text"
 
-_Rows = Iterator[
-    tuple[int, dict[str, Any] | str]
-]  # number of the line or row, and the row or what is wrong with the line
 
-
-def find_manifests(folder: FilePath) -> dict[str, Path] | None:
-    """Find the manifests in a folder, such as train.jsonl and test.csv.
+def find_manifests(data_dir: FilePath) -> dict[str, Path] | None:
+    """Find the manifests in a folder, such as train.jsonl and test.csv, or take `data_dir` for one.
 
     Returns:
         The manifest of each split, or None if there is none.
@@ -82,11 +76,13 @@ def find_manifests(folder: FilePath) -> dict[str, Path] | None:
     Raises:
         ValueError: A split has two manifests.
     """
-    found: dict[str, Path] = {}
-    for path in (Path(folder, f"{split}{suffix}").expanduser() for split in SPLITS for suffix in SUFFIXES):
-        if path.is_file() and found.setdefault(path.stem, path) != path:
-            raise ValueError(f"{path} stands beside {found[path.stem].name}: keep one, or name the one to use")
-    return found or None
+    return find_tables(Path(data_dir).expanduser(), lambda path: _is_manifest(path, stem_of(path) in SPLITS))
+
+
+def _is_manifest(path: Path, may_be_wrong: bool) -> bool:
+    """Return True if a table is a manifest. One that may be wrong is one unless its columns tell another kind."""
+    kind = kind_of_table(path)
+    return kind == "manifest" or (may_be_wrong and kind is None and suffix_of(path) in SUFFIXES)
 
 
 def read_manifest(
@@ -95,7 +91,7 @@ def read_manifest(
     data_dir: FilePath | None,
     units: "UnitReader | None" = None,
     *,
-    options: RowOptions = RowOptions(),  # noqa: B008  # it is frozen
+    options: RowOptions = DEFAULT,
 ) -> Turns:
     """Read the turns of a manifest, whose dialogs keep its order.
 
@@ -110,16 +106,39 @@ def read_manifest(
     Returns:
         The turns, each with its line, or its row in a Parquet file.
     """
-    suffix = path.suffix.lower()
-    turns = Turns(
-        (lambda number: f"{path}: row {number}") if suffix == ".parquet" else lambda number: f"{path}:{number}"
-    )
-    folder = Path(path if data_dir is None else data_dir).expanduser()
-    folder = folder.parent if folder.is_file() else folder
+    turns = Turns(place_of(path))
+    with_units = units is not None
+    if suffix_of(path) == ".parquet":
+        rows = _read_parquet(path, with_units, options, turns.further)
+    elif with_units and suffix_of(path) in (".csv", ".tsv"):
+        problem = f"{path}: lists of units are not read from CSV: write the manifest as JSON lines or Parquet"
+        rows = iter([(0, problem)])
+    else:
+        is_once = partial(_is_once, with_units=with_units, options=options)
+        rows = read_rows(path, is_once, partial(_column_problem, with_units=with_units, options=options))
+    return read_turns(turns, rows, recordings_folder(path, data_dir), problems, options, units)
+
+
+def read_turns(
+    turns: Turns,
+    rows: Rows,
+    folder: Path,
+    problems: list[str],
+    options: RowOptions,
+    units: "UnitReader | None" = None,
+) -> Turns:
+    """Add the turns of rows of a manifest, whatever they were read from.
+
+    Args:
+        turns: Where they are added.
+        rows: The rows.
+        folder: The folder where relative paths of recordings start. Further arguments are those of `read_manifest`.
+
+    Returns:
+        `turns`, whose turns have numbers.
+    """
     absolute = lru_cache(1)(lambda file: absolute_file(file, folder))  # the turns of a telephone call follow each other
-    readers: dict[str, Callable[..., _Rows]] = {".jsonl": _read_json_lines, ".csv": _read_csv}
-    read = readers.get(suffix) or partial(_read_parquet, further=turns.further)
-    for number, row in read(path, units is not None, options):
+    for number, row in rows:
         if isinstance(row, str):
             turns.mark_incomplete(None)
             add_problem(problems, row)
@@ -142,6 +161,12 @@ def read_manifest(
             add_problem(problems, f"{turns.place(number)}: {problem}")
     turns.number_segments(problems)
     return turns
+
+
+def recordings_folder(path: Path, data_dir: FilePath | None) -> Path:
+    """Return the folder where relative paths of recordings start; arguments as in `read_manifest`."""
+    folder = Path(path if data_dir is None else data_dir).expanduser()
+    return folder.parent if folder.is_file() else folder
 
 
 def list_required(with_units: bool) -> tuple[str, ...]:
@@ -235,74 +260,12 @@ def _make_utterance(
     return Utterance(utterance_id, dialog, turn, speaker, text, emotion, address, more=more)
 
 
-def _doubled(names: Iterable[str], with_units: bool, options: RowOptions) -> list[str]:
-    """Return the columns of a manifest that occur twice; only one of them would be read."""
-    read = (*_COLUMNS, UNITS) if with_units else _COLUMNS
-    return [name for name, count in Counter(names).items() if count > 1 and (name in read or is_read(name, options))]
+def _is_once(name: str, with_units: bool, options: RowOptions) -> bool:
+    """Return True for a column that may not occur twice, because only one of the two would be read."""
+    return name in _COLUMNS or (with_units and name == UNITS) or is_read(name, options)
 
 
-class _DoubledKeyError(ValueError):
-    """A column is given twice in one JSON object."""
-
-
-def _make_object(pairs: list[tuple[str, Any]], with_units: bool, options: RowOptions) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs) and (doubled := _doubled((key for key, _ in pairs), with_units, options)):
-        raise _DoubledKeyError(f"{', '.join(doubled)} given twice in one object: delete one of the two")
-    return row
-
-
-def _read_json_lines(path: Path, with_units: bool, options: RowOptions) -> _Rows:
-    decode = json.JSONDecoder(object_pairs_hook=partial(_make_object, with_units=with_units, options=options)).decode
-    try:
-        for number, line in read_limited_lines(path, newline="\n"):
-            try:
-                row = decode(line)
-            except _DoubledKeyError as error:
-                yield number, f"{path}:{number}: {error}"
-                continue
-            except (ValueError, RecursionError):
-                problem = (
-                    "blank line: delete it"
-                    if not line.strip()
-                    else f"{quote(line)} is not JSON: write one object per line"
-                )
-                yield number, f"{path}:{number}: {problem}"
-                continue
-            if isinstance(row, dict):
-                yield number, row
-            else:
-                yield number, f"{path}:{number}: {quote(line)} is not a JSON object: write one object per line"
-    except LineError as error:
-        yield 0, str(error)
-
-
-def _read_csv(path: Path, with_units: bool, options: RowOptions) -> _Rows:
-    if with_units:
-        yield 0, f"{path}: lists of units are not read from CSV: write the manifest as JSON lines or Parquet"
-        return
-    table = csv.reader((line for _, line in read_limited_lines(path, newline="\n")), strict=True)
-    try:
-        names = next(table, [])
-        if problem := _column_problem(names, with_units, options):
-            yield 1, f"{path}:1: {problem}"
-            return
-        for fields in filter(None, table):  # csv gives an empty list for a blank line
-            if len(fields) == len(names):
-                yield table.line_num, dict(zip(names, fields, strict=True))
-                continue
-            yield (
-                table.line_num,
-                f"{path}:{table.line_num}: {len(fields)} fields instead of {len(names)} in {quote(','.join(fields))}: "
-                "put a text that holds a comma in quotation marks, or complete the row",
-            )
-    except csv.Error as error:
-        yield 0, f"{path}:{table.line_num}: not CSV ({error}): correct the line"
-    except LineError as error:
-        yield 0, str(error)
-
-
-def _read_parquet(path: Path, with_units: bool, options: RowOptions, further: dict[str, None]) -> _Rows:
+def _read_parquet(path: Path, with_units: bool, options: RowOptions, further: dict[str, None]) -> Rows:
     # Imported here because the command line and the configuration read this module, and pyarrow is slow to import.
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -478,14 +441,14 @@ def _column_problem(names: list[str], with_units: bool, options: RowOptions) -> 
     if missing := list_missing(names, with_units, needs_text=options.needs_text):
         found = f"no column {', '.join(missing)}: name the columns {', '.join(required)}"
         return found + _find_remedy(missing, UNITS in names)
-    if doubled := _doubled(names, with_units, options):
-        return f"column {', '.join(doubled)} named twice: rename or delete one of the two"
-    return None
+    return doubled_problem(names, partial(_is_once, with_units=with_units, options=options))
 
 
 RECIPE = Recipe(
     "manifest",
-    reads=lambda path: path.suffix.lower() in SUFFIXES,
+    "manifest",
+    "train.jsonl, test.jsonl (.csv, .tsv, .json, .parquet), or one such file, with dialog, speaker, text and audio in each row",
+    reads=lambda path: _is_manifest(path, may_be_wrong=True),
     find=lambda data_dir, cache_dir, may_download, with_units: find_manifests(data_dir),
     read=read_manifest,
     read_units=read_manifest,

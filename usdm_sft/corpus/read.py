@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usdm_sft.audio.addresses import parse_address
-from usdm_sft.corpus.dialogs import Dialog, FilePath, Recipe, RowOptions, Split, Turns, Utterance
+from usdm_sft.corpus.dialogs import DEFAULT, CorpusName, Dialog, FilePath, Recipe, RowOptions, Split, Turns, Utterance
 from usdm_sft.corpus.find import recipe_of
 from usdm_sft.corpus.further import RESERVED
-from usdm_sft.corpus.hub_corpus import is_hub_corpus
 from usdm_sft.corpus.merging import MergeError, merge_turns
 from usdm_sft.corpus.problems import CorpusError, add_problem, describe_left_out
 from usdm_sft.utils.texts import count_noun, quote
@@ -121,6 +120,7 @@ def read_corpus(
     *,
     data_dir: FilePath | None = None,
     units: "UnitReader | None" = None,
+    corpus: CorpusName | None = None,
 ) -> dict[str, Split]:
     """Read and validate split lists and manifests.
 
@@ -130,6 +130,7 @@ def read_corpus(
         data_dir: DailyTalk's folder or zip archive. For a manifest: the folder where relative paths of its recordings start, by
             default the manifest's own.
         units: Reads the units of manifests. If None, turns have recordings, and their units are made.
+        corpus: The name of the recipe that reads them. If None, each file tells its own.
 
     Returns:
         The splits by name. A dialog in which one speaker speaks twice in a row is left out, as in the reference
@@ -142,8 +143,6 @@ def read_corpus(
         ValueError: Units are to be read, and a list is not a manifest.
     """
     check_rules(rules)
-    if is_hub_corpus(data_dir):
-        data_dir = None  # its manifests lie beside its recordings
     problems: list[str] = []
     splits: dict[str, Split] = {}
     first: dict[str, str] = {}  # dialog id -> the place of its first line
@@ -151,7 +150,7 @@ def read_corpus(
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"the {name} split list {path} is not a file: name an existing split list")
-        recipe = recipe_of(path)
+        recipe = recipe_of(path, corpus)
         turns = _read_turns(recipe, path, problems, data_dir, units, rules.row_options())
         _check_columns(path, turns, problems, rules)
         places = {dialog_id: turns.place(lines[0][1]) for dialog_id, lines in turns.dialogs.items()}
@@ -180,7 +179,7 @@ def _read_turns(
     units: "UnitReader | None",
     options: RowOptions,
 ) -> Turns:
-    more = {} if options == RowOptions() else {"options": options}
+    more = {} if options == DEFAULT else {"options": options}
     if more and not recipe.takes_options:
         raise ValueError(
             f"{path} is a {recipe.kind}: on_bad_rows, keep_columns, a column as agent and rows without a text are of manifests; leave them out, "

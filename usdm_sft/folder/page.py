@@ -28,7 +28,6 @@ from tokenizers import Tokenizer
 from usdm_sft.audio.digests import check_audio
 from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.audio.reading import read_waveform
-from usdm_sft.corpus import manifest
 from usdm_sft.corpus.dailytalk import DAILYTALK
 from usdm_sft.corpus.examples import first_turn
 from usdm_sft.corpus.features import ROLES, SPEECH, TEXTS, are_collapsed
@@ -170,15 +169,16 @@ class CorpusRecordings:
 
     def __init__(self, data_dir: str | Path, split: str, counts: Mapping[str, Any]):
         settings, streams, is_given = counts["settings"], read_streams(counts), counts["unit_model"] is None
-        is_manifest = manifest.RECIPE.reads(Path(data_dir))
+        lists = find_lists(data_dir, corpus=(kind := settings.get("corpus")), with_units=is_given)
         listed = "train" if split == "validation" and "val_dialogs" in settings else split
-        corpus = data_dir if is_manifest else find_lists(data_dir, with_units=is_given).get(listed)
+        is_file = Path(data_dir).is_file() and len(lists) == 1  # one file, whatever the name of the split
+        corpus = next(iter(lists.values())) if is_file else lists.get(listed)
         if corpus is None:
             raise FileNotFoundError(f"{data_dir} has no list of {split}: {_OTHER_CORPUS}")
         has_text = any(part.endswith("_text") for part in settings["template"].get("parts", PARTS))
         rules = Rules.of({**settings, "keep_columns": None, "needs_text": has_text})
         reader = UnitReader(streams.rate, streams.num_units, streams.streams) if is_given else None
-        read = read_corpus({split: Path(corpus)}, rules, data_dir=data_dir, units=reader)
+        read = read_corpus({split: Path(corpus)}, rules, data_dir=data_dir, units=reader, corpus=kind)
         self.data_dir, self._history, self._clips = data_dir, settings["history"], rules.on_bad_rows == "clip"
         self._measure = cache(lambda file: (check := check_audio(file)).frames / max(check.rate, 1))
         self._units_per_second = streams.units_per_second

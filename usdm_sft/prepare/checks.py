@@ -22,11 +22,12 @@ from packaging.requirements import Requirement
 from usdm_sft.audio.digests import check_audio
 from usdm_sft.corpus.dailytalk import SPLIT_LISTS, SPLIT_LISTS_URL, check_not_swapped
 from usdm_sft.corpus.dialogs import Split
-from usdm_sft.corpus.find import describe_corpus, find_lists
+from usdm_sft.corpus.find import describe_corpus, digest_list, find_lists
 from usdm_sft.corpus.hub_corpus import PREFIX, is_hub_corpus
 from usdm_sft.corpus.left_out import find_remedy
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.corpus.read import describe_ignored, find_large_share, find_merge_remedy, read_corpus
+from usdm_sft.corpus.saved_dataset import is_saved_dataset
 from usdm_sft.corpus.unit_reader import make_reader
 from usdm_sft.folder.layout import check_output
 from usdm_sft.prepare.config import PrepareConfig
@@ -48,7 +49,6 @@ from usdm_sft.units.settings import PrecisionName, make_settings
 from usdm_sft.units.tokenizer import open_for
 from usdm_sft.utils.cache_keys import cache_root
 from usdm_sft.utils.download import remote_size
-from usdm_sft.utils.files import sha256_file
 from usdm_sft.utils.locks import find_local_locks, require_locks
 from usdm_sft.utils.texts import count_noun, first_line, format_bytes
 
@@ -279,23 +279,31 @@ class SetUp:
             else:
                 yield "warning", f"{name} cannot be looked at without the Hub: check the network"
             return
-        lists = find_lists(name, config.data_files, cache_dir=config.cache_dir, may_download=False)
+        lists = find_lists(
+            name, config.data_files, corpus=config.corpus, cache_dir=config.cache_dir, may_download=False
+        )
+        if not lists and is_saved_dataset(name):
+            yield (
+                "ok",
+                f"{name} is a dataset with its recordings in it; prepare unpacks them to the cache and checks them",
+            )
+            return
         if not lists:
             size = sum(remote_size(f"{SPLIT_LISTS_URL}/{file}", timeout=TIMEOUT) for file, _ in SPLIT_LISTS.values())
             yield "ok", f"{name} has no split lists: prepare downloads DailyTalk's own ({format_bytes(size)})"
             return
         reader = make_reader(config.unit_rate, config.num_units, config.streams)
         try:
-            self._splits = read_corpus(lists, config.rules, data_dir=name, units=reader)
+            self._splits = read_corpus(lists, config.rules, data_dir=name, units=reader, corpus=config.corpus)
         except CorpusError as error:
             yield from (("error", problem) for problem in error.problems[:MAX_PROBLEMS])
             if more := error.problems[MAX_PROBLEMS:]:
                 remedy = "correct these first, prepare then lists 20 at once"
                 yield "error", f"{count_noun(len(more), 'problem')} more: {remedy}"
             return
-        digests = {split: sha256_file(path) for split, path in lists.items()}
+        digests = {split: digest_list(path, name, config.corpus) for split, path in lists.items()}
         check_not_swapped(lists, digests)
-        kind = describe_corpus(lists, digests)
+        kind = describe_corpus(lists, digests, config.corpus)
         for split in self._splits.values():
             sizes = f"{count_noun(len(split.dialogs), 'dialog')}, {count_noun(split.num_pairs, 'pair')}"
             text = f"{lists[split.name]} ({kind}): {sizes}"

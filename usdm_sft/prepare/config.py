@@ -13,6 +13,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from usdm_sft.corpus.dialogs import CorpusName
 from usdm_sft.corpus.examples import SINGLE_TURN, check_config
 from usdm_sft.corpus.hub_corpus import is_hub_corpus
 from usdm_sft.corpus.read import Rules, check_rules
@@ -105,8 +106,12 @@ class CorpusOptions:
     """Corpus"""
 
     data_dir: str | Path
-    """DailyTalk's folder (with data/), its data folder, or its zip archive; or the folder of another corpus, with
-    manifests; or hub:USER/NAME."""
+    """DailyTalk's folder (with data/), its data folder, or its zip archive; or the folder of another corpus (a manifest, Lhotse, NeMo,
+    Kaldi, ...) or one of its files; or hub:USER/NAME."""
+
+    corpus: CorpusName | None = None
+    """The kind of the corpus, which its files tell by default: dailytalk, manifest, lhotse, nemo, kaldi, rttm (with ctm), alignments (of words),
+    segments (a table), or dataset (of datasets, with the recordings in it)."""
 
     config_name: Literal["single_turn", "multi_turn"] = SINGLE_TURN
     """single_turn (as the reference: one exchange per row) or multi_turn (one conversation per row)."""
@@ -130,7 +135,7 @@ class CorpusOptions:
     """Seconds of the longest pause over which merge_speaker_turns joins. A longer one divides the dialog, and no pair is made across it."""
 
     train_metadata_path: str | Path | None = None
-    """Split list or manifest of the train split. By default the lists beside the data, or else DailyTalk's own, which are
+    """Split list or manifest of the train split (of Kaldi, its wav.scp). By default the lists beside the data, or else DailyTalk's own, which are
     downloaded once."""
 
     test_metadata_path: str | Path | None = None

@@ -228,7 +228,7 @@ def _describe(
     """Return how the centroids are made; no path is in it."""
     versions = {"dailytalk-usdm": __version__} | {name: importlib.metadata.version(name) for name in _VERSIONED}
     return {
-        "corpus": describe_corpus(builder.split_lists, builder.list_digests),
+        "corpus": describe_corpus(builder.split_lists, builder.list_digests, builder.config.corpus),
         "corpus_digest": builder.content_digest,
         "split": _TRAIN,
         "num_recordings": len(sample.recordings),

@@ -21,7 +21,7 @@ from usdm_sft.audio.digests import AudioDigest
 from usdm_sft.audio.reading import AudioError
 from usdm_sft.corpus.builder import DailyTalkUSDM
 from usdm_sft.corpus.features import ROLES, SPEECH
-from usdm_sft.corpus.find import describe_corpus, recipe_of
+from usdm_sft.corpus.find import describe_corpus, find_lists, recipe_of
 from usdm_sft.corpus.problems import join_problems
 from usdm_sft.corpus.read import describe_ignored, find_large_share
 from usdm_sft.folder.layout import ROW_PACKAGES, check_output
@@ -122,6 +122,8 @@ def open_run(
     output = output.resolve()  # a link to the folder is followed once
     cache = cache_root(config.cache_dir)
     require_locks(cache / "locks")
+    # A folder that is no corpus is refused before anything is downloaded.
+    find_lists(config.data_dir, config.data_files, corpus=config.corpus, cache_dir=cache, may_download=False)
     stages.start("tokenizer")
     tokenizer = load_tokenizer(config.pretrained_model_name_or_path, config.model_cache_dir)
     encoder = TemplateEncoder(
@@ -215,7 +217,9 @@ def _open_unit_model(config: PrepareConfig, device: str, cache: Path) -> UnitTok
 
 def open_corpus(config: PrepareConfig, cache: Path) -> DailyTalkUSDM:
     """Read the split lists or manifests."""
-    given: dict[str, Any] = {"unit_rate": config.unit_rate, "num_units": config.num_units}
+    given: dict[str, Any] = {
+        "unit_rate": config.unit_rate, "num_units": config.num_units, "corpus": config.corpus
+    }  # fmt: skip
     if config.unit_rate is not None:  # otherwise the streams are those of a codec
         given["streams"] = config.streams
     given |= _describe_validation(config)
@@ -252,7 +256,7 @@ def describe_run(run: Run) -> dict[str, Any]:
     counts: dict[str, Any] = {
         "format_version": 2,
         "config": config.config_name,
-        "corpus": describe_corpus(lists, builder.list_digests),
+        "corpus": describe_corpus(lists, builder.list_digests, config.corpus),
         "unit_model": units.describe(),
         "tokenizer": describe_tokenizer(
             str(config.pretrained_model_name_or_path), run.encoder.tokens, run.encoder.layout.chat
@@ -271,12 +275,16 @@ def describe_run(run: Run) -> dict[str, Any]:
             "shard_dialogs": config.shard_dialogs,
             **({} if config.unit_repetition == "keep" else {"unit_repetition": config.unit_repetition}),
             **({"keep_audio": True} if config.keep_audio else {}),
+            **({"corpus": config.corpus} if config.corpus else {}),
             **rules,
             **units.settings,
             **({} if is_reference else {"agreement_utterances": config.agreement_utterances}),
         },
         "digests": {
-            **{f"{split} {recipe_of(lists[split]).kind}": sha for split, sha in builder.list_digests.items()},
+            **{
+                f"{split} {recipe_of(lists[split], config.corpus).kind}": sha
+                for split, sha in builder.list_digests.items()
+            },
             "lists and audio" if builder.audio_digests else "lists": builder.content_digest,
             **({} if units.digest is None else {"unit model": units.digest}),
             "tokenizer": run.encoder.tokenizer_digest,

@@ -1,9 +1,12 @@
 """Texts: what the template cannot hold, lines of a file, and values in error messages."""
 
+import gzip
 import re
+import zlib
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from typing import TextIO, cast
 
 MAX_LINE = 1_000_000  # characters; DailyTalk's longest line has 752
 
@@ -49,12 +52,22 @@ def count_noun(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+# Raised by gzip for bytes that are missing or changed.
+DAMAGED_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
+
+
 class LineError(ValueError):
     """A line that is not UTF-8 text of a sensible length. The message names file, line and remedy."""
 
 
+def open_text(path: str | Path, *, errors: str = "strict", newline: str | None = None) -> TextIO:
+    """Open a UTF-8 text for reading, which gzip may have compressed (.gz). A byte order mark is skipped."""
+    opener = gzip.open if str(path).lower().endswith(".gz") else open
+    return cast("TextIO", opener(path, "rt", encoding="utf-8-sig", errors=errors, newline=newline))
+
+
 def read_limited_lines(path: str | Path, *, newline: str | None = None) -> Iterator[tuple[int, str]]:
-    """Yield the number (from 1) and the text of each line of a UTF-8 file, with its line end.
+    """Yield the number (from 1) and the text of each line of a UTF-8 file, with its line end; gzip is unpacked (.gz).
 
     A line is read only up to `MAX_LINE` characters, so that a file of any content needs little memory. A byte order mark is
     skipped.
@@ -64,11 +77,14 @@ def read_limited_lines(path: str | Path, *, newline: str | None = None) -> Itera
         newline: As in `open`: None translates every line end to a newline; a newline character leaves them as they are.
 
     Raises:
-        LineError: A line is too long, is not UTF-8, or has a NUL character.
+        LineError: A line is too long, is not UTF-8, has a NUL character, or cannot be unpacked.
     """
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline=newline) as file:
+    with open_text(path, errors="surrogateescape", newline=newline) as file:
         for number in count(1):
-            line = file.readline(MAX_LINE + 1)
+            try:
+                line = file.readline(MAX_LINE + 1)
+            except DAMAGED_GZIP as error:
+                raise LineError(f"{path}:{number}: damaged ({first_line(error)}): compress the file again") from error
             if not line:
                 return
             if problem := _line_problem(line.removesuffix("\n")):
