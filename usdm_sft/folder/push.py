@@ -15,7 +15,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from usdm_sft.folder.layout import COUNTS, read_counts
 from usdm_sft.folder.verify import verify
-from usdm_sft.utils.hub import create_repository, hub_errors_in_one_line
+from usdm_sft.utils.hub import check_repository, check_revision, create_repository, hub_errors
 
 _HARMLESS = {".gitattributes", "README.md", "LICENSE"}  # files that a repository may have before its first push
 _SLICE = 100  # files per upload call
@@ -54,12 +54,14 @@ def push(
     """
     if commit_message is not None and not commit_message.strip():
         raise ValueError(f"commit_message {commit_message!r} is empty: give a text, or leave it out")
+    check_repository(repo_id)
+    check_revision(revision)
     verify(dataset_dir)
     counts = read_counts(dataset_dir)
     additions = _list_additions(Path(dataset_dir), counts)
     api = HfApi(token=token)
     target: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "create_pr": create_pr}
-    with hub_errors_in_one_line(repo_id, revision):
+    with hub_errors(repo_id, revision, repo_type="dataset", writes=True):
         create_repository(api, repo_id, "dataset", private=private, branch=None if create_pr else revision)
         head = api.repo_info(repo_id, repo_type="dataset", revision=revision).sha
         gone = _find_replaced(api, repo_id, head) - {addition.path_in_repo for addition in additions}

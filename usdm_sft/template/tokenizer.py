@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from usdm_sft.template.chat import ChatIds
@@ -32,6 +32,7 @@ from usdm_sft.template.special_tokens import (
     read_tokens,
     unit_token,
 )
+from usdm_sft.utils.hub import hub_errors
 from usdm_sft.utils.texts import first_line
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def load_tokenizer(
         return build_tokenizer()
     hub = {"cache_dir": model_cache_dir, "revision": revision, "token": token, "repo_type": repo_type}
     place = f"{name_or_path}/{subfolder}" if subfolder else str(name_or_path)
-    tokenizer = _open_tokenizer(str(name_or_path), subfolder, hub)
+    tokenizer = _open_tokenizer(str(name_or_path), subfolder, hub, f"; or use {OFFLINE!r}, which is built offline")
     with naming_errors(place):
         if is_ustm(tokenizer.backend_tokenizer):
             check_tokenizer(tokenizer.backend_tokenizer, place)
@@ -280,25 +281,43 @@ def describe_tokenizer(name_or_path: str | Path, tokens: TemplateTokens, chat: C
     return {"name": None if is_folder else str(name_or_path), "num_units": tokens.num_units, **ids}
 
 
-def _open_tokenizer(name_or_path: str, subfolder: str | None, hub: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """Open tokenizer.json as it is; `hub` has the arguments of `hf_hub_download`. Raises what `load_tokenizer` raises."""
-    source = _find_source(name_or_path, subfolder, hub)
-    from transformers import PreTrainedTokenizerFast
+def _open_tokenizer(
+    name_or_path: str, subfolder: str | None, hub: dict[str, Any], otherwise: str = ""
+) -> PreTrainedTokenizerFast:
+    """Open tokenizer.json as it is.
 
+    Args:
+        name_or_path: The argument of `load_tokenizer`, as well as `subfolder`.
+        hub: The arguments of `hf_hub_download`.
+        otherwise: The end of an error of the Hub.
+
+    Raises:
+        OSError, ValueError: As `load_tokenizer`.
+    """
     place = f"{name_or_path}/{subfolder}" if subfolder else name_or_path
     options: dict[str, Any] = {"revision": hub.get("revision") or "main", "token": hub.get("token")}
-    try:
-        with naming_errors(place):
-            tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
-                source, cache_dir=hub["cache_dir"], **options
-            )
-    except OSError:
-        raise
-    except Exception as error:  # transformers and tokenizers raise many types for a malformed file
-        raise ValueError(
-            f"{place} has a tokenizer that cannot be opened ({first_line(error)}): download it again, "
-            f"or use {OFFLINE!r}"
-        ) from error
+    with hub_errors(
+        name_or_path,
+        hub.get("revision"),
+        repo_type=hub["repo_type"],
+        intro=f"tokenizer {name_or_path} is not a folder, and ",
+        outro=otherwise,
+    ):
+        source = _find_source(name_or_path, subfolder, hub)
+        from transformers import PreTrainedTokenizerFast
+
+        try:
+            with naming_errors(place):
+                tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
+                    source, cache_dir=hub["cache_dir"], **options
+                )
+        except OSError:
+            raise
+        except Exception as error:  # transformers and tokenizers raise many types for a malformed file
+            raise ValueError(
+                f"{place} has a tokenizer that cannot be opened ({first_line(error)}): download it again, "
+                f"or use {OFFLINE!r}"
+            ) from error
     return tokenizer
 
 
@@ -314,11 +333,11 @@ def _find_source(name_or_path: str, subfolder: str | None, hub: dict[str, Any]) 
         return str(folder)
     try:
         hf_hub_download(name_or_path, "tokenizer.json", subfolder=subfolder, **hub)
-    except (OSError, HFValidationError) as error:
-        raise OSError(
-            f"tokenizer {name_or_path} is not a folder and cannot be fetched from the Hub ({first_line(error)}): check the "
-            f"name and the network, or use {OFFLINE!r}, which is built offline"
-        ) from error
+    except LocalEntryNotFoundError:  # the Hub was not asked, or did not answer
+        raise
+    except EntryNotFoundError:
+        where = f"folder {subfolder} of {name_or_path}" if subfolder else name_or_path
+        raise FileNotFoundError(f"{where} on the Hub has no tokenizer.json: name one with a fast tokenizer") from None
     if subfolder is None and hub["repo_type"] == "model":
         return name_or_path
     files = [f"{subfolder}/{name}" if subfolder else name for name in ("*.json", "chat_template.jinja")]
