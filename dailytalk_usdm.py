@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from usdm_sft.corpus.streams import flatten_units as flatten_units
     from usdm_sft.corpus.streams import unflatten_units as unflatten_units
     from usdm_sft.folder.export import export as export
+    from usdm_sft.folder.own_parts import Card as Card
     from usdm_sft.folder.push import push as push
     from usdm_sft.folder.verify import verify as verify
     from usdm_sft.prepare.config import PrepareConfig as PrepareConfig
@@ -46,6 +47,7 @@ _LAZY = {
     "PrepareConfig": "usdm_sft.prepare.config",
     "convert": "usdm_sft.units.convert",
     "fit_unit_model": "usdm_sft.prepare.fit_unit_model",
+    "Card": "usdm_sft.folder.own_parts",
     "export": "usdm_sft.folder.export",
     "push": "usdm_sft.folder.push",
     "verify": "usdm_sft.folder.verify",

@@ -61,8 +61,11 @@ def files_on(hub, branch="main"):
 
 
 def files_in(folder):
-    """The files of a dataset folder, without the lock of its runs."""
-    return {name: data for name, data in content(folder).items() if name != ".lock"}
+    """The files that a push of a dataset folder uploads: the card names the repository, and the lock of runs stays here."""
+    files = {name: data for name, data in content(folder).items() if name != ".lock"}
+    local = 'folder = "path/to/this/folder"  # or snapshot_download("USER/NAME", '
+    card = files["README.md"].decode().replace(local, 'folder = snapshot_download("tester/pairs", ')
+    return files | {"README.md": card.replace('"path/to/this/folder"', '"tester/pairs"').encode()}
 
 
 def titles(hub):
@@ -72,15 +75,17 @@ def titles(hub):
     return pushed
 
 
-def test_push_and_push_again(hub, run_push, dataset_folder, folder_copy):
+def test_push_and_push_again(hub, run_push, dataset_folder, folder_copy, caplog):
     (folder_copy / "thesis.txt").write_text("mine")
     (folder_copy / "dailytalk_usdm.py").write_text("a script")
     assert "load_dataset('tester/pairs') opens it" in run_push(folder_copy)
     assert files_on(hub) == files_in(dataset_folder)  # byte for byte, and nothing else
     key = json.loads((dataset_folder / "counts.json").read_text())["key"]
     assert titles(hub) == [f"Upload single_turn: {key[:16]}"]
-    run_push(folder_copy)  # unchanged
-    assert len(titles(hub)) == 1
+    hub.log.clear()
+    run_push(folder_copy)
+    assert len(titles(hub)) == 1 and not [line for line in hub.log if "preupload" in line or "/commit/" in line]
+    assert caplog.messages[-1] == f"tester/pairs has all files of {folder_copy} already: nothing was pushed"
     last = "single_turn/train-00009-of-00010.parquet"
     edit_counts(folder_copy, lambda counts: counts["files"].pop(last))
     run_push(folder_copy, "--commit_message", "Second take: 12")

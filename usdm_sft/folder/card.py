@@ -28,6 +28,7 @@ from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.corpus.streams import UnitStreams, read_streams
 from usdm_sft.folder.example_picture import EXAMPLE, read_example
 from usdm_sft.folder.layout import CAPTIONS
+from usdm_sft.folder.own_parts import BLOCKS, DAILYTALK_METADATA, FILL_IN, OTHER_METADATA, WRITE_HERE
 from usdm_sft.folder.statistics import count_too_long
 from usdm_sft.template.config import OFFLINE, PARTS, REFERENCE
 from usdm_sft.template.parts import ROW_PARTS
@@ -45,16 +46,6 @@ TASKS = {  # labelled part -> the Hub's name of the task that it trains
 }
 TAGS = ["spoken-dialog", "speech-units", "usdm"]
 SHOWN_REASONS = 20  # left-out dialogs, pairs and rows; counts.json has all of them
-
-# The texts come from DailyDialog, whose licence is more restrictive than DailyTalk's own.
-DAILYTALK_METADATA = {
-    "language": "en",
-    "license": "other",
-    "license_name": "cc-by-sa-4.0-with-texts-from-cc-by-nc-sa-4.0",
-    "license_link": "https://github.com/keonlee9420/DailyTalk",
-    "pretty_name": "DailyTalk for USDM",
-}
-OTHER_METADATA = {"license": "unknown", "pretty_name": "Spoken dialogs for USDM"}
 
 LENGTHS_OF_TURNS = "Length of the rows in tokens and of the turns in seconds."
 
@@ -126,6 +117,9 @@ def make_card(
         vocabulary=tokenizer.get_vocab_size(),
         has_emotions=any(emotion for summary in counts["statistics"].values() for emotion in summary["emotions"]),
         shown_reasons=SHOWN_REASONS,
+        blocks=BLOCKS,
+        fill_in=FILL_IN,
+        write_here=WRITE_HERE,
         number=_number,
         plural=count_noun,
         count_too_long=count_too_long,

@@ -34,6 +34,7 @@ from usdm_sft.folder.layout import (
     read_normalization,
     read_template,
 )
+from usdm_sft.folder.own_parts import CARD, OWN_PARTS, has_digest, plain_card, read_card
 from usdm_sft.folder.statistics import TOO_LONG
 from usdm_sft.folder.verify_rows import LIMIT, Check, CheckedRows, check_rows, check_turns
 from usdm_sft.folder.verify_utterances import check_utterances
@@ -115,7 +116,9 @@ def _raise_any(problems: Iterable[str]) -> None:
 
 def _check_files(folder: Path, counts: Mapping[str, Any]) -> Iterator[str]:
     with ThreadPoolExecutor(num_cores()) as threads:  # hashing lets other threads run
-        yield from filter(None, threads.map(partial(_check_file, folder), counts["files"], counts["files"].values()))
+        yield from filter(
+            None, threads.map(partial(_check_file, folder, counts), counts["files"], counts["files"].values())
+        )
     for part in (counts["config"], "tokenizer", PICTURES, UTTERANCES):
         for path in sorted((folder / part).rglob("*")):
             if path.is_file() and path.relative_to(folder).as_posix() not in counts["files"]:
@@ -125,14 +128,15 @@ def _check_files(folder: Path, counts: Mapping[str, Any]) -> Iterator[str]:
             yield f"{folder / COUNTS} names no file of split {split}"
 
 
-def _check_file(folder: Path, name: str, digest: Any) -> str | None:
+def _check_file(folder: Path, counts: Mapping[str, Any], name: str, digest: Any) -> str | None:
     if not _DIGEST.fullmatch(str(digest)):
         return f"{folder / COUNTS}: {name!r} has {digest!r} instead of a sha256"
     if not (folder / name).is_file():
         return f"{folder / name} is missing"
-    if (found := sha256_file(folder / name)) != digest:
-        return f"{folder / name} was changed: its sha256 is {found}, not {digest}"
-    return None
+    if has_digest(folder / name, digest, counts.get("corpus", "")):
+        return None
+    problem = f"{folder / name} was changed: its sha256 is {sha256_file(folder / name)}, not {digest}"
+    return f"{problem}; {OWN_PARTS}" if name == CARD else problem
 
 
 def _check_counts(folder: Path, counts: Mapping[str, Any], checked: CheckedRows) -> Iterator[str]:
@@ -215,8 +219,8 @@ def _check_card(folder: Path, counts: Mapping[str, Any], checked: CheckedRows, t
 
     A version of huggingface_hub may write YAML in another form, so that its values are compared.
     """
-    path = folder / "README.md"
-    found, text = _split_card(path.read_text(encoding="utf-8"))
+    path = folder / CARD
+    found, text = _split_card(plain_card(read_card(path), counts["corpus"]))
     infos = found["dataset_info"]
     other_info = infos[1:] if isinstance(infos, list) else ()  # not derived again: the size of the recordings in memory
     try:
@@ -224,13 +228,13 @@ def _check_card(folder: Path, counts: Mapping[str, Any], checked: CheckedRows, t
     except (LookupError, TypeError, AttributeError, ValueError, UndefinedError) as error:
         yield f"{folder / COUNTS} does not have all that the card says ({first_line(error)}): {PREPARE_AGAIN}"
         return
-    metadata, expected = _split_card(card)
+    metadata, expected = _split_card(plain_card(card, counts["corpus"]))
     different = sorted(name for name in found.keys() | metadata.keys() if found.get(name) != metadata.get(name))
     if different or text != expected:
         where = f"in its YAML ({', '.join(different)})" if different else "in its text"
         if "configs" in different:  # `_read_card` has compared the rest of them
             where += ", which does not hold the digest of its data files, so that load_dataset may give cached rows of other files"
-        yield f"{path} is not the card of this folder, it differs {where}: restore it, or {PREPARE_AGAIN}"
+        yield f"{path} is not the card of this folder, it differs {where}: restore it, or {PREPARE_AGAIN}; {OWN_PARTS}"
 
 
 def _split_card(card: str) -> tuple[dict[str, Any], str]:
