@@ -32,6 +32,7 @@ from usdm_sft.folder.own_parts import BLOCKS, DAILYTALK_METADATA, FILL_IN, OTHER
 from usdm_sft.folder.statistics import count_too_long
 from usdm_sft.template.config import OFFLINE, PARTS, REFERENCE
 from usdm_sft.template.parts import ROW_PARTS
+from usdm_sft.template.special_tokens import CORRESPOND_TOKEN
 from usdm_sft.template.tokenizer import NUM_UNITS
 from usdm_sft.template.view import format_example
 from usdm_sft.utils.cache_keys import cache_key
@@ -115,6 +116,8 @@ def make_card(
         and "ids" not in tokenizer_counts,
         is_offline_tokenizer=tokenizer_counts["name"] == OFFLINE,
         vocabulary=tokenizer.get_vocab_size(),
+        base_model=tokenizer_counts.get("base_model"),
+        first_new=_find_first_new(tokenizer),
         has_emotions=any(emotion for summary in counts["statistics"].values() for emotion in summary["emotions"]),
         shown_reasons=SHOWN_REASONS,
         blocks=BLOCKS,
@@ -130,6 +133,14 @@ def make_card(
         example_picture=EXAMPLE,
     )
     return f"{card}\n"
+
+
+def _find_first_new(tokenizer: Tokenizer) -> int | None:
+    """Return the first id that `add_units` added: padding and newline come before `<|correspond|>`, where the base has neither."""
+    first: int | None = tokenizer.token_to_id(CORRESPOND_TOKEN)
+    while first and tokenizer.id_to_token(first - 1) in ("<pad>", "\n"):
+        first -= 1
+    return first
 
 
 def _make_info(

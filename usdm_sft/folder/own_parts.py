@@ -112,11 +112,7 @@ def plain_card(text: str, corpus: str) -> str:
     text = _replace(text, {"metadata": _dump(metadata), "heading": f"# {metadata['pretty_name']}"})
     for name in BLOCKS:
         text = re.sub(rf"<!-- publisher: {name} -->.*?<!-- end -->\n\n", "", text, flags=re.DOTALL)
-    text = _PART.sub(FILL_IN, text)
-    if (pushed := _PUSHED_TOKENIZER.search(text)) is not None:
-        for local, named in _name_places(pushed[1]):
-            text = text.replace(named, local)
-    return text
+    return _take_name_away(_PART.sub(FILL_IN, text))
 
 
 def plain_digest(text: str, corpus: str) -> str:
@@ -136,10 +132,17 @@ def read_card(path: Path) -> str:
 
 def name_repository(text: str, repo_id: str) -> str:
     """Write the name of the repository into the code that loads the dataset."""
-    own = _read_own(text)
+    own, text = _read_own(text), _take_name_away(text)
     for local, named in _name_places(repo_id):
         text = text.replace(local, named)
     return _replace(text, own)
+
+
+def _take_name_away(text: str) -> str:
+    if (pushed := _PUSHED_TOKENIZER.search(text)) is not None:
+        for local, named in _name_places(pushed[1]):
+            text = text.replace(named, local)
+    return text
 
 
 def _name_places(repo_id: str) -> list[tuple[str, str]]:
@@ -209,7 +212,7 @@ def update_card(folder: Path, options: Card) -> None:
 
 
 def _dump(metadata: Mapping[str, object]) -> str:
-    return yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True, width=1 << 20)
+    return str(yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True, width=1 << 20))
 
 
 def _split_yaml(text: str) -> dict[str, str]:

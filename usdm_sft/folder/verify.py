@@ -39,7 +39,7 @@ from usdm_sft.folder.statistics import TOO_LONG
 from usdm_sft.folder.verify_rows import LIMIT, Check, CheckedRows, check_rows, check_turns
 from usdm_sft.folder.verify_utterances import check_utterances
 from usdm_sft.template.encoder import TemplateEncoder
-from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer
+from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer, read_base_model
 from usdm_sft.utils.files import sha256_file
 from usdm_sft.utils.processes import num_cores
 from usdm_sft.utils.texts import first_line
@@ -98,7 +98,8 @@ def verify(
         f"the files of split {split} have no rows" for split, found in checked.statistics.items() if not found.numbers
     )
     _raise_any(check_turns(checked))
-    _raise_any(chain(_check_counts(folder, counts, checked), _check_totals(folder, counts, checked, encoder)))
+    described = describe_tokenizer("", encoder.tokens, encoder.layout.chat, read_base_model(tokenizer))
+    _raise_any(chain(_check_counts(folder, counts, checked), _check_totals(folder, counts, checked, described)))
     if UTTERANCES in counts:
         _raise_any(check_utterances(folder, counts, checked, num_proc=num_proc))
     card_problems = _check_card(folder, counts, checked, tokenizer.backend_tokenizer)
@@ -156,12 +157,11 @@ def _check_counts(folder: Path, counts: Mapping[str, Any], checked: CheckedRows)
 
 
 def _check_totals(
-    folder: Path, counts: Mapping[str, Any], checked: CheckedRows, encoder: TemplateEncoder
+    folder: Path, counts: Mapping[str, Any], checked: CheckedRows, tokenizer: Mapping[str, Any]
 ) -> Iterator[str]:
     """Check the numbers of counts.json that follow from turns, from what was left out, and from the tokenizer."""
     path = folder / COUNTS
     settings = counts["settings"]
-    tokenizer = describe_tokenizer("", encoder.tokens, encoder.layout.chat)
     found = counts.get("tokenizer")
     if not isinstance(found, dict) or found | {"name": None} != json.loads(json.dumps(tokenizer)):
         yield f"{path}: tokenizer is not that of the folder: {PREPARE_AGAIN}"

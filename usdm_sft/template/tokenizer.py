@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -45,6 +46,9 @@ NEWLINE = 13  # <0x0A>, the token of every newline
 SPACE = 28705  # a single "▁"
 CONTINUE, CORRESPOND, UNIT_0 = 32000, 32001, 32002
 NUM_UNITS = 10_000
+
+_BASE_MODEL = "base_model"  # in tokenizer_config.json
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 
 MODEL_SHA256 = "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055"
 
@@ -200,6 +204,8 @@ def build_tokenizer(
         raise ValueError(f"num_units is {num_units}: give a number from 1 to {MAX_UNITS}")
     if str(base) != OFFLINE:
         opened = _open_tokenizer(str(base), None, {"cache_dir": model_cache_dir, "repo_type": "model"})
+        if not Path(base).is_dir():  # paths stay private
+            opened.init_kwargs[_BASE_MODEL] = str(base)
         with naming_errors(str(base)):
             return add_units(opened, num_units, str(base))
     try:
@@ -262,22 +268,33 @@ def _legacy_tokenizer(processor: SentencePieceProcessor, num_units: int) -> Toke
     return tokenizer
 
 
-def describe_tokenizer(name_or_path: str | Path, tokens: TemplateTokens, chat: ChatIds | None = None) -> dict[str, Any]:
+def read_base_model(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """Return the repository of the model whose tokenizer got the units, where `build_tokenizer` has recorded it."""
+    name = tokenizer.init_kwargs.get(_BASE_MODEL)
+    return name if isinstance(name, str) and _REPOSITORY.fullmatch(name) else None
+
+
+def describe_tokenizer(
+    name_or_path: str | Path, tokens: TemplateTokens, chat: ChatIds | None = None, base_model: str | None = None
+) -> dict[str, Any]:
     """Describe a tokenizer.
 
     Args:
         name_or_path: The argument of `load_tokenizer`.
         tokens: Its ids of the template.
         chat: Those of its chat template, where this is used.
+        base_model: Its base model, as `read_base_model` returns it.
 
     Returns:
         JSON values: `name` (None for a folder, because paths stay private), `num_units`, `ids` where `tokens` are not USTM's, and `chat`
-        where it is given.
+        and `base_model` where they are given.
     """
     is_folder = str(name_or_path) != OFFLINE and Path(name_or_path).is_dir()
     ids: dict[str, Any] = {} if tokens == ustm_tokens(tokens.num_units) else {"ids": tokens._asdict()}
     if chat is not None:
         ids["chat"] = chat.frames._asdict() | {"stop_id": chat.stop_id}
+    if base_model is not None:
+        ids["base_model"] = base_model
     return {"name": None if is_folder else str(name_or_path), "num_units": tokens.num_units, **ids}
 
 

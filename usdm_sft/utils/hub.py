@@ -196,9 +196,7 @@ def _explain_answer(error: HfHubHTTPError, request: _Request, again: str) -> str
     """Explain an answer of the Hub with an error status."""
     repo_id, response = request.repo_id, error.response
     status = response.status_code
-    reason = _shorten(
-        error.server_message or response.headers.get("X-Error-Message", "")
-    )  # whoami keeps the header only
+    reason = _shorten(error.server_message or response.headers.get("X-Error-Message"))  # whoami keeps the header only
     said = f"status {status}: {reason}" if reason else f"status {status}"
     is_anonymous = "authorization" not in response.request.headers
     page = f"{constants.ENDPOINT}/{'datasets/' if request.repo_type == 'dataset' else ''}{repo_id}"
@@ -244,11 +242,11 @@ def _format_wait(error: HfHubHTTPError) -> str:
     headers = error.response.headers
     if (left := _SECONDS_LEFT.search(headers.get("ratelimit", ""))) is not None:
         return f"wait {left[1]} s"
-    after = _shorten(headers.get("Retry-After", ""))
+    after = _shorten(headers.get("Retry-After"))
     return f"wait {after} s" if after.isdigit() else f"wait until {after}" if after else "wait a few minutes"
 
 
-def _shorten(text: str) -> str:
+def _shorten(text: str | None) -> str:
     """Put what the server said into one line without tokens, cut where it is long."""
-    line = _TOKEN.sub("(token)", " ".join(text.split()))
+    line = _TOKEN.sub("(token)", " ".join((text or "").split()))
     return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}..."
