@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -49,47 +50,17 @@ tags:
 
 The end.
 """
-OTHER_PLAIN = """---
-license: unknown
-size_categories: n<1K
-pretty_name: Spoken dialogs for USDM
-tags:
-- usdm
----
-
-# Spoken dialogs for USDM
-
-| the corpus: to be filled in by the publisher | to be filled in by the publisher; or |
-
-The end.
-"""
-OTHER_FILLED = """---
-language:
-- en
-- de
-license: cc-by-4.0
-size_categories: n<1K
-pretty_name: Calls of the help desk
-tags:
-- usdm
----
-
-# Calls of the help desk
-
-<!-- publisher: text -->
-<!-- what you write between these two marks is kept -->
-<!-- end -->
-
-| the corpus: <!-- publisher: corpus -->[Calls \\| 2026](https://example.org)<!-- end --> | <!-- publisher: corpus licence -->cc-by-4.0<!-- end -->; or |
-
-<!-- publisher: citation -->
-```bibtex
-@misc{calls, title={Calls}}
-```
-<!-- end -->
-
-The end.
-"""
+HINT = "<!-- what you write between these two marks is kept -->"
+EMPTY_BLOCKS = [(f"<!-- publisher: {name} -->\n{HINT}\n<!-- end -->\n\n", "") for name in ("text", "citation")]
+MARKS = [("<!-- publisher: corpus -->", ""), ("<!-- publisher: corpus licence -->", ""), ("<!-- end -->", "")]
+FILLED = [
+    ("license: unknown", "language:\n- en\n- de\nlicense: cc-by-4.0"),
+    ("pretty_name: Spoken dialogs for USDM", "pretty_name: Calls of the help desk"),
+    ("# Spoken dialogs for USDM", "# Calls of the help desk"),
+    ("corpus -->to be filled in by the publisher", "corpus -->[Calls \\| 2026](https://example.org)"),
+    ("corpus licence -->to be filled in by the publisher", "corpus licence -->cc-by-4.0"),
+    (f"citation -->\n{HINT}\n", "citation -->\n```bibtex\n@misc{calls, title={Calls}}\n```\n"),
+]
 DAILYTALK = """---
 language: en
 license: other
@@ -107,11 +78,21 @@ The end.
 """
 
 
+def change(text, *changes):
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new, 1)
+    return text
+
+
+OTHER_PLAIN = change(OTHER, *EMPTY_BLOCKS, *MARKS, ("<!-- end -->", ""))
+
+
 def test_options_are_filled_in():
     filled = fill_in(OTHER, Card(**ALL))
-    assert filled == OTHER_FILLED
-    assert plain_card(filled, "manifest") == plain_card(OTHER, "manifest") == OTHER_PLAIN
-    assert plain_card(OTHER_PLAIN, "manifest") == OTHER_PLAIN  # of an earlier version
+    assert filled == change(OTHER, *FILLED)
+    for text in (filled, OTHER, OTHER_PLAIN):  # the last is of an earlier version
+        assert plain_card(text, "manifest") == OTHER_PLAIN
     assert fill_in(OTHER, Card(), filled) == filled  # a later run
 
 
@@ -170,11 +151,7 @@ def test_option_without_a_place():
 
 
 def edit_card(folder, *changes):
-    text = (folder / "README.md").read_text()
-    for old, new in changes:
-        assert old in text
-        text = text.replace(old, new, 1)
-    (folder / "README.md").write_text(text)
+    (folder / "README.md").write_text(change((folder / "README.md").read_text(), *changes))
 
 
 FILLED_BY_HAND = (
@@ -182,7 +159,7 @@ FILLED_BY_HAND = (
     ("# Spoken dialogs for USDM", "# Calls"),
     ("corpus -->to be filled in by the publisher", "corpus -->the help desk"),
     ("units licence -->to be filled in by the publisher", "units licence -->MIT"),
-    ("<!-- what you write between these two marks is kept -->", "Ask for the recordings.\n\n## Thanks\n"),
+    (HINT, "Ask for the recordings.\n\n## Thanks\n"),
 )
 
 
@@ -225,9 +202,7 @@ def test_second_configs_in_the_yaml_are_found(folder_copy):
 
 def test_later_runs_keep_what_was_filled_in(mini, unit_model, finished, tmp_path, caplog):
     arguments = options(mini, unit_model, tmp_path)
-    for name in ("out", "cache"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        subprocess.run(["cp", "-r", finished / name, tmp_path / name], check=True)
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     before = content(tmp_path / "out")
     edit_card(tmp_path / "out", *FILLED_BY_HAND)
     caplog.set_level("INFO")
@@ -310,18 +285,13 @@ def test_code_of_the_pushed_card_runs_from_another_folder(hub, mini, unit_model,
     )  # a machine without a GPU
     code += f"\nassert model.get_input_embeddings().num_embeddings == {len(base) + 103}\n"
     (tmp_path / "elsewhere").mkdir()
-    variables = {
+    hub_here = {
         "HF_ENDPOINT": hub.url,
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_OFFLINE": "0",
         "HF_HOME": str(tmp_path / "hf"),
     }
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path / "elsewhere",
-        env=os.environ | variables,
-        capture_output=True,
-        text=True,
-    )
+    run = {"cwd": tmp_path / "elsewhere", "env": os.environ | hub_here, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", code], **run)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "train_loss" in done.stdout

@@ -47,49 +47,28 @@ def refusal(message, code=None, **headers):
     return {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **headers}
 
 
+BUSY = "the Hub takes no more requests for now (status 429: Slow down): wait {}, and run the command again"
+NONE = "the Hub has no a/b, or it is private (status 404: Not found): correct the name, or ask its owner for access"
+NO_TOKEN = "the Hub does not accept your token (status 401: Bad (token)): log in again with 'hf auth login', or correct HF_TOKEN"
+DISABLED = f"the Hub does not give a/b (status 403: Access is disabled.): {LOG_IN} to a token that may read it"
+FAILURE = (
+    f"the Hub has a failure of its own (status 503: {'x' * 300}...): wait a few minutes, and run the command again"
+)
+DATE = "Sun, 29 Nov 2026 12:00:00 GMT"
+
+
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize(
     ("status", "headers", "line"),
     [
         (403, refusal(GATED, "GatedRepo"), f"a/b is gated (status 403: {GATED}): ask for access at {{page}}"),
-        (
-            404,
-            refusal("Repository not found", "RepoNotFound"),
-            "the Hub has no a/b, or it is private (status 404: Repository not found): correct the name, or ask its owner for access",
-        ),
-        (
-            401,
-            refusal(f"Invalid credentials {TOKEN}"),
-            "the Hub does not accept your token (status 401: Invalid credentials (token)): log in again with 'hf auth login', or "
-            "correct HF_TOKEN",
-        ),
-        (
-            403,
-            refusal("Access to this resource is disabled."),
-            "the Hub does not give a/b (status 403: Access to this resource is disabled.): "
-            f"{LOG_IN} to a token that may read it",
-        ),
-        (
-            429,
-            refusal("Slow down", ratelimit='"api";r=0;t=55'),
-            "the Hub takes no more requests for now (status 429: Slow down): wait 55 s, and run the command again",
-        ),
-        (
-            429,
-            refusal("Slow down", **{"Retry-After": "120"}),
-            "the Hub takes no more requests for now (status 429: Slow down): wait 120 s, and run the command again",
-        ),
-        (
-            429,
-            refusal("Slow down", **{"Retry-After": "Sun, 29 Nov 2026 12:00:00 GMT"}),
-            "the Hub takes no more requests for now (status 429: Slow down): wait until Sun, 29 Nov 2026 12:00:00 GMT, and run the "
-            "command again",
-        ),
-        (
-            503,
-            refusal("x" * 400),
-            f"the Hub has a failure of its own (status 503: {'x' * 300}...): wait a few minutes, and run the command again",
-        ),
+        (404, refusal("Not found", "RepoNotFound"), NONE),
+        (401, refusal(f"Bad {TOKEN}"), NO_TOKEN),
+        (403, refusal("Access is disabled."), DISABLED),
+        (429, refusal("Slow down", ratelimit='"api";r=0;t=55'), BUSY.format("55 s")),
+        (429, refusal("Slow down", **{"Retry-After": "120"}), BUSY.format("120 s")),
+        (429, refusal("Slow down", **{"Retry-After": DATE}), BUSY.format(f"until {DATE}")),
+        (503, refusal("x" * 400), FAILURE),
     ],
 )
 def test_reason_of_the_hub_is_shown(served_hub, answer, reader, status, headers, line):
