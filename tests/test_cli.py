@@ -358,6 +358,7 @@ PREPARE = [
         "template is 'Robot': give names and values, such as {user_role: Caller}, a YAML file such as ./template.yaml, "
         "or one of asr, s2t, t2t, tts",
     ),
+    ("--card nosuch.yaml", "card is nosuch.yaml: give names and values, such as {license: cc-by-4.0}, or a YAML file"),
     (
         "--template.parts user_text",
         "template.parts is 'user_text': give a list of two or more of user_units, user_text, ",

@@ -54,6 +54,7 @@ DISABLED = f"the Hub does not give a/b (status 403: Access is disabled.): {LOG_I
 FAILURE = (
     f"the Hub has a failure of its own (status 503: {'x' * 300}...): wait a few minutes, and run the command again"
 )
+TIMEOUT = "the Hub has a failure of its own (status 504): wait a few minutes, and run the command again"
 DATE = "Sun, 29 Nov 2026 12:00:00 GMT"
 
 
@@ -69,6 +70,7 @@ DATE = "Sun, 29 Nov 2026 12:00:00 GMT"
         (429, refusal("Slow down", **{"Retry-After": "120"}), BUSY.format("120 s")),
         (429, refusal("Slow down", **{"Retry-After": DATE}), BUSY.format(f"until {DATE}")),
         (503, refusal("x" * 400), FAILURE),
+        (504, {"Content-Type": "text/html"}, TIMEOUT),
     ],
 )
 def test_reason_of_the_hub_is_shown(served_hub, answer, reader, status, headers, line):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
@@ -159,7 +159,7 @@ def _explain(found: BaseException, request: _Request) -> str:
             return f"offline mode (HF_HUB_OFFLINE) forbids a push to {repo_id}: unset it and push again"
         return f"offline mode (HF_HUB_OFFLINE) forbids fetching {repo_id}: run once without offline mode"
     if isinstance(found, HfHubHTTPError):
-        if "html" not in found.response.headers.get("Content-Type", ""):
+        if not _is_page(found.response.status_code, found.response.headers):
             return _explain_answer(found, request, again)
     elif isinstance(found, HTTPError):  # no answer came
         reason = _TOKEN.sub("(token)", first_line(found))
@@ -190,6 +190,12 @@ def _comes_from_parsing(error: BaseException) -> bool:
     while modules and modules[-1] in _PARSERS:
         modules.pop()
     return bool(modules) and modules[-1] == "huggingface_hub"
+
+
+def _is_page(status: int, headers: Mapping[str, str]) -> bool:
+    """Return True for a page of a proxy or a network. The Hub's own refusals say why in a header, and it is busy in HTML at times."""
+    is_busy = status == 429 or 500 <= status <= 510
+    return "html" in headers.get("Content-Type", "") and "X-Error-Message" not in headers and not is_busy
 
 
 def _explain_answer(error: HfHubHTTPError, request: _Request, again: str) -> str:
