@@ -17,6 +17,7 @@ from usdm_sft.corpus.builder import load_dataset as load_dataset
 
 if TYPE_CHECKING:
     from usdm_sft.folder.export import export as export
+    from usdm_sft.folder.own_parts import Card as Card
     from usdm_sft.folder.push import push as push
     from usdm_sft.folder.verify import verify as verify
     from usdm_sft.prepare.config import PrepareConfig as PrepareConfig
@@ -46,6 +47,7 @@ _LAZY = {
     "PrepareConfig": "usdm_sft.prepare.config",
     "convert": "usdm_sft.units.convert",
     "fit_unit_model": "usdm_sft.prepare.fit_unit_model",
+    "Card": "usdm_sft.folder.own_parts",
     "export": "usdm_sft.folder.export",
     "push": "usdm_sft.folder.push",
     "verify": "usdm_sft.folder.verify",

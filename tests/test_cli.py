@@ -417,6 +417,7 @@ PREPARE = [
         "template is 'Robot': give names and values, such as {user_role: Caller}, a YAML file such as ./template.yaml, "
         "or one of asr, s2t, t2t, tts",
     ),
+    ("--card nosuch.yaml", "card is nosuch.yaml: give names and values, such as {license: cc-by-4.0}, or a YAML file"),
     (
         "--template.parts user_text",
         "template.parts is 'user_text': give a list of two or more of user_units, user_text, ",
@@ -567,3 +568,18 @@ def test_completion_in_bash(tmp_path, monkeypatch, capsys):
     ):
         command = ["bash", "-c", COMPLETE, "bash", str(tmp_path / "script"), *words]
         assert subprocess.run(command, capture_output=True, text=True).stdout.strip() == expected
+
+
+def test_lines_of_libraries_appear_once():
+    code = """
+import logging
+from usdm_sft.cli.main import main
+try:
+    main(["show", "nowhere"])
+except SystemExit:
+    import datasets, huggingface_hub.utils.logging
+    for name in ("datasets", "huggingface_hub"):
+        logging.getLogger(name).warning(f"a line of {name}")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.splitlines()[1:] == ["a line of datasets", "a line of huggingface_hub"]

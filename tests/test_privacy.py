@@ -86,7 +86,7 @@ def test_no_command_connects_or_reveals_secrets_and_paths(offline, mini, unit_mo
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--pretrained_model_name_or_path", "naver-ai/USTM"], "cannot be fetched from the Hub"),
+        (["--pretrained_model_name_or_path", "naver-ai/USTM"], "offline mode (HF_HUB_OFFLINE) forbids fetching"),
         (["--unit_model", "xlsr2_1b_v2"], "offline mode (HF_HUB_OFFLINE) forbids fetching"),
     ],
 )

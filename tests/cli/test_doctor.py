@@ -325,15 +325,20 @@ def test_models_on_the_hub(doctor, hub, unit_model):
     assert found.about("Hub") == [("ok", nobody)]
     text = "the repository tester/empty holds no unit_model.json and is not one of a codec: upload a folder that 'dailytalk-usdm convert' made"
     assert doctor("--unit_model", "tester/empty").about("unit model") == [("error", text)]
+    text = "the repository tester/empty holds no tokenizer.json: name one with a fast tokenizer"
+    assert doctor("--pretrained_model_name_or_path", "tester/empty").about("tokenizer") == [("error", text)]
     found = doctor("--pretrained_model_name_or_path", "tester/none", "--unit_model", "tester/none")
-    assert [found.about(subject)[0][0] for subject in ("tokenizer", "unit model")] == ["error", "error"]
+    start = "the Hub has no tester/none, or it is private (status 401: Repository not found): correct the name, or log in with"
+    for subject in ("tokenizer", "unit model"):
+        [(level, message)] = found.about(subject)
+        assert level == "error" and message.startswith(start)
 
 
 def test_login(doctor, hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert doctor().about("Hub") == [("ok", "reachable; tester is logged in")]
-    monkeypatch.setattr(HfApi, "whoami", lambda self, token: (_ for _ in ()).throw(OSError(f"bad {token}")))
-    text = "reachable, but it does not accept the token (bad (token)): run 'hf auth login', or correct HF_TOKEN"
+    monkeypatch.setenv("HF_TOKEN", "hf_anotherVerySecretToken")
+    text = "reachable, but the Hub does not accept your token (status 401: Invalid user token.): log in again with 'hf auth login', or correct HF_TOKEN"
     assert doctor().about("Hub") == [("warning", text)]
 
 
@@ -346,17 +351,34 @@ def test_unreachable_hub(doctor, monkeypatch):
 
     monkeypatch.setattr(HfApi, "model_info", fail)
     found = doctor(data_dir="hub:user/calls")
-    text = f"{constants.ENDPOINT} cannot be reached (no route to host): check the network and the proxy"
+    text = f"the Hub cannot be reached at {constants.ENDPOINT} (no route to host): check the network and the proxy, and run the command again"
     assert found.about("Hub") == [("warning", f"{text}, or set HF_HUB_OFFLINE=1 if all files are here")]
     seen = "hub:user/calls cannot be looked at without the Hub: check the network"
     assert found.about("corpus") == [("warning", seen)]
+
+
+@pytest.mark.parametrize(
+    ("status", "start"),
+    [(429, "the Hub takes no more requests for now (status 429: busy): wait a few"), (200, "what answers at")],
+)
+def test_answer_of_which_nothing_can_be_fetched(doctor, hub, monkeypatch, status, start):
+    monkeypatch.setattr(hub.handler, "route", lambda self, path, query, data: self.send(status, {"error": "busy"}))
+    found = doctor("--pretrained_model_name_or_path", "tester/model")
+    [(level, message)] = found.about("Hub")
+    assert level == "warning" and message.startswith(start)
+    assert "tester/model is not on this machine, and nothing can be fetched" in found.about("tokenizer")[0][1]
 
 
 def test_corpus_on_the_hub(doctor, hub):
     hub.create("datasets", "tester/calls", False)
     text = "hub:tester/calls is on the Hub; prepare downloads and checks it"
     assert doctor(data_dir="hub:tester/calls").about("corpus") == [("ok", text)]
-    assert doctor(data_dir="hub:tester/none").about("corpus")[0][0] == "error"
+    [(level, message)] = doctor(data_dir="hub:tester/none").about("corpus")
+    assert level == "error" and message.startswith(
+        "the Hub has no tester/none, or it is private (status 401: Repository"
+    )
+    text = "tester/calls has no revision 'v9': name a branch, a tag or a commit of it"
+    assert doctor(data_dir="hub:tester/calls@v9").about("corpus") == [("error", text)]
 
 
 def test_size_of_the_published_unit_model(doctor, hub, monkeypatch):

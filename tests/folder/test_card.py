@@ -98,8 +98,9 @@ def test_unknown_sources_are_left_to_the_publisher(card):
     for key in ("lee2022dailytalk", "seamless2023m4t", "babu2021xlsr", "li2017dailydialog"):
         assert key not in card.text
     cells = [row[0] for row in tables(card.text)]
-    assert "the corpus: to be filled in by the publisher" in cells
-    assert "the unit model (layer 35, 100 units): to be filled in by the publisher" in cells
+    assert "the corpus: <!-- publisher: corpus -->to be filled in by the publisher<!-- end -->" in cells
+    unit_model = "<!-- publisher: units -->to be filled in by the publisher<!-- end -->"
+    assert f"the unit model (layer 35, 100 units): {unit_model}" in cells
     assert 'model="path/to/your/model",  # a model with 42,003 embeddings' in card.text
 
 

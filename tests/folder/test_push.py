@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -60,8 +61,11 @@ def files_on(hub, branch="main"):
 
 
 def files_in(folder):
-    """The files of a dataset folder, without the lock of its runs."""
-    return {name: data for name, data in content(folder).items() if name != ".lock"}
+    """The files that a push of a dataset folder uploads: the card names the repository, and the lock of runs stays here."""
+    files = {name: data for name, data in content(folder).items() if name != ".lock"}
+    local = 'folder = "path/to/this/folder"  # or snapshot_download("USER/NAME", '
+    card = files["README.md"].decode().replace(local, 'folder = snapshot_download("tester/pairs", ')
+    return files | {"README.md": card.replace('"path/to/this/folder"', '"tester/pairs"').encode()}
 
 
 def titles(hub):
@@ -71,15 +75,17 @@ def titles(hub):
     return pushed
 
 
-def test_push_and_push_again(hub, run_push, dataset_folder, folder_copy):
+def test_push_and_push_again(hub, run_push, dataset_folder, folder_copy, caplog):
     (folder_copy / "thesis.txt").write_text("mine")
     (folder_copy / "dailytalk_usdm.py").write_text("a script")
     assert "load_dataset('tester/pairs') opens it" in run_push(folder_copy)
     assert files_on(hub) == files_in(dataset_folder)  # byte for byte, and nothing else
     key = json.loads((dataset_folder / "counts.json").read_text())["key"]
     assert titles(hub) == [f"Upload single_turn: {key[:16]}"]
-    run_push(folder_copy)  # unchanged
-    assert len(titles(hub)) == 1
+    hub.log.clear()
+    run_push(folder_copy)
+    assert len(titles(hub)) == 1 and not [line for line in hub.log if "preupload" in line or "/commit/" in line]
+    assert caplog.messages[-1] == f"tester/pairs has all files of {folder_copy} already: nothing was pushed"
     last = "single_turn/train-00009-of-00010.parquet"
     edit_counts(folder_copy, lambda counts: counts["files"].pop(last))
     run_push(folder_copy, "--commit_message", "Second take: 12")
@@ -123,7 +129,7 @@ def test_pushed_folder_is_loaded_and_streamed(hub, run_push, dataset_folder, tmp
     assert rows == [[*datasets.load_dataset(str(dataset_folder), split="train", cache_dir=str(tmp_path))]] * 2
     text = "<|correspond|> yes.\n### Agent\n no<|unit5|>\n</s>"
     assert ids == [load_tokenizer(dataset_folder / "tokenizer")(text).input_ids] * 2
-    assert error.startswith("tokenizer tester/pairs is not a folder and cannot be fetched from the Hub (")
+    assert error == "folder tokens of tester/pairs on the Hub has no tokenizer.json: name one with a fast tokenizer"
 
 
 def test_private_and_revision(hub, run_push, dataset_folder):
@@ -201,7 +207,8 @@ def test_failed_upload_is_invisible_and_the_next_push_resumes_it(hub, run_push, 
     with monkeypatch.context() as patch:
         patch.setattr(hub.handler, "do_PUT", fail_after_four)
         assert refused(dataset_folder) == (
-            "the upload to tester/pairs failed (status 400): push again, nothing is sent twice"
+            "the Hub refuses the push to tester/pairs (status 400: BrokenConnection): correct what it names, and push again, "
+            "nothing is sent twice"
         )
     assert files_on(hub) == {} and len(hub.lfs) == 4
     hub.log.clear()
@@ -215,7 +222,7 @@ def test_failed_upload_is_invisible_and_the_next_push_resumes_it(hub, run_push, 
 def test_wrong_token_gives_one_line(refused, dataset_folder, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrongToken")
     assert refused(dataset_folder) == (
-        "the Hub does not let you write to tester/pairs (status 401): "
+        "the Hub does not let you write to tester/pairs (status 401: Unauthorized): "
         "log in with 'hf auth login', or set HF_TOKEN to a token that may write there"
     )
 
@@ -223,13 +230,14 @@ def test_wrong_token_gives_one_line(refused, dataset_folder, monkeypatch):
 def test_missing_network_gives_one_line(refused, dataset_folder, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", NO_NETWORK)
     assert refused(dataset_folder) == (
-        "the Hub cannot be reached ([Errno 111] Connection refused): check the network and push again, nothing is sent twice"
+        f"the Hub cannot be reached at {NO_NETWORK} ([Errno 111] Connection refused): check the network and the proxy, and "
+        "push again, nothing is sent twice"
     )
 
 
 def test_missing_network_raises_one_error_without_a_chain(hub, dataset_folder, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", NO_NETWORK)
-    with pytest.raises(OSError, match=r"^the Hub cannot be reached \(") as raised:
+    with pytest.raises(OSError, match=r"^the Hub cannot be reached at ") as raised:
         push(dataset_folder, "tester/pairs")
     assert raised.value.__suppress_context__ and raised.value.__cause__ is None
 
@@ -237,7 +245,7 @@ def test_missing_network_raises_one_error_without_a_chain(hub, dataset_folder, m
 def test_network_failure_during_the_lookup_gives_one_line(hub, run_push, refused, dataset_folder, monkeypatch):
     run_push(dataset_folder)
     monkeypatch.setattr(hub.handler, "do_HEAD", lambda self: setattr(self, "close_connection", True))
-    assert refused(dataset_folder).startswith("the Hub cannot be reached (")
+    assert refused(dataset_folder).startswith("the Hub cannot be reached at ")
 
 
 def test_offline_mode_pushes_nothing(hub, refused, dataset_folder, monkeypatch):
@@ -254,6 +262,51 @@ def test_folder_that_does_not_verify_is_not_pushed(folder_copy):
         push(folder_copy, "tester/pairs")
 
 
-def test_invalid_name_of_a_repository_is_refused(hub, dataset_folder):
-    with pytest.raises(ValueError, match="'a/b/c' is not the name of a repository"):
-        push(dataset_folder, "a/b/c")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a/b/c", "'a/b/c' is not the name of a repository (Repo id must be in the form"),
+        ("pairs", "'pairs' does not say whose repository it is: give USER/NAME"),
+    ],
+)
+def test_invalid_name_of_a_repository_is_refused(hub, dataset_folder, name, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        push(dataset_folder, name)
+    assert hub.log == []
+
+
+def test_lost_race_is_not_pushed_over(hub, run_push, refused, folder_copy, monkeypatch):
+    """Somebody else commits between the look-up and the commit of this push."""
+    run_push(folder_copy, "--revision", "v1")
+    files = files_on(hub, "v1")
+    preupload = hub.handler.repo_api
+
+    def commit_first(self, kind, name, verb, *rest):
+        if verb == "commit":
+            hub.commit(hub.repos["datasets", name], "v1", {"notes.txt": ("reg", b"theirs")}, [], "theirs", None)
+        preupload(self, kind, name, verb, *rest)
+
+    monkeypatch.setattr(hub.handler, "repo_api", commit_first)
+    edit_counts(folder_copy, lambda counts: None)  # another form of the same values
+    assert refused(folder_copy, "--revision", "v1") == (
+        "somebody else changed tester/pairs during this push, and nothing was pushed (status 412: parent commit moved): look at "
+        f"their commit ({hub.url}/datasets/tester/pairs/commits/v1) before you decide what belongs there, or push to a branch of "
+        "your own with --revision"
+    )
+    assert files_on(hub, "v1") == files | {"notes.txt": b"theirs"}
+
+
+def test_file_that_the_hub_does_not_take(hub, refused, dataset_folder, monkeypatch):
+    route = hub.handler.route
+    error = {"oid": "1", "size": 1, "error": {"code": 413, "message": "Your storage quota is used up"}}
+
+    def refuse(self, path, query, data):
+        if not path.endswith("/info/lfs/objects/batch"):
+            return route(self, path, query, data)
+        return self.send(200, {"objects": [error]}, ctype="application/vnd.git-lfs+json")
+
+    monkeypatch.setattr(hub.handler, "route", refuse)
+    assert refused(dataset_folder) == (
+        "the Hub does not take a file for tester/pairs (Encountered error for file with OID 1: `Your storage quota is used up): "
+        "free storage or raise its limit on the Hub, and push again, nothing is sent twice; or push to another owner"
+    )

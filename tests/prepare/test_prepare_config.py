@@ -6,6 +6,7 @@ import pytest
 
 from tests.helpers import REPOSITORY
 from usdm_sft.cli.main import make_parser
+from usdm_sft.folder.own_parts import Card
 from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.prepare.prepare import prepare
 from usdm_sft.template.config import Template
@@ -88,9 +89,9 @@ def test_paths_may_be_path_objects():
 
 def test_command_line_has_each_field_with_its_default():
     options = parse("--data_dir", "d", "--output_path", "o").as_dict()
-    template = Template(**options.pop("template"))
+    template, card = Template(**options.pop("template")), Card(**options.pop("card"))
     assert options.pop("config") is None and options.pop("quiet") is options.pop("dry_run") is False
-    assert PrepareConfig(**options, template=template) == PrepareConfig(**REQUIRED)
+    assert PrepareConfig(**options, template=template, card=card) == PrepareConfig(**REQUIRED)
 
 
 def test_help_shows_each_field_in_its_group_with_its_docstring(capsys):

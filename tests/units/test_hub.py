@@ -57,13 +57,13 @@ def test_broken_proxy_is_one_error_without_network(hub, monkeypatch):
         raise HTTPError("proxy refused")
 
     monkeypatch.setattr("usdm_sft.units.folder.snapshot_download", fail)
-    with pytest.raises(OSError, match=r"cannot be downloaded from the Hub \(proxy refused\)"):
+    with pytest.raises(OSError, match=r"the Hub cannot be reached at .* \(proxy refused\)"):
         UnitTokenizer.from_pretrained(REPOSITORY, device="cpu")
 
 
 def test_offline_mode_forbids_the_download(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    message = rf"^{REPOSITORY} is not a folder and cannot be downloaded from the Hub \(.*HF_HUB_OFF"
+    message = rf"^unit model {REPOSITORY} is not a folder, and offline mode \(HF_HUB_OFFLINE\) forbids fetching"
     with pytest.raises(OSError, match=message):
         UnitTokenizer.from_pretrained(REPOSITORY, device="cpu")
     assert hub.log == []
@@ -80,16 +80,33 @@ def test_files_of_a_repository_are_checked_against_their_digests(hub, unit_model
 
 
 def test_private_repository_needs_a_token(hub):
-    message = r"tester/private is not a folder and cannot be downloaded .* check the network and"
+    message = r"the Hub has no tester/private, or it is private \(status 401: Repository not found\): correct the name, or log in"
     with pytest.raises(OSError, match=message):
         UnitTokenizer.from_pretrained("tester/private", device="cpu", token=False)
     assert UnitTokenizer.from_pretrained("tester/private", device="cpu", token="hf_test").num_units == 100
 
 
-def test_unknown_repository_and_revision(hub):
-    for name, revision in (("tester/none", None), (REPOSITORY, "none")):
-        with pytest.raises(OSError, match=f"^{name} is not a folder and cannot be downloaded from the Hub"):
-            UnitTokenizer.from_pretrained(name, device="cpu", revision=revision)
+@pytest.mark.parametrize(
+    ("name", "revision", "kind", "message"),
+    [
+        (
+            "tester/none",
+            None,
+            OSError,
+            r"the Hub has no tester/none, or it is private \(status 401: Repository not found\)",
+        ),
+        (
+            REPOSITORY,
+            "none",
+            ValueError,
+            f"{REPOSITORY} has no revision 'none': name a branch, a tag or a commit of it",
+        ),
+        (REPOSITORY, "a b", ValueError, "revision 'a b' is not the name of a branch, a tag or a commit: correct it"),
+    ],
+)
+def test_unknown_repository_and_revision(hub, name, revision, kind, message):
+    with pytest.raises(kind, match=message):
+        UnitTokenizer.from_pretrained(name, device="cpu", revision=revision)
 
 
 def test_repository_without_a_unit_model(hub):
@@ -165,5 +182,5 @@ def test_pushed_unit_model_is_opened_from_the_hub(hub, unit_model, monkeypatch):
     assert tokenizer.push_to_hub("tester/other", create_pr=True).endswith("/discussions/1")
     with pytest.raises(ValueError, match=f"{REPOSITORY} exists and is public: make it private on the Hub"):
         tokenizer.push_to_hub(REPOSITORY, private=True)
-    with pytest.raises(OSError, match=r"does not let you write to tester/new \(status 401\)"):
+    with pytest.raises(OSError, match=r"does not let you write to tester/new \(status 401: "):
         tokenizer.push_to_hub("tester/new", token="wrong")

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
+from usdm_sft.folder.own_parts import EMPTY_CARD, Card
 from usdm_sft.utils.files import print_json
 from usdm_sft.utils.texts import count_noun
 
@@ -228,6 +229,7 @@ def push(
     revision: str | None = None,
     commit_message: str | None = None,
     create_pr: bool = False,
+    card: Card = EMPTY_CARD,
 ) -> None:
     """Verify a dataset folder and upload it to the Hub in one commit.
 
@@ -236,6 +238,7 @@ def push(
     Examples:
         dailytalk-usdm push dailytalk-usdm-data USER/NAME --private
         dailytalk-usdm push dailytalk-usdm-data USER/NAME --create_pr
+        dailytalk-usdm push dailytalk-usdm-data USER/NAME --card.title "Calls" --card.license cc-by-4.0 --card.language en
 
     Args:
         dataset_dir: A folder that prepare made.
@@ -244,11 +247,18 @@ def push(
         revision: Branch, created where it does not exist. By default the main branch.
         commit_message: By default it names the config and the key of the folder.
         create_pr: Open a pull request to the branch, which must exist.
+        card: What the publisher says in the card on the Hub.
     """
     from usdm_sft.folder.push import push
 
     url = push(
-        dataset_dir, repo_id, private=private, revision=revision, commit_message=commit_message, create_pr=create_pr
+        dataset_dir,
+        repo_id,
+        private=private,
+        revision=revision,
+        commit_message=commit_message,
+        create_pr=create_pr,
+        card=Card(**card) if isinstance(card, dict) else card,
     )
     print(url)
     if not create_pr:

@@ -142,6 +142,8 @@ def _run(args: list[str] | None) -> None:
     options = {name: value for name, value in options.items() if value is not None}  # null in YAML means the default
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("usdm_sft").setLevel(logging.INFO)
+    for library in ("huggingface_hub", "datasets"):  # they print their lines themselves
+        logging.getLogger(library).propagate = False
     try:
         if options.pop("quiet", False) is True:
             from usdm_sft.utils.progress import disable_progress_bars

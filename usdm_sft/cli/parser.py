@@ -128,6 +128,8 @@ class Parser(ArgumentParser):
                 f"{config[1]} is {config[2]}: give names and values, such as {{user_role: Caller}}, a YAML file such as "
                 f"./template.yaml, or one of {', '.join(list_presets())}"
             )
+        if config := re.match(r'Parser key "card":.*?\'(.+?)\'', message, re.DOTALL):
+            return f"card is {config[1]}: give names and values, such as {{license: cc-by-4.0}}, or a YAML file such as ./card.yaml"
         if command := re.match(r"argument command: invalid choice: '(.*)' \(choose from ", message, re.DOTALL):
             return f"there is no command {command[1]!r}{_did_you_mean(command[1], [*self._commands()])}: choose one of {', '.join(self._commands())}"
         if 'expected "command" to be one of' in message:

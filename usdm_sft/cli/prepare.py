@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from usdm_sft.folder.own_parts import Card
 from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.template.config import Template
 from usdm_sft.utils.errors import find_full_disk
@@ -20,7 +21,8 @@ _DOCTOR = "'dailytalk-usdm doctor' with the same options checks the whole set-up
 
 def make_config(options: Mapping[str, Any]) -> PrepareConfig:
     """Make the config from the options of the command line."""
-    return PrepareConfig(**{**options, "template": Template(**options.get("template", {}))})
+    groups = {"template": Template(**options.get("template", {})), "card": Card(**options.get("card", {}))}
+    return PrepareConfig(**{**options, **groups})
 
 
 def prepare(**options: Any) -> None:

@@ -44,6 +44,12 @@ def is_hub_corpus(data_dir: Any) -> bool:
     return str(data_dir).startswith(PREFIX)
 
 
+def split_name(name: str) -> tuple[str, str | None]:
+    """Split "hub:USER/NAME@REVISION" into the repository and the revision, or None where no revision is named."""
+    repository, at, revision = name.removeprefix(PREFIX).partition("@")
+    return repository, revision if at else None
+
+
 def fetch_corpus(name: str, cache_dir: str | Path | None = None, *, with_units: bool = False) -> dict[str, Path]:
     """Load a dataset from the Hub and write its recordings to files in the cache, once.
 
@@ -57,33 +63,40 @@ def fetch_corpus(name: str, cache_dir: str | Path | None = None, *, with_units: 
 
     Raises:
         OSError: The dataset cannot be loaded.
-        ValueError: A column of a manifest is missing, or a folder here has the name of the dataset.
+        ValueError: A column of a manifest is missing, a folder here has the name of the dataset, or the revision does not exist.
         CorpusError: A row names audio outside the dataset; the message names each such row.
     """
     import datasets  # slow to import, and needed for a corpus on the Hub only
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
-    repository, _, revision = name.removeprefix(PREFIX).partition("@")
+    from usdm_sft.utils.hub import check_revision, hub_errors, size_on_hub
+
+    repository, revision = split_name(name)
     if Path(repository).exists():  # datasets would read it in place of the dataset on the Hub
         raise ValueError(
             f"{PREFIX}{repository} names a dataset of the Hub, but {Path(repository).resolve()} exists here and would be "
             "read in its place: run the command in another folder"
         )
+    check_revision(revision)
     try:
-        builder = datasets.load_dataset_builder(repository, revision=revision or None)
+        builder = datasets.load_dataset_builder(repository, revision=revision)
         if UTTERANCES in builder.builder_configs:
-            builder = datasets.load_dataset_builder(repository, UTTERANCES, revision=revision or None)
+            builder = datasets.load_dataset_builder(repository, UTTERANCES, revision=revision)
         check_data_files(repository, builder.config.data_files)
         builder.download_and_prepare()
         splits = builder.as_dataset()
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:
         if isinstance(error, CorpusError):
             raise
-        reason = first_line(error.__cause__ or error)  # datasets itself says no more than that an error occurred
-        raise OSError(
-            f"dataset {repository} cannot be loaded from the Hub ({reason}): check its name and the network"
-        ) from error
+        intro = f"dataset {repository} cannot be loaded: "
+        with hub_errors(repository, revision, repo_type="dataset", intro=intro):
+            if not isinstance(error, OSError | ValueError | datasets.exceptions.DatasetsError):
+                raise
+            # datasets replaces most errors of the Hub by one without the reason: ask the Hub again.
+            size_on_hub(repository, "README.md", "dataset", revision=revision, timeout=10)
+            reason = first_line(error.__cause__ or error)  # datasets itself says no more than that an error occurred
+            raise OSError(f"{intro}{reason}: correct the dataset, or name another one") from error
     cache = cache_root(cache_dir)
     files = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="dataset")).resolve()
     return {

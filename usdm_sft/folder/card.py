@@ -29,9 +29,11 @@ from usdm_sft.corpus.features import (
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.folder.example_picture import EXAMPLE, read_example
 from usdm_sft.folder.layout import CAPTIONS, read_columns
+from usdm_sft.folder.own_parts import BLOCKS, DAILYTALK_METADATA, FILL_IN, OTHER_METADATA, WRITE_HERE
 from usdm_sft.folder.statistics import count_dropped, count_too_long
 from usdm_sft.template.config import OFFLINE, PARTS, REFERENCE
 from usdm_sft.template.parts import ROW_PARTS
+from usdm_sft.template.special_tokens import CORRESPOND_TOKEN
 from usdm_sft.template.streams import UnitStreams, read_streams
 from usdm_sft.template.tokenizer import NUM_UNITS
 from usdm_sft.template.view import format_example
@@ -47,16 +49,6 @@ TASKS = {  # labelled part -> the Hub's name of the task that it trains
 }
 TAGS = ["spoken-dialog", "speech-units", "usdm"]
 SHOWN_REASONS = 20  # left-out dialogs, pairs and rows; counts.json has all of them
-
-# The texts come from DailyDialog, whose licence is more restrictive than DailyTalk's own.
-DAILYTALK_METADATA = {
-    "language": "en",
-    "license": "other",
-    "license_name": "cc-by-sa-4.0-with-texts-from-cc-by-nc-sa-4.0",
-    "license_link": "https://github.com/keonlee9420/DailyTalk",
-    "pretty_name": "DailyTalk for USDM",
-}
-OTHER_METADATA = {"license": "unknown", "pretty_name": "Spoken dialogs for USDM"}
 
 LENGTHS_OF_TURNS = "Length of the rows in tokens and of the turns in seconds."
 
@@ -129,8 +121,13 @@ def make_card(
         and "ids" not in tokenizer_counts,
         is_offline_tokenizer=tokenizer_counts["name"] == OFFLINE,
         vocabulary=tokenizer.get_vocab_size(),
+        base_model=tokenizer_counts.get("base_model"),
+        first_new=_find_first_new(tokenizer),
         has_emotions=any(emotion for summary in counts["statistics"].values() for emotion in summary["emotions"]),
         shown_reasons=SHOWN_REASONS,
+        blocks=BLOCKS,
+        fill_in=FILL_IN,
+        write_here=WRITE_HERE,
         number=_number,
         plural=count_noun,
         count_too_long=count_too_long,
@@ -142,6 +139,14 @@ def make_card(
         example_picture=EXAMPLE,
     )
     return f"{card}\n"
+
+
+def _find_first_new(tokenizer: Tokenizer) -> int | None:
+    """Return the first id that `add_units` added: padding and newline come before `<|correspond|>`, where the base has neither."""
+    first: int | None = tokenizer.token_to_id(CORRESPOND_TOKEN)
+    while first and tokenizer.id_to_token(first - 1) in ("<pad>", "\n"):
+        first -= 1
+    return first
 
 
 def _make_info(

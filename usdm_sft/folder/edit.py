@@ -29,6 +29,7 @@ from usdm_sft.folder.layout import (
     read_counts,
     read_layout,
 )
+from usdm_sft.folder.own_parts import CARD, read_card
 from usdm_sft.folder.parquet import Utterance
 from usdm_sft.folder.rows import count_processes, divide_files, iter_utterances
 from usdm_sft.folder.statistics import DROPPED, SplitStatistics
@@ -142,7 +143,7 @@ def edit(
             return finished
         shards, config = settings.get("num_output_shards"), counts["config"]
         more: dict[str, Any] = {"key": key, "num_output_shards": shards, "utterances": utterances or None}
-        return write_folder(output, config, rows, tokenizer, edited, pool, **more)
+        return write_folder(output, config, rows, tokenizer, edited, pool, cards=[read_card(folder / CARD)], **more)
 
 
 def _read_ids(drop: str | Path, key: str) -> set[str]:

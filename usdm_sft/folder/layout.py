@@ -27,13 +27,14 @@ from filelock import FileLock
 
 from usdm_sft.audio.frames import Framing, framing_of
 from usdm_sft.corpus.manifest import UTTERANCES
+from usdm_sft.folder.own_parts import has_digest
 from usdm_sft.template.chat import ChatIds, Frames
 from usdm_sft.template.config import MAX_UNITS, Template
 from usdm_sft.template.parts import RowLayout
 from usdm_sft.template.special_tokens import TemplateTokens
 from usdm_sft.template.streams import read_streams
 from usdm_sft.template.tokenizer import ustm_tokens
-from usdm_sft.utils.files import remove_path, sha256_file
+from usdm_sft.utils.files import remove_path
 from usdm_sft.utils.locks import file_lock, require_locks
 
 logger = logging.getLogger(__name__)
@@ -205,7 +206,8 @@ def find_finished(folder: Path, counts: Mapping[str, Any], *, overwrite: bool) -
     """
     found = _read_known_counts(folder)
     if found.get("key") == counts["key"] and all(
-        (folder / name).is_file() and sha256_file(folder / name) == digest for name, digest in found["files"].items()
+        (folder / name).is_file() and has_digest(folder / name, digest, counts["corpus"])
+        for name, digest in found["files"].items()
     ):
         remove_path(folder / UNFINISHED)
         logger.info("%s is finished already, with the same settings and data: nothing was done", folder)

@@ -35,8 +35,8 @@ from usdm_sft.corpus.find import find_lists
 from usdm_sft.corpus.left_out import clip_address
 from usdm_sft.corpus.read import Rules, read_corpus
 from usdm_sft.corpus.unit_reader import UnitReader
-from usdm_sft.folder.card import DAILYTALK_METADATA, OTHER_METADATA
 from usdm_sft.folder.layout import COUNTS, read_counts, read_layout
+from usdm_sft.folder.own_parts import DAILYTALK_METADATA, OTHER_METADATA
 from usdm_sft.folder.rows import expand_rows, read_rows
 from usdm_sft.template.config import PARTS
 from usdm_sft.template.parts import ROW_PARTS, RowLayout, find_parts

@@ -19,7 +19,6 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 import numpy as np
 import pyarrow.parquet as pq
 from huggingface_hub import constants
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, but its stubs do not export it
 
 from usdm_sft import __version__
 from usdm_sft.audio.reading import AudioError
@@ -32,7 +31,7 @@ from usdm_sft.template.chat import lay_out_messages
 from usdm_sft.template.parts import ROW_PARTS, RowLayout, list_parts
 from usdm_sft.template.tokenizer import load_tokenizer
 from usdm_sft.utils.files import replace_text
-from usdm_sft.utils.hub import hub_errors_in_one_line
+from usdm_sft.utils.hub import check_repository
 
 LOOPBACK = "127.0.0.1"
 PORT = 8765
@@ -277,8 +276,7 @@ def write_space(folder: str | Path, output: str | Path, repo_id: str, split: str
         FileNotFoundError: The folder, or one of its files, is missing.
         ValueError: The folder has no such split, a file is damaged, or the name of the repository is wrong.
     """
-    with hub_errors_in_one_line(repo_id, None):
-        validate_repo_id(repo_id)
+    check_repository(repo_id)
     folder, output = Path(folder).expanduser(), Path(output).expanduser()
     readme = output / _README
     if readme.exists() and "sdk: static" not in readme.read_text(encoding="utf-8", errors="replace"):

@@ -33,12 +33,13 @@ from usdm_sft.folder.layout import (
     read_framing,
     read_template,
 )
+from usdm_sft.folder.own_parts import CARD, OWN_PARTS, has_digest, plain_card, read_card
 from usdm_sft.folder.statistics import TOO_LONG, count_dropped
 from usdm_sft.folder.verify_rows import LIMIT, Check, CheckedRows, check_rows, check_turns
 from usdm_sft.folder.verify_utterances import check_utterances
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.streams import read_streams
-from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer
+from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer, read_base_model
 from usdm_sft.utils.files import sha256_file
 from usdm_sft.utils.processes import num_cores
 from usdm_sft.utils.texts import first_line
@@ -97,7 +98,8 @@ def verify(
         f"the files of split {split} have no rows" for split, found in checked.statistics.items() if not found.numbers
     )
     _raise_any(check_turns(checked))
-    _raise_any(chain(_check_counts(folder, counts, checked), _check_totals(folder, counts, checked, encoder)))
+    described = describe_tokenizer("", encoder.tokens, encoder.layout.chat, read_base_model(tokenizer))
+    _raise_any(chain(_check_counts(folder, counts, checked), _check_totals(folder, counts, checked, described)))
     if UTTERANCES in counts:
         _raise_any(check_utterances(folder, counts, checked, num_proc=num_proc))
     card_problems = _check_card(folder, counts, checked, tokenizer.backend_tokenizer)
@@ -115,7 +117,9 @@ def _raise_any(problems: Iterable[str]) -> None:
 
 def _check_files(folder: Path, counts: Mapping[str, Any]) -> Iterator[str]:
     with ThreadPoolExecutor(num_cores()) as threads:  # hashing lets other threads run
-        yield from filter(None, threads.map(partial(_check_file, folder), counts["files"], counts["files"].values()))
+        yield from filter(
+            None, threads.map(partial(_check_file, folder, counts), counts["files"], counts["files"].values())
+        )
     for part in (counts["config"], "tokenizer", PICTURES, UTTERANCES):
         for path in sorted((folder / part).rglob("*")):
             if path.is_file() and path.relative_to(folder).as_posix() not in counts["files"]:
@@ -125,14 +129,15 @@ def _check_files(folder: Path, counts: Mapping[str, Any]) -> Iterator[str]:
             yield f"{folder / COUNTS} names no file of split {split}"
 
 
-def _check_file(folder: Path, name: str, digest: Any) -> str | None:
+def _check_file(folder: Path, counts: Mapping[str, Any], name: str, digest: Any) -> str | None:
     if not _DIGEST.fullmatch(str(digest)):
         return f"{folder / COUNTS}: {name!r} has {digest!r} instead of a sha256"
     if not (folder / name).is_file():
         return f"{folder / name} is missing"
-    if (found := sha256_file(folder / name)) != digest:
-        return f"{folder / name} was changed: its sha256 is {found}, not {digest}"
-    return None
+    if has_digest(folder / name, digest, counts.get("corpus", "")):
+        return None
+    problem = f"{folder / name} was changed: its sha256 is {sha256_file(folder / name)}, not {digest}"
+    return f"{problem}; {OWN_PARTS}" if name == CARD else problem
 
 
 def _check_counts(folder: Path, counts: Mapping[str, Any], checked: CheckedRows) -> Iterator[str]:
@@ -152,12 +157,11 @@ def _check_counts(folder: Path, counts: Mapping[str, Any], checked: CheckedRows)
 
 
 def _check_totals(
-    folder: Path, counts: Mapping[str, Any], checked: CheckedRows, encoder: TemplateEncoder
+    folder: Path, counts: Mapping[str, Any], checked: CheckedRows, tokenizer: Mapping[str, Any]
 ) -> Iterator[str]:
     """Check the numbers of counts.json that follow from turns, from what was left out, and from the tokenizer."""
     path = folder / COUNTS
     settings = counts["settings"]
-    tokenizer = describe_tokenizer("", encoder.tokens, encoder.layout.chat)
     found = counts.get("tokenizer")
     if not isinstance(found, dict) or found | {"name": None} != json.loads(json.dumps(tokenizer)):
         yield f"{path}: tokenizer is not that of the folder: {PREPARE_AGAIN}"
@@ -216,8 +220,8 @@ def _check_card(folder: Path, counts: Mapping[str, Any], checked: CheckedRows, t
 
     A version of huggingface_hub may write YAML in another form, so that its values are compared.
     """
-    path = folder / "README.md"
-    found, text = _split_card(path.read_text(encoding="utf-8"))
+    path = folder / CARD
+    found, text = _split_card(plain_card(read_card(path), counts["corpus"]))
     infos = found["dataset_info"]
     other_info = infos[1:] if isinstance(infos, list) else ()  # not derived again: the size of the recordings in memory
     try:
@@ -225,13 +229,13 @@ def _check_card(folder: Path, counts: Mapping[str, Any], checked: CheckedRows, t
     except (LookupError, TypeError, AttributeError, ValueError, UndefinedError) as error:
         yield f"{folder / COUNTS} does not have all that the card says ({first_line(error)}): {PREPARE_AGAIN}"
         return
-    metadata, expected = _split_card(card)
+    metadata, expected = _split_card(plain_card(card, counts["corpus"]))
     different = sorted(name for name in found.keys() | metadata.keys() if found.get(name) != metadata.get(name))
     if different or text != expected:
         where = f"in its YAML ({', '.join(different)})" if different else "in its text"
         if "configs" in different:  # `_read_card` has compared the rest of them
             where += ", which does not hold the digest of its data files, so that load_dataset may give cached rows of other files"
-        yield f"{path} is not the card of this folder, it differs {where}: restore it, or {PREPARE_AGAIN}"
+        yield f"{path} is not the card of this folder, it differs {where}: restore it, or {PREPARE_AGAIN}; {OWN_PARTS}"
 
 
 def _split_card(card: str) -> tuple[dict[str, Any], str]:

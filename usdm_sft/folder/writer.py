@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.folder.card import make_card
 from usdm_sft.folder.example_picture import draw_example, read_example
 from usdm_sft.folder.layout import COUNTS, PICTURES, UNFINISHED, open_unfinished, read_columns, read_layout
+from usdm_sft.folder.own_parts import CARD, EMPTY_CARD, Card, fill_in, plain_digest, read_card
 from usdm_sft.folder.parquet import write_parquet, write_utterances
 from usdm_sft.folder.pictures import draw_pictures
 from usdm_sft.template.tokenizer import save_tokenizer
@@ -34,6 +35,8 @@ def write_folder(
     key: str,
     num_output_shards: int | None = None,
     utterances: Mapping[str, SplitUtterances] | None = None,
+    card_options: Card = EMPTY_CARD,
+    cards: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write all files into a hidden folder inside the output folder, then move them into place, counts.json last.
 
@@ -48,6 +51,8 @@ def write_folder(
         key: Key of all rows. Parquet files of an interrupted run that had the same key are kept, if the pool finds them.
         num_output_shards: As in `write_parquet`.
         utterances: The config `utterances` by split, if the folder keeps the audio.
+        card_options: What the publisher says in the card; the publisher's own parts of an earlier card stay.
+        cards: Other cards whose own parts are kept, where the earlier one does not have them.
 
     Returns:
         The counts as written.
@@ -72,7 +77,9 @@ def write_folder(
     counts["files"] = {path.relative_to(unfinished).as_posix(): sha256 for path, sha256 in digests.items()}
     num_bytes = {split: each.num_bytes for split, each in written.items()}
     card = make_card(config_name, num_bytes, counts, files, backend, other_info)
-    (unfinished / "README.md").write_text(card, encoding="utf-8")
+    digests[unfinished / CARD] = plain_digest(card, counts["corpus"])
+    earlier = [read_card(folder / CARD)] if (folder / CARD).is_file() else []
+    (unfinished / CARD).write_text(fill_in(card, card_options, *earlier, *cards), encoding="utf-8")
     names = {path.relative_to(unfinished).as_posix(): path for path in unfinished.rglob("*") if path.is_file()}
     counts["files"] = {name: digests.get(path) or sha256_file(path) for name, path in sorted(names.items())}
     replace_text(unfinished / COUNTS, json.dumps(counts, indent=2, ensure_ascii=False) + "\n")
@@ -86,6 +93,8 @@ def _move_into_place(unfinished: Path, folder: Path) -> None:
     sync_folder(folder)
     remove_path(folder / UTTERANCES)  # a run without `keep_audio` has none in their place
     for entry in sorted(unfinished.iterdir(), key=lambda path: path.name == COUNTS):
-        remove_path(folder / entry.name)
-        replace_path(entry, folder / entry.name)
+        target = folder / entry.name
+        if entry.is_dir() or (target.is_dir() and not target.is_symlink()):  # a file takes the place of one at once
+            remove_path(target)
+        replace_path(entry, target)
     remove_path(folder / UNFINISHED)

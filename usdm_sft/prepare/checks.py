@@ -11,19 +11,15 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from huggingface_hub import HfApi, constants, get_hf_file_metadata, get_token, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is httpx's
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HTTPError,
-)
+from huggingface_hub import HfApi, constants, get_token, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from packaging.requirements import Requirement
 
 from usdm_sft.audio.digests import check_audio
 from usdm_sft.corpus.dailytalk import SPLIT_LISTS, SPLIT_LISTS_URL, check_not_swapped
 from usdm_sft.corpus.dialogs import Split
 from usdm_sft.corpus.find import describe_corpus, digest_list, find_lists
-from usdm_sft.corpus.hub_corpus import PREFIX, is_hub_corpus
+from usdm_sft.corpus.hub_corpus import is_hub_corpus, split_name
 from usdm_sft.corpus.left_out import find_remedy
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.corpus.read import describe_ignored, find_large_share, find_merge_remedy, read_corpus
@@ -49,6 +45,7 @@ from usdm_sft.units.settings import PrecisionName, make_settings
 from usdm_sft.units.tokenizer import open_for
 from usdm_sft.utils.cache_keys import cache_root
 from usdm_sft.utils.download import remote_size
+from usdm_sft.utils.hub import hub_errors, size_on_hub
 from usdm_sft.utils.locks import find_local_locks, require_locks
 from usdm_sft.utils.texts import count_noun, first_line, format_bytes
 
@@ -89,7 +86,7 @@ def run_check(subject: str, check: Callable[[], Lines]) -> Iterator[Finding]:
     """Yield the findings of a check. An error that the check raises becomes a finding, with the remedy of its message."""
     try:
         yield from (Finding(level, subject, message) for level, message in check())
-    except (OSError, ValueError, ImportError, RuntimeError, MemoryError, HTTPError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, MemoryError) as error:
         yield Finding("error", subject, first_line(error))
 
 
@@ -191,12 +188,10 @@ class SetUp:
             yield "ok", "offline mode is on (HF_HUB_OFFLINE), so that nothing is fetched"
             return
         try:
-            HfApi().model_info(USTM, timeout=TIMEOUT)
-        except HfHubHTTPError:
-            pass  # an answer of the server; the check of the tokenizer asks for the repository that is used
-        except (OSError, HTTPError) as error:
-            text = f"{constants.ENDPOINT} cannot be reached ({first_line(error)}): check the network and the proxy"
-            yield "warning", f"{text}, or set HF_HUB_OFFLINE=1 if all files are here"
+            with hub_errors(USTM):
+                _ask_for_any_answer()
+        except OSError as error:
+            yield "warning", f"{error}, or set HF_HUB_OFFLINE=1 if all files are here"
             return
         self.is_online = True
         if (token := get_token()) is None:
@@ -204,11 +199,10 @@ class SetUp:
             yield "ok", f"reachable; nobody is logged in ({needed})"
             return
         try:
-            name = HfApi().whoami(token)["name"]
-        except (OSError, HTTPError) as error:
-            reason = first_line(error).replace(token, "(token)")
-            text = f"reachable, but it does not accept the token ({reason}): run 'hf auth login', or correct HF_TOKEN"
-            yield "warning", text
+            with hub_errors("your account"):
+                name = HfApi().whoami(token)["name"]
+        except OSError as error:
+            yield "warning", f"reachable, but {error}"
         else:
             yield "ok", f"reachable; {name} is logged in"
 
@@ -228,8 +222,10 @@ class SetUp:
             yield "ok", f"{name} {ids} {encoder.num_units:,} units"
         elif not self.is_online:
             yield _unreachable(name, f"--pretrained_model_name_or_path and a folder, or {OFFLINE}")
+        elif (size := _size_on_hub(name, "tokenizer.json")) is not None:
+            yield _to_download(name, size)
         else:
-            yield _to_download(name, _size_on_hub(name, "tokenizer.json"))
+            yield "error", f"the repository {name} holds no tokenizer.json: name one with a fast tokenizer"
 
     def check_unit_model(self) -> Lines:
         """Check the files of the unit model, or find out how large its download is."""
@@ -257,12 +253,11 @@ class SetUp:
             yield _unreachable(name, "--unit_model and a folder")
         else:
             for files in ((DESCRIPTION, *FILES), ("config.json", "model.safetensors", CODEC_FILES[0])):
-                try:
-                    self.model_bytes = sum(_size_on_hub(name, file) for file in files)
-                except EntryNotFoundError:
-                    continue
-                yield _to_download(name, self.model_bytes)
-                return
+                sizes = [_size_on_hub(name, file) for file in files]
+                if None not in sizes:
+                    self.model_bytes = sum(filter(None, sizes))
+                    yield _to_download(name, self.model_bytes)
+                    return
             remedy = "upload a folder that 'dailytalk-usdm convert' made"
             yield "error", f"the repository {name} holds no {DESCRIPTION} and is not one of a codec: {remedy}"
 
@@ -273,8 +268,9 @@ class SetUp:
             return
         if is_hub_corpus(name):
             if self.is_online:
-                repository, _, revision = name.removeprefix(PREFIX).partition("@")
-                HfApi().dataset_info(repository, revision=revision or None, timeout=TIMEOUT)
+                repository, revision = split_name(name)
+                with hub_errors(repository, revision, repo_type="dataset"):
+                    size_on_hub(repository, "README.md", "dataset", revision=revision, timeout=TIMEOUT)
                 yield "ok", f"{name} is on the Hub; prepare downloads and checks it"
             else:
                 yield "warning", f"{name} cannot be looked at without the Hub: check the network"
@@ -427,8 +423,18 @@ def _find_existing(folder: Path) -> Path:
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
-def _size_on_hub(repository: str, file: str) -> int:
-    return get_hf_file_metadata(hf_hub_url(repository, file), token=get_token(), timeout=TIMEOUT).size or 0
+def _ask_for_any_answer() -> None:
+    """Ask the Hub for a public repository. A refusal is an answer, too; other checks ask for what the run needs."""
+    try:
+        HfApi().model_info(USTM, timeout=TIMEOUT)
+    except HfHubHTTPError as error:
+        if error.response.status_code not in (401, 403, 404):
+            raise
+
+
+def _size_on_hub(repository: str, file: str) -> int | None:
+    with hub_errors(repository):
+        return size_on_hub(repository, file, timeout=TIMEOUT)
 
 
 def _to_download(name: str, size: int) -> tuple[Level, str]:

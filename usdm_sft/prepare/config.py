@@ -17,6 +17,7 @@ from usdm_sft.corpus.dialogs import CorpusName
 from usdm_sft.corpus.examples import SINGLE_TURN, check_config
 from usdm_sft.corpus.hub_corpus import is_hub_corpus
 from usdm_sft.corpus.read import Rules, check_rules
+from usdm_sft.folder.own_parts import EMPTY_CARD, Card
 from usdm_sft.template.config import (
     EXPECTED_LOSS,
     EXPECTED_PARTS,
@@ -49,6 +50,7 @@ _EXPECTED = {
     dict: 'names and values, such as {partition: NAME, time: "04:00:00"}',
     tuple: EXPECTED_LOSS,
     Template: "a dailytalk_usdm.Template, such as Template(loss=('user_text',))",
+    Card: "a dailytalk_usdm.Card, such as Card(license='cc-by-4.0')",
 }
 
 
@@ -271,6 +273,9 @@ class OutputOptions:
     """Put the recordings into the folder as well, as a second config named utterances: one row for each turn, with text, audio and
     units. The pushed folder is then a corpus (data_dir hub:USER/NAME), and the viewer of the Hub plays it. It has the size of
     the audio. The card says what publishing it means."""
+
+    card: Card = EMPTY_CARD
+    """What the publisher says in the dataset card. It changes no digest, and a later run with other values writes only the card again."""
 
     overwrite: bool = False
     """Write into an output folder that holds something else. Its README.md, counts.json, pictures, tokenizer, utterances and the

@@ -30,7 +30,7 @@ from usdm_sft.prepare.given_units import GivenUnits, check_recordings
 from usdm_sft.prepare.overflow import choose_overflow
 from usdm_sft.prepare.plan import Plan, plan_shards
 from usdm_sft.template.encoder import TemplateEncoder
-from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer
+from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer, read_base_model
 from usdm_sft.units.precision import check_cpu
 from usdm_sft.units.published import find_unit_model
 from usdm_sft.units.source import UnitSource
@@ -259,7 +259,10 @@ def describe_run(run: Run) -> dict[str, Any]:
         "corpus": describe_corpus(lists, builder.list_digests, config.corpus),
         "unit_model": units.describe(),
         "tokenizer": describe_tokenizer(
-            str(config.pretrained_model_name_or_path), run.encoder.tokens, run.encoder.layout.chat
+            str(config.pretrained_model_name_or_path),
+            run.encoder.tokens,
+            run.encoder.layout.chat,
+            read_base_model(run.tokenizer),
         ),
         "num_units": units.num_units,
         "settings": {

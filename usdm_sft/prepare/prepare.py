@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usdm_sft.folder.layout import find_finished, lock_output
+from usdm_sft.folder.own_parts import check_options, update_card
 from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.prepare.given_units import GivenUnits, write_given_units
 from usdm_sft.prepare.open_run import Run, describe_run, load_rows, open_run
@@ -110,8 +111,10 @@ def _make(config: PrepareConfig, stages: Stages, pool: ProcessPool | TaskPool) -
     """
     run = open_run(config, stages, pool=pool)
     counts = describe_run(run)
+    check_options(config.card, counts["corpus"])
     with lock_output(run.output):
         if (finished := find_finished(run.output, counts, overwrite=config.overwrite)) is not None:
+            update_card(run.output, config.card)
             return finished, False
     stages.start("rows")
     rows = load_rows(run.builder)
@@ -133,6 +136,7 @@ def _make(config: PrepareConfig, stages: Stages, pool: ProcessPool | TaskPool) -
     with lock_output(run.output), quiet():
         # Another run may have finished the folder meanwhile, and is replaced only with `overwrite`.
         if (finished := find_finished(run.output, counts, overwrite=config.overwrite)) is not None:
+            update_card(run.output, config.card)
             return finished, False
         counts = write_folder(
             run.output,
@@ -144,6 +148,7 @@ def _make(config: PrepareConfig, stages: Stages, pool: ProcessPool | TaskPool) -
             key=cache_key(counts["key"], sorted(shard.path.name for shard in tokens)),
             num_output_shards=config.num_output_shards,
             utterances=utterances if config.keep_audio else None,
+            card_options=config.card,
         )
     return counts, True
 

@@ -14,11 +14,12 @@ import hashlib
 import importlib.resources
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from usdm_sft.template.chat import ChatIds
@@ -34,6 +35,7 @@ from usdm_sft.template.special_tokens import (
     unit_token,
     without_padding,
 )
+from usdm_sft.utils.hub import hub_errors
 from usdm_sft.utils.texts import first_line
 
 if TYPE_CHECKING:
@@ -46,6 +48,9 @@ NEWLINE = 13  # <0x0A>, the token of every newline
 SPACE = 28705  # a single "▁"
 CONTINUE, CORRESPOND, UNIT_0 = 32000, 32001, 32002
 NUM_UNITS = 10_000
+
+_BASE_MODEL = "base_model"  # in tokenizer_config.json
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 
 MODEL_SHA256 = "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055"
 
@@ -201,6 +206,8 @@ def build_tokenizer(
         raise ValueError(f"num_units is {num_units}: give a number from 1 to {MAX_UNITS}")
     if str(base) != OFFLINE:
         opened = _open_tokenizer(str(base), None, {"cache_dir": model_cache_dir, "repo_type": "model"}, instead="")
+        if not Path(base).expanduser().is_dir():  # paths stay private
+            opened.init_kwargs[_BASE_MODEL] = str(base)
         with naming_errors(str(base), instead=""):
             return add_units(opened, num_units, str(base))
     try:
@@ -263,53 +270,77 @@ def _legacy_tokenizer(processor: SentencePieceProcessor, num_units: int) -> Toke
     return tokenizer
 
 
-def describe_tokenizer(name_or_path: str | Path, tokens: TemplateTokens, chat: ChatIds | None = None) -> dict[str, Any]:
+def read_base_model(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """Return the repository of the model whose tokenizer got the units, where `build_tokenizer` has recorded it."""
+    name = tokenizer.init_kwargs.get(_BASE_MODEL)
+    return name if isinstance(name, str) and _REPOSITORY.fullmatch(name) else None
+
+
+def describe_tokenizer(
+    name_or_path: str | Path, tokens: TemplateTokens, chat: ChatIds | None = None, base_model: str | None = None
+) -> dict[str, Any]:
     """Describe a tokenizer.
 
     Args:
         name_or_path: The argument of `load_tokenizer`.
         tokens: Its ids of the template.
         chat: Those of its chat template, where this is used.
+        base_model: Its base model, as `read_base_model` returns it.
 
     Returns:
         JSON values: `name` (None for a folder, because paths stay private), `num_units`, `ids` where `tokens` are not USTM's, and `chat`
-        where it is given.
+        and `base_model` where they are given.
     """
     is_folder = str(name_or_path) != OFFLINE and Path(name_or_path).expanduser().is_dir()
     ids: dict[str, Any] = {} if tokens == ustm_tokens(tokens.num_units) else {"ids": tokens._asdict()}
     if chat is not None:
         ids["chat"] = chat.frames._asdict() | {"stop_id": chat.stop_id}
+    if base_model is not None:
+        ids["base_model"] = base_model
     return {"name": None if is_folder else str(name_or_path), "num_units": tokens.num_units, **ids}
 
 
 def _open_tokenizer(
     name_or_path: str, subfolder: str | None, hub: dict[str, Any], *, instead: str = OR_OFFLINE
 ) -> PreTrainedTokenizerFast:
-    """Open tokenizer.json as it is; `hub` has the arguments of `hf_hub_download`. Raises what `load_tokenizer` raises.
+    """Open tokenizer.json as it is.
 
-    `instead` is the last remedy of errors; a base tokenizer has none, because USTM's tokenizer cannot take its place.
+    Args:
+        name_or_path: The argument of `load_tokenizer`, as well as `subfolder`.
+        hub: The arguments of `hf_hub_download`.
+        instead: The last remedy of errors; a base tokenizer has none, because USTM's tokenizer cannot take its place.
+
+    Raises:
+        OSError, ValueError: As `load_tokenizer`.
     """
     name_or_path = os.path.expanduser(name_or_path)
-    source = _find_source(name_or_path, subfolder, hub, instead)
-    from transformers import PreTrainedTokenizerFast
-
     place = f"{name_or_path}/{subfolder}" if subfolder else name_or_path
     options: dict[str, Any] = {"revision": hub.get("revision") or "main", "token": hub.get("token")}
-    try:
-        with naming_errors(place, instead):
-            tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
-                source, cache_dir=hub["cache_dir"], **options
-            )
-    except OSError:
-        raise
-    except Exception as error:  # transformers and tokenizers raise many types for a malformed file
-        raise ValueError(
-            f"{place} has a tokenizer that cannot be opened ({first_line(error)}): download it again{instead}"
-        ) from error
+    with hub_errors(
+        name_or_path,
+        hub.get("revision"),
+        repo_type=hub["repo_type"],
+        intro=f"tokenizer {name_or_path} is not a folder, and ",
+        outro=instead and f"; {instead.removeprefix(', ')}, which is built offline",
+    ):
+        source = _find_source(name_or_path, subfolder, hub)
+        from transformers import PreTrainedTokenizerFast
+
+        try:
+            with naming_errors(place, instead):
+                tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
+                    source, cache_dir=hub["cache_dir"], **options
+                )
+        except OSError:
+            raise
+        except Exception as error:  # transformers and tokenizers raise many types for a malformed file
+            raise ValueError(
+                f"{place} has a tokenizer that cannot be opened ({first_line(error)}): download it again{instead}"
+            ) from error
     return tokenizer
 
 
-def _find_source(name_or_path: str, subfolder: str | None, hub: dict[str, Any], instead: str) -> str:
+def _find_source(name_or_path: str, subfolder: str | None, hub: dict[str, Any]) -> str:
     """Return what transformers opens: a folder, or the name of a model repository. It has no names for dataset repositories.
 
     A source without tokenizer.json is refused, because transformers would convert other files, to other ids.
@@ -321,11 +352,11 @@ def _find_source(name_or_path: str, subfolder: str | None, hub: dict[str, Any], 
         return str(folder)
     try:
         hf_hub_download(name_or_path, "tokenizer.json", subfolder=subfolder, **hub)
-    except (OSError, HFValidationError) as error:
-        raise OSError(
-            f"tokenizer {name_or_path} is not a folder and cannot be fetched from the Hub ({first_line(error)}): check the "
-            f"name and the network{instead and f'{instead}, which is built offline'}"
-        ) from error
+    except LocalEntryNotFoundError:  # the Hub was not asked, or did not answer
+        raise
+    except EntryNotFoundError:
+        where = f"folder {subfolder} of {name_or_path}" if subfolder else name_or_path
+        raise FileNotFoundError(f"{where} on the Hub has no tokenizer.json: name one with a fast tokenizer") from None
     if subfolder is None and hub["repo_type"] == "model":
         return name_or_path
     files = [f"{subfolder}/{name}" if subfolder else name for name in ("*.json", "chat_template.jinja")]

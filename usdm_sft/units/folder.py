@@ -12,13 +12,13 @@ from typing import IO, Any
 
 import numpy as np
 from huggingface_hub import CommitOperationAdd, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # a re-export
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, but its stubs do not export it
 
 from usdm_sft.units.batches import NORMALIZATIONS
 from usdm_sft.units.families import CODECS, is_codec, is_known, takes_log_mel
 from usdm_sft.utils.files import SUFFIX, read_json, remove_path, replace_path
-from usdm_sft.utils.texts import first_line
+from usdm_sft.utils.hub import hub_errors
 
 FILES = ("config.json", "model.safetensors", "kmeans.npy")
 DESCRIPTION = "unit_model.json"
@@ -267,21 +267,9 @@ def _is_repository_id(name: str) -> bool:
 def _download(
     repository: str, revision: str | None, token: str | bool | None, model_cache_dir: str | Path | None
 ) -> Path:
-    try:
-        folder = Path(
-            snapshot_download(
-                repository,
-                revision=revision,
-                token=token,
-                cache_dir=model_cache_dir,
-                allow_patterns=[DESCRIPTION, *FILES, *CODEC_FILES],
-            )
-        )
-    except (OSError, HTTPError) as error:  # without network, repository, revision or permission; or with a broken proxy
-        raise OSError(
-            f"{repository} is not a folder and cannot be downloaded from the Hub ({first_line(error)}): "
-            "correct the name or the revision, or check the network and the token"
-        ) from error
+    options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": model_cache_dir}
+    with hub_errors(repository, revision, intro=f"unit model {repository} is not a folder, and "):
+        folder = Path(snapshot_download(repository, allow_patterns=[DESCRIPTION, *FILES, *CODEC_FILES], **options))
     if not (folder / DESCRIPTION).is_file() and not holds_codec(folder):
         raise FileNotFoundError(
             f"the repository {repository} holds no {DESCRIPTION} and is not one of a codec that transformers has: upload a folder that "

@@ -37,7 +37,7 @@ from usdm_sft.units.precision import check_cpu
 from usdm_sft.units.published import describe_unit_model
 from usdm_sft.units.reading import AudioReader, Source, choose_read
 from usdm_sft.units.settings import make_settings
-from usdm_sft.utils.hub import create_repository, hub_errors_in_one_line
+from usdm_sft.utils.hub import check_repository, create_repository, hub_errors
 
 if TYPE_CHECKING:
     from usdm_sft.units.codecs import CodecModel
@@ -178,8 +178,9 @@ class UnitTokenizer:
             ValueError: A file was changed since the unit model was opened; or the repository is public though `private` is True.
             OSError: The Hub refuses the push or cannot be reached, or offline mode is on.
         """
+        check_repository(repo_id)
         additions, api = list_additions(self.folder, self.digest), HfApi(token=token)
-        with hub_errors_in_one_line(repo_id, revision):
+        with hub_errors(repo_id, revision, writes=True):
             create_repository(api, repo_id, "model", private=private, branch=None if create_pr else revision)
             commit = api.create_commit(
                 repo_id, additions, commit_message=commit_message, revision=revision, create_pr=create_pr
