@@ -85,23 +85,6 @@ def vbr_without_a_tag():
     return b"".join(frames), 576 * len(frames)
 
 
-def test_vbr_mp3_that_libsndfile_reads_in_part_is_refused(tmp_path):
-    content, there = vbr_without_a_tag()
-    with soundfile.SoundFile(io.BytesIO(content)) as sound:
-        estimate = sound.frames
-    assert estimate < 0.9 * there
-    said = (
-        f"has no Xing tag with its length, and libsndfile reads only {estimate:,} of {there:,} samples "
-        "(write it again as FLAC or WAV)"
-    )
-    assert result(content, tmp_path) == said
-    for start in (0.5, 5):  # before and after the end of the estimate
-        segment = format_address(str(tmp_path / "recording.bin"), start, start + 0.5)
-        assert check_audio(segment).problem == said
-        with pytest.raises(AudioError, match="has no Xing tag with its length"):
-            read_audio(segment)
-
-
 def test_mp3_one_after_the_other(tmp_path):
     content = cbr()
     assert result(content, tmp_path) == 72_000
@@ -203,14 +186,6 @@ def test_damaged_ogg_is_refused(tmp_path, codec):
         "is cut short (its last Ogg page is not marked as the end)"
     )
     assert result(content + bytes(100), tmp_path) == 144_000
-
-
-@pytest.mark.parametrize(("first", "second"), [("VORBIS", "VORBIS"), ("OPUS", "OPUS"), ("VORBIS", "OPUS")])
-def test_chained_ogg_is_refused(tmp_path, first, second):
-    chained = ogg(first, 2) + ogg(second, 2, seed=1)
-    assert result(chained, tmp_path).startswith(
-        "holds several Ogg streams one after the other, of which only the first"
-    )
 
 
 # FLAC
@@ -439,10 +414,7 @@ def test_file_that_a_program_writes_to_a_pipe(tmp_path, command):
     soundfile.write(tmp_path / "a.wav", noise(3, rate=rate, scale=0.1), rate)
     done = subprocess.run(command.format(tmp_path / "a.wav").split(), stdout=subprocess.PIPE, check=True)
     found = result(done.stdout, tmp_path)
-    if " -V4 " in command or "--abr" in command:
-        assert found == 48_000 or found.startswith("has no Xing tag with its length")
-    else:
-        assert 48_000 <= found <= 48_000 + 3 * 1152  # MP3 without a tag has the encoder's delay at both ends
+    assert 48_000 <= found <= 48_000 + 3 * 1152  # MP3 without a tag has the encoder's delay at both ends
 
 
 @pytest.mark.oracle
@@ -450,10 +422,10 @@ def test_file_that_a_program_writes_to_a_pipe(tmp_path, command):
     ("name", "expected"),
     [
         ("s.wav", 47_453),
-        ("r1.mp3", "has no Xing tag with its length, and libsndfile reads only 31,081 of 48,960 samples"),
-        ("r1b.mp3", "has no Xing tag with its length, and libsndfile reads only 34,965 of 48,960 samples"),
+        ("r1.mp3", 48_960),
+        ("r1b.mp3", 48_960),
         ("r2.mp3", "holds 171 MPEG frames, of which its header counts only 85"),
-        ("r2.ogg", "holds several Ogg streams one after the other, of which only the first can be read"),
+        ("r2.ogg", 94_906),
         ("r3.mp3", "is cut short (its header promises 47,453 samples, "),
         ("r4.flac", 47_453),
         ("r5.aiff", "is cut short (its header promises 94,906 bytes of samples, "),
