@@ -14,7 +14,7 @@ import soundfile
 
 from usdm_sft.audio.containers import AudioError
 from usdm_sft.audio.digests import AudioDigest, find_stamps
-from usdm_sft.corpus import dailytalk, examples, features, find, read
+from usdm_sft.corpus import dailytalk, examples, features, find, read, remote
 from usdm_sft.corpus import hub_corpus as hub
 from usdm_sft.corpus import left_out as bad_audio
 from usdm_sft.corpus.dialogs import FilePath, Split
@@ -79,12 +79,13 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
     exchange. Rows are in order of dialog number and turn. Audio is the path of the recording, never its bytes; symlinks are
     followed. DailyTalk's metadata.json is not read, because the split lists hold everything.
 
-    The constructor reads the lists and opens no recording. The audio is checked when rows are made, or when `screen_audio`,
+    The constructor reads the lists, downloads remote recordings and opens none. The audio is checked when rows are made, or when `screen_audio`,
     `corpus` or `audio_digests` is used.
 
     Args:
         data_dir: DailyTalk's folder (with `data/`), its `data` folder, or its zip archive. For another corpus, the folder with its
-            manifests (`usdm_sft.corpus.manifest`), where relative paths of its recordings start, or "hub:USER/NAME".
+            manifests (`usdm_sft.corpus.manifest`), where relative paths of its recordings start, or "hub:USER/NAME". The folder may be
+            remote, such as "s3://bucket/calls" (`usdm_sft.corpus.remote`).
         data_files: The split lists, such as `{"train": "train.txt", "test": "test.txt"}`, or manifests. By default those in or
             beside the folder, or else DailyTalk's own lists, which are downloaded once.
         base_path: As in `datasets.DatasetBuilder`.
@@ -140,7 +141,8 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
             kwargs["agent"] = str(kwargs["agent"])  # speakers are texts, also those that are numbers
         rules = read.Rules(kwargs.get("agent"), kwargs.get("merge_speaker_turns") or False)
         reader = make_reader(kwargs.get("unit_rate"), kwargs.get("num_units"), kwargs.get("streams"))
-        self.whole_corpus = read.read_corpus(self.split_lists, rules, data_dir=data_dir, units=reader)
+        corpus = read.read_corpus(self.split_lists, rules, data_dir=data_dir, units=reader)
+        self.whole_corpus = remote.fetch_recordings(corpus, digest_cache_dir)
         for split in self.whole_corpus.values():
             if not split.dialogs:
                 reasons = "; ".join(f"{dialog}: {reason}" for dialog, reason in split.left_out.items()) or "it is empty"

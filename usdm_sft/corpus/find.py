@@ -4,7 +4,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from usdm_sft.corpus import dailytalk, hub_corpus, manifest
+from usdm_sft.audio.addresses import is_remote
+from usdm_sft.corpus import dailytalk, hub_corpus, manifest, remote
 from usdm_sft.corpus.dailytalk import DAILYTALK, are_published_lists, check_data_dir
 from usdm_sft.corpus.dialogs import FilePath, Recipe
 
@@ -33,7 +34,8 @@ def find_lists(
     """Find the split list or manifest of each split.
 
     Args:
-        data_dir: The folder of the corpus, DailyTalk's zip archive, or "hub:USER/NAME"; None is the current folder.
+        data_dir: The folder of the corpus, DailyTalk's zip archive, "hub:USER/NAME", or the address of a remote manifest or folder of
+            manifests; None is the current folder.
         data_files: The lists by split, relative to `data_dir`. If None: the manifests in the folder, or else the split lists
             beside the data, or else DailyTalk's own lists, which are downloaded once.
         cache_dir: Where downloaded lists are kept; this package's cache by default.
@@ -50,14 +52,16 @@ def find_lists(
         OSError: DailyTalk's own lists cannot be downloaded.
     """
     is_on_hub = hub_corpus.is_hub_corpus(data_dir)
-    folder = Path() if is_on_hub else check_data_dir(data_dir or "")
+    folder = Path() if is_on_hub or is_remote(data_dir or "") else check_data_dir(data_dir or "")
     if data_files is not None and not is_on_hub:
-        lists = _name_lists(folder, data_files)
+        lists = _name_lists(folder, remote.fetch_named(data_files, cache_dir))
         if not (resolved and _is_guess(lists)):
             for split, files in lists.items():
                 if len(files) != 1:
                     raise ValueError(f"data_files names {len(files)} split lists for {split}: name one")
             return {split: files[0] for split, files in lists.items()}
+    if is_remote(data_dir or ""):
+        return remote.find_manifests(str(data_dir), cache_dir)
     found = (recipe.find(data_dir or "", cache_dir, may_download, with_units) for recipe in RECIPES)
     return next(filter(None, found), {})
 
@@ -80,7 +84,7 @@ def _is_guess(lists: Mapping[str, Sequence[Path]]) -> bool:
 
 def find_root(data_dir: FilePath | None, lists: Mapping[str, Path]) -> Path:
     """Return one absolute path for all spellings of `data_dir`; without it, the folder of the first split file."""
-    if data_dir is None or hub_corpus.is_hub_corpus(data_dir):
+    if data_dir is None or hub_corpus.is_hub_corpus(data_dir) or is_remote(data_dir):
         return next(iter(lists.values())).parent.resolve()
     root = Path(data_dir).expanduser()
     for recipe in dict.fromkeys(map(recipe_of, lists.values())):

@@ -22,7 +22,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from usdm_sft.audio.addresses import absolute_file, format_address
+from usdm_sft.audio.addresses import absolute_file, format_address, is_remote
 from usdm_sft.corpus.dialogs import FilePath, Recipe, Turns, Utterance
 from usdm_sft.corpus.problems import add_problem
 from usdm_sft.utils.texts import (
@@ -93,7 +93,7 @@ def read_manifest(
         path: The manifest.
         problems: Problems are appended to this list.
         data_dir: The folder where relative paths of recordings and archives (`zip://member::archive`) start; None, or the manifest
-            itself, for the manifest's own folder.
+            itself, for the manifest's own folder. Both may be remote.
         units: Reads the column `units`; None if it is ignored.
 
     Returns:
@@ -104,8 +104,7 @@ def read_manifest(
     turns = Turns(
         (lambda number: f"{path}: row {number}") if suffix == ".parquet" else lambda number: f"{path}:{number}"
     )
-    folder = Path(path if data_dir is None else data_dir).expanduser()
-    folder = folder.parent if folder.is_file() else folder
+    folder = recordings_folder(path, data_dir)
     absolute = lru_cache(1)(lambda file: absolute_file(file, folder))  # the turns of a telephone call follow each other
     for number, row in read(path, units is not None):
         if isinstance(row, str):
@@ -123,6 +122,15 @@ def read_manifest(
         for problem in made:
             add_problem(problems, f"{turns.place(number)}: {problem}")
     return turns
+
+
+def recordings_folder(path: Path, data_dir: FilePath | None) -> FilePath:
+    """Return the folder where relative paths of recordings start, as `read_manifest` describes it; it may be remote."""
+    if data_dir is not None and is_remote(data_dir):
+        url = str(data_dir).partition("?")[0].rstrip("/")
+        return url.rpartition("/")[0] if RECIPE.reads(Path(url)) else url
+    folder = Path(path if data_dir is None else data_dir).expanduser()
+    return folder.parent if folder.is_file() else folder
 
 
 def list_required(with_units: bool) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ import soundfile
 from markupsafe import Markup
 from tokenizers import Tokenizer
 
+from usdm_sft.audio.addresses import is_remote
 from usdm_sft.audio.frames import SAMPLE_RATE, UNITS_PER_SECOND
 from usdm_sft.audio.reading import read_waveform
 from usdm_sft.corpus import manifest
@@ -29,6 +30,7 @@ from usdm_sft.corpus.examples import first_turn
 from usdm_sft.corpus.features import ROLES, SPEECH, TEXTS, are_collapsed
 from usdm_sft.corpus.find import find_lists
 from usdm_sft.corpus.read import Rules, read_corpus
+from usdm_sft.corpus.remote import fetch_addresses
 from usdm_sft.corpus.streams import UnitReader, read_streams
 from usdm_sft.folder.card import DAILYTALK_METADATA, OTHER_METADATA
 from usdm_sft.folder.layout import COUNTS, read_counts, read_layout
@@ -148,7 +150,7 @@ def _add_recordings(
         FileNotFoundError: The corpus has no list of the split, no such dialog or turn, or no recordings.
     """
     streams = read_streams(settings)
-    is_manifest = manifest.RECIPE.reads(Path(data_dir))
+    is_manifest = not is_remote(data_dir) and manifest.RECIPE.reads(Path(data_dir))
     corpus = data_dir if is_manifest else find_lists(data_dir, with_units=streams is not None).get(split)
     if corpus is None:
         raise FileNotFoundError(f"{data_dir} has no list of {split}: {_OTHER_CORPUS}")
@@ -171,7 +173,8 @@ def _add_recordings(
                 continue
             turn["recording"] = positions.setdefault(utterance.audio, len(positions))
             if turn["recording"] == len(recordings):
-                recordings.append(_encode_recording(utterance.audio, units_per_second))
+                address = fetch_addresses([utterance.audio]).get(utterance.audio, utterance.audio)
+                recordings.append(_encode_recording(address, units_per_second))
     if not recordings:
         raise FileNotFoundError(f"{data_dir} has no recordings of these rows: leave out data_dir")
     return recordings

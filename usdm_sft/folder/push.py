@@ -13,6 +13,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+from usdm_sft.folder.bucket import PREFIX, push_to_bucket
 from usdm_sft.folder.layout import COUNTS, read_counts
 from usdm_sft.folder.verify import verify
 from usdm_sft.utils.hub import create_repository, hub_errors_in_one_line
@@ -35,7 +36,8 @@ def push(
 
     Args:
         dataset_dir: A folder that `prepare` made. Only counts.json and the files that it names are uploaded.
-        repo_id: The dataset repository, such as "user/name"; created if it does not exist.
+        repo_id: The dataset repository, such as "user/name", or a bucket, "buckets/user/name" or "buckets/user/name/folder";
+            created if it does not exist. A bucket has no commits: readers may see a part of a push.
         private: Create the repository private (True) or public (False); by default as in the settings of its owner. An
             existing repository keeps its visibility, but must be private if this is True.
         token: Token of the Hub; by default HF_TOKEN, or the one that `hf auth login` saved.
@@ -44,7 +46,7 @@ def push(
         create_pr: Open a pull request to the branch, which must exist, instead of a commit.
 
     Returns:
-        The URL of the commit or of the pull request. If the files are unchanged, the URL of the last commit.
+        The URL of the commit or of the pull request. If the files are unchanged, the URL of the last commit. The name of a bucket.
 
     Raises:
         FileNotFoundError: `dataset_dir` is not a finished dataset folder.
@@ -54,7 +56,13 @@ def push(
     """
     if commit_message is not None and not commit_message.strip():
         raise ValueError(f"commit_message {commit_message!r} is empty: give a text, or leave it out")
+    if repo_id.startswith(PREFIX) and (revision, commit_message, create_pr) != (None, None, False):
+        raise ValueError(
+            f"{repo_id} is a bucket, which has no commits: leave out revision, commit_message and create_pr"
+        )
     verify(dataset_dir)
+    if repo_id.startswith(PREFIX):
+        return push_to_bucket(dataset_dir, repo_id, private=private, token=token)
     counts = read_counts(dataset_dir)
     additions = _list_additions(Path(dataset_dir), counts)
     api = HfApi(token=token)

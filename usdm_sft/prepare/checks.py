@@ -27,6 +27,7 @@ from usdm_sft.corpus.find import describe_corpus, find_lists
 from usdm_sft.corpus.hub_corpus import PREFIX, is_hub_corpus
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.corpus.read import Rules, read_corpus
+from usdm_sft.corpus.remote import fetch_addresses
 from usdm_sft.corpus.streams import UnitStreams, make_reader
 from usdm_sft.folder.layout import check_output
 from usdm_sft.prepare.config import PrepareConfig
@@ -305,7 +306,8 @@ class SetUp:
                 )
             return
         sample = addresses[:: max(1, len(addresses) // NUM_SAMPLES)][:NUM_SAMPLES]
-        checks = [check_audio(address) for address in sample]
+        local = fetch_addresses(sample, self.config.cache_dir)
+        checks = [check_audio(local.get(address, address)) for address in sample]
         bad = [f"{path} {check.problem}" for path, check in zip(sample, checks, strict=True) if check.problem]
         good = [check for check in checks if check.problem is None]
         remedy = "replace the file, or leave out its pairs with --on_bad_audio skip; prepare lists every such file"
