@@ -37,7 +37,7 @@ _UNPACKING = (*_DIRECTORY, RuntimeError, OSError, MemoryError, zlib.error, lzma.
 
 _ZIP = re.compile(r"zip://(?P<member>[^\n]+?)::(?P<archive>[^\n]+)")
 # Protocols of fsspec that name files of other machines. Others lead to local files, such as file:// and simplecache::file://.
-_REMOTE = re.compile(r"(?:s3a?|gs|gcs|hf|https?|abfss?|az|oss|webhdfs|memory)://(?!.*::)[^\n]+")
+_REMOTE = re.compile(r"(?:s3a?|gs|gcs|hf|https?|abfss?|az|oss|memory)://(?!.*::)[^\n]+")
 _SECONDS = r"[0-9]+(?:\.[0-9]+)?"
 _FRAGMENT = re.compile(
     rf"(?P<file>[^\n]+)#(?:t=(?P<start>{_SECONDS}),(?P<end>{_SECONDS}))?&?(?:channel=(?P<channel>[0-9]+))?"
