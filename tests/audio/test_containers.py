@@ -188,6 +188,33 @@ def test_damaged_ogg_is_refused(tmp_path, codec):
     assert result(content + bytes(100), tmp_path) == 144_000
 
 
+@pytest.mark.parametrize("codec", ["VORBIS", "OPUS"])
+def test_chained_ogg_is_read_to_the_end(tmp_path, codec):
+    contents = [ogg(codec, 2), ogg(codec, 1, seed=1), ogg(codec, 0.5, seed=2)]
+    expected = np.concatenate([read_audio(content)[0] for content in contents])
+    assert result(b"".join(contents), tmp_path) == len(expected) == 84_000
+    path = tmp_path / "recording.bin"
+    assert np.array_equal(read_audio(path)[0], expected)
+    assert np.array_equal(read_audio(format_address(str(path), 1.5, 2.5))[0], expected[36_000:60_000])
+    assert audio_seconds(str(path)) == 3.5
+    stored = make_playable(str(path))
+    assert stored.suffix == ".wav" and np.array_equal(read_audio(stored.content)[0], expected)
+
+
+def test_damaged_chain_of_ogg_streams(tmp_path):
+    first, second = ogg("VORBIS", 2), ogg("VORBIS", 2, seed=1)
+    cut = b"".join(ogg_pages(first)[:-1])
+    again = "(write it again as FLAC or WAV)"
+    said = f"is damaged (the Ogg stream before byte {len(cut):,} is not marked as ended) {again}"
+    assert result(cut + second, tmp_path) == said
+    assert result(first + second[:-5], tmp_path) == "is cut short (it ends inside an Ogg page)"
+    flipped = first + second[:-5] + bytes([second[-5] ^ 8]) + second[-4:]
+    assert "has another checksum than its header says)" in result(flipped, tmp_path)
+    other = encode(noise(2, rate=16_000), 16_000, format="OGG", subtype="VORBIS")
+    said = f"holds Ogg streams with several sample rates or numbers of channels {again}"
+    assert result(first + other, tmp_path) == said
+
+
 # FLAC
 
 
@@ -263,6 +290,16 @@ def test_segments_before_the_missing_end_are_good(tmp_path):
         for bad in addresses[2:]:
             with pytest.raises(AudioError, match="is cut short"):
                 read_audio(bad)
+
+
+@pytest.mark.parametrize("codec", ["shorten", "wavpack"])
+def test_sphere_that_needs_sph2pipe(tmp_path, codec):
+    header = (
+        f"NIST_1A\n   1024\nsample_count -i 16000\nsample_n_bytes -i 2\nsample_coding -s26 pcm,embedded-{codec}-v2.00\n"
+    )
+    content = header.encode().ljust(1024) + b"ajkg" + bytes(500)
+    said = f"is SPHERE with {codec}, which is not read (convert it with: sph2pipe -f wav IN OUT)"
+    assert result(content, tmp_path) == said
 
 
 def wav(size, *, there=48_000, channels=1, bits=16):

@@ -159,8 +159,6 @@ class FFmpegFile:
         begin = end = None
         try:
             for packet in self._container.demux(audio=0):
-                if packet.is_corrupt:
-                    raise AudioError("is damaged (FFmpeg found a packet that is not whole)")
                 for frame in packet.decode():
                     self._decoded += frame.samples
                     if frame.time is not None:
@@ -178,9 +176,9 @@ class FFmpegFile:
         """Return the samples of a frame, (num_samples,) or (num_samples, num_channels); integers as libsndfile scales them."""
         if (frame.sample_rate, frame.layout.nb_channels) != (self.samplerate, self.channels):
             raise AudioError(f"changes its sample rate or its number of channels {REWRITE}")
-        values = frame.to_ndarray()
+        values: npt.NDArray[Any] = frame.to_ndarray()
         samples = values.T if frame.format.is_planar else values.reshape(-1, self.channels)
-        floats = samples.astype(np.float32)
+        floats: npt.NDArray[np.float32] = samples.astype(np.float32)
         if samples.dtype.kind in "iu":
             floats = floats / np.float32(2 ** (8 * samples.itemsize - 1)) - np.float32(samples.dtype.kind == "u")
         return floats[:, 0] if self.channels == 1 else floats
