@@ -199,7 +199,7 @@ def test_addresses_of_segments_and_archives(memory, tmp_path):
         "memory://a b.wav#t=0,1\nmemory://a b.wav#t=3,4": f"{alone}#t=0,1\n{alone}#t=3,4",
         "memory://nothing.wav#channel=0": "memory://nothing.wav#channel=0",
     }
-    assert remote.fetch_addresses(["/here/a.wav", *expected], tmp_path) == expected
+    assert remote.fetch_addresses(["/here/a.wav", "zip://x::/here/a.zip#t=0.0,1", *expected], tmp_path) == expected
 
 
 def test_missing_recording_is_bad_audio_like_any_other(wavs, memory, tmp_path):

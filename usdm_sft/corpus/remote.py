@@ -106,8 +106,15 @@ def fetch_recordings(splits: Mapping[str, Split], cache_dir: str | Path | None =
 
 def fetch_addresses(addresses: Iterable[str], cache_dir: str | Path | None = None) -> dict[str, str]:
     """Download the files and archives of addresses; return the address in the cache of each address that has remote ones."""
-    remote = {each: parse_address(each, exists=lambda _: False) for each in dict.fromkeys(addresses) if "://" in each}
-    files = [disk_file(segment.file) for segments in remote.values() for segment in segments]
+    parsed = {each: parse_address(each, exists=lambda _: False) for each in dict.fromkeys(addresses) if "://" in each}
+    remote = {
+        address: segments
+        for address, segments in parsed.items()
+        if any(is_remote(disk_file(segment.file)) for segment in segments)
+    }
+    if not remote:
+        return {}
+    files = (disk_file(segment.file) for segments in remote.values() for segment in segments)
     copies = fetch_files(filter(is_remote, files), cache_dir)
 
     def localize(file: str) -> str:
