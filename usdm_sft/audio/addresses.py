@@ -5,7 +5,8 @@
     /calls/fe_03_00001.wav#t=12.5,15.25&channel=1                 seconds (W3C media fragments) and channel, from 0
     first address \\n second address                               one after the other
 
-An address can stand wherever a path can: columns, caches and `UnitTokenizer` treat both alike. If a file with exactly the name of
+A file or archive in remote storage (s3://, https://, ...) is an address as well, but is not opened here: `usdm_sft.corpus.remote` makes
+it a file. An address can stand wherever a path can: columns, caches and `UnitTokenizer` treat both alike. If a file with exactly the name of
 an address exists, the address is that file.
 """
 
@@ -35,6 +36,8 @@ _DIRECTORY = (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error,
 _UNPACKING = (*_DIRECTORY, RuntimeError, OSError, MemoryError, zlib.error, lzma.LZMAError)
 
 _ZIP = re.compile(r"zip://(?P<member>[^\n]+?)::(?P<archive>[^\n]+)")
+# Protocols of fsspec that name files of other machines. Others lead to local files, such as file:// and simplecache::file://.
+_REMOTE = re.compile(r"(?:s3a?|gs|gcs|hf|https?|abfss?|az|oss|memory)://(?!.*::)[^\n]+")
 _SECONDS = r"[0-9]+(?:\.[0-9]+)?"
 _FRAGMENT = re.compile(
     rf"(?P<file>[^\n]+)#(?:t=(?P<start>{_SECONDS}),(?P<end>{_SECONDS}))?&?(?:channel=(?P<channel>[0-9]+))?"
@@ -148,12 +151,24 @@ def zip_address(archive: str | os.PathLike[str], member: str) -> str:
     return f"zip://{member}::{os.fspath(archive)}"
 
 
+def is_remote(file: str | os.PathLike[str]) -> bool:
+    """Return True for a file or folder in remote storage, such as "s3://bucket/calls"."""
+    return _REMOTE.fullmatch(os.fspath(file)) is not None
+
+
 def absolute_file(file: str, folder: str | os.PathLike[str]) -> str:
-    """Return a file, or a member of an archive, with an absolute path; a relative path starts at `folder`."""
+    """Return a file, or a member of an archive, with an absolute path; a relative path starts at `folder`.
+
+    All paths start at a folder in remote storage, so that a manifest there names no files of this machine.
+    """
     match = _ZIP.fullmatch(file)
-    if match is None:
-        return os.path.abspath(os.path.join(folder, file))
-    return zip_address(os.path.abspath(os.path.join(folder, match["archive"])), match["member"])
+    if match is not None:
+        return zip_address(absolute_file(match["archive"], folder), match["member"])
+    if is_remote(file):
+        return file
+    if is_remote(folder):
+        return f"{os.fspath(folder).rstrip('/')}/{file.lstrip('/')}"
+    return os.path.abspath(os.path.join(folder, file))
 
 
 def disk_files(address: str | os.PathLike[str]) -> list[str]:

@@ -175,7 +175,12 @@ def _find_nist(file: io.RawIOBase, end: int) -> Layout | None:
     """NIST SPHERE: 1,024 bytes of text, or as many as its second line says."""
     size = _read(file, 8, 8).strip()
     start = int(size) if size.isdigit() else 1024
-    fields = {name: int(value) for name, value in _NIST_FIELD.findall(_read(file, 0, min(start, _BLOCK_BYTES)))}
+    header = _read(file, 0, min(start, _BLOCK_BYTES))
+    if match := re.search(rb"^sample_coding -s\d+ .*(shorten|wavpack|shortpack)", header, re.MULTILINE):
+        raise AudioError(
+            f"is SPHERE with {match[1].decode()}, which is not read (convert it with: sph2pipe -f wav IN OUT)"
+        )
+    fields = {name: int(value) for name, value in _NIST_FIELD.findall(header)}
     if b"sample_count" not in fields or b"sample_n_bytes" not in fields:
         return None
     frame_bytes = fields.get(b"channel_count", 1) * fields[b"sample_n_bytes"]
@@ -222,20 +227,25 @@ _PAGE = struct.Struct("<4sBBqIIIB")
 _FIRST, _LAST = 2, 4  # flags of a page: it begins or ends a stream
 
 
-def check_ogg(file: io.RawIOBase) -> None:
+def find_ogg_streams(file: io.RawIOBase) -> list[int]:
     """Check that every page of an Ogg file is there and whole: https://www.rfc-editor.org/rfc/rfc3533#section-6.
 
+    Returns:
+        Where its streams begin that follow each other, of which libsndfile reads the first one.
+
     Raises:
-        AudioError: A page is missing or damaged, or several streams follow each other, of which libsndfile reads the first one.
+        AudioError: A page is missing or damaged.
     """
     end = file.seek(0, os.SEEK_END)
     position, flags = 0, _FIRST
     numbers: dict[int, int] = {}
+    starts = [0]
     has_begun = False  # with pages that are not the first of a stream
     while position < end:
+        is_last = flags & _LAST
         head = _read(file, position, _PAGE.size)
-        if flags & _LAST and head[:4] != b"OggS"[: len(head)] and b"OggS" not in _read(file, position, _BLOCK_BYTES):
-            return  # such as a tag
+        if is_last and head[:4] != b"OggS"[: len(head)] and b"OggS" not in _read(file, position, _BLOCK_BYTES):
+            return starts  # before something else, such as a tag
         lengths = _read(file, position + _PAGE.size, head[-1]) if len(head) == _PAGE.size else b""
         size = len(head) + len(lengths) + sum(lengths)
         if len(head) < _PAGE.size or (head[:4] == b"OggS" and (len(lengths) < head[-1] or position + size > end)):
@@ -244,10 +254,13 @@ def check_ogg(file: io.RawIOBase) -> None:
         if mark != b"OggS":
             raise AudioError(f"is damaged (there is no Ogg page at byte {position:,})")
         if flags & _FIRST and has_begun:
-            raise AudioError(
-                f"holds several Ogg streams one after the other, of which only the first can be read {REWRITE}"
-            )
-        has_begun |= not flags & _FIRST
+            if not is_last:
+                raise AudioError(
+                    f"is damaged (the Ogg stream before byte {position:,} is not marked as ended) {REWRITE}"
+                )
+            starts.append(position)
+            numbers.clear()
+        has_begun = not flags & _FIRST
         page = _read(file, position, size)
         if _checksum(page[:22] + bytes(4) + page[26:]) != checksum:
             raise AudioError(
@@ -259,6 +272,7 @@ def check_ogg(file: io.RawIOBase) -> None:
         position += size
     if not flags & _LAST:
         raise AudioError(f"is cut short (its last Ogg page is not marked as the end) {REWRITE}")
+    return starts
 
 
 def _checksum(page: bytes) -> int:

@@ -1,4 +1,4 @@
-"""Open audio with soundfile, find out how long it really is, and read all of it or a segment.
+"""Open audio with soundfile, or with FFmpeg where that cannot, find out how long it really is, and read all of it or a segment.
 
 A file, a member of an archive and bytes with the same content give the same samples. The check of the first pass and the reading
 use the same functions, so that they agree.
@@ -26,12 +26,13 @@ from usdm_sft.audio.containers import (
     AudioError,
     Layout,
     MpegFrames,
-    check_ogg,
     find_flac_total,
     find_layout,
     find_mpeg_frames,
+    find_ogg_streams,
     id3_size,
 )
+from usdm_sft.audio.ffmpeg import FFMPEG, MP3, FFmpegFile, find_format
 from usdm_sft.audio.frames import TOO_LOUD, is_too_loud
 
 if TYPE_CHECKING:
@@ -152,6 +153,11 @@ class _Content(io.RawIOBase):
     def tell(self) -> int:
         return self._file.tell() - self._start
 
+    def readable(self) -> bool:
+        return True
+
+    seekable = readable  # PyAV asks for both
+
 
 class _ForwardFile(soundfile.SoundFile):  # type: ignore[misc]  # soundfile has no types
     """A sound file that is read from its beginning to its end.
@@ -164,14 +170,27 @@ class _ForwardFile(soundfile.SoundFile):  # type: ignore[misc]  # soundfile has 
         return False
 
 
+def _open_first(content: _Content, start: int) -> Any:
+    """Open a file, of several Ogg streams the first one, with libsndfile or else with FFmpeg; `start` is the end of the tags."""
+    content.seek(0)
+    try:
+        return _ForwardFile(content)
+    except soundfile.LibsndfileError:
+        content.seek(start)
+        found = find_format(content.read(36))
+        if found is None:
+            raise
+        return FFmpegFile(content, start, *found)
+
+
 class Sound:
     """An audio file whose header was read and checked.
 
     Attributes:
         rate: Sample rate in Hz.
         channels: Number of channels.
-        format: libsndfile's name of the container, such as "WAV".
-        subtype: libsndfile's name of the codec, such as "PCM_16".
+        format: libsndfile's name of the container, such as "WAV"; "FFmpeg" if FFmpeg decodes it.
+        subtype: libsndfile's name of the codec, such as "PCM_16"; "FFmpeg" likewise.
         frames: Number of frames that the header promises; None if it does not say. An estimate for some MP3.
         can_seek: True if frames can be read without those before them: each has the same number of bytes.
         is_patched: True if programs that believe the header read fewer frames, or none.
@@ -190,11 +209,18 @@ class Sound:
         layout, flac = find_layout(content), find_flac_total(content, start)
         content.patches += layout.patches if layout else [] if flac is None else [flac[1]]
         content.seek(0)
-        self._file = _ForwardFile(content)
+        self._source, self._starts = file, [0]  # of Ogg streams that follow each other
+        self._file: Any = _open_first(content, start)
+        self._mpeg = self._check_frames_of(content, start, layout)
+        if self._mpeg is not None and layout is None and self._is_estimate_short(self._mpeg):
+            self._file.close()
+            self._file = FFmpegFile(content, start, *MP3)
         self.rate, self.channels = self._file.samplerate, self._file.channels
         self.format, self.subtype = self._file.format, self._file.subtype
         self.frames: int | None = self._file.frames if flac is None else flac[0] or None
-        self.is_patched = bool(layout and layout.patches) or (flac is not None and not flac[0])
+        if len(self._starts) > 1:
+            self.frames = self._add_streams(content)
+        self.is_patched = bool(layout and layout.patches) or (flac is not None and not flac[0]) or len(self._starts) > 1
         frame_bytes = _SAMPLE_BYTES.get(self.subtype, 0) * self.channels
         self.can_seek = layout is not None and frame_bytes > 0
         self._flaws: tuple[Flaw, ...] = ()
@@ -207,21 +233,36 @@ class Sound:
             surplus = self._file.frames * frame_bytes - layout.promised
             if surplus >= _PADDING_BYTES:  # libsndfile reads SPHERE and W64 to the end of the file
                 raise AudioError(f"holds {surplus:,} bytes more than the samples that its header promises {REWRITE}")
-        self._mpeg = self._check_frames_of(content, start, layout)
 
     def _check_frames_of(self, content: _Content, start: int, layout: Layout | None) -> MpegFrames | None:
         """Check the frames or pages of a codec that has them; `start` is the end of the tags before them."""
         position = content.tell()  # where libsndfile goes on
         found = None
-        if self.format == "OGG":
-            check_ogg(content)
-        elif self.subtype.startswith("MPEG_LAYER"):
+        if self._file.format == "OGG":
+            self._starts = find_ogg_streams(content)
+        elif self._file.subtype.startswith("MPEG_LAYER"):
             first, size = (
                 (start, content.seek(0, os.SEEK_END) - start) if layout is None else (layout.start, layout.there)
             )
             found = find_mpeg_frames(content, first, first + size)
         content.seek(position)
         return found
+
+    def _is_estimate_short(self, mpeg: MpegFrames) -> bool:
+        """Return True for MP3 without a Xing tag of which libsndfile would read a part: up to the length that it estimates."""
+        is_whole = mpeg.promised is None and not mpeg.is_cut
+        return is_whole and self._file.frames < mpeg.num_frames * mpeg.frame_samples
+
+    def _add_streams(self, content: _Content) -> int:
+        """Return the number of frames of all Ogg streams that follow each other."""
+        position, frames = content.tell(), 0
+        for start in self._starts:
+            with _ForwardFile(_Content(self._source, start)) as stream:
+                if (stream.samplerate, stream.channels) != (self.rate, self.channels):
+                    raise AudioError(f"holds Ogg streams with several sample rates or numbers of channels {REWRITE}")
+                frames += stream.frames
+        content.seek(position)
+        return frames
 
     def close(self) -> None:
         """Close what libsndfile opened; the file stays open."""
@@ -280,9 +321,11 @@ class Sound:
 
     def _blocks(self) -> Iterator[Samples]:
         decoded = 0
-        while len(block := self._file.read(max(1, BLOCK_SAMPLES // self.channels), dtype="float32")):
-            decoded += len(block)
-            yield block
+        for start in self._starts:
+            file = _ForwardFile(_Content(self._source, start)) if start else self._file
+            while len(block := file.read(max(1, BLOCK_SAMPLES // self.channels), dtype="float32")):
+                decoded += len(block)
+                yield block
         self._check_decoded(decoded)
 
     def _check_decoded(self, decoded: int) -> None:
@@ -295,12 +338,14 @@ class Sound:
                 raise AudioError("is cut short (it ends inside an MPEG frame)")
             if tagged is None and decoded != there:
                 raise AudioError(
-                    f"has no Xing tag with its length, and libsndfile reads only {decoded:,} of {there:,} samples {REWRITE}"
+                    f"has no Xing tag with its length, and {decoded:,} of {there:,} samples are read {REWRITE}"
                 )
             # Some encoders count the frame of the tag too.
             least = (
                 0 if tagged is None else self._file.frames - (tagged == num_frames + 1 and not is_cut) * frame_samples
             )
+            most = None
+        elif self.format == FFMPEG:
             most = None
         if least is not None and decoded < least:
             raise AudioError(f"is cut short (its header promises {promised:,} samples, {decoded:,} are there)")

@@ -242,7 +242,8 @@ def push(
 
     Args:
         dataset_dir: A folder that prepare made.
-        repo_id: The dataset repository, USER/NAME. It is created where it does not exist.
+        repo_id: The dataset repository, USER/NAME, or a bucket, buckets/USER/NAME or buckets/USER/NAME/FOLDER. It is created where it does
+            not exist. A bucket has no commits, so that readers may see a part of a push.
         private: Create the repository private; an existing one must be private.
         revision: Branch, created where it does not exist. By default the main branch.
         commit_message: By default it names the config and the key of the folder.

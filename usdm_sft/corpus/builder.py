@@ -14,7 +14,7 @@ import soundfile
 
 from usdm_sft.audio.containers import AudioError
 from usdm_sft.audio.digests import AudioDigest, find_stamps
-from usdm_sft.corpus import dailytalk, examples, features, find, read
+from usdm_sft.corpus import dailytalk, examples, features, find, read, remote
 from usdm_sft.corpus import hub_corpus as hub
 from usdm_sft.corpus import left_out as bad_audio
 from usdm_sft.corpus.dialogs import CorpusName, FilePath, Split
@@ -91,12 +91,13 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
     exchange. Rows are in order of dialog number and turn. Audio is the path of the recording, never its bytes; symlinks are
     followed. DailyTalk's metadata.json is not read, because the split lists hold everything.
 
-    The constructor reads the lists and opens no recording. The audio is checked when rows are made, or when `screen_audio`,
+    The constructor reads the lists, downloads remote recordings and opens none. The audio is checked when rows are made, or when `screen_audio`,
     `corpus` or `audio_digests` is used.
 
     Args:
         data_dir: DailyTalk's folder (with `data/`), its `data` folder, or its zip archive. For another corpus, its folder
-            (`usdm_sft.corpus.find.RECIPES`), where relative paths of its recordings start, one of its files, or "hub:USER/NAME".
+            (`usdm_sft.corpus.find.RECIPES`), where relative paths of its recordings start, one of its files, or "hub:USER/NAME". A folder
+            with manifests may be remote, such as "s3://bucket/calls" (`usdm_sft.corpus.remote`).
         data_files: The split lists, such as `{"train": "train.txt", "test": "test.txt"}`, or manifests. By default those in or
             beside the folder, or else DailyTalk's own lists, which are downloaded once.
         base_path: As in `datasets.DatasetBuilder`.
@@ -156,9 +157,8 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
             kwargs["agent"] = str(kwargs["agent"])  # speakers are texts, also those that are numbers
         self._rules = read.Rules.of(kwargs)
         reader = make_reader(kwargs.get("unit_rate"), kwargs.get("num_units"), kwargs.get("streams"))
-        self.whole_corpus = read.read_corpus(
-            self.split_lists, self._rules, data_dir=data_dir, units=reader, corpus=kind
-        )
+        corpus = read.read_corpus(self.split_lists, self._rules, data_dir=data_dir, units=reader, corpus=kind)
+        self.whole_corpus = remote.fetch_recordings(corpus, digest_cache_dir)
         for split in self.whole_corpus.values():
             if not split.dialogs:
                 reasons = describe_left_out(split.left_out) or "it is empty"

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from usdm_sft.audio.addresses import is_remote
 from usdm_sft.corpus import (
     alignments,
     dailytalk,
@@ -13,6 +14,7 @@ from usdm_sft.corpus import (
     kaldi,
     lhotse,
     manifest,
+    remote,
     rttm,
     saved_dataset,
     segment_tables,
@@ -64,7 +66,8 @@ def find_lists(
     """Find the split list or manifest of each split.
 
     Args:
-        data_dir: The folder of the corpus, one of its files, DailyTalk's zip archive, or "hub:USER/NAME"; None is the current folder.
+        data_dir: The folder of the corpus, one of its files, DailyTalk's zip archive, "hub:USER/NAME", or the address of a remote manifest or
+            folder of manifests; None is the current folder.
         data_files: The lists by split, relative to `data_dir`, or to the folder of the archive. If None: what the first of `RECIPES` finds in the folder, such as manifests
             or split lists. DailyTalk's own lists are downloaded once where it has none.
         corpus: The name of the only recipe to ask.
@@ -82,9 +85,9 @@ def find_lists(
         OSError: DailyTalk's own lists cannot be downloaded.
     """
     is_on_hub = hub_corpus.is_hub_corpus(data_dir)
-    folder = Path() if is_on_hub else check_data_dir(data_dir or "")
+    folder = Path() if is_on_hub or is_remote(data_dir or "") else check_data_dir(data_dir or "")
     if data_files is not None and not is_on_hub:
-        lists = _name_lists(folder.parent if folder.is_file() else folder, data_files)
+        lists = _name_lists(folder.parent if folder.is_file() else folder, remote.fetch_named(data_files, cache_dir))
         if not (resolved and _is_guess(lists)):
             for split, files in lists.items():
                 if len(files) != 1:
@@ -92,6 +95,8 @@ def find_lists(
             return {split: files[0] for split, files in lists.items()}
     if is_on_hub:
         return hub_corpus.RECIPE.find(str(data_dir), cache_dir, may_download, with_units) or {}
+    if is_remote(data_dir or ""):
+        return remote.find_manifests(str(data_dir), cache_dir)
     for recipe in RECIPES if folder.is_dir() or folder.is_file() else ():  # opening a FIFO would block
         if corpus in (None, recipe.name):
             found = recipe.find(folder, cache_dir, may_download, with_units)
@@ -149,7 +154,7 @@ def find_root(data_dir: FilePath | None, lists: Mapping[str, Path], corpus: Corp
     Raises:
         ValueError: The path holds a newline.
     """
-    if data_dir is None or hub_corpus.is_hub_corpus(data_dir):
+    if data_dir is None or hub_corpus.is_hub_corpus(data_dir) or is_remote(data_dir):
         root = next(iter(lists.values())).parent
     else:
         root = Path(data_dir).expanduser()

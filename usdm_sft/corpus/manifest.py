@@ -18,7 +18,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from usdm_sft.audio.addresses import absolute_file, format_address
+from usdm_sft.audio.addresses import absolute_file, format_address, is_remote
 from usdm_sft.corpus.dialogs import DEFAULT, BadRow, FilePath, Recipe, RowOptions, Turns, Utterance
 from usdm_sft.corpus.further import is_read, list_further, read_further
 from usdm_sft.corpus.problems import add_problem
@@ -99,7 +99,7 @@ def read_manifest(
         path: The manifest.
         problems: Problems are appended to this list.
         data_dir: The folder where relative paths of recordings and archives (`zip://member::archive`) start; None, or the manifest
-            itself, for the manifest's own folder.
+            itself, for the manifest's own folder. Both may be remote.
         units: Reads the column `units`; None if it is ignored.
         options: How rows are read.
 
@@ -116,13 +116,16 @@ def read_manifest(
     else:
         is_once = partial(_is_once, with_units=with_units, options=options)
         rows = read_rows(path, is_once, partial(_column_problem, with_units=with_units, options=options))
-    return read_turns(turns, rows, recordings_folder(path, data_dir), problems, options, units)
+    folder = (
+        _remote_folder(data_dir) if data_dir is not None and is_remote(data_dir) else recordings_folder(path, data_dir)
+    )
+    return read_turns(turns, rows, folder, problems, options, units)
 
 
 def read_turns(
     turns: Turns,
     rows: Rows,
-    folder: Path,
+    folder: FilePath,
     problems: list[str],
     options: RowOptions,
     units: "UnitReader | None" = None,
@@ -161,6 +164,12 @@ def read_turns(
             add_problem(problems, f"{turns.place(number)}: {problem}")
     turns.number_segments(problems)
     return turns
+
+
+def _remote_folder(address: FilePath) -> str:
+    """Return the folder of a remote folder or manifest."""
+    url = str(address).partition("?")[0].rstrip("/")
+    return url.rpartition("/")[0] if RECIPE.reads(Path(url)) else url
 
 
 def recordings_folder(path: Path, data_dir: FilePath | None) -> Path:

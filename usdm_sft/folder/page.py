@@ -34,6 +34,7 @@ from usdm_sft.corpus.features import ROLES, SPEECH, TEXTS, are_collapsed
 from usdm_sft.corpus.find import find_lists
 from usdm_sft.corpus.left_out import clip_address
 from usdm_sft.corpus.read import Rules, read_corpus
+from usdm_sft.corpus.remote import fetch_addresses
 from usdm_sft.corpus.unit_reader import UnitReader
 from usdm_sft.folder.layout import COUNTS, read_counts, read_layout
 from usdm_sft.folder.own_parts import DAILYTALK_METADATA, OTHER_METADATA
@@ -203,6 +204,7 @@ class CorpusRecordings:
 
     def encode(self, address: str) -> dict[str, Any]:
         """Read and compress a recording. Same result and errors as `_encode_recording`."""
+        address = fetch_addresses([address]).get(address, address)
         address = clip_address(address, self._measure) if self._clips else address
         return _encode_recording(address, self._units_per_second)
 

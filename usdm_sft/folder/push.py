@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.hf_api import RepoFile
 
+from usdm_sft.folder.bucket import PREFIX, push_to_bucket
 from usdm_sft.folder.layout import COUNTS, read_counts
 from usdm_sft.folder.own_parts import CARD, EMPTY_CARD, Card, fill_in, name_repository, plain_digest, read_card
 from usdm_sft.folder.verify import verify
@@ -45,7 +46,8 @@ def push(
 
     Args:
         dataset_dir: A folder that `prepare` made. Only counts.json and the files that it names are uploaded.
-        repo_id: The dataset repository, such as "user/name"; created if it does not exist.
+        repo_id: The dataset repository, such as "user/name", or a bucket, "buckets/user/name" or "buckets/user/name/folder";
+            created if it does not exist. A bucket has no commits: readers may see a part of a push.
         private: Create the repository private (True) or public (False); by default as in the settings of its owner. An
             existing repository keeps its visibility, but must be private if this is True.
         token: Token of the Hub; by default HF_TOKEN, or the one that `hf auth login` saved.
@@ -55,7 +57,7 @@ def push(
         card: What the publisher says in the card on the Hub, in place of what it says by now.
 
     Returns:
-        The URL of the commit or of the pull request. If the files are unchanged, the URL of the last commit.
+        The URL of the commit or of the pull request. If the files are unchanged, the URL of the last commit. The name of a bucket.
 
     Raises:
         FileNotFoundError: `dataset_dir` is not a finished dataset folder.
@@ -65,9 +67,16 @@ def push(
     """
     if commit_message is not None and not commit_message.strip():
         raise ValueError(f"commit_message {commit_message!r} is empty: give a text, or leave it out")
-    check_repository(repo_id)
-    check_revision(revision)
+    if repo_id.startswith(PREFIX) and (revision, commit_message, create_pr) != (None, None, False):
+        raise ValueError(
+            f"{repo_id} is a bucket, which has no commits: leave out revision, commit_message and create_pr"
+        )
+    if not repo_id.startswith(PREFIX):
+        check_repository(repo_id)
+        check_revision(revision)
     verify(dataset_dir)
+    if repo_id.startswith(PREFIX):
+        return push_to_bucket(dataset_dir, repo_id, private=private, token=token)
     counts = read_counts(dataset_dir)
     folder = Path(dataset_dir).expanduser()
     additions = _list_additions(folder, counts)

@@ -23,6 +23,7 @@ from usdm_sft.corpus.hub_corpus import is_hub_corpus, split_name
 from usdm_sft.corpus.left_out import find_remedy
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.corpus.read import describe_ignored, find_large_share, find_merge_remedy, read_corpus
+from usdm_sft.corpus.remote import fetch_addresses
 from usdm_sft.corpus.saved_dataset import is_saved_dataset
 from usdm_sft.corpus.unit_reader import make_reader
 from usdm_sft.folder.layout import check_output
@@ -333,7 +334,8 @@ class SetUp:
                 )
             return
         sample = addresses[:: max(1, len(addresses) // NUM_SAMPLES)][:NUM_SAMPLES]
-        checks = [check_audio(address) for address in sample]
+        local = fetch_addresses(sample, self.config.cache_dir)
+        checks = [check_audio(local.get(address, address)) for address in sample]
         good = [check for check in checks if check.problem is None]
         for path, check in [(path, check) for path, check in zip(sample, checks, strict=True) if check.problem][
             :MAX_PROBLEMS

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from usdm_sft.audio.addresses import is_remote
 from usdm_sft.corpus.dialogs import CorpusName
 from usdm_sft.corpus.examples import SINGLE_TURN, check_config
 from usdm_sft.corpus.hub_corpus import is_hub_corpus
@@ -109,7 +110,7 @@ class CorpusOptions:
 
     data_dir: str | Path
     """DailyTalk's folder (with data/), its data folder, or its zip archive; or the folder of another corpus (a manifest, Lhotse, NeMo,
-    Kaldi, ...) or one of its files; or hub:USER/NAME."""
+    Kaldi, ...) or one of its files; or hub:USER/NAME. A folder with manifests may be remote (s3://, gs://, hf://, https://)."""
 
     corpus: CorpusName | None = None
     """The kind of the corpus, which its files tell by default: dailytalk, manifest, lhotse, nemo, kaldi, rttm (with ctm), alignments (of words),
@@ -370,5 +371,9 @@ class PrepareConfig(
     def data_files(self) -> dict[str, str] | None:
         """The absolute path of each split list or manifest that is named, or None if none is."""
         lists = {"train": self.train_metadata_path, "test": self.test_metadata_path}
-        named = {split: str(Path(path).expanduser().resolve()) for split, path in lists.items() if path is not None}
+        named = {
+            split: str(path) if is_remote(path) else str(Path(path).expanduser().resolve())
+            for split, path in lists.items()
+            if path is not None
+        }
         return named or None

@@ -19,6 +19,7 @@ import numpy as np
 
 from usdm_sft.audio.addresses import disk_files
 from usdm_sft.audio.frames import FRAMINGS, SAMPLE_RATE
+from usdm_sft.corpus.remote import REMOTE
 from usdm_sft.prepare.checks import Finding, SetUp, find_rate
 from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.prepare.given_units import GivenUnits, write_given_units
@@ -74,6 +75,9 @@ def dry_run(config: PrepareConfig) -> DryRun:
                 shutil.copyfile(cache / name, Path(scratch, name))
             elif (cache / name).is_dir():
                 shutil.copytree(cache / name, Path(scratch, name))
+        Path(scratch, REMOTE).symlink_to(
+            (cache / REMOTE).resolve()
+        )  # a run after this one needs the recordings as well
         run = open_run(replace(config, cache_dir=scratch), stages, None if has_model else _stand_in(config, scratch))
         stages.start("rows")
         units = _write_units(run)
