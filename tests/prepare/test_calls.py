@@ -64,6 +64,7 @@ def run(command, folder, unit_model):
     main(arguments)
 
 
+@pytest.mark.slow
 def test_commands_of_the_page(calls, mini, unit_model, monkeypatch, capsys, caplog, tmp_path):
     """Joined and clipped, the segments are the turns again: their rows are lines of the reference, those with speaker 1 as the agent."""
     monkeypatch.chdir(calls)

@@ -16,7 +16,9 @@ from tests.forked import run_command
 from tests.helpers import content, find_problems, inodes, run_tasks_here, stop_run
 from usdm_sft.cli.main import main
 from usdm_sft.folder.layout import read_counts
+from usdm_sft.folder.statistics import summarize_split
 from usdm_sft.folder.verify import verify
+from usdm_sft.folder.verify_rows import digest_turns
 from usdm_sft.prepare import open_run
 from usdm_sft.prepare import prepare as pipeline
 from usdm_sft.prepare.config import PrepareConfig
@@ -423,3 +425,50 @@ def test_tampered_seconds_and_units_are_found(given, tmp_path):
     edit_counts(folder, lambda counts: counts["settings"].update(unit_rate="fast"))
     with pytest.raises(ValueError, match=r"counts\.json is not the counts of a dataset folder"):
         verify(folder)
+
+
+def test_bad_rows_and_further_columns_in_the_folder(given, splits, tmp_path, capsys, caplog):
+    """Counts, card, summary and verify agree on what was left out, and a further column that was changed is found."""
+    rows = {
+        split: [row | {"topic": f"topic {row['turn']}", "note": 1} for row in of_split]
+        for split, of_split in splits.items()
+    }
+    rows["train"][1]["text"] = ""
+    rows["train"][6]["text"] = "<|unit1|>"
+    rows["train"][15]["units"] = [[0] * 8]  # 0.08 s
+    corpus = write_corpus(tmp_path / "corpus", rows)
+    changes = {
+        "data_dir": str(corpus),
+        "on_bad_rows": "skip",
+        "min_seconds": 0.1,
+        "keep_columns": "topic",
+        "config_name": "multi_turn",
+    }
+    counts = prepare(**given(**changes))
+    train = counts["splits"]["train"]
+    assert train["turns_left_out"] == {"no text": 1, "shorter than min_seconds": 1, "special token in the text": 1}
+    assert train["pairs_left_out"] == {
+        "train-0_0": "row of train-0_1: text missing",
+        "train-0_1": "row of train-0_1: text missing",
+        "train-1_1": "row of train-1_2: text '<|unit1|>' holds '<|', which is part of a special token",
+        "train-1_2": "row of train-1_2: text '<|unit1|>' holds '<|', which is part of a special token",
+        "train-3_2": "row of train-3_3: has 0.08 s, less than min_seconds 0.1",
+    }
+    assert (train["pairs"], train["pairs_with_bad_rows"], train["pairs_with_bad_audio"]) == (12, 5, 0)
+    assert "turns_left_out" not in counts["splits"]["test"]
+    assert "train: columns note are ignored: keep them with --keep_columns all, or name some of them" in caplog.text
+    out = tmp_path / "out"
+    assert verify(out)["train"] == train["rows"]
+    assert load(out)[0]["user_topic"] == ["topic 2"] and load(out)[0]["agent_topic"] == ["topic 3"]
+    card = (out / "README.md").read_text()
+    assert (
+        "Of the pairs, 0 had bad audio, 5 had turns that were left out (no text: 1, shorter than min_seconds: 1, special token in the text: 1)"
+        in card
+    )
+    assert "| `user_topic` | list of string | as in the manifest; one entry per exchange |" in card
+    assert (
+        "left out: 0 rows too long, 5 pairs for their turns (no text: 1, shorter than min_seconds: 1, special"
+        in summarize_split(train)
+    )
+    tea, milk = (digest_turns([("A", "hi", "", topic, [1], 0.1)], 4) for topic in ("tea", "milk"))
+    assert tea != milk  # verify compares the turns of all rows by them

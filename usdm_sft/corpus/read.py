@@ -226,7 +226,7 @@ def _find_channel(utterance: Utterance) -> int | None:
     return parse_address(utterance.audio)[0].channel if utterance.audio else None
 
 
-def _find_agent(dialog_id: str, utterances: Sequence[Utterance], agent: str | None) -> str | None:
+def _find_agent(utterances: Sequence[Utterance], agent: str | None) -> str | None:
     """Return the speaker who is the agent of a dialog, or None if each side is.
 
     Raises:
@@ -316,7 +316,7 @@ def _make_split(name: str, turns: Turns, problems: list[str], rules: Rules, reci
             )
             continue
         try:
-            agent = _find_agent(dialog_id, utterances, rules.agent)
+            agent = _find_agent(utterances, rules.agent)
             if rules.merge_speaker_turns:
                 utterances = merge_turns(utterances, rules.merge, rules.max_gap)
         except ValueError as error:

@@ -246,11 +246,8 @@ def describe_run(run: Run) -> dict[str, Any]:
     config, builder, units = run.config, run.builder, run.unit_tokenizer
     is_reference = (config.precision, config.resampler) == ("fp32", "soxr")
     lists = builder.split_lists
-    rules = {
-        name: value
-        for name, value in config.rules.changes().items()
-        if name not in ("agent", "merge_speaker_turns", "needs_text")
-    }
+    named = ("merge", "max_gap", "on_bad_rows", "min_seconds", "max_seconds")
+    rules = {name: value for name, value in config.rules.changes().items() if name in named}
     if builder.further_columns:
         rules["keep_columns"] = list(builder.further_columns)
     counts: dict[str, Any] = {
