@@ -231,11 +231,12 @@ def _read_parts(text: str) -> dict[str, str]:
 
 
 def _read_own(text: str) -> dict[str, str]:
-    """Return the parts that a publisher has changed. A card without marks is of an earlier version or of something else."""
+    """Return the parts that a publisher has changed; none of a text that is not a card of this package."""
     defaults = {"", FILL_IN, WRITE_HERE}
     for metadata in (DAILYTALK_METADATA, OTHER_METADATA):
         defaults |= {_dump(metadata), f"# {metadata['pretty_name']}"}
-    parts = _read_parts(text) if _PART.search(text) else {}
+    is_own = _PART.search(text) or "made with `dailytalk-usdm`" in text
+    parts = _read_parts(text) if is_own else {}
     return {name: part for name, part in parts.items() if part not in defaults}
 
 

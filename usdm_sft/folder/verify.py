@@ -221,7 +221,8 @@ def _check_card(folder: Path, counts: Mapping[str, Any], checked: CheckedRows, t
     A version of huggingface_hub may write YAML in another form, so that its values are compared.
     """
     path = folder / CARD
-    found, text = _split_card(plain_card(read_card(path), counts["corpus"]))
+    corpus = counts.get("corpus", "")
+    found, text = _split_card(plain_card(read_card(path), corpus))
     infos = found["dataset_info"]
     other_info = infos[1:] if isinstance(infos, list) else ()  # not derived again: the size of the recordings in memory
     try:
@@ -229,7 +230,7 @@ def _check_card(folder: Path, counts: Mapping[str, Any], checked: CheckedRows, t
     except (LookupError, TypeError, AttributeError, ValueError, UndefinedError) as error:
         yield f"{folder / COUNTS} does not have all that the card says ({first_line(error)}): {PREPARE_AGAIN}"
         return
-    metadata, expected = _split_card(plain_card(card, counts["corpus"]))
+    metadata, expected = _split_card(plain_card(card, corpus))
     different = sorted(name for name in found.keys() | metadata.keys() if found.get(name) != metadata.get(name))
     if different or text != expected:
         where = f"in its YAML ({', '.join(different)})" if different else "in its text"
