@@ -83,7 +83,7 @@ def test_counts_and_card_name_the_codec(flattened, single):
     assert settings == {"unit_rate": 12.5, "num_units": [NUM_CODES] * 3, "streams": "flatten"}
     card = (flattened / "README.md").read_text()
     assert (
-        "resampled to 24 kHz mono. The units are the codes of a codec (mimi): 12.5 frames of 3 units per second."
+        "resampled to 24 kHz mono. The units are the codes of a codec (mimi): 12.5 frames of 3 units per second. Each utterance was encoded by itself"
         in card
     )
     assert "unflatten_units(units, [64, 64, 64])` restores the frames." in card
