@@ -4,6 +4,7 @@ import shutil
 
 import datasets
 import pytest
+from huggingface_hub import constants
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.bases import byte_level, ids_of_transformers_4
@@ -188,6 +189,26 @@ def test_another_model_in_mistral_common_is_refused(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "data")
     with pytest.raises(ImportError, match="pip install 'dailytalk-usdm"):
         build_tokenizer()
+
+
+@pytest.mark.parametrize("subfolder", [None, "tokenizer"])
+def test_cached_tokenizer_does_not_wait_for_a_hub_that_is_down(served_hub, tmp_path, monkeypatch, subfolder):
+    add_units(byte_level(), 50, "base").save_pretrained(tmp_path / "saved")
+    prefix = f"{subfolder}/" if subfolder else ""
+    files = {prefix + path.name: ("reg", path.read_bytes()) for path in (tmp_path / "saved").iterdir()}
+    served_hub.commit(served_hub.create("models", "tester/cached", False), "main", files, [], "files", None)
+
+    def load(name):
+        save_tokenizer(load_tokenizer("tester/cached", tmp_path / "cache", subfolder=subfolder), tmp_path / name)
+        return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+
+    expected = load("online")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody answers
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"it waits {seconds} s and asks again"))
+    assert load("offline") == expected
 
 
 def test_private_tokenizer_is_loaded_with_token_and_revision(served_hub, tmp_path):

@@ -35,7 +35,7 @@ from usdm_sft.template.special_tokens import (
     unit_token,
     without_padding,
 )
-from usdm_sft.utils.hub import hub_errors
+from usdm_sft.utils.hub import hub_errors, only_cached
 from usdm_sft.utils.texts import first_line
 
 if TYPE_CHECKING:
@@ -316,6 +316,11 @@ def _open_tokenizer(
     name_or_path = os.path.expanduser(name_or_path)
     place = f"{name_or_path}/{subfolder}" if subfolder else name_or_path
     options: dict[str, Any] = {"revision": hub.get("revision") or "main", "token": hub.get("token")}
+    if not Path(name_or_path).is_dir():
+        file = f"{subfolder}/tokenizer.json" if subfolder else "tokenizer.json"
+        where = {"revision": hub.get("revision"), "cache_dir": hub["cache_dir"]}
+        cached = only_cached(name_or_path, file, hub["repo_type"], **where)
+        hub, options = hub | cached, options | cached
     with hub_errors(
         name_or_path,
         hub.get("revision"),
@@ -331,6 +336,8 @@ def _open_tokenizer(
                 tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
                     source, cache_dir=hub["cache_dir"], **options
                 )
+            if "local_files_only" in options:
+                tokenizer.init_kwargs["local_files_only"] = False  # as online, and saved with the tokenizer
         except OSError:
             raise
         except Exception as error:  # transformers and tokenizers raise many types for a malformed file

@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from usdm_sft.units.batches import NORMALIZATIONS
 from usdm_sft.units.families import CODECS, is_codec, is_known, takes_log_mel
 from usdm_sft.utils.files import SUFFIX, read_json, remove_path, replace_path
-from usdm_sft.utils.hub import hub_errors
+from usdm_sft.utils.hub import hub_errors, only_cached
 
 FILES = ("config.json", "model.safetensors", "kmeans.npy")
 DESCRIPTION = "unit_model.json"
@@ -267,8 +267,10 @@ def _is_repository_id(name: str) -> bool:
 def _download(
     repository: str, revision: str | None, token: str | bool | None, model_cache_dir: str | Path | None
 ) -> Path:
-    options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": model_cache_dir}
+    where = {"revision": revision, "cache_dir": model_cache_dir}
+    options: dict[str, Any] = where | {"token": token}
     with hub_errors(repository, revision, intro=f"unit model {repository} is not a folder, and "):
+        options |= only_cached(repository, "config.json", **where)
         folder = Path(snapshot_download(repository, allow_patterns=[DESCRIPTION, *FILES, *CODEC_FILES], **options))
     if not (folder / DESCRIPTION).is_file() and not holds_codec(folder):
         raise FileNotFoundError(

@@ -6,9 +6,17 @@ import re
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal, NamedTuple
 
-from huggingface_hub import HfApi, constants, get_hf_file_metadata, get_token, hf_hub_url
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_hf_file_metadata,
+    get_token,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is httpx's
     EntryNotFoundError,
     FileMetadataError,
@@ -28,6 +36,7 @@ RepoType = Literal["model", "dataset"]
 
 LOG_IN = "log in with 'hf auth login', or set HF_TOKEN"
 _SENT_ONCE = "push again, nothing is sent twice"
+_PATIENCE = 5  # seconds in which the Hub answers
 _SHOWN = 300  # characters of the server's reason: that of a wrong licence lists all licences
 
 # What git allows in no name of a branch or tag (git help check-ref-format).
@@ -85,6 +94,25 @@ def create_repository(
         raise ValueError(f"{repo_id} exists and is public: make it private on the Hub, or name another repository")
     if branch is not None:
         api.create_branch(repo_id, repo_type=repo_type, branch=branch, exist_ok=True)
+
+
+def only_cached(
+    repo_id: str, file: str, repo_type: RepoType = "model", *, revision: str | None, cache_dir: str | Path | None
+) -> dict[str, bool]:
+    """Return the argument that makes huggingface_hub take what its cache has, where a file is there and the Hub does not answer.
+
+    huggingface_hub itself asks again for half a minute, and transformers several times so, before they take it.
+    """
+    known = try_to_load_from_cache(repo_id, file, cache_dir=cache_dir, revision=revision, repo_type=repo_type)
+    if not isinstance(known, str) or constants.HF_HUB_OFFLINE:
+        return {}
+    try:
+        get_hf_file_metadata(hf_hub_url(repo_id, file, repo_type=repo_type, revision=revision), timeout=_PATIENCE)
+    except (HfHubHTTPError, FileMetadataError):  # it answers, and says no
+        return {}
+    except (HTTPError, OSError):
+        return {"local_files_only": True}
+    return {}
 
 
 def size_on_hub(
