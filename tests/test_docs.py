@@ -10,7 +10,7 @@ from dataclasses import fields
 import pytest
 
 import dailytalk_usdm
-from tests.code_blocks import MARKER, PAGES, find_blocks, small_environment
+from tests.code_blocks import MARKER, PAGES, find_blocks, find_code, small_environment
 from tests.forked import Fork
 from tests.helpers import REPOSITORY
 from tests.test_cli import COMMANDS
@@ -56,6 +56,8 @@ def test_pages_with_blocks_that_are_not_run():
     pages = [
         "given-units",
         "hub",
+        "performance",
+        "training/evaluation",
         "training/mixing",
         "training/other-models",
         "training/tools",
@@ -63,6 +65,35 @@ def test_pages_with_blocks_that_are_not_run():
     ]
     assert sorted(marked) == [f"docs/{page}.md" for page in pages]
     assert len(PYTHON_BLOCKS) >= 15
+
+
+def test_cost_of_training_follows_from_the_code():
+    """Mistral-7B has 7.24 billion parameters, norms included, with its own 32,000 tokens."""
+    code, gigabytes, hours = find_code("full_bytes ="), 1e9, 3600
+    names, mistral = {}, {}
+    exec(code, names)
+    exec(code.replace("42_003", "32_000"), mistral)
+    assert round(mistral["parameters"] / 1e9, 2) == 7.24
+    assert [round(names[name] / gigabytes) for name in ("full_bytes", "lora_bytes", "activations")] == [124, 22, 7]
+    assert round((2 * names["parameters"] + names["activations"]) / gigabytes) == 22  # 16 bytes on 8 GPUs
+    rows = {}
+    for tokens, peak in (("7.5e6", "989e12"), ("7.5e6", "312e12"), ("790e6", "989e12")):
+        exec(code.replace("7.5e6", tokens).replace("989e12", peak, 1), names)
+        for kind in ("full", "lora"):
+            rows.setdefault(kind, []).append(round(names[f"{kind}_seconds"] / hours, 2))
+    assert rows == {"full": [0.3, 0.96, 31.74], "lora": [0.23, 0.72, 23.8]}
+
+
+def test_readme_and_index_link_every_page():
+    pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")} - {"index.md"}
+    for path, prefix in ((REPOSITORY / "README.md", "docs/"), (DOCS / "index.md", "")):
+        links = {link.removeprefix(prefix) for link in LINK.findall(path.read_text(encoding="utf-8"))}
+        assert pages - links == set(), path
+
+
+def test_screenshot_is_small():
+    """docs/page.png is made by hand (CONTRIBUTING.md); README and index load it."""
+    assert 20_000 < (DOCS / "page.png").stat().st_size < 150_000
 
 
 def test_commands_of_bash_blocks_are_accepted_by_the_parser(monkeypatch):
