@@ -96,7 +96,10 @@ def test_card_tells_the_units_and_no_unit_model(root, case, rate):
     assert f"| `user_units` | list of uint16 | the speech as discrete units, {rate} |" in card
     assert f"The units were part of the corpus: {rate}" in card
     assert ("dailytalk_usdm.unflatten_units(units, [40, 30, 20, 10])" in card) == (case == "flatten")
-    assert f"| the model that made the units ({rate}): to be filled in by the publisher |" in card
+    assert (
+        f"| the model that made the units ({rate}): <!-- publisher: units -->to be filled in by the publisher<!-- end --> |"
+        in card
+    )
 
 
 def test_card_of_a_unit_model_stays(dataset_folder):
@@ -222,7 +225,8 @@ def test_push_sends_every_file(served_hub, root, monkeypatch):
     repo = served_hub.repos["datasets", "tester/codes"]
     pushed = repo["commits"][repo["refs"]["main"]]["files"]
     found = {name: served_hub.blob(entry) for name, entry in pushed.items() if name != ".gitattributes"}
-    assert found == {name: data for name, data in content(root / "one-folder").items() if name != ".lock"}
+    assert b'"tester/codes"' in found.pop("README.md")  # the card names the repository
+    assert found == {n: data for n, data in content(root / "one-folder").items() if n not in (".lock", "README.md")}
 
 
 def test_corpus_of_the_hub_without_recordings(root, tmp_path, monkeypatch):

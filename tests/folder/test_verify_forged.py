@@ -169,7 +169,7 @@ def test_malformed_card_is_refused(folder_copy, tmp_path, monkeypatch, text):
         (lambda card: DIGEST.sub(rf"\g<1>{'0' * 64}\n", card), "is not .* does not hold the digest of its data files"),
         (lambda card: card + "Free for any use.\n", f"is not the card .* differs in its text: restore it, or {AGAIN}$"),
         (lambda card: re.sub(r"num_bytes: \d+", "num_bytes: 5", card, count=1).replace("license: unknown", "license: mit"),
-         rf"is not the card .* differs in its YAML \(dataset_info, license\): restore it, or {AGAIN}$"),
+         rf"is not the card .* differs in its YAML \(dataset_info\): restore it, or {AGAIN}$"),
     ],
     ids=["other files", "no features", "no digest", "other digest", "text", "YAML"],
 )  # fmt: skip

@@ -236,7 +236,7 @@ def _check_card(folder: Path, counts: Mapping[str, Any], checked: CheckedRows, t
         where = f"in its YAML ({', '.join(different)})" if different else "in its text"
         if "configs" in different:  # `_read_card` has compared the rest of them
             where += ", which does not hold the digest of its data files, so that load_dataset may give cached rows of other files"
-        yield f"{path} is not the card of this folder, it differs {where}: restore it, or {PREPARE_AGAIN}; {OWN_PARTS}"
+        yield f"{path} is not the card of this folder, it differs {where}: restore it, or {PREPARE_AGAIN}"
 
 
 def _split_card(card: str) -> tuple[dict[str, Any], str]:
