@@ -108,6 +108,17 @@ def test_verify_finds_units_of_another_length(flattened, tmp_path):
         read_counts(folder)
 
 
+def test_hours_are_those_of_the_recordings(root, tmp_path):
+    """At 24 kHz the 120 recordings are longer by 2 ms in all, because each length is rounded up to a sample."""
+    (tmp_path / "corpus").mkdir()
+    make_corpus(tmp_path / "corpus", [2_001 + number for number in range(120)], rate=44_100)
+    prepare(**given(root, tmp_path, "wavtokenizer", data_dir=str(tmp_path / "corpus"), shard_dialogs=30))
+    assert verify(tmp_path / "out") == {"train": 90}
+    hours = read_counts(tmp_path / "out")["splits"]["train"]["hours"]
+    edit_counts(tmp_path / "out", lambda found: found["splits"]["train"].update(hours=hours - 1e-5))
+    assert any("the rows of train have" in problem for problem in find_problems(tmp_path / "out"))
+
+
 def test_dry_run_counts_the_tokens_of_the_run(root, flattened, single, tmp_path):
     for folder, changes in (
         (flattened, {"streams": "flatten", "num_streams": 3}),

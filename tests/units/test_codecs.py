@@ -208,6 +208,9 @@ def test_more_units_than_are_stored_are_refused(made, tmp_path):
         ("config.json", {"audio_channels": 2}, "is a codec for stereo or for chunks of audio: name one for whole mono"),
         ("config.json", {"chunk_length_s": 1.0}, "is a codec for stereo or for chunks"),
         ("config.json", {"quantization_config": {}}, "the weights are quantized: name the checkpoint they were made from"),
+        ("config.json", {"codebook_size": 0}, r"cannot read this encodec config"),
+        ("config.json", {"target_bandwidths": []}, r"cannot read this encodec config"),
+        ("config.json", {"target_bandwidths": [1e12]}, "streams, more than the 65,536 that are stored"),
         ("config.json", {"upsampling_ratios": "eight"}, r"cannot read this encodec config .*: install the newest transformers"),
         ("preprocessor_config.json", {"sampling_rate": 16_000}, "sampling_rate of the feature extractor is 16000, of the codec 24000"),
         ("preprocessor_config.json", {"feature_extractor_type": "DacFeatureExtractor"}, "is a DacFeatureExtractor, not a EncodecF"),
@@ -226,6 +229,25 @@ def test_missing_file_of_a_codec_is_named(made, tmp_path, name):
     folder = copy(made, "dac", tmp_path)
     (folder / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"holds no(ne of)? {name}"):
+        UnitTokenizer.from_pretrained(folder, device="cpu", streams="first")
+
+
+def test_config_of_a_huge_model_takes_no_memory(made, tmp_path):
+    folder = copy(made, "dac", tmp_path)
+    change_json(folder / "config.json", encoder_hidden_size=2_048)
+    tokenizer = UnitTokenizer.from_pretrained(folder, device="cpu", streams="first")
+    with pytest.raises(
+        ValueError, match=r"config\.json describes a model of [\d,]{13,} bytes, its weights have [\d,]{9}:"
+    ):
+        tokenizer.tokenize_waveforms([make_waveform(2_000)])
+
+
+@pytest.mark.parametrize("names", [["model.safetensors"], {"a": 5}, {"a": "../model.safetensors"}], ids=str)
+def test_index_that_names_other_files_is_refused(made, tmp_path, names):
+    folder = copy(made, "dac", tmp_path)
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(ValueError, match="weight_map does not name files of the folder"):
         UnitTokenizer.from_pretrained(folder, device="cpu", streams="first")
 
 
@@ -265,8 +287,8 @@ def test_codec_is_not_converted(made, tmp_path):
 
 
 def test_waveform_that_is_too_short_is_refused(opened):
-    with pytest.raises(AudioError, match=r"has 599 samples at 24 kHz, fewer than the 600 \(25 ms\) that make a unit"):
-        opened("wavtokenizer").tokenize_waveforms([make_waveform(599)])
+    with pytest.raises(AudioError, match=r"has 598 samples at 24 kHz, fewer than the 599 \(.* ms\) that make a unit"):
+        opened("wavtokenizer").tokenize_waveforms([make_waveform(598)])
 
 
 def test_saved_codec_is_the_folder_that_was_opened(opened, made, tmp_path):

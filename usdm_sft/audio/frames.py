@@ -14,6 +14,7 @@ SAMPLE_RATE = 16_000  # Hz; that of speech encoders, at which the pipeline count
 MIN_SAMPLES = 400  # 25 ms, the window of one frame
 FRAME_SAMPLES = 320  # 20 ms, the distance between frames
 MEL_SAMPLES = 160  # 10 ms, the distance between the log-mel frames of w2v-BERT 2.0, two of which make one of its frames
+MAX_RATE = 1_000_000  # Hz, of the audio of a unit model
 MAX_SAMPLE = float(np.sqrt(np.finfo(np.float32).max))  # 1.8e19; the square of a louder one is not finite in float32
 TOO_LOUD = f"holds samples beyond {MAX_SAMPLE:.2g}, whose variance is not finite in fp32"
 
@@ -37,8 +38,11 @@ class Framing:
 
     @property
     def min_samples(self) -> int:
-        """Number of samples of the shortest recording that is not refused: 25 ms, or what the first frame needs."""
-        return max(self.window, MIN_SAMPLES * self.sample_rate // SAMPLE_RATE)
+        """Number of samples of the shortest recording that is not refused: 25 ms, or what the first frame needs.
+
+        Of 25 ms at another rate than 16 kHz, one sample may be missing, because lengths at both are rounded up.
+        """
+        return max(self.window, MIN_SAMPLES * self.sample_rate // SAMPLE_RATE - (self.sample_rate != SAMPLE_RATE))
 
     def count(self, num_samples: int) -> int:
         """Return the number of frames of a recording.
@@ -71,11 +75,14 @@ def framing_of(unit_model: Mapping[str, Any]) -> Framing:
     Raises:
         ValueError: They are not those of a unit model.
     """
+    if not isinstance(unit_model, Mapping):
+        raise ValueError(f"{unit_model!r} does not describe a unit model")
     normalization, frames = unit_model.get("normalization", "fairseq"), unit_model.get("frames", {})
     if frames == {} and normalization in tuple(FRAMINGS):
         return FRAMINGS[normalization]
     is_codec = isinstance(frames, dict) and frames.keys() == {"sample_rate", "step", "window"}
-    if is_codec and all(type(value) is int and value >= 0 for value in frames.values()) and frames["step"]:
+    are_numbers = is_codec and all(type(value) is int and 0 <= value <= MAX_RATE for value in frames.values())
+    if are_numbers and frames["step"] and frames["sample_rate"]:
         return Framing(**frames)
     raise ValueError(f"frames {frames!r} with normalization {normalization!r} are not those of a unit model")
 

@@ -119,7 +119,8 @@ def _describe_unknown(path: Path, corpus: CorpusName | None) -> str:
     remedy = "give its folder or file as data_dir, or its split files (--train_metadata_path)"
     return "\n".join(
         [
-            f"{path} holds {what}: {remedy}.{holds} What was looked for:",
+            f"{path} holds {what}: {remedy}.{holds}",
+            "What was looked for:",
             *(f"  {each.name:<12}{each.looks_for}" for each in kinds),
         ]
     )

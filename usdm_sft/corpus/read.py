@@ -268,6 +268,8 @@ def take_validation(splits: Mapping[str, Split], val_dialogs: int | float, seed:
     Raises:
         ValueError: There is no train split, there is a validation split already, or no dialog would be left for train.
     """
+    if isinstance(val_dialogs, bool) or not 0 < val_dialogs < (1 if isinstance(val_dialogs, float) else math.inf):
+        raise ValueError(f"val_dialogs is {val_dialogs}: give a whole number of dialogs, or a share below 1")
     if "train" not in splits:
         raise ValueError(
             f"val_dialogs is {val_dialogs}, but the corpus has no split train: name its list, or leave it out"

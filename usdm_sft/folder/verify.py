@@ -19,7 +19,6 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK, metadata_load
 from jinja2 import UndefinedError
 from tokenizers import Tokenizer
 
-from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.corpus.problems import MAX_PROBLEMS_SHOWN
 from usdm_sft.folder.card import data_configs, make_card, read_info
@@ -161,7 +160,7 @@ def _check_totals(
 ) -> Iterator[str]:
     """Check the numbers of counts.json that follow from turns, from what was left out, and from the tokenizer."""
     path = folder / COUNTS
-    settings = counts["settings"]
+    settings, framing = counts["settings"], read_framing(counts)
     found = counts.get("tokenizer")
     if not isinstance(found, dict) or found | {"name": None} != json.loads(json.dumps(tokenizer)):
         yield f"{path}: tokenizer is not that of the folder: {PREPARE_AGAIN}"
@@ -191,8 +190,8 @@ def _check_totals(
         is_complete = not left_out and settings.get("agent") is None
         hours = float(seconds.sum()) / 3600
         rounding = 1e-6 + 1e-7 * hours  # of the total, and of lengths that are float32
-        # The total is of the recordings. At 16 kHz each is longer by up to one sample, to which its length is rounded up.
-        longer = 0 if "unit_rate" in settings else len(seconds) / SAMPLE_RATE / 3600
+        # The total is of the recordings. As the model takes them, each is longer by up to one sample, to which its length is rounded up.
+        longer = 0 if framing is None else len(seconds) / framing.sample_rate / 3600
         least, most = hours - longer - rounding, hours + rounding
         if numbers["hours"] < least or (is_complete and numbers["hours"] > most):
             yield f"{path}: the rows of {split} have {hours:.6f} hours, not {numbers['hours']}"

@@ -135,7 +135,7 @@ class CorpusOptions:
     span takes one channel from the first start to the last end, and refuses turns of several channels or recordings."""
 
     max_gap: float | None = None
-    """Seconds of the longest pause over which merge_speaker_turns joins. A longer one divides the dialog, and no pair is made across it."""
+    """Seconds of the longest pause over which merge_speaker_turns joins two turns of one speaker. A longer one divides the dialog there."""
 
     train_metadata_path: str | Path | None = None
     """Split list or manifest of the train split (of Kaldi, its wav.scp). By default the lists beside the data, or else DailyTalk's own, which are

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # a re-export
 
 from usdm_sft.audio.addresses import disk_files
 from usdm_sft.audio.frames import FRAMINGS, SAMPLE_RATE
@@ -28,10 +31,12 @@ from usdm_sft.prepare.plan import Shard, list_ids
 from usdm_sft.prepare.token_shards import fit_splits
 from usdm_sft.template.streams import UNITS_PER_SECOND, UnitStreams
 from usdm_sft.template.tokenizer import NUM_UNITS
-from usdm_sft.units.published import locate_unit_model
+from usdm_sft.units.families import is_codec
+from usdm_sft.units.published import PUBLISHED, locate_unit_model
 from usdm_sft.units.settings import make_settings
 from usdm_sft.units.tokenizer import UnitTokenizer
 from usdm_sft.utils.cache_keys import cache_root
+from usdm_sft.utils.files import read_json
 from usdm_sft.utils.processes import ProcessPool
 from usdm_sft.utils.progress import Stages
 from usdm_sft.utils.shard_cache import ShardCache, write_shard
@@ -106,7 +111,7 @@ def dry_run(config: PrepareConfig) -> DryRun:
 
 def _stand_in(config: PrepareConfig, scratch: str) -> UnitTokenizer:
     """A unit tokenizer with the settings of the run, and with a digest that no cached work has."""
-    if config.streams is not None or config.num_streams is not None:
+    if config.streams is not None or config.num_streams is not None or _is_codec_on_hub(config):
         raise ValueError(
             f"{config.unit_model} is not on this machine, and a dry run does not know the rate of a codec without its config: download it "
             f"first with 'hf download {config.unit_model}'"
@@ -117,6 +122,17 @@ def _stand_in(config: PrepareConfig, scratch: str) -> UnitTokenizer:
     # As the published model; one of the Hub that normalizes otherwise may differ by a unit in some recordings.
     tokenizer.framing, tokenizer.streams = FRAMINGS["fairseq"], UnitStreams(UNITS_PER_SECOND, (NUM_UNITS,))
     return tokenizer
+
+
+def _is_codec_on_hub(config: PrepareConfig) -> bool:
+    """Return whether the config of a repository is that of a codec; False where it cannot be asked for."""
+    if str(config.unit_model) == PUBLISHED:
+        return False
+    with suppress(OSError, ValueError, HTTPError):
+        return is_codec(
+            read_json(hf_hub_download(str(config.unit_model), "config.json", cache_dir=config.model_cache_dir))
+        )
+    return False
 
 
 def _write_units(run: Run) -> dict[str, Path]:

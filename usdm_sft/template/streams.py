@@ -11,7 +11,6 @@ No heavy imports, because the command line reads this module.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+MAX_RATE = 48_000  # frames per second: one for each sample
 UNITS_PER_SECOND = 50.0  # of speech encoders with k-means, such as XLS-R
 StreamsName = Literal["first", "flatten"]
 EXPECTED_NUM_UNITS = "a whole number, or a list with one for each stream, such as [1024, 1024]"
@@ -90,7 +90,7 @@ def read_streams(counts: Mapping[str, Any]) -> UnitStreams:
     if "unit_rate" not in settings:  # a speech encoder made them
         return UnitStreams(UNITS_PER_SECOND, (counts["num_units"],))
     rate, num_units, streams = (settings.get(name) for name in ("unit_rate", "num_units", "streams"))
-    is_rate = isinstance(rate, int | float) and not isinstance(rate, bool) and 0 < rate < math.inf
+    is_rate = isinstance(rate, int | float) and not isinstance(rate, bool) and 0 < rate <= MAX_RATE
     if not is_rate or not isinstance(num_units, list) or _options_problem(num_units, streams):
         raise ValueError(
             f"unit_rate {rate!r}, num_units {num_units!r} and streams {streams!r} are not units of a dataset"
@@ -221,8 +221,10 @@ def check_unit_options(unit_rate: float | None, num_units: int | Sequence[int] |
                 "second of the column units as well, such as --unit_rate 12.5"
             )
         return
-    if not isinstance(unit_rate, int | float) or isinstance(unit_rate, bool) or not 0 < unit_rate < math.inf:
-        raise ValueError(f"unit_rate is {unit_rate!r}: give a positive number of units (or frames) per second")
+    if not isinstance(unit_rate, int | float) or isinstance(unit_rate, bool) or not 0 < unit_rate <= MAX_RATE:
+        raise ValueError(
+            f"unit_rate is {unit_rate!r}: give a positive number of units (or frames) per second, at most {MAX_RATE:,}"
+        )
     if num_units is None:
         raise ValueError(
             f"unit_rate is {unit_rate:g}, but num_units is missing: give the number of units of the codec or unit model, such as --num_units 2048"

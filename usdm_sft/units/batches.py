@@ -28,7 +28,7 @@ class Waveform(NamedTuple):
 
     Attributes:
         samples: (num_samples,) float32, normalized, with the sample that fairseq's way appends; or (num_frames, 160) float32 log-mel features.
-        num_samples: Number of samples at 16 kHz, without an appended one.
+        num_samples: Number of samples, without an appended one.
     """
 
     samples: torch.Tensor

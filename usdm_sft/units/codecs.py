@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, FeatureExtractionMixin
+from transformers import AutoConfig, AutoModel, FeatureExtractionMixin
 
 from usdm_sft.audio.digests import file_digest
 from usdm_sft.audio.frames import MIN_SAMPLES, SAMPLE_RATE, framing_of
@@ -32,6 +32,7 @@ from usdm_sft.utils.texts import count_noun, first_line
 
 _OTHER_FILES = ("config.json", "preprocessor_config.json", "processor_config.json", "model.safetensors.index.json")
 _LOG_MEL = ("neucodec", "xcodec2")  # they take log-mel features beside the waveform
+_SMALL = 1 << 24  # bytes
 _MEL_BINS = 80
 _MEL_EPS = 1e-7  # added to the variance of each mel bin by their feature extractors
 _MEL_PADDING = 1.0  # their `padding_value`
@@ -53,6 +54,12 @@ def describe_codec(folder: Path) -> dict[str, Any]:
     codec = CODECS[kind]
     try:
         config = AutoConfig.for_model(**values)
+        num_streams = 1 if codec.streams is None else getattr(config, codec.streams)
+        levels = getattr(config, "quantization_levels", None)
+        num_units = config.codebook_size if levels is None else math.prod(levels)
+        rate, step = getattr(config, codec.sample_rate), getattr(config, codec.step)
+        if min(num_streams, num_units, rate, step, *(levels or ())) < 1 or levels == []:
+            raise ValueError(f"{num_streams} streams of {num_units} codes, each of {step} samples at {rate} Hz")
     except Exception as error:  # transformers raises many kinds of errors
         raise ValueError(
             f"{folder}: transformers {transformers.__version__} cannot read this {kind} config ({first_line(error)}): install the newest "
@@ -62,18 +69,10 @@ def describe_codec(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder}: the weights are quantized: name the checkpoint they were made from")
     if getattr(config, "audio_channels", 1) != 1 or getattr(config, "chunk_length_s", None) is not None:
         raise ValueError(f"{folder} is a codec for stereo or for chunks of audio: name one for whole mono recordings")
-    num_streams = 1 if codec.streams is None else getattr(config, codec.streams)
-    levels = getattr(config, "quantization_levels", None)
-    num_units = config.codebook_size if levels is None else math.prod(levels)
-    if num_units > MAX_UNITS:
-        raise ValueError(
-            f"{folder} has {num_units:,} codes, more than the {MAX_UNITS:,} that are stored: use another codec"
-        )
-    frames = {
-        "sample_rate": getattr(config, codec.sample_rate),
-        "step": getattr(config, codec.step),
-        "window": codec.window,
-    }
+    if max(num_units, num_streams) > MAX_UNITS:
+        has = f"{num_units:,} codes" if num_units > MAX_UNITS else f"{num_streams:,} streams"
+        raise ValueError(f"{folder} has {has}, more than the {MAX_UNITS:,} that are stored: use another codec")
+    frames = {"sample_rate": rate, "step": step, "window": codec.window}
     extractor = _read_extractor(folder, codec.extractor)
     for name, expected in (("sampling_rate", frames["sample_rate"]), ("hop_length", frames["step"])):
         if (found := extractor.get(name, expected)) != expected:
@@ -99,7 +98,7 @@ def _read_extractor(folder: Path, expected: str) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{folder} holds no preprocessor_config.json that can be read: download the codec again"
         ) from error
-    if (kind := values.get("feature_extractor_type")) != expected:
+    if (kind := values.get("feature_extractor_type") if isinstance(values, dict) else values) != expected:
         raise ValueError(
             f"{folder}: the feature extractor is a {kind}, not a {expected}: name the folder that the codec was published in"
         )
@@ -172,6 +171,7 @@ class CodecModel(nn.Module):
             ValueError: Weights are missing, of another shape, or not finite.
         """
         values = read_json(folder / "config.json")
+        _check_size(folder, values)
         extractor = _read_extractor(folder, CODECS[values["model_type"]].extractor)
         return cls(open_checkpoint(folder, values), extractor, streams, precision)
 
@@ -229,6 +229,20 @@ class CodecModel(nn.Module):
         mel = (mel - mel.mean(0)) / np.sqrt(mel.var(0, ddof=1) + _MEL_EPS)
         mel = np.pad(mel, ((0, len(mel) % 2), (0, 0)), constant_values=_MEL_PADDING).reshape(-1, 2 * _MEL_BINS)
         return {"input_values": torch.from_numpy(padded)[None, None], "input_features": torch.from_numpy(mel)[None]}
+
+
+def _check_size(folder: Path, values: dict[str, Any]) -> None:
+    """Check that the config of an untrusted folder does not describe a much larger model than its weights are."""
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.for_model(**values))  # type: ignore[no-untyped-call]  # transformers
+    needed, there = (
+        sum(each.nbytes for each in model.state_dict().values()),
+        sum(path.stat().st_size for path in weight_files(folder)),
+    )
+    if needed > 4 * there + _SMALL:  # in float32, from weights of 8 bits or more
+        raise ValueError(
+            f"{folder}: config.json describes a model of {needed:,} bytes, its weights have {there:,}: download it again"
+        )
 
 
 def log_mel(samples: np.ndarray) -> np.ndarray:

@@ -68,6 +68,7 @@ def read_description(folder: Path) -> dict[str, Any]:
         or description.get("normalization", "fairseq") not in NORMALIZATIONS
         or not is_known(description)
         or takes_log_mel(description) != (description.get("normalization") == "seamless_m4t")
+        or "frames" in description  # of codecs, which have no such file
     ):
         raise ValueError(f"{path} is not what convert wrote: remove the folder and convert the unit model again")
     return description
@@ -267,10 +268,9 @@ def _is_repository_id(name: str) -> bool:
 def _download(
     repository: str, revision: str | None, token: str | bool | None, model_cache_dir: str | Path | None
 ) -> Path:
-    where = {"revision": revision, "cache_dir": model_cache_dir}
-    options: dict[str, Any] = where | {"token": token}
+    options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": model_cache_dir}
     with hub_errors(repository, revision, intro=f"unit model {repository} is not a folder, and "):
-        options |= only_cached(repository, "config.json", **where)
+        options |= only_cached(repository, "config.json", revision=revision, cache_dir=model_cache_dir)
         folder = Path(snapshot_download(repository, allow_patterns=[DESCRIPTION, *FILES, *CODEC_FILES], **options))
     if not (folder / DESCRIPTION).is_file() and not holds_codec(folder):
         raise FileNotFoundError(

@@ -57,7 +57,7 @@ _folders: dict[str, Path] = {}  # digest of each unit model that this process ha
 
 
 class UnitTokenizer:
-    """Turns audio into discrete units, 50 per second. A batched `.map` callable for `Dataset` and `IterableDataset`.
+    """Turns audio into discrete units, 50 per second with k-means. A batched `.map` callable for `Dataset` and `IterableDataset`.
 
     With the published unit model, the units equal `UnitExtractor("xlsr2_1b_v2", kmeans_10k).predict(waveform, 34)` of
     seamless_communication; with another unit model, they are the centroids nearest to the features that transformers
@@ -307,7 +307,7 @@ class UnitTokenizer:
 
         Returns:
             Two columns for each audio column. For `user_audio`, they are `user_units`, a (num_units,) uint16 array per
-            recording, and `user_seconds`, its length at 16 kHz as float32; for `audio`, `units` and `seconds`.
+            recording, and `user_seconds`, its length at the sample rate of the model as float32; for `audio`, `units` and `seconds`.
 
         Raises:
             FileNotFoundError: An audio file does not exist.
@@ -382,7 +382,7 @@ class UnitTokenizer:
         return self.start_reader() if self._reader is None else self._reader
 
     def tokenize_waveforms(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Return the units of (num_samples,) float32 mono waveforms at 16 kHz, one (num_units,) uint16 array each."""
+        """Return the units of (num_samples,) float32 mono waveforms at `framing.sample_rate`, 16 kHz but for codecs, one (num_units,) uint16 array each."""
         self._notice_fork()
         names = [f"waveform {i}" for i in range(len(waveforms))]
         arrays = [np.ascontiguousarray(waveform, dtype=np.float32) for waveform in waveforms]

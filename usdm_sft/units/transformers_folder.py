@@ -132,13 +132,19 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: There are none, or one of several files is missing.
+        ValueError: The index of several files is invalid.
     """
     path = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{folder} holds none of {', '.join(_WEIGHTS)}: name a folder that transformers saved")
     if path.suffix != ".json":
         return [path]
-    files = [folder / name for name in sorted(set(read_json(path).get("weight_map", {}).values()))]
+    names = read_json(path).get("weight_map")
+    if not isinstance(names, dict) or not all(
+        isinstance(name, str) and name == Path(name).name for name in names.values()
+    ):
+        raise ValueError(f"{path}: weight_map does not name files of the folder: download the checkpoint again")
+    files = [folder / name for name in sorted(set(names.values()))]
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing, though {path.name} names it: download the checkpoint again")
