@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from huggingface_hub import HfApi, constants, get_token, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, get_token, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from packaging.requirements import Requirement
 
@@ -33,6 +33,7 @@ from usdm_sft.template.config import OFFLINE, USTM
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.streams import UNITS_PER_SECOND, UnitStreams
 from usdm_sft.template.tokenizer import load_tokenizer
+from usdm_sft.units.families import is_codec
 from usdm_sft.units.folder import CODEC_FILES, DESCRIPTION, FILES
 from usdm_sft.units.published import (
     CONVERTED_BYTES,
@@ -46,6 +47,7 @@ from usdm_sft.units.settings import PrecisionName, make_settings
 from usdm_sft.units.tokenizer import open_for
 from usdm_sft.utils.cache_keys import cache_root
 from usdm_sft.utils.download import remote_size
+from usdm_sft.utils.files import read_json
 from usdm_sft.utils.hub import hub_errors, size_on_hub
 from usdm_sft.utils.locks import find_local_locks, require_locks
 from usdm_sft.utils.texts import count_noun, first_line, format_bytes
@@ -255,12 +257,16 @@ class SetUp:
         else:
             for files in ((DESCRIPTION, *FILES), ("config.json", "model.safetensors", CODEC_FILES[0])):
                 sizes = [_size_on_hub(name, file) for file in files]
-                if None not in sizes:
+                if None not in sizes and (DESCRIPTION in files or self._is_codec(name)):
                     self.model_bytes = sum(filter(None, sizes))
                     yield _to_download(name, self.model_bytes)
                     return
             remedy = "upload a folder that 'dailytalk-usdm convert' made"
             yield "error", f"the repository {name} holds no {DESCRIPTION} and is not one of a codec: {remedy}"
+
+    def _is_codec(self, name: str) -> bool:
+        with hub_errors(name):
+            return is_codec(read_json(hf_hub_download(name, "config.json", cache_dir=self.config.model_cache_dir)))
 
     def check_corpus(self) -> Lines:
         """Find and read the lists of the corpus."""
