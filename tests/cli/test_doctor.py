@@ -235,7 +235,7 @@ def test_bad_recording(doctor, mini, tmp_path, option, level):
     (corpus / "data" / "3" / "0_0_d3.wav").write_bytes(b"")
     found = doctor("--on_bad_audio", option, data_dir=corpus)
     bad, total = found.about("recordings")
-    remedy = "replace the file, or leave out its pairs with --on_bad_audio skip; prepare lists every such file"
+    remedy = "replace the file, or leave out its pairs with --on_bad_audio skip; prepare lists every one"
     assert bad == (level, f"{corpus}/data/3/0_0_d3.wav is empty (0 bytes): {remedy}")
     assert total[1].startswith("18 of 19 that were opened are good; the corpus has 19, about ")
     assert ("error" in [level for level, _, _ in found]) == (option == "error")

@@ -102,7 +102,7 @@ def test_bucket_has_no_commits(folder, option):
 
 
 def test_bucket_that_refuses_or_is_unknown_to_the_library(bucket, folder, monkeypatch):
-    response = SimpleNamespace(status_code=404, headers={}, request=None)
+    response = SimpleNamespace(status_code=404, headers={}, request=SimpleNamespace(headers={}))
     monkeypatch.setattr(bucket, "bucket_info", None)
     with monkeypatch.context() as patch:
         error = BucketNotFoundError("404", response=response)

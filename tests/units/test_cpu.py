@@ -189,7 +189,7 @@ def test_utterances_longer_than_a_pack_are_computed_one_at_a_time(two_threads):
             at_once.append(([len(row) // SAMPLE_RATE for row in rows], torch.get_num_threads()))
             return [torch.zeros(count, dtype=torch.uint16) for count in frames], torch.ones(len(rows), dtype=torch.bool)
 
-    model = Model(centroids=torch.zeros(1, 4), precision=PRECISIONS["fp32"])
+    model = Model(device=torch.device("cpu"), precision=PRECISIONS["fp32"])
     waveforms = [Waveform(torch.zeros(length * SAMPLE_RATE), length * SAMPLE_RATE) for length in seconds]
     found, _ = start_units(model, waveforms, [""] * len(seconds), 60, in_fp32=None)()
     assert [len(units) for units in found] == [FRAMINGS["fairseq"].count(length * SAMPLE_RATE) for length in seconds]
