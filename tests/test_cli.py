@@ -563,7 +563,7 @@ def test_completion_in_bash(tmp_path, monkeypatch, capsys):
     (tmp_path / "script").write_text(capsys.readouterr().out)
     for words, expected in (
         (["pre"], "prepare"),
-        (["prepare", "--max"], "--max_length"),
+        (["prepare", "--max_l"], "--max_length"),
         (["prepare", "--on_bad_audio", "s"], "skip"),
     ):
         command = ["bash", "-c", COMPLETE, "bash", str(tmp_path / "script"), *words]

@@ -375,7 +375,10 @@ def test_interrupted_run_does_not_free_a_finished_folder(rerun, tmp_path):
 
 def test_unit_model_with_too_many_units_is_refused(run, tmp_path, forward_passes):
     build_tokenizer(num_units=50).save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(ValueError, match="the unit model has 100 units, the tokenizer only 50"):
+    with pytest.raises(
+        ValueError,
+        match="the unit model has 100 different units, the tokenizer only 50: use the tokenizer that belongs",
+    ):
         run(pretrained_model_name_or_path=str(tmp_path / "tokenizer"))
     assert not forward_passes
 

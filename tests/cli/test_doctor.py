@@ -28,6 +28,7 @@ from usdm_sft.utils.files import sha256_file
 
 TOKEN = "hf_aVerySecretToken"
 OFFLINE = ("--pretrained_model_name_or_path", "mistral-common")
+LEFT_OUT = "d11: one speaker speaks twice in a row, d42: a single turn makes no pair"
 USED = (3, 8, 20, 77, 105, 2001)  # the dialogs of the demo that are not left out
 
 
@@ -87,10 +88,10 @@ def test_good_set_up_without_a_gpu(doctor, mini, unit_model, no_network, tmp_pat
     corpus = mini / "corpus"
     found = doctor("--output_path", tmp_path / "out", data_dir=corpus)
     assert [name for _, name, _ in found] == [
-        "packages", "device", "device", "Hub", "tokenizer", "unit model", "corpus", "corpus", "recordings", "disk", "locks"
+        "packages", "device", "device", "Hub", "tokenizer", "unit model", "corpus", "corpus", "corpus", "recordings", "disk", "locks"
     ]  # fmt: skip
     levels = [level for level, _, _ in found]
-    assert (levels.count("error"), levels.count("warning")) == (0, 1)
+    assert (levels.count("error"), levels.count("warning")) == (0, 2)
     [(level, packages)] = found.about("packages")
     assert level == "ok" and f"torch {torch.__version__}" in packages
     assert found.about("Hub") == [("ok", "offline mode is on (HF_HUB_OFFLINE), so that nothing is fetched")]
@@ -98,6 +99,10 @@ def test_good_set_up_without_a_gpu(doctor, mini, unit_model, no_network, tmp_pat
     assert found.about("unit model") == [("ok", f"{unit_model} is complete: layer 35, 100 units")]
     assert found.about("corpus") == [
         ("ok", f"{corpus}/train.txt (split list): 4 dialogs, 10 pairs; 2 dialogs left out, as counts.json will say"),
+        (
+            "warning",
+            f"train: 2 of 6 dialogs are left out ({LEFT_OUT}): join neighbouring turns with --merge_speaker_turns",
+        ),
         ("ok", f"{corpus}/test.txt (split list): 2 dialogs, 3 pairs"),
     ]
     # The utterances of the six dialogs above; their files are 22,050 Hz, 16 bits, with a header of 44 bytes.
@@ -208,7 +213,7 @@ def test_cached_lists_of_dailytalk_are_read(doctor, mini, corpus_copy, tmp_path,
     known = {split: (f"{split}.txt", sha256_file(lists / f"{split}.txt")) for split in ("train", "test")}
     monkeypatch.setattr(dailytalk, "SPLIT_LISTS", known)
     found = doctor(data_dir=corpus_copy())
-    assert found.about("corpus")[1] == ("ok", f"{lists}/test.txt (DailyTalk): 2 dialogs, 3 pairs")
+    assert found.about("corpus")[2] == ("ok", f"{lists}/test.txt (DailyTalk): 2 dialogs, 3 pairs")
     assert not [finding for finding in found if finding[0] == "error"]
     (lists / "test.txt").write_text("cut short")
     assert dailytalk.fetch_split_lists(tmp_path / "cache", may_download=False) is None
@@ -235,7 +240,7 @@ def test_bad_recording(doctor, mini, tmp_path, option, level):
     (corpus / "data" / "3" / "0_0_d3.wav").write_bytes(b"")
     found = doctor("--on_bad_audio", option, data_dir=corpus)
     bad, total = found.about("recordings")
-    remedy = "replace the file, or leave out its pairs with --on_bad_audio skip; prepare lists every such file"
+    remedy = "replace the file, or leave out its pairs with --on_bad_audio skip; prepare lists every one"
     assert bad == (level, f"{corpus}/data/3/0_0_d3.wav is empty (0 bytes): {remedy}")
     assert total[1].startswith("18 of 19 that were opened are good; the corpus has 19, about ")
     assert ("error" in [level for level, _, _ in found]) == (option == "error")

@@ -20,7 +20,8 @@ from tests.helpers import REPOSITORY, content
 from tests.mini_hub import serve
 from usdm_sft.corpus.hub_corpus import check_data_files, fetch_corpus
 from usdm_sft.corpus.problems import CorpusError
-from usdm_sft.corpus.read import read_corpus
+from usdm_sft.corpus.read import Rules, read_corpus
+from usdm_sft.corpus.saved_dataset import RECIPE as SAVED
 
 ROW = {"dialog": "d", "turn": 0, "speaker": "A", "text": "hello"}
 
@@ -170,6 +171,46 @@ def test_recording_in_a_binary_column_is_read(snapshot, tmp_path, monkeypatch):
             assert file.read() == wav(turn)
 
 
+def test_further_columns_are_kept_and_those_with_bytes_left_out(snapshot, tmp_path, monkeypatch):
+    further = {"role": "agent", "words": [{"word": "hi", "start": 0.5}], "note": None, "picture": [{"png": b"x"}]}
+    lists = fetch({"bytes": wav(4), "path": None}, tmp_path, monkeypatch, **further)
+    split = read_corpus(lists, Rules(keep_columns="all"))["train"]
+    assert split.columns == ("role", "words", "note")
+    assert split.dialogs[0].utterances[1].more == {"role": "agent", "words": '[{"word": "hi", "start": 0.5}]'}
+    plain = fetch({"bytes": wav(4), "path": None}, tmp_path, monkeypatch)["train"]
+    assert [*json.loads(plain.read_text().splitlines()[0])] == ["dialog", "turn", "speaker", "text", "audio"]
+
+
+def test_agent_and_further_columns_of_a_saved_dataset(tmp_path):
+    audio = {"bytes": wav(4), "path": None}
+    rows = [ROW | {"turn": turn, "speaker": "AB"[turn], "audio": audio, "role": "B"} for turn in range(2)]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    (tmp_path / "rows").mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows" / "train.parquet")
+    for folder in ("saved", "rows"):
+        lists = SAVED.find(tmp_path / folder, tmp_path / "cache", True, False)
+        split = read_corpus(lists, Rules(agent="column=role", keep_columns="role"))["train"]
+        assert [each.more for each in split.dialogs[0].utterances] == [{"role": "B"}, {"role": "B"}]
+
+
+def test_too_long_further_columns_do_not_spoil_a_dataset(snapshot, tmp_path, monkeypatch, caplog):
+    lists = fetch({"bytes": wav(4), "path": None}, tmp_path, monkeypatch, vector=[0.5] * 250_000)
+    split = read_corpus(lists, Rules(keep_columns="all"))["train"]
+    assert [each.more for each in split.dialogs[0].utterances] == [{}, {}]
+    assert "the further columns of 2 rows are left out, because they have more than 1,000,000 characters" in caplog.text
+
+
+def test_dataset_without_texts_is_read_where_none_is_needed(tmp_path, monkeypatch):
+    audio = {"bytes": wav(4), "path": None}
+    rows = [{"dialog": "d", "turn": turn, "speaker": "AB"[turn], "audio": audio} for turn in range(2)]
+    replace_builder(monkeypatch, datasets.DatasetDict(train=datasets.Dataset.from_list(rows)))
+    lists = fetch_corpus("hub:user/calls", tmp_path / "cache")
+    [dialog] = read_corpus(lists, Rules(needs_text=False))["train"].dialogs
+    assert [each.text for each in dialog.utterances] == ["", ""]
+    with pytest.raises(CorpusError, match=r"manifest\.jsonl:1: text missing: complete the row"):
+        read_corpus(lists)
+
+
 def test_text_in_the_place_of_bytes_is_refused(snapshot, tmp_path, monkeypatch):
     rows = [ROW | {"audio": {"bytes": "text", "path": None}}]
     replace_builder(monkeypatch, datasets.DatasetDict(train=datasets.Dataset.from_list(rows)))
@@ -234,7 +275,8 @@ def test_audio_folder_on_the_hub_is_read(tmp_path):
 import hashlib
 from usdm_sft.audio.addresses import open_file
 from usdm_sft.corpus.hub_corpus import fetch_corpus
-from usdm_sft.corpus.read import read_corpus
+from usdm_sft.corpus.read import Rules, read_corpus
+from usdm_sft.corpus.saved_dataset import RECIPE as SAVED
 for name in ("files", "zip"):
     [dialog] = read_corpus(fetch_corpus(f"hub:tester/{name}"))["train"].dialogs
     print(*(hashlib.sha256(open_file(u.audio).read()).hexdigest() for u in dialog.utterances))

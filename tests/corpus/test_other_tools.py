@@ -20,7 +20,7 @@ from usdm_sft.corpus.find import digest_list, find_lists, recipe_of
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.corpus.read import Rules, read_corpus
 from usdm_sft.folder.export import export
-from usdm_sft.folder.page import _add_recordings
+from usdm_sft.folder.page import CorpusRecordings, _add_recordings
 from usdm_sft.prepare.checks import SetUp
 from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.prepare.prepare import prepare
@@ -391,9 +391,8 @@ def test_doctor_does_not_unpack_a_dataset(corpora, tmp_path):
 @pytest.mark.parametrize("kind", ["nemo", "kaldi"])
 def test_page_plays_the_turns_of_another_kind(corpora, kind):
     rows = [{"id": "d0_0", "dialog_id": "d0", "turn": 0}]
-    recordings = _add_recordings(
-        [{"turns": [{}, {}]}], rows, corpora / kind, "train", {"history": 0, "corpus": kind, "template": {}}
-    )
+    counts = {"settings": {"history": 0, "corpus": kind, "template": {}}, "unit_model": {}, "num_units": 100}
+    recordings = _add_recordings([{"turns": [{}, {}]}], rows, CorpusRecordings(corpora / kind, "train", counts))
     assert len(recordings) == 2
 
 

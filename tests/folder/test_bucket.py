@@ -8,6 +8,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import BucketNotFoundError
 
 from usdm_sft.folder import push as push_module
+from usdm_sft.folder.own_parts import Card
 from usdm_sft.folder.push import push
 
 COUNTS = {
@@ -101,8 +102,15 @@ def test_bucket_has_no_commits(folder, option):
         push(folder("a"), "buckets/user/calls", **option)
 
 
+def test_card_options_of_a_bucket_are_refused(bucket, folder):
+    said = r"^buckets/user/calls is a bucket, which gets the card of the folder as it is: leave out card\.license here, and"
+    with pytest.raises(ValueError, match=said):
+        push(folder("a"), "buckets/user/calls", card=Card(license="cc-by-4.0", source="Calls"))
+    assert bucket.calls == []
+
+
 def test_bucket_that_refuses_or_is_unknown_to_the_library(bucket, folder, monkeypatch):
-    response = SimpleNamespace(status_code=404, headers={}, request=None)
+    response = SimpleNamespace(status_code=404, headers={}, request=SimpleNamespace(headers={}))
     monkeypatch.setattr(bucket, "bucket_info", None)
     with monkeypatch.context() as patch:
         error = BucketNotFoundError("404", response=response)

@@ -32,6 +32,7 @@ from tests.units.test_other_models import (
     save,
 )
 from usdm_sft.audio.digests import AudioDigest, audio_digests
+from usdm_sft.audio.frames import FRAMINGS
 from usdm_sft.audio.reading import AudioError, read_waveform
 from usdm_sft.cli.main import main
 from usdm_sft.prepare import fit_unit_model as module
@@ -95,7 +96,7 @@ def used(paths):
 def sample_of(paths, features, num_frames, seed=0):
     """The frames of the sample, from the features of transformers."""
     digests = audio_digests(paths, None)
-    sample = choose_sample(digests, num_frames, seed, "transformers")
+    sample = choose_sample(digests, num_frames, seed, FRAMINGS["transformers"])
     return np.concatenate([features[each.address] for each in sample.recordings])[: sample.num_frames]
 
 
@@ -307,21 +308,21 @@ def test_empty_clusters_are_counted():
 def test_sample_does_not_depend_on_names_or_order():
     audio = {f"{i}.wav": AudioDigest(f"{i:064}", 16_000, 1.0) for i in range(20)}  # 49 frames each
     renamed = {f"other/{name}": digest for name, digest in reversed(audio.items())} | {"copy": audio["3.wav"]}
-    small = choose_sample(audio, 100, 0, "transformers")
-    large = choose_sample(audio, 300, 0, "transformers")
+    small = choose_sample(audio, 100, 0, FRAMINGS["transformers"])
+    large = choose_sample(audio, 300, 0, FRAMINGS["transformers"])
     assert (len(small.recordings), small.num_frames, len(large.recordings), large.num_frames) == (3, 100, 7, 300)
     assert large.recordings[:3] == small.recordings
-    everything = choose_sample(renamed, 10**6, 0, "transformers")
+    everything = choose_sample(renamed, 10**6, 0, FRAMINGS["transformers"])
     assert [each.sha256 for each in everything.recordings[:7]] == [each.sha256 for each in large.recordings]
     assert (len(everything.recordings), everything.num_frames) == (20, 20 * 49)
-    assert choose_sample(audio, 100, 1, "transformers") != small
+    assert choose_sample(audio, 100, 1, FRAMINGS["transformers"]) != small
 
 
 def test_recording_without_a_frame_is_not_in_the_sample():
     """w2v-BERT 2.0 makes its first unit of 35 ms."""
     audio = {f"{length}.wav": AudioDigest(f"{length:064}", length, length / 16_000) for length in (450, 559, 560)}
-    assert [each.num_samples for each in choose_sample(audio, 1000, 0, "seamless_m4t").recordings] == [560]
-    assert len(choose_sample(audio, 1000, 0, "transformers").recordings) == 3
+    assert [each.num_samples for each in choose_sample(audio, 1000, 0, FRAMINGS["seamless_m4t"]).recordings] == [560]
+    assert len(choose_sample(audio, 1000, 0, FRAMINGS["transformers"]).recordings) == 3
 
 
 def test_recording_of_the_train_split_is_not_held_out(encoder, mini, tmp_path):

@@ -15,7 +15,7 @@ from usdm_sft.prepare.utterance_files import UtteranceFiles
 def files_of(whole, made):
     """Return the ids of the dialogs of each file."""
     files = UtteranceFiles(
-        SimpleNamespace(whole_corpus={"train": whole}),
+        SimpleNamespace(whole_corpus={"train": whole}, further_columns=()),
         "train",
         made,
         {shard.units_key: shard.units_key for shard in made},
@@ -46,7 +46,9 @@ def test_work_shards_share_files_or_are_divided(monkeypatch, seconds, files):
     content = ShardContents([], [], [], [], [], [("a", 2), ("b", 3), ("b", 2), ("c", 2), ("d", 2)], 0, [], False)
     for number, each in enumerate(seconds):
         made.add(Shard(number, "train", (0, 4), 0, 0, each * SAMPLE_RATE, 0, "", ""), content)
-    found = UtteranceFiles(SimpleNamespace(whole_corpus={"train": split({})}), "train", made, {})._files
+    found = UtteranceFiles(
+        SimpleNamespace(whole_corpus={"train": split({})}, further_columns=()), "train", made, {}
+    )._files
     assert [[(shard.number, number, count) for shard, number, count in file] for file in found] == files
 
 
@@ -76,7 +78,10 @@ def test_only_dialogs_without_a_pair_are_left_out():
     made = plan(left)
     assert files_of(whole, made) == [[["d1"], ["d2", "d3"]]]
     files = UtteranceFiles(
-        SimpleNamespace(whole_corpus={"train": whole}), "train", made, {each.units_key: "" for each in made}
+        SimpleNamespace(whole_corpus={"train": whole}, further_columns=()),
+        "train",
+        made,
+        {each.units_key: "" for each in made},
     )
     ((first, second),) = (files.part(index) for index in range(len(files)))
     assert [each.id for each in first.dialogs[0].utterances] == ["d1_0", "d1_1", "d1_2", "d1_3", "d1_4"]

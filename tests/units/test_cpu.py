@@ -184,14 +184,18 @@ def test_numpy_has_its_threads_back_after_callers_that_overlap(numpy_products, t
 def test_utterances_longer_than_a_pack_are_computed_one_at_a_time(two_threads):
     seconds, at_once = [40, 3, 17, 2, 16], []
 
-    class Model(SimpleNamespace):
+    class Model(UnitModel):  # the other models compute each utterance alone
+        device, precision = torch.device("cpu"), PRECISIONS["fp32"]
+
+        def __init__(self):
+            pass
+
         def forward_pack(self, rows, frames, stopped):
             at_once.append(([len(row) // SAMPLE_RATE for row in rows], torch.get_num_threads()))
             return [torch.zeros(count, dtype=torch.uint16) for count in frames], torch.ones(len(rows), dtype=torch.bool)
 
-    model = Model(centroids=torch.zeros(1, 4), precision=PRECISIONS["fp32"])
     waveforms = [Waveform(torch.zeros(length * SAMPLE_RATE), length * SAMPLE_RATE) for length in seconds]
-    found, _ = start_units(model, waveforms, [""] * len(seconds), 60, in_fp32=None)()
+    found, _ = start_units(Model(), waveforms, [""] * len(seconds), 60, in_fp32=None)()
     assert [len(units) for units in found] == [FRAMINGS["fairseq"].count(length * SAMPLE_RATE) for length in seconds]
     assert at_once[:2] == [([40], 2), ([17], 2)]
     assert sorted(at_once[2:]) == [([3, 2], 1), ([16], 1)]

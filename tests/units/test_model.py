@@ -315,7 +315,7 @@ def test_forward_pass_restores_the_callers_settings(converted, monkeypatch):
 def test_resampler_runs_without_the_callers_autocast(converted, monkeypatch, tmp_path):
     enabled = []
 
-    def resample_on(device, samples, rate):
+    def resample_on(device, samples, rate, sample_rate):
         enabled.append(torch.is_autocast_enabled("cpu"))
         return torch.from_numpy(samples)
 

@@ -518,7 +518,7 @@ def test_prepare_with_hubert_gives_the_units_of_transformers(run, mini, source, 
 
 def test_more_units_than_tokens_stop_before_a_forward_pass(run, made, monkeypatch):
     monkeypatch.setattr(UnitModel, "forward_pack", None)
-    message = "the unit model has 60 units, the tokenizer only 59: use the unit model and the tokenizer that belong"
+    message = "the unit model has 60 different units, the tokenizer only 59: use the tokenizer that belongs to it, or make one with"
     with pytest.raises(ValueError, match=message):
         run(made, NUM_UNITS - 1)
 

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tests.helpers import SHARED
 from tests.units.small_models import UNITS, convert_small
-from usdm_sft.audio.frames import num_frames
+from usdm_sft.audio.frames import FRAMINGS, num_frames
 from usdm_sft.audio.reading import AudioError
 from usdm_sft.units import reading
 from usdm_sft.units import tokenizer as module
@@ -172,7 +172,7 @@ def rows(mini):
 def test_each_audio_of_a_batch_is_tokenized_once(tokenizer, rows, monkeypatch):
     read = []
     real = reading.read_waveform
-    monkeypatch.setattr(reading, "read_waveform", lambda source, contents: read.append(source) or real(source))
+    monkeypatch.setattr(reading, "read_waveform", lambda source, *given: read.append(source) or real(source, *given))
     out = tokenizer(
         {"user_audio": rows["user_audio"], "agent_audio": [{"bytes": None, "path": p} for p in rows["agent_audio"]]}
     )
@@ -327,7 +327,7 @@ def test_a_minute_of_audio_alone_and_in_a_batch(tokenizer):
 def test_waveforms_pass_the_resampler_on_the_device(rows, fairseq, monkeypatch):
     """A stand-in for torchaudio resamples with soxr."""
     monkeypatch.setattr(
-        module, "resample_on", lambda device, samples, rate: torch.from_numpy(resample(samples, rate, 16_000))
+        module, "resample_on", lambda device, samples, *rates: torch.from_numpy(resample(samples, *rates))
     )
     plain = UnitTokenizer.from_pretrained(fairseq, device="cpu")(rows)
     tokenizer = UnitTokenizer.from_pretrained(fairseq, device="cpu", resampler="torchaudio")
@@ -374,7 +374,7 @@ def test_batch_on_cuda_holds_rows_of_similar_length():
 def test_padding_is_counted_in_units():
     """1,039 samples make 3 units, because 1,039 become 1,040; without an appended sample they make 2."""
     assert padding_share([[1_039, 1_000]], 100, "cuda") == 1 - 5 / 6
-    assert padding_share([[1_039, 1_000]], 100, "cuda", "none") == 0
+    assert padding_share([[1_039, 1_000]], 100, "cuda", FRAMINGS["none"]) == 0
 
 
 def test_seconds_of_a_batch_depend_on_the_device(fairseq, monkeypatch):

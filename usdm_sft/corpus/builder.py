@@ -20,6 +20,7 @@ from usdm_sft.corpus import left_out as bad_audio
 from usdm_sft.corpus.dialogs import CorpusName, FilePath, Split
 from usdm_sft.corpus.problems import CorpusError, describe_left_out
 from usdm_sft.corpus.unit_reader import make_reader
+from usdm_sft.template import streams
 from usdm_sft.utils import texts
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def code_digest() -> str:
     package = Path(texts.__file__).parents[1]
     modules = [path for name in ("audio", "corpus") for path in sorted((package / name).glob("*.py"))]
     code = hashlib.sha256(f"{datasets.__version__.split('.')[0]} {soundfile.__libsndfile_version__}".encode())
-    for path in (*modules, Path(texts.__file__)):
+    for path in (*modules, Path(streams.__file__), Path(texts.__file__)):
         code.update(path.read_bytes())
     return code.hexdigest()
 

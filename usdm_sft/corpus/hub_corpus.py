@@ -20,14 +20,16 @@ from typing import TYPE_CHECKING, Any
 from usdm_sft.audio.addresses import absolute_file, disk_files
 from usdm_sft.corpus import manifest
 from usdm_sft.corpus.dialogs import FilePath
+from usdm_sft.corpus.further import list_further
 from usdm_sft.corpus.manifest import OPTIONAL, REQUIRED, UTTERANCES, list_missing, list_required
 from usdm_sft.corpus.problems import CorpusError, add_problem
 from usdm_sft.utils.cache_keys import cache_root
 from usdm_sft.utils.files import replace_text, sha256_file, write_then_replace
 from usdm_sft.utils.locks import path_lock
-from usdm_sft.utils.texts import first_line, quote
+from usdm_sft.utils.texts import MAX_LINE, count_noun, first_line, quote
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset, IterableDataset
 
 logger = logging.getLogger(__name__)
@@ -122,7 +124,7 @@ def write_manifest(
     """Write the manifest and recordings of one split, unless the cache has them. Damage in the cache is found and made good.
 
     Args:
-        rows: The rows, with the columns of a manifest.
+        rows: The rows, with the columns of a manifest. Further columns are written too, those with bytes left out.
         identity: Another text for other rows.
         name: The beginning of error messages.
         files: The folder of the dataset, in which recordings may lie.
@@ -132,9 +134,12 @@ def write_manifest(
     import datasets
 
     required = list_required(with_units)
-    if missing := list_missing(rows.column_names, with_units):
+    if missing := list_missing(rows.column_names, with_units, needs_text=False):  # read_manifest checks the texts
         raise ValueError(f"{name} has no column {', '.join(missing)}: rename its columns to those of a manifest")
+    schema = rows.features.arrow_schema
+    further = [column for column in list_further(rows.column_names) if _fits_json(schema.field(column).type)]
     identity = f"{_VERSION} {identity}{' with units' if with_units else ''}"
+    identity += " with further columns" if further else ""  # earlier versions of this package left them out
     folder = cache / "hub" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     manifest, record = folder / _MANIFEST, folder / _RECORD  # the record is written last
     with path_lock(folder, cache):
@@ -143,11 +148,12 @@ def write_manifest(
             if record.read_bytes() == f"{sha256_file(manifest)} {num_recordings}".encode():
                 return manifest
             logger.warning("%s was damaged after it was written: making it again", folder)
-        wanted = dict.fromkeys((*REQUIRED, *OPTIONAL, *required))
+        wanted = dict.fromkeys((*REQUIRED, *OPTIONAL, *required, *further))
         rows = rows.select_columns([column for column in wanted if column in rows.column_names])
         if isinstance(rows.features.get("audio"), datasets.Audio):
             rows = rows.cast_column("audio", datasets.Audio(decode=False))
         problems: list[str] = []
+        num_too_long = 0
         with write_then_replace(manifest) as file:
             for number, row in enumerate(rows):
                 problem = None
@@ -155,11 +161,26 @@ def write_manifest(
                     row["audio"], problem = _write_audio(row["audio"], number, folder, files)
                 if problem is not None:
                     add_problem(problems, f"{name}, row {number}: {problem}")
-                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+                line = json.dumps(row, ensure_ascii=False, default=str)
+                if further and len(line) > MAX_LINE:
+                    num_too_long += 1
+                    line = json.dumps({**row, **dict.fromkeys(further)}, ensure_ascii=False, default=str)
+                file.write(line + "\n")
             if problems:
                 raise CorpusError(problems)
+        if num_too_long:
+            logger.warning(
+                "%s: the further columns of %s are left out, because they have more than %s characters: shorten them to keep them",
+                name, count_noun(num_too_long, "row"), f"{MAX_LINE:,}",
+            )  # fmt: skip
         replace_text(record, f"{sha256_file(manifest)} {len(_find_recordings(folder))}")
     return manifest
+
+
+def _fits_json(kind: pa.DataType) -> bool:
+    """Return False if values of a type hold bytes, as recordings and pictures do."""
+    inner = (kind.field(index).type for index in range(kind.num_fields))
+    return "binary" not in str(kind).partition("<")[0] and all(map(_fits_json, inner))
 
 
 def _remove_damaged(folder: Path, cache: Path) -> int:

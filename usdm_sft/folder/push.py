@@ -54,7 +54,7 @@ def push(
         revision: Branch to commit to; created if it does not exist. The main branch by default.
         commit_message: First line of the commit; by default "Upload", the config and the first digits of the folder's key.
         create_pr: Open a pull request to the branch, which must exist, instead of a commit.
-        card: What the publisher says in the card on the Hub, in place of what it says by now.
+        card: What the publisher says in the card on the Hub, in place of what it says by now. A bucket gets the card of the folder.
 
     Returns:
         The URL of the commit or of the pull request. If the files are unchanged, the URL of the last commit. The name of a bucket.
@@ -70,6 +70,10 @@ def push(
     if repo_id.startswith(PREFIX) and (revision, commit_message, create_pr) != (None, None, False):
         raise ValueError(
             f"{repo_id} is a bucket, which has no commits: leave out revision, commit_message and create_pr"
+        )
+    if repo_id.startswith(PREFIX) and card.given:
+        raise ValueError(
+            f"{repo_id} is a bucket, which gets the card of the folder as it is: leave out card.{card.given[0]} here, and give it to prepare"
         )
     if not repo_id.startswith(PREFIX):
         check_repository(repo_id)

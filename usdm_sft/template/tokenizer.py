@@ -316,11 +316,6 @@ def _open_tokenizer(
     name_or_path = os.path.expanduser(name_or_path)
     place = f"{name_or_path}/{subfolder}" if subfolder else name_or_path
     options: dict[str, Any] = {"revision": hub.get("revision") or "main", "token": hub.get("token")}
-    if not Path(name_or_path).is_dir():
-        file = f"{subfolder}/tokenizer.json" if subfolder else "tokenizer.json"
-        where = {"revision": hub.get("revision"), "cache_dir": hub["cache_dir"]}
-        cached = only_cached(name_or_path, file, hub["repo_type"], **where)
-        hub, options = hub | cached, options | cached
     with hub_errors(
         name_or_path,
         hub.get("revision"),
@@ -328,6 +323,11 @@ def _open_tokenizer(
         intro=f"tokenizer {name_or_path} is not a folder, and ",
         outro=instead and f"; {instead.removeprefix(', ')}, which is built offline",
     ):
+        if not Path(name_or_path).is_dir():
+            file = f"{subfolder}/tokenizer.json" if subfolder else "tokenizer.json"
+            where = {"revision": hub.get("revision"), "cache_dir": hub["cache_dir"]}
+            cached = only_cached(name_or_path, file, hub["repo_type"], **where)
+            hub, options = hub | cached, options | cached
         source = _find_source(name_or_path, subfolder, hub)
         from transformers import PreTrainedTokenizerFast
 
