@@ -10,6 +10,7 @@ import pytest
 import soundfile
 
 from dailytalk_usdm import DailyTalkUSDM, PrepareConfig
+from usdm_sft.corpus import manifest as manifest_module
 from usdm_sft.corpus.left_out import clip_address, screen_audio
 from usdm_sft.corpus.problems import CorpusError, describe_left_out
 from usdm_sft.corpus.read import ALONE, NO_ANSWER, SAME_SPEAKER, Rules, find_large_share, read_corpus
@@ -393,6 +394,65 @@ def test_further_columns_of_tables_that_are_wrong(tmp_path):
         CorpusError, match=r"column note is of type 'binary', which is no text: leave it out of --keep_columns"
     ):
         read_corpus({"train": tmp_path / "m.parquet"}, Rules(keep_columns="all"))
+
+
+@pytest.mark.parametrize(
+    ("value", "size"),
+    [
+        (["x" * 400_000] * 3, "1,200,001"),
+        ({"note": ["x" * 400_000] * 3}, "1,200,002"),
+        ([{"note": "x" * 400_000}] * 3, "1,200,004"),
+        ([0.5] * 1_200_000, "1,200,001"),
+        ([[]] * 1_200_000, "1,200,001"),
+    ],
+    ids=["texts", "struct of texts", "structs", "numbers", "empty lists"],
+)
+def test_length_of_nested_further_columns_of_parquet_is_limited(tmp_path, value, size):
+    """Dictionaries keep texts that repeat small in the file: of lists of them, a row may have any amount."""
+    empty = {"note": []} if isinstance(value, dict) else []
+    pq.write_table(
+        pa.Table.from_pylist([segment("A", 0, 1, notes=value), segment("B", 1, 2, notes=empty)]), tmp_path / "m.parquet"
+    )
+    assert (tmp_path / "m.parquet").stat().st_size < 1_000_000
+    message = rf"m\.parquet: row 0: notes has {size} characters and values: give 1,000,000 or fewer"
+    with pytest.raises(CorpusError, match=message):
+        read_corpus({"train": tmp_path / "m.parquet"}, Rules(keep_columns="all"))
+
+
+def test_values_of_a_row_group_are_limited(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest_module, "_GROUP_UNITS", 5)
+    pq.write_table(pa.Table.from_pylist([segment("A", 0, 1, times=[0.5] * 6)]), tmp_path / "m.parquet")
+    message = r"m\.parquet: column times of row group 0 has 6 values in 1 row: give lists of up to 1,000,000 values"
+    with pytest.raises(CorpusError, match=message):
+        read_corpus({"train": tmp_path / "m.parquet"}, Rules(keep_columns="all"))
+
+
+def test_maps_and_nulls_of_nested_further_columns_are_read(tmp_path, monkeypatch):
+    """Of rows that are decoded one by one, each is measured by itself."""
+    monkeypatch.setattr(manifest_module, "MAX_LINE", 8)
+    maps = pa.array([[("a", "bcdef")], None, [("q", "z")], []], pa.map_(pa.string(), pa.string()))
+    lists = pa.array([[["a"], None, []], None, [[None, "zz"]], []])
+    structs = pa.array([{"x": ["p", None]}, None, {"x": None}, {"x": []}])
+    table = pa.Table.from_pylist([segment("AB"[turn % 2], turn, turn + 1) for turn in range(4)])
+    for name, column in (("map", maps), ("list", lists), ("struct", structs)):
+        table = table.append_column(name, column)
+    pq.write_table(table, tmp_path / "m.parquet")
+    [dialog] = read_corpus({"train": tmp_path / "m.parquet"}, Rules(keep_columns="all"))["train"].dialogs
+    assert [each.more for each in dialog.utterances] == [
+        {"map": '[["a", "bcdef"]]', "list": '[["a"], null, []]', "struct": '{"x": ["p", null]}'},
+        {},
+        {"map": '[["q", "z"]]', "list": '[[null, "zz"]]', "struct": '{"x": null}'},
+        {"map": "[]", "list": "[]", "struct": '{"x": []}'},
+    ]
+
+
+def test_texts_in_lists_of_several_row_groups_are_read(tmp_path):
+    rows = [segment("AB"[turn % 2], turn, turn + 1, words=[{"word": f"w{turn}"}, {"word": "x"}]) for turn in range(6)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "m.parquet", row_group_size=2)
+    [dialog] = read_corpus({"train": tmp_path / "m.parquet"}, Rules(keep_columns="words"))["train"].dialogs
+    assert [each.more for each in dialog.utterances] == [
+        {"words": f'[{{"word": "w{turn}"}}, {{"word": "x"}}]'} for turn in range(6)
+    ]
 
 
 @pytest.mark.parametrize(

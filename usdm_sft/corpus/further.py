@@ -39,6 +39,32 @@ def read_further(row: Mapping[str, Any], options: RowOptions) -> tuple[dict[str,
     return more, problems
 
 
+def nested_sizes(batch: Any) -> dict[str, int]:
+    """Return how many characters and values further columns of lists and of structs have, whose texts are read as dictionaries."""
+    import pyarrow as pa  # slow to import
+
+    columns = zip(batch.schema.names, batch.columns, strict=True)
+    return {name: _size_of(each) for name, each in columns if name not in RESERVED and pa.types.is_nested(each.type)}
+
+
+def _size_of(column: Any) -> int:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_dictionary(column.type):
+        return pc.sum(pc.binary_length(column.dictionary).take(column.indices)).as_py() or 0
+    if not pa.types.is_nested(column.type):
+        return len(column)
+    if pa.types.is_struct(column.type):
+        inner = column.flatten()
+    elif pa.types.is_map(column.type):  # flatten has no maps
+        first, last = column.offsets[0].as_py(), column.offsets[-1].as_py()
+        inner = [each.slice(first, last - first) for each in (column.keys, column.items)]
+    else:
+        inner = [column.flatten()]
+    return len(column) + sum(map(_size_of, inner))
+
+
 def join_further(before: Mapping[str, str] | None, after: Mapping[str, str] | None) -> Mapping[str, str] | None:
     """Return the further columns of a turn that was joined of two: lists, such as the times of words, follow each other; of other
     values the first is kept.

@@ -15,12 +15,13 @@ the columns that are ignored, such as that of the config `utterances`.
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usdm_sft.audio.addresses import absolute_file, format_address, is_remote
 from usdm_sft.corpus.dialogs import DEFAULT, BadRow, FilePath, Recipe, RowOptions, Turns, Utterance
-from usdm_sft.corpus.further import is_read, list_further, read_further
+from usdm_sft.corpus.further import is_read, list_further, nested_sizes, read_further
 from usdm_sft.corpus.problems import add_problem
 from usdm_sft.corpus.tables import (
     SPLITS,
@@ -294,13 +295,21 @@ def _read_parquet(path: Path, with_units: bool, options: RowOptions, further: di
         yield 0, f"{path}: {problem}"
         return
     texts = [field.name for field in fields if _is_text(field.type)]
+    nested = [f"{field.name}." for field in fields if pa.types.is_nested(field.type)]
+    leaves = (file.schema.column(index) for index in range(len(file.schema)))
+    texts += [
+        leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY" and leaf.path.startswith(tuple(nested))
+    ]
     names = [*(field.name for field in fields), *([UNITS] if with_units else [])]
     is_ignored = UNITS in schema.names and not with_units
     number = 0
     try:
         # As dictionaries, texts that repeat stay as small as they are in the file.
         file = pq.ParquetFile(path, read_dictionary=texts, metadata=file.metadata)
-        for batch in file.iter_batches(_UNIT_ROWS if with_units else _BATCH_ROWS, columns=names):
+        size = _UNIT_ROWS if with_units else _BATCH_ROWS
+        # pyarrow cannot join the dictionaries of texts in lists of several row groups.
+        groups = (file.iter_batches(size, row_groups=[group], columns=names) for group in range(file.num_row_groups))
+        for batch in chain.from_iterable(groups):
             has_long = _has_long_texts(batch) or _most_units(batch) > _MANY_UNITS
             for row in _decode_rows(batch, 1 if has_long else _DECODED_ROWS):
                 if is_ignored and isinstance(row, dict):
@@ -331,11 +340,17 @@ def _find_unreadable(fields: Sequence[Any], metadata: Any) -> str | None:
         group = metadata.row_group(index)
         most = max(_CHUNK_BYTES, _MEAN_BYTES * group.num_rows)
         for column in map(group.column, range(group.num_columns)):
-            name = column.path_in_schema.split(".")[0]
-            if any(field.name == name for field in fields) and column.total_uncompressed_size > most:
+            path = column.path_in_schema
+            name = next((field.name for field in fields if f"{path}.".startswith(f"{field.name}.")), None)
+            if name is not None and column.total_uncompressed_size > most:
                 return (
                     f"column {name} of row group {index} has {column.total_uncompressed_size:,} bytes in "
                     f"{count_noun(group.num_rows, 'row')}: give texts of up to {MAX_LINE:,} characters"
+                )
+            if name is not None and column.num_values > max(_GROUP_UNITS, group.num_rows):
+                return (
+                    f"column {name} of row group {index} has {column.num_values:,} values in {count_noun(group.num_rows, 'row')}: "
+                    f"give lists of up to {MAX_LINE:,} values"
                 )
     return None
 
@@ -397,6 +412,9 @@ def _decode_rows(batch: Any, step: int) -> Iterator[dict[str, Any] | str]:
         if step == 1 and (problem := _long_text(part)):
             yield problem
             continue
+        if step > 1 and sum(nested_sizes(part).values()) > MAX_LINE:
+            yield from _decode_rows(part, 1)
+            continue
         rows: Iterable[dict[str, Any] | str]
         try:
             rows = _to_rows(part)
@@ -441,6 +459,9 @@ def _long_text(row: Any) -> str | None:
             length = (pc.utf8_length if pa.types.is_string(column.type) else pc.binary_length)(column)[0].as_py() or 0
             if length > MAX_LINE:
                 return f"{name} has {length:,} characters: give {MAX_LINE:,} or fewer"
+    for name, size in nested_sizes(row).items():
+        if size > MAX_LINE:
+            return f"{name} has {size:,} characters and values: give {MAX_LINE:,} or fewer"
     return None
 
 
