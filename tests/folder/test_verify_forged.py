@@ -91,12 +91,30 @@ def test_names_outside_the_folder_are_refused(only_counts, place, name):
         {"settings": {"template": None, "history": 0, "max_length": 5}},
         {"settings": {"template": {}, "history": "x", "max_length": 5}},
         {"settings": {"template": {}, "history": 0, "max_length": None}},
+        *({"unit_model": value} for value in ("x", [1], 5)), {"versions": "x"},
+        *({"splits": {"train": {name: value}}} for name in ("pairs_with_bad_rows", "pairs_left_out", "dialogs_left_out", "turns_left_out")
+          for value in ("x", [1], None)),
         {"utterances": []}, {"utterances": {"train": {}}}, {"utterances": {"train": 1, "test": {}}},
     ],
     ids=str,
 )  # fmt: skip
 def test_counts_of_other_types_are_refused(only_counts, change):
     edit_counts(only_counts, lambda counts: counts.update(change))
+    with pytest.raises(ValueError, match=f"^{re.escape(str(only_counts / 'counts.json'))} {NO_COUNTS}"):
+        read_counts(only_counts)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({name: value} for name in ("min_seconds", "max_seconds", "max_gap") for value in ("x", [1])),
+        *({name: value} for name in ("corpus", "agent", "merge", "on_bad_rows") for value in ({}, [1])),
+        {"corpus": "foo"}, {"corpus": 5}, {"merge_speaker_turns": "x"}, {"keep_columns": "x"}, {"keep_columns": [1]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_of_other_types_are_refused(only_counts, change):
+    edit_counts(only_counts, lambda counts: counts["settings"].update(change))
     with pytest.raises(ValueError, match=f"^{re.escape(str(only_counts / 'counts.json'))} {NO_COUNTS}"):
         read_counts(only_counts)
 

@@ -21,11 +21,12 @@ import os
 import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from filelock import FileLock
 
 from usdm_sft.audio.frames import Framing, framing_of
+from usdm_sft.corpus.dialogs import CorpusName
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.folder.own_parts import has_digest
 from usdm_sft.template.chat import ChatIds, Frames
@@ -60,6 +61,13 @@ _TYPES = {
     "key": str, "config": str, "num_units": int,
     "settings": dict, "digests": dict, "splits": dict, "statistics": dict, "files": dict,
 }  # fmt: skip
+# Values that may be missing.
+_MORE_TYPES = {"unit_model": dict | None, "versions": dict | None}
+_SETTINGS_TYPES = {
+    "agent": str | int | float | None, "merge_speaker_turns": bool | None, "merge": str | None, "on_bad_rows": str | None,
+    "max_gap": int | float | None, "min_seconds": int | float | None, "max_seconds": int | float | None, "keep_columns": list,
+}  # fmt: skip
+_SPLIT_TYPES = {"pairs_with_bad_rows": int, "turns_left_out": dict, "pairs_left_out": dict, "dialogs_left_out": dict}
 
 
 def read_counts(folder: str | Path) -> dict[str, Any]:
@@ -92,6 +100,8 @@ def _is_counts(counts: Any) -> bool:
     if not isinstance(counts, dict) or not all(isinstance(counts.get(name), kind) for name, kind in _TYPES.items()):
         return False
     splits, settings, utterances = counts["splits"], counts["settings"], counts.get(UTTERANCES, counts["splits"])
+    if not (_fit(counts, _MORE_TYPES) and _fit(settings, _SETTINGS_TYPES)):
+        return False
     try:
         streams = read_streams(counts)
         read_framing(counts)
@@ -104,11 +114,17 @@ def _is_counts(counts: Any) -> bool:
         and isinstance(utterances, dict)
         and utterances.keys() == splits.keys()
         and all(isinstance(split, dict) for split in (*splits.values(), *utterances.values()))
+        and all(_fit(split, _SPLIT_TYPES) for split in splits.values())
         and isinstance(settings.get("template"), dict)
-        and isinstance(columns := settings.get("keep_columns", []), list)
-        and all(isinstance(name, str) for name in columns)
+        and settings.get("corpus") in (None, *get_args(CorpusName))
+        and all(isinstance(name, str) for name in read_columns(settings))
         and all(isinstance(settings.get(name), int) for name in ("history", "max_length"))
     )
+
+
+def _fit(values: Mapping[str, Any], types: Mapping[str, Any]) -> bool:
+    """True if each value that is there has its type."""
+    return all(isinstance(values[name], kind) for name, kind in types.items() if name in values)
 
 
 def read_columns(settings: Mapping[str, Any]) -> list[str]:

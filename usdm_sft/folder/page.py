@@ -169,7 +169,7 @@ class CorpusRecordings:
     """
 
     def __init__(self, data_dir: str | Path, split: str, counts: Mapping[str, Any]):
-        settings, streams, is_given = counts["settings"], read_streams(counts), counts["unit_model"] is None
+        settings, streams, is_given = counts["settings"], read_streams(counts), counts.get("unit_model") is None
         lists = find_lists(data_dir, corpus=(kind := settings.get("corpus")), with_units=is_given)
         listed = "train" if split == "validation" and "val_dialogs" in settings else split
         is_file = Path(data_dir).is_file() and len(lists) == 1  # one file, whatever the name of the split
