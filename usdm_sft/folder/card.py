@@ -95,7 +95,7 @@ def make_card(
         "configs": data_configs(counts),
         "dataset_info": infos if other_info else infos[0],
     }
-    given = counts["unit_model"] is None
+    given = counts.get("unit_model") is None
     parts, tokenizer_counts, streams = template.get("parts", PARTS), counts["tokenizer"], read_streams(counts)
     card = DatasetCard.from_template(
         DatasetCardData(**metadata),

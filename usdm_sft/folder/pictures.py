@@ -47,7 +47,7 @@ def draw_pictures(statistics: Mapping[str, SplitStatistics], counts: Mapping[str
         counts: The content of counts.json, which tells what the units are.
         folder: Output folder; created if it does not exist.
     """
-    about = UnitAxes(counts["num_units"], read_streams(counts), counts["unit_model"] is None)
+    about = UnitAxes(counts["num_units"], read_streams(counts), counts.get("unit_model") is None)
     with matplotlib.rc_context(matplotlib.rcParamsDefault), matplotlib.rc_context(_STYLE):
         for name in CAPTIONS:
             figure = Figure(figsize=(12, 4), layout="constrained", dpi=_DPI)
