@@ -14,12 +14,20 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from usdm_sft.folder.layout import COUNTS, read_counts
+from usdm_sft.folder.own_parts import EMPTY_CARD, Card
 from usdm_sft.utils.hub import hub_errors
 
 PREFIX = "buckets/"
 
 
-def push_to_bucket(dataset_dir: str | Path, name: str, *, private: bool | None = None, token: str | None = None) -> str:
+def push_to_bucket(
+    dataset_dir: str | Path,
+    name: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    card: Card = EMPTY_CARD,
+) -> str:
     """Upload a verified dataset folder. Files of an earlier push that it no longer has are removed.
 
     Args:
@@ -27,15 +35,20 @@ def push_to_bucket(dataset_dir: str | Path, name: str, *, private: bool | None =
         name: The bucket, and a folder in it: "buckets/user/name" or "buckets/user/name/folder".
         private: Create the bucket private or public; a bucket that exists must be private if this is True.
         token: Token of the Hub.
+        card: Options of the card, which are refused.
 
     Returns:
         The name, with which `load_dataset` opens the folder.
 
     Raises:
         ImportError: This version of huggingface_hub has no buckets.
-        ValueError: The name is wrong, the bucket is public though `private` is True, or the folder in it has other files.
+        ValueError: There are options of the card, the name is wrong, the bucket is public though `private` is True, or the folder in it has other files.
         OSError: The Hub refuses the push or cannot be reached.
     """
+    if card.given:
+        raise ValueError(
+            f"{name} is a bucket, which gets the card of the folder as it is: leave out card.{card.given[0]} here, and give it to prepare"
+        )
     api: Any = HfApi(token=token)
     if not hasattr(api, "batch_bucket_files"):
         raise ImportError("this version of huggingface_hub has no buckets: pip install -U huggingface_hub")

@@ -71,16 +71,12 @@ def push(
         raise ValueError(
             f"{repo_id} is a bucket, which has no commits: leave out revision, commit_message and create_pr"
         )
-    if repo_id.startswith(PREFIX) and card.given:
-        raise ValueError(
-            f"{repo_id} is a bucket, which gets the card of the folder as it is: leave out card.{card.given[0]} here, and give it to prepare"
-        )
     if not repo_id.startswith(PREFIX):
         check_repository(repo_id)
         check_revision(revision)
     verify(dataset_dir)
     if repo_id.startswith(PREFIX):
-        return push_to_bucket(dataset_dir, repo_id, private=private, token=token)
+        return push_to_bucket(dataset_dir, repo_id, private=private, token=token, card=card)
     counts = read_counts(dataset_dir)
     folder = Path(dataset_dir).expanduser()
     additions = _list_additions(folder, counts)
