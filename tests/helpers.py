@@ -120,6 +120,13 @@ def wait_for_end_of_group(group, seconds=30):
             time.sleep(0.05)
 
 
+# What a run says of the mini corpus, of which more than a tenth is left out.
+LEFT_OUT = (
+    "train: 2 of 6 dialogs are left out (d11: one speaker speaks twice in a row, d42: a single turn makes no pair): join neighbouring turns "
+    "with --merge_speaker_turns\n"
+)
+
+
 def stop_run(run, folder, pattern, signal_number):
     """Send a signal to a run, which has its own session, when a file of the folder matches `pattern`; all its processes end.
 
@@ -129,7 +136,7 @@ def stop_run(run, folder, pattern, signal_number):
     if signal_number == signal.SIGINT:
         os.killpg(run.pid, signal_number)
         line = "dailytalk-usdm prepare: interrupted; start it again, finished work is kept\n"
-        assert run.communicate(timeout=60)[1] == line
+        assert run.communicate(timeout=60)[1].removeprefix(LEFT_OUT) == line
         assert run.returncode == 130
     else:
         run.send_signal(signal_number)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.helpers import command, content, options, reuse_units, stop_run
+from tests.helpers import LEFT_OUT, command, content, options, reuse_units, stop_run
 from usdm_sft.folder import parquet
 from usdm_sft.prepare import open_run, token_shards
 from usdm_sft.prepare import prepare as pipeline
@@ -85,7 +85,7 @@ def test_script_without_a_main_guard(mini, unit_model, tmp_path, undisturbed):
     given = options(mini, unit_model, tmp_path, num_proc=2)
     run = write_script(tmp_path, "from usdm_sft.prepare.prepare import prepare", f"prepare(**{given!r})")
     done = subprocess.run(run, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "the script runs\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the script runs\n", LEFT_OUT)
     assert content(tmp_path / "out") == undisturbed
 
 

@@ -25,6 +25,7 @@ from usdm_sft.folder.layout import read_counts
 from usdm_sft.prepare import open_run, unit_shards
 from usdm_sft.prepare.prepare import prepare
 from usdm_sft.units import reading
+from usdm_sft.units import tokenizer as tokenizer_module
 from usdm_sft.units.model import UnitModel
 from usdm_sft.utils.shard_cache import ShardCache
 
@@ -68,7 +69,7 @@ def test_killed_reader_ends_the_run_and_finished_work_is_kept(
     mini, unit_model, tmp_path, two_readers, forked_processes, undisturbed, monkeypatch
 ):
     with monkeypatch.context() as patch:
-        patch.setitem(reading.READS, "soxr", read_or_be_killed)
+        patch.setattr(tokenizer_module, "choose_read", lambda resampler, sample_rate: read_or_be_killed)
         patch.setattr(unit_shards, "order_shards", lambda shards: sorted(shards, key=is_killed))  # it comes last
         with pytest.raises(
             RuntimeError, match=r"a process died \(reads audio, process \d, exit code -9\): start the run"
