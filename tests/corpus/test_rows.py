@@ -390,9 +390,7 @@ def test_further_columns_of_tables_that_are_wrong(tmp_path):
     with pytest.raises(CorpusError, match=r"m\.csv:1: column note named twice"):
         read_corpus({"train": tmp_path / "m.csv"}, Rules(keep_columns="note"))
     pq.write_table(pa.Table.from_pylist([segment("A", 0, 1, note=b"\xff")]), tmp_path / "m.parquet")
-    with pytest.raises(
-        CorpusError, match=r"column note is of type 'binary', which is no text: leave it out of --keep_columns"
-    ):
+    with pytest.raises(CorpusError, match=r"column note is of type 'binary', not text: leave it out of --keep_columns"):
         read_corpus({"train": tmp_path / "m.parquet"}, Rules(keep_columns="all"))
 
 

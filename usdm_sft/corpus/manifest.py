@@ -335,7 +335,7 @@ def _find_unreadable(fields: Sequence[Any], metadata: Any) -> str | None:
         if pa.types.is_fixed_size_binary(field.type) or (field.name in _COLUMNS and pa.types.is_nested(field.type)):
             return f"column {field.name} is of type {quote(str(field.type))}: give one text or number in each row"
         if field.name not in _COLUMNS and "binary" in str(field.type):
-            return f"column {field.name} is of type {quote(str(field.type))}, which is no text: leave it out of --keep_columns"
+            return f"column {field.name} is of type {quote(str(field.type))}, not text: leave it out of --keep_columns"
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
         most = max(_CHUNK_BYTES, _MEAN_BYTES * group.num_rows)

@@ -126,7 +126,7 @@ def share_out(files: Iterable[Path], name: Callable[[Path], str]) -> dict[str, P
     the train split.
 
     Returns:
-        The file of each split, or None if there is no file.
+        The file of each split; None if none is found.
 
     Raises:
         ValueError: A split has two files.
