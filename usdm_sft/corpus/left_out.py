@@ -129,9 +129,7 @@ def _find_bad_row(
     else:
         seconds = digest.seconds
     if rules.min_seconds is not None and seconds < rules.min_seconds:
-        return BadRow(
-            "shorter than min_seconds", problem or f"has {seconds:g} s, less than min_seconds {rules.min_seconds:g}"
-        )
+        return BadRow(_SHORTER, f"has {seconds:g} s, less than min_seconds {rules.min_seconds:g}")
     if rules.max_seconds is not None and seconds > rules.max_seconds:
         return BadRow(_LONGER, f"has {seconds:g} s, more than max_seconds {rules.max_seconds:g}")
     return None
