@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, SeamlessM4
 from tests.units.small_codecs import CODECS, EXTRACTORS, LOG_MEL, NUM_CODES, save_codec
 from usdm_sft.audio.reading import AudioError, read_waveform
 from usdm_sft.template.streams import UnitStreams, unflatten_units
-from usdm_sft.units.codecs import log_mel
+from usdm_sft.units.codecs import kaldi_fbank
 from usdm_sft.units.convert import convert
 from usdm_sft.units.folder import ChangedError
 from usdm_sft.units.promise import measure
@@ -146,7 +146,7 @@ def test_log_mel_features_are_those_of_transformers():
     for length in (400, 559, 560, 16_000):
         waveform = make_waveform(length)
         expected = SeamlessM4TFeatureExtractor()._extract_fbank_features(waveform)
-        found = log_mel(waveform)
+        found = kaldi_fbank(waveform)
         assert found.shape == expected.shape == ((length - 400) // 160 + 1, 80)
         assert np.abs(found - expected).max() < 1e-3
 

@@ -225,7 +225,7 @@ class CodecModel(nn.Module):
         features with half a frame of zeros at both ends.
         """
         padded = np.pad(samples, (0, self.step - len(samples) % self.step))
-        mel = log_mel(np.pad(padded, self.step // 2) if self.kind == "xcodec2" else padded)
+        mel = kaldi_fbank(np.pad(padded, self.step // 2) if self.kind == "xcodec2" else padded)
         mel = (mel - mel.mean(0)) / np.sqrt(mel.var(0, ddof=1) + _MEL_EPS)
         mel = np.pad(mel, ((0, len(mel) % 2), (0, 0)), constant_values=_MEL_PADDING).reshape(-1, 2 * _MEL_BINS)
         return {"input_values": torch.from_numpy(padded)[None, None], "input_features": torch.from_numpy(mel)[None]}
@@ -245,7 +245,7 @@ def _check_size(folder: Path, values: dict[str, Any]) -> None:
         )
 
 
-def log_mel(samples: np.ndarray) -> np.ndarray:
+def kaldi_fbank(samples: np.ndarray) -> np.ndarray:
     """Return (num_frames, 80) float32 log-mel features of (num_samples,) float32 at 16 kHz, as `torchaudio.compliance.kaldi.fbank` does.
 
     Frames are 25 ms long, 10 ms apart, and whole; the waveform is scaled to 16 bits.
