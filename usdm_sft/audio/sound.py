@@ -34,6 +34,7 @@ from usdm_sft.audio.containers import (
 )
 from usdm_sft.audio.ffmpeg import FFMPEG, MP3, FFmpegFile, find_format
 from usdm_sft.audio.frames import TOO_LOUD, is_too_loud
+from usdm_sft.utils.forks import renew_after_fork
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -57,6 +58,8 @@ _SAMPLE_BYTES = {
 _MAX_FLAWS = 1000
 _PADDING_BYTES = 8  # what follows samples in W64 begins at a multiple of it
 _NOT_FINITE = "holds NaN or infinite samples"
+
+renew_after_fork(soundfile.SoundFile, "_sf_error_lock")  # held while a file is opened, since soundfile 0.14
 
 AUDIO_ERRORS = (AudioError, AddressError, soundfile.LibsndfileError, OSError)  # what a file that cannot be read raises
 

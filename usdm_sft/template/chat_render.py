@@ -7,11 +7,13 @@ A chat template is code of an untrusted tokenizer. The sandbox of jinja2 keeps i
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+from usdm_sft.utils.forks import renew_after_fork
 from usdm_sft.utils.processes import PipedProcess
 from usdm_sft.utils.texts import first_line
 
@@ -28,6 +30,7 @@ class RenderError(Exception):
 
 
 _lock = threading.Lock()
+renew_after_fork(sys.modules[__name__], "_lock")
 _processes: dict[int, PipedProcess] = {}  # id of this process -> the one that renders for it; a fork starts its own
 
 

@@ -7,6 +7,7 @@ other after each operation.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,8 @@ from torch import nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from usdm_sft.utils.forks import renew_after_fork
 
 ATTENTION = "sdpa_in_packs"  # the name that `attend` has in transformers
 
@@ -130,6 +133,7 @@ def _convolve(values: torch.Tensor, products: Sequence[tuple[int, torch.Tensor]]
 
 
 _TURN = threading.Lock()
+renew_after_fork(sys.modules[__name__], "_TURN")
 
 
 @cache

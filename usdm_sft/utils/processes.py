@@ -23,11 +23,14 @@ from typing import Any, TypeVar, cast
 
 from tqdm import tqdm
 
+from usdm_sft.utils.forks import renew_after_fork
+
 T = TypeVar("T")
 
 _AHEAD = 2  # items that each process has, so that it need not wait for this one
 
 _lock = threading.Lock()  # only one thread at a time may replace __main__
+renew_after_fork(sys.modules[__name__], "_lock")
 
 
 def start_process(target: Callable[..., object], args: tuple[Any, ...], *, name: str | None = None) -> SpawnProcess:
