@@ -342,13 +342,14 @@ def test_digest_of_a_split_covers_all_its_files(corpora, tmp_path):
 
 
 def test_channels_and_times_of_lhotse(tmp_path):
-    """A supervision is cut out of the recording where it reaches beyond its cut, and a channel is that of the file."""
+    """A supervision is cut out of the recording where it reaches beyond its cut, also to an end that the recording has not, and a channel
+    is that of the file."""
     sources = [
         {"type": "file", "channels": [0], "source": "l.wav"},
         {"type": "file", "channels": [2, 3], "source": "r.wav"},
     ]
     record = recording_of("r") | {"sources": sources, "transforms": [{"name": "Resample"}]}
-    spoken = [("A", 0, -0.5, 1.0), ("B", [3], 1.0, 1.0), (None, [2, 3], 2.0, 9.0)]
+    spoken = [("A", 0, -0.3, 1.0), ("B", [3], 1.0, 1.0), (None, [2, 3], 2.0, 9.0)]
     cut = {"id": "c", "start": 0.25, "duration": 3.0, "type": "MultiCut", "channel": [0, 2, 3], "recording": record}
     supervisions = [
         {"id": str(start), "start": start, "duration": length, "channel": channel, "speaker": speaker, "text": "t",
@@ -359,7 +360,7 @@ def test_channels_and_times_of_lhotse(tmp_path):
     [dialog] = read_corpus(find_lists(tmp_path), Rules(agent="B"))["train"].dialogs
     assert (dialog.id, [turn.speaker for turn in dialog.utterances]) == ("x", ["A", "B", "[2, 3]"])
     assert [turn.audio.removeprefix(f"{tmp_path}/") for turn in dialog.utterances] == [
-        "l.wav#t=0,0.75", "r.wav#t=1.25,2.25&channel=1", "r.wav#t=2.25,5",
+        "l.wav#t=0,0.95", "r.wav#t=1.25,2.25&channel=1", "r.wav#t=2.25,11.25",
     ]  # fmt: skip
 
 

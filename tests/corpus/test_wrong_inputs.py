@@ -63,6 +63,7 @@ WRONG = [
     (supervision(channel=2), r":1: channel '2' is not one file or channel of recording 'r': correct it"),
     (supervision(channel=[0, {}]), r":1: channel .* is not one file or channel of recording 'r'"),
     (supervision(duration="long"), r":1: supervision 's': start '1' and duration 'long' are not a segment: give seconds"),
+    (supervision(start=-0.1), r":1: start -0\.1 and end .* are not a segment: give seconds"),
     (supervision(text="</s>"), r":1: text '</s>' holds '</s>', which is part of a special token"),
     ({"recordings.jsonl": json.dumps(RECORDING)}, r"recordings\.jsonl:1: recordings\.jsonl holds recordings alone: name the file of their supervisions"),
     ({"supervisions.jsonl": json.dumps(SUPERVISION)}, r":1: supervision 's' is of recording 'r', but no file beside it has the recordings \(recordings\.jsonl\.gz\)"),

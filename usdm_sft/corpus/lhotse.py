@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from usdm_sft.audio.sound import END_TOLERANCE
 from usdm_sft.corpus.dialogs import DEFAULT, FilePath, Recipe, RowOptions, Turns
 from usdm_sft.corpus.problems import add_problem
 from usdm_sft.corpus.segments import find_end, read_segments
@@ -148,9 +149,9 @@ def _make_row(
     start, end = number_of(supervision.get("start")), find_end(supervision.get("start"), supervision.get("duration"))
     if start is None or isinstance(end, str):
         return f"supervision {quote(str(supervision.get('id')))}: {end}"
-    start, end = max(0.0, round(offset + start, 6)), round(offset + end, 6)
-    if (length := number_of(recording.get("duration"))) is not None:
-        end = min(end, length)
+    start, end = round(offset + start, 6), round(offset + end, 6)
+    if -END_TOLERANCE <= start < 0:
+        start = 0.0
     custom = {**_custom(cut), **_custom(supervision)}
     dialog = find_field(custom, "dialog")
     row = {
