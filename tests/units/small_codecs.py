@@ -10,10 +10,7 @@ from transformers import (
     EncodecConfig,
     HubertConfig,
     MimiConfig,
-    NeuCodecConfig,
     Wav2Vec2BertConfig,
-    WavTokenizerConfig,
-    Xcodec2Config,
     XcodecConfig,
 )
 
@@ -52,15 +49,15 @@ CODECS = {
         ),
         {},
     ),
-    "neucodec": (lambda: _semantic(NeuCodecConfig), {"sampling_rate": 16_000, "hop_length": 320}),
+    "neucodec": (lambda: _semantic(transformers.NeuCodecConfig), {"sampling_rate": 16_000, "hop_length": 320}),
     "wavtokenizer": (
-        lambda: WavTokenizerConfig(
+        lambda: transformers.WavTokenizerConfig(
             num_filters=4, hidden_size=16, **_CODES, decoder_hidden_size=32, decoder_intermediate_size=32, decoder_num_layers=1
         ),
         {},
     ),
     "xcodec": (_xcodec, {"sampling_rate": 16_000, "hop_length": 320}),
-    "xcodec2": (lambda: _semantic(Xcodec2Config), {"sampling_rate": 16_000, "hop_length": 320}),
+    "xcodec2": (lambda: _semantic(transformers.Xcodec2Config), {"sampling_rate": 16_000, "hop_length": 320}),
 }  # fmt: skip
 EXTRACTORS = {
     "dac": "DacFeatureExtractor",
