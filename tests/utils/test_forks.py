@@ -18,10 +18,10 @@ RECORDING = DEMO / "corpus" / "data" / "3" / "0_0_d3.wav"
 
 
 def call_in_a_fork(function):
-    """Call `function` in a forked process, which must end within ten seconds."""
+    """Call `function` in a forked process, which must end within a minute."""
     process = multiprocessing.get_context("fork").Process(target=function)
     process.start()
-    process.join(10)
+    process.join(60)
     if hangs := process.is_alive():
         process.kill()
         process.join()
