@@ -327,7 +327,7 @@ def _open_tokenizer(
             file = f"{subfolder}/tokenizer.json" if subfolder else "tokenizer.json"
             where = {"revision": hub.get("revision"), "cache_dir": hub["cache_dir"]}
             cached = only_cached(name_or_path, file, hub["repo_type"], **where)
-            hub, options = hub | cached, options | cached
+            hub, options = hub | cached, options | {"local_files_only": False} | cached
         source = _find_source(name_or_path, subfolder, hub)
         from transformers import PreTrainedTokenizerFast
 
@@ -337,7 +337,7 @@ def _open_tokenizer(
                     source, cache_dir=hub["cache_dir"], **options
                 )
             if "local_files_only" in options:
-                tokenizer.init_kwargs["local_files_only"] = False  # as online, and saved with the tokenizer
+                tokenizer.init_kwargs["local_files_only"] = False  # saved with the tokenizer, offline as online
         except OSError:
             raise
         except Exception as error:  # transformers and tokenizers raise many types for a malformed file
