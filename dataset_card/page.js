@@ -5,7 +5,8 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const IGNORED = -100;
 const CELL = 5; // width of a unit in CSS pixels
 const WAVE = 36, CELLS = 14, GAP = 8; // heights of the waveform, of the units, and of the space between two lines
-const SHOWN_TOKENS = 2; // at each end of a run of units, or of the instruction, that is not expanded
+const SHOWN_TOKENS = 2; // at each end of a run of units, of the instruction, or of a long text, that is not expanded
+const LONG_TEXT = 400; // tokens
 const MP3_DELAY = 1105 / 16000; // seconds that LAME adds, for a browser that does not remove them
 
 function make(tag, properties = {}, ...children) {
@@ -314,12 +315,14 @@ function showRun(example, [part, start, length]) {
   const labelled = countLabels(example.labels.slice(start, start + length));
   const list = make("ol", { className: "tokens" });
   const show = (from, to) => { for (let i = from; i < to; i++) list.append(showToken(example, start + i)); };
-  let folded = part === "frame" ? length : 0;
+  let folded = 0;
   while (folded < length && isUnit(example.ids[start + folded])) folded++;
+  const noun = folded ? "unit" : "token";
+  if (part === "frame" || (!folded && length > LONG_TEXT)) folded = length;
   const hidden = folded - 2 * SHOWN_TOKENS;
   if (hidden > (part === "frame" ? 8 : 1)) {
     show(0, SHOWN_TOKENS);
-    list.append(showFold(example, start + SHOWN_TOKENS, hidden, part === "frame" ? "token" : "unit"));
+    list.append(showFold(example, start + SHOWN_TOKENS, hidden, noun));
     show(folded - SHOWN_TOKENS, length);
   } else {
     show(0, length);
@@ -395,7 +398,7 @@ const found = document.getElementById("found");
 const LISTED = 200; // entries in the list at a time
 
 const summarize = (id, size, turns) => ({
-  id, size, words: turns[0].text,
+  id, size, words: (turns[0].text ?? "").slice(0, 200),
   text: [id, ...turns.flatMap((turn) => [turn.text, turn.emotion, `speaker ${turn.speaker}`])].join("\n").toLowerCase(),
 });
 
@@ -484,7 +487,8 @@ function showList() {
 
 let updates = 0;
 
-async function update() {
+// `again` shows the chosen example once more, even if it stays the same.
+async function update({ again }) {
   if (!filter.value) return; // the rows are being read
   const words = search.value.toLowerCase().split(/\s+/).filter(Boolean), number = ++updates;
   const matches = (text) => words.every((word) => text.includes(word));
@@ -496,7 +500,7 @@ async function update() {
   first = Math.floor(Math.max(0, shown.indexOf(current)) / LISTED) * LISTED;
   showList();
   say(choose ? `${count(shown.length, "example")} of ${source.rows.length.toLocaleString("en")}` : `${leftOut.length} of ${data.left_out.length} left out`);
-  if (shown.length) await select(shown.includes(current) ? current : shown[0], { focus: false });
+  if (shown.length && (again || !shown.includes(current))) await select(shown.includes(current) ? current : shown[0], { focus: false });
 }
 
 function move(by, focus) {
@@ -509,14 +513,20 @@ async function start() {
     say("Reading");
     const { openFolder } = await import("./folder.js");
     source = await openFolder(data, summarize, repeatedShare, say);
+    shown = [...source.rows.keys()]; // those of the first file, until all are read
+    showList();
+    if (shown.length) await select(shown[0], { focus: false });
+    await source.rest();
   }
   for (const name of Object.keys(filters)) filter.append(make("option", { value: name }, titleOf(name)));
   showFlags();
-  await update();
+  const inList = list.contains(document.activeElement);
+  await update({ again: !data.folder });
+  if (inList) list.querySelector("[aria-current]")?.focus();
 }
 
 document.getElementById("save").addEventListener("click", saveFlags);
-const refresh = () => update().catch((error) => { source.shares = undefined; showProblem(error); });
+const refresh = () => update({ again: true }).catch((error) => { source.shares = undefined; showProblem(error); });
 search.addEventListener("input", refresh);
 filter.addEventListener("change", refresh);
 document.addEventListener("keydown", (event) => {
