@@ -129,6 +129,7 @@ def make_card(
         fill_in=FILL_IN,
         write_here=WRITE_HERE,
         number=_number,
+        hours=_hours,
         plural=count_noun,
         count_too_long=count_too_long,
         count_dropped=count_dropped,
@@ -232,7 +233,7 @@ def _columns(
             return "as in the manifest" + ("; one entry per exchange" if lists else "")
         return meanings[name.split("_")[-1]] + ("; one entry per exchange" if lists else "")
 
-    return [(name, describe(feature), meaning(name)) for name, feature in features.items()]
+    return [(_code(name), describe(feature), meaning(name)) for name, feature in features.items()]
 
 
 def _describe_agent(agent: str) -> str:
@@ -253,7 +254,17 @@ def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}".rstrip("0").rstrip(".")
 
 
+def _hours(value: float) -> str:
+    """Hours with two decimals, or with two digits where these would be lost."""
+    return f"{value:,.2f}" if value >= 0.1 else f"{value:.2g}"
+
+
 def _plain(text: Any) -> str:
-    """Untrusted text as Markdown that shows it unchanged on one line, also in a table cell."""
+    """Untrusted text as Markdown that shows it unchanged on one line, also as an item of a list and in a table cell."""
     text = html.escape(" ".join(str(text).split()), quote=False)
-    return re.sub(r"([\\`*\[\]|])", r"\\\1", text)
+    return re.sub(r"([\\`*\[\]|~]|^[#+-]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text)
+
+
+def _code(name: str) -> str:
+    """The name of a column as code. A manifest may name columns as it likes."""
+    return f"`{name}`" if re.fullmatch(r"\w+", name) else f"<code>{_plain(name)}</code>"
