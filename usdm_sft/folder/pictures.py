@@ -50,7 +50,8 @@ def draw_pictures(statistics: Mapping[str, SplitStatistics], counts: Mapping[str
     """
     about = UnitAxes(counts["num_units"], read_streams(counts), counts.get("unit_model") is None)
     with matplotlib.rc_context(matplotlib.rcParamsDefault), matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # an emotion in another script is drawn as boxes
+        # An emotion in a script that the font does not have is drawn as boxes.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         for name in CAPTIONS:
             figure = Figure(figsize=(12, 4), layout="constrained", dpi=_DPI)
             _PLOTS[name](figure, statistics, about)
