@@ -340,9 +340,10 @@ function showExample(example) {
   const hasSound = source.recording || timelines.some((timeline) => timeline.peaks);
   const playAll = make("button", { type: "button", className: "button", onclick: () => timelines[0].playOn() }, "▶ Play all");
   const step = (by, name) => make("button", {
-    type: "button", className: "button", disabled: neighbour(by) === null, onclick: () => select(neighbour(by), { focus: false }),
+    type: "button", className: "button", "data-step": by, onclick: () => select(neighbour(by), { focus: false }),
   }, name);
   const flag = make("button", { type: "button", className: "button", "aria-pressed": flags.has(example.id), onclick: () => toggleFlag(example.id, flag) }, "⚑ Flag");
+  const focused = document.activeElement.dataset.step; // this button is made again
   const seconds = example.turns.reduce((sum, turn) => sum + turn.seconds, 0);
   document.getElementById("example").replaceChildren(
     make("div", { className: "bar" },
@@ -355,6 +356,8 @@ function showExample(example) {
       showParts(example),
       make("p", { className: "key" }, "Each token with its id and its label. The loss counts the highlighted ones; a label of -100 is ignored."),
       ...example.parts.map((run) => showRun(example, run))));
+  showSteps();
+  document.querySelector(`[data-step="${focused}"]`)?.focus();
   timelines.forEach((timeline) => timeline.draw());
   if (source.isLocal) for (const timeline of timelines) timeline.fetch(); // from elsewhere a recording is fetched when it is played
 }
@@ -437,6 +440,10 @@ function neighbour(by) {
   return place < 0 ? null : shown[place + by] ?? null;
 }
 
+function showSteps() {
+  for (const button of document.querySelectorAll("[data-step]")) button.disabled = neighbour(+button.dataset.step) === null;
+}
+
 async function select(number, { focus }) {
   current = number;
   const place = shown.indexOf(number);
@@ -499,6 +506,7 @@ async function update({ again }) {
   shown = chosen.filter((i) => matches(source.rows[i].text));
   first = Math.floor(Math.max(0, shown.indexOf(current)) / LISTED) * LISTED;
   showList();
+  showSteps();
   say(choose ? `${count(shown.length, "example")} of ${source.rows.length.toLocaleString("en")}` : `${leftOut.length} of ${data.left_out.length} left out`);
   if (shown.length && (again || !shown.includes(current))) await select(shown.includes(current) ? current : shown[0], { focus: false });
 }

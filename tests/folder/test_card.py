@@ -94,17 +94,10 @@ def test_untrusted_text_is_no_markdown(text, markdown):
     assert card_module._plain(text) == markdown
 
 
-def test_names_of_columns_and_hours():
+def test_names_of_columns():
     assert [card_module._code(name) for name in ("user_text", "user_a|b`<u>")] == [
         "`user_text`",
         r"<code>user_a\|b\`&lt;u&gt;</code>",
-    ]
-    assert [card_module._hours(hours) for hours in (0.0, 0.00123, 0.0789, 0.1, 1234.5)] == [
-        "0",
-        "0.0012",
-        "0.079",
-        "0.10",
-        "1,234.50",
     ]
 
 

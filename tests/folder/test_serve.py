@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import re
 import threading
 import time
 from pathlib import Path
@@ -216,6 +217,25 @@ def test_page_of_a_folder_has_the_rows_of_a_page_of_examples(browser, server, da
         tab.get_by_role("link", name="split test").click()
         wait_for_rows(tab)
         assert tab.locator("#found").inner_text() == "3 examples of 3"
+
+
+def test_first_file_is_shown_while_the_others_are_read(browser, server):
+    """Each of the ten files has one row."""
+    tab, held, shown = browser.new_page(), [], False
+    tab.route(re.compile("train-0000[1-9]"), lambda route: route.continue_() if shown else held.append(route))
+    tab.goto(server.url)
+    tab.get_by_role("heading", name="d3_0").wait_for()
+    step = tab.get_by_role("button", name="Next")
+    assert tab.locator("#list .name").all_inner_texts() == ["d3_0"] and step.is_disabled()
+    shown = True
+    for route in held:
+        route.continue_()
+    wait_for_rows(tab)
+    step.click()
+    tab.get_by_role("heading", name="d3_1").wait_for()
+    assert tab.evaluate("document.activeElement.textContent") == "Next"
+    assert tab.locator("#found").inner_text() == "10 examples of 10"
+    tab.close()
 
 
 def test_recordings_of_the_corpus_play(browser, server, mini):

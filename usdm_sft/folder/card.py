@@ -38,7 +38,7 @@ from usdm_sft.template.streams import UnitStreams, read_streams
 from usdm_sft.template.tokenizer import NUM_UNITS
 from usdm_sft.template.view import format_example
 from usdm_sft.utils.cache_keys import cache_key
-from usdm_sft.utils.texts import count_noun
+from usdm_sft.utils.texts import count_noun, format_hours
 
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
 LARGEST = "10M<n<100M"
@@ -129,7 +129,7 @@ def make_card(
         fill_in=FILL_IN,
         write_here=WRITE_HERE,
         number=_number,
-        hours=_hours,
+        hours=format_hours,
         plural=count_noun,
         count_too_long=count_too_long,
         count_dropped=count_dropped,
@@ -252,11 +252,6 @@ def _list_parts(parts: Sequence[str]) -> str:
 def _number(value: float) -> str:
     """A number with thousands separators and at most two decimals."""
     return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}".rstrip("0").rstrip(".")
-
-
-def _hours(value: float) -> str:
-    """Hours with two decimals, or with two digits where these would be lost."""
-    return f"{value:,.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def _plain(text: Any) -> str:

@@ -45,7 +45,7 @@ from usdm_sft.template.special_tokens import NEWLINE_TOKENS
 from usdm_sft.template.streams import read_streams
 from usdm_sft.template.tokenizer import load_tokenizer
 from usdm_sft.utils.files import replace_text
-from usdm_sft.utils.texts import printable
+from usdm_sft.utils.texts import format_hours, printable
 
 PEAKS_PER_UNIT = 2
 
@@ -312,6 +312,7 @@ def render(
         versions=counts.get("versions") or {},
         links=links,
         scripts=scripts,
+        hours=format_hours,
         policy="; ".join([*policy, "base-uri 'none'", "form-action 'none'"]),
         style=Markup(style),
         script=Markup(script),
