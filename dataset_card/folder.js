@@ -1,7 +1,8 @@
 // The rows of a dataset folder, read from its Parquet files when the page needs them. hyparquet 1.33.0 (MIT) is as on npm.
 import { asyncBufferFromUrl, cachedAsyncBuffer, parquetMetadataAsync, parquetReadObjects } from "./hyparquet/src/index.js";
 
-const WHOLE = 1 << 19; // bytes; a smaller file is fetched once and kept, of a larger one the ranges that are needed
+const WHOLE = 1 << 20; // bytes; a smaller file is fetched once and kept, of a larger one the ranges that are needed
+const FOOTER = 1 << 15; // bytes at the end of a file, where its metadata is; more are fetched if it is longer
 const AT_ONCE = 6; // files that are read at a time
 const ROLES = ["user", "agent"], SHOWN = ["speaker", "text", "emotion"];
 const RATE = 16000, PEAKS_PER_UNIT = 2;
@@ -10,13 +11,14 @@ const perTurn = (...names) => ROLES.flatMap((role) => names.map((name) => `${rol
 const asList = (value) => (Array.isArray(value) || ArrayBuffer.isView(value) ? Array.from(value) : [value]);
 
 class ParquetFile {
-  constructor(base, [name, byteLength, numRows]) { Object.assign(this, { url: base + name.split("/").map(encodeURIComponent).join("/"), byteLength, numRows }); }
+  // `start` is the number of its first row in the split.
+  constructor(base, [name, byteLength, start]) { Object.assign(this, { url: base + name.split("/").map(encodeURIComponent).join("/"), byteLength, start }); }
 
   open() {
     this.opened ??= (async () => {
       const remote = await asyncBufferFromUrl({ url: this.url, byteLength: this.byteLength });
       const file = this.byteLength < WHOLE ? cachedAsyncBuffer(remote, { minSize: WHOLE }) : remote;
-      return { file, metadata: await parquetMetadataAsync(file) };
+      return { file, metadata: await parquetMetadataAsync(file, { initialFetchSize: FOOTER }) };
     })();
     return this.opened;
   }
@@ -30,14 +32,13 @@ class ParquetFile {
   }
 }
 
-// The rows of all files in order; `each` is called with the rows of a file and the number of its first row.
+// The rows of all files, in no order of the files; `each` is called with the rows of a file and the file.
 async function readAll(files, columns, each, progress) {
-  const starts = files.map((_, i) => files.slice(0, i).reduce((sum, file) => sum + file.numRows, 0));
   let next = 0, done = 0;
   const work = async () => {
     while (next < files.length) {
-      const i = next++;
-      each(await files[i].read({ columns }), starts[i], files[i]);
+      const file = files[next++];
+      each(await file.read({ columns }), file);
       progress?.(`Reading file ${++done} of ${files.length}`);
     }
   };
@@ -107,10 +108,12 @@ export async function openFolder(data, summarize, repeatedShare, progress) {
   }
   const leftOut = Object.fromEntries(ROLES.map((role) => [role, ["text", "units"].filter((name) => !(`${role}_${name}` in data.parts))]));
   const rows = [], places = [];
-  await readAll(files, ["id", "length", ...perTurn(...SHOWN)], (found, start, file) => found.forEach((row, i) => {
-    rows[start + i] = summarize(row.id, row.length, listTurns(row, SHOWN));
-    places[start + i] = [file, i];
+  const list = (files, progress) => readAll(files, ["id", "length", ...perTurn(...SHOWN)], (found, file) => found.forEach((row, i) => {
+    rows[file.start + i] = summarize(row.id, row.length, listTurns(row, SHOWN));
+    places[file.start + i] = [file, i];
   }), progress);
+  await list(files.slice(0, 1));
+  const rest = () => list(files.slice(1), progress);
 
   async function example(number) {
     const [file, place] = places[number];
@@ -127,7 +130,7 @@ export async function openFolder(data, summarize, repeatedShare, progress) {
   // The share of repeated units of every row.
   async function repetition(progress) {
     const shares = [];
-    await readAll(files, ["user_text", ...perTurn("units", "durations")], (found, start) => found.forEach((row, i) => {
+    await readAll(files, ["user_text", ...perTurn("units", "durations")], (found, { start }) => found.forEach((row, i) => {
       const names = "user_durations" in row ? ["units", "durations"] : ["units"];
       shares[start + i] = repeatedShare(listTurns(row, names).flatMap((turn) => expand(turn.units, turn.durations)));
     }), progress);
@@ -138,7 +141,7 @@ export async function openFolder(data, summarize, repeatedShare, progress) {
   async function findKept(example, turn) {
     kept ??= (async () => {
       const found = new Map();
-      await readAll(recordings, ["dialog", "turn"], (list, start, file) => list.forEach((row, i) => found.set(`${row.dialog} ${row.turn}`, [file, i])));
+      await readAll(recordings, ["dialog", "turn"], (list, file) => list.forEach((row, i) => found.set(`${row.dialog} ${row.turn}`, [file, i])));
       return found;
     })();
     const [file, row] = (await kept).get(`${example.dialog} ${turn.number}`) ?? [];
@@ -161,5 +164,5 @@ export async function openFolder(data, summarize, repeatedShare, progress) {
   const recording = corpus !== null
     ? async (example, number) => (await fetchFromCorpus(example))[number] ?? null
     : recordings.length ? (example, number) => findKept(example, example.turns[number]) : null;
-  return { rows, example, repetition, recording, isLocal: !base };
+  return { rows, rest, example, repetition, recording, isLocal: !base };
 }

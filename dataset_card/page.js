@@ -5,7 +5,8 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const IGNORED = -100;
 const CELL = 5; // width of a unit in CSS pixels
 const WAVE = 36, CELLS = 14, GAP = 8; // heights of the waveform, of the units, and of the space between two lines
-const SHOWN_TOKENS = 2; // at each end of a run of units, or of the instruction, that is not expanded
+const SHOWN_TOKENS = 2; // at each end of a run of units, of the instruction, or of a long text, that is not expanded
+const LONG_TEXT = 400; // tokens
 const MP3_DELAY = 1105 / 16000; // seconds that LAME adds, for a browser that does not remove them
 
 function make(tag, properties = {}, ...children) {
@@ -314,12 +315,14 @@ function showRun(example, [part, start, length]) {
   const labelled = countLabels(example.labels.slice(start, start + length));
   const list = make("ol", { className: "tokens" });
   const show = (from, to) => { for (let i = from; i < to; i++) list.append(showToken(example, start + i)); };
-  let folded = part === "frame" ? length : 0;
+  let folded = 0;
   while (folded < length && isUnit(example.ids[start + folded])) folded++;
+  const noun = folded ? "unit" : "token";
+  if (part === "frame" || (!folded && length > LONG_TEXT)) folded = length;
   const hidden = folded - 2 * SHOWN_TOKENS;
   if (hidden > (part === "frame" ? 8 : 1)) {
     show(0, SHOWN_TOKENS);
-    list.append(showFold(example, start + SHOWN_TOKENS, hidden, part === "frame" ? "token" : "unit"));
+    list.append(showFold(example, start + SHOWN_TOKENS, hidden, noun));
     show(folded - SHOWN_TOKENS, length);
   } else {
     show(0, length);
@@ -337,9 +340,10 @@ function showExample(example) {
   const hasSound = source.recording || timelines.some((timeline) => timeline.peaks);
   const playAll = make("button", { type: "button", className: "button", onclick: () => timelines[0].playOn() }, "▶ Play all");
   const step = (by, name) => make("button", {
-    type: "button", className: "button", disabled: neighbour(by) === null, onclick: () => select(neighbour(by), { focus: false }),
+    type: "button", className: "button", "data-step": by, onclick: () => select(neighbour(by), { focus: false }),
   }, name);
   const flag = make("button", { type: "button", className: "button", "aria-pressed": flags.has(example.id), onclick: () => toggleFlag(example.id, flag) }, "⚑ Flag");
+  const focused = document.activeElement.dataset.step; // this button is made again
   const seconds = example.turns.reduce((sum, turn) => sum + turn.seconds, 0);
   document.getElementById("example").replaceChildren(
     make("div", { className: "bar" },
@@ -352,6 +356,8 @@ function showExample(example) {
       showParts(example),
       make("p", { className: "key" }, "Each token with its id and its label. The loss counts the highlighted ones; a label of -100 is ignored."),
       ...example.parts.map((run) => showRun(example, run))));
+  showSteps();
+  document.querySelector(`[data-step="${focused}"]`)?.focus();
   timelines.forEach((timeline) => timeline.draw());
   if (source.isLocal) for (const timeline of timelines) timeline.fetch(); // from elsewhere a recording is fetched when it is played
 }
@@ -395,7 +401,7 @@ const found = document.getElementById("found");
 const LISTED = 200; // entries in the list at a time
 
 const summarize = (id, size, turns) => ({
-  id, size, words: turns[0].text,
+  id, size, words: (turns[0].text ?? "").slice(0, 200),
   text: [id, ...turns.flatMap((turn) => [turn.text, turn.emotion, `speaker ${turn.speaker}`])].join("\n").toLowerCase(),
 });
 
@@ -432,6 +438,10 @@ let shown = [], leftOut = [], current = 0, first = 0; // rows and names in the l
 function neighbour(by) {
   const place = shown.indexOf(current);
   return place < 0 ? null : shown[place + by] ?? null;
+}
+
+function showSteps() {
+  for (const button of document.querySelectorAll("[data-step]")) button.disabled = neighbour(+button.dataset.step) === null;
 }
 
 async function select(number, { focus }) {
@@ -484,7 +494,8 @@ function showList() {
 
 let updates = 0;
 
-async function update() {
+// `again` shows the chosen example once more, even if it stays the same.
+async function update({ again }) {
   if (!filter.value) return; // the rows are being read
   const words = search.value.toLowerCase().split(/\s+/).filter(Boolean), number = ++updates;
   const matches = (text) => words.every((word) => text.includes(word));
@@ -495,8 +506,9 @@ async function update() {
   shown = chosen.filter((i) => matches(source.rows[i].text));
   first = Math.floor(Math.max(0, shown.indexOf(current)) / LISTED) * LISTED;
   showList();
+  showSteps();
   say(choose ? `${count(shown.length, "example")} of ${source.rows.length.toLocaleString("en")}` : `${leftOut.length} of ${data.left_out.length} left out`);
-  if (shown.length) await select(shown.includes(current) ? current : shown[0], { focus: false });
+  if (shown.length && (again || !shown.includes(current))) await select(shown.includes(current) ? current : shown[0], { focus: false });
 }
 
 function move(by, focus) {
@@ -509,14 +521,20 @@ async function start() {
     say("Reading");
     const { openFolder } = await import("./folder.js");
     source = await openFolder(data, summarize, repeatedShare, say);
+    shown = [...source.rows.keys()]; // those of the first file, until all are read
+    showList();
+    if (shown.length) await select(shown[0], { focus: false });
+    await source.rest();
   }
   for (const name of Object.keys(filters)) filter.append(make("option", { value: name }, titleOf(name)));
   showFlags();
-  await update();
+  const inList = list.contains(document.activeElement);
+  await update({ again: !data.folder });
+  if (inList) list.querySelector("[aria-current]")?.focus();
 }
 
 document.getElementById("save").addEventListener("click", saveFlags);
-const refresh = () => update().catch((error) => { source.shares = undefined; showProblem(error); });
+const refresh = () => update({ again: true }).catch((error) => { source.shares = undefined; showProblem(error); });
 search.addEventListener("input", refresh);
 filter.addEventListener("change", refresh);
 document.addEventListener("keydown", (event) => {

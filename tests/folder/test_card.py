@@ -9,6 +9,7 @@ from huggingface_hub import DatasetCard
 
 from tests.helpers import options
 from usdm_sft.corpus import dailytalk
+from usdm_sft.folder import card as card_module
 from usdm_sft.folder.verify import verify
 from usdm_sft.prepare.prepare import prepare
 from usdm_sft.template.config import Template
@@ -50,7 +51,7 @@ def test_numbers_equal_those_of_the_rows(card, dataset_folder, tmp_path):
             for after, role in enumerate(("user", "agent"))
         }
         numbers = (len(set(split_rows["dialog_id"])), len(split_rows), len(split_rows))
-        hours = f"{sum(seconds.values()) / 3600:.2f}"
+        hours = f"{sum(seconds.values()) / 3600:.2g}"
         last = (f"{sum(tokens):,}", f"{labelled:,}", str(len(units)))
         assert (split, *map(str, numbers), hours, *last) in cells
         [row] = [row for row in cells if row[:2] == ("tokens", split)]
@@ -78,6 +79,26 @@ def test_picture_of_the_example_counts_its_labelled_tokens(card, dataset_folder)
     assert svg[0].text == "One training example: 305 tokens. The loss counts the 148 highlighted ones."
     names = [element.text for element in svg.iter() if element.get("class") == "name"]
     assert names == ["instruction", "user's speech", "transcript", "heading", "answer", "agent's speech", "end"]
+
+
+@pytest.mark.parametrize(
+    ("text", "markdown"),
+    [
+        ("d23_0", "d23_0"),
+        ("_a_ __b ~~c~~", r"\_a\_ \_\_b \~\~c\~\~"),
+        ("# 1", r"\# 1"),
+        ("- <b>a|b`*[c](d)</b>\n", r"\- &lt;b&gt;a\|b\`\*\[c\](d)&lt;/b&gt;"),
+    ],
+)
+def test_untrusted_text_is_no_markdown(text, markdown):
+    assert card_module._plain(text) == markdown
+
+
+def test_names_of_columns():
+    assert [card_module._code(name) for name in ("user_text", "user_a|b`<u>")] == [
+        "`user_text`",
+        r"<code>user_a\|b\`&lt;u&gt;</code>",
+    ]
 
 
 def test_card_has_no_placeholders_and_complete_tables(card):

@@ -207,7 +207,7 @@ def test_labelled_counts_search_filters_and_keys(browser, page_path, dataset_fol
 def test_untrusted_text_stays_text(browser, folder_copy, tmp_path):
     markup = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
     for name in ("id", "user_text", "agent_emotion", "user_speaker"):
-        change_column(folder_copy, name, f"{name}{markup}")
+        change_column(folder_copy, name, f"{name}{markup}{'w' * 200}")
     write_page(folder_copy, tmp_path / "page.html", num_examples=1)
     page = (tmp_path / "page.html").read_text()
     assert page.count("<script") == 2 and "<img" not in page and "http" not in page.replace("http-equiv", "")
@@ -217,6 +217,22 @@ def test_untrusted_text_stays_text(browser, folder_copy, tmp_path):
         for name in ("id", "user_text", "agent_emotion"):
             assert f"{name}{markup}" in shown
         assert tab.locator("img").count() == 0 and tab.get_by_role("button", name="Play").count() == 0
+        for width in WIDTHS:
+            tab.set_viewport_size({"width": width, "height": 900})
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_long_text_is_folded(browser, folder_copy, tmp_path):
+    [row] = read_rows(folder_copy, "train", 0, 1)
+    start = row["labels"].index(next(label for label in row["labels"] if label != -100))
+    word = row["labels"][start]
+    for name in ("input_ids", "labels"):
+        change_column(folder_copy, name, [*row[name][:start], *[word] * 400, *row[name][start:]])
+    write_page(folder_copy, tmp_path / "page.html", num_examples=1)
+    with opened(browser, tmp_path / "page.html") as tab:
+        # Eleven tokens of the transcript are those of the row; two at each end are shown.
+        tab.get_by_role("button", name="… 407 tokens …").click()
+        assert tab.locator(".piece", has_text="▁did").count() == 402  # 401 of the user, and one of the agent
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -1,6 +1,6 @@
 import pytest
 
-from usdm_sft.utils.texts import count_noun, first_line, printable, quote
+from usdm_sft.utils.texts import count_noun, first_line, format_hours, printable, quote
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,13 @@ def test_first_line_of_an_error(error, expected):
 )
 def test_count_with_its_noun(number, expected):
     assert count_noun(number, "row") == expected
+
+
+@pytest.mark.parametrize(
+    ("hours", "expected"), [(0.0, "0"), (0.00123, "0.0012"), (0.0789, "0.079"), (0.1, "0.10"), (1234.5, "1,234.50")]
+)
+def test_hours_keep_two_digits(hours, expected):
+    assert format_hours(hours) == expected
 
 
 def test_quoted_value_is_cut_at_the_limit():

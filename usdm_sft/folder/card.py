@@ -38,7 +38,7 @@ from usdm_sft.template.streams import UnitStreams, read_streams
 from usdm_sft.template.tokenizer import NUM_UNITS
 from usdm_sft.template.view import format_example
 from usdm_sft.utils.cache_keys import cache_key
-from usdm_sft.utils.texts import count_noun
+from usdm_sft.utils.texts import count_noun, format_hours
 
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
 LARGEST = "10M<n<100M"
@@ -129,6 +129,7 @@ def make_card(
         fill_in=FILL_IN,
         write_here=WRITE_HERE,
         number=_number,
+        hours=format_hours,
         plural=count_noun,
         count_too_long=count_too_long,
         count_dropped=count_dropped,
@@ -232,7 +233,7 @@ def _columns(
             return "as in the manifest" + ("; one entry per exchange" if lists else "")
         return meanings[name.split("_")[-1]] + ("; one entry per exchange" if lists else "")
 
-    return [(name, describe(feature), meaning(name)) for name, feature in features.items()]
+    return [(_code(name), describe(feature), meaning(name)) for name, feature in features.items()]
 
 
 def _describe_agent(agent: str) -> str:
@@ -254,6 +255,11 @@ def _number(value: float) -> str:
 
 
 def _plain(text: Any) -> str:
-    """Untrusted text as Markdown that shows it unchanged on one line, also in a table cell."""
+    """Untrusted text as Markdown that shows it unchanged on one line, also as an item of a list and in a table cell."""
     text = html.escape(" ".join(str(text).split()), quote=False)
-    return re.sub(r"([\\`*\[\]|])", r"\\\1", text)
+    return re.sub(r"([\\`*\[\]|~]|^[#+-]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text)
+
+
+def _code(name: str) -> str:
+    """The name of a column as code. A manifest may name columns as it likes."""
+    return f"`{name}`" if re.fullmatch(r"\w+", name) else f"<code>{_plain(name)}</code>"

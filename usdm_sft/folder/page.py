@@ -45,7 +45,7 @@ from usdm_sft.template.special_tokens import NEWLINE_TOKENS
 from usdm_sft.template.streams import read_streams
 from usdm_sft.template.tokenizer import load_tokenizer
 from usdm_sft.utils.files import replace_text
-from usdm_sft.utils.texts import printable
+from usdm_sft.utils.texts import format_hours, printable
 
 PEAKS_PER_UNIT = 2
 
@@ -276,6 +276,7 @@ def render(
     counts: Mapping[str, Any],
     links: Sequence[tuple[str, str]],
     sources: Sequence[str] | None = None,
+    scripts: Sequence[str] = (),
 ) -> str:
     """Return the HTML. Texts of the data are part of a JSON block and of no markup.
 
@@ -285,6 +286,7 @@ def render(
         counts: The content of counts.json.
         links: Name and address of each link in the header.
         sources: Where a page whose rows are in a folder reads files, as in a Content-Security-Policy; None if it reads nothing.
+        scripts: Addresses of the modules that such a page loads; they are fetched all at once, before one asks for the next.
     """
     template, style, script = (
         (ASSETS / f"page.{suffix}").read_text(encoding="utf-8") for suffix in ("html", "css", "js")
@@ -309,6 +311,8 @@ def render(
         settings=_flatten(counts["settings"]),
         versions=counts.get("versions") or {},
         links=links,
+        scripts=scripts,
+        hours=format_hours,
         policy="; ".join([*policy, "base-uri 'none'", "form-action 'none'"]),
         style=Markup(style),
         script=Markup(script),

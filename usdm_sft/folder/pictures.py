@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,7 +49,9 @@ def draw_pictures(statistics: Mapping[str, SplitStatistics], counts: Mapping[str
         folder: Output folder; created if it does not exist.
     """
     about = UnitAxes(counts["num_units"], read_streams(counts), counts.get("unit_model") is None)
-    with matplotlib.rc_context(matplotlib.rcParamsDefault), matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(matplotlib.rcParamsDefault), matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # An emotion in a script that the font does not have is drawn as boxes.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         for name in CAPTIONS:
             figure = Figure(figsize=(12, 4), layout="constrained", dpi=_DPI)
             _PLOTS[name](figure, statistics, about)

@@ -85,16 +85,17 @@ def make_pages(folder: Path, split: str, *, base: str = "", corpus: bool = False
         data |= {"examples": [], "recordings": [], "pieces": pieces, "folder": where}
         links = [(f"split {other}", quote(names[other])) for other in names if other != each]
         links += [("dataset card", base + _README), ("counts", base + COUNTS)]
-        pages[name] = render(data, each, counts, links, hosts)
+        pages[name] = render(data, each, counts, links, hosts, [name for name in _scripts() if name.endswith(".js")])
     return pages
 
 
 def _list_files(folder: Path, paths: list[Path]) -> list[tuple[str, int, int]]:
-    """Return the name in the folder, the size and the number of rows of each file."""
-    files = []
+    """Return the name in the folder, the size and the number of the first row of each file."""
+    files, start = [], 0
     for path in paths:
         with reading_errors(path, "is not a Parquet file"):
-            files.append((path.relative_to(folder).as_posix(), path.stat().st_size, pq.read_metadata(path).num_rows))
+            files.append((path.relative_to(folder).as_posix(), path.stat().st_size, start))
+            start += pq.read_metadata(path).num_rows
     return files
 
 

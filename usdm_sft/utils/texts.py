@@ -52,6 +52,11 @@ def count_noun(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def format_hours(hours: float) -> str:
+    """Format hours with two decimals, or with two digits where these would be lost."""
+    return f"{hours:,.2f}" if hours >= 0.1 else f"{hours:.2g}"
+
+
 # Raised by gzip for bytes that are missing or changed.
 DAMAGED_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
 
