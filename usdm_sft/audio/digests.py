@@ -114,7 +114,6 @@ def audio_digests(
     addresses: Iterable[str],
     cache_dir: str | Path | None = None,
     *,
-    num_threads: int = NUM_THREADS,
     pool: Pool | None = None,
 ) -> dict[str, AudioDigest]:
     """Digest and check the audio at each address, in threads, with a progress bar for many.
@@ -125,7 +124,6 @@ def audio_digests(
     Args:
         addresses: Addresses of audio; duplicates are read once.
         cache_dir: Where digests are remembered; this package's cache by default.
-        num_threads: Number of threads.
         pool: Shares out what is not remembered, if that is much. Bad audio, and files that have just changed, are read again here.
 
     Returns:
@@ -138,7 +136,7 @@ def audio_digests(
     cut: Files = {}  # the recordings that segments are cut from
     with ExitStack() as stack:
         database = stack.enter_context(closing(DigestDatabase(cache_root(cache_dir) / _DATABASE)))
-        threads = stack.enter_context(ThreadPoolExecutor(num_threads))
+        threads = stack.enter_context(ThreadPoolExecutor(NUM_THREADS))
         bar = stack.enter_context(progress_bar(len(found), "reading recordings", "files", disable=len(found) < _BAR))
 
         def missing() -> list[str]:
