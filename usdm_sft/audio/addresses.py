@@ -288,9 +288,5 @@ def _open_archive(path: str) -> zipfile.ZipFile:
         raise AddressError(f"{'cannot be read' if is_zip else 'is not a zip file'} ({error})") from error
 
 
-def _read_directory(path: str, size: int, mtime_ns: int, pid: int) -> zipfile.ZipFile:
-    return zipfile.ZipFile(path)
-
-
 # Archives stay open, because reading the table of DailyTalk's 23,676 members takes a second. A forked process opens its own.
-_archive = once_per_key(_read_directory, maxsize=8)
+_archive = once_per_key(lambda path, size, mtime_ns, pid: zipfile.ZipFile(path), maxsize=8)
