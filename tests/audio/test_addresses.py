@@ -189,15 +189,16 @@ def test_threads_share_recordings_and_directories(call, tmp_path, monkeypatch):
         time.sleep(0.2)
         return real(file)
 
+    monkeypatch.setattr(digests, "NUM_THREADS", 36)
     monkeypatch.setattr(addresses.zipfile, "ZipFile", SlowZipFile)
     members = [zip_address(path, f"{number}.wav") for number in range(36)]
-    found = audio_digests(members, tmp_path / "cache", num_threads=36)
+    found = audio_digests(members, tmp_path / "cache")
     assert {digest.problem for digest in found.values()} == {None} and done == [str(path)]
     monkeypatch.setattr(digests, "_digest", slow)
     done.clear()
     other = shutil.copyfile(call, tmp_path / "other.wav")
     segments = [format_address(str(file), i / 20, i / 20 + 0.5) for i in range(18) for file in (call, other)]
-    found = audio_digests(segments, tmp_path / "cache", num_threads=36)
+    found = audio_digests(segments, tmp_path / "cache")
     assert sorted(done) == sorted([call, str(other)])
     assert len({digest.sha256 for digest in found.values()}) == 18  # both files have the same content
 

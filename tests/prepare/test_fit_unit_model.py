@@ -42,7 +42,7 @@ from usdm_sft.units import features as features_module
 from usdm_sft.units.convert import convert
 from usdm_sft.units.features import FeatureModel
 from usdm_sft.units.folder import unit_model_digest
-from usdm_sft.units.kmeans import KMeans, describe_units
+from usdm_sft.units.kmeans import describe_units, fit_kmeans
 from usdm_sft.units.tokenizer import UnitTokenizer
 
 LAYER, NUM_UNITS = 2, 20
@@ -290,8 +290,10 @@ def test_threads_change_no_centroid():
     found = []
     for num_threads in (1, 2, 4):
         with threadpool_limits(limits=num_threads):
-            fitted = KMeans(features, 50, seed=3, num_passes=3)
-            found.append((fitted.centroids.tobytes(), fitted.units.tobytes(), fitted.find_units(features).tobytes()))
+            fitted = fit_kmeans(features, 50, seed=3, num_passes=3)
+            found.append(
+                [each.tobytes() for each in (fitted.cluster_centers_, fitted.labels_, fitted.predict(features))]
+            )
     assert found[0] == found[1] == found[2]
     assert found[0][1] == found[0][2]
 
@@ -299,8 +301,8 @@ def test_threads_change_no_centroid():
 def test_empty_clusters_are_counted():
     """Three different frames give three units, however many are asked for."""
     frames = np.repeat(np.eye(3, 4, dtype=np.float32), 5, axis=0)
-    fitted = KMeans(frames, 5, seed=0, num_passes=1)
-    numbers = describe_units(frames, fitted.units, fitted.centroids)
+    fitted = fit_kmeans(frames, 5, seed=0, num_passes=1)
+    numbers = describe_units(frames, fitted.labels_, fitted.cluster_centers_)
     assert (numbers["empty_clusters"], numbers["inertia"]) == (2, 0)
     assert numbers["perplexity"] == pytest.approx(3)
 

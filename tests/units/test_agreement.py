@@ -1,7 +1,7 @@
 import pytest
 
-from usdm_sft.audio.digests import audio_digests
-from usdm_sft.units.agreement import measure_agreement
+from usdm_sft.audio.digests import AudioDigest, audio_digests
+from usdm_sft.units.agreement import measure_agreement, pick_sample
 from usdm_sft.units.tokenizer import UnitTokenizer
 
 DAMAGE = {
@@ -33,12 +33,7 @@ def test_damaged_agreement_is_measured_again(tokenizer, paths, tmp_path):
         assert measure_agreement(tokenizer, audio, tmp_path) == first, name
 
 
-def test_sample_is_spread_over_the_corpus(tokenizer, paths, tmp_path, monkeypatch):
-    read = []
-    tokenize = UnitTokenizer.tokenize_files
-    monkeypatch.setattr(
-        UnitTokenizer, "tokenize_files", lambda self, sources: read.append(sources) or tokenize(self, sources)
-    )
-    found = measure_agreement(tokenizer, audio_digests(paths, tmp_path), tmp_path, num_utterances=3)
-    assert found["utterances"] == 3
-    assert read == [[paths[0], paths[11], paths[22]]] * 2
+def test_sample_is_spread_over_the_corpus():
+    audio = {f"{number}.wav": AudioDigest(str(number), 16_000, 1.0) for number in range(23)}
+    assert list(pick_sample(audio, 3)) == ["0.wav", "11.wav", "22.wav"]
+    assert pick_sample(audio, 64) == audio

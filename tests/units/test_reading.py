@@ -21,7 +21,7 @@ from usdm_sft.units import reading
 from usdm_sft.units import tokenizer as process
 from usdm_sft.units.batches import prepare_waveform
 from usdm_sft.units.reading import AudioReader
-from usdm_sft.units.stream import audio_seconds, group_by_seconds, stream_units
+from usdm_sft.units.stream import audio_seconds, group_up_to, stream_units
 from usdm_sft.units.tokenizer import UnitTokenizer
 
 NAMES = ("0_0_d3", "1_1_d3", "2_0_d3", "3_1_d3")
@@ -198,7 +198,7 @@ def test_audio_seconds_is_the_length_in_the_header(tmp_path, two_seconds):
 def test_groups_are_neighbours_up_to_the_given_seconds(two_seconds):
     long = "\n".join(two_seconds[:4])
     sources = [*two_seconds[:3], long, two_seconds[3], "none.wav", *two_seconds[4:6]]
-    assert list(group_by_seconds(sources, 4)) == [
+    assert list(group_up_to(4, sources, audio_seconds)) == [
         two_seconds[:2],
         two_seconds[2:3],
         [long],
@@ -206,16 +206,21 @@ def test_groups_are_neighbours_up_to_the_given_seconds(two_seconds):
         ["none.wav"],
         two_seconds[4:6],
     ]
-    assert list(group_by_seconds([], 4)) == []
+    assert list(group_up_to(4, [], audio_seconds)) == []
 
 
-def test_streaming_reads_at_most_two_groups_ahead(unit_model, two_seconds, monkeypatch):
-    tokenizer = UnitTokenizer.from_pretrained(unit_model, device="cpu", batch_seconds=4)
-    given = []
-    read = reading.read_waveform
+@pytest.fixture
+def given(monkeypatch):
+    """The sources that are read, in order."""
+    given, read = [], reading.read_waveform
     monkeypatch.setattr(
         reading, "read_waveform", lambda source, contents, sample_rate: given.append(source) or read(source)
     )
+    return given
+
+
+def test_streaming_reads_at_most_two_groups_ahead(unit_model, two_seconds, given):
+    tokenizer = UnitTokenizer.from_pretrained(unit_model, device="cpu", batch_seconds=4)
     stream = stream_units(tokenizer, two_seconds)
     expected, _ = UnitTokenizer.from_pretrained(unit_model, device="cpu").tokenize_files(two_seconds)
     given.clear()
@@ -226,17 +231,13 @@ def test_streaming_reads_at_most_two_groups_ahead(unit_model, two_seconds, monke
     assert sorted(given) == sorted(two_seconds)
 
 
-def test_a_bad_file_ends_the_stream_after_those_before_it(unit_model, two_seconds, monkeypatch):
+def test_a_bad_file_ends_the_stream_after_those_before_it(unit_model, two_seconds, given):
     tokenizer = UnitTokenizer.from_pretrained(unit_model, device="cpu", batch_seconds=6)
     samples, rate = soundfile.read(two_seconds[4])
     samples[5] = np.nan  # its header is valid
     soundfile.write(two_seconds[4], samples, rate, subtype="FLOAT")
     expected, _ = tokenizer.tokenize_files(two_seconds[:4])
-    given = []
-    read = reading.read_waveform
-    monkeypatch.setattr(
-        reading, "read_waveform", lambda source, contents, sample_rate: given.append(source) or read(source)
-    )
+    given.clear()
     stream = stream_units(tokenizer, two_seconds)
     for units in expected:
         assert np.array_equal(next(stream), units)

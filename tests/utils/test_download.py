@@ -3,14 +3,13 @@
 import errno
 import hashlib
 import http.server
-import os
 import re
-import subprocess
-import sys
 import threading
 
 import pytest
 
+from tests.forked import Fork
+from tests.helpers import wait_for
 from usdm_sft.utils import download
 
 CONTENT = bytes(range(256)) * 40  # 10,240 bytes
@@ -261,11 +260,11 @@ def test_full_disk_is_not_tried_again(server, path, waits, monkeypatch):
     assert (len(server.asked), waits) == (1, [])
 
 
-ONLINE = os.environ | {"HF_HUB_OFFLINE": "0"}
 DOWNLOAD = """
-import sys
+from huggingface_hub import constants
 from usdm_sft.utils.download import download
-download(sys.argv[1], sys.argv[2])
+constants.HF_HUB_OFFLINE = False
+download({url!r}, {path!r})
 """
 
 
@@ -273,16 +272,10 @@ def test_part_survives_a_kill(server, path, waits):
     server.content = CONTENT * 1000  # 10 MB: more than the buffers hold
     server.breaks = [6_000_000, *["503"] * 100]
     sha256 = hashlib.sha256(server.content).hexdigest()
-    running = subprocess.Popen(
-        [sys.executable, "-c", DOWNLOAD, server.url, str(path)], env=ONLINE, stderr=subprocess.PIPE, text=True
-    )
-    line = ""
-    while "resuming from byte" not in line:
-        line = running.stderr.readline()
-        assert line, "the download ended without a second try"
+    running = Fork(DOWNLOAD.format(url=server.url, path=str(path)))
+    wait_for(lambda: len(server.asked) > 1, running)
     running.kill()
     running.wait()
-    running.stderr.close()
     server.breaks.clear()
     server.asked.clear()
     assert download.download(server.url, path, sha256=sha256) == sha256
@@ -290,22 +283,24 @@ def test_part_survives_a_kill(server, path, waits):
 
 
 TWO_AT_ONCE = """
-import sys
+from pathlib import Path
+from huggingface_hub import constants
 from usdm_sft.corpus import dailytalk
-url, folder, sha256 = sys.argv[1:]
-dailytalk.SPLIT_LISTS = {"train": ("train_phone.txt", sha256)}
-print("ready", flush=True)
-print(dailytalk.fetch_split_lists(folder, url=url)["train"].stat().st_size)
+constants.HF_HUB_OFFLINE = False
+dailytalk.SPLIT_LISTS = {{"train": ("train_phone.txt", {sha256!r})}}
+Path({folder!r}, "ready-{number}").touch()
+print(dailytalk.fetch_split_lists({folder!r}, url={url!r})["train"].stat().st_size)
 """
 
 
 def test_two_processes_download_a_split_list_once(server, tmp_path):
     server.pause.clear()
-    command = [sys.executable, "-c", TWO_AT_ONCE, server.url, str(tmp_path), SHA256]
-    both = [subprocess.Popen(command, env=ONLINE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [each.stdout.readline() for each in both] == ["ready\n", "ready\n"]
+    given = {"url": server.url, "folder": str(tmp_path), "sha256": SHA256}
+    both = [Fork(TWO_AT_ONCE.format(number=number, **given)) for number in range(2)]
+    for number, each in enumerate(both):
+        wait_for((tmp_path / f"ready-{number}").exists, each)
     server.pause.set()
-    assert [each.communicate(timeout=60)[0] for each in both] == ["10240\n", "10240\n"]
+    assert [each.communicate(timeout=60)[1] for each in both] == ["10240\n", "10240\n"]
     assert server.asked == [(None, None)]
     assert sorted(each.name for each in (tmp_path / "split_lists").iterdir()) == ["lock", "train_phone.txt"]
 

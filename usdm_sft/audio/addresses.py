@@ -20,10 +20,12 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable
+from typing import NamedTuple, TypeVar
 
 from usdm_sft.utils.once import once_per_key
+
+T = TypeVar("T", bound=Hashable)
 
 MISSING = "does not exist"
 MAX_MEMBER_BYTES = 1 << 30  # 90 minutes of stereo at 48 kHz; a larger member may be a zip bomb
@@ -77,6 +79,25 @@ def parse_address(address: str | os.PathLike[str], exists: Callable[[str], bool]
         exists: Returns True if there is a file with exactly the name of an address. It is asked for segments only.
     """
     return [_parse_line(line, exists) for line in os.fspath(address).split("\n")]
+
+
+def group_by_recording(sources: Iterable[T], size: int) -> list[list[T]]:
+    """Divide addresses into groups of about `size`. The segments of one recording are in one group, so that it is read once.
+
+    The bytes of a file in place of an address are a recording of their own.
+    """
+    recordings: dict[Hashable, list[T]] = {}
+    for source in sources:
+        recording: Hashable = source
+        if isinstance(source, str) and not (segment := parse_address(source, exists=lambda _: False)[0]).is_whole:
+            recording = segment.file
+        recordings.setdefault(recording, []).append(source)
+    groups: list[list[T]] = []
+    for segments in recordings.values():
+        if not groups or len(groups[-1]) >= size:
+            groups.append([])
+        groups[-1] += segments
+    return groups
 
 
 def _parse_line(line: str, exists: Callable[[str], bool]) -> Segment:
@@ -267,9 +288,5 @@ def _open_archive(path: str) -> zipfile.ZipFile:
         raise AddressError(f"{'cannot be read' if is_zip else 'is not a zip file'} ({error})") from error
 
 
-def _read_directory(path: str, size: int, mtime_ns: int, pid: int) -> zipfile.ZipFile:
-    return zipfile.ZipFile(path)
-
-
 # Archives stay open, because reading the table of DailyTalk's 23,676 members takes a second. A forked process opens its own.
-_archive = once_per_key(_read_directory, maxsize=8)
+_archive = once_per_key(lambda path, size, mtime_ns, pid: zipfile.ZipFile(path), maxsize=8)

@@ -23,7 +23,15 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from usdm_sft.audio.addresses import AddressError, Segment, disk_file, file_problem, open_file, parse_address
+from usdm_sft.audio.addresses import (
+    AddressError,
+    Segment,
+    disk_file,
+    file_problem,
+    group_by_recording,
+    open_file,
+    parse_address,
+)
 from usdm_sft.audio.containers import AudioError
 from usdm_sft.audio.digest_database import TABLE, DigestDatabase, Row, Stamp
 from usdm_sft.audio.frames import MIN_SAMPLES, resampled_length
@@ -114,7 +122,6 @@ def audio_digests(
     addresses: Iterable[str],
     cache_dir: str | Path | None = None,
     *,
-    num_threads: int = NUM_THREADS,
     pool: Pool | None = None,
 ) -> dict[str, AudioDigest]:
     """Digest and check the audio at each address, in threads, with a progress bar for many.
@@ -125,7 +132,6 @@ def audio_digests(
     Args:
         addresses: Addresses of audio; duplicates are read once.
         cache_dir: Where digests are remembered; this package's cache by default.
-        num_threads: Number of threads.
         pool: Shares out what is not remembered, if that is much. Bad audio, and files that have just changed, are read again here.
 
     Returns:
@@ -138,7 +144,7 @@ def audio_digests(
     cut: Files = {}  # the recordings that segments are cut from
     with ExitStack() as stack:
         database = stack.enter_context(closing(DigestDatabase(cache_root(cache_dir) / _DATABASE)))
-        threads = stack.enter_context(ThreadPoolExecutor(num_threads))
+        threads = stack.enter_context(ThreadPoolExecutor(NUM_THREADS))
         bar = stack.enter_context(progress_bar(len(found), "reading recordings", "files", disable=len(found) < _BAR))
 
         def missing() -> list[str]:
@@ -168,7 +174,7 @@ def audio_digests(
         for batch in _batches(missing()):
             find(batch, recall)
         if pool is not None and len(new := missing()) >= FEW:
-            shares = _share_out(new)
+            shares = group_by_recording(new, BATCH)
             # The table is in the keys, so that the results of a version with other rows or checks are not found.
             keys = [cache_key(TABLE, "rows", share) for share in shares]
             calls = pool.map(read_recordings, shares, name="recordings", keys=keys, is_valid=_are_unchanged)
@@ -182,20 +188,6 @@ def audio_digests(
 
 def _batches(addresses: Sequence[str]) -> Iterator[Sequence[str]]:
     return (addresses[start : start + BATCH] for start in range(0, len(addresses), BATCH))
-
-
-def _share_out(addresses: Sequence[str]) -> list[list[str]]:
-    """Divide addresses into shares. The segments of one recording are in one share, so that it is read once."""
-    groups: dict[str, list[str]] = {}
-    for address in addresses:
-        segment = parse_address(address, exists=lambda _: False)[0]
-        groups.setdefault(address if segment.is_whole else segment.file, []).append(address)
-    shares: list[list[str]] = []
-    for group in groups.values():
-        if not shares or len(shares[-1]) >= BATCH:
-            shares.append([])
-        shares[-1] += group
-    return shares
 
 
 def read_recordings(addresses: Sequence[str]) -> list[Row]:

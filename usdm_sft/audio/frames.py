@@ -67,6 +67,8 @@ FRAMINGS = {
     "none": Framing(),
     "seamless_m4t": Framing(window=MIN_SAMPLES + MEL_SAMPLES),
 }
+# The frames that a speech encoder makes of samples at 16 kHz, without one that an appended sample completes.
+num_frames = FRAMINGS["none"].count
 
 
 def framing_of(unit_model: Mapping[str, Any]) -> Framing:
@@ -97,8 +99,3 @@ def resampled_length(num_samples: int, rate: int, sample_rate: int = SAMPLE_RATE
 def is_too_loud(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
     """Return for each sample whether the unit model cannot normalize it; the reference gives NaN for such audio."""
     return np.abs(samples) > MAX_SAMPLE
-
-
-def num_frames(num_samples: int) -> int:
-    """Return the number of whole frames that a speech encoder makes of `num_samples` samples at 16 kHz."""
-    return (num_samples - MIN_SAMPLES) // FRAME_SAMPLES + 1

@@ -254,14 +254,14 @@ def _fit(
     features = load_features(shards[0], samples[0].num_frames, width)
     num_units, num_passes = settings["num_units"], settings["num_passes"]
     logger.info("k-means: %s centroids, %s frames, %s passes", f"{num_units:,}", f"{len(features):,}", num_passes)
-    fitted = kmeans.KMeans(features, num_units, seed=settings["seed"], num_passes=num_passes)
+    fitted = kmeans.fit_kmeans(features, num_units, seed=settings["seed"], num_passes=num_passes)
     with write_then_replace(centroids, "wb") as file:
-        np.save(file, fitted.centroids)
+        np.save(file, fitted.cluster_centers_)
     described: dict[str, Any] = {
-        "sample": kmeans.describe_units(features, fitted.units, fitted.centroids),
+        "sample": kmeans.describe_units(features, fitted.labels_, fitted.cluster_centers_),
         "held_out": None,
     }
     if samples[1].num_frames:
         features = load_features(shards[1], samples[1].num_frames, width)
-        described["held_out"] = kmeans.describe_units(features, fitted.find_units(features), fitted.centroids)
+        described["held_out"] = kmeans.describe_units(features, fitted.predict(features), fitted.cluster_centers_)
     return described

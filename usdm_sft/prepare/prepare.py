@@ -175,12 +175,12 @@ def _tokenize_audio(run: Run, pool: ProcessPool | TaskPool) -> tuple[dict[str, A
     if isinstance(run.unit_tokenizer, GivenUnits):
         return None, write_given_units(run.builder, list_ids(run.plan), run.cache)
     shards = describe_shards(run.plan)
+    sample = pick_sample(run.builder.audio_digests, config.agreement_utterances)
     if not isinstance(pool, ProcessPool):
         from usdm_sft.prepare.unit_tasks import run_tasks
 
-        sample = pick_sample(run.builder.audio_digests, config.agreement_utterances)
         run_tasks(pool, shards, run.unit_tokenizer, sample=sample)
-    agreement = measure_agreement(run.unit_tokenizer, run.builder.audio_digests, run.cache, config.agreement_utterances)
+    agreement = measure_agreement(run.unit_tokenizer, sample, run.cache)
     if agreement is not None:
         logger.warning(
             "%s, %s: %.2f %% of the units equal those of fp32 and soxr (%d utterances)",

@@ -54,7 +54,7 @@ class UnitTask:
                 f"the unit model {self.folder} or the code changed after the tasks were planned: run again"
             )
         if rank == 0 and self.sample:
-            measure_agreement(unit_tokenizer, self.sample, self.cache, len(self.sample))
+            measure_agreement(unit_tokenizer, self.sample, self.cache)
         make_units(list(items), unit_tokenizer, [unit_tokenizer.device], self.cache)
         return iter(())  # the shards are in the cache
 

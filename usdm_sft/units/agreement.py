@@ -17,10 +17,8 @@ if TYPE_CHECKING:
     from usdm_sft.audio.digests import AudioDigest
     from usdm_sft.units.tokenizer import UnitTokenizer
 
-NUM_UTTERANCES = 64
 
-
-def pick_sample(audio: Mapping[str, AudioDigest], num_utterances: int = NUM_UTTERANCES) -> dict[str, AudioDigest]:
+def pick_sample(audio: Mapping[str, AudioDigest], num_utterances: int) -> dict[str, AudioDigest]:
     """Pick files that are spread evenly over the corpus; all files if there are no more than `num_utterances`."""
     num = len(audio)
     picked = set(np.linspace(0, num - 1, min(num_utterances, num)).round().astype(int).tolist())
@@ -41,20 +39,18 @@ def _reference(unit_tokenizer: UnitTokenizer) -> UnitTokenizer:
 
 
 def measure_agreement(
-    unit_tokenizer: UnitTokenizer, audio: Mapping[str, AudioDigest], cache: Path, num_utterances: int = NUM_UTTERANCES
+    unit_tokenizer: UnitTokenizer, sample: Mapping[str, AudioDigest], cache: Path
 ) -> dict[str, Any] | None:
-    """Compare units with those of fp32 and soxr on the same device, for utterances spread evenly over the corpus.
+    """Compare units with those of fp32 and soxr on the same device.
 
     Args:
         unit_tokenizer: The tokenizer to measure.
-        audio: Every file of the corpus, in order.
+        sample: The utterances, as `pick_sample` returns them.
         cache: Folder of the cache, which keeps the result.
-        num_utterances: Size of the sample.
 
     Returns:
         `utterances`, `units`, `equal_units` and `share`; None if the settings are fp32 and soxr themselves.
     """
-    sample = pick_sample(audio, num_utterances)
     file = agreement_file(unit_tokenizer, sample, cache)
     if file is None:
         return None

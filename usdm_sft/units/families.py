@@ -55,9 +55,6 @@ CODECS = {
     "xcodec2": Codec("Xcodec2FeatureExtractor", "sampling_rate", "hop_length", window=0),
 }
 
-# Precisions that need no layer of another type than transformers makes.
-_PRECISIONS_ALONE = ("fp32", "tf32")
-
 
 def family_of(values: Mapping[str, Any]) -> Family:
     """Return the family that `model_type` names in unit_model.json, which leaves it out for wav2vec 2.0 and HuBERT, or in config.json."""
@@ -84,18 +81,14 @@ def takes_log_mel(values: Mapping[str, Any]) -> bool:
     return family_of(values).extractor == "SeamlessM4TFeatureExtractor"
 
 
-def offers_precision(description: Mapping[str, Any], precision: str) -> bool:
-    """Return whether the unit model of a unit_model.json can be computed in a precision, on a device that has it."""
-    return computes_batches(description) or precision in _PRECISIONS_ALONE
-
-
 def check_precision(description: Mapping[str, Any], precision: str) -> None:
     """Check the precision of a unit model.
 
     Raises:
         ValueError: Its family is not computed in this precision.
     """
-    if not offers_precision(description, precision):
+    # The other precisions need layers of another type than transformers makes.
+    if not computes_batches(description) and precision not in ("fp32", "tf32"):
         raise ValueError(
             f"precision {precision} does not exist for {description['model_type']} models, which transformers computes: "
             "use fp32, or tf32 on CUDA"

@@ -19,6 +19,7 @@ from usdm_sft.audio.digests import file_digests
 from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.units.convert import convert, read_settings
 from usdm_sft.units.model import UnitModel
+from usdm_sft.units.stream import group_up_to
 from usdm_sft.units.tokenizer import UnitTokenizer
 from usdm_sft.units.transformers_model import TransformersModel
 from usdm_sft.utils.cache_keys import cache_key
@@ -71,16 +72,9 @@ def open_encoder(
     device: str | None = None,
     precision: str = "fp32",
 ) -> FeatureExtractor:
-    """Open a checkpoint that has no k-means yet. It is converted in the cache once, with one centroid that nobody uses.
+    """Open a checkpoint that has no k-means yet. It is converted in the folder `cache` once, with one centroid that nobody uses.
 
-    Args:
-        checkpoint: As in `convert`.
-        cache: Folder of the cache.
-        model_config: As in `convert`.
-        layer: As in `convert`.
-        final_norm: As in `convert`.
-        device: As in `UnitTokenizer.from_pretrained`.
-        precision: As in `UnitTokenizer.from_pretrained`.
+    The other arguments are those of `convert` and `UnitTokenizer.from_pretrained`.
     """
     config, settings, sources = read_settings(Path(checkpoint).expanduser(), model_config, layer, final_norm=final_norm)
     digests = file_digests([str(path.resolve()) for path in sources.values()], cache)
@@ -113,7 +107,7 @@ def compute_features(recordings: Sequence[Recording], extractor: FeatureExtracto
     level = ShardCache(cache / "features")
     shards = {
         cache_key("features", _VERSION, extractor.key, [each.sha256 for each in shard]): shard
-        for shard in _divide(recordings)
+        for shard in group_up_to(SHARD_SECONDS * SAMPLE_RATE, recordings, lambda recording: recording.num_samples)
     }
     files = level.find_all(shards)
     missing = [key for key in shards if key not in files]
@@ -129,19 +123,6 @@ def compute_features(recordings: Sequence[Recording], extractor: FeatureExtracto
     finally:
         extractor.end_reader()
     return [files[key] for key in shards]
-
-
-def _divide(recordings: Iterable[Recording]) -> list[list[Recording]]:
-    """Divide recordings into shards of up to `SHARD_SECONDS`; a longer recording is alone."""
-    shards: list[list[Recording]] = []
-    total = 0
-    for recording in recordings:
-        if not shards or total + recording.num_samples > SHARD_SECONDS * SAMPLE_RATE:
-            shards.append([])
-            total = 0
-        shards[-1].append(recording)
-        total += recording.num_samples
-    return shards
 
 
 def _name_sources(shard: Sequence[Recording]) -> tuple[list[str], dict[str, str]]:

@@ -245,16 +245,10 @@ def find_cached_folder(name_or_path: str | Path, *, model_cache_dir: str | Path 
     folder = Path(config).parent
     if all((folder / name).is_file() for name in (DESCRIPTION, *FILES)):
         return folder
-    return folder if holds_codec(folder) and _holds_weights(folder) else None
-
-
-def _holds_weights(folder: Path) -> bool:
-    """Return whether the cache has all that `describe_codec` asks for."""
     try:
-        read_description(folder)
-    except FileNotFoundError:
-        return False
-    return True
+        return folder if holds_codec(folder) and read_description(folder) else None
+    except FileNotFoundError:  # the cache has a part of the codec
+        return None
 
 
 def _is_repository_id(name: str) -> bool:

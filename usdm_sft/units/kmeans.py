@@ -8,11 +8,13 @@ passes. The remaining steps give the same bits for any number of threads.
 
 from __future__ import annotations
 
-import importlib.metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
+
+if TYPE_CHECKING:
+    from sklearn.cluster import MiniBatchKMeans
 
 BATCH_FRAMES = 10_000
 SETTINGS = {
@@ -27,8 +29,8 @@ _SHOWN = 10  # units at each end of a list
 _CHUNK = 10_000  # frames whose distances are computed at once
 
 
-def require_scikit_learn() -> str:
-    """Return the version of scikit-learn.
+def require_scikit_learn() -> None:
+    """Check that scikit-learn can be imported.
 
     Raises:
         ImportError: It is not installed.
@@ -37,11 +39,10 @@ def require_scikit_learn() -> str:
         import sklearn.cluster  # noqa: F401  # an optional extra
     except ImportError as error:
         raise ImportError(f"fit needs scikit-learn ({error}): pip install 'dailytalk-usdm[fit]'") from error
-    return importlib.metadata.version("scikit-learn")
 
 
-class KMeans:
-    """Mini-batch k-means of features.
+def fit_kmeans(features: np.ndarray, num_units: int, *, seed: int, num_passes: int) -> MiniBatchKMeans:
+    """Fit mini-batch k-means.
 
     Args:
         features: (num_frames, width) float32, in C order, which are not copied.
@@ -49,25 +50,16 @@ class KMeans:
         seed: Seed of the first centroids and of the batches.
         num_passes: Number of batches, as a multiple of those that hold `num_frames` frames.
 
-    Attributes:
-        centroids: (num_units, width) float32.
-        units: (num_frames,) int32, the nearest centroid of each frame.
+    Returns:
+        `cluster_centers_`, (num_units, width) float32; `labels_`, (num_frames,) int32, the nearest centroid of each frame; and `predict`,
+        which returns that of other features.
     """
+    from sklearn.cluster import MiniBatchKMeans
 
-    def __init__(self, features: np.ndarray, num_units: int, *, seed: int, num_passes: int):
-        from sklearn.cluster import MiniBatchKMeans
-
-        self._kmeans = MiniBatchKMeans(num_units, max_iter=num_passes, random_state=seed, **SETTINGS)
-        # More threads round the products of k-means++ in another way.
-        with threadpool_limits(limits=1, user_api="blas"):
-            self._kmeans.fit(features)
-        self.centroids: np.ndarray = self._kmeans.cluster_centers_
-        self.units: np.ndarray = self._kmeans.labels_
-
-    def find_units(self, features: np.ndarray) -> np.ndarray:
-        """Return the nearest centroid of (num_frames, width) float32 features, (num_frames,) int32."""
-        units: np.ndarray = self._kmeans.predict(features)
-        return units
+    kmeans = MiniBatchKMeans(num_units, max_iter=num_passes, random_state=seed, **SETTINGS)
+    # More threads round the products of k-means++ in another way.
+    with threadpool_limits(limits=1, user_api="blas"):
+        return kmeans.fit(features)
 
 
 def describe_units(features: np.ndarray, units: np.ndarray, centroids: np.ndarray) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from usdm_sft.audio.addresses import AddressError, parse_address
+from usdm_sft.audio.addresses import AddressError, group_by_recording, parse_address
 from usdm_sft.audio.digests import find_stamp, is_whole, read_recording, read_unchanged
 from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.audio.reading import SharedBytes, read_audio, read_waveform
@@ -130,23 +130,11 @@ class AudioReader:
 
 
 def cut_into_chunks(sources: Sequence[Source], num_processes: int) -> list[list[Source]]:
-    """Cut sources into chunks that are read one by one. Threads share memory, and each takes single sources.
-
-    All segments of one recording are in one chunk, so that one process reads the recording, once.
-    """
+    """Cut sources into chunks that are read one by one. Threads share memory, and each takes single sources."""
     if not num_processes:
         return [[source] for source in sources]
     size = min(CHUNK_FILES, -(-len(sources) // (2 * num_processes)))  # few files give work to all processes
-    recordings: dict[Source, list[Source]] = {}
-    for source in sources:
-        file = parse_address(source, exists=lambda _: False)[0].file if isinstance(source, str) else source
-        recordings.setdefault(file, []).append(source)
-    chunks: list[list[Source]] = []
-    for segments in recordings.values():
-        if not chunks or len(chunks[-1]) >= size:
-            chunks.append([])
-        chunks[-1] += segments
-    return chunks
+    return group_by_recording(sources, size)
 
 
 class _Recordings:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
 
 from usdm_sft.audio.addresses import file_problem, open_file, parse_address
 from usdm_sft.audio.sound import AUDIO_ERRORS, open_sound
 from usdm_sft.units.tokenizer import UnitTokenizer
+
+T = TypeVar("T")
 
 
 def stream_units(unit_tokenizer: UnitTokenizer, sources: Iterable[str]) -> Iterator[np.ndarray]:
@@ -25,7 +28,7 @@ def stream_units(unit_tokenizer: UnitTokenizer, sources: Iterable[str]) -> Itera
         FileNotFoundError: An audio file does not exist. The units of all files before it were yielded.
         ValueError: Audio cannot become units. The units of all files before it were yielded.
     """
-    groups = group_by_seconds(sources, unit_tokenizer.settings["batch_seconds"])
+    groups = group_up_to(unit_tokenizer.settings["batch_seconds"], sources, audio_seconds)
     group: list[str] = next(groups, [])
     following: list[str] = []
     try:
@@ -45,17 +48,17 @@ def stream_units(unit_tokenizer: UnitTokenizer, sources: Iterable[str]) -> Itera
         unit_tokenizer.forget(following)
 
 
-def group_by_seconds(sources: Iterable[str], seconds: float) -> Iterator[list[str]]:
-    """Yield groups of neighbouring sources with up to `seconds` of audio; a longer or unreadable source is alone."""
-    group: list[str] = []
+def group_up_to(limit: float, items: Iterable[T], size_of: Callable[[T], float]) -> Iterator[list[T]]:
+    """Yield groups of neighbouring items whose sizes make up to `limit` in all; a larger item is alone."""
+    group: list[T] = []
     total = 0.0
-    for source in sources:
-        length = audio_seconds(source)
-        if group and total + length > seconds:
+    for item in items:
+        size = size_of(item)
+        if group and total + size > limit:
             yield group
             group, total = [], 0.0
-        group.append(source)
-        total += length
+        group.append(item)
+        total += size
     if group:
         yield group
 
