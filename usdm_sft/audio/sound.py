@@ -34,7 +34,7 @@ from usdm_sft.audio.containers import (
 )
 from usdm_sft.audio.ffmpeg import FFMPEG, MP3, FFmpegFile, find_format
 from usdm_sft.audio.frames import TOO_LOUD, is_too_loud
-from usdm_sft.utils.processes import renew_after_fork
+from usdm_sft.utils.forks import renew_after_fork
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

@@ -33,6 +33,7 @@ from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer, read_base_model
 from usdm_sft.units.precision import check_cpu
 from usdm_sft.units.published import find_unit_model
+from usdm_sft.units.source import UnitSource
 from usdm_sft.units.tokenizer import UnitTokenizer, open_for
 from usdm_sft.utils.cache_keys import cache_key, cache_root
 from usdm_sft.utils.locks import require_locks
@@ -176,7 +177,7 @@ def _take_units(config: PrepareConfig, builder: DailyTalkUSDM, encoder: Template
     return units
 
 
-def check_num_units(units: UnitTokenizer | GivenUnits, num_tokens: int) -> None:
+def check_num_units(units: UnitSource, num_tokens: int) -> None:
     """Check that the tokenizer has a token for each unit; a ValueError if it has fewer."""
     if units.num_units <= num_tokens:
         return

@@ -7,14 +7,14 @@ from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from usdm_sft.corpus.examples import config_has_lists, make_examples
-from usdm_sft.prepare.given_units import GivenUnits, measure_units
+from usdm_sft.prepare.given_units import measure_units
 from usdm_sft.utils.cache_keys import cache_key
 
 if TYPE_CHECKING:
     from usdm_sft.corpus.builder import DailyTalkUSDM
     from usdm_sft.corpus.dialogs import Dialog
     from usdm_sft.template.encoder import TemplateEncoder
-    from usdm_sft.units.tokenizer import UnitTokenizer
+    from usdm_sft.units.source import UnitSource
 
 
 class Shard(NamedTuple):
@@ -68,7 +68,7 @@ class Plan(list[Shard]):
 
 def plan_shards(
     builder: DailyTalkUSDM,
-    unit_source: UnitTokenizer | GivenUnits,
+    unit_source: UnitSource,
     encoder: TemplateEncoder,
     shard_dialogs: int,
 ) -> Plan:

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from usdm_sft.utils.processes import PipedProcess, renew_after_fork
+from usdm_sft.utils.forks import renew_after_fork
+from usdm_sft.utils.processes import PipedProcess
 from usdm_sft.utils.texts import first_line
 
 SECONDS = 10.0  # for one conversation, of which a real template renders thousands in a second

@@ -25,7 +25,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from usdm_sft.utils.processes import renew_after_fork
+from usdm_sft.utils.forks import renew_after_fork
 
 ATTENTION = "sdpa_in_packs"  # the name that `attend` has in transformers
 

@@ -1,7 +1,4 @@
-"""Spawned processes that do not import the calling script and ignore its Ctrl-C, each with a pipe of its own, and a pool of them.
-
-Also locks that a forked process can take, though a thread of its parent held them at the fork.
-"""
+"""Spawned processes that do not import the calling script and ignore its Ctrl-C, each with a pipe of its own, and a pool of them."""
 
 from __future__ import annotations
 
@@ -26,19 +23,11 @@ from typing import Any, TypeVar, cast
 
 from tqdm import tqdm
 
+from usdm_sft.utils.forks import renew_after_fork
+
 T = TypeVar("T")
 
 _AHEAD = 2  # items that each process has, so that it need not wait for this one
-
-
-def renew_after_fork(owner: Any, name: str) -> None:
-    """Give each forked process a new lock in place of the attribute `name` of a module or class.
-
-    A fork copies a lock as it is but no thread other than its own, so that nothing would ever release a lock that one of them held.
-    """
-    if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-        os.register_at_fork(after_in_child=lambda: setattr(owner, name, threading.Lock()))
-
 
 _lock = threading.Lock()  # only one thread at a time may replace __main__
 renew_after_fork(sys.modules[__name__], "_lock")
