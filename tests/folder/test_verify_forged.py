@@ -44,7 +44,7 @@ def change_split(split, **changes):
         ],
         [(lambda counts: counts.pop("unit_model"), r"row 0 \(d3_0\): user_units: 107 units \(50 per second\) last 2\.14 s, not 2\.14625 s$")],
         [(lambda counts: counts["unit_model"].clear(), f"does not have all that the card says .*: {AGAIN}$")],
-        [(lambda counts: counts["settings"].update(shuffle_seed=7), f"README.md is not the card .* in its text: .*{AGAIN}$")],
+        [(lambda counts: counts["settings"].update(shuffle_seed=7), f"README.md is not the card .* differs in its section 'Contents', its section 'How it was made': .*{AGAIN}$")],
     ],
     ids=["files", "length", "digests", "totals", "missing", "unit model", "its description", "settings"],
 )  # fmt: skip
@@ -186,7 +186,7 @@ def test_malformed_card_is_refused(folder_copy, tmp_path, monkeypatch, text):
         # `load_dataset` would give rows of its cache that another folder has
         (lambda card: DIGEST.sub("", card), "is not .* does not hold the digest of its data files"),
         (lambda card: DIGEST.sub(rf"\g<1>{'0' * 64}\n", card), "is not .* does not hold the digest of its data files"),
-        (lambda card: card + "Free for any use.\n", f"is not the card .* differs in its text: restore it, or {AGAIN}$"),
+        (lambda card: card + "Free for any use.\n", f"is not the card .* differs in its section 'Licences and attribution': restore it, or {AGAIN}$"),
         (lambda card: re.sub(r"num_bytes: \d+", "num_bytes: 5", card, count=1).replace("license: unknown", "license: mit"),
          rf"is not the card .* differs in its YAML \(dataset_info\): restore it, or {AGAIN}$"),
     ],

@@ -19,7 +19,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,14 +28,14 @@ from filelock import FileLock
 from usdm_sft.audio.frames import Framing, framing_of
 from usdm_sft.corpus.dialogs import CorpusName
 from usdm_sft.corpus.manifest import UTTERANCES
-from usdm_sft.folder.own_parts import has_digest
+from usdm_sft.folder.own_parts import CARD, OWN_PARTS, has_digest
 from usdm_sft.template.chat import ChatIds, Frames
 from usdm_sft.template.config import MAX_UNITS, Template
 from usdm_sft.template.parts import RowLayout
 from usdm_sft.template.special_tokens import TemplateTokens
 from usdm_sft.template.streams import read_streams
 from usdm_sft.template.tokenizer import ustm_tokens
-from usdm_sft.utils.files import remove_path
+from usdm_sft.utils.files import describe_bad_json, remove_path
 from usdm_sft.utils.locks import file_lock, require_locks
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,8 @@ PREPARE_AGAIN = f"run prepare again and {OVERWRITE}"
 # Packages that can change a row: they decode, resample, make units, encode or shuffle. Of the other packages that counts.json names,
 # datasets and pyarrow change the bytes of files at most, and matplotlib the pictures.
 ROW_PACKAGES = ("dailytalk-usdm", "numpy", "soundfile", "soxr", "tokenizers", "torch", "transformers")
-_IDENTITY = ("config", "corpus", "unit_model", "tokenizer", "num_units", "settings", "digests")  # with them, the run
+_IDENTITY = ("settings", "config", "corpus", "unit_model", "tokenizer", "num_units", "digests")  # with them, the run
+_SHOWN, _WIDTH = 5, 40  # settings that an error names, and characters of a value
 
 _TYPES = {
     "key": str, "config": str, "num_units": int,
@@ -83,7 +84,7 @@ def read_counts(folder: str | Path) -> dict[str, Any]:
     try:
         counts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): {PREPARE_AGAIN}") from error
+        raise ValueError(f"{describe_bad_json(path, error)}: {PREPARE_AGAIN}") from error
     if not _is_counts(counts):
         raise ValueError(f"{path} is not the counts of a dataset folder: {PREPARE_AGAIN}")
     # These names become paths, and the folder may come from an untrusted source.
@@ -221,15 +222,17 @@ def find_finished(folder: Path, counts: Mapping[str, Any], *, overwrite: bool) -
         OSError: The folder cannot be written.
     """
     found = _read_known_counts(folder)
-    if found.get("key") == counts["key"] and all(
-        (folder / name).is_file() and has_digest(folder / name, digest, counts["corpus"])
-        for name, digest in found["files"].items()
-    ):
+    if found.get("key") == counts["key"] and all(_is_unchanged(folder, name, found) for name in found["files"]):
         remove_path(folder / UNFINISHED)
         logger.info("%s is finished already, with the same settings and data: nothing was done", folder)
         return found
     check_output(folder, overwrite=overwrite, finished_too=True, counts=counts)
     return None
+
+
+def _is_unchanged(folder: Path, name: str, counts: Mapping[str, Any]) -> bool:
+    path = folder / name
+    return path.is_file() and has_digest(path, counts["files"][name], counts.get("corpus", ""))
 
 
 def _read_known_counts(folder: Path) -> dict[str, Any]:
@@ -294,11 +297,39 @@ def check_output(folder: Path, *, overwrite: bool, finished_too: bool, counts: M
 def _describe(folder: Path, counts: Mapping[str, Any] | None) -> str:
     """Describe the content of a folder that is not the result of the run with these counts."""
     found = _read_known_counts(folder)
-    if counts is not None and isinstance(versions := found.get("versions"), dict):
-        pairs = {name: (versions.get(name), counts["versions"][name]) for name in ROW_PACKAGES}
-        changed = [f"{name} {old} -> {new}" for name, (old, new) in pairs.items() if old != new]
-        if changed:
-            same = all(found.get(name) == counts[name] for name in _IDENTITY)
-            whose = "the same" if same else "other"
-            return f"holds the result of {whose} settings with other versions ({', '.join(changed)})"
-    return "holds something else (or the result of other settings)"
+    if counts is None or not found:
+        return f"holds something else, such as {min({*os.listdir(folder)} - {LOCK})}"
+    if found["key"] == counts["key"]:
+        name = next((name for name in found["files"] if not _is_unchanged(folder, name, found)), CARD)
+        if name != CARD:
+            return f"holds the result of this run, but {name} was changed or is missing"
+        from usdm_sft.folder.card import describe_edits  # imports this module
+
+        return f"holds the result of this run, but {CARD} was edited in {describe_edits(folder, found)} (undo it; {OWN_PARTS})"
+    old, new = found.get("versions") or {}, counts["versions"]
+    versions = [f"{name} {old.get(name)} -> {new[name]}" for name in ROW_PACKAGES if old.get(name) != new[name]]
+    was, now = (dict(_flatten({name: each.get(name) for name in _IDENTITY})) for each in (found, counts))
+    settings = [
+        f"{name.removeprefix('settings.')}: {_shorten(was.get(name))} -> {_shorten(now.get(name))}"
+        for name in {**now, **was}
+        if was.get(name) != now.get(name)
+    ]
+    if not (versions or settings):
+        return "holds other rows of the same settings, as 'dailytalk-usdm edit' or another version of this package makes them"
+    more = f", and {len(settings) - _SHOWN} more" * (len(settings) > _SHOWN)
+    whose = f"other settings ({', '.join(settings[:_SHOWN])}{more})" if settings else "the same settings"
+    return f"holds the result of {whose}" + f" with other versions ({', '.join(versions)})" * bool(versions)
+
+
+def _flatten(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested dicts as they stand in JSON, by their names with dots."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _flatten(value, f"{name}.{key}" if name else key)
+    else:
+        yield name, list(values) if isinstance(values, tuple) else values
+
+
+def _shorten(value: Any) -> str:
+    text = "default" if value is None else str(value)
+    return text if len(text) <= _WIDTH else f"{text[:_WIDTH]}..."
