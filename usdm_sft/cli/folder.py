@@ -30,7 +30,7 @@ def show(
     """Print examples with the labelled tokens marked, or show them on an HTML page: some of them, or the whole folder.
 
     Examples:
-        dailytalk-usdm show dailytalk-usdm-data --split test --index 7
+        dailytalk-usdm show dailytalk-usdm-data --split test --index 2
         dailytalk-usdm show dailytalk-usdm-data --html page.html --data_dir DailyTalk
         dailytalk-usdm show dailytalk-usdm-data --serve --data_dir DailyTalk
         dailytalk-usdm show dailytalk-usdm-data --space page-of-the-rows --repo_id USER/NAME
