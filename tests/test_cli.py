@@ -287,6 +287,18 @@ def test_home_folder_is_expanded_in_options_and_functions(folder_copy, monkeypat
     assert len(load_tokenizer("~/dataset/tokenizer")) == 42_003
 
 
+def test_path_that_cannot_be_written_is_one_line(refused, folder_copy):
+    (folder_copy.parent / "file").touch()
+    (folder_copy.parent / "page").mkdir()
+    for words, name, reason in (
+        (["show", folder_copy, "--html", folder_copy.parent / "page"], "page", "Is a directory"),
+        (["stats", folder_copy, "--out", folder_copy.parent / "file"], "file", "File exists"),
+        (["export", folder_copy, folder_copy.parent / "file"], "file", "File exists"),
+    ):
+        expected = f"{folder_copy.parent}/{name} cannot be read or written ({reason}): name another path, or correct what is there"
+        assert refused(*words) == f"dailytalk-usdm {words[0]}: {expected}"
+
+
 @pytest.mark.parametrize("number", [0, -1])
 @pytest.mark.parametrize("more", [[], ["--html", "page.html"]])
 def test_number_of_examples_is_positive(refused, number, more):

@@ -56,6 +56,7 @@ PREPARE_AGAIN = f"run prepare again and {OVERWRITE}"
 # datasets and pyarrow change the bytes of files at most, and matplotlib the pictures.
 ROW_PACKAGES = ("dailytalk-usdm", "numpy", "soundfile", "soxr", "tokenizers", "torch", "transformers")
 _IDENTITY = ("settings", "config", "corpus", "unit_model", "tokenizer", "num_units", "digests")  # with them, the run
+_MOST = 1 << 63  # a number of counts.json is less
 _SHOWN, _WIDTH = 5, 40  # settings that an error names, and characters of a value
 
 _TYPES = {
@@ -83,10 +84,15 @@ def read_counts(folder: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} has no {COUNTS}: name a folder that 'dailytalk-usdm prepare' finished")
     try:
         counts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values = [*_flatten(counts)]
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{describe_bad_json(path, error)}: {PREPARE_AGAIN}") from error
     if not _is_counts(counts):
         raise ValueError(f"{path} is not the counts of a dataset folder: {PREPARE_AGAIN}")
+    for name, value in values:
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not abs(number) < _MOST:  # NaN is not less
+                raise ValueError(f"{path}: {name} is {_shorten(number)}, too large or no number: {PREPARE_AGAIN}")
     # These names become paths, and the folder may come from an untrusted source.
     plain = (counts["config"], *counts["splits"])
     for name in (*plain, *counts["files"]):
