@@ -12,6 +12,7 @@ from filelock import Timeout
 from tests.forked import run_command
 from tests.helpers import command, content, edit_counts, options, record_states, reuse_units
 from usdm_sft.folder import layout, writer
+from usdm_sft.folder.finished import find_finished
 from usdm_sft.folder.layout import LOCK, UNFINISHED, check_output, lock_output
 from usdm_sft.folder.verify import verify
 from usdm_sft.prepare import prepare as preparing
@@ -215,7 +216,7 @@ def test_settings_that_differ_are_named_with_both_values(folder_copy, change, me
             *groups, last = name.split(".")
             (counts[place][groups[0]] if groups else counts[place])[last] = value
     with pytest.raises(FileExistsError) as raised:
-        layout.find_finished(folder_copy, counts, overwrite=False)
+        find_finished(folder_copy, counts, overwrite=False)
     assert str(raised.value).startswith(
         f"{folder_copy} holds the result of other settings ({message}): name another output_path"
     )
@@ -228,12 +229,12 @@ def test_file_of_a_finished_folder_that_was_changed_is_named(folder_copy):
         FileExistsError,
         match=r"the result of this run, but pictures/units\.png was changed or is missing: name another",
     ):
-        layout.find_finished(folder_copy, counts, overwrite=False)
+        find_finished(folder_copy, counts, overwrite=False)
     counts["key"] = "0" * 64
     with pytest.raises(
         FileExistsError, match="holds other rows of the same settings, as 'dailytalk-usdm edit' or another version"
     ):
-        layout.find_finished(folder_copy, counts, overwrite=False)
+        find_finished(folder_copy, counts, overwrite=False)
 
 
 def change_version(monkeypatch, package, new):

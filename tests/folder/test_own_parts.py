@@ -13,7 +13,7 @@ from huggingface_hub import DatasetCard, snapshot_download
 
 from tests import bases
 from tests.helpers import content, edit_counts, find_problems, options
-from usdm_sft.folder.layout import find_finished
+from usdm_sft.folder.finished import find_finished
 from usdm_sft.folder.own_parts import Card, check_options, fill_in, plain_card
 from usdm_sft.folder.push import push
 from usdm_sft.folder.verify import verify

@@ -20,11 +20,11 @@ import pyarrow.parquet as pq
 from usdm_sft.corpus.examples import example_id
 from usdm_sft.corpus.features import SPEECH, TRAINER_COLUMNS
 from usdm_sft.corpus.manifest import UTTERANCES
+from usdm_sft.folder.finished import find_finished
 from usdm_sft.folder.layout import (
     COUNTS,
     ROW_PACKAGES,
     data_files,
-    find_finished,
     lock_output,
     read_counts,
     read_layout,

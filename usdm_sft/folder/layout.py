@@ -19,7 +19,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,7 +28,6 @@ from filelock import FileLock
 from usdm_sft.audio.frames import Framing, framing_of
 from usdm_sft.corpus.dialogs import CorpusName
 from usdm_sft.corpus.manifest import UTTERANCES
-from usdm_sft.folder.own_parts import CARD, OWN_PARTS, has_digest
 from usdm_sft.template.chat import ChatIds, Frames
 from usdm_sft.template.config import MAX_UNITS, Template
 from usdm_sft.template.parts import RowLayout
@@ -55,9 +54,8 @@ PREPARE_AGAIN = f"run prepare again and {OVERWRITE}"
 # Packages that can change a row: they decode, resample, make units, encode or shuffle. Of the other packages that counts.json names,
 # datasets and pyarrow change the bytes of files at most, and matplotlib the pictures.
 ROW_PACKAGES = ("dailytalk-usdm", "numpy", "soundfile", "soxr", "tokenizers", "torch", "transformers")
-_IDENTITY = ("settings", "config", "corpus", "unit_model", "tokenizer", "num_units", "digests")  # with them, the run
 _MOST = 1 << 63  # a number of counts.json is less
-_SHOWN, _WIDTH = 5, 40  # settings that an error names, and characters of a value
+_WIDTH = 40  # characters of a value that an error shows
 
 _TYPES = {
     "key": str, "config": str, "num_units": int,
@@ -84,7 +82,7 @@ def read_counts(folder: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} has no {COUNTS}: name a folder that 'dailytalk-usdm prepare' finished")
     try:
         counts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        values = [*_flatten(counts)]
+        values = [*flatten(counts)]
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{describe_bad_json(path, error)}: {PREPARE_AGAIN}") from error
     if not _is_counts(counts):
@@ -92,7 +90,7 @@ def read_counts(folder: str | Path) -> dict[str, Any]:
     for name, value in values:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int | float) and not abs(number) < _MOST:  # NaN is not less
-                raise ValueError(f"{path}: {name} is {_shorten(number)}, too large or no number: {PREPARE_AGAIN}")
+                raise ValueError(f"{path}: {name} is {shorten(number)}, too large or no number: {PREPARE_AGAIN}")
     # These names become paths, and the folder may come from an untrusted source.
     plain = (counts["config"], *counts["splits"])
     for name in (*plain, *counts["files"]):
@@ -212,43 +210,6 @@ def lock_output(folder: Path) -> FileLock:
     return file_lock(folder / LOCK, option="output_path")
 
 
-def find_finished(folder: Path, counts: Mapping[str, Any], *, overwrite: bool) -> dict[str, Any] | None:
-    """Find what the same run made earlier. The caller holds `lock_output`.
-
-    Args:
-        folder: The output folder.
-        counts: The counts of the run as far as they are known, with its key.
-        overwrite: Allow other content.
-
-    Returns:
-        The counts of the finished folder, with every file unchanged. None if the run may write into the folder.
-
-    Raises:
-        FileExistsError: The error of `check_output`; a finished folder counts as other content.
-        OSError: The folder cannot be written.
-    """
-    found = _read_known_counts(folder)
-    if found.get("key") == counts["key"] and all(_is_unchanged(folder, name, found) for name in found["files"]):
-        remove_path(folder / UNFINISHED)
-        logger.info("%s is finished already, with the same settings and data: nothing was done", folder)
-        return found
-    check_output(folder, overwrite=overwrite, finished_too=True, counts=counts)
-    return None
-
-
-def _is_unchanged(folder: Path, name: str, counts: Mapping[str, Any]) -> bool:
-    path = folder / name
-    return path.is_file() and has_digest(path, counts["files"][name], counts.get("corpus", ""))
-
-
-def _read_known_counts(folder: Path) -> dict[str, Any]:
-    """Read counts.json of a folder of any content, {} if it is not a finished dataset folder."""
-    try:
-        return read_counts(folder)
-    except (FileNotFoundError, ValueError):
-        return {}
-
-
 def open_unfinished(folder: Path, key: str, keep: Collection[str]) -> Path:
     """Return the absolute path of the folder for the unfinished files of a run, with none of another run beside it.
 
@@ -271,14 +232,16 @@ def open_unfinished(folder: Path, key: str, keep: Collection[str]) -> Path:
     return owned
 
 
-def check_output(folder: Path, *, overwrite: bool, finished_too: bool, counts: Mapping[str, Any] | None = None) -> None:
+def check_output(
+    folder: Path, *, overwrite: bool, finished_too: bool, describe: Callable[[], str] | None = None
+) -> None:
     """Refuse to write into a folder with other content, before any work is done.
 
     Args:
         folder: The output folder.
         overwrite: Allow other content.
         finished_too: Refuse a finished dataset folder too. False while its key has not been compared yet.
-        counts: The counts of the run as far as they are known; the message then names versions that differ.
+        describe: Returns what the folder holds, for the message.
 
     Raises:
         FileExistsError: The folder has other content than an interrupted run, and `overwrite` is false.
@@ -297,45 +260,20 @@ def check_output(folder: Path, *, overwrite: bool, finished_too: bool, counts: M
     unfinished = folder / UNFINISHED
     finished = os.path.lexists(folder / COUNTS)
     if finished_too if finished else unfinished.is_symlink() or not unfinished.is_dir():
-        raise FileExistsError(f"{folder} {_describe(folder, counts)}: name another output_path, or {OVERWRITE}")
+        holds = f"something else, such as {min({*os.listdir(folder)} - {LOCK})}" if describe is None else describe()
+        raise FileExistsError(f"{folder} holds {holds}: name another output_path, or {OVERWRITE}")
 
 
-def _describe(folder: Path, counts: Mapping[str, Any] | None) -> str:
-    """Describe the content of a folder that is not the result of the run with these counts."""
-    found = _read_known_counts(folder)
-    if counts is None or not found:
-        return f"holds something else, such as {min({*os.listdir(folder)} - {LOCK})}"
-    if found["key"] == counts["key"]:
-        name = next((name for name in found["files"] if not _is_unchanged(folder, name, found)), CARD)
-        if name != CARD:
-            return f"holds the result of this run, but {name} was changed or is missing"
-        from usdm_sft.folder.card import describe_edits  # imports this module
-
-        return f"holds the result of this run, but {CARD} was edited in {describe_edits(folder, found)} (undo it; {OWN_PARTS})"
-    old, new = found.get("versions") or {}, counts["versions"]
-    versions = [f"{name} {old.get(name)} -> {new[name]}" for name in ROW_PACKAGES if old.get(name) != new[name]]
-    was, now = (dict(_flatten({name: each.get(name) for name in _IDENTITY})) for each in (found, counts))
-    settings = [
-        f"{name.removeprefix('settings.')}: {_shorten(was.get(name))} -> {_shorten(now.get(name))}"
-        for name in {**now, **was}
-        if was.get(name) != now.get(name)
-    ]
-    if not (versions or settings):
-        return "holds other rows of the same settings, as 'dailytalk-usdm edit' or another version of this package makes them"
-    more = f", and {len(settings) - _SHOWN} more" * (len(settings) > _SHOWN)
-    whose = f"other settings ({', '.join(settings[:_SHOWN])}{more})" if settings else "the same settings"
-    return f"holds the result of {whose}" + f" with other versions ({', '.join(versions)})" * bool(versions)
-
-
-def _flatten(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the values of nested dicts as they stand in JSON, by their names with dots."""
     if isinstance(values, dict):
         for key, value in values.items():
-            yield from _flatten(value, f"{name}.{key}" if name else key)
+            yield from flatten(value, f"{name}.{key}" if name else key)
     else:
         yield name, list(values) if isinstance(values, tuple) else values
 
 
-def _shorten(value: Any) -> str:
+def shorten(value: Any) -> str:
+    """Return a setting as an error shows it."""
     text = "default" if value is None else str(value)
     return text if len(text) <= _WIDTH else f"{text[:_WIDTH]}..."
