@@ -278,10 +278,25 @@ def test_home_folder_is_expanded_in_options_and_functions(folder_copy, monkeypat
     """A shell leaves `~` as it is in --option=~/folder."""
     monkeypatch.setenv("HOME", str(folder_copy.parent))
     main(["show", "~/dataset", "--html=~/page.html"])
-    assert capsys.readouterr().out == f"{folder_copy.parent}/page.html shows 10 examples\n"
+    assert (
+        capsys.readouterr().out
+        == f"{folder_copy.parent}/page.html shows 10 examples without sound: add --data_dir and the corpus\n"
+    )
     assert export("~/dataset", "~/text") == verify("~/dataset") == {"train": 10, "test": 3}
     assert sorted(path.name for path in folder_copy.parent.iterdir()) == ["dataset", "page.html", "text"]
     assert len(load_tokenizer("~/dataset/tokenizer")) == 42_003
+
+
+def test_path_that_cannot_be_written_is_one_line(refused, folder_copy):
+    (folder_copy.parent / "file").touch()
+    (folder_copy.parent / "page").mkdir()
+    for words, name, reason in (
+        (["show", folder_copy, "--html", folder_copy.parent / "page"], "page", "Is a directory"),
+        (["stats", folder_copy, "--out", folder_copy.parent / "file"], "file", "File exists"),
+        (["export", folder_copy, folder_copy.parent / "file"], "file", "File exists"),
+    ):
+        expected = f"{folder_copy.parent}/{name} cannot be read or written ({reason}): name another path, or correct what is there"
+        assert refused(*words) == f"dailytalk-usdm {words[0]}: {expected}"
 
 
 @pytest.mark.parametrize("number", [0, -1])
@@ -539,7 +554,9 @@ def test_stats_and_verify_print_json(folder_copy, capsys):
     found = json.loads(captured.out)
     assert found["correct"] is False and len(found["problems"]) == 1
     assert captured.err == f"dailytalk-usdm verify: {found['problems'][0]}\n"
-    assert found["problems"][0].startswith(f"{folder_copy / 'README.md'} was changed: its sha256 is")
+    assert found["problems"][0].startswith(
+        f"{folder_copy / 'README.md'} was edited in its text: undo it, or run prepare again"
+    )
 
 
 def test_quiet_is_an_option_of_each_command_with_progress():

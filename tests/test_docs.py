@@ -14,7 +14,7 @@ from tests.code_blocks import MARKER, PAGES, find_blocks, find_code, small_envir
 from tests.forked import Fork
 from tests.helpers import REPOSITORY
 from tests.test_cli import COMMANDS
-from usdm_sft.cli.main import make_parser
+from usdm_sft.cli.main import main, make_parser
 from usdm_sft.folder.example_picture import split_sections
 from usdm_sft.prepare.config import PrepareConfig
 
@@ -109,6 +109,16 @@ def test_commands_of_bash_blocks_are_accepted_by_the_parser(monkeypatch):
                     continue
                 seen.append(parser.parse_args(arguments).command)
     assert set(COMMANDS) == set(seen)
+
+
+def test_commands_that_show_a_folder_run_on_that_of_the_demo(workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    lines = {line.strip() for block in find_blocks("bash") for line in block.code.splitlines()}
+    shows = [shlex.split(line)[1:] for line in lines if line.startswith("dailytalk-usdm show dailytalk-usdm-data")]
+    shows = [words for words in shows if not {"--serve", "--space"} & {*words}]
+    for words in shows:
+        main(words)
+    assert len(shows) > 2 and "d2001_0:" in capsys.readouterr().out
 
 
 def test_command_line_reference_is_current():

@@ -279,14 +279,15 @@ def test_output_folder_with_other_content_is_refused(run, finished, tmp_path, fo
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     with pytest.raises(
-        FileExistsError, match=r"out holds something else .*name another output_path, or pass --overwrite \(Python: "
+        FileExistsError,
+        match=r"out holds something else, such as thesis\.txt: name another output_path, or pass --overwrite \(Python: ",
     ):
         run()
     assert not forward_passes
     shutil.copytree(finished / "cache", tmp_path / "cache", dirs_exist_ok=True)
     output, _ = run(overwrite=True)
     assert (output / "thesis.txt").read_text() == "mine"
-    with pytest.raises(FileExistsError, match="or the result of other settings"):
+    with pytest.raises(FileExistsError, match=r"the result of other settings \(max_length: 8192 -> 300\)"):
         run(max_length=300)
     _, counts = run(max_length=300, overwrite=True)
     assert counts["settings"]["max_length"] == 300

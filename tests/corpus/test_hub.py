@@ -18,6 +18,7 @@ from huggingface_hub import constants
 
 from tests.helpers import REPOSITORY, content
 from tests.mini_hub import serve
+from usdm_sft.corpus.builder import DailyTalkUSDM
 from usdm_sft.corpus.hub_corpus import check_data_files, fetch_corpus
 from usdm_sft.corpus.problems import CorpusError
 from usdm_sft.corpus.read import Rules, read_corpus
@@ -179,6 +180,47 @@ def test_further_columns_are_kept_and_those_with_bytes_left_out(snapshot, tmp_pa
     assert split.dialogs[0].utterances[1].more == {"role": "agent", "words": '[{"word": "hi", "start": 0.5}]'}
     plain = fetch({"bytes": wav(4), "path": None}, tmp_path, monkeypatch)["train"]
     assert [*json.loads(plain.read_text().splitlines()[0])] == ["dialog", "turn", "speaker", "text", "audio"]
+
+
+def save_pairs(folder, audio, **columns):
+    """A saved dataset of two dialogs with two turns; the last turn of both has its own recording."""
+    rows = [
+        ROW | {"dialog": dialog, "turn": turn, "speaker": "AB"[turn], "audio": audio if turn else wav(0)} | columns
+        for dialog in "de"
+        for turn in (0, 1)
+    ]
+    datasets.DatasetDict(train=datasets.Dataset.from_list(rows)).save_to_disk(folder)
+
+
+@pytest.mark.parametrize(
+    ("audio", "options", "message"),
+    [
+        (wav(1), {"agent": "channel=1"}, "saved, split train: no turn is on channel 1, that of the agent: its turns have no channel"),
+        (wav(1), {"agent": "C"}, "saved, split train: no turn is by the agent 'C': the speakers are 'A, B'"),
+        (
+            wav(1),
+            {"agent": "column=side"},
+            "saved, split train, row 0: dialog d names 'z' as agents in column side: give one of its speakers 'A, B' in its rows\n"
+            "saved, split train, row 2: dialog e names 'z' as agents in column side: give one of its speakers 'A, B' in its rows",
+        ),
+        (wav(1), {"keep_columns": "mood"}, "saved, split train has no column mood: its further columns are 'side'"),
+        (
+            b"<html>",
+            {},
+            "utterance d_1: audio of saved is not audio that soundfile can read (Format not recognised): replace the file, or leave out its "
+            "pairs with --on_bad_audio skip\n"
+            "utterance e_1: audio of saved is not audio that soundfile can read (Format not recognised): replace the file, or leave out its "
+            "pairs with --on_bad_audio skip",
+        ),
+    ],
+    ids=["channel", "speaker", "column", "further", "audio"],
+)  # fmt: skip
+def test_errors_of_a_saved_dataset_name_it_and_not_the_cache(tmp_path, monkeypatch, audio, options, message):
+    monkeypatch.chdir(tmp_path)
+    save_pairs(tmp_path / "saved", audio, side="z")
+    with pytest.raises(ValueError, match=r"saved") as raised:
+        DailyTalkUSDM(data_dir="saved", digest_cache_dir=tmp_path / "cache", **options).screen_audio()
+    assert str(raised.value) == message
 
 
 def test_agent_and_further_columns_of_a_saved_dataset(tmp_path):

@@ -1,6 +1,7 @@
 """`edit`: a folder without some rows, whose counts, card, recordings and digests are those of the rows that stay."""
 
 import json
+import re
 
 import pytest
 from datasets import load_dataset
@@ -14,6 +15,7 @@ from usdm_sft.folder.verify import verify
 from usdm_sft.prepare.prepare import prepare
 
 DROPPED = "dropped by dailytalk-usdm edit"
+SHAPE = re.escape('write {"rows": ["d23_0", "d23_1"]} with ids of rows, or flag rows on the page of show --serve') + "$"
 
 
 def flags(folder, *rows, **more):
@@ -110,7 +112,7 @@ def test_row_with_history_is_one_pair(kept, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "more", "message"),
     [
-        ([], {}, r"flags.json names no rows: flag some on the page of show --serve, or write"),
+        ([], {}, rf"flags.json names no rows: {SHAPE}"),
         ([3], {}, r"flags.json names no rows"),
         (["d3_0"], {"key": "0" * 64}, r"flags.json flags rows of another folder: name the folder whose page saved it"),
         (["d3_0", "d3_9", "d4_0"], {}, r"flags.json names 2 of 3 rows that .* does not have, such as d3_9"),
@@ -123,13 +125,30 @@ def test_wrong_flags_are_refused(dataset_folder, tmp_path, rows, more, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('["d3_0"]', "is not a JSON object but a list"),
+        ('{"train": ["d3_0"]}', "names no rows"),
+        ('{"rows": [{"id": "d3_0"}]}', "names no rows"),
+        ("d3_0\n", r"is not JSON \(.*\)"),
+        ("<html>", "is HTML and not JSON, such as a page to log in or of an error"),
+    ],
+)
+def test_file_of_another_shape_is_told_the_shape(dataset_folder, tmp_path, content, message):
+    (tmp_path / "flags.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"flags\.json {message}: {SHAPE}"):
+        edit(dataset_folder, tmp_path / "out", tmp_path / "flags.json")
+
+
 @pytest.mark.slow
 def test_wrong_folders_are_refused(dataset_folder, folder_copy, tmp_path):
     drop = flags(tmp_path, "d3_0")
     with pytest.raises(ValueError, match="is the folder itself: name another output_path"):
         edit(folder_copy, folder_copy.parent / "." / folder_copy.name, drop)
     with pytest.raises(
-        FileExistsError, match=r"holds something else .*: name another output_path, or pass --overwrite"
+        FileExistsError,
+        match=r"holds other rows of the same settings, .*: name another output_path, or pass --overwrite",
     ):
         edit(dataset_folder, folder_copy, drop)
     with pytest.raises(FileNotFoundError, match="is not a file: name a JSON file"):

@@ -10,8 +10,9 @@ import pytest
 from filelock import Timeout
 
 from tests.forked import run_command
-from tests.helpers import command, content, options, record_states, reuse_units
+from tests.helpers import command, content, edit_counts, options, record_states, reuse_units
 from usdm_sft.folder import layout, writer
+from usdm_sft.folder.finished import find_finished
 from usdm_sft.folder.layout import LOCK, UNFINISHED, check_output, lock_output
 from usdm_sft.folder.verify import verify
 from usdm_sft.prepare import prepare as preparing
@@ -38,7 +39,8 @@ def test_two_runs_with_two_caches_take_turns(mini, unit_model, tmp_path):
         errors = {seed: run.communicate(timeout=300)[1] for seed, run in runs.items()}
         [winner] = [seed for seed, run in runs.items() if run.returncode == 0]
         refused = errors[3 - winner].splitlines()[-1]
-        assert f"{output} holds something else (or the result of other settings): name another output_path" in refused
+        seeds = f"shuffle_seed: {winner} -> {3 - winner}"
+        assert f"{output} holds the result of other settings ({seeds}): name another output_path" in refused
         assert verify(output) == {"train": 10, "test": 3}
         assert json.loads((output / "counts.json").read_text())["settings"]["shuffle_seed"] == winner
         assert not (output / UNFINISHED).exists()
@@ -60,7 +62,9 @@ def finish_another_run_meanwhile(monkeypatch, arguments):
 @pytest.mark.slow
 def test_folder_that_another_run_finished_meanwhile_is_kept(arguments, tmp_path, monkeypatch):
     finish_another_run_meanwhile(monkeypatch, arguments)
-    with pytest.raises(FileExistsError, match=r"or the result of other settings\): name another output_path, or pass"):
+    with pytest.raises(
+        FileExistsError, match=r"of other settings \(shuffle_seed: 5 -> default\): name another output_path"
+    ):
         prepare(**arguments)
     assert json.loads((tmp_path / "out" / "counts.json").read_text())["settings"]["shuffle_seed"] == 5
     assert verify(tmp_path / "out") == {"train": 10, "test": 3}
@@ -191,6 +195,48 @@ def test_links_among_unfinished_files_are_removed(tmp_path, precious):
     assert content(precious) == {"thesis.txt": b"mine"}
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"settings": {"history": 3, "template.loss": ["user_text"]}}, "history: 0 -> 3, template.loss: ['user_text', 'agent_text', 'agent_units... -> ['user_text']"),
+        ({"settings": {"keep_audio": True}, "config": "multi_turn"}, "keep_audio: default -> True, config: single_turn -> multi_turn"),
+        ({"digests": {"unit model": "0" * 64}}, f"digests.unit model: {'3' * 40}... -> {'0' * 40}..."),
+        ({"settings": dict.fromkeys("abcdefg", 1)}, f"{', '.join(f'{name}: default -> 1' for name in 'abcde')}, and 2 more"),
+    ],
+    ids=["template", "config", "digests", "many"],
+)  # fmt: skip
+def test_settings_that_differ_are_named_with_both_values(folder_copy, change, message):
+    edit_counts(folder_copy, lambda counts: counts["digests"].update({"unit model": "3" * 64}))
+    counts = json.loads((folder_copy / "counts.json").read_text())
+    for place, values in ({"key": "0" * 64} | change).items():
+        if not isinstance(values, dict):
+            counts[place] = values
+            continue
+        for name, value in values.items():
+            *groups, last = name.split(".")
+            (counts[place][groups[0]] if groups else counts[place])[last] = value
+    with pytest.raises(FileExistsError) as raised:
+        find_finished(folder_copy, counts, overwrite=False)
+    assert str(raised.value).startswith(
+        f"{folder_copy} holds the result of other settings ({message}): name another output_path"
+    )
+
+
+def test_file_of_a_finished_folder_that_was_changed_is_named(folder_copy):
+    counts = json.loads((folder_copy / "counts.json").read_text())
+    (folder_copy / "pictures" / "units.png").write_bytes(b"")
+    with pytest.raises(
+        FileExistsError,
+        match=r"the result of this run, but pictures/units\.png was changed or is missing: name another",
+    ):
+        find_finished(folder_copy, counts, overwrite=False)
+    counts["key"] = "0" * 64
+    with pytest.raises(
+        FileExistsError, match="holds other rows of the same settings, as 'dailytalk-usdm edit' or another version"
+    ):
+        find_finished(folder_copy, counts, overwrite=False)
+
+
 def change_version(monkeypatch, package, new):
     version = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: new if name == package else version(name))
@@ -208,8 +254,11 @@ def test_versions_that_change_no_row_leave_a_folder_finished(arguments, monkeypa
 def test_version_that_may_change_rows_is_named(arguments, monkeypatch):
     old = prepare(**arguments)["versions"]["torch"]
     change_version(monkeypatch, "torch", "99.1")
-    for settings, changes in (("the same", {}), ("other", {"max_length": 300})):
-        message = f"out holds the result of {settings} settings with other versions (torch {old} -> 99.1): name another"
+    for settings, changes in (
+        ("the same settings", {}),
+        ("other settings (max_length: 8192 -> 300)", {"max_length": 300}),
+    ):
+        message = f"out holds the result of {settings} with other versions (torch {old} -> 99.1): name another"
         with pytest.raises(FileExistsError) as raised:
             prepare(**arguments | changes)
         assert message in str(raised.value)

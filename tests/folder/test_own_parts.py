@@ -13,6 +13,7 @@ from huggingface_hub import DatasetCard, snapshot_download
 
 from tests import bases
 from tests.helpers import content, edit_counts, find_problems, options
+from usdm_sft.folder.finished import find_finished
 from usdm_sft.folder.own_parts import Card, check_options, fill_in, plain_card
 from usdm_sft.folder.push import push
 from usdm_sft.folder.verify import verify
@@ -175,21 +176,33 @@ def test_card_that_was_filled_in_by_hand_is_correct(folder_copy):
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("old", "new", "place"),
     [
-        ("Nothing was left out of test.", "All is well."),
-        ("- usdm\nconfigs", "- usdm\n- best\nconfigs"),
-        ("size_categories: n<1K", "size_categories: n>1T"),
-        ("<!-- end -->", ""),
+        ("Nothing was left out of test.", "All is well.", "its section 'Contents'"),
+        ("## Contents", "## Inhalt", "its section 'Inhalt', its section 'Contents'"),
+        ("The dataset contains no audio.", "", "its section 'introduction'"),
+        ("- usdm\nconfigs", "- usdm\n- best\nconfigs", "its YAML (tags)"),
+        ("size_categories: n<1K", "size_categories: n>1T", "its YAML (size_categories)"),
+        (
+            "<!-- end -->",
+            "",
+            "its section 'introduction', its section 'Load it and train on it', its section 'Contents', ...",
+        ),
+        ("- usdm\nconfigs", "- usdm\n- [best\nconfigs", "its text"),
     ],
 )
-def test_other_changes_of_the_card_are_found(folder_copy, old, new):
+def test_other_changes_of_the_card_are_found(folder_copy, old, new, place):
     edit_card(folder_copy, (old, new))
     [problem] = find_problems(folder_copy)
-    assert "README.md was changed: its sha256 is " in problem
-    assert problem.endswith(
-        "the publisher's own are licence, language and title in the YAML, the heading, and what stands between "
-        "<!-- publisher: ... --> and <!-- end -->"
+    own = "text of your own goes between the marks <!-- publisher: text --> and <!-- end -->; licence, language, title and heading are free"
+    again = "run prepare again and pass --overwrite (Python: overwrite=True)"
+    assert problem == f"{folder_copy}/README.md was edited in {place}: undo it, or {again}; {own}"
+    counts = json.loads((folder_copy / "counts.json").read_text())
+    with pytest.raises(FileExistsError) as raised:
+        find_finished(folder_copy, counts, overwrite=False)
+    assert str(raised.value) == (
+        f"{folder_copy} holds the result of this run, but README.md was edited in {place} (undo it; {own}): name another output_path, or "
+        "pass --overwrite (Python: overwrite=True)"
     )
 
 

@@ -258,7 +258,7 @@ def test_offline_mode_pushes_nothing(hub, refused, dataset_folder, monkeypatch):
 
 def test_folder_that_does_not_verify_is_not_pushed(folder_copy):
     (folder_copy / "README.md").write_text("other")
-    with pytest.raises(VerificationError, match=r"README\.md was changed"):
+    with pytest.raises(VerificationError, match=r"README\.md was edited in its text"):
         push(folder_copy, "tester/pairs")
 
 

@@ -49,6 +49,24 @@ def server(dataset_folder, mini):
         yield server
 
 
+def test_files_that_vanish_and_pages_that_close_give_no_traceback(folder_copy, caplog, capfd):
+    file = next((folder_copy / "single_turn").iterdir())
+    with serving_folder(folder_copy) as server:
+        file.unlink()
+        status, _, body = ask(server, f"/single_turn/{file.name}")
+        assert (status, body) == (404, b"The file is gone.\n")
+        for error in (ConnectionResetError(), PermissionError(13, "Permission denied", "a.parquet")):
+            try:
+                raise error
+            except OSError:
+                server.handle_error(None, None)
+    assert caplog.messages == [
+        f"{file} is gone: put it back, or start again with another folder",
+        "a request of the page failed: [Errno 13] Permission denied: 'a.parquet'",
+    ]
+    assert capfd.readouterr().err == ""
+
+
 @pytest.fixture(scope="module")
 def conversations(mini, unit_model, finished, tmp_path_factory):
     """Conversations of collapsed units, with their recordings."""

@@ -182,7 +182,9 @@ def test_repeated_run_changes_nothing(kept, mini, unit_model, caplog):
 def test_keep_audio_is_a_setting_of_the_folder(copy, kept, mini, unit_model, undisturbed):
     """Without --overwrite a folder with audio is not replaced by one without; with it, no recording remains."""
     changes = {"output_path": str(copy), "keep_audio": False}
-    with pytest.raises(FileExistsError, match=r"or the result of other settings\): name another output_path, or pass"):
+    with pytest.raises(
+        FileExistsError, match=r"the result of other settings \(keep_audio: True -> default\): name another output_path"
+    ):
         prepare(**options(mini, unit_model, kept, **changes))
     assert (copy / FILE).is_file()
     prepare(**options(mini, unit_model, kept, **changes, overwrite=True))

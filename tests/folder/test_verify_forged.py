@@ -44,7 +44,7 @@ def change_split(split, **changes):
         ],
         [(lambda counts: counts.pop("unit_model"), r"row 0 \(d3_0\): user_units: 107 units \(50 per second\) last 2\.14 s, not 2\.14625 s$")],
         [(lambda counts: counts["unit_model"].clear(), f"does not have all that the card says .*: {AGAIN}$")],
-        [(lambda counts: counts["settings"].update(shuffle_seed=7), f"README.md is not the card .* in its text: .*{AGAIN}$")],
+        [(lambda counts: counts["settings"].update(shuffle_seed=7), f"README.md is not the card .* differs in its section 'Contents', its section 'How it was made': .*{AGAIN}$")],
     ],
     ids=["files", "length", "digests", "totals", "missing", "unit model", "its description", "settings"],
 )  # fmt: skip
@@ -131,6 +131,34 @@ def test_every_command_refuses_bad_counts_in_one_line(only_counts, refused, conf
     assert not text.exists()
 
 
+@pytest.mark.parametrize(
+    ("forge", "message"),
+    [
+        (change_split("train", hours=10**400), f"splits.train.hours is 1{'0' * 39}..."),
+        (change_split("train", pairs=float("nan")), "splits.train.pairs is nan"),
+        (change_split("test", units=float("-inf")), "splits.test.units is -inf"),
+        (lambda counts: counts.update(agreement={"share": 10**400}), f"agreement.share is 1{'0' * 39}..."),
+        (lambda counts: counts["tokenizer"].update(ids={"opening": [1, 2**63]}), f"tokenizer.ids.opening is {2**63}"),
+    ],
+    ids=["hours", "NaN", "infinity", "agreement", "list"],
+)
+def test_numbers_that_no_folder_has_are_refused_with_their_key(only_counts, refused, forge, message):
+    edit_counts(only_counts, forge)
+    for command in ("verify", "show", "stats"):
+        error = refused(command, only_counts)
+        assert error.startswith(
+            f"dailytalk-usdm {command}: {only_counts}/counts.json: {message}, too large or no number: run prep"
+        )
+
+
+def test_nested_value_in_counts_is_refused(only_counts):
+    text = (only_counts / "counts.json").read_text().rstrip().removesuffix("}")
+    nested = '{"x": ' * 990 + "1" + "}" * 990
+    (only_counts / "counts.json").write_text(f'{text}, "x": {nested}}}')
+    with pytest.raises(ValueError, match=r"counts\.json is not JSON \(maximum recursion depth .*\): run prepare again"):
+        read_counts(only_counts)
+
+
 def test_deeply_nested_counts_are_refused(tmp_path):
     (tmp_path / "counts.json").write_text("[" * 200_000)
     with pytest.raises(ValueError, match=r"counts\.json is not JSON .*: run prepare again and pass --overwrite"):
@@ -186,7 +214,7 @@ def test_malformed_card_is_refused(folder_copy, tmp_path, monkeypatch, text):
         # `load_dataset` would give rows of its cache that another folder has
         (lambda card: DIGEST.sub("", card), "is not .* does not hold the digest of its data files"),
         (lambda card: DIGEST.sub(rf"\g<1>{'0' * 64}\n", card), "is not .* does not hold the digest of its data files"),
-        (lambda card: card + "Free for any use.\n", f"is not the card .* differs in its text: restore it, or {AGAIN}$"),
+        (lambda card: card + "Free for any use.\n", f"is not the card .* differs in its section 'Licences and attribution': restore it, or {AGAIN}$"),
         (lambda card: re.sub(r"num_bytes: \d+", "num_bytes: 5", card, count=1).replace("license: unknown", "license: mit"),
          rf"is not the card .* differs in its YAML \(dataset_info\): restore it, or {AGAIN}$"),
     ],

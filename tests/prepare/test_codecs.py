@@ -157,9 +157,17 @@ def test_bad_audio_is_left_out_or_named(root, tmp_path):
     assert verify(tmp_path / "out") == {"train": 4}
 
 
-def test_streams_that_are_missing_or_too_many_are_refused_before_any_work(root, tmp_path):
+def test_streams_that_do_not_fit_are_refused_before_the_corpus_is_read(root, tmp_path, monkeypatch):
+    monkeypatch.setattr("usdm_sft.prepare.open_run.open_corpus", lambda *args: pytest.fail("the corpus was read"))
     with pytest.raises(ValueError, match=r"the codec \(mimi\) has 4 streams: choose"):
         prepare(**given(root, tmp_path, "mimi"))
+    with pytest.raises(
+        ValueError, match=r"streams is flatten, but one stream of the codec \(mimi\) is used: leave it out"
+    ):
+        prepare(**given(root, tmp_path, "mimi", streams="flatten", num_streams=1))
+    for run in (prepare, dry_run):
+        with pytest.raises(ValueError, match="streams is given, but the unit model is not a codec: leave it out"):
+            run(PrepareConfig(**options(root, "xlsr2_1b_v2", tmp_path, streams="first", model_cache_dir=str(tmp_path))))
     with pytest.raises(ValueError, match="unit_repetition is collapse, but neighbours in flattened streams"):
         PrepareConfig(**given(root, tmp_path, "mimi", streams="flatten", unit_repetition="collapse"))
     with pytest.raises(ValueError, match="num_streams is of the unit model, but with unit_rate the units are read"):

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 
 import datasets
@@ -10,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tests.bases import byte_level, ids_of_transformers_4
 from tests.helpers import replace_file
 from usdm_sft.template import tokenizer as module
+from usdm_sft.template.config import USTM
 from usdm_sft.template.special_tokens import read_tokens
 from usdm_sft.template.tokenizer import add_units, build_tokenizer, check_tokenizer, load_tokenizer, save_tokenizer
 from usdm_sft.utils.errors import find_full_disk
@@ -127,7 +129,8 @@ def test_missing_tokenizer_is_refused(tmp_path):
         "/no/such/folder": r"'/no/such/folder' is not the name of a repository \(.*\): give USER/NAME",
     }
     for name, reason in reasons.items():
-        message = f"^tokenizer {name} is not a folder, and {reason}; or use 'mistral-common', which is built offline$"
+        instead = "; or use 'mistral-common', which is built offline" if name == USTM else ""
+        message = f"^tokenizer {name} is not a folder, and {reason}{instead}$"
         with pytest.raises((OSError, ValueError), match=message):
             load_tokenizer(name, model_cache_dir=tmp_path)
         with pytest.raises((OSError, ValueError), match=f"^tokenizer {name} is not a folder, and {reason}$"):
@@ -142,8 +145,22 @@ def test_missing_tokenizer_is_refused(tmp_path):
 def test_malformed_tokenizer_is_refused(small_tokenizer, tmp_path, name, content):
     small_tokenizer.save_pretrained(tmp_path)
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=r"has a tokenizer that cannot be opened \(.+\): download it again, or use"):
+    with pytest.raises(ValueError, match=r"has a tokenizer that cannot be opened \(.+\): download it again$"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("folder", ["Mistral-7B", "qwen"])
+def test_page_of_html_in_place_of_a_file(small_tokenizer, tmp_path, name, folder):
+    folder = tmp_path / folder
+    small_tokenizer.save_pretrained(folder)
+    (folder / name).write_text("\ufeff\n<!DOCTYPE html><title>Log in</title>", encoding="utf-8")
+    message = f"{folder / name} is HTML and not JSON, such as a page to log in or of an error: download it again"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        build_tokenizer(folder, 5)
+    instead = ", or use 'mistral-common'" if folder.name == "Mistral-7B" else ""
+    with pytest.raises(ValueError, match=f"^{re.escape(message + instead)}$"):
+        load_tokenizer(folder)
 
 
 CONTRADICTIONS = [  # what tokenizers raises plain Exception for, and what it panics at, at load or at the first text

@@ -182,6 +182,15 @@ def test_settings_that_do_not_fit_are_refused(made, settings, message):
         open_for("cpu", made("mimi"), **{"precision": "fp32", "batch_seconds": None, "resampler": "soxr"} | settings)
 
 
+def test_streams_of_a_codec_of_one_stream_are_refused(made):
+    [kind] = [kind for kind, (_, _, num_streams) in FACTS.items() if num_streams == 1][:1]
+    with pytest.raises(
+        ValueError, match=rf"streams is first, but one stream of the codec \({kind}\) is used: leave it out"
+    ):
+        UnitTokenizer.from_pretrained(made(kind), device="cpu", streams="first")
+    assert UnitTokenizer.from_pretrained(made(kind), device="cpu", num_streams=1).streams.streams is None
+
+
 def test_streams_of_a_model_that_is_no_codec_are_refused(unit_model):
     with pytest.raises(
         ValueError, match="streams and num_streams are given, but the unit model is not a codec: leave it out"

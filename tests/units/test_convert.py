@@ -247,11 +247,15 @@ def test_bad_config(tmp_path, change, layer, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[1]", "is not a JSON object but a list: correct the file"),
+        ("[1]", "is not a JSON object but a list: correct the file, or download it again"),
         ("{", "is not JSON"),
+        (
+            "<html>404</html>",
+            "is HTML and not JSON, such as a page to log in or of an error: correct the file, or download it again",
+        ),
         ('{"do_stable_layer_norm": true}', "hidden_size is None: complete"),
     ],
-    ids=["list", "cut", "incomplete"],
+    ids=["list", "cut", "HTML", "incomplete"],
 )
 def test_unreadable_config(tmp_path, content, message):
     (tmp_path / "c.json").write_text(content)

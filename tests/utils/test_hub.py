@@ -20,7 +20,7 @@ NOT_HUB = (
 READERS = {
     "tokenizer": (
         lambda: load_tokenizer("a/b"),
-        "tokenizer a/b is not a folder, and {}; or use 'mistral-common', which is built offline",
+        "tokenizer a/b is not a folder, and {}",
     ),
     "unit model": (lambda: find_folder("a/b"), "unit model a/b is not a folder, and {}"),
     "corpus": (lambda: fetch_corpus("hub:a/b"), "dataset a/b cannot be loaded: {}"),

@@ -30,7 +30,7 @@ def show(
     """Print examples with the labelled tokens marked, or show them on an HTML page: some of them, or the whole folder.
 
     Examples:
-        dailytalk-usdm show dailytalk-usdm-data --split test --index 7
+        dailytalk-usdm show dailytalk-usdm-data --split test --index 2
         dailytalk-usdm show dailytalk-usdm-data --html page.html --data_dir DailyTalk
         dailytalk-usdm show dailytalk-usdm-data --serve --data_dir DailyTalk
         dailytalk-usdm show dailytalk-usdm-data --space page-of-the-rows --repo_id USER/NAME
@@ -77,7 +77,7 @@ def show(
         shown = write_page(
             dataset_dir, html, split=split, index=index, num_examples=num_examples or 20, data_dir=data_dir
         )
-        print(f"{html} shows {count_noun(shown, 'example')}")
+        print(f"{html} shows {count_noun(shown, 'example')}{_describe_silence(dataset_dir, data_dir)}")
         return
     if data_dir is not None:
         raise ValueError("data_dir is for the sound on a page: name the page with --html")
@@ -94,6 +94,17 @@ def show(
     print("\n\n".join(format_example(row, tokenizer, color=color, ids=ids) for row in rows))
 
 
+def _describe_silence(dataset_dir: str, data_dir: str | None, *, plays_folder: bool = False) -> str:
+    """Say how a page gets sound; nothing if it has some, or if the corpus has units of its own and perhaps no recordings."""
+    from usdm_sft.corpus.manifest import UTTERANCES
+    from usdm_sft.folder.layout import read_counts
+
+    counts = read_counts(dataset_dir)
+    if data_dir is not None or counts.get("unit_model") is None or (plays_folder and UTTERANCES in counts):
+        return ""
+    return f" without sound: add --data_dir {dataset_dir if UTTERANCES in counts else 'and the corpus'}"
+
+
 def _show_folder(
     dataset_dir: str, split: str, data_dir: str | None, port: int | None, space: str | None, repo_id: str | None
 ) -> None:
@@ -104,7 +115,8 @@ def _show_folder(
         print(f"{space} has the files of a static Space: hf upload USER/SPACE {space} --repo-type space")
         return
     with FolderServer(dataset_dir, split, data_dir=data_dir, port=PORT if port is None else port) as server:
-        print(f"{server.url} shows {dataset_dir}; Ctrl-C ends it", flush=True)
+        silence = _describe_silence(dataset_dir, data_dir, plays_folder=True)
+        print(f"{server.url} shows {dataset_dir}{silence}; Ctrl-C ends it", flush=True)
         with suppress(KeyboardInterrupt):
             server.serve_forever()
 

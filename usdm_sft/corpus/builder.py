@@ -5,6 +5,7 @@ import glob
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -158,14 +159,16 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
             kwargs["agent"] = str(kwargs["agent"])  # speakers are texts, also those that are numbers
         self._rules = read.Rules.of(kwargs)
         reader = make_reader(kwargs.get("unit_rate"), kwargs.get("num_units"), kwargs.get("streams"))
-        corpus = read.read_corpus(self.split_lists, self._rules, data_dir=data_dir, units=reader, corpus=kind)
-        self.whole_corpus = remote.fetch_recordings(corpus, digest_cache_dir)
-        for split in self.whole_corpus.values():
-            if not split.dialogs:
-                reasons = describe_left_out(split.left_out) or "it is empty"
-                remedy = read.find_merge_remedy(split.left_out)
-                remedy = f"{remedy}, or name another split list" if remedy else "name another split list"
-                raise CorpusError([f"{self.split_lists[split.name]}: not one pair: {reasons}: {remedy}"])
+        self._naming_errors = partial(hub.naming_dataset, self.split_lists, data_dir)
+        with self._naming_errors():
+            corpus = read.read_corpus(self.split_lists, self._rules, data_dir=data_dir, units=reader, corpus=kind)
+            self.whole_corpus = remote.fetch_recordings(corpus, digest_cache_dir)
+            for split in self.whole_corpus.values():
+                if not split.dialogs:
+                    reasons = describe_left_out(split.left_out) or "it is empty"
+                    remedy = read.find_merge_remedy(split.left_out)
+                    remedy = f"{remedy}, or name another split list" if remedy else "name another split list"
+                    raise CorpusError([f"{self.split_lists[split.name]}: not one pair: {reasons}: {remedy}"])
         if (val_dialogs := kwargs.get("val_dialogs")) is not None:
             self.whole_corpus = read.take_validation(self.whole_corpus, val_dialogs, kwargs.get("val_seed") or 0)
         self.unit_streams = None if reader is None else reader.streams
@@ -199,15 +202,15 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
             usdm_sft.audio.reading.AudioError: Audio cannot become units, or a split has no pair left.
         """
         if self._screened is None:
-            on_bad_audio = self.config.on_bad_audio
-            self._screened = bad_audio.screen_audio(
-                self.whole_corpus,
-                on_bad_audio,
-                self._digest_cache_dir,
-                pool,
-                rules=self._rules,
-                streams=self.unit_streams,
-            )
+            with self._naming_errors():
+                self._screened = bad_audio.screen_audio(
+                    self.whole_corpus,
+                    self.config.on_bad_audio,
+                    self._digest_cache_dir,
+                    pool,
+                    rules=self._rules,
+                    streams=self.unit_streams,
+                )
         return self._screened
 
     @property

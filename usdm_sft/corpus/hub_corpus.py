@@ -12,7 +12,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,6 +106,29 @@ def fetch_corpus(name: str, cache_dir: str | Path | None = None, *, with_units: 
         split: write_manifest(rows, rows._fingerprint, f"{repository}, split {split}", files, cache, with_units)
         for split, rows in splits.items()
     }
+
+
+@contextmanager
+def naming_dataset(lists: Mapping[str, Path], data_dir: FilePath | None) -> Iterator[None]:
+    """Name the dataset that the user gave, with split and row, in errors of its manifests and recordings in the cache."""
+
+    def rename(text: str) -> str:
+        for split, path in lists.items():
+            name, folder = f"{data_dir}, split {split}", re.escape(str(path.parent.absolute()))
+            if RECIPE.reads(path):
+                text = re.sub(
+                    rf"{re.escape(str(path))}:(\d+)", lambda line, name=name: f"{name}, row {int(line[1]) - 1}", text
+                )
+                text = re.sub(rf"file {folder}/{_DIGEST.pattern}", f"of {data_dir}", text.replace(str(path), name))
+        return text
+
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        error.args = tuple(rename(each) if isinstance(each, str) else each for each in error.args)
+        if isinstance(error, CorpusError):
+            error.problems = [*map(rename, error.problems)]
+        raise
 
 
 def check_data_files(repository: str, data_files: Mapping[Any, Iterable[Any]] | None) -> None:

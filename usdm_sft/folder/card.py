@@ -9,9 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from datasets import DatasetInfo, Features, SplitDict, SplitInfo
 from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from jinja2 import UndefinedError
 from tokenizers import Tokenizer
 
 from usdm_sft.corpus.dailytalk import DAILYTALK
@@ -28,17 +31,26 @@ from usdm_sft.corpus.features import (
 )
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.folder.example_picture import EXAMPLE, read_example
-from usdm_sft.folder.layout import CAPTIONS, read_columns
-from usdm_sft.folder.own_parts import BLOCKS, DAILYTALK_METADATA, FILL_IN, OTHER_METADATA, WRITE_HERE
+from usdm_sft.folder.layout import CAPTIONS, data_files, read_columns
+from usdm_sft.folder.own_parts import (
+    BLOCKS,
+    CARD,
+    DAILYTALK_METADATA,
+    FILL_IN,
+    OTHER_METADATA,
+    WRITE_HERE,
+    plain_card,
+    read_card,
+)
 from usdm_sft.folder.statistics import count_dropped, count_too_long
 from usdm_sft.template.config import OFFLINE, PARTS, REFERENCE
 from usdm_sft.template.parts import ROW_PARTS
 from usdm_sft.template.special_tokens import CORRESPOND_TOKEN
 from usdm_sft.template.streams import UnitStreams, read_streams
-from usdm_sft.template.tokenizer import NUM_UNITS
+from usdm_sft.template.tokenizer import NUM_UNITS, load_tokenizer
 from usdm_sft.template.view import format_example
 from usdm_sft.utils.cache_keys import cache_key
-from usdm_sft.utils.texts import count_noun, format_hours
+from usdm_sft.utils.texts import count_noun, format_hours, quote
 
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
 LARGEST = "10M<n<100M"
@@ -140,6 +152,57 @@ def make_card(
         example_picture=EXAMPLE,
     )
     return f"{card}\n"
+
+
+CARD_ERRORS = (LookupError, TypeError, AttributeError, ValueError, UndefinedError)  # of `find_edits`, for forged counts
+
+
+def describe_edits(folder: Path, counts: Mapping[str, Any]) -> str:
+    """Name the places of the card of a finished folder that were edited, as `find_edits`, or "its text" if they cannot be told."""
+    try:
+        tokenizer = load_tokenizer(folder / "tokenizer").backend_tokenizer
+        return find_edits(folder, counts, tokenizer) or "its text"
+    except (*CARD_ERRORS, OSError, yaml.YAMLError):
+        return "its text"
+
+
+def find_edits(
+    folder: Path, counts: Mapping[str, Any], tokenizer: Tokenizer, num_bytes: Mapping[str, int] | None = None
+) -> str:
+    """Compare the card of a folder with one rendered again from counts.json and the files.
+
+    A version of huggingface_hub may write YAML in another form, so that its values are compared. Not derived again is the size of recordings
+    in memory, nor that of rows unless `num_bytes` has it.
+
+    Returns:
+        The places that differ, such as "its YAML (tags), its section 'Contents'"; "" if there are none.
+    """
+    corpus = counts.get("corpus", "")
+    values, text = _split_card(plain_card(read_card(folder / CARD), corpus))
+    infos = values["dataset_info"]
+    [rows, *others] = infos if isinstance(infos, list) else [infos]
+    sizes = num_bytes or {split["name"]: split["num_bytes"] for split in rows["splits"]}
+    made = make_card(counts["config"], sizes, counts, data_files(folder, counts), tokenizer, others)
+    expected, expected_text = _split_card(plain_card(made, corpus))
+    keys = [name for name in sorted({*values, *expected}) if values.get(name) != expected.get(name)]
+    sections, expected_sections = map(_split_text, (text, expected_text))
+    titles = [name for name in sections | expected_sections if sections.get(name) != expected_sections.get(name)]
+    places = [f"its YAML ({', '.join(keys)})"] * bool(keys) + [f"its section {quote(title)}" for title in titles[:3]]
+    return ", ".join([*places, "..."] if titles[3:] else places) or "its text" * (text != expected_text)
+
+
+def _split_card(card: str) -> tuple[dict[str, Any], str]:
+    """Return the values of a card's YAML, and the text below it."""
+    match = REGEX_YAML_BLOCK.search(card)
+    if match is None:
+        raise ValueError("the card has no YAML")
+    return yaml.safe_load(match.group(2)), card[match.end() :]
+
+
+def _split_text(text: str) -> dict[str, str]:
+    """Return the text of each section by its heading."""
+    titles = re.split(r"^## (.*)\n", f"## introduction\n{text}", flags=re.MULTILINE)[1:]
+    return dict(zip(titles[::2], titles[1::2], strict=True))
 
 
 def _find_first_new(tokenizer: Tokenizer) -> int | None:

@@ -20,11 +20,11 @@ import pyarrow.parquet as pq
 from usdm_sft.corpus.examples import example_id
 from usdm_sft.corpus.features import SPEECH, TRAINER_COLUMNS
 from usdm_sft.corpus.manifest import UTTERANCES
+from usdm_sft.folder.finished import find_finished
 from usdm_sft.folder.layout import (
     COUNTS,
     ROW_PACKAGES,
     data_files,
-    find_finished,
     lock_output,
     read_counts,
     read_layout,
@@ -153,10 +153,11 @@ def _read_ids(drop: str | Path, key: str) -> set[str]:
         FileNotFoundError: The file does not exist.
         ValueError: It is not such a file, names no row, or was saved for another folder.
     """
-    flags = read_json(drop)
+    remedy = 'write {"rows": ["d23_0", "d23_1"]} with ids of rows, or flag rows on the page of show --serve'
+    flags = read_json(drop, remedy)
     ids = flags.get("rows")
     if not isinstance(ids, list) or not ids or not all(isinstance(row_id, str) for row_id in ids):
-        raise ValueError(f'{drop} names no rows: flag some on the page of show --serve, or write {{"rows": ["d23_0"]}}')
+        raise ValueError(f"{drop} names no rows: {remedy}")
     if flags.get("key", key) != key:
         raise ValueError(f"{drop} flags rows of another folder: name the folder whose page saved it")
     return set(ids)

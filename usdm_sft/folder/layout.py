@@ -19,7 +19,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,14 +28,13 @@ from filelock import FileLock
 from usdm_sft.audio.frames import Framing, framing_of
 from usdm_sft.corpus.dialogs import CorpusName
 from usdm_sft.corpus.manifest import UTTERANCES
-from usdm_sft.folder.own_parts import has_digest
 from usdm_sft.template.chat import ChatIds, Frames
 from usdm_sft.template.config import MAX_UNITS, Template
 from usdm_sft.template.parts import RowLayout
 from usdm_sft.template.special_tokens import TemplateTokens
 from usdm_sft.template.streams import read_streams
 from usdm_sft.template.tokenizer import ustm_tokens
-from usdm_sft.utils.files import remove_path
+from usdm_sft.utils.files import describe_bad_json, remove_path
 from usdm_sft.utils.locks import file_lock, require_locks
 
 logger = logging.getLogger(__name__)
@@ -55,7 +54,8 @@ PREPARE_AGAIN = f"run prepare again and {OVERWRITE}"
 # Packages that can change a row: they decode, resample, make units, encode or shuffle. Of the other packages that counts.json names,
 # datasets and pyarrow change the bytes of files at most, and matplotlib the pictures.
 ROW_PACKAGES = ("dailytalk-usdm", "numpy", "soundfile", "soxr", "tokenizers", "torch", "transformers")
-_IDENTITY = ("config", "corpus", "unit_model", "tokenizer", "num_units", "settings", "digests")  # with them, the run
+_MOST = 1 << 63  # a number of counts.json is less
+_WIDTH = 40  # characters of a value that an error shows
 
 _TYPES = {
     "key": str, "config": str, "num_units": int,
@@ -82,10 +82,15 @@ def read_counts(folder: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} has no {COUNTS}: name a folder that 'dailytalk-usdm prepare' finished")
     try:
         counts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values = [*flatten(counts)]
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): {PREPARE_AGAIN}") from error
+        raise ValueError(f"{describe_bad_json(path, error)}: {PREPARE_AGAIN}") from error
     if not _is_counts(counts):
         raise ValueError(f"{path} is not the counts of a dataset folder: {PREPARE_AGAIN}")
+    for name, value in values:
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not abs(number) < _MOST:  # NaN is not less
+                raise ValueError(f"{path}: {name} is {shorten(number)}, too large or no number: {PREPARE_AGAIN}")
     # These names become paths, and the folder may come from an untrusted source.
     plain = (counts["config"], *counts["splits"])
     for name in (*plain, *counts["files"]):
@@ -205,41 +210,6 @@ def lock_output(folder: Path) -> FileLock:
     return file_lock(folder / LOCK, option="output_path")
 
 
-def find_finished(folder: Path, counts: Mapping[str, Any], *, overwrite: bool) -> dict[str, Any] | None:
-    """Find what the same run made earlier. The caller holds `lock_output`.
-
-    Args:
-        folder: The output folder.
-        counts: The counts of the run as far as they are known, with its key.
-        overwrite: Allow other content.
-
-    Returns:
-        The counts of the finished folder, with every file unchanged. None if the run may write into the folder.
-
-    Raises:
-        FileExistsError: The error of `check_output`; a finished folder counts as other content.
-        OSError: The folder cannot be written.
-    """
-    found = _read_known_counts(folder)
-    if found.get("key") == counts["key"] and all(
-        (folder / name).is_file() and has_digest(folder / name, digest, counts["corpus"])
-        for name, digest in found["files"].items()
-    ):
-        remove_path(folder / UNFINISHED)
-        logger.info("%s is finished already, with the same settings and data: nothing was done", folder)
-        return found
-    check_output(folder, overwrite=overwrite, finished_too=True, counts=counts)
-    return None
-
-
-def _read_known_counts(folder: Path) -> dict[str, Any]:
-    """Read counts.json of a folder of any content, {} if it is not a finished dataset folder."""
-    try:
-        return read_counts(folder)
-    except (FileNotFoundError, ValueError):
-        return {}
-
-
 def open_unfinished(folder: Path, key: str, keep: Collection[str]) -> Path:
     """Return the absolute path of the folder for the unfinished files of a run, with none of another run beside it.
 
@@ -262,14 +232,16 @@ def open_unfinished(folder: Path, key: str, keep: Collection[str]) -> Path:
     return owned
 
 
-def check_output(folder: Path, *, overwrite: bool, finished_too: bool, counts: Mapping[str, Any] | None = None) -> None:
+def check_output(
+    folder: Path, *, overwrite: bool, finished_too: bool, describe: Callable[[], str] | None = None
+) -> None:
     """Refuse to write into a folder with other content, before any work is done.
 
     Args:
         folder: The output folder.
         overwrite: Allow other content.
         finished_too: Refuse a finished dataset folder too. False while its key has not been compared yet.
-        counts: The counts of the run as far as they are known; the message then names versions that differ.
+        describe: Returns what the folder holds, for the message.
 
     Raises:
         FileExistsError: The folder has other content than an interrupted run, and `overwrite` is false.
@@ -288,17 +260,20 @@ def check_output(folder: Path, *, overwrite: bool, finished_too: bool, counts: M
     unfinished = folder / UNFINISHED
     finished = os.path.lexists(folder / COUNTS)
     if finished_too if finished else unfinished.is_symlink() or not unfinished.is_dir():
-        raise FileExistsError(f"{folder} {_describe(folder, counts)}: name another output_path, or {OVERWRITE}")
+        holds = f"something else, such as {min({*os.listdir(folder)} - {LOCK})}" if describe is None else describe()
+        raise FileExistsError(f"{folder} holds {holds}: name another output_path, or {OVERWRITE}")
 
 
-def _describe(folder: Path, counts: Mapping[str, Any] | None) -> str:
-    """Describe the content of a folder that is not the result of the run with these counts."""
-    found = _read_known_counts(folder)
-    if counts is not None and isinstance(versions := found.get("versions"), dict):
-        pairs = {name: (versions.get(name), counts["versions"][name]) for name in ROW_PACKAGES}
-        changed = [f"{name} {old} -> {new}" for name, (old, new) in pairs.items() if old != new]
-        if changed:
-            same = all(found.get(name) == counts[name] for name in _IDENTITY)
-            whose = "the same" if same else "other"
-            return f"holds the result of {whose} settings with other versions ({', '.join(changed)})"
-    return "holds something else (or the result of other settings)"
+def flatten(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested dicts as they stand in JSON, by their names with dots."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from flatten(value, f"{name}.{key}" if name else key)
+    else:
+        yield name, list(values) if isinstance(values, tuple) else values
+
+
+def shorten(value: Any) -> str:
+    """Return a setting as an error shows it."""
+    text = "default" if value is None else str(value)
+    return text if len(text) <= _WIDTH else f"{text[:_WIDTH]}..."

@@ -39,10 +39,7 @@ DAILYTALK_METADATA = {
 }
 OTHER_METADATA = {"license": "unknown", "pretty_name": "Spoken dialogs for USDM"}
 
-OWN_PARTS = (
-    "the publisher's own are licence, language and title in the YAML, the heading, and what stands between "
-    "<!-- publisher: ... --> and <!-- end -->"
-)
+OWN_PARTS = "text of your own goes between the marks <!-- publisher: text --> and <!-- end -->; licence, language, title and heading are free"
 FILL_IN = "to be filled in by the publisher"
 WRITE_HERE = "\n<!-- what you write between these two marks is kept -->\n"
 BLOCKS = ("text", "citation")  # parts on lines of their own, which a plain card does not have

@@ -7,7 +7,9 @@ scripts, and the Parquet files, the card and the counts of the folder. `write_sp
 from __future__ import annotations
 
 import json
+import logging
 import re
+import sys
 from collections.abc import Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,6 +34,8 @@ from usdm_sft.template.parts import ROW_PARTS, RowLayout, list_parts
 from usdm_sft.template.tokenizer import load_tokenizer
 from usdm_sft.utils.files import replace_text
 from usdm_sft.utils.hub import check_repository
+
+logger = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 PORT = 8765
@@ -172,6 +176,11 @@ class FolderServer(ThreadingHTTPServer):
         self.hosts = {f"{name}:{self.server_port}" for name in (LOOPBACK, "localhost")}
         self.url = f"http://{LOOPBACK}:{self.server_port}/"
 
+    def handle_error(self, *args: Any) -> None:
+        """Say in one line what went wrong with a request; a page that was closed says nothing."""
+        if not isinstance(error := sys.exception(), ConnectionError):
+            logger.warning("a request of the page failed: %s", error)
+
 
 def _refuse_link(path: Path, folder: Path) -> None:
     """Refuse a file whose content is outside the folder. In the Hub's cache, the files of a folder are links to `blobs`.
@@ -206,7 +215,11 @@ class _Handler(BaseHTTPRequestHandler):
         kind = _TYPES.get(Path(name).suffix, "application/octet-stream")
         if isinstance(content, bytes):
             return self._send(HTTPStatus.OK, content, kind)
-        return self._send_file(content, kind)
+        try:
+            return self._send_file(content, kind)
+        except FileNotFoundError:
+            logger.warning("%s is gone: put it back, or start again with another folder", content)
+            return self._send(HTTPStatus.NOT_FOUND, b"The file is gone.\n")
 
     def _send_file(self, path: Path, kind: str) -> None:
         with path.open("rb") as file:

@@ -15,13 +15,12 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 import yaml
-from huggingface_hub.repocard import REGEX_YAML_BLOCK, metadata_load
-from jinja2 import UndefinedError
+from huggingface_hub.repocard import metadata_load
 from tokenizers import Tokenizer
 
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.corpus.problems import MAX_PROBLEMS_SHOWN
-from usdm_sft.folder.card import data_configs, make_card, read_info
+from usdm_sft.folder.card import CARD_ERRORS, data_configs, describe_edits, find_edits, read_info
 from usdm_sft.folder.compare import compare_with_text
 from usdm_sft.folder.layout import (
     COUNTS,
@@ -32,7 +31,7 @@ from usdm_sft.folder.layout import (
     read_framing,
     read_template,
 )
-from usdm_sft.folder.own_parts import CARD, OWN_PARTS, has_digest, plain_card, read_card
+from usdm_sft.folder.own_parts import CARD, OWN_PARTS, has_digest
 from usdm_sft.folder.statistics import TOO_LONG, count_dropped
 from usdm_sft.folder.verify_rows import LIMIT, Check, CheckedRows, check_rows, check_turns
 from usdm_sft.folder.verify_utterances import check_utterances
@@ -135,8 +134,11 @@ def _check_file(folder: Path, counts: Mapping[str, Any], name: str, digest: Any)
         return f"{folder / name} is missing"
     if has_digest(folder / name, digest, counts.get("corpus", "")):
         return None
-    problem = f"{folder / name} was changed: its sha256 is {sha256_file(folder / name)}, not {digest}"
-    return f"{problem}; {OWN_PARTS}" if name == CARD else problem
+    if name == CARD:
+        return (
+            f"{folder / name} was edited in {describe_edits(folder, counts)}: undo it, or {PREPARE_AGAIN}; {OWN_PARTS}"
+        )
+    return f"{folder / name} was changed: its sha256 is {sha256_file(folder / name)}, not {digest}"
 
 
 def _check_counts(folder: Path, counts: Mapping[str, Any], checked: CheckedRows) -> Iterator[str]:
@@ -215,34 +217,16 @@ def _check_tokenizer_config(folder: Path, encoder: TemplateEncoder) -> Iterator[
 
 
 def _check_card(folder: Path, counts: Mapping[str, Any], checked: CheckedRows, tokenizer: Tokenizer) -> Iterator[str]:
-    """Compare the card with one rendered again from counts.json and the files.
-
-    A version of huggingface_hub may write YAML in another form, so that its values are compared.
-    """
-    path = folder / CARD
-    corpus = counts.get("corpus", "")
-    found, text = _split_card(plain_card(read_card(path), corpus))
-    infos = found["dataset_info"]
-    other_info = infos[1:] if isinstance(infos, list) else ()  # not derived again: the size of the recordings in memory
+    """Compare the card with one rendered again from counts.json and the files."""
     try:
-        card = make_card(counts["config"], checked.num_bytes, counts, data_files(folder, counts), tokenizer, other_info)
-    except (LookupError, TypeError, AttributeError, ValueError, UndefinedError) as error:
+        where = find_edits(folder, counts, tokenizer, checked.num_bytes)
+    except CARD_ERRORS as error:
         yield f"{folder / COUNTS} does not have all that the card says ({first_line(error)}): {PREPARE_AGAIN}"
         return
-    metadata, expected = _split_card(plain_card(card, corpus))
-    different = sorted(name for name in found.keys() | metadata.keys() if found.get(name) != metadata.get(name))
-    if different or text != expected:
-        where = f"in its YAML ({', '.join(different)})" if different else "in its text"
-        if "configs" in different:  # `_read_card` has compared the rest of them
+    if where:
+        if "configs" in where:  # `_read_card` has compared the rest of them
             where += ", which does not hold the digest of its data files, so that load_dataset may give cached rows of other files"
-        yield f"{path} is not the card of this folder, it differs {where}: restore it, or {PREPARE_AGAIN}"
-
-
-def _split_card(card: str) -> tuple[dict[str, Any], str]:
-    """Return the values of a card's YAML, and the text below it."""
-    match = REGEX_YAML_BLOCK.search(card)
-    assert match is not None  # `_read_card` has read it
-    return yaml.safe_load(match.group(2)), card[match.end() :]
+        yield f"{folder / CARD} is not the card of this folder, it differs in {where}: restore it, or {PREPARE_AGAIN}"
 
 
 def _read_card(folder: Path, counts: Mapping[str, Any]) -> datasets.DatasetInfo:

@@ -111,7 +111,8 @@ def dry_run(config: PrepareConfig) -> DryRun:
 
 def _stand_in(config: PrepareConfig, scratch: str) -> UnitTokenizer:
     """A unit tokenizer with the settings of the run, and with a digest that no cached work has."""
-    if config.streams is not None or config.num_streams is not None or _is_codec_on_hub(config):
+    has_streams = (config.streams, config.num_streams) != (None, None)
+    if (has_streams and str(config.unit_model) != PUBLISHED) or _is_codec_on_hub(config):
         raise ValueError(
             f"{config.unit_model} is not on this machine, and a dry run does not know the rate of a codec without its config: download it "
             f"first with 'hf download {config.unit_model}'"

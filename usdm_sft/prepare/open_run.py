@@ -31,10 +31,11 @@ from usdm_sft.prepare.overflow import choose_overflow
 from usdm_sft.prepare.plan import Plan, plan_shards
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer, read_base_model
+from usdm_sft.units.folder import read_description
 from usdm_sft.units.precision import check_cpu
-from usdm_sft.units.published import find_unit_model
+from usdm_sft.units.published import PUBLISHED, find_unit_model, locate_unit_model
 from usdm_sft.units.source import UnitSource
-from usdm_sft.units.tokenizer import UnitTokenizer, open_for
+from usdm_sft.units.tokenizer import UnitTokenizer, check_description, open_for
 from usdm_sft.utils.cache_keys import cache_key, cache_root
 from usdm_sft.utils.locks import require_locks
 from usdm_sft.utils.pool import Pool
@@ -124,6 +125,8 @@ def open_run(
     require_locks(cache / "locks")
     # A folder that is no corpus is refused before anything is downloaded.
     find_lists(config.data_dir, config.data_files, corpus=config.corpus, cache_dir=cache, may_download=False)
+    if config.unit_rate is None:
+        _check_unit_model(config)
     stages.start("tokenizer")
     tokenizer = load_tokenizer(config.pretrained_model_name_or_path, config.model_cache_dir)
     encoder = TemplateEncoder(
@@ -146,6 +149,14 @@ def open_run(
         _check_lengths(builder.audio_digests, units)
     plan = plan_shards(builder, units, encoder, config.shard_dialogs)
     return Run(config, overflow, output, cache, devices, builder, tokenizer, encoder, units, plan)
+
+
+def _check_unit_model(config: PrepareConfig) -> None:
+    """Check options against a unit model that needs no download before the corpus is read."""
+    folder = locate_unit_model(config.unit_model, config.model_cache_dir)
+    if folder is not None or str(config.unit_model) == PUBLISHED:
+        description = {} if folder is None else read_description(folder)
+        check_description(description, config.precision, config.streams, config.num_streams)
 
 
 def _warn(builder: DailyTalkUSDM) -> None:

@@ -16,7 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from usdm_sft.folder.layout import find_finished, lock_output
+from usdm_sft.folder.finished import find_finished
+from usdm_sft.folder.layout import lock_output
 from usdm_sft.folder.own_parts import check_options, update_card
 from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.prepare.given_units import GivenUnits, write_given_units

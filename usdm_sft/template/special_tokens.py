@@ -57,7 +57,7 @@ def unit_token(unit: int) -> str:
 
 
 @contextmanager
-def naming_errors(name: str = "this tokenizer", instead: str = OR_OFFLINE) -> Iterator[None]:
+def naming_errors(name: str = "this tokenizer", instead: str = "") -> Iterator[None]:
     """Turn the errors of tokenizers into a ValueError with the name of the tokenizer. Other errors pass.
 
     tokenizers raises plain `Exception`, and panics where a tokenizer.json contradicts itself, often not before the first text.

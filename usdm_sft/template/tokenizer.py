@@ -35,6 +35,7 @@ from usdm_sft.template.special_tokens import (
     unit_token,
     without_padding,
 )
+from usdm_sft.utils.files import describe_bad_json, is_html
 from usdm_sft.utils.hub import hub_errors, only_cached
 from usdm_sft.utils.texts import first_line
 
@@ -50,6 +51,7 @@ CONTINUE, CORRESPOND, UNIT_0 = 32000, 32001, 32002
 NUM_UNITS = 10_000
 
 _BASE_MODEL = "base_model"  # in tokenizer_config.json
+_MISTRALS = re.compile("mistral|ustm", re.IGNORECASE)  # names of tokenizers in whose place USTM's can be
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 
 MODEL_SHA256 = "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055"
@@ -103,8 +105,9 @@ def load_tokenizer(
         return build_tokenizer()
     hub = {"cache_dir": model_cache_dir, "revision": revision, "token": token, "repo_type": repo_type}
     place = f"{name_or_path}/{subfolder}" if subfolder else str(name_or_path)
-    tokenizer = _open_tokenizer(str(name_or_path), subfolder, hub)
-    with naming_errors(place):
+    instead = OR_OFFLINE if _MISTRALS.search(Path(name_or_path).name) else ""
+    tokenizer = _open_tokenizer(str(name_or_path), subfolder, hub, instead=instead)
+    with naming_errors(place, instead):
         if is_ustm(tokenizer.backend_tokenizer):
             check_tokenizer(tokenizer.backend_tokenizer, place)
         else:
@@ -205,10 +208,10 @@ def build_tokenizer(
     if not 1 <= num_units <= MAX_UNITS:
         raise ValueError(f"num_units is {num_units}: give a number from 1 to {MAX_UNITS}")
     if str(base) != OFFLINE:
-        opened = _open_tokenizer(str(base), None, {"cache_dir": model_cache_dir, "repo_type": "model"}, instead="")
+        opened = _open_tokenizer(str(base), None, {"cache_dir": model_cache_dir, "repo_type": "model"})
         if not Path(base).expanduser().is_dir():  # paths stay private
             opened.init_kwargs[_BASE_MODEL] = str(base)
-        with naming_errors(str(base), instead=""):
+        with naming_errors(str(base)):
             return add_units(opened, num_units, str(base))
     try:
         import sentencepiece  # an optional dependency, like mistral-common
@@ -301,14 +304,14 @@ def describe_tokenizer(
 
 
 def _open_tokenizer(
-    name_or_path: str, subfolder: str | None, hub: dict[str, Any], *, instead: str = OR_OFFLINE
+    name_or_path: str, subfolder: str | None, hub: dict[str, Any], *, instead: str = ""
 ) -> PreTrainedTokenizerFast:
     """Open tokenizer.json as it is.
 
     Args:
         name_or_path: The argument of `load_tokenizer`, as well as `subfolder`.
         hub: The arguments of `hf_hub_download`.
-        instead: The last remedy of errors; a base tokenizer has none, because USTM's tokenizer cannot take its place.
+        instead: The last remedy of errors; "" where USTM's tokenizer cannot take its place.
 
     Raises:
         OSError, ValueError: As `load_tokenizer`.
@@ -341,6 +344,9 @@ def _open_tokenizer(
         except OSError:
             raise
         except Exception as error:  # transformers and tokenizers raise many types for a malformed file
+            for file in sorted(Path(source).glob("*.json")):
+                if is_html(file):
+                    raise ValueError(f"{describe_bad_json(file, error)}: download it again{instead}") from error
             raise ValueError(
                 f"{place} has a tokenizer that cannot be opened ({first_line(error)}): download it again{instead}"
             ) from error

@@ -124,6 +124,8 @@ def choose_streams(description: Mapping[str, Any], streams: StreamsName | None, 
         )
     sizes = sizes[:num_streams]
     if len(sizes) == 1:
+        if streams is not None:
+            raise ValueError(f"streams is {streams}, but one stream of the codec ({name}) is used: leave it out")
         return UnitStreams(rate, sizes)
     if streams is None:
         raise ValueError(

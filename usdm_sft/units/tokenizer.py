@@ -135,7 +135,7 @@ class UnitTokenizer:
         if device.type == "cpu":
             check_cpu(precision)
         folder = find_folder(name_or_path, revision=revision, token=token, model_cache_dir=model_cache_dir)
-        settings |= _check_description(read_description(folder), precision, streams, num_streams)
+        settings |= check_description(read_description(folder), precision, streams, num_streams)
         return cls(folder, unit_model_digest(folder, cache_dir), settings, str(device))
 
     def save_pretrained(self, save_directory: str | Path) -> None:
@@ -440,11 +440,11 @@ def open_for(
     """
     settings = make_settings(torch.device(device).type, precision, resampler, batch_seconds)
     folder = find_folder(folder)
-    settings |= _check_description(read_description(folder), precision, streams, num_streams)
+    settings |= check_description(read_description(folder), precision, streams, num_streams)
     return UnitTokenizer(folder, unit_model_digest(folder, cache_dir), settings, device)
 
 
-def _check_description(
+def check_description(
     description: dict[str, Any], precision: str, streams: StreamsName | None, num_streams: int | None
 ) -> dict[str, Any]:
     """Check settings against the unit model; return those that a codec adds.

@@ -3,6 +3,7 @@
 import errno
 import os
 
+from usdm_sft.utils.files import SUFFIX
 from usdm_sft.utils.texts import first_line
 
 _INPUT_ERRORS = (OSError, ValueError, IndexError, ImportError, MemoryError, RuntimeError)
@@ -19,6 +20,9 @@ def describe_error(error: BaseException) -> str | None:
     A class that a library defines, such as `datasets.exceptions.DatasetsError` or `pyarrow.ArrowException`, tells what is wrong with the
     input; tokenizers raises plain `Exception`. Other classes of Python, such as TypeError, are mistakes, whose traceback helps.
     """
+    if isinstance(error, OSError) and error.strerror and isinstance(error.filename, str):  # the system's own
+        name = str(error.filename2 or error.filename).removesuffix(SUFFIX)
+        return f"{name} cannot be read or written ({error.strerror}): name another path, or correct what is there"
     if isinstance(error, _INPUT_ERRORS) and str(error):
         return str(error)
     kind = type(error)

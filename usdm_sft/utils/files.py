@@ -106,8 +106,21 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a JSON file whose top-level value is an object.
+def describe_bad_json(path: str | Path, error: Exception) -> str:
+    """Say that a file is not JSON. A page of HTML has often been saved in its place, such as one to log in."""
+    if is_html(path):
+        return f"{path} is HTML and not JSON, such as a page to log in or of an error"
+    return f"{path} is not JSON ({error})"
+
+
+def is_html(path: str | Path) -> bool:
+    """Return True for a file that begins as HTML does."""
+    with Path(path).expanduser().open("rb") as file:
+        return file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<")
+
+
+def read_json(path: str | Path, remedy: str = "correct the file, or download it again") -> dict[str, Any]:
+    """Read a JSON file whose top-level value is an object. The errors end with the remedy.
 
     Raises:
         FileNotFoundError: The file does not exist.
@@ -115,10 +128,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise FileNotFoundError(f"{path} is not a file: name a JSON file") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): correct the file") from error
+        raise ValueError(f"{describe_bad_json(path, error)}: {remedy}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a JSON object but a {type(values).__name__}: correct the file")
+        raise ValueError(f"{path} is not a JSON object but a {type(values).__name__}: {remedy}")
     return values
