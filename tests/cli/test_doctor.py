@@ -101,7 +101,7 @@ def test_good_set_up_without_a_gpu(doctor, mini, unit_model, no_network, tmp_pat
         ("ok", f"{corpus}/train.txt (split list): 4 dialogs, 10 pairs; 2 dialogs left out, as counts.json will say"),
         (
             "warning",
-            f"train: 2 of 6 dialogs are left out ({LEFT_OUT}): join neighbouring turns with --merge_speaker_turns",
+            f"train: 2 of 6 dialogs are left out ({LEFT_OUT}): join neighbouring turns with --merge_speaker_turns, which keeps 1 of them",
         ),
         ("ok", f"{corpus}/test.txt (split list): 2 dialogs, 3 pairs"),
     ]
@@ -240,8 +240,9 @@ def test_bad_recording(doctor, mini, tmp_path, option, level):
     (corpus / "data" / "3" / "0_0_d3.wav").write_bytes(b"")
     found = doctor("--on_bad_audio", option, data_dir=corpus)
     bad, total = found.about("recordings")
-    remedy = "replace the file, or leave out its pairs with --on_bad_audio skip; prepare lists every one"
-    assert bad == (level, f"{corpus}/data/3/0_0_d3.wav is empty (0 bytes): {remedy}")
+    remedy = "--on_bad_audio skip leaves out its pairs"
+    remedy = remedy if option == "skip" else "replace the file, or leave out its pairs with --on_bad_audio skip"
+    assert bad == (level, f"{corpus}/data/3/0_0_d3.wav is empty (0 bytes): {remedy}; prepare lists every one")
     assert total[1].startswith("18 of 19 that were opened are good; the corpus has 19, about ")
     assert ("error" in [level for level, _, _ in found]) == (option == "error")
 
