@@ -24,7 +24,7 @@ import safetensors
 
 from dailytalk_usdm import load_dataset
 from tests.forked import Fork
-from tests.helpers import LEFT_OUT
+from tests.helpers import DEMO, LEFT_OUT
 from tests.helpers import command as prepare_command
 from usdm_sft.cli.main import main, make_parser
 from usdm_sft.cli.parser import _use_underscores
@@ -66,6 +66,9 @@ def configured(monkeypatch):
     """Run `prepare` up to its options, and return them."""
     given = []
     monkeypatch.setattr("usdm_sft.prepare.prepare.prepare", lambda config: given.append(config) or {"splits": {}})
+    monkeypatch.setattr(
+        "usdm_sft.prepare.config.PrepareConfig.check_kinds", lambda config: None
+    )  # data_dir is a letter
 
     def run(*args):
         main(["prepare", "--output_path", "o", *args])
@@ -270,7 +273,7 @@ IMPOSSIBLE = "holds a NUL, a newline, or bytes that are not UTF-8: rename the fi
         (["show", "d", "--html", "a\0b"], IMPOSSIBLE),
         (["verify", "a" * 5000], "File name too long"),
         (["units", "a" * 5000, "x"], "File name too long"),
-        (["prepare", "--data_dir", "d", "--output_path", "a" * 5000], "File name too long"),
+        (["prepare", "--data_dir", str(DEMO / "corpus"), "--output_path", "a" * 5000], "File name too long"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
