@@ -24,7 +24,7 @@ import safetensors
 
 from dailytalk_usdm import load_dataset
 from tests.forked import Fork
-from tests.helpers import LEFT_OUT
+from tests.helpers import DEMO, LEFT_OUT
 from tests.helpers import command as prepare_command
 from usdm_sft.cli.main import main, make_parser
 from usdm_sft.cli.parser import _use_underscores
@@ -66,12 +66,46 @@ def configured(monkeypatch):
     """Run `prepare` up to its options, and return them."""
     given = []
     monkeypatch.setattr("usdm_sft.prepare.prepare.prepare", lambda config: given.append(config) or {"splits": {}})
+    monkeypatch.setattr(
+        "usdm_sft.prepare.config.PrepareConfig.check_kinds", lambda config: None
+    )  # data_dir is a letter
 
     def run(*args):
         main(["prepare", "--output_path", "o", *args])
         return given[-1]
 
     return run
+
+
+REFUSED_AT_ONCE = {
+    "--max_gap 1": "max_gap says how turns are joined: add --merge_speaker_turns, or leave it out",
+    "--overflow split": "overflow is split, but a row of single_turn is one pair and cannot be cut: use drop",
+    "--on_bad_rows clip": "train.txt is a split list, and on_bad_rows clip is for manifests and files of other tools: leave it out",
+    "--agent channel=1": "train.txt is a split list, and agent channel=1 is for manifests and files of other tools: leave it out",
+    "--unit_rate 50 --num_units 9": "train.txt is a split list, which has no units: leave out unit_rate, or name a manifest",
+    "--streams first --num_streams 2": "streams and num_streams are given, but the unit model is not a codec: leave them out",
+    "--corpus kaldi": "holds no corpus of the kind kaldi: give its folder or file as data_dir",
+}
+
+
+def test_options_that_do_not_fit_are_refused_before_heavy_imports(mini):
+    """All in one process, as below."""
+    lines = [f"prepare --data_dir {mini / 'corpus'} --output_path out {options}" for options in REFUSED_AT_ONCE]
+    code = f"""
+import sys
+from usdm_sft.cli.main import main
+for line in {lines!r}:
+    try:
+        main(line.split())
+    except SystemExit as error:
+        assert error.code == 1
+print([name for name in {HEAVY!r} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("dailytalk-usdm prepare: ")]
+    for message, line in zip(REFUSED_AT_ONCE.values(), errors, strict=True):
+        assert message in line
 
 
 def test_help_imports_nothing_heavy():
@@ -239,7 +273,7 @@ IMPOSSIBLE = "holds a NUL, a newline, or bytes that are not UTF-8: rename the fi
         (["show", "d", "--html", "a\0b"], IMPOSSIBLE),
         (["verify", "a" * 5000], "File name too long"),
         (["units", "a" * 5000, "x"], "File name too long"),
-        (["prepare", "--data_dir", "d", "--output_path", "a" * 5000], "File name too long"),
+        (["prepare", "--data_dir", str(DEMO / "corpus"), "--output_path", "a" * 5000], "File name too long"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -1,6 +1,8 @@
 """The command `doctor`: every line, on good and on broken set-ups."""
 
 import importlib.metadata
+import json
+import re
 import shutil
 from collections import namedtuple
 from functools import partial
@@ -101,7 +103,7 @@ def test_good_set_up_without_a_gpu(doctor, mini, unit_model, no_network, tmp_pat
         ("ok", f"{corpus}/train.txt (split list): 4 dialogs, 10 pairs; 2 dialogs left out, as counts.json will say"),
         (
             "warning",
-            f"train: 2 of 6 dialogs are left out ({LEFT_OUT}): join neighbouring turns with --merge_speaker_turns",
+            f"train: 2 of 6 dialogs are left out ({LEFT_OUT}): join neighbouring turns with --merge_speaker_turns, which keeps 1 of them",
         ),
         ("ok", f"{corpus}/test.txt (split list): 2 dialogs, 3 pairs"),
     ]
@@ -240,10 +242,38 @@ def test_bad_recording(doctor, mini, tmp_path, option, level):
     (corpus / "data" / "3" / "0_0_d3.wav").write_bytes(b"")
     found = doctor("--on_bad_audio", option, data_dir=corpus)
     bad, total = found.about("recordings")
-    remedy = "replace the file, or leave out its pairs with --on_bad_audio skip; prepare lists every one"
-    assert bad == (level, f"{corpus}/data/3/0_0_d3.wav is empty (0 bytes): {remedy}")
+    remedy = "--on_bad_audio skip leaves out its pairs"
+    remedy = remedy if option == "skip" else "replace the file, or leave out its pairs with --on_bad_audio skip"
+    assert bad == (level, f"{corpus}/data/3/0_0_d3.wav is empty (0 bytes): {remedy}; prepare lists every one")
     assert total[1].startswith("18 of 19 that were opened are good; the corpus has 19, about ")
     assert ("error" in [level for level, _, _ in found]) == (option == "error")
+
+
+@pytest.mark.parametrize(("on_bad_rows", "remedy"), [
+    ("skip", "--on_bad_rows skip leaves out its pairs"),
+    ("clip", "--on_bad_rows clip cuts it at the end of the recording, or leaves out its pairs where nothing is left"),
+])  # fmt: skip
+def test_pairs_without_bad_rows_and_short_segments(doctor, tmp_path, on_bad_rows, remedy):
+    """As prepare counts them; no option is advised that is given already."""
+    rows = [
+        {"dialog": dialog, "turn": turn, "speaker": "AB"[turn % 2], "text": "hi", "audio": "c.wav", "start": turn, "end": turn + 1}
+        for dialog in "cde"
+        for turn in range(4)
+    ]  # fmt: skip
+    rows[1]["text"], rows[7]["end"], rows[11]["end"] = "", 3.1, 9
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    soundfile.write(tmp_path / "corpus" / "c.wav", np.zeros(4 * 16_000), 16_000)
+    found = doctor("--on_bad_rows", on_bad_rows, "--min_seconds", 0.5, "--val_dialogs", 1, data_dir=tmp_path / "corpus")
+    corpus, validation = (text for _, text in found.about("corpus") if "dry_run" in text)
+    counts = [re.search(r"(\d) dialogs?, (\d) pair", text).groups() for text in (corpus, validation)]
+    assert [sum(map(int, each)) for each in zip(*counts, strict=True)] == [3, 6]
+    assert "no text: 1" in corpus + validation and "shorter than min_seconds: 1" in corpus + validation
+    assert validation.startswith(f"validation of {tmp_path}/corpus/train.jsonl (manifest): 1 dialog, ")
+    [(level, text), _] = found.about("recordings")
+    assert level == "warning" and text.endswith(
+        f"is to be cut up to 9 s, but has 4 s: {remedy}; prepare lists every one"
+    )
 
 
 def test_corpus_that_does_not_exist(doctor, tmp_path):

@@ -459,7 +459,7 @@ def test_split_without_a_pair_left_is_refused(corpus, tmp_path):
         DailyTalkUSDM(data_dir=corpus, on_bad_audio="skip").screen_audio()
     data = corpus.resolve() / "data"
     assert str(caught.value).split("\n") == [
-        "bad audio leaves no pair of test: replace files, or name another split list",
+        "no pair of test is left after turns were left out (bad audio: 2): replace files, or name another split list",
         f"utterance 1_0_d105: audio file {data}/105/1_0_d105.wav is empty (0 bytes)",
         f"utterance 0_0_d2001: audio file {data}/2001/0_0_d2001.wav is empty (0 bytes)",
     ]

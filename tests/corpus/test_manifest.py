@@ -518,7 +518,7 @@ def test_bad_turn_of_a_call_is_left_out(calls, prepared, unit_model, tmp_path):
     rows[2]["end"] = 1000
     write_jsonl(calls / "test.jsonl", rows)
     with pytest.raises(
-        ValueError, match=r"utterance d105_2: audio file .*d105\.wav#t=.* is to be cut up to 1000 s, but has"
+        ValueError, match=r"test\.jsonl:3: audio file .*d105\.wav#t=.* is to be cut up to 1000 s, but has"
     ):
         run(calls, tmp_path / "out", unit_model, prepared)
     counts = run(calls, tmp_path / "out", unit_model, prepared, on_bad_audio="skip")

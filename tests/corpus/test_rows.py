@@ -96,10 +96,11 @@ def test_long_pause_divides_a_dialog(tmp_path):
 
 
 @pytest.mark.parametrize(("rules", "message"), [
-    ({"merge": "span"}, "merge says how turns are joined: add --merge_speaker_turns, or leave them out"),
-    ({"merge": "span", "max_gap": 1.0}, "merge and max_gap say how turns are joined: add --merge_speaker_turns"),
+    ({"merge": "span"}, "merge says how turns are joined: add --merge_speaker_turns, or leave it out"),
+    ({"merge": "span", "max_gap": 1.0}, "merge and max_gap say how turns are joined: add --merge_speaker_turns, or leave them out"),
     ({"min_seconds": 2.0, "max_seconds": 1.0}, r"min_seconds is 2\.0, but max_seconds 1\.0: give a range"),
     ({"keep_columns": "topic, seconds"}, "keep_columns names seconds, which is no further column of a manifest: leave it out"),
+    ({"keep_columns": "seconds,turn"}, "keep_columns names seconds, turn, which are no further columns of a manifest: leave them out"),
     ({"on_bad_rows": "drop"}, "on_bad_rows 'drop' is unknown: choose one of error, skip, clip"),
 ])  # fmt: skip
 def test_rules_that_contradict(tmp_path, rules, message):
@@ -121,7 +122,7 @@ def test_many_dialogs_of_segments_name_the_option_in_a_short_message(tmp_path):
         DailyTalkUSDM(data_files={"train": str(path)}, digest_cache_dir=tmp_path, cache_dir=str(tmp_path))
     assert str(raised.value) == (
         f"{path}: not one pair: one speaker speaks twice in a row: 600, such as call-0, call-1, call-2: "
-        "join neighbouring turns with --merge_speaker_turns, or name another split list"
+        "join neighbouring turns with --merge_speaker_turns, which keeps 600 of them, or name another split list"
     )
 
 
@@ -129,10 +130,16 @@ def test_more_than_a_tenth_of_the_dialogs_is_worth_a_warning(tmp_path):
     rows = [segment("AB"[i % 2] if n >= 2 else "A", i, i + 1, dialog=f"d{n}") for n in range(20) for i in range(2)]
     split = read(tmp_path, rows)
     assert len(split.left_out) == 2 and find_large_share(split) is None
+    reasons = "d0: one speaker speaks twice in a row, d1: one speaker speaks twice in a row"
     split = read(tmp_path, rows[:-2])
+    assert find_large_share(split) == f"train: 2 of 19 dialogs are left out ({reasons}): counts.json names each"
+    split = read(tmp_path, [*rows[:-2], segment("B", 2, 3, dialog="d1")])
     assert find_large_share(split) == (
-        "train: 2 of 19 dialogs are left out (d0: one speaker speaks twice in a row, d1: one speaker speaks twice in a row): "
-        "join neighbouring turns with --merge_speaker_turns"
+        f"train: 2 of 19 dialogs are left out ({reasons}): join neighbouring turns with --merge_speaker_turns, which keeps 1 of them"
+    )
+    assert not read(tmp_path, [*rows[:-2], segment("B", 2, 3, dialog="d1")], agent="A").num_mergeable
+    assert find_large_share(read(tmp_path, rows[2:6])) == (
+        "train: 1 of 2 dialogs is left out (d1: one speaker speaks twice in a row): counts.json names each"
     )
 
 
@@ -172,7 +179,9 @@ def test_agent_by_name_channel_or_column(tmp_path, agent, pairs):
     ("channel=2", ROLES, "m.jsonl: no turn is on channel 2, that of the agent: the channels are '0, 1'"),
     ("column=rôle", ROLES, "m.jsonl has no column rôle: its further columns are 'role'"),
     ("column=role", [row | {"role": "Z"} for row in ROLES[:3]],
-     "m.jsonl:1: dialog c names 'Z' as agents in column role: give one of its speakers 'A, B' in its rows"),
+     "m.jsonl:1: dialog c names 'Z' as the agent in column role: give one of its speakers 'A, B' in its rows"),
+    ("column=role", [*ROLES[:2], ROLES[2] | {"role": "A"}],
+     "m.jsonl:1: dialog c names 'A, B' as agents in column role: give one of its speakers 'A, B' in its rows"),
     ("column=role", [*ROLES[:3], ROLES[3] | {"role": None}, *(row | {"role": None} for row in ROLES[4:])],
      "m.jsonl:4: dialog d names no agent in column role: give one of its speakers 'X, Y' in its rows"),
 ])  # fmt: skip
@@ -207,7 +216,7 @@ def test_bad_row_is_one_problem_or_leaves_out_its_pairs(tmp_path, change, reason
     whole = read_corpus({"train": tmp_path / "m.jsonl"}, rules)
     split = screen_audio(whole, "error", tmp_path, rules=rules)[0]["train"]
     assert [[u.text for u in dialog.utterances] for dialog in split.dialogs] == [["t0", "t1"], ["t3", "t4", "t5"]]
-    row = f"row of c_2: {problem}"
+    row = f"m.jsonl:3: {problem}"
     assert (dict(split.pairs_left_out), dict(split.turns_left_out)) == ({"c_1": row, "c_2": row}, {reason: 1})
     assert split.pairs_with_bad_rows == 2
 
@@ -246,7 +255,7 @@ def test_bad_row_makes_the_turn_bad_that_it_is_joined_to(tmp_path):
     ]
     assert [dialog.id for dialog in split.dialogs] == ["e"]
     assert dict(split.left_out) == {"c": "each of its pairs has a bad row or bad audio"}
-    assert list(split.pairs_left_out) == ["c_0", "c_1"]
+    assert dict(split.pairs_left_out) == dict.fromkeys(["c_0", "c_1"], "m.jsonl:3: text missing")
 
 
 TIMES = [(0, 1), (1, 2), (2, 3.06), (2.9, 3.04), (3.01, 9), (2.99, 9)]
@@ -264,15 +273,36 @@ def test_end_past_the_recording(tmp_path, on_bad_rows, turns_left_out, pairs):
     whole = read_corpus({"train": path}, rules)
     with pytest.raises(
         ValueError,
-        match=r"utterance c_2: audio file .* is to be cut up to 3\.06 s, but has 3 s: correct the end, cut it with --on_bad_rows clip",
+        match=rf"^{path}:3: audio file .* is to be cut up to 3\.06 s, but has 3 s: correct the end, cut it with --on_bad_rows clip",
     ):
         screen_audio(whole, "error", tmp_path)
+    assert screen_audio(whole, "skip", tmp_path)[0]["train"].turns_clipped == {}
     split = screen_audio(whole, "error", tmp_path, rules=rules)[0]["train"]
     assert dict(split.turns_left_out) == turns_left_out
     found = [f"c_{user.turn}" for dialog in split.dialogs for user, _ in dialog.pairs()]
     assert found == pairs
     if on_bad_rows == "clip":
         assert split.dialogs[0].utterances[2].audio.endswith("#t=2,3&channel=0")
+        assert split.turns_clipped == {"c_2": "m.jsonl:3: is to be cut up to 3.06 s, but has 3 s"}
+    else:
+        assert split.turns_clipped == {}
+
+
+@pytest.mark.parametrize(
+    ("end", "clipped"), [(5, {"c_1": "m.jsonl:3 to 4: is to be cut up to 5 s, but has 4 s"}), (4, {})]
+)
+def test_joined_turn_is_named_by_its_rows(tmp_path, end, clipped):
+    """Its pair has the number after joining, its rows are those of the file."""
+    rows = [segment("A", 0, 1), segment("A", 1, 2), segment("B", 2, 3), segment("B", 3, end)]
+    soundfile.write(tmp_path / "c.wav", np.zeros((4 * RATE, 2)), RATE)
+    rules = Rules(on_bad_rows="clip", merge_speaker_turns=True)
+    whole = read_corpus({"train": write(tmp_path / "m.jsonl", rows)}, rules)
+    assert screen_audio(whole, "error", tmp_path, rules=rules)[0]["train"].turns_clipped == clipped
+    longer = Rules(merge_speaker_turns=True, max_seconds=1.5)
+    with pytest.raises(ValueError, match=r"m\.jsonl:1 to 2: has 2 s, more than max_seconds 1\.5"):
+        screen_audio(
+            read_corpus({"train": write(tmp_path / "m.jsonl", rows[:3])}, longer), "error", tmp_path, rules=longer
+        )
 
 
 def test_joined_segments_are_cut_each_at_the_end_of_its_recording():
@@ -293,13 +323,22 @@ def test_turns_of_other_lengths_are_left_out(tmp_path):
     assert dict(split.turns_left_out) == {"longer than max_seconds": 1, "shorter than min_seconds": 2}
     assert [f"c_{user.turn}" for dialog in split.dialogs for user, _ in dialog.pairs()] == ["c_5"]
     assert split.pairs_left_out["c_3"] == (
-        "row of c_3: has 0.5 s, less than min_seconds 0.6; row of c_4: has 4 s, more than max_seconds 2"
+        "m.jsonl:4: has 0.5 s, less than min_seconds 0.6; m.jsonl:5: has 4 s, more than max_seconds 2"
     )
+    left, there = "no pair of train is left after turns were left out", r"\(the turns have 0\.5 to 4 s\)"
+    with pytest.raises(
+        ValueError, match=rf"{left} \(shorter than min_seconds: 5\): lower --min_seconds {there}, or name"
+    ):
+        screen_audio(
+            read_corpus({"train": write(tmp_path / "m.jsonl", rows[2:])}), "error", tmp_path, rules=Rules(min_seconds=5)
+        )
     with pytest.raises(
         ValueError,
-        match="bad rows, bad audio and lengths leave no pair of train: replace files, or name another split list",
+        match=rf"{left} \(longer than max_seconds: 1, no text: 1\): raise --max_seconds \(the turns have 1 s\), correct the rows, or",
     ):
-        screen_audio(whole, "error", tmp_path, rules=Rules(min_seconds=5))
+        rules = Rules(on_bad_rows="skip", max_seconds=0.5)
+        write(tmp_path / "m.jsonl", [rows[0], rows[1] | {"text": ""}])
+        screen_audio(read_corpus({"train": tmp_path / "m.jsonl"}, rules), "error", tmp_path, rules=rules)
 
 
 def test_length_of_turns_with_units_is_that_of_their_units(tmp_path):
@@ -453,14 +492,14 @@ def test_texts_in_lists_of_several_row_groups_are_read(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(
-    "rules", [{"on_bad_rows": "skip"}, {"keep_columns": "all"}, {"agent": "column=role"}, {"needs_text": False}]
-)
-def test_split_lists_have_no_rules_of_manifests(mini, rules):
-    with pytest.raises(
-        ValueError,
-        match=r"train\.txt is a split list: on_bad_rows, keep_columns, a column as agent and rows without a text are of manifests",
-    ):
+@pytest.mark.parametrize(("rules", "named"), [
+    ({"on_bad_rows": "skip"}, "on_bad_rows skip is for manifests and files of other tools: leave it out"),
+    ({"keep_columns": "all"}, "keep_columns is for manifests"), ({"needs_text": False}, "a template without texts is for manifests"),
+    ({"agent": "column=role"}, "agent column=role is for manifests"), ({"agent": "channel=1"}, "agent channel=1 is for manifests"),
+    ({"keep_columns": "all", "on_bad_rows": "clip"}, "on_bad_rows clip and keep_columns are for manifests and files of other tools: leave them out"),
+])  # fmt: skip
+def test_split_lists_have_no_rules_of_manifests(mini, rules, named):
+    with pytest.raises(ValueError, match=rf"train\.txt is a split list, and {named}"):
         read_corpus({"train": mini / "corpus" / "train.txt"}, Rules(**rules))
 
 

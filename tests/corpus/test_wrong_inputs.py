@@ -90,6 +90,7 @@ WRONG = [
     (KALDI | {"text": "u hello\nv bye\n"}, r"text:2: 'v' is not in segments: add it there, or delete the line"),
     (KALDI | {"text": ""}, r"segments:1: text missing"),
     (KALDI | {"utt2spk": "v A\n"}, r"segments:1: 'u' has no speaker in utt2spk: add its line"),
+    ({name: KALDI[name] for name in ("wav.scp", "segments", "text")}, r"utt2spk does not exist: write it, with an utterance and its speaker in each line"),
     (KALDI | {"text": b"u hello\n\xff\n"}, r"text:2: not UTF-8 \(byte 0xFF"),
     # RTTM and CTM
     ({"a.rttm": "SPEAKER r 1 1.0 x <NA> <NA> A\n", "r.wav": ""}, r"a\.rttm:1: 'SPEAKER r 1 1\.0 x <NA> <NA> A' is not 'SPEAKER file channel start duration <NA> <NA> speaker': correct the line"),

@@ -303,9 +303,9 @@ def test_machine_without_sbatch(tmp_path, monkeypatch):
         (["--slurm.time", "24:00:00", "--slurm.partition", "gpu", "--slurm.nodes", "2"], "slurm has nodes, but takes"),
     ],
 )
-def test_bad_slurm_options_on_the_command_line(capsys, given, message):
+def test_bad_slurm_options_on_the_command_line(mini, capsys, given, message):
     with pytest.raises(SystemExit, match="1"):
-        main(["prepare", "--data_dir", "d", "--output_path", "o", "--executor", "slurm", *given])
+        main(["prepare", "--data_dir", str(mini / "corpus"), "--output_path", "o", "--executor", "slurm", *given])
     assert message in capsys.readouterr().err
 
 

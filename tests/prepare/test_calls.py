@@ -77,6 +77,8 @@ def test_commands_of_the_page(calls, mini, unit_model, monkeypatch, capsys, capl
     }  # fmt: skip
     export(calls / "calls-data", tmp_path / "text")
     for split in SPLITS:
+        [(_, clipped)] = counts["splits"][split]["turns_clipped"].items()  # by 9 s, in the last line
+        assert clipped.startswith(f"{split}.csv:") and "is to be cut up to" in clipped
         assert "turns_left_out" not in counts["splits"][split] and not counts["splits"][split]["pairs_left_out"]
         rows = datasets.load_dataset(str(calls / "calls-data"), split=split, cache_dir=str(tmp_path / "datasets"))
         assert set(rows["agent_speaker"]) == {"1"} and set(rows["user_topic"]) == {split} == set(rows["agent_topic"])

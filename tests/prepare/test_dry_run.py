@@ -91,7 +91,7 @@ def test_command_prints_the_rows_that_would_be_left_out(shorter, mini, unit_mode
     assert out[-1] == "nothing was written" and not list(tmp_path.iterdir())
 
 
-def test_long_lists_are_cut_and_a_full_disk_is_an_error(monkeypatch, capsys):
+def test_long_lists_are_cut_and_a_full_disk_is_an_error(mini, monkeypatch, capsys):
     split = {"rows": 1, "dialogs": 1, "hours": 0, "tokens": 9, "labelled_tokens": 2, "pairs_with_bad_audio": 0}
     split |= {"rows_cut": {}, "dialogs_left_out": {}}
     split |= {"pairs_left_out": {f"d{i}_0": "9 tokens, more than max_length 8" for i in range(1234)}}
@@ -100,7 +100,7 @@ def test_long_lists_are_cut_and_a_full_disk_is_an_error(monkeypatch, capsys):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
     with pytest.raises(SystemExit, match="1"):
-        main(["prepare", "--data_dir", "d", "--output_path", "o", "--dry_run"])
+        main(["prepare", "--data_dir", str(mini / "corpus"), "--output_path", "o", "--dry_run"])
     out = capsys.readouterr().out.splitlines()
     assert out[20:22] == ["  d19_0: 9 tokens, more than max_length 8", "  1,214 more: counts.json will list them all"]
     assert out[-2].startswith("error    disk: 1.0 MB are free at ") and out[-1] == "nothing was written"

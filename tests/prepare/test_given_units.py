@@ -15,6 +15,7 @@ from dailytalk_usdm import unflatten_units
 from tests.forked import run_command
 from tests.helpers import content, find_problems, inodes, run_tasks_here, stop_run
 from usdm_sft.cli.main import main
+from usdm_sft.folder.edit import edit
 from usdm_sft.folder.layout import read_counts
 from usdm_sft.folder.statistics import summarize_split
 from usdm_sft.folder.verify import verify
@@ -436,10 +437,12 @@ def test_bad_rows_and_further_columns_in_the_folder(given, splits, tmp_path, cap
     rows["train"][1]["text"] = ""
     rows["train"][6]["text"] = "<|unit1|>"
     rows["train"][15]["units"] = [[0] * 8]  # 0.08 s
+    rows["train"][9] |= {"audio": str(tmp_path / "a.wav"), "start": 0, "end": 1.5}
+    soundfile.write(tmp_path / "a.wav", np.zeros(7680), 16_000)
     corpus = write_corpus(tmp_path / "corpus", rows)
     changes = {
         "data_dir": str(corpus),
-        "on_bad_rows": "skip",
+        "on_bad_rows": "clip",
         "min_seconds": 0.1,
         "keep_columns": "topic",
         "config_name": "multi_turn",
@@ -448,15 +451,17 @@ def test_bad_rows_and_further_columns_in_the_folder(given, splits, tmp_path, cap
     train = counts["splits"]["train"]
     assert train["turns_left_out"] == {"no text": 1, "shorter than min_seconds": 1, "special token in the text": 1}
     assert train["pairs_left_out"] == {
-        "train-0_0": "row of train-0_1: text missing",
-        "train-0_1": "row of train-0_1: text missing",
-        "train-1_1": "row of train-1_2: text '<|unit1|>' holds '<|', which is part of a special token",
-        "train-1_2": "row of train-1_2: text '<|unit1|>' holds '<|', which is part of a special token",
-        "train-3_2": "row of train-3_3: has 0.08 s, less than min_seconds 0.1",
+        "train-0_0": "train.jsonl:2: text missing",
+        "train-0_1": "train.jsonl:2: text missing",
+        "train-1_1": "train.jsonl:7: text '<|unit1|>' holds '<|', which is part of a special token",
+        "train-1_2": "train.jsonl:7: text '<|unit1|>' holds '<|', which is part of a special token",
+        "train-3_2": "train.jsonl:16: has 0.08 s, less than min_seconds 0.1",
     }
+    clipped = "train.jsonl:10: is to be cut up to 1.5 s, but has 0.48 s"
+    assert train["turns_clipped"] == {"train-2_1": clipped} and "turns_clipped" not in counts["splits"]["test"]
     assert (train["pairs"], train["pairs_with_bad_rows"], train["pairs_with_bad_audio"]) == (12, 5, 0)
     assert "turns_left_out" not in counts["splits"]["test"]
-    assert "train: columns note are ignored: keep them with --keep_columns all, or name some of them" in caplog.text
+    assert "train: column note is ignored: keep it with --keep_columns note" in caplog.text
     out = tmp_path / "out"
     assert verify(out)["train"] == train["rows"]
     assert load(out)[0]["user_topic"] == ["topic 2"] and load(out)[0]["agent_topic"] == ["topic 3"]
@@ -465,6 +470,13 @@ def test_bad_rows_and_further_columns_in_the_folder(given, splits, tmp_path, cap
         "Of the pairs, 0 had bad audio, 5 had turns that were left out (no text: 1, shorter than min_seconds: 1, special token in the text: 1)"
         in card
     )
+    assert (
+        f"The end of 1 turn of train was past the recording, and was cut at the end of the recording:\n\n- train-2_1: {clipped}\n"
+        in card
+    )
+    assert summarize_split(train).endswith("; cut at the end of the recording: 1 turn")
+    (tmp_path / "drop.json").write_text('{"rows": ["train-2_0", "train-2_1"]}')
+    assert "turns_clipped" not in edit(out, tmp_path / "edited", tmp_path / "drop.json")["splits"]["train"]
     assert "| `user_topic` | list of string | as in the manifest; one entry per exchange |" in card
     assert (
         "left out: 0 rows too long, 5 pairs for their turns (no text: 1, shorter than min_seconds: 1, special"

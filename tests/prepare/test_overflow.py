@@ -6,7 +6,8 @@ from datasets import Dataset, Features, Sequence, Value
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from usdm_sft.prepare.overflow import choose_overflow, find_cuts, take_rows
+from usdm_sft.prepare.config import choose_overflow
+from usdm_sft.prepare.overflow import find_cuts, take_rows
 from usdm_sft.template.config import Template
 from usdm_sft.template.encoder import COLUMNS, TemplateEncoder
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from usdm_sft.audio.addresses import is_remote
 from usdm_sft.folder.own_parts import Card
 from usdm_sft.prepare.config import PrepareConfig
 from usdm_sft.template.config import Template
@@ -37,12 +38,14 @@ def prepare(**options: Any) -> None:
         dailytalk-usdm prepare --config multi_turn --data_dir DailyTalk --output_path conversations
         dailytalk-usdm prepare --data_dir hub:USER/NAME --agent B --output_path calls --keep_audio
     """
-    from usdm_sft.folder.statistics import load_call, summarize_split
-    from usdm_sft.prepare.prepare import Submission, prepare
-
     is_dry_run = options.pop("dry_run", False)
     config = make_config(options)
     try:
+        if not is_remote(config.data_dir):
+            config.check_kinds()  # before the imports, which take seconds
+        from usdm_sft.folder.statistics import load_call, summarize_split
+        from usdm_sft.prepare.prepare import Submission, prepare
+
         if is_dry_run:
             _dry_run(config)
             return
@@ -70,10 +73,10 @@ def _dry_run(config: PrepareConfig) -> None:
     found = dry_run(config)
     for split, split_counts in found.splits.items():
         print(f"{split}: {summarize_split(split_counts)}")
-        for reasons in ("pairs_left_out", "rows_cut"):
-            for name, reason in list(split_counts[reasons].items())[:SHOWN]:
+        for listed in (split_counts.get(name, {}) for name in ("pairs_left_out", "rows_cut", "turns_clipped")):
+            for name, reason in list(listed.items())[:SHOWN]:
                 print(f"  {name}: {reason}")
-            if more := list(split_counts[reasons])[SHOWN:]:
+            if more := list(listed)[SHOWN:]:
                 print(f"  {len(more):,} more: counts.json will list them all")
     for line in describe_dry_run(found, config):
         print(line)
@@ -93,9 +96,9 @@ def doctor(**options: Any) -> None:
         dailytalk-usdm doctor
         dailytalk-usdm doctor --data_dir DailyTalk --output_path dailytalk-usdm-data
     """
-    from usdm_sft.prepare.checks import SetUp
-
     config = make_config({"data_dir": ".", "output_path": "."} | options)
+    from usdm_sft.prepare.checks import SetUp  # takes seconds
+
     set_up = SetUp(config, has_corpus="data_dir" in options, has_output="output_path" in options)
     levels = [_show(finding) for finding in set_up.examine()]
     errors, warnings = levels.count("error"), levels.count("warning")

@@ -166,7 +166,7 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
             for split in self.whole_corpus.values():
                 if not split.dialogs:
                     reasons = describe_left_out(split.left_out) or "it is empty"
-                    remedy = read.find_merge_remedy(split.left_out)
+                    remedy = read.find_merge_remedy(split)
                     remedy = f"{remedy}, or name another split list" if remedy else "name another split list"
                     raise CorpusError([f"{self.split_lists[split.name]}: not one pair: {reasons}: {remedy}"])
         if (val_dialogs := kwargs.get("val_dialogs")) is not None:

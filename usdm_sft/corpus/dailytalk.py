@@ -13,6 +13,7 @@ from pathlib import Path
 from usdm_sft.audio.addresses import AddressError, list_members, zip_address
 from usdm_sft.corpus.dialogs import FilePath, Recipe, Turns, Utterance
 from usdm_sft.corpus.problems import add_problem
+from usdm_sft.corpus.tables import place_of
 from usdm_sft.utils.cache_keys import cache_root
 from usdm_sft.utils.download import download
 from usdm_sft.utils.files import sha256_file
@@ -205,12 +206,12 @@ def read_split_list(path: Path, problems: list[str], data_dir: FilePath | None) 
         problems.
     """
     address = str if data_dir is None else find_recordings(data_dir)
-    turns = Turns(lambda number: f"{path}:{number}")
+    turns = Turns(place_of(path))
     broken: set[str] = set()
     before = len(problems)
     try:
         for number, line in read_limited_lines(path):
-            utterance, wrong = _parse_line(line.removesuffix("\n"), address)
+            utterance, wrong = _parse_line(line.removesuffix("\n"), number, address)
             if utterance is None:
                 if match := _UTTERANCE_ID.match(line):
                     broken.add(f"d{match[3]}")
@@ -228,7 +229,7 @@ def read_split_list(path: Path, problems: list[str], data_dir: FilePath | None) 
     return turns
 
 
-def _parse_line(line: str, address: Callable[[str], str]) -> tuple[Utterance | None, list[str]]:
+def _parse_line(line: str, number: int, address: Callable[[str], str]) -> tuple[Utterance | None, list[str]]:
     """Return the utterance of a line, or None if it is unreadable, and what is wrong with the line."""
     if not line.strip():
         return None, ["blank line: delete it"]
@@ -252,7 +253,7 @@ def _parse_line(line: str, address: Callable[[str], str]) -> tuple[Utterance | N
     if CONTROL.search(emotion):
         wrong.append(f"emotion {quote(emotion)} holds a control character: correct it")
     audio = address(f"{match[3]}/{utterance_id}.wav")
-    return Utterance(utterance_id, f"d{match[3]}", int(match[1]), speaker, text, emotion, audio), wrong
+    return Utterance(utterance_id, f"d{match[3]}", int(match[1]), speaker, text, emotion, audio, lines=(number,)), wrong
 
 
 def _find(

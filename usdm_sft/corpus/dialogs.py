@@ -33,6 +33,7 @@ class Utterance:
             unit model makes them.
         more: Further columns of a manifest that are read, as texts; None if there are none.
         bad: Why the turn is to be left out; None if it is good.
+        lines: Number of its line or row, in order of a joined turn; of a bad one, that of the bad row (`Split.locate`).
     """
 
     id: str
@@ -45,6 +46,7 @@ class Utterance:
     units: "np.ndarray | None" = field(default=None, compare=False, repr=False)
     more: Mapping[str, str] | None = field(default=None, compare=False)
     bad: BadRow | None = field(default=None, compare=False)
+    lines: tuple[int, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,9 +202,12 @@ class Split:
         dialog_ids: The id of each dialog before bad audio was left out, once.
         pairs_left_out: Id of the pair ("d23_0") -> what is wrong with its audio or its rows.
         turns_left_out: Reason -> number of turns that were left out for it, other than bad audio.
+        num_mergeable: Number of the dialogs in `left_out` that have a pair once neighbouring turns of a speaker are joined.
         pairs_with_bad_rows: Number of the pairs in `pairs_left_out` whose audio is good.
+        turns_clipped: Id of the turn ("d23_0") -> what was wrong with its end, which was cut at that of the recording.
         columns: Further columns that the dataset keeps.
         ignored: Further columns of the manifest that were not read.
+        place: As in `Turns`.
     """
 
     name: str
@@ -211,9 +216,12 @@ class Split:
     dialog_ids: tuple[str, ...]
     pairs_left_out: Mapping[str, str] = field(default_factory=dict)
     turns_left_out: Mapping[str, int] = field(default_factory=dict)
+    num_mergeable: int = 0
     pairs_with_bad_rows: int = 0
+    turns_clipped: Mapping[str, str] = field(default_factory=dict)
     columns: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    place: Callable[[int], str] = field(default=str, compare=False)
 
     @property
     def num_pairs(self) -> int:
@@ -223,3 +231,8 @@ class Split:
     def utterances(self) -> Iterator[Utterance]:
         """Yield the utterances of all dialogs, in order."""
         return (utterance for dialog in self.dialogs for utterance in dialog.utterances)
+
+    def locate(self, utterance: Utterance) -> str:
+        """Return the place of a turn, such as "calls/train.jsonl:3", or "calls/train.jsonl:3 to 5" where turns were joined."""
+        first, last = utterance.lines[0], utterance.lines[-1]
+        return self.place(first) + (f" to {last}" if last != first else "")

@@ -62,6 +62,9 @@ def _read_lines(file: Path, problems: list[str]) -> _Lines:
 
 def _make_rows(path: Path, lines: Mapping[str, _Lines]) -> Rows:
     recordings, texts = lines[_MAIN], lines.get("text", {})
+    if "utt2spk" not in lines:
+        yield 0, f"{path.with_name('utt2spk')} does not exist: write it, with an utterance and its speaker in each line"
+        return
     utterances, main = (lines["segments"], path.with_name("segments")) if "segments" in lines else (recordings, path)
     for name, (number, file) in recordings.items():
         if problem := _recording_problem(file):

@@ -6,8 +6,9 @@ the same id. So is one with a long pause between two turns of one speaker (`Rule
 
 import hashlib
 import json
+import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,8 @@ from usdm_sft.audio.digests import TOO_SHORT, AudioDigest, audio_digests
 from usdm_sft.audio.reading import AudioError
 from usdm_sft.audio.sound import PAST_END
 from usdm_sft.corpus.dialogs import BadRow, Dialog, Split, Utterance
-from usdm_sft.corpus.problems import join_problems
+from usdm_sft.corpus.examples import example_id
+from usdm_sft.corpus.problems import count_reasons, join_problems
 from usdm_sft.corpus.read import DAILYTALK, Rules
 from usdm_sft.template.streams import UnitStreams
 
@@ -33,6 +35,7 @@ ON_BAD_AUDIO = ("error", "skip")
 
 _REMEDY = "replace the file, or leave out its pairs with --on_bad_audio skip"
 _END_REMEDY = "correct the end, cut it with --on_bad_rows clip, or leave out its pairs with --on_bad_rows skip"
+_BAD_AUDIO = "bad audio"
 
 
 def check_option(on_bad_audio: str) -> None:
@@ -73,36 +76,72 @@ def screen_audio(
             the first 20 files.
     """
     found = audio_digests(list_addresses(splits), cache_dir, pool=pool)
+    clipped: dict[str, str] = {}
     if rules.on_bad_rows == "clip":
-        splits, clipped = _clip(splits, found, cache_dir)
-        found |= audio_digests(clipped, cache_dir)
+        splits, addresses, clipped = _clip(splits, found, cache_dir)
+        found |= audio_digests(addresses, cache_dir)
     problems = {address: digest.problem for address, digest in found.items() if digest.problem is not None}
-    rows: dict[str, BadRow] = {}
+    rows = find_bad_rows(splits, found, rules, streams)
     bad: dict[str, str] = {}
     lines: dict[str, str] = {}
-    for utterance in (utterance for split in splits.values() for utterance in split.utterances()):
-        if (row := utterance.bad or _find_bad_row(utterance, found, rules, streams)) is not None:
-            rows[utterance.id] = row
-            lines[utterance.id] = f"utterance {utterance.id}: {row.problem}"
-        elif utterance.audio in problems:
-            bad[utterance.id] = problem = problems[utterance.audio]
-            lines[utterance.id] = f"utterance {utterance.id}: audio file {utterance.audio} {problem}"
+    for split in splits.values():
+        for utterance in split.utterances():
+            if utterance.id in rows:
+                lines[utterance.id] = f"{split.locate(utterance)}: {rows[utterance.id].problem}"
+            elif utterance.audio in problems:
+                bad[utterance.id] = problem = problems[utterance.audio]
+                is_row = problem.startswith(PAST_END)
+                place = split.locate(utterance) if is_row else f"utterance {utterance.id}"
+                lines[utterance.id] = f"{place}: audio file {utterance.audio} {problem}"
     if bad and on_bad_audio == "error":
         error = FileNotFoundError if all(each.startswith(MISSING) for each in bad.values()) else AudioError
-        raise error(join_problems([f"{lines[each]}: {find_remedy(problem)[0]}" for each, problem in bad.items()]))
-    left = {name: leave_out(split, bad, rows) for name, split in splits.items()}
+        remedies = {each: find_outcome(problem, rules, on_bad_audio)[1] for each, problem in bad.items()}
+        raise error(join_problems([f"{lines[each]}: {remedy}" for each, remedy in remedies.items()]))
+    left = {name: leave_out(split, bad, rows, clipped) for name, split in splits.items()}
     for name, split in left.items():
         if not split.dialogs:
-            what = "bad audio leaves" if not rows else "bad rows, bad audio and lengths leave"
-            head = f"{what} no pair of {name}: replace files, or name another split list"
-            own = [lines[each.id] for each in splits[name].utterances() if each.id in lines]
-            raise AudioError(join_problems([head, *own]))
+            own = [each.id for each in splits[name].utterances() if each.id in lines]
+            reasons = Counter(rows[each].reason if each in rows else _BAD_AUDIO for each in own)
+            lengths = [_measure(each, found, streams) for each in splits[name].utterances()]
+            head = _describe_empty(name, reasons, [length for length in lengths if length])
+            raise AudioError(join_problems([head, *(lines[each] for each in own)]))
     return left, {address: found[address] for address in list_addresses(left)}
 
 
-def find_remedy(problem: str) -> tuple[str, str]:
-    """Return the remedy for a problem of audio, and the option that leaves out the turns that have it."""
-    return (_END_REMEDY, "on_bad_rows") if problem.startswith(PAST_END) else (_REMEDY, "on_bad_audio")
+def _describe_empty(name: str, reasons: Mapping[str, int], lengths: Sequence[float]) -> str:
+    """Say why a split has no pair left, and what helps; `lengths` are those of its turns in seconds."""
+    ends = dict.fromkeys(f"{length:g}" for length in (min(lengths), max(lengths))) if lengths else ()
+    there = f" (the turns have {' to '.join(ends)} s)" if lengths else ""
+    remedies = {_SHORTER: f"lower --min_seconds{there}", _LONGER: f"raise --max_seconds{there}"}
+    remedies[_BAD_AUDIO] = "replace files"
+    remedy = ", ".join(dict.fromkeys(remedies.get(reason, "correct the rows") for reason in reasons))
+    return f"no pair of {name} is left after turns were left out ({count_reasons(reasons)}): {remedy}, or name another split list"
+
+
+def find_outcome(problem: str, rules: Rules, on_bad_audio: str) -> tuple[bool, str]:
+    """Return True for a problem of audio that the options settle, and how they do, or else its remedy."""
+    is_end, is_short = problem.startswith(PAST_END), problem.endswith(TOO_SHORT)
+    if is_end and rules.on_bad_rows == "clip":
+        return (
+            True,
+            "--on_bad_rows clip cuts it at the end of the recording, or leaves out its pairs where nothing is left",
+        )
+    if (is_end or is_short) and rules.on_bad_rows != "error":
+        return True, f"--on_bad_rows {rules.on_bad_rows} leaves out its pairs"
+    if is_short and rules.min_seconds is not None:
+        return True, "--min_seconds leaves out its pairs"
+    if on_bad_audio == "skip":
+        return True, "--on_bad_audio skip leaves out its pairs"
+    return False, _END_REMEDY if is_end else _REMEDY
+
+
+def find_bad_rows(
+    splits: Mapping[str, Split], found: Mapping[str, AudioDigest], rules: Rules, streams: UnitStreams | None
+) -> dict[str, BadRow]:
+    """Return utterance id -> why it is left out, other than for bad audio. Recordings that are not in `found` are not looked at."""
+    utterances = (utterance for split in splits.values() for utterance in split.utterances())
+    rows = ((each.id, each.bad or _find_bad_row(each, found, rules, streams)) for each in utterances)
+    return {name: row for name, row in rows if row is not None}
 
 
 def list_addresses(splits: Mapping[str, Split]) -> list[str]:
@@ -120,14 +159,8 @@ def _find_bad_row(
         return BadRow(_SHORTER, problem)
     if rules.on_bad_rows != "error" and (problem.startswith(PAST_END) or problem.endswith(TOO_SHORT)):
         return BadRow(_AFTER_END if problem.startswith(PAST_END) else _TOO_SHORT, problem)
-    if problem:
+    if problem or (seconds := _measure(utterance, found, streams)) is None:
         return None
-    if streams is not None and utterance.units is not None:
-        seconds = streams.count_seconds(len(utterance.units))
-    elif digest is None:
-        return None
-    else:
-        seconds = digest.seconds
     if rules.min_seconds is not None and seconds < rules.min_seconds:
         return BadRow(_SHORTER, f"has {seconds:g} s, less than min_seconds {rules.min_seconds:g}")
     if rules.max_seconds is not None and seconds > rules.max_seconds:
@@ -135,10 +168,28 @@ def _find_bad_row(
     return None
 
 
+def measure_segments(addresses: Iterable[str]) -> dict[str, AudioDigest]:
+    """Return what is known of segments before their recordings are opened, their seconds; of whole recordings nothing."""
+    known = {}
+    for address in addresses:
+        segments = parse_address(address, exists=lambda _: False)
+        lengths = [each.end - each.start for each in segments if each.start is not None and each.end is not None]
+        if len(lengths) == len(segments):
+            known[address] = AudioDigest("", 0, sum(lengths))
+    return known
+
+
+def _measure(utterance: Utterance, found: Mapping[str, AudioDigest], streams: UnitStreams | None) -> float | None:
+    """Return the seconds of a turn, or None where they are not known."""
+    if streams is not None and utterance.units is not None:
+        return streams.count_seconds(len(utterance.units))
+    return found[utterance.audio].seconds if utterance.audio in found else None
+
+
 def _clip(
     splits: Mapping[str, Split], found: Mapping[str, AudioDigest], cache_dir: str | Path | None
-) -> tuple[dict[str, Split], list[str]]:
-    """Cut segments at the end of their recording; return the splits and the new addresses."""
+) -> tuple[dict[str, Split], list[str], dict[str, str]]:
+    """Cut segments at the end of their recording; return the splits, the new addresses, and utterance id -> what was wrong."""
     too_long = [address for address, digest in found.items() if (digest.problem or "").startswith(PAST_END)]
     files = dict.fromkeys(segment.file for address in too_long for segment in parse_address(address))
     seconds = {file: digest.seconds for file, digest in audio_digests(files, cache_dir).items()}
@@ -150,9 +201,14 @@ def _clip(
         utterances = (replace(each, audio=clipped.get(each.audio, each.audio)) for each in dialog.utterances)
         return replace(dialog, utterances=tuple(utterances))
 
-    return {name: replace(each, dialogs=[*map(clip, each.dialogs)]) for name, each in splits.items()}, [
-        *clipped.values()
-    ]
+    cut = {
+        utterance.id: f"{os.path.basename(split.locate(utterance))}: {found[utterance.audio].problem}"
+        for split in splits.values()
+        for utterance in split.utterances()
+        if utterance.audio in clipped
+    }
+    splits = {name: replace(each, dialogs=[*map(clip, each.dialogs)]) for name, each in splits.items()}
+    return splits, [*clipped.values()], cut
 
 
 def clip_address(address: str, measure: Callable[[str], float]) -> str:
@@ -171,15 +227,21 @@ def clip_address(address: str, measure: Callable[[str], float]) -> str:
     return "\n".join(format_address(*segment) for segment in segments)
 
 
-def leave_out(split: Split, bad: Mapping[str, str], rows: Mapping[str, BadRow] | None = None) -> Split:
+def leave_out(
+    split: Split,
+    bad: Mapping[str, str],
+    rows: Mapping[str, BadRow] | None = None,
+    clipped: Mapping[str, str] | None = None,
+) -> Split:
     """Leave out the pairs that have a bad utterance.
 
     Args:
         split: A split.
         bad: Utterance id -> what is wrong with its audio.
         rows: Utterance id -> why it is left out for another reason.
+        clipped: Utterance id -> what was wrong with its end, which was cut.
     """
-    rows = rows or {}
+    rows, clipped = rows or {}, clipped or {}
     dialogs: list[Dialog] = []
     left_out = dict(split.left_out)
     pairs_left_out: dict[str, str] = {}
@@ -195,7 +257,10 @@ def leave_out(split: Split, bad: Mapping[str, str], rows: Mapping[str, BadRow] |
             left_out[dialog.id] = ALL_BAD_ROWS if any(each.id in rows for each in dialog.utterances) else ALL_BAD
         for pair in dialog.pairs():
             audio = [f"audio of {each.id}: {bad[each.id]}" for each in pair if each.id in bad]
-            if reasons := [*audio, *(f"row of {each.id}: {rows[each.id].problem}" for each in pair if each.id in rows)]:
+            left = [each for each in pair if each.id in rows]
+            places = (os.path.basename(split.locate(each)) for each in left)  # a dataset folder holds no paths
+            row_reasons = [f"{place}: {rows[each.id].problem}" for place, each in zip(places, left, strict=True)]
+            if reasons := [*audio, *row_reasons]:
                 pairs_left_out[f"{dialog.id}_{pair[0].turn}"] = "; ".join(reasons)
                 num_bad_rows += not audio
     turns = Counter(rows[each.id].reason for each in split.utterances() if each.id in rows)
@@ -206,6 +271,12 @@ def leave_out(split: Split, bad: Mapping[str, str], rows: Mapping[str, BadRow] |
         pairs_left_out=pairs_left_out,
         turns_left_out=dict(sorted(turns.items())),
         pairs_with_bad_rows=num_bad_rows,
+        turns_clipped={
+            example_id(each.dialog_id, each.turn): clipped[each.id]
+            for dialog in dialogs
+            for each in dialog.utterances
+            if each.id in clipped
+        },
     )
 
 

@@ -148,7 +148,7 @@ def read_turns(
             add_problem(problems, row)
             continue
         turns.further.update(dict.fromkeys(list_further(row)))
-        made = _make_utterance(row, absolute, units is not None, options)
+        made = _make_utterance(row, number, absolute, units is not None, options)
         if isinstance(made, Utterance) and units is not None:
             made = _add_units(made, units.read(row[UNITS], turns.place(number)))
         if isinstance(made, Utterance):
@@ -201,7 +201,7 @@ def _add_units(utterance: Utterance, units: Any) -> Utterance | list[str]:
 
 
 def _make_utterance(
-    row: dict[str, Any], absolute: Callable[[str], str], with_units: bool, options: RowOptions
+    row: dict[str, Any], number: int, absolute: Callable[[str], str], with_units: bool, options: RowOptions
 ) -> Utterance | list[str]:
     """Make the utterance of a row without its units, or return each problem of the row with its remedy."""
     required = list_required(with_units)
@@ -252,10 +252,10 @@ def _make_utterance(
             bad.append((BadRow(_NO_LENGTH, problem), remedy))
         start, end = first, last
     if channel is not None:
-        number = whole_number(channel)
-        if number is None or number < 0:
+        whole = whole_number(channel)
+        if whole is None or whole < 0:
             problems.append(f"channel {channel!r} is not a channel: give a whole number from 0 on")
-        channel = number
+        channel = whole
     more, unreadable = read_further(row, options)
     problems += unreadable + (
         [] if options.skips_bad else [f"{each.problem}: {remedy}{_SKIP_REMEDY}" for each, remedy in bad]
@@ -265,9 +265,9 @@ def _make_utterance(
     dialog, emotion = str(values["dialog"]), "" if emotion is None else str(emotion)
     utterance_id, speaker = f"{dialog}_{turn}", str(values["speaker"])
     if bad:
-        return Utterance(utterance_id, dialog, turn, speaker, "", emotion, more=more, bad=bad[0][0])
+        return Utterance(utterance_id, dialog, turn, speaker, "", emotion, more=more, bad=bad[0][0], lines=(number,))
     address = "" if audio is None else format_address(absolute(audio), start, end, channel)
-    return Utterance(utterance_id, dialog, turn, speaker, text, emotion, address, more=more)
+    return Utterance(utterance_id, dialog, turn, speaker, text, emotion, address, more=more, lines=(number,))
 
 
 def _is_once(name: str, with_units: bool, options: RowOptions) -> bool:

@@ -57,7 +57,8 @@ def _join(before: Utterance, after: Utterance, merge: str) -> Utterance:
         units = np.concatenate([before.units, after.units])
     text = " ".join(filter(None, (before.text, after.text)))
     more = join_further(before.more, after.more)
-    return replace(before, text="" if bad else text, audio=audio, units=units, more=more, bad=bad)
+    lines = (*before.lines, *after.lines) if not bad else before.lines if before.bad else after.lines
+    return replace(before, text="" if bad else text, audio=audio, units=units, more=more, bad=bad, lines=lines)
 
 
 def _span(before: Utterance, after: Utterance) -> str:

@@ -55,6 +55,11 @@ def describe_left_out(left_out: Mapping[str, str]) -> str:
     return "; ".join(named)
 
 
+def count_reasons(reasons: Mapping[str, int]) -> str:
+    """Name reasons with their numbers, such as "no text: 1,200, longer than max_seconds: 3"."""
+    return ", ".join(f"{reason}: {number:,}" for reason, number in reasons.items())
+
+
 def _name_some(names: Sequence[str]) -> str:
     return (
         f"{len(names):,}, such as {', '.join(names[:NUM_EXAMPLES])}" if len(names) > NUM_EXAMPLES else ", ".join(names)

@@ -104,14 +104,38 @@ def check_rules(rules: Rules) -> None:
     given = [name for name in ("merge", "max_gap") if name in rules.changes()]
     if given and not rules.merge_speaker_turns:
         raise ValueError(
-            f"{' and '.join(given)} say{'' if given[1:] else 's'} how turns are joined: add --merge_speaker_turns, or leave them out"
+            f"{' and '.join(given)} say{'' if given[1:] else 's'} how turns are joined: add --merge_speaker_turns, or leave {'them' if given[1:] else 'it'} out"
         )
     if (rules.min_seconds or 0) > (rules.max_seconds or math.inf):
         raise ValueError(f"min_seconds is {rules.min_seconds}, but max_seconds {rules.max_seconds}: give a range")
     if reserved := [name for name in rules.columns if name in RESERVED]:
         raise ValueError(
-            f"keep_columns names {', '.join(reserved)}, which is no further column of a manifest: leave it out"
+            f"keep_columns names {', '.join(reserved)}, which {'are no further columns' if reserved[1:] else 'is no further column'} of a "
+            f"manifest: leave {'them' if reserved[1:] else 'it'} out"
         )
+
+
+def check_kinds(
+    lists: Mapping[str, str | Path], rules: Rules, *, with_units: bool = False, corpus: CorpusName | None = None
+) -> None:
+    """Check that the kind of corpus has what the options ask for. Same arguments and errors as `read_corpus`."""
+    agent = rules.agent or ""
+    wanted = {
+        f"on_bad_rows {rules.on_bad_rows}": rules.on_bad_rows != "error",
+        "keep_columns": bool(rules.columns),
+        f"agent {agent}": bool(_COLUMN.fullmatch(agent) or _CHANNEL.fullmatch(agent)),
+        "a template without texts": not rules.needs_text,
+    }
+    given = [name for name, is_given in wanted.items() if is_given]
+    for name, path in lists.items():
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"the {name} split list {path} is not a file: name an existing split list")
+        recipe = recipe_of(path, corpus)
+        if given and not recipe.takes_options:
+            what = f"{' and '.join(given)} {'are' if given[1:] else 'is'} for manifests and files of other tools"
+            raise ValueError(f"{path} is a {recipe.kind}, and {what}: leave {'them' if given[1:] else 'it'} out")
+        if with_units and recipe.read_units is None:
+            raise ValueError(f"{path} is a {recipe.kind}, which has no units: leave out unit_rate, or name a manifest")
 
 
 def read_corpus(
@@ -143,13 +167,12 @@ def read_corpus(
         ValueError: Units are to be read, and a list is not a manifest.
     """
     check_rules(rules)
+    check_kinds(lists, rules, with_units=units is not None, corpus=corpus)
     problems: list[str] = []
     splits: dict[str, Split] = {}
     first: dict[str, str] = {}  # dialog id -> the place of its first line
     for name, path in lists.items():
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"the {name} split list {path} is not a file: name an existing split list")
         recipe = recipe_of(path, corpus)
         turns = _read_turns(recipe, path, problems, data_dir, units, rules.row_options())
         _check_columns(path, turns, problems, rules)
@@ -180,15 +203,9 @@ def _read_turns(
     options: RowOptions,
 ) -> Turns:
     more = {} if options == DEFAULT else {"options": options}
-    if more and not recipe.takes_options:
-        raise ValueError(
-            f"{path} is a {recipe.kind}: on_bad_rows, keep_columns, a column as agent and rows without a text are of manifests; leave them out, "
-            "or write a manifest"
-        )
     if units is None:
         return recipe.read(path, problems, data_dir, **more)
-    if recipe.read_units is None:
-        raise ValueError(f"{path} is a {recipe.kind}, which has no units: leave out unit_rate, or name a manifest")
+    assert recipe.read_units is not None  # as `check_kinds` found
     return recipe.read_units(path, problems, data_dir, units, **more)
 
 
@@ -243,7 +260,8 @@ def _find_agent(utterances: Sequence[Utterance], agent: str | None) -> str | Non
         found = {each.more[match[1]] for each in utterances if each.more and match[1] in each.more}
         speakers = {each.speaker for each in utterances}
         if len(found) != 1 or not found <= speakers:
-            names = f"names {_list_names(found)} as agents" if found else "names no agent"
+            role = "agents" if len(found) > 1 else "the agent"
+            names = f"names {_list_names(found)} as {role}" if found else "names no agent"
             raise ValueError(
                 f"{names} in column {match[1]}: give one of its speakers {_list_names(speakers)} in its rows"
             )
@@ -300,6 +318,7 @@ def take_validation(splits: Mapping[str, Split], val_dialogs: int | float, seed:
 def _make_split(name: str, turns: Turns, problems: list[str], rules: Rules, recipe: Recipe) -> Split:
     kept: list[Dialog] = []
     left_out: dict[str, str] = {}
+    num_mergeable = 0
     for dialog_id, lines in turns.dialogs.items():
         lines.sort(key=lambda line: line[0].turn)
         utterances = [utterance for utterance, _ in lines]
@@ -330,6 +349,7 @@ def _make_split(name: str, turns: Turns, problems: list[str], rules: Rules, reci
             left_out[dialog_id] = SINGLE_TURN
         elif rules.max_gap is None and any(a.speaker == b.speaker for a, b in pairwise(utterances)):
             left_out[dialog_id] = SAME_SPEAKER
+            num_mergeable += any(dialog.pairs())  # which are pairs of the joined turns as well
         elif not any(dialog.pairs()):
             left_out[dialog_id] = ALONE if len({utterance.speaker for utterance in utterances}) == 1 else NO_ANSWER
         else:
@@ -338,7 +358,16 @@ def _make_split(name: str, turns: Turns, problems: list[str], rules: Rules, reci
     if read is not None:
         ignored = [column for column in turns.further if column not in read]
     columns = tuple(turns.further) if read is None else tuple(rules.columns)
-    return Split(name, kept, left_out, tuple(dialog.id for dialog in kept), columns=columns, ignored=tuple(ignored))
+    return Split(
+        name,
+        kept,
+        left_out,
+        tuple(dialog.id for dialog in kept),
+        columns=columns,
+        ignored=tuple(ignored),
+        num_mergeable=num_mergeable,
+        place=turns.place,
+    )
 
 
 def find_large_share(split: Split) -> str | None:
@@ -346,20 +375,23 @@ def find_large_share(split: Split) -> str | None:
     left_out, total = split.left_out, len({*split.dialog_ids, *split.left_out})
     if len(left_out) <= LARGE_SHARE * total:
         return None
-    text = (
-        f"{split.name}: {len(left_out):,} of {count_noun(total, 'dialog')} are left out ({describe_left_out(left_out)})"
-    )
-    return f"{text}: {find_merge_remedy(left_out) or 'counts.json lists them'}"
+    verb = "is" if len(left_out) == 1 else "are"
+    text = f"{split.name}: {len(left_out):,} of {count_noun(total, 'dialog')} {verb} left out ({describe_left_out(left_out)})"
+    return f"{text}: {find_merge_remedy(split) or 'counts.json names each'}"
 
 
 def describe_ignored(split: Split) -> str:
     """Name the columns of the manifest of a split that are ignored."""
+    if len(split.ignored) == 1:
+        return f"{split.name}: column {split.ignored[0]} is ignored: keep it with --keep_columns {split.ignored[0]}"
     return f"{split.name}: columns {', '.join(split.ignored)} are ignored: keep them with --keep_columns all, or name some of them"
 
 
-def find_merge_remedy(left_out: Mapping[str, str]) -> str | None:
-    """Return what keeps dialogs in which one speaker speaks twice in a row, or None if no dialog is left out for it."""
-    return "join neighbouring turns with --merge_speaker_turns" if SAME_SPEAKER in left_out.values() else None
+def find_merge_remedy(split: Split) -> str | None:
+    """Return what keeps dialogs in which one speaker speaks twice in a row, and how many, or None if it keeps none."""
+    if not split.num_mergeable:
+        return None
+    return f"join neighbouring turns with --merge_speaker_turns, which keeps {split.num_mergeable:,} of them"
 
 
 def _turn_problem(lines: Sequence[tuple[Utterance, int]], first: int) -> tuple[int, str] | None:

@@ -204,12 +204,14 @@ def _count(counts: Mapping[str, Any], split: _Split, settings: Mapping[str, Any]
     if not split.pairs:
         return dict(counts)
     summary, names = split.statistics.summary(), {example_id(*turn) for turn in split.left}
+    clipped = {name: reason for name, reason in counts.get("turns_clipped", {}).items() if name in names}
     is_split = settings["overflow"] == "split"  # the other parts of a row stay
-    return dict(counts) | {
+    return {name: each for name, each in counts.items() if name != "turns_clipped"} | {
         **{name: summary[name] for name in COUNTED},
         "utterances": len(split.left),
         "hours": round(sum(split.left.values()) / 3600, 6),
         "pairs_left_out": counts["pairs_left_out"] | dict.fromkeys(split.pairs, DROPPED),
         "rows_cut": {name: cut for name, cut in counts["rows_cut"].items() if is_split or name not in split.dropped},
         "fp32_fallback": [name for name in counts["fp32_fallback"] if name in names],
+        **({"turns_clipped": clipped} if clipped else {}),
     }

@@ -67,7 +67,9 @@ _SETTINGS_TYPES = {
     "agent": str | int | float | None, "merge_speaker_turns": bool | None, "merge": str | None, "on_bad_rows": str | None,
     "max_gap": int | float | None, "min_seconds": int | float | None, "max_seconds": int | float | None, "keep_columns": list,
 }  # fmt: skip
-_SPLIT_TYPES = {"pairs_with_bad_rows": int, "turns_left_out": dict, "pairs_left_out": dict, "dialogs_left_out": dict}
+_SPLIT_TYPES = {
+    "pairs_with_bad_rows": int, "turns_left_out": dict, "pairs_left_out": dict, "dialogs_left_out": dict, "turns_clipped": dict,
+}  # fmt: skip
 
 
 def read_counts(folder: str | Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from usdm_sft.corpus.features import ROLES, are_collapsed
-from usdm_sft.corpus.problems import describe_left_out
+from usdm_sft.corpus.problems import count_reasons, describe_left_out
 from usdm_sft.folder.rows import RowRange, count_exchanges, divide_files, flatten_lists, map_ranges
 from usdm_sft.template.encoder import IGNORE_INDEX
 from usdm_sft.template.parts import REFERENCE_LAYOUT, ROW_PARTS, RowLayout, find_parts_of_rows
@@ -275,11 +275,13 @@ def summarize_split(split: Mapping[str, Any]) -> str:
     if dropped := count_dropped(split):
         left_out.append(f"{count_noun(dropped, 'pair')} dropped")
     if "turns_left_out" in split:
-        turns = ", ".join(f"{reason}: {number:,}" for reason, number in split["turns_left_out"].items())
+        turns = count_reasons(split["turns_left_out"])
         left_out.append(f"{count_noun(split['pairs_with_bad_rows'], 'pair')} for their turns ({turns})")
     reasons = describe_left_out(dialogs)
     left_out.append(count_noun(len(dialogs), "dialog") + (f" ({reasons})" if reasons else ""))
     cut = f"; shortened: {count_noun(len(split['rows_cut']), 'row')}" if split["rows_cut"] else ""
+    if clipped := split.get("turns_clipped"):
+        cut += f"; cut at the end of the recording: {count_noun(len(clipped), 'turn')}"
     return (
         f"{count_noun(split['rows'], 'row')} from {count_noun(split['dialogs'], 'dialog')} ({split['hours']:.2f} h), "
         f"{count_noun(split['tokens'], 'token')}, {split['labelled_tokens']:,} labelled; left out: {', '.join(left_out)}{cut}"

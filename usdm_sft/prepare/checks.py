@@ -20,9 +20,9 @@ from usdm_sft.corpus.dailytalk import SPLIT_LISTS, SPLIT_LISTS_URL, check_not_sw
 from usdm_sft.corpus.dialogs import Split
 from usdm_sft.corpus.find import describe_corpus, digest_list, find_lists
 from usdm_sft.corpus.hub_corpus import is_hub_corpus, split_name
-from usdm_sft.corpus.left_out import find_remedy
-from usdm_sft.corpus.problems import CorpusError
-from usdm_sft.corpus.read import describe_ignored, find_large_share, find_merge_remedy, read_corpus
+from usdm_sft.corpus.left_out import find_bad_rows, find_outcome, leave_out, list_addresses, measure_segments
+from usdm_sft.corpus.problems import CorpusError, count_reasons
+from usdm_sft.corpus.read import describe_ignored, find_large_share, find_merge_remedy, read_corpus, take_validation
 from usdm_sft.corpus.remote import fetch_addresses
 from usdm_sft.corpus.saved_dataset import is_saved_dataset
 from usdm_sft.corpus.unit_reader import make_reader
@@ -34,16 +34,15 @@ from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.streams import UNITS_PER_SECOND, UnitStreams
 from usdm_sft.template.tokenizer import load_tokenizer
 from usdm_sft.units.families import is_codec
-from usdm_sft.units.folder import CODEC_FILES, DESCRIPTION, FILES
+from usdm_sft.units.folder import CODEC_FILES, FILES
 from usdm_sft.units.published import (
     CONVERTED_BYTES,
-    PUBLISHED,
     PUBLISHED_FILES,
     PUBLISHED_URL,
     locate_unit_model,
     model_cache,
 )
-from usdm_sft.units.settings import PrecisionName, make_settings
+from usdm_sft.units.settings import DESCRIPTION, PUBLISHED, PrecisionName, make_settings
 from usdm_sft.units.tokenizer import open_for
 from usdm_sft.utils.cache_keys import cache_root
 from usdm_sft.utils.download import remote_size
@@ -297,7 +296,7 @@ class SetUp:
             return
         reader = make_reader(config.unit_rate, config.num_units, config.streams)
         try:
-            self._splits = read_corpus(lists, config.rules, data_dir=name, units=reader, corpus=config.corpus)
+            splits = read_corpus(lists, config.rules, data_dir=name, units=reader, corpus=config.corpus)
         except CorpusError as error:
             yield from (("error", problem) for problem in error.problems[:MAX_PROBLEMS])
             if more := error.problems[MAX_PROBLEMS:]:
@@ -307,23 +306,38 @@ class SetUp:
         digests = {split: digest_list(path, name, config.corpus) for split, path in lists.items()}
         check_not_swapped(lists, digests)
         kind = describe_corpus(lists, digests, config.corpus)
+        if reader is not None and any(split.dialogs for split in splits.values()):
+            self._streams = reader.streams
+        if config.val_dialogs is not None:
+            splits = take_validation(splits, config.val_dialogs, config.val_seed)
+        rows = find_bad_rows(splits, measure_segments(list_addresses(splits)), config.rules, self._streams)
+        self._splits = {split: leave_out(each, {}, rows) for split, each in splits.items()}
         for split in self._splits.values():
-            sizes = f"{count_noun(len(split.dialogs), 'dialog')}, {count_noun(split.num_pairs, 'pair')}"
-            text = f"{lists[split.name]} ({kind}): {sizes}"
-            if split.left_out:
-                text += f"; {count_noun(len(split.left_out), 'dialog')} left out, as counts.json will say"
-            if split.ignored:
-                text += f"; {describe_ignored(split)}"
+            place = lists.get(split.name) or f"{split.name} of {lists['train']}"
+            text = f"{place} ({kind}): {self._describe_split(split)}"
             if split.dialogs:
                 yield "ok", text
             else:
-                yield "error", f"{text}: {find_merge_remedy(split.left_out) or f'name another list for {split.name}'}"
+                remedy = "correct the rows, or name" if split.turns_left_out else "name"
+                yield "error", f"{text}: {find_merge_remedy(split) or f'{remedy} another list for {split.name}'}"
             if split.dialogs and (warning := find_large_share(split)) is not None:
                 yield "warning", warning
-        if reader is not None and any(split.dialogs for split in self._splits.values()):
-            self._streams = reader.streams
+        if self._streams is not None:
             self.units_per_second = self._streams.units_per_second
             yield "ok", f"its units: {self._streams.describe()}, {sum(self._streams.kept):,} different ones in the rows"
+
+    def _describe_split(self, split: Split) -> str:
+        """Count the pairs that prepare finds, and what it leaves out."""
+        text = f"{count_noun(len(split.dialogs), 'dialog')}, {count_noun(split.num_pairs, 'pair')}"
+        if split.turns_left_out:
+            pairs, turns = count_noun(len(split.pairs_left_out), "pair"), count_reasons(split.turns_left_out)
+            text += f"; {pairs} left out for their turns ({turns})"
+        if split.left_out:
+            text += f"; {count_noun(len(split.left_out), 'dialog')} left out, as counts.json will say"
+        reads = {"on_bad_rows", "min_seconds", "max_seconds"} & self.config.rules.changes().keys()
+        if (reads or self.config.on_bad_audio == "skip") and any(each.audio for each in split.utterances()):
+            text += "; prepare --dry_run also counts what is left out for its recording"
+        return f"{text}; {describe_ignored(split)}" if split.ignored else text
 
     def check_recordings(self) -> Lines:
         """Open recordings that are spread over the corpus; their mean length gives the size of the run."""
@@ -346,9 +360,8 @@ class SetUp:
         for path, check in [(path, check) for path, check in zip(sample, checks, strict=True) if check.problem][
             :MAX_PROBLEMS
         ]:
-            remedy, option = find_remedy(check.problem or "")
-            is_left_out = getattr(self.config, option) != "error"
-            yield "warning" if is_left_out else "error", f"{path} {check.problem}: {remedy}; prepare lists every one"
+            is_settled, remedy = find_outcome(check.problem or "", self.config.rules, self.config.on_bad_audio)
+            yield "warning" if is_settled else "error", f"{path} {check.problem}: {remedy}; prepare lists every one"
         text = f"{len(good)} of {len(sample)} that were opened are good; the corpus has {len(addresses):,}"
         if good:
             seconds = sum(check.frames / check.rate for check in good)

@@ -15,9 +15,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from usdm_sft.audio.addresses import is_remote
 from usdm_sft.corpus.dialogs import CorpusName
-from usdm_sft.corpus.examples import SINGLE_TURN, check_config
+from usdm_sft.corpus.examples import SINGLE_TURN, check_config, config_has_lists
+from usdm_sft.corpus.find import find_lists
 from usdm_sft.corpus.hub_corpus import is_hub_corpus
-from usdm_sft.corpus.read import Rules, check_rules
+from usdm_sft.corpus.read import Rules, check_kinds, check_rules
 from usdm_sft.folder.own_parts import EMPTY_CARD, Card
 from usdm_sft.template.config import (
     EXPECTED_LOSS,
@@ -29,7 +30,10 @@ from usdm_sft.template.config import (
     UnitRepetition,
 )
 from usdm_sft.template.streams import EXPECTED_NUM_UNITS, StreamsName, check_unit_options
-from usdm_sft.units.settings import PrecisionName, ResamplerName
+from usdm_sft.units.families import refuse_streams
+from usdm_sft.units.settings import DESCRIPTION, PUBLISHED, PrecisionName, ResamplerName
+
+OVERFLOWS = ("drop", "truncate", "split")
 
 # The least value of settings that are whole numbers.
 MINIMUM = {
@@ -212,7 +216,7 @@ class TokenizerOptions:
 class UnitModelOptions:
     """Unit model"""
 
-    unit_model: str | Path = "xlsr2_1b_v2"
+    unit_model: str | Path = PUBLISHED
     """A unit model folder, the folder of a codec of transformers, a model repository of the Hub that holds one of both, or xlsr2_1b_v2 to
     download and convert the published one."""
 
@@ -326,6 +330,7 @@ class PrepareConfig(
         if self.agent is not None:
             object.__setattr__(self, "agent", str(self.agent))  # speakers are texts, also those that are numbers
         check_config(self.config_name, self.history)
+        choose_overflow(self.overflow, self.config_name, self.history)
         if self.val_dialogs is not None and not 0 < self.val_dialogs < (
             1 if isinstance(self.val_dialogs, float) else math.inf
         ):
@@ -361,6 +366,20 @@ class PrepareConfig(
                 "manifest: leave out one of the two"
             )
 
+    def check_kinds(self) -> None:
+        """Check that the kinds of corpus and unit model have what the options ask for, from the names of files. Nothing is downloaded.
+
+        Raises:
+            FileNotFoundError: `data_dir` is no corpus, or a split list does not exist.
+            ValueError: The corpus or the unit model is of another kind.
+        """
+        lists = find_lists(
+            self.data_dir, self.data_files, corpus=self.corpus, cache_dir=self.cache_dir, may_download=False
+        )
+        check_kinds(lists, self.rules, with_units=self.unit_rate is not None, corpus=self.corpus)
+        if self.unit_rate is None and (self.unit_model == PUBLISHED or Path(self.unit_model, DESCRIPTION).is_file()):
+            refuse_streams(self.streams, self.num_streams)
+
     @property
     def rules(self) -> Rules:
         """The rules by which the corpus is read."""
@@ -377,3 +396,27 @@ class PrepareConfig(
             if path is not None
         }
         return named or None
+
+
+def choose_overflow(overflow: str | None, config_name: str, history: int) -> str:
+    """Choose what to do with rows that are too long, and check that the config allows it.
+
+    Args:
+        overflow: One of `OVERFLOWS`, or None: drop where a row is one pair, truncate where it has several exchanges.
+        config_name: Such as "single_turn".
+        history: Number of earlier exchanges in a row.
+
+    Raises:
+        ValueError: The value is unknown, or the rows of this config cannot be truncated or split.
+    """
+    if overflow is None:
+        return "truncate" if config_has_lists(config_name, history) else "drop"
+    if overflow not in OVERFLOWS:
+        raise ValueError(f"overflow {overflow!r} is unknown: choose one of {', '.join(OVERFLOWS)}")
+    if overflow != "drop" and not config_has_lists(config_name, history):
+        raise ValueError(f"overflow is {overflow}, but a row of {config_name} is one pair and cannot be cut: use drop")
+    if overflow == "split" and history:
+        raise ValueError(
+            "overflow is split, but with history only the last pair of a row is labelled: use truncate or drop"
+        )
+    return overflow

@@ -32,8 +32,8 @@ from usdm_sft.prepare.token_shards import fit_splits
 from usdm_sft.template.streams import UNITS_PER_SECOND, UnitStreams
 from usdm_sft.template.tokenizer import NUM_UNITS
 from usdm_sft.units.families import is_codec
-from usdm_sft.units.published import PUBLISHED, locate_unit_model
-from usdm_sft.units.settings import make_settings
+from usdm_sft.units.published import locate_unit_model
+from usdm_sft.units.settings import PUBLISHED, make_settings
 from usdm_sft.units.tokenizer import UnitTokenizer
 from usdm_sft.utils.cache_keys import cache_root
 from usdm_sft.utils.files import read_json

@@ -26,8 +26,8 @@ from usdm_sft.template.config import MAX_UNITS
 from usdm_sft.units import kmeans
 from usdm_sft.units.convert import write_unit_model
 from usdm_sft.units.features import FeatureExtractor, Recording, compute_features, load_features, open_encoder
-from usdm_sft.units.folder import DESCRIPTION, read_description, unit_model_digest
-from usdm_sft.units.settings import XLSR_LAYER, PrecisionName
+from usdm_sft.units.folder import read_description, unit_model_digest
+from usdm_sft.units.settings import DESCRIPTION, XLSR_LAYER, PrecisionName
 from usdm_sft.utils.cache_keys import cache_key, cache_root
 from usdm_sft.utils.files import read_json, remove_path, write_then_replace
 from usdm_sft.utils.locks import file_lock

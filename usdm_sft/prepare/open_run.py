@@ -21,19 +21,20 @@ from usdm_sft.audio.digests import AudioDigest
 from usdm_sft.audio.reading import AudioError
 from usdm_sft.corpus.builder import DailyTalkUSDM
 from usdm_sft.corpus.features import ROLES, SPEECH
-from usdm_sft.corpus.find import describe_corpus, find_lists, recipe_of
+from usdm_sft.corpus.find import describe_corpus, recipe_of
 from usdm_sft.corpus.problems import join_problems
 from usdm_sft.corpus.read import describe_ignored, find_large_share
 from usdm_sft.folder.layout import ROW_PACKAGES, check_output
-from usdm_sft.prepare.config import PrepareConfig
+from usdm_sft.prepare.config import PrepareConfig, choose_overflow
 from usdm_sft.prepare.given_units import GivenUnits, check_recordings
-from usdm_sft.prepare.overflow import choose_overflow
 from usdm_sft.prepare.plan import Plan, plan_shards
 from usdm_sft.template.encoder import TemplateEncoder
 from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer, read_base_model
+from usdm_sft.units.batches import import_resample
 from usdm_sft.units.folder import read_description
 from usdm_sft.units.precision import check_cpu
 from usdm_sft.units.published import PUBLISHED, find_unit_model, locate_unit_model
+from usdm_sft.units.settings import make_settings
 from usdm_sft.units.source import UnitSource
 from usdm_sft.units.tokenizer import UnitTokenizer, check_description, open_for
 from usdm_sft.utils.cache_keys import cache_key, cache_root
@@ -56,8 +57,8 @@ def choose_devices(config: PrepareConfig) -> list[str]:
 
     Raises:
         FileNotFoundError: The executor is slurm, and this machine has no sbatch.
-        ImportError: The extra executors is not installed.
-        ValueError: `num_gpus` or an option of the executor does not fit this machine.
+        ImportError: The extra executors or torchaudio is not installed.
+        ValueError: `num_gpus`, the precision or an option of the executor does not fit this machine.
     """
     if config.executor is not None:
         from usdm_sft.prepare import unit_tasks  # datatrove is an optional dependency
@@ -68,8 +69,11 @@ def choose_devices(config: PrepareConfig) -> list[str]:
     if config.unit_rate is not None:  # nothing is computed
         return ["cpu"]
     devices = find_devices(config.num_gpus)
+    make_settings(torch.device(devices[0]).type, config.precision, config.resampler, config.batch_seconds)
     if devices == ["cpu"]:
         check_cpu(config.precision)
+    if config.resampler == "torchaudio":
+        import_resample()
     return devices
 
 
@@ -123,8 +127,7 @@ def open_run(
     output = output.resolve()  # a link to the folder is followed once
     cache = cache_root(config.cache_dir)
     require_locks(cache / "locks")
-    # A folder that is no corpus is refused before anything is downloaded.
-    find_lists(config.data_dir, config.data_files, corpus=config.corpus, cache_dir=cache, may_download=False)
+    config.check_kinds()  # before anything is downloaded
     if config.unit_rate is None:
         _check_unit_model(config)
     stages.start("tokenizer")

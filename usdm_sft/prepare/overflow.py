@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from usdm_sft.corpus.examples import config_has_lists, example_id
+from usdm_sft.corpus.examples import example_id
 from usdm_sft.folder.statistics import TOO_LONG
 from usdm_sft.template.encoder import COLUMNS
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from usdm_sft.template.encoder import TemplateEncoder
-
-OVERFLOWS = ("drop", "truncate", "split")
 
 
 class Overflowed(NamedTuple):
@@ -41,30 +39,6 @@ class Overflowed(NamedTuple):
     kept: range | NDArray[np.int32]
     cut: dict[str, str]
     left_out: dict[str, str]
-
-
-def choose_overflow(overflow: str | None, config_name: str, history: int) -> str:
-    """Choose what to do with rows that are too long, and check that the config allows it.
-
-    Args:
-        overflow: One of `OVERFLOWS`, or None: drop where a row is one pair, truncate where it has several exchanges.
-        config_name: Such as "single_turn".
-        history: Number of earlier exchanges in a row.
-
-    Raises:
-        ValueError: The value is unknown, or the rows of this config cannot be truncated or split.
-    """
-    if overflow is None:
-        return "truncate" if config_has_lists(config_name, history) else "drop"
-    if overflow not in OVERFLOWS:
-        raise ValueError(f"overflow {overflow!r} is unknown: choose one of {', '.join(OVERFLOWS)}")
-    if overflow != "drop" and not config_has_lists(config_name, history):
-        raise ValueError(f"overflow is {overflow}, but a row of {config_name} is one pair and cannot be cut: use drop")
-    if overflow == "split" and history:
-        raise ValueError(
-            "overflow is split, but with history only the last pair of a row is labelled: use truncate or drop"
-        )
-    return overflow
 
 
 def find_cuts(rows: pa.Table, encoder: TemplateEncoder, max_length: int, overflow: str) -> Overflowed:

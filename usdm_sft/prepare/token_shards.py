@@ -195,6 +195,7 @@ def _count_split(shards: Sequence[TokenShard], corpus: Split, max_length: int) -
         "dialogs_left_out": dict(corpus.left_out),
         "pairs_left_out": left_out,
         "rows_cut": cut,
+        **({"turns_clipped": dict(corpus.turns_clipped)} if corpus.turns_clipped else {}),
         "fp32_fallback": [name for shard in shards for name in shard.fp32_fallback],
     }
 

@@ -182,6 +182,16 @@ def resample_on(device: str, samples: np.ndarray, rate: int, sample_rate: int = 
     Raises:
         ImportError: torchaudio is not installed, or does not match torch.
     """
+    resample = import_resample()
+    waveform = torch.from_numpy(np.ascontiguousarray(samples)).to(device, non_blocking=True)
+    length = resampled_length(len(samples), rate, sample_rate)
+    if rate != sample_rate:
+        waveform = resample(waveform, rate, sample_rate, **SOXR_HQ)
+    return torch.nn.functional.pad(waveform[:length], (0, max(0, length - len(waveform))))
+
+
+def import_resample() -> Any:
+    """Return torchaudio's function; an ImportError if torchaudio is not installed, or does not match torch."""
     try:
         from torchaudio.functional import resample  # an optional extra
     except (ImportError, OSError) as error:
@@ -189,8 +199,4 @@ def resample_on(device: str, samples: np.ndarray, rate: int, sample_rate: int = 
             f"resampler torchaudio needs torchaudio built for the same device as torch ({error}): "
             "pip install 'dailytalk-usdm[torchaudio]', or use resampler soxr"
         ) from error
-    waveform = torch.from_numpy(np.ascontiguousarray(samples)).to(device, non_blocking=True)
-    length = resampled_length(len(samples), rate, sample_rate)
-    if rate != sample_rate:
-        waveform = resample(waveform, rate, sample_rate, **SOXR_HQ)
-    return torch.nn.functional.pad(waveform[:length], (0, max(0, length - len(waveform))))
+    return resample

@@ -25,8 +25,8 @@ from usdm_sft.audio.frames import SAMPLE_RATE
 from usdm_sft.template.config import MAX_UNITS
 from usdm_sft.units.base import empty_model
 from usdm_sft.units.families import family_of
-from usdm_sft.units.folder import DESCRIPTION, FILES, read_array, read_description
-from usdm_sft.units.settings import XLSR_LAYER
+from usdm_sft.units.folder import FILES, read_array, read_description
+from usdm_sft.units.settings import DESCRIPTION, XLSR_LAYER
 from usdm_sft.units.transformers_folder import (
     XLSR_1B,
     cut_config,

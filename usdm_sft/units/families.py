@@ -81,6 +81,13 @@ def takes_log_mel(values: Mapping[str, Any]) -> bool:
     return family_of(values).extractor == "SeamlessM4TFeatureExtractor"
 
 
+def refuse_streams(streams: str | None, num_streams: int | None) -> None:
+    """Check the options of a codec for a unit model that is none; a ValueError if one is given."""
+    if given := [name for name, value in (("streams", streams), ("num_streams", num_streams)) if value is not None]:
+        verb, them = ("is", "it") if len(given) == 1 else ("are", "them")
+        raise ValueError(f"{' and '.join(given)} {verb} given, but the unit model is not a codec: leave {them} out")
+
+
 def check_precision(description: Mapping[str, Any], precision: str) -> None:
     """Check the precision of a unit model.
 

@@ -17,11 +17,11 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from usdm_sft.units.batches import NORMALIZATIONS
 from usdm_sft.units.families import CODECS, is_codec, is_known, takes_log_mel
+from usdm_sft.units.settings import DESCRIPTION
 from usdm_sft.utils.files import SUFFIX, read_json, remove_path, replace_path
 from usdm_sft.utils.hub import hub_errors, only_cached
 
 FILES = ("config.json", "model.safetensors", "kmeans.npy")
-DESCRIPTION = "unit_model.json"
 # What a repository of a codec has beside config.json and model.safetensors.
 CODEC_FILES = (
     "preprocessor_config.json",

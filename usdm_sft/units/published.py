@@ -7,8 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from usdm_sft.units.folder import DESCRIPTION, find_cached_folder, find_folder, read_description
-from usdm_sft.units.settings import XLSR_LAYER
+from usdm_sft.units.folder import find_cached_folder, find_folder, read_description
+from usdm_sft.units.settings import DESCRIPTION, PUBLISHED, XLSR_LAYER
 from usdm_sft.utils.cache_keys import cache_root
 from usdm_sft.utils.download import download
 from usdm_sft.utils.files import read_json, remove_path, replace_text, sha256_file
@@ -16,7 +16,6 @@ from usdm_sft.utils.locks import file_lock
 
 logger = logging.getLogger(__name__)
 
-PUBLISHED = "xlsr2_1b_v2"
 PUBLISHED_URL = "https://dl.fbaipublicfiles.com/seamlessM4T/models/unit_extraction"
 PUBLISHED_FILES = ("xlsr2_1b_v2.pt", "kmeans_10k.npy")
 CONVERTED_BYTES = 2_800_000_000  # the unit model folder that is made from them

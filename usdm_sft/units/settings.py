@@ -14,6 +14,9 @@ PrecisionName = Literal["fp32", "tf32", "fp16", "bf16", "fp16x3", "bf16x3"]
 # "soxr" is what librosa uses in the reference; "torchaudio" resamples on the device.
 ResamplerName = Literal["soxr", "torchaudio"]
 
+PUBLISHED = "xlsr2_1b_v2"  # the name of the published unit model
+DESCRIPTION = "unit_model.json"  # in a folder of k-means, which `convert` makes; codecs have none
+
 # The layer of XLS-R 1B that the reference's k-means was fit on; its 34 counts from 0.
 XLSR_LAYER = 35
 

@@ -24,7 +24,7 @@ from usdm_sft.audio.reading import describe
 from usdm_sft.template.streams import StreamsName, UnitStreams, read_streams
 from usdm_sft.units.batches import Waveform, prepare_waveform, resample_on
 from usdm_sft.units.columns import columns_by_audio, distinct_audio
-from usdm_sft.units.families import check_precision, computes_batches, is_codec
+from usdm_sft.units.families import check_precision, computes_batches, is_codec, refuse_streams
 from usdm_sft.units.folder import (
     find_folder,
     list_additions,
@@ -457,10 +457,7 @@ def check_description(
         from usdm_sft.units.codecs import choose_streams
 
         return choose_streams(description, streams, num_streams).settings()
-    if given := [name for name, value in (("streams", streams), ("num_streams", num_streams)) if value is not None]:
-        raise ValueError(
-            f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} given, but the unit model is not a codec: leave it out"
-        )
+    refuse_streams(streams, num_streams)
     return {}
 
 
