@@ -114,12 +114,12 @@ def naming_dataset(lists: Mapping[str, Path], data_dir: FilePath | None) -> Iter
 
     def rename(text: str) -> str:
         for split, path in lists.items():
-            name, folder = f"{data_dir}, split {split}", re.escape(str(path.parent.absolute()))
             if RECIPE.reads(path):
-                text = re.sub(
-                    rf"{re.escape(str(path))}:(\d+)", lambda line, name=name: f"{name}, row {int(line[1]) - 1}", text
-                )
-                text = re.sub(rf"file {folder}/{_DIGEST.pattern}", f"of {data_dir}", text.replace(str(path), name))
+                name, folder = f"{data_dir}, split {split}", re.escape(str(path.parent.absolute()))
+                lines = re.split(rf"{re.escape(str(path))}:(\d+)", text)  # every second one is the number of a line
+                lines[1::2] = [f"{name}, row {int(number) - 1}" for number in lines[1::2]]
+                text = "".join(lines).replace(str(path), name)
+                text = re.sub(rf"file {folder}/{_DIGEST.pattern}", f"of {data_dir}", text)
         return text
 
     try:

@@ -33,8 +33,8 @@ from usdm_sft.template.tokenizer import describe_tokenizer, load_tokenizer, read
 from usdm_sft.units.batches import import_resample
 from usdm_sft.units.folder import read_description
 from usdm_sft.units.precision import check_cpu
-from usdm_sft.units.published import PUBLISHED, find_unit_model, locate_unit_model
-from usdm_sft.units.settings import make_settings
+from usdm_sft.units.published import find_unit_model, locate_unit_model
+from usdm_sft.units.settings import PUBLISHED, make_settings
 from usdm_sft.units.source import UnitSource
 from usdm_sft.units.tokenizer import UnitTokenizer, check_description, open_for
 from usdm_sft.utils.cache_keys import cache_key, cache_root
