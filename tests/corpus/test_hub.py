@@ -200,8 +200,8 @@ def save_pairs(folder, audio, **columns):
         (
             wav(1),
             {"agent": "column=side"},
-            "saved, split train, row 0: dialog d names 'z' as agents in column side: give one of its speakers 'A, B' in its rows\n"
-            "saved, split train, row 2: dialog e names 'z' as agents in column side: give one of its speakers 'A, B' in its rows",
+            "saved, split train, row 0: dialog d names 'z' as the agent in column side: give one of its speakers 'A, B' in its rows\n"
+            "saved, split train, row 2: dialog e names 'z' as the agent in column side: give one of its speakers 'A, B' in its rows",
         ),
         (wav(1), {"keep_columns": "mood"}, "saved, split train has no column mood: its further columns are 'side'"),
         (
@@ -221,6 +221,16 @@ def test_errors_of_a_saved_dataset_name_it_and_not_the_cache(tmp_path, monkeypat
     with pytest.raises(ValueError, match=r"saved") as raised:
         DailyTalkUSDM(data_dir="saved", digest_cache_dir=tmp_path / "cache", **options).screen_audio()
     assert str(raised.value) == message
+
+
+def test_rows_of_a_saved_dataset_that_are_left_out_are_placed_in_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [ROW | {"turn": turn, "speaker": "AB"[turn % 2], "audio": wav(turn)} for turn in range(4)]
+    rows[3]["text"] = ""
+    datasets.Dataset.from_list(rows).save_to_disk("saved")
+    builder = DailyTalkUSDM(data_dir="saved", digest_cache_dir=tmp_path / "cache", on_bad_rows="skip")
+    place = "saved, split train, row 3: text missing"
+    assert builder.screen_audio()[0]["train"].pairs_left_out == {"d_2": place}
 
 
 def test_agent_and_further_columns_of_a_saved_dataset(tmp_path):

@@ -162,6 +162,7 @@ class DailyTalkUSDM(datasets.GeneratorBasedBuilder):  # type: ignore[misc]
         self._naming_errors = partial(hub.naming_dataset, self.split_lists, data_dir)
         with self._naming_errors():
             corpus = read.read_corpus(self.split_lists, self._rules, data_dir=data_dir, units=reader, corpus=kind)
+            corpus = hub.place_rows(corpus, self.split_lists, data_dir)
             self.whole_corpus = remote.fetch_recordings(corpus, digest_cache_dir)
             for split in self.whole_corpus.values():
                 if not split.dialogs:

@@ -14,13 +14,15 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usdm_sft.audio.addresses import absolute_file, disk_files
 from usdm_sft.corpus import manifest
-from usdm_sft.corpus.dialogs import FilePath
+from usdm_sft.corpus.dialogs import FilePath, Split
 from usdm_sft.corpus.further import list_further
 from usdm_sft.corpus.manifest import OPTIONAL, REQUIRED, UTTERANCES, list_missing, list_required
 from usdm_sft.corpus.problems import CorpusError, add_problem
@@ -108,6 +110,20 @@ def fetch_corpus(name: str, cache_dir: str | Path | None = None, *, with_units: 
     }
 
 
+def place_rows(splits: Mapping[str, Split], lists: Mapping[str, Path], data_dir: FilePath | None) -> dict[str, Split]:
+    """Return the splits with the rows of a dataset placed in the dataset that the user gave, and not in a manifest in the cache."""
+    return {
+        name: replace(split, place=partial(_place_row, f"{data_dir}, split {name}"))
+        if RECIPE.reads(lists[name])
+        else split
+        for name, split in splits.items()
+    }
+
+
+def _place_row(name: str, line: int) -> str:
+    return f"{name}, row {line - 1}"
+
+
 @contextmanager
 def naming_dataset(lists: Mapping[str, Path], data_dir: FilePath | None) -> Iterator[None]:
     """Name the dataset that the user gave, with split and row, in errors of its manifests and recordings in the cache."""
@@ -117,7 +133,7 @@ def naming_dataset(lists: Mapping[str, Path], data_dir: FilePath | None) -> Iter
             if RECIPE.reads(path):
                 name, folder = f"{data_dir}, split {split}", re.escape(str(path.parent.absolute()))
                 lines = re.split(rf"{re.escape(str(path))}:(\d+)", text)  # every second one is the number of a line
-                lines[1::2] = [f"{name}, row {int(number) - 1}" for number in lines[1::2]]
+                lines[1::2] = [_place_row(name, int(number)) for number in lines[1::2]]
                 text = "".join(lines).replace(str(path), name)
                 text = re.sub(rf"file {folder}/{_DIGEST.pattern}", f"of {data_dir}", text)
         return text
