@@ -249,6 +249,23 @@ def test_bad_recording(doctor, mini, tmp_path, option, level):
     assert ("error" in [level for level, _, _ in found]) == (option == "error")
 
 
+def test_paths_that_start_at_another_folder(doctor, tmp_path):
+    """Not one good recording is an error, and a dialog that a turn without a text divides is one dialog."""
+    rows = [
+        {"dialog": "d", "turn": turn, "speaker": "AB"[turn % 2], "text": "" if turn == 2 else "hi", "audio": "a/b.wav"}
+        for turn in range(5)
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = doctor("--on_bad_rows", "skip", data_dir=tmp_path)
+    assert found.about("corpus")[0][1].startswith(
+        f"{tmp_path}/train.jsonl (manifest): 1 dialog, 2 pairs; 2 pairs left out"
+    )
+    remedy = "put it there, give --data_dir the folder that relative paths start at, or leave out its pairs with --on_bad_audio skip"
+    *bad, total = found.about("recordings")
+    assert set(bad) == {("error", f"{tmp_path}/a/b.wav does not exist: {remedy}; prepare lists every one")}
+    assert total == ("error", "0 of 4 that were opened are good; the corpus has 4")
+
+
 @pytest.mark.parametrize(("on_bad_rows", "remedy"), [
     ("skip", "--on_bad_rows skip leaves out its pairs"),
     ("clip", "--on_bad_rows clip cuts it at the end of the recording, or leaves out its pairs where nothing is left"),
@@ -325,7 +342,7 @@ def test_tokenizer_of_another_base_model(doctor, tmp_path):
     found = doctor(*chosen, "--template.tokenization", "separate")
     assert found.about("tokenizer") == [("ok", f"{tmp_path / 'units'} has tokens for 200 units")]
     [(level, message)] = doctor(*chosen).about("tokenizer")
-    text = "the tokenizer of another base model needs template.tokenization separate"
+    text = "the tokenizer of another base model needs template.tokenization separate or chat"
     assert level == "error" and message.endswith(text)
 
 

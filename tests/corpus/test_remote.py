@@ -204,7 +204,7 @@ def test_addresses_of_segments_and_archives(memory, tmp_path):
 
 def test_missing_recording_is_bad_audio_like_any_other(wavs, memory, tmp_path):
     memory.pipe({"/c/train.jsonl": manifest("0.wav", "memory://other/1.wav"), "/c/0.wav": wavs[0].read_bytes()})
-    said = "utterance d_1: audio file memory://other/1.wav does not exist: replace the file"
+    said = "utterance d_1: audio file memory://other/1.wav does not exist: put it there, give --data_dir the folder"
     with pytest.raises(FileNotFoundError, match=said):
         open_corpus("memory://c", tmp_path).screen_audio()
 

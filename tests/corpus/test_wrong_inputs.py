@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 
 import pytest
 
@@ -160,6 +161,19 @@ def test_unknown_file_or_empty_folder(tmp_path, name):
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(FileNotFoundError, match=rf"{name} holds no corpus of a known kind: give"):
         find_lists(tmp_path / name)
+
+
+@pytest.mark.parametrize(("columns", "lacking"), [
+    ("call_file,start,end,channel", "audio (such as audio, audio_filepath, audio_path, audio_file)"),
+    ("file,end,who", "start (such as start, offset, start_time, begin) or speaker (such as speaker, speaker_id, speaker_name, spk)"),
+])  # fmt: skip
+def test_columns_that_a_table_lacks_are_named(tmp_path, columns, lacking):
+    table = write_files(tmp_path, {"calls.csv": f"{columns}\n", "notes.txt": "start"}) / "calls.csv"
+    for data_dir in (tmp_path, table):
+        with pytest.raises(
+            FileNotFoundError, match=re.escape(f". calls.csv has no column for {lacking}.\nWhat was looked")
+        ):
+            find_lists(data_dir)
 
 
 def test_named_kind_is_the_only_one_that_is_looked_for(tmp_path):

@@ -201,9 +201,10 @@ def test_links_among_unfinished_files_are_removed(tmp_path, precious):
         ({"settings": {"history": 3, "template.loss": ["user_text"]}}, "history: 0 -> 3, template.loss: ['user_text', 'agent_text', 'agent_units... -> ['user_text']"),
         ({"settings": {"keep_audio": True}, "config": "multi_turn"}, "keep_audio: default -> True, config: single_turn -> multi_turn"),
         ({"digests": {"unit model": "0" * 64}}, f"digests.unit model: {'3' * 40}... -> {'0' * 40}..."),
+        ({"settings": {"agent": "B", "shards": (1, (2, "x"))}}, "agent: default -> B, shards: default -> [1, [2, 'x']]"),
         ({"settings": dict.fromkeys("abcdefg", 1)}, f"{', '.join(f'{name}: default -> 1' for name in 'abcde')}, and 2 more"),
     ],
-    ids=["template", "config", "digests", "many"],
+    ids=["template", "config", "digests", "tuples", "many"],
 )  # fmt: skip
 def test_settings_that_differ_are_named_with_both_values(folder_copy, change, message):
     edit_counts(folder_copy, lambda counts: counts["digests"].update({"unit model": "3" * 64}))
@@ -220,6 +221,18 @@ def test_settings_that_differ_are_named_with_both_values(folder_copy, change, me
     assert str(raised.value).startswith(
         f"{folder_copy} holds the result of other settings ({message}): name another output_path"
     )
+
+
+def test_tuples_of_a_run_are_the_lists_of_its_folder(folder_copy):
+    edit_counts(folder_copy, lambda counts: counts["tokenizer"].update({"chat": [[1, 2], [[3]]]}))
+    counts = json.loads((folder_copy / "counts.json").read_text())
+    counts["tokenizer"]["chat"] = ((1, 2), ((3,),))
+    with pytest.raises(FileExistsError, match=r"holds the result of other settings \(max_length: 8192 -> 300\): name"):
+        find_finished(
+            folder_copy,
+            counts | {"key": "0" * 64, "settings": counts["settings"] | {"max_length": 300}},
+            overwrite=False,
+        )
 
 
 def test_file_of_a_finished_folder_that_was_changed_is_named(folder_copy):

@@ -21,7 +21,7 @@ from usdm_sft.corpus import (
 )
 from usdm_sft.corpus.dailytalk import DAILYTALK, are_published_lists, check_data_dir
 from usdm_sft.corpus.dialogs import CorpusName, FilePath, Recipe
-from usdm_sft.corpus.tables import split_of, stem_of
+from usdm_sft.corpus.tables import FIELDS, list_lacking, split_of, stem_of
 from usdm_sft.utils.files import sha256_file
 from usdm_sft.utils.texts import quote
 
@@ -116,14 +116,22 @@ def _describe_unknown(path: Path, corpus: CorpusName | None) -> str:
         names = sorted(f"{each.name}{'/' if each.is_dir() else ''}" for each in path.iterdir())
         shown = ", ".join(map(quote, names[:_SHOWN])) or "nothing"
         holds = f" It holds {shown}{f' and {len(names) - _SHOWN:,} more' if names[_SHOWN:] else ''}."
+    tables = [path] if path.is_file() else sorted(each for each in path.glob("*") if each.is_file())
+    lacking = [
+        f" {each.name} has no column for {_list_fields(fields)}." for each in tables if (fields := list_lacking(each))
+    ]
     remedy = "give its folder or file as data_dir, or its split files (--train_metadata_path)"
     return "\n".join(
         [
-            f"{path} holds {what}: {remedy}.{holds}",
+            f"{path} holds {what}: {remedy}.{holds}{''.join(lacking[:1])}",
             "What was looked for:",
             *(f"  {each.name:<12}{each.looks_for}" for each in kinds),
         ]
     )
+
+
+def _list_fields(fields: Sequence[str]) -> str:
+    return " or ".join(f"{field} (such as {', '.join(FIELDS[field][:4])})" for field in fields)
 
 
 def _name_lists(folder: Path, data_files: DataFiles) -> dict[str, list[Path]]:

@@ -34,6 +34,7 @@ _SHORTER, _LONGER = "shorter than min_seconds", "longer than max_seconds"
 ON_BAD_AUDIO = ("error", "skip")
 
 _REMEDY = "replace the file, or leave out its pairs with --on_bad_audio skip"
+_MISSING_REMEDY = "put it there, give --data_dir the folder that relative paths start at, or leave out its pairs with --on_bad_audio skip"
 _END_REMEDY = "correct the end, cut it with --on_bad_rows clip, or leave out its pairs with --on_bad_rows skip"
 _BAD_AUDIO = "bad audio"
 
@@ -132,7 +133,7 @@ def find_outcome(problem: str, rules: Rules, on_bad_audio: str) -> tuple[bool, s
         return True, "--min_seconds leaves out its pairs"
     if on_bad_audio == "skip":
         return True, "--on_bad_audio skip leaves out its pairs"
-    return False, _END_REMEDY if is_end else _REMEDY
+    return False, _END_REMEDY if is_end else _MISSING_REMEDY if problem == MISSING else _REMEDY
 
 
 def find_bad_rows(

@@ -213,7 +213,7 @@ def _make_utterance(
         remedy = f"complete the row (a row has {', '.join(required)})"
         if missing != ["text"]:
             return [f"{found}: {remedy}{_find_remedy(missing, row.get(UNITS) is not None)}"]
-        bad.append((BadRow(_NO_TEXT, found), remedy))
+        bad.append((BadRow(_NO_TEXT, found), "complete the row"))
     problems = []
     for name in ("dialog", "speaker"):
         value = values[name]

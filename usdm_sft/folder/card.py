@@ -68,7 +68,7 @@ MEANINGS = {
     "id": "dialog and turn, such as d23_0",
     "dialog_id": "the dialog",
     "turn": "number of the user's turn in its dialog",
-    "input_ids": "the row in the template, BOS and EOS included",
+    "input_ids": "the row in the template, with the special tokens at its ends",
     "labels": "the id of each labelled token, -100 for all others; not shifted",
     "attention_mask": "1 for every token, for trainers that require the column",
     "length": "number of tokens, for sampling by length",
@@ -121,7 +121,9 @@ def make_card(
         utterances=counts.get(UTTERANCES),
         agent=_plain(_describe_agent(str(settings["agent"]))),
         is_dailytalk=counts["corpus"] == DAILYTALK,
-        lists={"manifest": "manifests", "manifest and split list": "lists"}.get(counts["corpus"], "split lists"),
+        lists={DAILYTALK: "split lists", "split list": "split lists", "manifest": "manifests"}.get(
+            counts["corpus"], "files of the corpus"
+        ),
         template_parts=parts,
         collapsed=collapsed,
         row_parts="both" if len(parts) == len(PARTS) else _list_parts(parts),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from functools import partial
@@ -68,7 +69,8 @@ def _describe(folder: Path, found: Mapping[str, Any], counts: Mapping[str, Any])
         )
     old, new = found.get("versions") or {}, counts["versions"]
     versions = [f"{name} {old.get(name)} -> {new[name]}" for name in ROW_PACKAGES if old.get(name) != new[name]]
-    was, now = (dict(flatten({name: each.get(name) for name in _IDENTITY})) for each in (found, counts))
+    known = json.loads(json.dumps({name: counts.get(name) for name in _IDENTITY}))  # with lists, as in counts.json
+    was, now = (dict(flatten({name: each.get(name) for name in _IDENTITY})) for each in (found, known))
     settings = [
         f"{name.removeprefix('settings.')}: {shorten(was.get(name))} -> {shorten(now.get(name))}"
         for name in {**now, **was}

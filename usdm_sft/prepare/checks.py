@@ -328,7 +328,10 @@ class SetUp:
 
     def _describe_split(self, split: Split) -> str:
         """Count the pairs that prepare finds, and what it leaves out."""
-        text = f"{count_noun(len(split.dialogs), 'dialog')}, {count_noun(split.num_pairs, 'pair')}"
+        num_dialogs = len(
+            {dialog.id for dialog in split.dialogs if any(dialog.pairs())}
+        )  # a turn that is left out divides one
+        text = f"{count_noun(num_dialogs, 'dialog')}, {count_noun(split.num_pairs, 'pair')}"
         if split.turns_left_out:
             pairs, turns = count_noun(len(split.pairs_left_out), "pair"), count_reasons(split.turns_left_out)
             text += f"; {pairs} left out for their turns ({turns})"
@@ -373,7 +376,7 @@ class SetUp:
                 text += (
                     f", whose units two CPU cores compute in about {self.audio_seconds / 3600 / self._rate:.2g} hours"
                 )
-        yield "ok", text
+        yield "ok" if good else "error", text
 
     def check_disks(self) -> Lines:
         """Compare the free space of each disk with what the run writes there."""

@@ -161,7 +161,7 @@ class CorpusOptions:
 
     on_bad_rows: Literal["error", "skip", "clip"] = "error"
     """What to do with rows of a manifest that cannot be used (no text, special tokens or control characters in it, no length, an end past the recording):
-    error names every row; skip leaves out the pairs that use it and counts them by reason; clip is skip, but cuts segments at the end of their recording."""
+    error names them; skip leaves out the pairs that use it and counts them by reason; clip is skip, but cuts segments at the end of their recording."""
 
     min_seconds: float | None = None
     """Leave out turns that are shorter, with the pairs that use them."""

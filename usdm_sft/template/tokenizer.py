@@ -160,7 +160,7 @@ def check_tokenizer(tokenizer: Tokenizer, name: str = "this tokenizer") -> Templ
     tokenizer = without_padding(tokenizer)
     remedy = (
         f"load naver-ai/USTM, or a folder that this package saved, with load_tokenizer ({OFFLINE!r} builds it offline); "
-        "the tokenizer of another base model needs template.tokenization separate"
+        "the tokenizer of another base model needs template.tokenization separate or chat"
     )
     num_units = 0
     while tokenizer.token_to_id(unit_token(num_units)) == UNIT_0 + num_units:
