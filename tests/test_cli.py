@@ -353,7 +353,9 @@ def test_units_prints_one_line_per_file(unit_model, mini, capsys):
 def test_bad_input_gives_one_line_on_stderr(tmp_path):
     done = run([sys.executable, "-m", "usdm_sft.cli", "export", str(tmp_path), str(tmp_path / "text")])
     assert (done.returncode, done.stdout) == (1, "")
-    text = f"{tmp_path} has no counts.json: name a folder that 'dailytalk-usdm prepare' finished"
+    text = (
+        f"{tmp_path} has no counts.json: name a folder that 'dailytalk-usdm prepare' finished, or run its command again"
+    )
     assert done.stderr == f"dailytalk-usdm export: {text}\n"
 
 

@@ -66,7 +66,10 @@ def test_long_conversations_are_split_between_exchanges(root, tokenizer):
 def test_card_names_the_task_and_its_parts(root):
     card = (root / "asr" / "README.md").read_text()
     assert "task_categories:\n- automatic-speech-recognition\npretty_name:" in card
-    assert "and two parts of them (user's speech, transcript) in a variant of the USDM template" in card
+    assert (
+        "and `input_ids` with `labels`, which put two parts of them (user's speech, transcript) into a variant of the USDM template"
+        in card
+    )
     assert "These tokens are labelled: the user's text and the newline after it.\n" in card
     assert "| template.parts | user_units, user_text |\n" in card
     card = (root / "t2t" / "README.md").read_text()

@@ -158,7 +158,7 @@ def test_counts_and_card_name_the_recordings(kept, mini):
     card = (kept / "out" / "README.md").read_text()
     assert "contains no audio" not in card
     assert "Whoever publishes it publishes their voices" in card
-    assert f"| test | 5 | 5 | 0.00 | {sum(sizes):,} |" in card
+    assert f"| test | 5 | 5 | {hours:.2g} | {sum(sizes):,} |" in card
     configs = metadata_load(kept / "out" / "README.md")["configs"]
     assert [(config["config_name"], config.get("default")) for config in configs] == [
         ("single_turn", True),

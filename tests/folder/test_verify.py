@@ -41,7 +41,10 @@ def test_changed_missing_and_extra_files_are_found(folder_copy):
     found = find_problems(folder_copy)
     [changed] = [problem for problem in found if "its sha256 is" in problem]
     assert changed.startswith(f"{folder_copy / FILE} was changed: its sha256 is ")
-    expected = {f"{folder_copy / name} is missing" for name in missing}
+    expected = {
+        f"{folder_copy / name} is missing: put it back, or run prepare again and pass --overwrite (Python: overwrite=True)"
+        for name in missing
+    }
     expected |= {f"{folder_copy / name} does not belong to the folder: remove it" for name in extra}
     assert expected == {*found} - {changed}
 

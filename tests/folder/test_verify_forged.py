@@ -214,7 +214,7 @@ def test_malformed_card_is_refused(folder_copy, tmp_path, monkeypatch, text):
         # `load_dataset` would give rows of its cache that another folder has
         (lambda card: DIGEST.sub("", card), "is not .* does not hold the digest of its data files"),
         (lambda card: DIGEST.sub(rf"\g<1>{'0' * 64}\n", card), "is not .* does not hold the digest of its data files"),
-        (lambda card: card + "Free for any use.\n", f"is not the card .* differs in its section 'Licences and attribution': restore it, or {AGAIN}$"),
+        (lambda card: card + "Free for any use.\n", f"is not the card .* differs in its section 'Citation': restore it, or {AGAIN}$"),
         (lambda card: re.sub(r"num_bytes: \d+", "num_bytes: 5", card, count=1).replace("license: unknown", "license: mit"),
          rf"is not the card .* differs in its YAML \(dataset_info\): restore it, or {AGAIN}$"),
     ],

@@ -193,7 +193,7 @@ def test_streams_of_a_codec_of_one_stream_are_refused(made):
 
 def test_streams_of_a_model_that_is_no_codec_are_refused(unit_model):
     with pytest.raises(
-        ValueError, match="streams and num_streams are given, but the unit model is not a codec: leave it out"
+        ValueError, match="streams and num_streams are given, but the unit model is not a codec: leave them out"
     ):
         UnitTokenizer.from_pretrained(unit_model, device="cpu", streams="first", num_streams=1)
 

@@ -28,6 +28,7 @@ from usdm_sft.utils.once import once_per_key
 T = TypeVar("T", bound=Hashable)
 
 MISSING = "does not exist"
+END_TOLERANCE = 0.05  # seconds; a segment may end this much after its recording, because time stamps are rounded
 MAX_MEMBER_BYTES = 1 << 30  # 90 minutes of stereo at 48 kHz; a larger member may be a zip bomb
 
 # Raised by zipfile for the directory of an archive: an unknown version (NotImplementedError), a name that is not UTF-8 or a negative

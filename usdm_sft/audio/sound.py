@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 
-from usdm_sft.audio.addresses import AddressError, Segment
+from usdm_sft.audio.addresses import END_TOLERANCE, AddressError, Segment
 from usdm_sft.audio.containers import (
     REWRITE,
     AudioError,
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 BLOCK_SAMPLES = 1 << 20  # decoded at a time, so that an hour of audio needs little memory
 MIN_RATE = 1000  # Hz; a lower rate in a damaged header would give hours of audio at 16 kHz
 PAST_END = "is to be cut up to"  # begins the problem of a segment that ends after its recording
-END_TOLERANCE = 0.05  # seconds; a segment may end this much after its recording, because time stamps are rounded
 
 _TAGS = (b"ID3\2", b"ID3\3", b"ID3\4")  # the versions that libsndfile skips
 _MISHANDLED = (

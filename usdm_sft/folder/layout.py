@@ -81,7 +81,9 @@ def read_counts(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder).expanduser() / COUNTS
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no {COUNTS}: name a folder that 'dailytalk-usdm prepare' finished")
+        raise FileNotFoundError(
+            f"{folder} has no {COUNTS}: name a folder that 'dailytalk-usdm prepare' finished, or run its command again"
+        )
     try:
         counts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         values = [*flatten(counts)]

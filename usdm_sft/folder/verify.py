@@ -131,7 +131,7 @@ def _check_file(folder: Path, counts: Mapping[str, Any], name: str, digest: Any)
     if not _DIGEST.fullmatch(str(digest)):
         return f"{folder / COUNTS}: {name!r} has {digest!r} instead of a sha256"
     if not (folder / name).is_file():
-        return f"{folder / name} is missing"
+        return f"{folder / name} is missing: put it back, or {PREPARE_AGAIN}"
     if has_digest(folder / name, digest, counts.get("corpus", "")):
         return None
     if name == CARD:

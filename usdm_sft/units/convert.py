@@ -184,8 +184,8 @@ def read_settings(
         config = read_folder_config(checkpoint, layer, final_norm=final_norm)
         if not family_of(config).in_batches:
             settings["model_type"] = config["model_type"]
-        settings["normalization"] = read_normalization(checkpoint, config)
         sources = {path.name: path for path in weight_files(checkpoint)}
+        settings["normalization"] = read_normalization(checkpoint, config)
     elif checkpoint.is_file():
         config = _read_config(model_config, layer, final_norm=final_norm)
         sources = {"checkpoint": checkpoint}
@@ -289,7 +289,7 @@ def _read_kmeans(path: Path, config: dict[str, Any]) -> np.ndarray:
     if centroids.ndim != 2 or centroids.shape[1] != width or not len(centroids):
         raise ValueError(
             f"{path} has shape {centroids.shape}, not (number of units, {width}): "
-            "name the centroids that belong to this model, one per row"
+            "name the centroids that belong to this model, one per row, or the config of another .pt file with --model_config"
         )
     if centroids.dtype not in (np.float32, np.float64):
         raise ValueError(f"{path} is {centroids.dtype}, not float32 or float64: save it as float32")

@@ -136,7 +136,9 @@ def weight_files(folder: Path) -> list[Path]:
     """
     path = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if path is None:
-        raise FileNotFoundError(f"{folder} holds none of {', '.join(_WEIGHTS)}: name a folder that transformers saved")
+        raise FileNotFoundError(
+            f"{folder} holds none of {', '.join(_WEIGHTS)}: name a folder that transformers saved, or a .pt file itself"
+        )
     if path.suffix != ".json":
         return [path]
     names = read_json(path).get("weight_map")
