@@ -138,7 +138,7 @@ def _check_file(folder: Path, counts: Mapping[str, Any], name: str, digest: Any)
         return (
             f"{folder / name} was edited in {describe_edits(folder, counts)}: undo it, or {PREPARE_AGAIN}; {OWN_PARTS}"
         )
-    return f"{folder / name} was changed: its sha256 is {sha256_file(folder / name)}, not {digest}"
+    return f"{folder / name} was changed: its sha256 is {sha256_file(folder / name)}, not {digest}: copy it again, or {PREPARE_AGAIN}"
 
 
 def _check_counts(folder: Path, counts: Mapping[str, Any], checked: CheckedRows) -> Iterator[str]:
