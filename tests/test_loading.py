@@ -269,7 +269,9 @@ def test_constructor_opens_no_recording(corpus, tmp_path, monkeypatch, kind):
         patch.setattr(addresses, "open", None, raising=False)
         builder = DailyTalkUSDM(data_dir=corpus, cache_dir=str(tmp_path / "cache"))
     error = FileNotFoundError if kind == "missing" else AudioError
-    with pytest.raises(error, match=r"utterance 0_0_d3: audio file .*0_0_d3\.wav .*: (replace the file|put it there, .*), or leave out"):
+    with pytest.raises(
+        error, match=r"utterance 0_0_d3: audio file .*0_0_d3\.wav .*: (replace the file|put it there, .*), or leave out"
+    ):
         builder.download_and_prepare()
     with pytest.raises(error, match=r"utterance 0_0_d3: audio file"):
         builder.as_streaming_dataset()

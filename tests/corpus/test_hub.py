@@ -229,8 +229,7 @@ def test_rows_of_a_saved_dataset_that_are_left_out_are_placed_in_it(tmp_path, mo
     rows[3]["text"] = ""
     datasets.Dataset.from_list(rows).save_to_disk("saved")
     builder = DailyTalkUSDM(data_dir="saved", digest_cache_dir=tmp_path / "cache", on_bad_rows="skip")
-    place = "saved, split train, row 3: text missing"
-    assert builder.screen_audio()[0]["train"].pairs_left_out == {"d_2": place}
+    assert builder.screen_audio()[0]["train"].pairs_left_out == {"d_2": "row 3: text missing"}
 
 
 def test_agent_and_further_columns_of_a_saved_dataset(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,8 @@ import soundfile
 
 from dailytalk_usdm import DailyTalkUSDM, PrepareConfig
 from usdm_sft.corpus import manifest as manifest_module
-from usdm_sft.corpus.left_out import clip_address, screen_audio
+from usdm_sft.corpus.dialogs import Split, Utterance
+from usdm_sft.corpus.left_out import clip_address, corpus_digest, measure_segments, screen_audio
 from usdm_sft.corpus.problems import CorpusError, describe_left_out
 from usdm_sft.corpus.read import ALONE, NO_ANSWER, SAME_SPEAKER, Rules, find_large_share, read_corpus
 from usdm_sft.template.streams import UnitStreams
@@ -286,6 +288,42 @@ def test_end_past_the_recording(tmp_path, on_bad_rows, turns_left_out, pairs):
         assert split.turns_clipped == {"c_2": "m.jsonl:3: is to be cut up to 3.06 s, but has 3 s"}
     else:
         assert split.turns_clipped == {}
+
+
+def test_place_of_a_turn_that_was_joined_of_rows_apart():
+    """Rows of a dataset are counted from 0, and lines of a manifest may be in any order."""
+    turn = Utterance("c_0", "c", 0, "A", "hi", "none", lines=(90, 3))
+    of_lines = Split("train", [], {}, (), place=lambda line: f"a/m.jsonl:{line}")
+    assert of_lines.locate(turn) == "a/m.jsonl:3, 90" and of_lines.locate(turn, short=True) == "m.jsonl:3, 90"
+    joined = replace(turn, lines=(4, 5, 3))
+    assert of_lines.locate(joined, short=True) == "m.jsonl:3 to 5"
+    dataset = replace(of_lines, place=lambda line: f"hub:u/n@refs/pr/1, split train, row {line - 1}", is_dataset=True)
+    assert dataset.locate(joined) == "hub:u/n@refs/pr/1, split train, row 2 to 4"
+    assert dataset.locate(turn, short=True) == "row 2, 89"
+
+
+def test_lengths_of_segments_are_those_of_their_samples():
+    """0.1 to 0.4 and 1.1 to 1.4 s have the same length, whatever floats say, and so a doctor counts what prepare counts."""
+    found = measure_segments(["c.wav#t=0.1,0.4", "c.wav#t=1.1,1.4", "c.wav"])
+    assert {address: digest.seconds for address, digest in found.items()} == {
+        "c.wav#t=0.1,0.4": 0.3,
+        "c.wav#t=1.1,1.4": 0.3,
+    }
+
+
+def test_names_of_manifest_and_folder_do_not_decide_the_digest(tmp_path):
+    rows = [segment("A", 0, 1), segment("B", 1, 2), segment("A", 2, 3) | {"text": ""}, segment("B", 3, 4)]
+    soundfile.write(tmp_path / "c.wav", np.zeros((4 * RATE, 2)), RATE)
+    (tmp_path / "other").mkdir()
+    rules, digests = Rules(on_bad_rows="skip"), set()
+    for name, place in (("train.jsonl", "train.jsonl:3"), ("other/calls-train.jsonl", "calls-train.jsonl:3")):
+        path = write(tmp_path / name, rows)
+        left, audio = screen_audio(
+            read_corpus({"train": path}, rules, data_dir=tmp_path), "error", tmp_path, rules=rules
+        )
+        assert left["train"].pairs_left_out == {f"c_{turn}": f"{place}: text missing" for turn in (1, 2)}
+        digests.add(corpus_digest({"train": "0"}, audio, left))
+    assert len(digests) == 1
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,7 @@ def test_unknown_file_or_empty_folder(tmp_path, name):
 
 @pytest.mark.parametrize(("columns", "lacking"), [
     ("call_file,start,end,channel", "audio (such as audio, audio_filepath, audio_path, audio_file)"),
+    ("audio,start,speaker,text", "end (such as end, end_time, stop)"),
     ("file,end,who", "start (such as start, offset, start_time, begin) or speaker (such as speaker, speaker_id, speaker_name, spk)"),
 ])  # fmt: skip
 def test_columns_that_a_table_lacks_are_named(tmp_path, columns, lacking):

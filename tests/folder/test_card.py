@@ -87,6 +87,8 @@ def test_picture_of_the_example_counts_its_labelled_tokens(card, dataset_folder)
         ("d23_0", "d23_0"),
         ("_a_ __b ~~c~~", r"\_a\_ \_\_b \~\~c\~\~"),
         ("# 1", r"\# 1"),
+        ("1. a", r"1\. a"),
+        ("3.5 1. a", "3.5 1. a"),
         ("- <b>a|b`*[c](d)</b>\n", r"\- &lt;b&gt;a\|b\`\*\[c\](d)&lt;/b&gt;"),
     ],
 )

@@ -235,6 +235,19 @@ def test_tuples_of_a_run_are_the_lists_of_its_folder(folder_copy):
         )
 
 
+@pytest.mark.parametrize(("name", "content", "holds"), [
+    ("README.md", None, "the result of this run, but README.md was changed or is missing"),
+    ("counts.json", b"{", "a counts.json that cannot be read"),
+])  # fmt: skip
+def test_finished_folder_without_its_card_or_counts(folder_copy, name, content, holds):
+    counts = json.loads((folder_copy / "counts.json").read_text())
+    (folder_copy / name).unlink()
+    if content is not None:
+        (folder_copy / name).write_bytes(content)
+    with pytest.raises(FileExistsError, match=rf"{folder_copy} holds {holds}: name another output_path"):
+        find_finished(folder_copy, counts, overwrite=False)
+
+
 def test_file_of_a_finished_folder_that_was_changed_is_named(folder_copy):
     counts = json.loads((folder_copy / "counts.json").read_text())
     (folder_copy / "pictures" / "units.png").write_bytes(b"")

@@ -41,7 +41,7 @@ def prepare(**options: Any) -> None:
     is_dry_run = options.pop("dry_run", False)
     config = make_config(options)
     try:
-        if not is_remote(config.data_dir):
+        if not any(map(is_remote, (config.data_dir, *(config.data_files or {}).values()))):
             config.check_kinds()  # before the imports, which take seconds
         from usdm_sft.folder.statistics import load_call, summarize_split
         from usdm_sft.prepare.prepare import Submission, prepare

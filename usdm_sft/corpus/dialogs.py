@@ -1,6 +1,7 @@
 """Utterances, dialogs and splits: the data that reading a corpus returns; and the interface of what reads one."""
 
 import os
+import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -208,6 +209,8 @@ class Split:
         columns: Further columns that the dataset keeps.
         ignored: Further columns of the manifest that were not read.
         place: As in `Turns`.
+        is_dataset: Whether `place` names rows of a dataset, and not lines of a file.
+        reasons: As `pairs_left_out`, with ids of utterances in place of files and lines: what `corpus_digest` covers.
     """
 
     name: str
@@ -222,6 +225,8 @@ class Split:
     columns: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     place: Callable[[int], str] = field(default=str, compare=False)
+    is_dataset: bool = False
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num_pairs(self) -> int:
@@ -232,7 +237,20 @@ class Split:
         """Yield the utterances of all dialogs, in order."""
         return (utterance for dialog in self.dialogs for utterance in dialog.utterances)
 
-    def locate(self, utterance: Utterance) -> str:
-        """Return the place of a turn, such as "calls/train.jsonl:3", or "calls/train.jsonl:3 to 5" where turns were joined."""
-        first, last = utterance.lines[0], utterance.lines[-1]
-        return self.place(first) + (f" to {last}" if last != first else "")
+    def locate(self, utterance: Utterance, *, short: bool = False) -> str:
+        """Return the place of a turn, such as "calls/train.jsonl:3", "...:3 to 5" or "...:3, 90" where turns were joined.
+
+        Args:
+            utterance: The turn.
+            short: Leave out the folder; a dataset folder holds no paths.
+        """
+        lines = sorted({*utterance.lines})
+        places = [self.short_place(line) if short else self.place(line) for line in lines]
+        numbers = [re.search(r"\d*$", place)[0] for place in places[1:]]  # type: ignore[index]  # it matches everything
+        is_run = len(lines) > 1 and lines[-1] - lines[0] == len(lines) - 1
+        return places[0] + (f" to {numbers[-1]}" if is_run else "".join(f", {number}" for number in numbers))
+
+    def short_place(self, line: int) -> str:
+        """Return the place of a line without its folder; of a row of a dataset, its number."""
+        place = self.place(line)
+        return f"row {place.rpartition(' ')[2]}" if self.is_dataset else os.path.basename(place)

@@ -113,7 +113,7 @@ def fetch_corpus(name: str, cache_dir: str | Path | None = None, *, with_units: 
 def place_rows(splits: Mapping[str, Split], lists: Mapping[str, Path], data_dir: FilePath | None) -> dict[str, Split]:
     """Return the splits with the rows of a dataset placed in the dataset that the user gave, and not in a manifest in the cache."""
     return {
-        name: replace(split, place=partial(_place_row, f"{data_dir}, split {name}"))
+        name: replace(split, place=partial(_place_row, f"{data_dir}, split {name}"), is_dataset=True)
         if RECIPE.reads(lists[name])
         else split
         for name, split in splits.items()

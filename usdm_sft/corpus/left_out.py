@@ -6,7 +6,6 @@ the same id. So is one with a long pause between two turns of one speaker (`Rule
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -176,7 +175,7 @@ def measure_segments(addresses: Iterable[str]) -> dict[str, AudioDigest]:
         segments = parse_address(address, exists=lambda _: False)
         lengths = [each.end - each.start for each in segments if each.start is not None and each.end is not None]
         if len(lengths) == len(segments):
-            known[address] = AudioDigest("", 0, sum(lengths))
+            known[address] = AudioDigest("", 0, round(sum(lengths), 6))
     return known
 
 
@@ -203,7 +202,7 @@ def _clip(
         return replace(dialog, utterances=tuple(utterances))
 
     cut = {
-        utterance.id: f"{os.path.basename(split.locate(utterance))}: {found[utterance.audio].problem}"
+        utterance.id: f"{split.locate(utterance, short=True)}: {found[utterance.audio].problem}"
         for split in splits.values()
         for utterance in split.utterances()
         if utterance.audio in clipped
@@ -246,6 +245,7 @@ def leave_out(
     dialogs: list[Dialog] = []
     left_out = dict(split.left_out)
     pairs_left_out: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     num_bad_rows = 0
     for dialog in split.dialogs:
         parts = [replace(dialog, utterances=tuple(run)) for run in _divide(dialog, {*bad, *rows})]
@@ -259,10 +259,11 @@ def leave_out(
         for pair in dialog.pairs():
             audio = [f"audio of {each.id}: {bad[each.id]}" for each in pair if each.id in bad]
             left = [each for each in pair if each.id in rows]
-            places = (os.path.basename(split.locate(each)) for each in left)  # a dataset folder holds no paths
-            row_reasons = [f"{place}: {rows[each.id].problem}" for place, each in zip(places, left, strict=True)]
-            if reasons := [*audio, *row_reasons]:
-                pairs_left_out[f"{dialog.id}_{pair[0].turn}"] = "; ".join(reasons)
+            if audio or left:
+                of_rows = [f"{split.locate(each, short=True)}: {rows[each.id].problem}" for each in left]
+                pair_id = example_id(dialog.id, pair[0].turn)
+                pairs_left_out[pair_id] = "; ".join([*audio, *of_rows])
+                reasons[pair_id] = "; ".join([*audio, *(f"row of {each.id}: {rows[each.id].problem}" for each in left)])
                 num_bad_rows += not audio
     turns = Counter(rows[each.id].reason for each in split.utterances() if each.id in rows)
     return replace(
@@ -270,6 +271,7 @@ def leave_out(
         dialogs=dialogs,
         left_out=left_out,
         pairs_left_out=pairs_left_out,
+        reasons=reasons,
         turns_left_out=dict(sorted(turns.items())),
         pairs_with_bad_rows=num_bad_rows,
         turns_clipped={
@@ -296,6 +298,6 @@ def _divide(dialog: Dialog, bad: set[str]) -> Iterator[list[Utterance]]:
 
 def corpus_digest(lists: Mapping[str, str], audio: Mapping[str, AudioDigest], splits: Mapping[str, Split]) -> str:
     """Return the sha256 of a JSON list: digests of the lists by split, digests of the audio, pairs left out of each split."""
-    left_out = [dict(split.pairs_left_out) for split in splits.values() if split.pairs_left_out]
+    left_out = [dict(split.reasons) for split in splits.values() if split.reasons]
     content = json.dumps([dict(lists), [digest.sha256 for digest in audio.values()], *left_out])
     return hashlib.sha256(content.encode()).hexdigest()

@@ -89,9 +89,9 @@ def list_lacking(path: Path) -> list[str]:
     """Return the fields of `FIELDS` that a table of segments must have and this table lacks; none for what is no table."""
     names = list_columns(path)
     found = {field for field in FIELDS if find_field(names, field)}
-    if "channel" in found:
-        found.add("speaker")  # the channel is the speaker
-    return [field for field in ("audio", "start", "speaker") if field not in found] if names else []
+    found |= {"speaker"} if "channel" in found else set()
+    found |= {"end"} if "duration" in found else set()
+    return [field for field in ("audio", "start", "end", "speaker") if field not in found] if names else []
 
 
 def list_columns(path: Path) -> frozenset[str]:

@@ -322,7 +322,8 @@ def _number(value: float) -> str:
 def _plain(text: Any) -> str:
     """Untrusted text as Markdown that shows it unchanged on one line, also as an item of a list and in a table cell."""
     text = html.escape(" ".join(str(text).split()), quote=False)
-    return re.sub(r"([\\`*\[\]|~]|^[#+-]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text)
+    text = re.sub(r"([\\`*\[\]|~]|^[#+-]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text)
+    return re.sub(r"^(\d+)(?=[.)] )", r"\1\\", text)
 
 
 def _code(name: str) -> str:

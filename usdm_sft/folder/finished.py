@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from usdm_sft.folder.card import describe_edits
-from usdm_sft.folder.layout import ROW_PACKAGES, UNFINISHED, check_output, flatten, read_counts, shorten
+from usdm_sft.folder.layout import COUNTS, ROW_PACKAGES, UNFINISHED, check_output, flatten, read_counts, shorten
 from usdm_sft.folder.own_parts import CARD, OWN_PARTS, has_digest
 from usdm_sft.utils.files import remove_path
 
@@ -40,7 +40,9 @@ def find_finished(folder: Path, counts: Mapping[str, Any], *, overwrite: bool) -
         remove_path(folder / UNFINISHED)
         logger.info("%s is finished already, with the same settings and data: nothing was done", folder)
         return found
-    describe = partial(_describe, folder, found, counts) if found else None
+    describe: Callable[[], str] | None = partial(_describe, folder, found, counts) if found else None
+    if not found and (folder / COUNTS).is_file():
+        describe = partial(str, f"a {COUNTS} that cannot be read")
     check_output(folder, overwrite=overwrite, finished_too=True, describe=describe)
     return None
 
@@ -62,7 +64,7 @@ def _describe(folder: Path, found: Mapping[str, Any], counts: Mapping[str, Any])
     """Describe a finished folder that is not the result of the run with these counts."""
     if found["key"] == counts["key"]:
         name = next((name for name in found["files"] if not _is_unchanged(folder, name, found)), CARD)
-        if name != CARD:
+        if name != CARD or not (folder / CARD).is_file():
             return f"the result of this run, but {name} was changed or is missing"
         return (
             f"the result of this run, but {CARD} was edited in {describe_edits(folder, found)} (undo it; {OWN_PARTS})"

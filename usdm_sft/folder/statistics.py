@@ -22,7 +22,7 @@ from usdm_sft.corpus.problems import count_reasons, describe_left_out
 from usdm_sft.folder.rows import RowRange, count_exchanges, divide_files, flatten_lists, map_ranges
 from usdm_sft.template.encoder import IGNORE_INDEX
 from usdm_sft.template.parts import REFERENCE_LAYOUT, ROW_PARTS, RowLayout, find_parts_of_rows
-from usdm_sft.utils.texts import count_noun, printable
+from usdm_sft.utils.texts import count_noun, format_hours, printable
 
 TOO_LONG = "more than max_length"  # in the reason of a pair that `prepare.overflow` leaves out
 DROPPED = "dropped by dailytalk-usdm edit"  # the reason of a pair that `folder.edit` leaves out
@@ -283,7 +283,7 @@ def summarize_split(split: Mapping[str, Any]) -> str:
     if clipped := split.get("turns_clipped"):
         cut += f"; cut at the end of the recording: {count_noun(len(clipped), 'turn')}"
     return (
-        f"{count_noun(split['rows'], 'row')} from {count_noun(split['dialogs'], 'dialog')} ({split['hours']:.2f} h), "
+        f"{count_noun(split['rows'], 'row')} from {count_noun(split['dialogs'], 'dialog')} ({format_hours(split['hours'])} h), "
         f"{count_noun(split['tokens'], 'token')}, {split['labelled_tokens']:,} labelled; left out: {', '.join(left_out)}{cut}"
     )
 

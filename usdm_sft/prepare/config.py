@@ -367,7 +367,8 @@ class PrepareConfig(
             )
 
     def check_kinds(self) -> None:
-        """Check that the kinds of corpus and unit model have what the options ask for, from the names of files. Nothing is downloaded.
+        """Check that the kinds of corpus and unit model have what the options ask for, from the names of files. Nothing is downloaded but
+        remote manifests that are named.
 
         Raises:
             FileNotFoundError: `data_dir` is no corpus, or a split list does not exist.

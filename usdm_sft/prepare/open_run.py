@@ -128,7 +128,7 @@ def open_run(
     cache = cache_root(config.cache_dir)
     require_locks(cache / "locks")
     config.check_kinds()  # before anything is downloaded
-    if config.unit_rate is None:
+    if config.unit_rate is None and unit_tokenizer is None:
         _check_unit_model(config)
     stages.start("tokenizer")
     tokenizer = load_tokenizer(config.pretrained_model_name_or_path, config.model_cache_dir)

@@ -345,7 +345,7 @@ def _open_tokenizer(
             raise
         except Exception as error:  # transformers and tokenizers raise many types for a malformed file
             for each in sorted(Path(source).glob("*.json")):
-                if is_html(each):
+                if each.is_file() and is_html(each):
                     raise ValueError(f"{describe_bad_json(each, error)}: download it again{instead}") from error
             raise ValueError(
                 f"{place} has a tokenizer that cannot be opened ({first_line(error)}): download it again{instead}"
