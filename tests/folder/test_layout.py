@@ -5,12 +5,13 @@ import importlib.metadata
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from filelock import Timeout
 
 from tests.forked import run_command
-from tests.helpers import command, content, edit_counts, options, record_states, reuse_units
+from tests.helpers import command, content, edit_counts, find_problems, options, record_states, reuse_units
 from usdm_sft.folder import layout, writer
 from usdm_sft.folder.finished import find_finished
 from usdm_sft.folder.layout import LOCK, UNFINISHED, check_output, lock_output
@@ -233,6 +234,17 @@ def test_tuples_of_a_run_are_the_lists_of_its_folder(folder_copy):
             counts | {"key": "0" * 64, "settings": counts["settings"] | {"max_length": 300}},
             overwrite=False,
         )
+
+
+def test_folder_of_another_config_is_replaced_and_found(arguments, finished):
+    output = shutil.copytree(finished / "out", Path(arguments["output_path"]))
+    (output / "notes").mkdir()
+    prepare(**arguments, config_name="multi_turn", overwrite=True)
+    assert {path.name for path in output.iterdir() if path.is_dir()} == {"multi_turn", "notes", "pictures", "tokenizer"}
+    old = output / "single_turn" / "train.parquet"
+    old.parent.mkdir()
+    old.write_bytes(b"")
+    assert find_problems(output) == [f"{old} does not belong to the folder: remove it"]
 
 
 @pytest.mark.parametrize(("name", "content", "holds"), [

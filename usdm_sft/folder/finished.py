@@ -41,7 +41,7 @@ def find_finished(folder: Path, counts: Mapping[str, Any], *, overwrite: bool) -
         logger.info("%s is finished already, with the same settings and data: nothing was done", folder)
         return found
     describe: Callable[[], str] | None = partial(_describe, folder, found, counts) if found else None
-    if not found and (folder / COUNTS).is_file():
+    if not found and (folder / COUNTS).is_file() and not (folder / COUNTS).is_symlink():
         describe = partial(str, f"a {COUNTS} that cannot be read")
     check_output(folder, overwrite=overwrite, finished_too=True, describe=describe)
     return None

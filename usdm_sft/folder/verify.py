@@ -18,6 +18,7 @@ import yaml
 from huggingface_hub.repocard import metadata_load
 from tokenizers import Tokenizer
 
+from usdm_sft.corpus.examples import CONFIGS
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.corpus.problems import MAX_PROBLEMS_SHOWN
 from usdm_sft.folder.card import CARD_ERRORS, data_configs, describe_edits, find_edits, read_info
@@ -118,7 +119,7 @@ def _check_files(folder: Path, counts: Mapping[str, Any]) -> Iterator[str]:
         yield from filter(
             None, threads.map(partial(_check_file, folder, counts), counts["files"], counts["files"].values())
         )
-    for part in (counts["config"], "tokenizer", PICTURES, UTTERANCES):
+    for part in (*CONFIGS, "tokenizer", PICTURES, UTTERANCES):
         for path in sorted((folder / part).rglob("*")):
             if path.is_file() and path.relative_to(folder).as_posix() not in counts["files"]:
                 yield f"{path} does not belong to the folder: remove it"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from usdm_sft.corpus.examples import CONFIGS
 from usdm_sft.corpus.manifest import UTTERANCES
 from usdm_sft.folder.card import make_card
 from usdm_sft.folder.example_picture import draw_example, read_example
-from usdm_sft.folder.layout import COUNTS, PICTURES, UNFINISHED, open_unfinished, read_columns, read_layout
+from usdm_sft.folder.layout import COUNTS, PICTURES, UNFINISHED, open_unfinished, read_columns, read_counts, read_layout
 from usdm_sft.folder.own_parts import CARD, EMPTY_CARD, Card, fill_in, plain_digest, read_card
 from usdm_sft.folder.parquet import write_parquet, write_utterances
 from usdm_sft.folder.pictures import draw_pictures
@@ -89,9 +91,13 @@ def write_folder(
 
 def _move_into_place(unfinished: Path, folder: Path) -> None:
     """Replace the entries of a folder. Killed at any point, it leaves the earlier folder, or one that the next run completes."""
+    stale = [UTTERANCES]  # a run without `keep_audio` has none in their place
+    with suppress(FileNotFoundError, ValueError):
+        stale += {*CONFIGS} & {read_counts(folder)["config"]}  # which may be another one than that of the new folder
     (folder / COUNTS).unlink(missing_ok=True)  # a folder without counts.json is unfinished
     sync_folder(folder)
-    remove_path(folder / UTTERANCES)  # a run without `keep_audio` has none in their place
+    for name in stale:
+        remove_path(folder / name)
     for entry in sorted(unfinished.iterdir(), key=lambda path: path.name == COUNTS):
         target = folder / entry.name
         if entry.is_dir() or (target.is_dir() and not target.is_symlink()):  # a file takes the place of one at once

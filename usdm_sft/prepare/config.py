@@ -283,8 +283,8 @@ class OutputOptions:
     """What the publisher says in the dataset card. It changes no digest, and a later run with other values writes only the card again."""
 
     overwrite: bool = False
-    """Write into an output folder that holds something else. Its README.md, counts.json, pictures, tokenizer, utterances and the
-    folder of the config are replaced."""
+    """Write into an output folder that holds something else. Its README.md, counts.json, pictures, tokenizer, utterances, the folder
+    of the config, and that of the config it was made with, are replaced."""
 
 
 @dataclass(frozen=True, kw_only=True)
