@@ -1,11 +1,11 @@
 """Utterances, dialogs and splits: the data that reading a corpus returns; and the interface of what reads one."""
 
 import os
-import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from string import digits
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from usdm_sft.corpus.problems import add_problem
@@ -246,7 +246,7 @@ class Split:
         """
         lines = sorted({*utterance.lines})
         places = [self.short_place(line) if short else self.place(line) for line in lines]
-        numbers = [re.search(r"\d*$", place)[0] for place in places[1:]]  # type: ignore[index]  # it matches everything
+        numbers = [place[len(place.rstrip(digits)) :] for place in places[1:]]
         is_run = len(lines) > 1 and lines[-1] - lines[0] == len(lines) - 1
         return places[0] + (f" to {numbers[-1]}" if is_run else "".join(f", {number}" for number in numbers))
 
