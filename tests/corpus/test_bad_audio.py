@@ -557,7 +557,7 @@ def test_leave_out(bad, pairs, parts):
 @pytest.mark.parametrize("num", [0, 1, 3])
 def test_digest_of_a_corpus_is_that_of_its_json(num, pairs):
     audio = {str(index): AudioDigest(f"{index:064x}", 1, 0.1) for index in range(num)}
-    splits = {"train": Split("train", (), {}, (), pairs), "test": Split("test", (), {}, ())}
+    splits = {"train": Split("train", (), {}, (), reasons=pairs), "test": Split("test", (), {}, ())}
     lists = {"train": "0" * 64, "test": "1" * 64}
     expected = json.dumps([lists, [f"{index:064x}" for index in range(num)], *([pairs] if pairs else [])])
     assert corpus_digest(lists, audio, splits) == hashlib.sha256(expected.encode()).hexdigest()
