@@ -34,7 +34,7 @@ from usdm_sft.units.batches import import_resample
 from usdm_sft.units.folder import read_description
 from usdm_sft.units.precision import check_cpu
 from usdm_sft.units.published import find_unit_model, locate_unit_model
-from usdm_sft.units.settings import PUBLISHED, make_settings
+from usdm_sft.units.settings import make_settings
 from usdm_sft.units.source import UnitSource
 from usdm_sft.units.tokenizer import UnitTokenizer, check_description, open_for
 from usdm_sft.utils.cache_keys import cache_key, cache_root
@@ -157,9 +157,8 @@ def open_run(
 def _check_unit_model(config: PrepareConfig) -> None:
     """Check options against a unit model that needs no download before the corpus is read."""
     folder = locate_unit_model(config.unit_model, config.model_cache_dir)
-    if folder is not None or str(config.unit_model) == PUBLISHED:
-        description = {} if folder is None else read_description(folder)
-        check_description(description, config.precision, config.streams, config.num_streams)
+    if folder is not None:
+        check_description(read_description(folder), config.precision, config.streams, config.num_streams)
 
 
 def _warn(builder: DailyTalkUSDM) -> None:
